@@ -1,1 +1,50 @@
-//! The engine.
+//! The sharded fan-out engine of [shardcast](https://docs.rs/shardcast).
+
+mod admission;
+mod close_code;
+mod close_reason;
+mod command;
+mod config;
+mod connection;
+mod decoder;
+mod directory;
+mod engine;
+mod frame;
+mod group;
+mod handler;
+mod handshake;
+mod heartbeat;
+mod id;
+mod log;
+mod mailbox;
+mod mask;
+mod metrics;
+mod namespace;
+mod outbox;
+mod publisher;
+mod receipt;
+mod shard;
+mod socket;
+mod sync;
+mod utf8;
+mod wait_list;
+mod wheel;
+
+pub use admission::Place;
+pub use close_code::CloseCode;
+pub use close_reason::CloseReason;
+pub use config::{ConfigError, ConnectionConfig, EngineConfig};
+pub use decoder::{Decoder, Event, Limits};
+pub use engine::{Engine, StartError};
+pub use frame::{ControlFrame, Frame, FrameError, Header, MessageKind, Opcode};
+pub use handler::{Context, Flow, Handler, Message};
+pub use handshake::accept_key;
+pub use heartbeat::Rtt;
+pub use id::{ConnectionId, InvalidConnectionId};
+pub use mask::unmask;
+pub use metrics::{ConnectionMetrics, Metrics};
+pub use namespace::{AdoptError, Namespace, Newcomer, SendError, To, TrySendError};
+pub use receipt::Receipt;
+pub use shard::Shard;
+pub use socket::Socket;
+pub use utf8::Utf8Checker;

@@ -1,0 +1,90 @@
+//! Why a connection ended: one reason for each end.
+//!
+//! Decided once, by its shard, and handed to the handler. The reason also fixes what the
+//! peer is told: the close code, or nothing where nobody is left to read it. Knows close
+//! codes and framing errors. Does not know how the end is carried out.
+
+use std::borrow::Cow;
+
+use crate::close_code::CloseCode;
+use crate::frame::FrameError;
+
+/// Why a connection ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CloseReason {
+    /// The peer began the closing handshake, with this code (none if its Close frame was empty).
+    #[error("the peer closed the connection")]
+    Peer {
+        /// The code in the peer's Close frame.
+        code: Option<CloseCode>,
+    },
+    /// The peer's end of the stream came without a Close frame.
+    #[error("the peer vanished without a close frame")]
+    Vanished,
+    /// The socket failed.
+    #[error("the socket failed: {0}")]
+    Transport(std::io::ErrorKind),
+    /// The peer broke the framing rules.
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(#[from] FrameError),
+    /// A message's payload made no sense to the application's codec (1007).
+    #[error("a message could not be decoded")]
+    Undecodable,
+    /// A message came in a kind of frame that the application's codec does not take (1003).
+    #[error("a message came in the wrong kind of frame")]
+    WrongKind,
+    /// No answer to a ping within the pong timeout.
+    #[error("no pong within the timeout")]
+    PongTimeout,
+    /// No frame from the peer within the idle timeout.
+    #[error("nothing received within the idle timeout")]
+    IdleTimeout,
+    /// The connection reached its maximum duration.
+    #[error("the maximum duration was reached")]
+    MaxDuration,
+    /// More frames waited for this peer than may wait.
+    #[error("too many frames waited for a slow consumer")]
+    SlowConsumer,
+    /// The application closed the connection.
+    #[error("closed by the application with {code}")]
+    Application {
+        /// The code sent to the peer.
+        code: CloseCode,
+        /// The reason sent to the peer; at most 123 bytes of it.
+        text: Cow<'static, str>,
+    },
+    /// The handler panicked (1011).
+    #[error("the handler panicked")]
+    HandlerPanicked,
+    /// The engine is stopping.
+    #[error("the engine is stopping")]
+    Shutdown,
+}
+
+impl CloseReason {
+    /// What the Close frame says, or `None` where no Close frame is sent: the peer is not there to read it.
+    pub fn close_frame(&self) -> Option<(CloseCode, &str)> {
+        Some(match self {
+            Self::Vanished | Self::Transport(_) => return None,
+            Self::Peer { code } => (code.unwrap_or(CloseCode::NORMAL), ""),
+            Self::Protocol(error) => (error.close_code(), ""),
+            Self::Undecodable => (CloseCode::INVALID_PAYLOAD, "undecodable message"),
+            Self::WrongKind => (CloseCode::UNSUPPORTED_DATA, "wrong kind of message"),
+            Self::PongTimeout => (CloseCode::INTERNAL_ERROR, "no pong in time"),
+            Self::IdleTimeout => (CloseCode::GOING_AWAY, "idle"),
+            Self::MaxDuration => (CloseCode::SERVICE_RESTART, "maximum duration"),
+            Self::SlowConsumer => (CloseCode::TRY_AGAIN_LATER, "slow consumer"),
+            Self::Application { code, text } => (*code, text),
+            Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
+            Self::Shutdown => (CloseCode::GOING_AWAY, ""),
+        })
+    }
+
+    /// Whether what is already queued for the peer goes out before the Close frame.
+    ///
+    /// Not where the peer has been slow, silent or hostile: it would only delay the end.
+    pub(crate) fn flushes_first(&self) -> bool {
+        matches!(self, Self::Peer { .. } | Self::Application { .. } | Self::MaxDuration | Self::Shutdown)
+    }
+}

@@ -1,0 +1,110 @@
+//! What travels to the shards: publications through the log, commands through a mailbox.
+//!
+//! Plain data. Made by publishers, carried out by a shard. Knows groups, frames and
+//! tickets. Does not know how either is carried out.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+use crate::admission::Place;
+use crate::close_reason::CloseReason;
+use crate::config::ConnectionConfig;
+use crate::directory::{Directory, Entrance, Group};
+use crate::frame::Frame;
+use crate::handler::Handler;
+use crate::id::{ConnectionId, GroupKey};
+use crate::metrics::ConnectionMetrics;
+use crate::receipt::Ticket;
+use crate::socket::Socket;
+
+/// One frame for all members of a group or of several.
+#[derive(Debug)]
+pub(crate) struct Publication {
+    pub(crate) target: Target,
+    pub(crate) except: SmallVec<[ConnectionId; 1]>,
+    pub(crate) frame: Frame,
+    /// There if the publisher waits.
+    pub(crate) ticket: Option<Ticket>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Target {
+    One(Arc<Group>),
+    /// Each connection once.
+    Several(Box<[Arc<Group>]>),
+}
+
+impl Target {
+    pub(crate) fn groups(&self) -> &[Arc<Group>] {
+        match self {
+            Self::One(group) => std::slice::from_ref(group),
+            Self::Several(groups) => groups,
+        }
+    }
+}
+
+impl Publication {
+    /// Whether it may share a piece of memory with its neighbours in the log: the same frames for the same
+    /// connections, and nobody waits for one of them alone.
+    pub(crate) fn joins(&self, first: &Self) -> bool {
+        let plain = |publication: &Self| publication.except.is_empty() && publication.ticket.is_none();
+        match (&self.target, &first.target) {
+            (Target::One(mine), Target::One(theirs)) => {
+                Arc::ptr_eq(mine, theirs) && plain(self) && plain(first)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What one shard is to do.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Adopt(Box<Adoption>),
+    For {
+        id: ConnectionId,
+        /// An id of another namespace names nobody here.
+        namespace: GroupKey,
+        action: Action,
+    },
+}
+
+pub(crate) enum Action {
+    Send { frame: Frame, ticket: Option<Ticket> },
+    Join(Entrance),
+    Leave { group: Arc<Group> },
+    Close(CloseReason),
+    Inspect(Box<dyn FnOnce(ConnectionMetrics) + Send>),
+}
+
+impl std::fmt::Debug for Action {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Send { .. } => "Send",
+            Self::Join(_) => "Join",
+            Self::Leave { .. } => "Leave",
+            Self::Close(_) => "Close",
+            Self::Inspect(_) => "Inspect",
+        })
+    }
+}
+
+/// A socket that changes its owner.
+pub(crate) struct Adoption {
+    pub(crate) socket: Socket,
+    /// What the peer sent together with its handshake.
+    pub(crate) received: Bytes,
+    pub(crate) handler: Box<dyn Handler>,
+    pub(crate) config: Arc<ConnectionConfig>,
+    pub(crate) directory: Arc<Directory>,
+    pub(crate) place: Place,
+    pub(crate) entrance: Entrance,
+}
+
+impl std::fmt::Debug for Adoption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Adoption").field("socket", &self.socket).finish_non_exhaustive()
+    }
+}

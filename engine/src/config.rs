@@ -1,0 +1,189 @@
+//! What can be set, with its unit, default and range.
+//!
+//! Read once when an engine starts or a connection is adopted. Every bound says what
+//! happens at it. Does not know what uses it.
+
+use std::time::Duration;
+
+use crate::id::SHARDS_MAX;
+
+/// How an engine is built. All fields have defaults; deserializable with the feature `serde`.
+///
+/// ```
+/// # use shardcast_engine::EngineConfig;
+/// let config = EngineConfig { shards: Some(2), pin: false, ..EngineConfig::default() };
+/// assert!(config.validate().is_ok());
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Deserialize), serde(default, deny_unknown_fields))]
+pub struct EngineConfig {
+    /// Number of shards, each one thread: 1 to 4096. Default: none, meaning one for each CPU
+    /// that this process may use (affinity and container quota considered).
+    pub shards: Option<usize>,
+    /// Whether each shard is pinned to one of the allowed CPUs. Default: true. With more shards
+    /// than CPUs, CPUs are shared; where the system refuses, the shard runs unpinned and says so.
+    pub pin: bool,
+    /// Publications that the log holds until every shard has read them: 2 to 1,048,576, rounded up to
+    /// a power of two. Default: 4096. At the limit publishers wait for the slowest shard.
+    pub log_capacity: usize,
+    /// Commands (adoptions, unicasts, joins, leaves, closes) that one shard's mailbox holds:
+    /// 1 to 1,048,576. Default: 4096. At the limit their senders wait for the shard.
+    pub mailbox_capacity: usize,
+    /// Publishers that may wait for room at one place, the log or one mailbox: 1 to 16,777,216.
+    /// Default: 65,536. At the limit a publisher gets `SendError::Overloaded` instead of waiting.
+    pub publishers_waiting_max: usize,
+    /// Bytes that a shard reads at once: 1 KiB to 16 MiB. Default: 65,536. One buffer per shard, not per connection.
+    pub read_buffer_bytes: usize,
+    /// Connections in all, at most: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are
+    /// admitted; the face answers the upgrade with 503.
+    pub max_connections: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            shards: None,
+            pin: true,
+            log_capacity: 4096,
+            mailbox_capacity: 4096,
+            publishers_waiting_max: 65_536,
+            read_buffer_bytes: 65_536,
+            max_connections: 1 << 20,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// Checks every field against its range.
+    ///
+    /// # Errors
+    /// The first field that is out of range, by name.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let shards = self.shards.unwrap_or(1);
+        within("shards", shards, 1, SHARDS_MAX)?;
+        within("log_capacity", self.log_capacity, 2, 1 << 20)?;
+        within("mailbox_capacity", self.mailbox_capacity, 1, 1 << 20)?;
+        within("publishers_waiting_max", self.publishers_waiting_max, 1, 1 << 24)?;
+        within("read_buffer_bytes", self.read_buffer_bytes, 1024, 16 << 20)?;
+        within("max_connections", self.max_connections, 1, 1 << 30)
+    }
+}
+
+/// What holds for a connection while it lives. Connections that share one share its memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConnectionConfig {
+    /// Frames that the outbox holds for a peer that reads too slowly: 1 to 16,777,216. Default: 1024.
+    /// Beyond it frames wait, and so do publishers that await them.
+    pub outbox_frames: usize,
+    /// Bytes that the outbox holds, likewise: 1 KiB to 1 GiB. Default: 1 MiB. An empty outbox takes one frame of any size.
+    pub outbox_bytes: usize,
+    /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit the
+    /// connection is ended as a slow consumer (1013).
+    pub waiting_frames: usize,
+    /// Bytes of one message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one
+    /// ends the connection (1009).
+    pub max_message_bytes: usize,
+    /// Fragments of one message: 1 to 16,777,216. Default: 1024. More end the connection (1008).
+    pub max_fragments: u32,
+    /// Time between two pings: 10 ms to 1 day. Default: 15 s.
+    pub heartbeat_interval: Duration,
+    /// Time within which a ping must be answered: 10 ms to 1 day. Default: 10 s. After it the peer counts as dead.
+    pub pong_timeout: Duration,
+    /// Time without any frame from the peer (pongs count): 10 ms to 1 year, or none. Default: none. After it
+    /// the connection ends (1001).
+    pub idle_timeout: Option<Duration>,
+    /// How long a connection may live: 10 ms to 1 year, or none. Default: none. After it the connection ends (1012).
+    pub max_connection_duration: Option<Duration>,
+    /// Time for the closing handshake, flushing included: 10 ms to 1 hour. Default: 5 s. After it the socket is dropped.
+    pub close_timeout: Duration,
+}
+
+impl Default for ConnectionConfig {
+    fn default() -> Self {
+        Self {
+            outbox_frames: 1024,
+            outbox_bytes: 1 << 20,
+            waiting_frames: 65_536,
+            max_message_bytes: 64 << 10,
+            max_fragments: 1024,
+            heartbeat_interval: Duration::from_secs(15),
+            pong_timeout: Duration::from_secs(10),
+            idle_timeout: None,
+            max_connection_duration: None,
+            close_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl ConnectionConfig {
+    /// Checks every field against its range.
+    ///
+    /// # Errors
+    /// The first field that is out of range, by name.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        const SHORTEST: Duration = Duration::from_millis(10);
+        const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+        const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+        within("outbox_frames", self.outbox_frames, 1, 1 << 24)?;
+        within("outbox_bytes", self.outbox_bytes, 1024, 1 << 30)?;
+        within("waiting_frames", self.waiting_frames, 0, 1 << 24)?;
+        within("max_message_bytes", self.max_message_bytes, 1, 1 << 30)?;
+        within("max_fragments", self.max_fragments, 1, 1 << 24)?;
+        within("heartbeat_interval", self.heartbeat_interval, SHORTEST, DAY)?;
+        within("pong_timeout", self.pong_timeout, SHORTEST, DAY)?;
+        within("close_timeout", self.close_timeout, SHORTEST, Duration::from_secs(3600))?;
+        if let Some(timeout) = self.idle_timeout {
+            within("idle_timeout", timeout, SHORTEST, YEAR)?;
+        }
+        if let Some(duration) = self.max_connection_duration {
+            within("max_connection_duration", duration, SHORTEST, YEAR)?;
+        }
+        Ok(())
+    }
+}
+
+/// A setting is out of range. Says which, what it was, and what it may be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}` is {value}, but must be from {lowest} to {highest}")]
+pub struct ConfigError {
+    /// The field's name.
+    pub field: &'static str,
+    /// What it was set to.
+    pub value: String,
+    /// The lowest value allowed.
+    pub lowest: String,
+    /// The highest value allowed.
+    pub highest: String,
+}
+
+fn within<T: PartialOrd + std::fmt::Debug>(
+    field: &'static str,
+    value: T,
+    lowest: T,
+    highest: T,
+) -> Result<(), ConfigError> {
+    if value >= lowest && value <= highest {
+        return Ok(());
+    }
+    let show = |value: T| format!("{value:?}");
+    Err(ConfigError { field, value: show(value), lowest: show(lowest), highest: show(highest) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_in_range() {
+        assert_eq!(EngineConfig::default().validate(), Ok(()));
+        assert_eq!(ConnectionConfig::default().validate(), Ok(()));
+    }
+
+    #[test]
+    fn an_impossible_setting_is_named_with_its_range() {
+        let error = EngineConfig { shards: Some(0), ..Default::default() }.validate().unwrap_err();
+        assert_eq!(error.to_string(), "`shards` is 0, but must be from 1 to 4096");
+        let config = ConnectionConfig { pong_timeout: Duration::ZERO, ..Default::default() };
+        assert_eq!(config.validate().unwrap_err().field, "pong_timeout");
+    }
+}

@@ -1,0 +1,244 @@
+//! The directory: what all threads may know about groups.
+//!
+//! Group name → shared entry, and in the entry: which shards have members, how many
+//! members there are, how many of them are congested. Publishers read it, members'
+//! shards keep it. The lists of members themselves are in the shards. Guards of the
+//! concurrent map never leave a function here.
+//!
+//! An entry lives from the first `enter` to the last `exit`. The race between the two
+//! is decided by the member count: 0 turns into `CLOSED` once, and who finds an entry
+//! closed makes a new one. So a member never hides in an entry that nobody finds.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use crate::id::GroupKey;
+
+const CLOSED: u64 = u64::MAX;
+
+/// The shared entry of one group.
+#[derive(Debug)]
+pub(crate) struct Group {
+    pub(crate) key: GroupKey,
+    /// None for everyone, which is in no map and never closed.
+    name: Option<Arc<str>>,
+    /// Members on all shards, those on their way included; or `CLOSED`.
+    members: AtomicU64,
+    /// Members whose outbox is more than half full.
+    congested: AtomicU32,
+    /// One bit per shard: set before a join returns, cleared only by the shard itself.
+    ///
+    /// A shard may clear the bit while a join is on its way to it. That is safe, because
+    /// it is awake then, and before it sleeps it looks at its mailbox and at the log.
+    interest: Box<[AtomicU64]>,
+}
+
+impl Group {
+    fn new(key: GroupKey, name: Option<Arc<str>>, shards: usize) -> Self {
+        let interest = (0..shards.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Self { key, name, members: AtomicU64::new(0), congested: AtomicU32::new(0), interest }
+    }
+
+    fn try_enter(&self) -> bool {
+        // AcqRel/Acquire: whoever comes later sees the count; partner is `exit`.
+        self.members.fetch_update(AcqRel, Acquire, |count| (count != CLOSED).then(|| count + 1)).is_ok()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        matches!(self.members.load(Acquire), 0 | CLOSED)
+    }
+
+    /// Members on all shards now.
+    pub(crate) fn len(&self) -> usize {
+        match self.members.load(Acquire) {
+            CLOSED => 0,
+            count => count as usize,
+        }
+    }
+
+    pub(crate) fn add_interest(&self, shard: usize) {
+        // SeqCst: read by publishers after their claim; a join that has returned is seen.
+        self.interest[shard / 64].fetch_or(1 << (shard % 64), SeqCst);
+    }
+
+    /// Called by the shard itself, awake.
+    pub(crate) fn remove_interest(&self, shard: usize) {
+        self.interest[shard / 64].fetch_and(!(1 << (shard % 64)), SeqCst);
+    }
+
+    /// Calls `wake` for each shard that may have members.
+    pub(crate) fn interested(&self, mut wake: impl FnMut(usize)) {
+        for (word, bits) in self.interest.iter().enumerate() {
+            let mut bits = bits.load(SeqCst);
+            while bits != 0 {
+                wake(word * 64 + bits.trailing_zeros() as usize);
+                bits &= bits - 1;
+            }
+        }
+    }
+
+    pub(crate) fn is_congested(&self) -> bool {
+        self.congested.load(Relaxed) > 0 // Relaxed: ordered by the log's cursors, see `Log::in_flight`
+    }
+
+    pub(crate) fn add_congested(&self) {
+        self.congested.fetch_add(1, Relaxed); // Relaxed: as above
+    }
+
+    pub(crate) fn remove_congested(&self) {
+        self.congested.fetch_sub(1, Relaxed); // Relaxed: as above
+    }
+}
+
+/// The groups of one namespace.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    everyone: Arc<Group>,
+    groups: papaya::HashMap<Arc<str>, Arc<Group>>,
+    next_key: Arc<AtomicU64>,
+    shards: usize,
+}
+
+impl Directory {
+    /// `next_key` is shared by all directories of an engine, so that keys are unique there.
+    pub(crate) fn new(shards: usize, next_key: Arc<AtomicU64>) -> Self {
+        let everyone = Arc::new(Group::new(new_key(&next_key), None, shards));
+        Self { everyone, groups: papaya::HashMap::new(), next_key, shards }
+    }
+
+    /// The group of all connections; its key also names the namespace.
+    pub(crate) fn everyone(&self) -> &Arc<Group> {
+        &self.everyone
+    }
+
+    pub(crate) fn key(&self) -> GroupKey {
+        self.everyone.key
+    }
+
+    /// One more connection, on `shard`.
+    pub(crate) fn enter_everyone(self: &Arc<Self>, shard: usize) -> Entrance {
+        self.everyone.try_enter();
+        self.everyone.add_interest(shard);
+        Entrance { directory: self.clone(), group: self.everyone.clone(), arrived: false }
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Option<Arc<Group>> {
+        self.groups.pin().get(name).cloned()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// The entry of `name`, made if needed, with one more member, on `shard`.
+    pub(crate) fn enter(self: &Arc<Self>, name: &str, shard: usize) -> Entrance {
+        let groups = self.groups.pin();
+        loop {
+            let group = match groups.get(name) {
+                Some(group) => group.clone(),
+                None => {
+                    let name: Arc<str> = name.into();
+                    let fresh = Group::new(new_key(&self.next_key), Some(name.clone()), self.shards);
+                    let fresh = Arc::new(fresh);
+                    groups.get_or_insert(name, fresh).clone()
+                }
+            };
+            if group.try_enter() {
+                group.add_interest(shard);
+                return Entrance { directory: self.clone(), group, arrived: false };
+            }
+            self.forget(&group);
+        }
+    }
+
+    /// One member less.
+    pub(crate) fn exit(&self, group: &Arc<Group>) {
+        let left = group.members.fetch_sub(1, AcqRel) - 1; // partner is `try_enter`
+        let last = left == 0 && group.name.is_some();
+        if last && group.members.compare_exchange(0, CLOSED, Release, Relaxed).is_ok() {
+            self.forget(group);
+        }
+    }
+
+    fn forget(&self, group: &Arc<Group>) {
+        if let Some(name) = &group.name {
+            let _ = self.groups.pin().remove_if(name, |_, found| Arc::ptr_eq(found, group));
+        }
+    }
+}
+
+/// A member counted, but not yet in its shard's index; dropped on the way, it is uncounted.
+#[derive(Debug)]
+pub(crate) struct Entrance {
+    directory: Arc<Directory>,
+    group: Arc<Group>,
+    arrived: bool,
+}
+
+impl Entrance {
+    pub(crate) fn group(&self) -> &Arc<Group> {
+        &self.group
+    }
+
+    /// The member is in its shard's index now, and `exit` is called when it leaves.
+    pub(crate) fn arrive(mut self) {
+        self.arrived = true;
+    }
+}
+
+impl Drop for Entrance {
+    fn drop(&mut self) {
+        if !self.arrived {
+            self.directory.exit(&self.group);
+        }
+    }
+}
+
+fn new_key(next: &AtomicU64) -> GroupKey {
+    GroupKey(next.fetch_add(1, Relaxed)) // Relaxed: uniqueness is all that is asked
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directory() -> Arc<Directory> {
+        Arc::new(Directory::new(70, Arc::new(AtomicU64::new(0))))
+    }
+
+    #[test]
+    fn a_group_lives_from_its_first_member_to_its_last() {
+        let directory = directory();
+        let first = directory.enter("room", 3);
+        let again = directory.enter("room", 69);
+        assert!(Arc::ptr_eq(first.group(), again.group()));
+        let key = first.group().key;
+        let mut shards = Vec::new();
+        first.group().interested(|shard| shards.push(shard));
+        assert_eq!(shards, [3, 69]);
+        drop(first);
+        assert_eq!(directory.find("room").map(|group| group.len()), Some(1));
+        drop(again);
+        assert!(directory.find("room").is_none() && directory.len() == 0);
+        assert_ne!(directory.enter("room", 0).group().key, key);
+    }
+
+    #[test]
+    fn members_that_come_and_go_at_once_never_hide_in_a_closed_entry() {
+        let directory = directory();
+        std::thread::scope(|scope| {
+            for shard in 0..4 {
+                let directory = &directory;
+                scope.spawn(move || {
+                    for _ in 0..10_000 {
+                        let entrance = directory.enter("room", shard);
+                        let found = directory.find("room").expect("a member is in it");
+                        assert!(Arc::ptr_eq(&found, entrance.group()));
+                    }
+                });
+            }
+        });
+        assert_eq!(directory.len(), 0);
+    }
+}

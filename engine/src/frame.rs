@@ -1,0 +1,551 @@
+//! The frame: what stands on the wire (RFC 6455, section 5.2).
+//!
+//! Three shapes of it. [`Frame`] is a data message as the server sends it: header and
+//! payload in one shared buffer, because server frames are unmasked and so one encoding
+//! serves every connection. [`ControlFrame`] is a ping, pong or close: at most 127 bytes,
+//! on the stack, owned by the connection that sends it. [`Header`] is what a client's
+//! frame begins with, and [`FrameError`] what can be wrong about such a frame.
+//! Does not know sockets, or what a frame before this one said.
+
+use std::fmt;
+
+use bytes::{Buf, Bytes};
+
+use crate::close_code::CloseCode;
+use crate::utf8::InvalidUtf8;
+
+const FIN: u8 = 0b1000_0000;
+const RESERVED_BITS: u8 = 0b0111_0000;
+const OPCODE_BITS: u8 = 0b0000_1111;
+const MASKED: u8 = 0b1000_0000;
+const LENGTH_BITS: u8 = 0b0111_1111;
+/// In the length bits: the length follows in two bytes.
+const LENGTH_16: u8 = 126;
+/// In the length bits: the length follows in eight bytes.
+const LENGTH_64: u8 = 127;
+
+/// The longest payload of a control frame, in bytes.
+pub(crate) const CONTROL_PAYLOAD_BYTES_MAX: usize = 125;
+/// The longest reason in a Close frame, in bytes: what is left behind the code.
+pub(crate) const CLOSE_REASON_BYTES_MAX: usize = CONTROL_PAYLOAD_BYTES_MAX - 2;
+/// The longest header of a server frame, in bytes: it has no mask.
+const SERVER_HEADER_BYTES_MAX: usize = 10;
+/// Unused capacity above which a built frame is moved into a buffer of its own size, in bytes.
+const SPARE_BYTES_MAX: usize = 1024;
+
+/// Whether a message is text (valid UTF-8) or plain bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MessageKind {
+    /// The payload is UTF-8.
+    Text,
+    /// The payload is any bytes.
+    Binary,
+}
+
+/// What a frame is, from the low four bits of its first byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Opcode {
+    /// The next fragment of the message that was begun.
+    Continuation = 0x0,
+    /// A text message, or its first fragment.
+    Text = 0x1,
+    /// A binary message, or its first fragment.
+    Binary = 0x2,
+    /// The peer wants to end.
+    Close = 0x8,
+    /// A question that a pong answers.
+    Ping = 0x9,
+    /// The answer to a ping, or an unsolicited sign of life.
+    Pong = 0xA,
+}
+
+impl Opcode {
+    /// Reads an opcode from its number; `None` for the ten that are reserved and for anything above 15.
+    #[must_use]
+    pub const fn parse(number: u8) -> Option<Self> {
+        Some(match number {
+            0x0 => Self::Continuation,
+            0x1 => Self::Text,
+            0x2 => Self::Binary,
+            0x8 => Self::Close,
+            0x9 => Self::Ping,
+            0xA => Self::Pong,
+            _ => return None,
+        })
+    }
+
+    /// Whether this is a close, ping or pong: never fragmented, at most 125 bytes, allowed between fragments.
+    #[must_use]
+    pub const fn is_control(self) -> bool {
+        matches!(self, Self::Close | Self::Ping | Self::Pong)
+    }
+}
+
+/// What is wrong with the bytes of a peer. One variant per cause; each ends the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FrameError {
+    /// A client frame without a mask.
+    #[error("client frame is not masked")]
+    Unmasked,
+    /// A reserved bit is set, though no extension gave it a meaning.
+    #[error("reserved bits are set")]
+    ReservedBits,
+    /// An opcode that the protocol does not define (3–7, 11–15).
+    #[error("reserved opcode {0}")]
+    ReservedOpcode(u8),
+    /// A control frame that says more fragments follow.
+    #[error("control frame is fragmented")]
+    FragmentedControl,
+    /// A control frame with more than 125 bytes of payload.
+    #[error("control frame is longer than 125 bytes")]
+    ControlTooLong,
+    /// A continuation, though no message was begun.
+    #[error("continuation without a message to continue")]
+    UnexpectedContinuation,
+    /// A new message inside a fragmented one.
+    #[error("new message before the fragmented one ended")]
+    ExpectedContinuation,
+    /// A text message or a close reason that is not UTF-8.
+    #[error("text is not valid UTF-8")]
+    InvalidUtf8,
+    /// The message, summed over its fragments, claims more than the limit.
+    #[error("message is longer than {limit} bytes")]
+    MessageTooBig {
+        /// The limit, in bytes of payload.
+        limit: usize,
+    },
+    /// The message comes in more fragments than allowed.
+    #[error("message has more than {limit} fragments")]
+    TooManyFragments {
+        /// The limit, in fragments of one message.
+        limit: u32,
+    },
+    /// A close code that must not stand in a Close frame.
+    #[error("invalid close code {0}")]
+    InvalidCloseCode(u16),
+    /// A Close frame of one byte: too long for no code, too short for one.
+    #[error("close frame of one byte")]
+    InvalidClosePayload,
+    /// A 64-bit length with its top bit set.
+    #[error("frame length exceeds 63 bits")]
+    LengthOverflow,
+}
+
+impl FrameError {
+    /// The code for the Close frame that answers this error.
+    ///
+    /// 1007 for text that is not UTF-8, 1009 for a message above the size limit, 1008 for too many fragments
+    /// (our rule, not the protocol's), 1002 for everything else.
+    #[must_use]
+    pub const fn close_code(&self) -> CloseCode {
+        match self {
+            Self::InvalidUtf8 => CloseCode::INVALID_PAYLOAD,
+            Self::MessageTooBig { .. } => CloseCode::MESSAGE_TOO_BIG,
+            Self::TooManyFragments { .. } => CloseCode::POLICY_VIOLATION,
+            _ => CloseCode::PROTOCOL_ERROR,
+        }
+    }
+}
+
+impl From<InvalidUtf8> for FrameError {
+    fn from(_: InvalidUtf8) -> Self {
+        Self::InvalidUtf8
+    }
+}
+
+/// The header of a client's frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Whether the message ends with this frame.
+    pub fin: bool,
+    /// What the frame is.
+    pub opcode: Opcode,
+    /// What its payload is masked with.
+    pub key: [u8; 4],
+    /// How many bytes of payload it claims, at most 2⁶³ − 1. At most 125 for a control frame.
+    pub payload_bytes: u64,
+    /// How many bytes the header itself takes (6 to 14).
+    pub header_bytes: usize,
+}
+
+impl Header {
+    /// The longest header of a client frame, in bytes.
+    pub const BYTES_MAX: usize = 14;
+
+    /// Reads a header off the front of `bytes`; `None` if more bytes are needed, never with
+    /// [`BYTES_MAX`](Self::BYTES_MAX) of them. A length written longer than necessary is accepted.
+    ///
+    /// # Errors
+    /// What can be said from this header alone, as soon as the bytes that show it are there. Of several faults the
+    /// one reported does not depend on how many bytes are given: [`FrameError::ReservedOpcode`],
+    /// [`Unmasked`](FrameError::Unmasked), [`ReservedBits`](FrameError::ReservedBits),
+    /// [`FragmentedControl`](FrameError::FragmentedControl), [`LengthOverflow`](FrameError::LengthOverflow),
+    /// [`ControlTooLong`](FrameError::ControlTooLong), in this order.
+    pub fn parse(bytes: &[u8]) -> Result<Option<Self>, FrameError> {
+        let Some((&first, rest)) = bytes.split_first() else { return Ok(None) };
+        let opcode_number = first & OPCODE_BITS;
+        let opcode = Opcode::parse(opcode_number).ok_or(FrameError::ReservedOpcode(opcode_number))?;
+
+        let Some((&second, rest)) = rest.split_first() else { return Ok(None) };
+        if second & MASKED == 0 {
+            return Err(FrameError::Unmasked);
+        }
+        if first & RESERVED_BITS != 0 {
+            return Err(FrameError::ReservedBits);
+        }
+        let fin = first & FIN != 0;
+        if opcode.is_control() && !fin {
+            return Err(FrameError::FragmentedControl);
+        }
+
+        let (payload_bytes, rest) = match second & LENGTH_BITS {
+            LENGTH_16 => match rest.split_first_chunk() {
+                Some((length, rest)) => (u64::from(u16::from_be_bytes(*length)), rest),
+                None => return Ok(None),
+            },
+            LENGTH_64 => match rest.split_first_chunk() {
+                Some((length, rest)) => (u64::from_be_bytes(*length), rest),
+                None => return Ok(None),
+            },
+            length => (u64::from(length), rest),
+        };
+        if payload_bytes > i64::MAX as u64 {
+            return Err(FrameError::LengthOverflow);
+        }
+        if opcode.is_control() && payload_bytes > CONTROL_PAYLOAD_BYTES_MAX as u64 {
+            return Err(FrameError::ControlTooLong);
+        }
+
+        let Some((&key, rest)) = rest.split_first_chunk() else { return Ok(None) };
+        Ok(Some(Self { fin, opcode, key, payload_bytes, header_bytes: bytes.len() - rest.len() }))
+    }
+}
+
+/// One complete server frame, header included, ready to be written to any number of sockets.
+///
+/// The bytes are shared: a clone is a count, not a copy. 32 bytes big itself.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Frame {
+    bytes: Bytes,
+}
+
+impl Frame {
+    /// A text message. One allocation, one copy.
+    #[must_use]
+    pub fn text(payload: &str) -> Self {
+        Self::copied(MessageKind::Text, payload.as_bytes())
+    }
+
+    /// A binary message. One allocation, one copy.
+    #[must_use]
+    pub fn binary(payload: &[u8]) -> Self {
+        Self::copied(MessageKind::Binary, payload)
+    }
+
+    /// A message whose payload is written straight into the frame's buffer.
+    ///
+    /// `write` appends the payload to the vector it is given and says which kind it is; it must leave the
+    /// bytes that are already there alone (they become the header). If it says [`MessageKind::Text`], what it wrote
+    /// must be UTF-8: that is not checked, and a client would end the connection. `payload_bytes_hint` is a guess of
+    /// the payload's length; a good one saves the vector from growing.
+    ///
+    /// # Errors
+    /// Those of `write`.
+    ///
+    /// # Panics
+    /// If `write` makes the vector shorter than it was.
+    pub fn build<E>(
+        payload_bytes_hint: usize,
+        write: impl FnOnce(&mut Vec<u8>) -> Result<MessageKind, E>,
+    ) -> Result<Self, E> {
+        // The header's length depends on the payload's, so room for the longest is kept in front and
+        // the header ends where the payload begins.
+        let mut buffer = Vec::with_capacity(SERVER_HEADER_BYTES_MAX.saturating_add(payload_bytes_hint));
+        buffer.resize(SERVER_HEADER_BYTES_MAX, 0);
+        let kind = write(&mut buffer)?;
+        assert!(buffer.len() >= SERVER_HEADER_BYTES_MAX, "a codec may only append to the frame's buffer");
+
+        let (header, header_bytes) = server_header(kind, buffer.len() - SERVER_HEADER_BYTES_MAX);
+        let start = SERVER_HEADER_BYTES_MAX - header_bytes;
+        buffer[start..SERVER_HEADER_BYTES_MAX].copy_from_slice(&header[..header_bytes]);
+
+        // Outboxes count a frame by its length; a bad guess must not make it cost much more than that.
+        if buffer.capacity() - buffer.len() > SPARE_BYTES_MAX.max(buffer.len()) {
+            buffer.shrink_to_fit();
+        }
+        let mut bytes = Bytes::from(buffer);
+        bytes.advance(start);
+        Ok(Self { bytes })
+    }
+
+    /// The frame as it goes to the socket.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The frame as it goes to the socket, shared.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        self.bytes.clone()
+    }
+
+    /// How many bytes go to the socket, header included; at least 2.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a frame has at least a header")]
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The message's bytes, behind the header.
+    #[must_use]
+    pub fn payload(&self) -> &[u8] {
+        let header_bytes = match self.bytes[1] & LENGTH_BITS {
+            LENGTH_16 => 4,
+            LENGTH_64 => 10,
+            _ => 2,
+        };
+        &self.bytes[header_bytes..]
+    }
+
+    /// Whether the message is text or binary.
+    #[must_use]
+    pub fn kind(&self) -> MessageKind {
+        if self.bytes[0] & OPCODE_BITS == Opcode::Text as u8 {
+            MessageKind::Text
+        } else {
+            MessageKind::Binary
+        }
+    }
+
+    fn copied(kind: MessageKind, payload: &[u8]) -> Self {
+        let (header, header_bytes) = server_header(kind, payload.len());
+        let mut buffer = Vec::with_capacity(header_bytes + payload.len());
+        buffer.extend_from_slice(&header[..header_bytes]);
+        buffer.extend_from_slice(payload);
+        Self { bytes: buffer.into() }
+    }
+}
+
+impl From<Frame> for Bytes {
+    fn from(frame: Frame) -> Self {
+        frame.bytes
+    }
+}
+
+impl fmt::Debug for Frame {
+    /// Kind and length only: a payload is the users' business, and can be long.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Frame").field("kind", &self.kind()).field("len", &self.len()).finish()
+    }
+}
+
+/// The shortest header for a whole message of this length, and how many of the ten bytes it takes.
+fn server_header(kind: MessageKind, payload_bytes: usize) -> ([u8; SERVER_HEADER_BYTES_MAX], usize) {
+    let opcode = match kind {
+        MessageKind::Text => Opcode::Text,
+        MessageKind::Binary => Opcode::Binary,
+    };
+    let mut header = [0; SERVER_HEADER_BYTES_MAX];
+    header[0] = FIN | opcode as u8;
+    if payload_bytes < usize::from(LENGTH_16) {
+        header[1] = payload_bytes as u8;
+        (header, 2)
+    } else if let Ok(length) = u16::try_from(payload_bytes) {
+        header[1] = LENGTH_16;
+        header[2..4].copy_from_slice(&length.to_be_bytes());
+        (header, 4)
+    } else {
+        header[1] = LENGTH_64;
+        header[2..10].copy_from_slice(&(payload_bytes as u64).to_be_bytes());
+        (header, 10)
+    }
+}
+
+/// One complete server control frame, header included. At most 127 bytes, on the stack.
+#[derive(Clone, Copy)]
+pub struct ControlFrame {
+    bytes: [u8; 2 + CONTROL_PAYLOAD_BYTES_MAX],
+    len: u8,
+}
+
+impl ControlFrame {
+    /// A ping. Of the payload the first 125 bytes are taken, more cannot be said.
+    #[must_use]
+    pub fn ping(payload: &[u8]) -> Self {
+        Self::new(Opcode::Ping, &[], payload)
+    }
+
+    /// The answer to a ping, with that ping's payload. Of the payload the first 125 bytes are taken; no ping has more.
+    #[must_use]
+    pub fn pong(payload: &[u8]) -> Self {
+        Self::new(Opcode::Pong, &[], payload)
+    }
+
+    /// A close with a code and a reason.
+    ///
+    /// A reason longer than 123 bytes is cut in front of the character that does not fit. A code that may
+    /// not stand on the wire ([`CloseCode::is_valid_on_wire`]) gives [`close_empty`](Self::close_empty).
+    #[must_use]
+    pub fn close(code: CloseCode, reason: &str) -> Self {
+        if !code.is_valid_on_wire() {
+            return Self::close_empty();
+        }
+        let mut reason_bytes = reason.len().min(CLOSE_REASON_BYTES_MAX);
+        while !reason.is_char_boundary(reason_bytes) {
+            reason_bytes -= 1;
+        }
+        let reason = &reason[..reason_bytes];
+        Self::new(Opcode::Close, &code.0.to_be_bytes(), reason.as_bytes())
+    }
+
+    /// A close without a code.
+    #[must_use]
+    pub fn close_empty() -> Self {
+        Self::new(Opcode::Close, &[], &[])
+    }
+
+    /// The frame as it goes to the socket.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
+    }
+
+    fn new(opcode: Opcode, front: &[u8], payload: &[u8]) -> Self {
+        let payload = &payload[..payload.len().min(CONTROL_PAYLOAD_BYTES_MAX - front.len())];
+        let payload_bytes = front.len() + payload.len();
+        let mut bytes = [0; 2 + CONTROL_PAYLOAD_BYTES_MAX];
+        bytes[0] = FIN | opcode as u8;
+        bytes[1] = payload_bytes as u8;
+        bytes[2..2 + front.len()].copy_from_slice(front);
+        bytes[2 + front.len()..2 + payload_bytes].copy_from_slice(payload);
+        Self { bytes, len: 2 + payload_bytes as u8 }
+    }
+}
+
+impl AsRef<[u8]> for ControlFrame {
+    fn as_ref(&self) -> &[u8] {
+        self.as_bytes()
+    }
+}
+
+impl fmt::Debug for ControlFrame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let opcode = Opcode::parse(self.bytes[0] & OPCODE_BITS);
+        f.debug_struct("ControlFrame").field("opcode", &opcode).field("len", &self.len).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    #[test]
+    fn the_header_is_the_shortest_one_for_each_length() {
+        for (payload_bytes, header_bytes) in
+            [(0, 2), (1, 2), (125, 2), (126, 4), (127, 4), (65_535, 4), (65_536, 10), (200_000, 10)]
+        {
+            let payload = vec![b'x'; payload_bytes];
+            let frame = Frame::binary(&payload);
+            assert_eq!(frame.len(), header_bytes + payload_bytes);
+            assert_eq!(frame.payload(), payload);
+            assert_eq!(frame.kind(), MessageKind::Binary);
+        }
+    }
+
+    #[test]
+    fn building_in_place_gives_the_same_bytes_as_copying() {
+        for payload_bytes in [0, 125, 126, 65_535, 65_536] {
+            let payload = "y".repeat(payload_bytes);
+            for hint in [0, payload_bytes, 1 << 20] {
+                let built = Frame::build(hint, |buffer| {
+                    buffer.extend_from_slice(payload.as_bytes());
+                    Ok::<_, Infallible>(MessageKind::Text)
+                });
+                assert_eq!(built, Ok(Frame::text(&payload)));
+            }
+        }
+    }
+
+    #[test]
+    fn building_hands_on_the_codecs_error() {
+        assert_eq!(Frame::build(8, |_| Err("no")), Err("no"));
+    }
+
+    #[test]
+    fn building_copies_the_payload_only_once() {
+        let mut written_at = std::ptr::null();
+        let frame = Frame::build(100, |buffer| {
+            let begin = buffer.len();
+            buffer.extend_from_slice(&[7; 100]);
+            written_at = &raw const buffer[begin];
+            Ok::<_, Infallible>(MessageKind::Binary)
+        });
+        assert_eq!(frame.map(|frame| frame.payload().as_ptr()), Ok(written_at));
+    }
+
+    #[test]
+    fn a_clone_shares_the_bytes() {
+        let frame = Frame::text("shared");
+        assert_eq!(frame.clone().as_bytes().as_ptr(), frame.as_bytes().as_ptr());
+        assert_eq!(frame.bytes().as_ptr(), frame.as_bytes().as_ptr());
+    }
+
+    #[test]
+    fn a_long_reason_is_cut_between_characters() {
+        let close = ControlFrame::close(CloseCode::NORMAL, &"é".repeat(100));
+        assert_eq!(close.as_bytes().len(), 2 + 2 + 122);
+        assert_eq!(close.as_bytes()[1], 124);
+        assert!(std::str::from_utf8(&close.as_bytes()[4..]).is_ok());
+    }
+
+    #[test]
+    fn a_code_that_must_not_be_sent_is_not_sent() {
+        assert_eq!(ControlFrame::close(CloseCode(1006), "lost").as_bytes(), [0x88, 0]);
+    }
+
+    #[test]
+    fn a_control_frame_never_exceeds_127_bytes() {
+        assert_eq!(ControlFrame::ping(&[1; 125]).as_bytes().len(), 127);
+        assert_eq!(ControlFrame::pong(&[1; 200]).as_bytes().len(), 127);
+    }
+
+    #[test]
+    fn a_header_is_read_only_when_it_is_complete() {
+        let bytes = [0x82, 0xff, 0, 0, 0, 0, 0, 1, 0, 0, 9, 8, 7, 6, 0x55];
+        for len in 0..Header::BYTES_MAX {
+            assert_eq!(Header::parse(&bytes[..len]), Ok(None), "{len} bytes");
+        }
+        let header = Header {
+            fin: true,
+            opcode: Opcode::Binary,
+            key: [9, 8, 7, 6],
+            payload_bytes: 65_536,
+            header_bytes: 14,
+        };
+        assert_eq!(Header::parse(&bytes), Ok(Some(header)));
+    }
+
+    #[test]
+    fn a_control_frame_may_claim_125_bytes_and_no_more() {
+        let claims =
+            |bytes: &[u8]| Header::parse(bytes).map(|header| header.map(|header| header.payload_bytes));
+        assert_eq!(claims(&[0x89, 0x80 | 125, 0, 0, 0, 0]), Ok(Some(125)));
+        // Written longer than necessary, but no longer than allowed.
+        assert_eq!(claims(&[0x89, 0x80 | 126, 0, 125, 0, 0, 0, 0]), Ok(Some(125)));
+        assert_eq!(claims(&[0x89, 0x80 | 126, 0, 126]), Err(FrameError::ControlTooLong));
+        assert_eq!(claims(&[0x88, 0x80 | 127, 0, 0, 0, 0, 0, 1, 0, 0]), Err(FrameError::ControlTooLong));
+    }
+
+    #[test]
+    fn each_error_has_the_close_code_of_its_cause() {
+        assert_eq!(FrameError::Unmasked.close_code(), CloseCode::PROTOCOL_ERROR);
+        assert_eq!(FrameError::InvalidUtf8.close_code(), CloseCode::INVALID_PAYLOAD);
+        assert_eq!(FrameError::MessageTooBig { limit: 1 }.close_code(), CloseCode::MESSAGE_TOO_BIG);
+        assert_eq!(FrameError::TooManyFragments { limit: 1 }.close_code(), CloseCode::POLICY_VIOLATION);
+    }
+}

@@ -1,0 +1,229 @@
+//! The group index of one shard: which of its connections are in which group.
+//!
+//! Owned by one shard, plain single-threaded data. Join and leave cost the same for a
+//! group of two and of a million, for a connection in one group and in a thousand: both
+//! sides keep the other's place and the last element fills a gap. Teardown costs the
+//! connection's own groups. Knows slots and keys. Does not know connections, sockets, or
+//! what the shared entry `G` of a group is for.
+
+use rustc_hash::FxHashMap;
+use slab::Slab;
+use smallvec::SmallVec;
+
+use crate::id::GroupKey;
+
+#[derive(Debug)]
+pub(crate) struct GroupIndex<G> {
+    groups: Slab<LocalGroup<G>>,
+    by_key: FxHashMap<GroupKey, u32>,
+    /// (group, slot) → place in the slot's own list.
+    places: FxHashMap<(u32, u32), u32>,
+    slots: Vec<SlotGroups>,
+    epoch: u32,
+}
+
+#[derive(Debug)]
+struct LocalGroup<G> {
+    key: GroupKey,
+    shared: G,
+    members: Vec<Member>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Member {
+    pub(crate) slot: u32,
+    /// Where the member's own list holds this group.
+    own: u32,
+}
+
+#[derive(Debug, Default)]
+struct SlotGroups {
+    own: SmallVec<[Membership; 1]>,
+    /// The last union that counted this slot.
+    mark: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Membership {
+    group: u32,
+    position: u32,
+}
+
+impl<G> GroupIndex<G> {
+    pub(crate) fn new() -> Self {
+        Self {
+            groups: Slab::new(),
+            by_key: FxHashMap::default(),
+            places: FxHashMap::default(),
+            slots: Vec::new(),
+            epoch: 0,
+        }
+    }
+
+    /// Adds a member; false if it already was one (and `shared` is dropped).
+    pub(crate) fn join(&mut self, key: GroupKey, shared: G, slot: u32) -> bool {
+        let group = *self
+            .by_key
+            .entry(key)
+            .or_insert_with(|| self.groups.insert(LocalGroup { key, shared, members: Vec::new() }) as u32);
+        if self.slots.len() <= slot as usize {
+            self.slots.resize_with(slot as usize + 1, SlotGroups::default);
+        }
+        let own = &mut self.slots[slot as usize].own;
+        let place = own.len() as u32;
+        match self.places.entry((group, slot)) {
+            std::collections::hash_map::Entry::Occupied(_) => return false,
+            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(place),
+        };
+        let members = &mut self.groups[group as usize].members;
+        own.push(Membership { group, position: members.len() as u32 });
+        members.push(Member { slot, own: place });
+        true
+    }
+
+    /// Removes a member.
+    pub(crate) fn leave(&mut self, key: GroupKey, slot: u32) -> Left {
+        let place = self.by_key.get(&key).and_then(|group| self.places.get(&(*group, slot)));
+        match place.copied() {
+            Some(place) => self.remove(slot, place),
+            None => Left::WasNoMember,
+        }
+    }
+
+    /// The shared entry of each group that the slot is in.
+    pub(crate) fn groups_of(&self, slot: u32) -> impl Iterator<Item = &G> {
+        let own = self.slots.get(slot as usize).map_or(&[][..], |slot| &slot.own);
+        own.iter().map(|membership| &self.groups[membership.group as usize].shared)
+    }
+
+    /// Removes the slot from one of its groups, until there are none.
+    pub(crate) fn leave_any(&mut self, slot: u32) -> Option<(G, Left)>
+    where
+        G: Clone,
+    {
+        let own = &self.slots.get(slot as usize)?.own;
+        let place = own.len().checked_sub(1)?;
+        let shared = self.groups[own[place].group as usize].shared.clone();
+        Some((shared, self.remove(slot, place as u32)))
+    }
+
+    /// The members of a group on this shard.
+    #[inline]
+    pub(crate) fn members(&self, key: GroupKey) -> &[Member] {
+        self.by_key.get(&key).map_or(&[], |group| &self.groups[*group as usize].members)
+    }
+
+    /// The members of several groups, each slot once.
+    pub(crate) fn union(&mut self, keys: impl Iterator<Item = GroupKey>, slots: &mut Vec<u32>) {
+        self.epoch = self.epoch.wrapping_add(1);
+        if self.epoch == 0 {
+            self.slots.iter_mut().for_each(|slot| slot.mark = 0);
+            self.epoch = 1;
+        }
+        slots.clear();
+        for key in keys {
+            let Some(group) = self.by_key.get(&key) else { continue };
+            for member in &self.groups[*group as usize].members {
+                let mark = &mut self.slots[member.slot as usize].mark;
+                if *mark != self.epoch {
+                    *mark = self.epoch;
+                    slots.push(member.slot);
+                }
+            }
+        }
+    }
+
+    fn remove(&mut self, slot: u32, place: u32) -> Left {
+        let own = &mut self.slots[slot as usize].own;
+        let Membership { group, position } = own.swap_remove(place as usize);
+        if let Some(moved) = own.get(place as usize).copied() {
+            self.places.insert((moved.group, slot), place);
+            self.groups[moved.group as usize].members[moved.position as usize].own = place;
+        }
+        self.places.remove(&(group, slot));
+        let members = &mut self.groups[group as usize].members;
+        members.swap_remove(position as usize);
+        if let Some(moved) = members.get(position as usize).copied() {
+            self.slots[moved.slot as usize].own[moved.own as usize].position = position;
+        }
+        if !self.groups[group as usize].members.is_empty() {
+            return Left::OthersStay;
+        }
+        let LocalGroup { key, .. } = self.groups.remove(group as usize);
+        self.by_key.remove(&key);
+        Left::WasLast
+    }
+}
+
+/// What a `leave` left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Left {
+    WasNoMember,
+    OthersStay,
+    /// The group has no members on this shard any more.
+    WasLast,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn members(index: &GroupIndex<u64>, key: u64) -> BTreeSet<u32> {
+        index.members(GroupKey(key)).iter().map(|member| member.slot).collect()
+    }
+
+    #[test]
+    fn a_union_counts_each_member_once() {
+        let mut index = GroupIndex::new();
+        for (key, slot) in [(1, 5), (1, 6), (2, 6), (2, 7), (3, 8)] {
+            assert!(index.join(GroupKey(key), key, slot));
+        }
+        let mut slots = Vec::new();
+        index.union([1, 2, 9].map(GroupKey).into_iter(), &mut slots);
+        slots.sort_unstable();
+        assert_eq!(slots, [5, 6, 7]);
+    }
+
+    proptest! {
+        #[test]
+        fn the_index_agrees_with_a_plain_map_of_sets(
+            steps in prop::collection::vec((0u8..10, 0u64..6, 0u32..12), 1..300)
+        ) {
+            let mut index = GroupIndex::new();
+            let mut model: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
+            for (step, key, slot) in steps {
+                match step {
+                    0..=5 => {
+                        let new = model.entry(key).or_default().insert(slot);
+                        prop_assert_eq!(index.join(GroupKey(key), key, slot), new);
+                    }
+                    6..=8 => {
+                        let was = model.get_mut(&key).is_some_and(|set| set.remove(&slot));
+                        let left = index.leave(GroupKey(key), slot);
+                        prop_assert_eq!(left != Left::WasNoMember, was);
+                        if was {
+                            prop_assert_eq!(left == Left::WasLast, model[&key].is_empty());
+                        }
+                    }
+                    _ => {
+                        while let Some((key, _)) = index.leave_any(slot) {
+                            prop_assert!(model.get_mut(&key).is_some_and(|set| set.remove(&slot)));
+                        }
+                        prop_assert!(model.values().all(|set| !set.contains(&slot)));
+                    }
+                }
+                for key in 0..6 {
+                    prop_assert_eq!(members(&index, key), model.get(&key).cloned().unwrap_or_default());
+                }
+            }
+            for slot in 0..12 {
+                while index.leave_any(slot).is_some() {}
+            }
+            prop_assert!(index.groups.is_empty() && index.by_key.is_empty() && index.places.is_empty());
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! What the engine asks of an application: one handler for each connection.
+//!
+//! A plain trait with bytes; there is no future in it. A handler lives on its
+//! connection's shard and is called there, one call at a time. One that cannot go on
+//! answers `Pending`, keeps a waker from the context, and is called again when it was
+//! woken; until then its connection is not read (promise 7). Knows ids, frames and close
+//! reasons. Does not know sockets.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{AcqRel, Release};
+use std::task::{Wake, Waker};
+
+use crate::close_reason::CloseReason;
+use crate::frame::MessageKind;
+use crate::id::ConnectionId;
+use crate::publisher::Shared;
+
+/// Handles one connection, on its shard.
+///
+/// A call must not block: the shard's other connections wait meanwhile. A panic ends this
+/// connection (1011) and harms no other.
+pub trait Handler: Send {
+    /// The connection is open. No message is handed over before this is `Ready`.
+    fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
+        let _ = context;
+        Flow::Ready
+    }
+
+    /// A whole message has arrived. Payloads of text are valid UTF-8.
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow;
+
+    /// A waker from the context was woken, after a call that answered `Pending`.
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
+        let _ = context;
+        Flow::Ready
+    }
+
+    /// The connection has ended; called exactly once, after the last `Pending` was resolved.
+    /// The handler is dropped when this, or the `on_resume` after it, is `Ready`.
+    fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
+        let _ = (reason, context);
+        Flow::Ready
+    }
+}
+
+/// A message: what the application means, in one or more frames on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Message<'a> {
+    /// Whether it came as text or as binary.
+    pub kind: MessageKind,
+    /// Its bytes; valid UTF-8 if the kind is text.
+    pub payload: &'a [u8],
+}
+
+/// Whether a handler is done with what it was given.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    /// Done: the next message may come.
+    Ready,
+    /// Not done: call `on_resume` when the waker was woken.
+    Pending,
+}
+
+/// What a handler may ask of its connection during a call.
+#[derive(Debug)]
+pub struct Context<'a> {
+    id: ConnectionId,
+    shared: &'a Arc<Shared>,
+    resume: &'a mut Option<Arc<Resume>>,
+    close: Option<CloseReason>,
+}
+
+impl<'a> Context<'a> {
+    pub(crate) fn new(
+        id: ConnectionId,
+        shared: &'a Arc<Shared>,
+        resume: &'a mut Option<Arc<Resume>>,
+    ) -> Self {
+        Self { id, shared, resume, close: None }
+    }
+
+    /// The connection's id.
+    pub fn id(&self) -> ConnectionId {
+        self.id
+    }
+
+    /// A waker that brings about `on_resume`. May be woken from any thread, at any time, more than once.
+    pub fn waker(&mut self) -> Waker {
+        let (shared, id) = (self.shared, self.id);
+        let fresh = || Arc::new(Resume { shared: shared.clone(), id, queued: AtomicBool::new(false) });
+        self.resume.get_or_insert_with(fresh).clone().into()
+    }
+
+    /// Ends the connection after this call; the first reason counts.
+    pub fn close(&mut self, reason: CloseReason) {
+        self.close.get_or_insert(reason);
+    }
+
+    pub(crate) fn into_close(self) -> Option<CloseReason> {
+        self.close
+    }
+}
+
+/// Posts the connection's id to its shard, at most once until the shard has taken it.
+#[derive(Debug)]
+pub(crate) struct Resume {
+    shared: Arc<Shared>,
+    id: ConnectionId,
+    queued: AtomicBool,
+}
+
+impl Resume {
+    /// The shard is about to resume: a wake from now on counts anew.
+    pub(crate) fn taken(&self) {
+        self.queued.store(false, Release); // pairs with the swap: what the waker did before is seen
+    }
+}
+
+impl Wake for Resume {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if !self.queued.swap(true, AcqRel) {
+            self.shared.mailboxes[self.id.shard()].resume(self.id);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! The signs of life of one connection: pings, pongs, round trips, silence.
+//!
+//! Pure: it is told what happened and when, and answers what to do. A ping carries a
+//! nonce, and only the answer with that nonce counts. Other signs of life (bytes that
+//! arrive while nobody reads them, a full socket that drains) do not answer a ping, but
+//! they prolong the wait for the pong, which may be stuck behind them. Does not know
+//! sockets or frames.
+
+use std::time::Duration;
+
+use crate::config::ConnectionConfig;
+
+/// Times are measured from the shard's start.
+#[derive(Debug)]
+pub(crate) struct Heartbeat {
+    opened: Duration,
+    /// When the last frame arrived.
+    heard: Duration,
+    /// When the last ping went out, and its nonce while it is unanswered.
+    pinged: Duration,
+    nonce: Option<std::num::NonZeroU64>,
+    /// The last sign of life that is not an answer.
+    stirred: Duration,
+    rtt: Rtt,
+}
+
+/// Round-trip times of a connection, from pings to their pongs.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Rtt {
+    /// The last one; none before the first pong.
+    pub last: Option<Duration>,
+    /// Their moving average: each new one counts an eighth.
+    pub average: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Beat {
+    /// Nothing to do before then.
+    Wait(Duration),
+    /// Send a ping with this payload.
+    Ping([u8; 8]),
+    NoPong,
+    Idle,
+    TooOld,
+}
+
+impl Heartbeat {
+    /// `stagger`, in [0, 1), spreads first pings over the interval.
+    pub(crate) fn new(now: Duration, stagger: f32, config: &ConnectionConfig) -> Self {
+        let lead = config.heartbeat_interval.mul_f32(1.0 - stagger);
+        let pinged = now.saturating_sub(lead);
+        Self { opened: now, heard: now, pinged, nonce: None, stirred: now, rtt: Rtt::default() }
+    }
+
+    /// A frame has arrived.
+    pub(crate) fn heard(&mut self, now: Duration) {
+        self.heard = now;
+    }
+
+    /// The peer's kernel is alive, whatever the peer is.
+    pub(crate) fn stirred(&mut self, now: Duration) {
+        self.stirred = now;
+    }
+
+    pub(crate) fn pong(&mut self, now: Duration, payload: &[u8]) {
+        let Some(nonce) = self.nonce.filter(|nonce| nonce.get().to_be_bytes() == payload) else { return };
+        let _ = nonce;
+        self.nonce = None;
+        let rtt = now.saturating_sub(self.pinged);
+        self.rtt.average = Some(self.rtt.average.map_or(rtt, |average| (average * 7 + rtt) / 8));
+        self.rtt.last = Some(rtt);
+    }
+
+    pub(crate) fn rtt(&self) -> Rtt {
+        self.rtt
+    }
+
+    /// What is due now. `nonce` is called if a ping is.
+    pub(crate) fn beat(
+        &mut self,
+        now: Duration,
+        config: &ConnectionConfig,
+        nonce: impl FnOnce() -> u64,
+    ) -> Beat {
+        let mut next = Duration::MAX;
+        if let Some(max) = config.max_connection_duration {
+            let end = self.opened + max;
+            if now >= end {
+                return Beat::TooOld;
+            }
+            next = next.min(end);
+        }
+        if let Some(timeout) = config.idle_timeout {
+            let end = self.heard + timeout;
+            if now >= end {
+                return Beat::Idle;
+            }
+            next = next.min(end);
+        }
+        if self.nonce.is_some() {
+            let end = self.pinged.max(self.stirred) + config.pong_timeout;
+            if now >= end {
+                return Beat::NoPong;
+            }
+            return Beat::Wait(next.min(end));
+        }
+        let due = self.pinged + config.heartbeat_interval;
+        if now < due {
+            return Beat::Wait(next.min(due));
+        }
+        let nonce = std::num::NonZeroU64::new(nonce()).unwrap_or(std::num::NonZeroU64::MIN);
+        self.nonce = Some(nonce);
+        self.pinged = now;
+        Beat::Ping(nonce.get().to_be_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    fn config() -> ConnectionConfig {
+        let (heartbeat_interval, pong_timeout) = (MS(1000), MS(300));
+        ConnectionConfig { heartbeat_interval, pong_timeout, ..ConnectionConfig::default() }
+    }
+
+    #[test]
+    fn only_the_answer_to_the_last_ping_counts() {
+        let (config, mut beats) = (config(), Heartbeat::new(MS(5000), 0.5, &config()));
+        assert_eq!(beats.beat(MS(5000), &config, || 7), Beat::Wait(MS(5500)));
+        assert_eq!(beats.beat(MS(5500), &config, || 7), Beat::Ping(7u64.to_be_bytes()));
+        beats.pong(MS(5510), b"");
+        beats.pong(MS(5510), &8u64.to_be_bytes());
+        assert_eq!(
+            (beats.rtt(), beats.beat(MS(5799), &config, || 9)),
+            (Rtt::default(), Beat::Wait(MS(5800)))
+        );
+        beats.pong(MS(5540), &7u64.to_be_bytes());
+        assert_eq!(beats.rtt().last, Some(MS(40)));
+        assert_eq!(beats.beat(MS(5800), &config, || 9), Beat::Wait(MS(6500)));
+        beats.pong(MS(5850), &7u64.to_be_bytes());
+        assert_eq!(beats.rtt().last, Some(MS(40)));
+    }
+
+    #[test]
+    fn silence_after_a_ping_means_dead_and_a_stir_prolongs_the_wait() {
+        let (config, mut beats) = (config(), Heartbeat::new(MS(5000), 0.0, &config()));
+        assert_eq!(beats.beat(MS(5000), &config, || 7), Beat::Ping(7u64.to_be_bytes()));
+        beats.stirred(MS(5200));
+        assert_eq!(beats.beat(MS(5300), &config, || 7), Beat::Wait(MS(5500)));
+        assert_eq!(beats.beat(MS(5500), &config, || 7), Beat::NoPong);
+    }
+
+    #[test]
+    fn a_silent_and_an_old_connection_end() {
+        let config = ConnectionConfig {
+            idle_timeout: Some(MS(400)),
+            max_connection_duration: Some(MS(900)),
+            ..config()
+        };
+        let mut beats = Heartbeat::new(MS(5000), 0.9, &config);
+        assert_eq!(beats.beat(MS(5000), &config, || 7), Beat::Wait(MS(5400)));
+        beats.heard(MS(5300));
+        assert_eq!(beats.beat(MS(5400), &config, || 7), Beat::Wait(MS(5700)));
+        assert_eq!(beats.beat(MS(5700), &config, || 7), Beat::Idle);
+        beats.heard(MS(5899));
+        assert_eq!(beats.beat(MS(5900), &config, || 7), Beat::TooOld);
+    }
+}

@@ -1,0 +1,100 @@
+//! The names that the engine gives out: connections and groups.
+//!
+//! Plain numbers, so that hot paths compare and hash words instead of strings. A
+//! connection's id says where it lives (shard and slot) and which tenant of the slot it
+//! is, so no shared table of ids is needed and an id of a connection that has gone
+//! reaches nobody. Knows nothing else.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Names one connection of one engine; never reused for another one in practice
+/// (the same slot would have to be taken 2^28 times).
+///
+/// Displayed and parsed as 16 hexadecimal digits. It is not a secret.
+///
+/// ```
+/// # use shardcast_engine::ConnectionId;
+/// let id: ConnectionId = "0010000020000003".parse()?;
+/// assert_eq!(id.to_string(), "0010000020000003");
+/// # Ok::<(), shardcast_engine::InvalidConnectionId>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionId(u64);
+
+const SLOT_BITS: u32 = 24;
+const TENANT_BITS: u32 = 28;
+/// How many shards an id can tell apart.
+pub(crate) const SHARDS_MAX: usize = 1 << (64 - SLOT_BITS - TENANT_BITS);
+/// How many connections one shard can hold at a time.
+pub(crate) const SLOTS_MAX: usize = 1 << SLOT_BITS;
+
+impl ConnectionId {
+    /// `tenant` wraps at 2^28.
+    pub(crate) fn new(shard: usize, slot: usize, tenant: u64) -> Self {
+        debug_assert!(shard < SHARDS_MAX && slot < SLOTS_MAX);
+        let tenant = tenant & ((1 << TENANT_BITS) - 1);
+        Self((shard as u64) << (SLOT_BITS + TENANT_BITS) | tenant << SLOT_BITS | slot as u64)
+    }
+
+    /// The index of the shard that owns the connection.
+    pub fn shard(self) -> usize {
+        (self.0 >> (SLOT_BITS + TENANT_BITS)) as usize
+    }
+
+    pub(crate) fn slot(self) -> usize {
+        (self.0 & ((1 << SLOT_BITS) - 1)) as usize
+    }
+}
+
+impl fmt::Display for ConnectionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl fmt::Debug for ConnectionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ConnectionId({self})")
+    }
+}
+
+/// The text is not a connection id: those have 16 hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a connection id has 16 hexadecimal digits")]
+pub struct InvalidConnectionId;
+
+impl FromStr for ConnectionId {
+    type Err = InvalidConnectionId;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.len() != 16 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(InvalidConnectionId);
+        }
+        u64::from_str_radix(text, 16).map(Self).map_err(|_| InvalidConnectionId)
+    }
+}
+
+/// Names one group for as long as it has members.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct GroupKey(pub(crate) u64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_gives_back_what_it_was_made_of() {
+        let id = ConnectionId::new(SHARDS_MAX - 1, SLOTS_MAX - 1, u64::MAX);
+        assert_eq!((id.shard(), id.slot()), (SHARDS_MAX - 1, SLOTS_MAX - 1));
+        assert_eq!(id.to_string().parse(), Ok(id));
+        assert_ne!(ConnectionId::new(0, 7, 1), ConnectionId::new(0, 7, 2));
+    }
+
+    #[test]
+    fn what_is_not_an_id_is_refused() {
+        for text in ["", "1", "+00000000000000f", "00000000000000000", "000000000000000g"] {
+            assert_eq!(text.parse::<ConnectionId>(), Err(InvalidConnectionId), "{text}");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! The publication log: one bounded ring that every shard reads with its own cursor.
+//!
+//! Publishers claim a position, write the slot and release it. Shards read the slots
+//! in sequence and in place, so all of them see one order (promise 1), and publishing
+//! costs the same however many shards there are. Shared by all threads of an engine.
+//! Does not know what it carries, nor groups, sockets or time.
+//!
+//! The life of position `p`, in slot `p % capacity`:
+//!
+//! 1. *free*: `gate > p - capacity`; the old value has been dropped.
+//! 2. *claimed*: a publisher moved `tail` from `p` to `p + 1`. Only it may touch the slot.
+//! 3. *released*: the publisher stored `sequence = p + 1`. Every shard whose cursor is at
+//!    or below `p` may read it; nobody may write.
+//! 4. *passed*: every cursor is above `p`. Whoever runs `reclaim` drops the value and
+//!    then moves `gate` above `p`, which is state 1 for position `p + capacity`.
+//!
+//! Honest words about lock-freedom: publishing never waits for another publisher, but a
+//! publisher that the scheduler stops between 2 and 3 holds back the readers at `p`.
+//! That is a few instructions; a shard that meets it goes on with its sockets. A full
+//! log makes publishers wait (asynchronously) for the slowest shard, never shards for
+//! publishers.
+
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
+
+use crossbeam_utils::CachePadded;
+
+use crate::sync::{AtomicU32, AtomicU64, UnsafeCell, fence};
+use crate::wait_list::WaitList;
+
+/// The cursor of a shard that has ended: it holds back nobody.
+const ENDED: u64 = u64::MAX;
+
+#[derive(Debug)]
+pub(crate) struct Log<T> {
+    slots: Box<[Slot<T>]>,
+    /// The next position to claim.
+    tail: CachePadded<AtomicU64>,
+    /// Positions below are passed by every shard, and their values dropped.
+    gate: CachePadded<AtomicU64>,
+    cursors: Box<[CachePadded<AtomicU64>]>,
+    /// How many asked for a reclaim that is not finished: the first does it for all.
+    reclaiming: CachePadded<AtomicU32>,
+    pub(crate) waiting: WaitList,
+}
+
+#[derive(Debug)]
+struct Slot<T> {
+    sequence: AtomicU64,
+    value: UnsafeCell<MaybeUninit<T>>,
+}
+
+// SAFETY: a slot's value is written by the one thread that claimed its position, read by
+// shards only between release and pass, and dropped by the one thread inside `reclaim`
+// after every shard has passed. Reads happen in place from several threads (`T: Sync`)
+// and values move between threads (`T: Send`). Witness: the loom models below.
+unsafe impl<T: Send + Sync> Send for Log<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send + Sync> Sync for Log<T> {}
+
+impl<T> Log<T> {
+    /// A log of at least `capacity` positions (rounded up to a power of two), read by `shards` shards.
+    pub(crate) fn new(capacity: usize, shards: usize, waiting_max: usize) -> (Arc<Self>, Vec<Reader<T>>) {
+        let capacity = capacity.next_power_of_two();
+        let slot = |_| Slot { sequence: AtomicU64::new(0), value: UnsafeCell::new(MaybeUninit::uninit()) };
+        let counter = |_| CachePadded::new(AtomicU64::new(0));
+        let log = Arc::new(Self {
+            slots: (0..capacity).map(slot).collect(),
+            tail: counter(0),
+            gate: counter(0),
+            cursors: (0..shards).map(counter).collect(),
+            reclaiming: CachePadded::new(AtomicU32::new(0)),
+            waiting: WaitList::new(waiting_max),
+        });
+        let readers = (0..shards).map(|shard| Reader { log: log.clone(), shard, next: 0 }).collect();
+        (log, readers)
+    }
+
+    /// The position after every publication that has begun. What a caller published before is below it.
+    #[inline]
+    pub(crate) fn tail(&self) -> u64 {
+        self.tail.load(Acquire) // pairs with the claim in `try_push`
+    }
+
+    /// How many publications some shard has not passed yet (never too few).
+    #[inline]
+    pub(crate) fn in_flight(&self) -> u64 {
+        // The gate first: it never overtakes the tail, so the difference cannot be negative.
+        // Acquire: what the shards announced before they passed (congestion) is visible now.
+        let gate = self.gate.load(Acquire);
+        self.tail.load(Relaxed) - gate
+    }
+
+    /// Appends `value`; gives it back when the log is full. Returns its position.
+    ///
+    /// The caller then wakes the shards concerned, with a `SeqCst` fence between.
+    pub(crate) fn try_push(&self, value: T) -> Result<u64, T> {
+        let mut position = self.tail.load(Relaxed); // Relaxed: the exchange below decides
+        loop {
+            // Acquire: pairs with `reclaim`; the slot's old value is gone.
+            let gate = self.gate.load(Acquire);
+            if position < gate {
+                position = self.tail.load(Relaxed); // our view of the tail was from before
+                continue;
+            }
+            if position - gate >= self.slots.len() as u64 {
+                return Err(value);
+            }
+            // AcqRel: a shard that sees this claim sees all that its publisher did before.
+            match self.tail.compare_exchange_weak(position, position + 1, AcqRel, Relaxed) {
+                Ok(_) => break,
+                Err(current) => position = current,
+            }
+        }
+        let slot = self.slot(position);
+        // SAFETY: the claim gave this thread alone the slot (state 2), and the gate check says
+        // that its former value was dropped (state 1).
+        slot.value.with_mut(|cell| unsafe { (*cell).write(value) });
+        slot.sequence.store(position + 1, Release); // pairs with the load in `Reader::get`
+        Ok(position)
+    }
+
+    /// Drops what every shard has passed and wakes publishers that wait for room.
+    ///
+    /// Never blocks: if another thread is at it, that one goes round once more.
+    pub(crate) fn reclaim(&self) {
+        // AcqRel: what this caller did before (its cursor) is seen by the thread that works for it.
+        if self.reclaiming.fetch_add(1, AcqRel) > 0 {
+            return;
+        }
+        let mut asked = 1;
+        loop {
+            while self.reclaim_once() {}
+            match self.reclaiming.compare_exchange(asked, 0, AcqRel, Acquire) {
+                Ok(_) => return,
+                Err(more) => asked = more,
+            }
+        }
+    }
+
+    /// Moves the gate up to the slowest shard; false when it is there already.
+    fn reclaim_once(&self) -> bool {
+        let gate = self.gate.load(Relaxed); // Relaxed: only the reclaiming thread writes it
+        fence(SeqCst); // between the gate's last store and the cursors; pairs with `Reader::advance`
+        // Acquire: pairs with the store in `Reader::advance`; the shards' reads are over.
+        let cursors = self.cursors.iter().map(|cursor| cursor.load(Acquire));
+        let passed = cursors.filter(|cursor| *cursor != ENDED).min().unwrap_or_else(|| self.released(gate));
+        for position in gate..passed {
+            // SAFETY: state 4: every shard has passed (or ended), no publisher can claim the slot
+            // before the gate moves, and the counter admits one thread to `reclaim`.
+            self.slot(position).value.with_mut(|cell| unsafe { (*cell).assume_init_drop() });
+        }
+        if passed > gate {
+            self.gate.store(passed, Release); // pairs with the load in `try_push`
+            self.waiting.wake_all();
+        }
+        passed > gate
+    }
+
+    /// The first position from `from` on that has not been released.
+    fn released(&self, from: u64) -> u64 {
+        let is_released = |position: &u64| self.slot(*position).sequence.load(Acquire) == *position + 1;
+        (from..self.tail()).take_while(is_released).last().map_or(from, |last| last + 1)
+    }
+
+    /// The shards that hold back the gate by at least `distance` publications.
+    pub(crate) fn laggards(&self, distance: u64) -> impl Iterator<Item = usize> + '_ {
+        let tail = self.tail();
+        self.cursors.iter().enumerate().filter_map(move |(shard, cursor)| {
+            // Relaxed: a hint whom to wake; a wrong guess costs one wake.
+            (tail.saturating_sub(cursor.load(Relaxed)) >= distance).then_some(shard)
+        })
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.slots.len() as u64
+    }
+
+    #[inline]
+    fn slot(&self, position: u64) -> &Slot<T> {
+        &self.slots[position as usize & (self.slots.len() - 1)]
+    }
+}
+
+impl<T> Drop for Log<T> {
+    fn drop(&mut self) {
+        let gate = self.gate.load(Relaxed); // Relaxed: &mut self, nobody else is here
+        for position in gate..self.tail.load(Relaxed) {
+            let slot = self.slot(position);
+            if slot.sequence.load(Relaxed) == position + 1 {
+                // SAFETY: released and not reclaimed, and `&mut self` excludes every other thread.
+                slot.value.with_mut(|cell| unsafe { (*cell).assume_init_drop() });
+            }
+        }
+    }
+}
+
+/// One shard's cursor. There is exactly one per shard, and it is not `Clone`.
+#[derive(Debug)]
+pub(crate) struct Reader<T> {
+    log: Arc<Log<T>>,
+    shard: usize,
+    next: u64,
+}
+
+impl<T> Reader<T> {
+    /// The position that this shard reads next.
+    #[inline]
+    pub(crate) fn position(&self) -> u64 {
+        self.next
+    }
+
+    /// Whether every publication that has begun has been passed.
+    #[inline]
+    pub(crate) fn is_at_tail(&self) -> bool {
+        self.next == self.log.tail()
+    }
+
+    /// The publication `ahead` positions after the cursor, if it has been released.
+    #[inline]
+    pub(crate) fn get(&self, ahead: u64) -> Option<&T> {
+        let position = self.next + ahead;
+        let slot = self.log.slot(position);
+        if slot.sequence.load(Acquire) != position + 1 {
+            return None; // Acquire pairs with the release in `try_push`
+        }
+        // SAFETY: released (state 3), and it stays so while our cursor is at or below it:
+        // `advance` takes `&mut self`, so no reference handed out here survives it.
+        slot.value.with(|cell| Some(unsafe { (*cell).assume_init_ref() }))
+    }
+
+    /// Passes `count` publications.
+    pub(crate) fn advance(&mut self, count: u64) {
+        let before = self.next;
+        self.next += count;
+        self.log.cursors[self.shard].store(self.next, Release); // pairs with the load in `reclaim`
+        fence(SeqCst); // pairs with `reclaim_once`: it sees this cursor, or we see the gate at `before`
+        // Only the slowest shard can move the gate.
+        if before <= self.log.gate.load(Relaxed) {
+            self.log.reclaim();
+        }
+    }
+}
+
+impl<T> Drop for Reader<T> {
+    /// A shard that ends must not hold back publishers for ever.
+    fn drop(&mut self) {
+        self.log.cursors[self.shard].store(ENDED, Release);
+        self.log.reclaim();
+    }
+}

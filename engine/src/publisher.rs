@@ -1,0 +1,99 @@
+//! The publishers' side of the engine: what any thread may do with the shards.
+//!
+//! Shared by handles, handlers and shards. Everything here is short and never blocks; who
+//! finds the log or a mailbox full gets the value back. Knows the log, the mailboxes and
+//! the directory. Does not know sockets or connections.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use crate::admission::Admission;
+use crate::command::{Command, Publication};
+use crate::config::EngineConfig;
+use crate::log::Log;
+use crate::mailbox::{Mailbox, Refused};
+use crate::metrics::PublishedMetrics;
+
+/// Publications after which even a shard that they do not concern is woken to pass them.
+const LAG_MAX: u64 = 256;
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: EngineConfig,
+    pub(crate) log: Arc<Log<Publication>>,
+    pub(crate) mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
+    pub(crate) metrics: Box<[PublishedMetrics]>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) next_group: Arc<AtomicU64>,
+    stopping: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        config: EngineConfig,
+        log: Arc<Log<Publication>>,
+        mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
+    ) -> Self {
+        let shards = mailboxes.len();
+        Self {
+            log,
+            metrics: (0..shards).map(|_| PublishedMetrics::default()).collect(),
+            admission: Admission::new(config.max_connections, shards),
+            next_group: Arc::new(AtomicU64::new(0)),
+            stopping: AtomicBool::new(false),
+            mailboxes,
+            config,
+        }
+    }
+
+    /// Puts a publication into the log and wakes the shards that it concerns.
+    pub(crate) fn try_publish(&self, publication: Publication) -> Result<(), Refused<Publication>> {
+        if self.is_stopping() {
+            return Err(Refused::Closed(publication));
+        }
+        let waited_for = publication.ticket.is_some();
+        let groups: smallvec::SmallVec<[_; 1]> = publication.target.groups().iter().cloned().collect();
+        let position = self.log.try_push(publication).map_err(Refused::Full)?;
+        if waited_for {
+            // The ticket comes back when every shard has passed, also those without members.
+            self.mailboxes.iter().for_each(Mailbox::wake);
+            self.log.reclaim(); // for the case that all shards have just ended
+        } else {
+            for group in groups {
+                group.interested(|shard| self.mailboxes[shard].wake());
+            }
+        }
+        // Shards that sleep because nothing concerns them hold back the gate: wake them in good time.
+        let distance = (self.log.capacity() / 4).clamp(1, LAG_MAX);
+        if position % distance == 0 {
+            self.wake_laggards(distance);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn wake_laggards(&self, distance: u64) {
+        for shard in self.log.laggards(distance) {
+            self.mailboxes[shard].wake();
+        }
+    }
+
+    /// Puts a command into a shard's mailbox, to be carried out after all that was published before.
+    pub(crate) fn try_command(&self, shard: usize, command: Command) -> Result<(), Refused<Command>> {
+        match self.mailboxes.get(shard) {
+            Some(mailbox) => mailbox.push(self.log.tail(), command),
+            None => Err(Refused::Closed(command)),
+        }
+    }
+
+    /// Asks all shards to end. Returns false if they had been asked before.
+    pub(crate) fn stop(&self) -> bool {
+        let first = !self.stopping.swap(true, Release); // pairs with `is_stopping`
+        self.mailboxes.iter().for_each(Mailbox::wake);
+        first
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Acquire)
+    }
+}

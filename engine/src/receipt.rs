@@ -1,0 +1,83 @@
+//! What became of one publication, and who waits to know it.
+//!
+//! A ticket rides with the publication in the log, and a clone of it with each frame
+//! that waits for room. When the last one is dropped, every target has taken the frame
+//! or has gone, and the publisher wakes. Made only for publishers that wait: the fast
+//! path carries none. Does not know the log, outboxes or connections.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Poll, Waker};
+
+/// What became of one publication.
+#[must_use = "a receipt says whom a message did not reach at once"]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Receipt {
+    /// Connections that the publication was meant for.
+    pub targets: u64,
+    /// Of these, connections whose outbox was full, so that the publisher waited for them.
+    pub waited: u64,
+}
+
+/// Held by everything that still has to deal with the publication.
+pub(crate) type Ticket = Arc<Open>;
+
+#[derive(Debug)]
+pub(crate) struct Open(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    targets: AtomicU64,
+    waited: AtomicU64,
+    end: Mutex<End>,
+}
+
+#[derive(Debug, Default)]
+struct End {
+    reached: bool,
+    waker: Option<Waker>,
+}
+
+/// The publisher's side.
+#[derive(Debug)]
+pub(crate) struct Awaited(Arc<State>);
+
+pub(crate) fn ticket() -> (Ticket, Awaited) {
+    let state = Arc::new(State::default());
+    (Arc::new(Open(state.clone())), Awaited(state))
+}
+
+impl Open {
+    pub(crate) fn count(&self, targets: u64, waited: u64) {
+        // Relaxed: read after `reached` was seen under the lock.
+        self.0.targets.fetch_add(targets, Relaxed);
+        self.0.waited.fetch_add(waited, Relaxed);
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let waker = {
+            let mut end = self.0.end.lock().unwrap_or_else(PoisonError::into_inner);
+            end.reached = true;
+            end.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Awaited {
+    pub(crate) fn poll(&self, waker: &Waker) -> Poll<Receipt> {
+        let mut end = self.0.end.lock().unwrap_or_else(PoisonError::into_inner);
+        if !end.reached {
+            end.waker = Some(waker.clone());
+            return Poll::Pending;
+        }
+        let (targets, waited) = (self.0.targets.load(Relaxed), self.0.waited.load(Relaxed));
+        Poll::Ready(Receipt { targets, waited })
+    }
+}

@@ -1,0 +1,917 @@
+//! A shard: one thread, its loop, its connections.
+//!
+//! Owns its sockets, its group index and its outboxes outright; nothing in here is
+//! locked or shared. One turn: poll the sockets, read and hand over what came, carry out
+//! the mailbox, run the log into the outboxes, flush, remind. Every step is bounded, so
+//! that a fan-out to many does not starve reading, and what is left over comes first in
+//! the next turn. Can be driven turn by turn with a given `now`. Does not know what
+//! payloads mean, nor how a connection came here.
+//!
+//! Order (promises 1 to 3). Publications are run in the order of the log. A command
+//! carries the log position that it must come after, and the log is run up to there
+//! first. A publication may come after a command that its publisher sent before: so the
+//! log's tail is read first, then the mailbox is emptied, then the log is run up to that
+//! tail. If the mailbox was not emptied, the log goes no further in this turn.
+
+use std::io::ErrorKind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use mio::{Events, Poll, Token};
+use slab::Slab;
+
+use crate::close_reason::CloseReason;
+use crate::command::{Action, Adoption, Command, Publication, Target};
+use crate::connection::{Connection, Flushed, Phase, Read, Unread, WRITE_BYTES_MAX, Work};
+use crate::decoder::{Decoder, Event};
+use crate::directory::{Directory, Entrance, Group};
+use crate::frame::ControlFrame;
+use crate::group::{GroupIndex, Left};
+use crate::handler::{Context, Flow, Message};
+use crate::heartbeat::{Beat, Heartbeat};
+use crate::id::{ConnectionId, SLOTS_MAX};
+use crate::log::Reader;
+use crate::mailbox::Entry;
+use crate::metrics::{ConnectionMetrics, Metrics};
+use crate::outbox::{Chunk, Gather, Offer, Outbox};
+use crate::publisher::Shared;
+use crate::receipt::Ticket;
+use crate::wheel::Wheel;
+
+pub(crate) const BELL: Token = Token(usize::MAX);
+
+const EVENTS_PER_TURN: usize = 1024;
+const READS_PER_SOCKET: usize = 4;
+const COMMANDS_PER_TURN: usize = 4096;
+const RESUMES_PER_TURN: usize = 4096;
+/// Frames put into outboxes in one turn (some 5 ns each).
+const OFFERS_PER_TURN: u64 = 200_000;
+/// Connections flushed in one turn (some 4 µs each).
+const FLUSHES_PER_TURN: usize = 512;
+/// How long a stopping shard waits for its peers to take what is theirs.
+const STOP_GRACE: Duration = Duration::from_secs(1);
+
+/// One thread's worth of connections; see [`Engine::driven`](crate::Engine::driven) for how to drive it by hand.
+pub struct Shard {
+    index: usize,
+    shared: Arc<Shared>,
+    poll: Poll,
+    events: Events,
+    reader: Reader<Publication>,
+    connections: Slab<Connection>,
+    groups: GroupIndex<Arc<Group>>,
+    wheel: Wheel<ConnectionId>,
+    gather: Gather,
+    metrics: Metrics,
+    started: Instant,
+    /// Of this turn, since the start.
+    now: Duration,
+    /// Adoptions so far; tells apart the tenants of a slot.
+    tenants: u64,
+    nonces: u64,
+    /// A command whose stamp the log has not reached.
+    held: Option<Entry<Command>>,
+    /// Slots with something to write.
+    dirty: Vec<u32>,
+    /// Slots with something left to read.
+    ready: Vec<u32>,
+    /// Ends decided in the middle of a fan-out.
+    ends: Vec<(u32, CloseReason)>,
+    offers_left: u64,
+    stop_by: Option<Duration>,
+    scratch: Scratch,
+}
+
+/// What a shard is made of, on its own thread: it shares frames there by `Rc`.
+pub(crate) struct Parts {
+    pub(crate) index: usize,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) poll: Poll,
+    pub(crate) reader: Reader<Publication>,
+}
+
+/// Buffers that keep their memory between turns.
+#[derive(Default)]
+struct Scratch {
+    read: Vec<u8>,
+    slots: Vec<u32>,
+    due: Vec<(ConnectionId, u64)>,
+}
+
+impl std::fmt::Debug for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let connections = self.connections.len();
+        f.debug_struct("Shard")
+            .field("index", &self.index)
+            .field("connections", &connections)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shard {
+    pub(crate) fn new(parts: Parts, now: Instant) -> Self {
+        let Parts { index, shared, poll, reader } = parts;
+        let read = vec![0; shared.config.read_buffer_bytes];
+        let seed = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), index);
+        Self {
+            index,
+            shared,
+            poll,
+            events: Events::with_capacity(EVENTS_PER_TURN),
+            reader,
+            connections: Slab::new(),
+            groups: GroupIndex::new(),
+            wheel: Wheel::new(),
+            gather: Gather::default(),
+            metrics: Metrics::default(),
+            started: now,
+            now: Duration::ZERO,
+            tenants: 0,
+            nonces: seed,
+            held: None,
+            dirty: Vec::new(),
+            ready: Vec::new(),
+            ends: Vec::new(),
+            offers_left: 0,
+            stop_by: None,
+            scratch: Scratch { read, ..Scratch::default() },
+        }
+    }
+
+    /// One turn at the time `now`, without blocking. `now` must not go back.
+    ///
+    /// # Errors
+    /// The poll failed, which does not happen while the process has its file descriptors.
+    pub fn turn(&mut self, now: Instant) -> std::io::Result<()> {
+        self.poll_sockets(Some(Duration::ZERO))?;
+        self.work(now);
+        Ok(())
+    }
+
+    /// Whether another turn has something to do without anything new coming.
+    pub fn has_work(&self) -> bool {
+        !self.dirty.is_empty()
+            || !self.ready.is_empty()
+            || self.held.is_some()
+            || !self.shared.mailboxes[self.index].is_empty()
+            || !self.reader.is_at_tail()
+    }
+
+    /// When the next timer is due, if one is set.
+    pub fn next_due(&self) -> Option<Instant> {
+        self.wheel.next().map(|due| self.started + due)
+    }
+
+    /// Turns until the engine stops and the connections have ended.
+    pub(crate) fn run(mut self) {
+        tracing::debug!(shard = self.index, "shard started");
+        loop {
+            let wait = self.sleep_bound(Instant::now());
+            if let Err(error) = self.poll_sockets(wait) {
+                tracing::error!(shard = self.index, %error, "polling failed; the shard ends");
+                break;
+            }
+            let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
+            self.work(Instant::now());
+            if spins && !self.reader.is_at_tail() && self.reader.get(0).is_none() {
+                std::thread::yield_now(); // a publisher was stopped between claim and release: let it run
+            }
+            if self.has_stopped() {
+                break;
+            }
+        }
+        tracing::debug!(shard = self.index, "shard ended");
+    }
+
+    /// How long the poll may block: not at all while there is work, else until the next timer or the bell.
+    fn sleep_bound(&self, now: Instant) -> Option<Duration> {
+        let mailbox = &self.shared.mailboxes[self.index];
+        let is_idle = || !self.has_work() && (!self.shared.is_stopping() || self.stop_by.is_some());
+        if self.has_work() || !mailbox.fall_asleep(is_idle) {
+            return Some(Duration::ZERO);
+        }
+        let stop = self.stop_by.map(|by| self.started + by);
+        let due = self.next_due().into_iter().chain(stop).min();
+        due.map(|due| due.saturating_duration_since(now))
+    }
+
+    fn poll_sockets(&mut self, wait: Option<Duration>) -> std::io::Result<()> {
+        let polled = self.poll.poll(&mut self.events, wait);
+        self.shared.mailboxes[self.index].wake_up();
+        match polled {
+            Err(error) if error.kind() != ErrorKind::Interrupted => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn work(&mut self, now: Instant) {
+        self.now = self.now.max(now.saturating_duration_since(self.started));
+        self.offers_left = OFFERS_PER_TURN;
+        self.read_sockets();
+        self.resume_handlers();
+        let tail = self.shared.log.tail();
+        if self.drain_mailbox() {
+            self.run_log(tail);
+        }
+        self.flush_dirty();
+        self.remind();
+        self.stop_if_asked();
+        self.metrics.turns += 1;
+        self.metrics.connections = self.connections.len() as u64;
+        self.metrics.pending = self.metrics.offered - self.metrics.written - self.metrics.discarded;
+        self.shared.metrics[self.index].publish(&self.metrics);
+    }
+
+    // ---- sockets → handlers
+
+    fn read_sockets(&mut self) {
+        for slot in std::mem::take(&mut self.ready) {
+            self.read(slot);
+        }
+        let events = std::mem::replace(&mut self.events, Events::with_capacity(0));
+        for event in &events {
+            if event.token() == BELL {
+                continue;
+            }
+            let slot = event.token().0;
+            let Some(connection) = self.connections.get_mut(slot) else { continue };
+            if event.is_writable() && !connection.is_writable {
+                connection.is_writable = true;
+                connection.heartbeat.stirred(self.now);
+                self.mark_dirty(slot as u32);
+            }
+            if event.is_readable() || event.is_read_closed() || event.is_error() {
+                let Some(connection) = self.connections.get_mut(slot) else { continue };
+                connection.is_readable = true;
+                connection.is_read_closed |= event.is_read_closed() || event.is_error();
+                if connection.work == Work::Idle || connection.phase != Phase::Open {
+                    self.read(slot as u32);
+                } else {
+                    connection.heartbeat.stirred(self.now);
+                    // Nobody reads now, but a socket that is gone in both directions need not be waited for.
+                    if event.is_error() || (event.is_read_closed() && event.is_write_closed()) {
+                        self.end(slot as u32, CloseReason::Transport(ErrorKind::ConnectionReset));
+                    }
+                }
+            }
+        }
+        self.events = events;
+    }
+
+    /// Reads a few times; what remains is read in the next turn.
+    fn read(&mut self, slot: u32) {
+        let mut buffer = std::mem::take(&mut self.scratch.read);
+        for _ in 0..READS_PER_SOCKET {
+            let Some(connection) = self.connections.get_mut(slot as usize) else { break };
+            if !connection.is_readable || (connection.phase == Phase::Open && connection.work != Work::Idle) {
+                break;
+            }
+            match connection.read(&mut buffer) {
+                Read::Bytes(_) if connection.phase != Phase::Open => {} // said after the end: not listened to
+                Read::Bytes(count) => {
+                    connection.heartbeat.heard(self.now);
+                    self.decode(slot, &mut buffer[..count]);
+                }
+                Read::Nothing => {}
+                Read::End => self.hang_up(slot, CloseReason::Vanished),
+                Read::Failed(kind) => self.hang_up(slot, CloseReason::Transport(kind)),
+            }
+        }
+        self.scratch.read = buffer;
+        if let Some(connection) = self.connections.get(slot as usize)
+            && connection.socket.is_some()
+            && connection.is_readable
+            && (connection.work == Work::Idle || connection.phase != Phase::Open)
+        {
+            self.ready.push(slot);
+        }
+    }
+
+    /// Hands over what `input` contains, as long as the handler keeps up; keeps the rest.
+    fn decode(&mut self, slot: u32, input: &mut [u8]) {
+        let mut consumed = 0;
+        while consumed < input.len() {
+            let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+            if connection.phase != Phase::Open {
+                return;
+            }
+            if connection.work != Work::Idle {
+                let bytes = input[consumed..].to_vec();
+                connection.unread = Some(Box::new(Unread { bytes, from: 0 }));
+                return;
+            }
+            let limits = connection.limits();
+            let from = consumed;
+            let end = match connection.decoder.decode(&mut input[from..], &mut consumed, &limits) {
+                Ok(None) => None,
+                Ok(Some(Event::Message { kind, payload })) => {
+                    connection.metrics.received += 1;
+                    self.metrics.received += 1;
+                    let mut context = Context::new(connection.id, &self.shared, &mut connection.resume);
+                    let message = Message { kind, payload };
+                    let handler = &mut connection.handler;
+                    let call = || handler.as_mut().map(|handler| handler.on_message(message, &mut context));
+                    match catch_unwind(AssertUnwindSafe(call)) {
+                        Ok(flow) => {
+                            if flow == Some(Flow::Pending) {
+                                connection.work = Work::Busy;
+                            }
+                            context.into_close()
+                        }
+                        Err(_) => Some(CloseReason::HandlerPanicked),
+                    }
+                }
+                Ok(Some(Event::Ping(payload))) => {
+                    connection.outbox.push_control(ControlFrame::pong(payload).as_bytes());
+                    self.mark_dirty(slot);
+                    None
+                }
+                Ok(Some(Event::Pong(payload))) => {
+                    connection.heartbeat.pong(self.now, payload);
+                    None
+                }
+                Ok(Some(Event::Close(close))) => {
+                    Some(CloseReason::Peer { code: close.map(|(code, _)| code) })
+                }
+                Err(error) => Some(CloseReason::Protocol(error)),
+            };
+            if let Some(connection) = self.connections.get_mut(slot as usize) {
+                connection.decoder.release();
+            }
+            if let Some(reason) = end {
+                self.end(slot, reason);
+            }
+        }
+    }
+
+    fn resume_handlers(&mut self) {
+        for _ in 0..RESUMES_PER_TURN {
+            let Some(id) = self.shared.mailboxes[self.index].pop_resume() else { return };
+            let Some(connection) = self.find(id) else { continue };
+            if let Some(resume) = &connection.resume {
+                resume.taken();
+            }
+            if connection.work == Work::Idle {
+                continue;
+            }
+            let flow = self.call(id.slot() as u32, |handler, context| handler.on_resume(context));
+            if flow == Flow::Ready {
+                self.proceed(id.slot() as u32);
+            }
+        }
+    }
+
+    /// The handler is done with what kept it busy.
+    fn proceed(&mut self, slot: u32) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let was = std::mem::replace(&mut connection.work, Work::Idle);
+        if was == Work::Parting {
+            connection.handler = None;
+            self.remove_if_over(slot);
+            return;
+        }
+        if connection.phase != Phase::Open || connection.socket.is_none() {
+            self.tell_end(slot);
+            return;
+        }
+        if let Some(mut unread) = connection.unread.take() {
+            let from = unread.from;
+            self.decode(slot, &mut unread.bytes[from..]);
+        }
+        self.read(slot);
+    }
+
+    /// Calls the handler; a panic ends the connection.
+    fn call(
+        &mut self,
+        slot: u32,
+        call: impl FnOnce(&mut dyn crate::handler::Handler, &mut Context<'_>) -> Flow,
+    ) -> Flow {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return Flow::Ready };
+        let Some(handler) = connection.handler.as_deref_mut() else { return Flow::Ready };
+        let mut context = Context::new(connection.id, &self.shared, &mut connection.resume);
+        let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
+            Ok(flow) => (flow, context.into_close()),
+            Err(_) => (Flow::Ready, Some(CloseReason::HandlerPanicked)),
+        };
+        if flow == Flow::Pending && connection.work == Work::Idle {
+            connection.work = Work::Busy;
+        }
+        if let Some(reason) = end {
+            self.end(slot, reason);
+        }
+        flow
+    }
+
+    // ---- mailbox and log → outboxes
+
+    /// Carries out what lay in the mailbox when it began; false if something of that is left.
+    fn drain_mailbox(&mut self) -> bool {
+        let shared = self.shared.clone();
+        let mailbox = &shared.mailboxes[self.index];
+        let lying = mailbox.len();
+        let mut left = lying.min(COMMANDS_PER_TURN);
+        let mut made_room = false;
+        loop {
+            let entry = match self.held.take() {
+                Some(entry) => entry,
+                None if left == 0 => break,
+                None => match mailbox.pop() {
+                    Some(entry) => {
+                        left -= 1;
+                        made_room = true;
+                        entry
+                    }
+                    None => break,
+                },
+            };
+            if !self.run_log(entry.stamp) {
+                self.held = Some(entry);
+                break;
+            }
+            match entry.command {
+                Command::Adopt(adoption) => self.adopt(*adoption),
+                Command::For { id, namespace, action } => {
+                    let found =
+                        self.find(id).is_some_and(|connection| connection.directory.key() == namespace);
+                    if found {
+                        self.act(id, action);
+                    }
+                }
+            }
+        }
+        if made_room {
+            mailbox.waiting.wake_all();
+        }
+        self.held.is_none() && lying <= COMMANDS_PER_TURN
+    }
+
+    fn act(&mut self, id: ConnectionId, action: Action) {
+        let slot = id.slot() as u32;
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let is_open = connection.phase == Phase::Open;
+        match action {
+            Action::Send { frame, ticket } if is_open => {
+                let chunk = Rc::new(Chunk::single(frame.bytes()));
+                self.offer_one(slot, &chunk, ticket);
+            }
+            Action::Join(entrance) if is_open => self.join(slot, entrance),
+            Action::Leave { group } => {
+                let is_congested = connection.is_congested;
+                let directory = connection.directory.clone();
+                let left = self.groups.leave(group.key, slot);
+                self.has_left(&directory, &group, left, is_congested);
+            }
+            Action::Close(reason) => self.end(slot, reason),
+            Action::Inspect(on_metrics) => {
+                let metrics: ConnectionMetrics = connection.read_metrics();
+                if catch_unwind(AssertUnwindSafe(|| on_metrics(metrics))).is_err() {
+                    tracing::error!(%id, "a callback for metrics panicked");
+                }
+            }
+            Action::Send { .. } | Action::Join(_) => {}
+        }
+    }
+
+    fn join(&mut self, slot: u32, entrance: Entrance) {
+        let group = entrance.group().clone();
+        group.add_interest(self.index); // it may have been cleared while this join was on its way
+        if self.groups.join(group.key, group.clone(), slot) {
+            if self.connections[slot as usize].is_congested {
+                group.add_congested();
+            }
+            entrance.arrive();
+        }
+    }
+
+    fn adopt(&mut self, adoption: Adoption) {
+        let Adoption { mut socket, received, handler, config, directory, place, entrance } = adoption;
+        if self.connections.vacant_key() >= SLOTS_MAX || self.stop_by.is_some() {
+            tracing::warn!(shard = self.index, "no room for a connection, or stopping: it was dropped");
+            return;
+        }
+        let vacant = self.connections.vacant_entry();
+        let slot = vacant.key();
+        self.tenants += 1;
+        let id = ConnectionId::new(self.index, slot, self.tenants);
+        if let Err(error) = socket.register(self.poll.registry(), Token(slot)) {
+            tracing::warn!(shard = self.index, %error, "a connection could not be registered and was dropped");
+            return;
+        }
+        // The golden ratio spreads neighbours over the interval.
+        let stagger = (slot as f64 * 0.618_033_988_749_895).fract() as f32;
+        vacant.insert(Connection {
+            id,
+            socket: Some(socket),
+            heartbeat: Heartbeat::new(self.now, stagger, &config),
+            config,
+            directory,
+            decoder: Decoder::default(),
+            outbox: Outbox::new(),
+            handler: Some(handler),
+            resume: None,
+            unread: None,
+            reason: None,
+            armed: 0,
+            close_by: None,
+            metrics: ConnectionMetrics::default(),
+            phase: Phase::Open,
+            work: Work::Idle,
+            owes_close: false,
+            is_readable: false,
+            is_read_closed: false,
+            is_writable: true,
+            is_dirty: false,
+            is_congested: false,
+            _place: place,
+        });
+        self.metrics.adopted += 1;
+        let slot = slot as u32;
+        self.join(slot, entrance);
+        self.beat(slot);
+        let _ = self.call(slot, |handler, context| handler.on_open(context));
+        if !received.is_empty() {
+            self.receive_early(slot, received);
+        }
+    }
+
+    /// What came together with the handshake is the first that the peer said.
+    fn receive_early(&mut self, slot: u32, received: Bytes) {
+        let mut received = received.to_vec();
+        self.decode(slot, &mut received);
+    }
+
+    /// Runs the log into the outboxes, up to `limit`; false if it did not get there.
+    fn run_log(&mut self, limit: u64) -> bool {
+        while self.reader.position() < limit {
+            if self.offers_left == 0 {
+                return false;
+            }
+            let Some(first) = self.reader.get(0) else { return false };
+            let mut count = 1;
+            if let Target::One(group) = &first.target {
+                let members = self.groups.members(group.key);
+                if !members.is_empty() {
+                    let mut bytes = first.frame.len();
+                    let ahead = limit - self.reader.position();
+                    while count < ahead
+                        && let Some(next) = self.reader.get(count)
+                        && next.joins(first)
+                        && bytes + next.frame.len() <= WRITE_BYTES_MAX
+                    {
+                        bytes += next.frame.len();
+                        count += 1;
+                    }
+                    let chunk = if count == 1 {
+                        Chunk::single(first.frame.bytes())
+                    } else {
+                        let frames = (0..count).filter_map(|ahead| self.reader.get(ahead));
+                        Chunk::joined(frames.map(|publication| publication.frame.as_bytes()), bytes)
+                    };
+                    let mut fan_out = FanOut {
+                        connections: &mut self.connections,
+                        dirty: &mut self.dirty,
+                        ends: &mut self.ends,
+                        groups: &self.groups,
+                        totals: &mut self.metrics,
+                    };
+                    let slots = members.iter().map(|member| member.slot);
+                    let offers = fan_out.run(slots, Rc::new(chunk), first);
+                    self.offers_left = self.offers_left.saturating_sub(offers);
+                }
+            } else {
+                let mut slots = std::mem::take(&mut self.scratch.slots);
+                let keys = first.target.groups().iter().map(|group| group.key);
+                self.groups.union(keys, &mut slots);
+                let mut fan_out = FanOut {
+                    connections: &mut self.connections,
+                    dirty: &mut self.dirty,
+                    ends: &mut self.ends,
+                    groups: &self.groups,
+                    totals: &mut self.metrics,
+                };
+                let chunk = Rc::new(Chunk::single(first.frame.bytes()));
+                let offers = fan_out.run(slots.iter().copied(), chunk, first);
+                self.offers_left = self.offers_left.saturating_sub(offers);
+                self.scratch.slots = slots;
+            }
+            self.metrics.publications += count;
+            self.reader.advance(count);
+            self.carry_out_ends();
+        }
+        true
+    }
+
+    fn offer_one(&mut self, slot: u32, chunk: &Rc<Chunk>, ticket: Option<Ticket>) {
+        let mut fan_out = FanOut {
+            connections: &mut self.connections,
+            dirty: &mut self.dirty,
+            ends: &mut self.ends,
+            groups: &self.groups,
+            totals: &mut self.metrics,
+        };
+        let waits = fan_out.offer(slot, chunk, ticket.as_ref());
+        if let Some(ticket) = ticket {
+            ticket.count(1, u64::from(waits));
+        }
+        self.carry_out_ends();
+    }
+
+    fn carry_out_ends(&mut self) {
+        while let Some((slot, reason)) = self.ends.pop() {
+            self.end(slot, reason);
+        }
+    }
+
+    // ---- outboxes → sockets
+
+    fn mark_dirty(&mut self, slot: u32) {
+        if let Some(connection) = self.connections.get_mut(slot as usize)
+            && connection.is_writable
+            && !std::mem::replace(&mut connection.is_dirty, true)
+        {
+            self.dirty.push(slot);
+        }
+    }
+
+    /// One write for each connection with something queued; some are left for the next turn if there are many.
+    fn flush_dirty(&mut self) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        let count = dirty.len().min(FLUSHES_PER_TURN);
+        for slot in &dirty[..count] {
+            self.flush(*slot);
+        }
+        self.gather.clear();
+        // Who has waited longest comes first; who was marked meanwhile comes behind.
+        dirty.drain(..count);
+        dirty.append(&mut self.dirty);
+        self.dirty = dirty;
+    }
+
+    fn flush(&mut self, slot: u32) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        connection.is_dirty = false;
+        let flushed = connection.flush(&mut self.gather, &mut self.metrics);
+        if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
+            connection.is_congested = false;
+            self.groups.groups_of(slot).for_each(|group| group.remove_congested());
+        }
+        match flushed {
+            Flushed::Rests => {}
+            Flushed::HasMore => self.mark_dirty(slot),
+            Flushed::Finished if connection.is_read_closed => self.drop_socket(slot),
+            Flushed::Finished => {}
+            Flushed::Failed(kind) => self.hang_up(slot, CloseReason::Transport(kind)),
+        }
+    }
+
+    // ---- timers
+
+    fn remind(&mut self) {
+        let mut due = std::mem::take(&mut self.scratch.due);
+        self.wheel.expire(self.now, &mut due);
+        for (id, tick) in due.drain(..) {
+            if self.find(id).is_some_and(|connection| connection.armed == tick) {
+                self.beat(id.slot() as u32);
+            }
+        }
+        self.scratch.due = due;
+    }
+
+    /// Does what is due for a connection and arms its next reminder.
+    fn beat(&mut self, slot: u32) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let id = connection.id;
+        if let Some(by) = connection.close_by {
+            if self.now >= by {
+                self.drop_socket(slot);
+            } else {
+                connection.armed = self.wheel.arm(id, by);
+            }
+            return;
+        }
+        let config = connection.config.clone();
+        let nonces = &mut self.nonces;
+        loop {
+            let end = match connection.heartbeat.beat(self.now, &config, || next_nonce(nonces)) {
+                Beat::Wait(due) => {
+                    connection.armed = self.wheel.arm(id, due);
+                    return;
+                }
+                Beat::Ping(payload) => {
+                    connection.outbox.push_control(ControlFrame::ping(&payload).as_bytes());
+                    if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
+                        self.dirty.push(slot);
+                    }
+                    continue;
+                }
+                Beat::NoPong => CloseReason::PongTimeout,
+                Beat::Idle => CloseReason::IdleTimeout,
+                Beat::TooOld => CloseReason::MaxDuration,
+            };
+            return self.end(slot, end);
+        }
+    }
+
+    // ---- ends
+
+    /// The stream is over: without a closing handshake if none has begun.
+    fn hang_up(&mut self, slot: u32, reason: CloseReason) {
+        self.end(slot, reason);
+        self.drop_socket(slot);
+    }
+
+    /// Decides the end of an open connection: it leaves every index at once, its peer is told, its handler too.
+    fn end(&mut self, slot: u32, reason: CloseReason) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        if connection.phase != Phase::Open {
+            return;
+        }
+        tracing::debug!(id = %connection.id, %reason, "connection ended");
+        connection.phase = Phase::Closing;
+        connection.unread = None;
+        let directory = connection.directory.clone();
+        let is_congested = std::mem::replace(&mut connection.is_congested, false);
+        self.metrics.ended += 1;
+        match reason {
+            CloseReason::Protocol(_) => self.metrics.ended_protocol += 1,
+            CloseReason::Undecodable | CloseReason::WrongKind => self.metrics.ended_undecodable += 1,
+            CloseReason::PongTimeout | CloseReason::IdleTimeout | CloseReason::MaxDuration => {
+                self.metrics.ended_timeout += 1;
+            }
+            CloseReason::SlowConsumer => self.metrics.ended_slow += 1,
+            CloseReason::HandlerPanicked => self.metrics.ended_panic += 1,
+            _ => {}
+        }
+        let is_told = reason.close_frame().is_some();
+        if !reason.flushes_first() {
+            let discarded = connection.outbox.discard();
+            connection.metrics.discarded += discarded;
+            self.metrics.discarded += discarded;
+        }
+        connection.reason = Some(Box::new(reason));
+        if is_told {
+            connection.owes_close = true;
+            let by = self.now + connection.config.close_timeout;
+            connection.close_by = Some(by);
+            connection.armed = self.wheel.arm(connection.id, by);
+        }
+        while let Some((group, left)) = self.groups.leave_any(slot) {
+            self.has_left(&directory, &group, left, is_congested);
+        }
+        if is_told {
+            self.mark_dirty(slot);
+        } else {
+            self.drop_socket(slot);
+        }
+        self.tell_end(slot);
+    }
+
+    /// A member is no longer in this shard's index: so the directory must not count it either.
+    fn has_left(&self, directory: &Directory, group: &Arc<Group>, left: Left, was_congested: bool) {
+        if left == Left::WasNoMember {
+            return;
+        }
+        if left == Left::WasLast {
+            group.remove_interest(self.index);
+        }
+        if was_congested {
+            group.remove_congested();
+        }
+        directory.exit(group);
+    }
+
+    /// Tells the handler the end, unless it is busy: then when it is done.
+    fn tell_end(&mut self, slot: u32) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        if connection.work != Work::Idle || connection.handler.is_none() {
+            return;
+        }
+        let Some(reason) = connection.reason.as_deref().cloned() else { return };
+        match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
+            Flow::Pending => {
+                if let Some(connection) = self.connections.get_mut(slot as usize) {
+                    connection.work = Work::Parting;
+                }
+            }
+            Flow::Ready => {
+                if let Some(connection) = self.connections.get_mut(slot as usize) {
+                    connection.handler = None;
+                }
+                self.remove_if_over(slot);
+            }
+        }
+    }
+
+    fn drop_socket(&mut self, slot: u32) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        connection.socket = None;
+        connection.close_by = None;
+        connection.armed = u64::MAX;
+        let discarded = connection.outbox.discard_all();
+        connection.metrics.discarded += discarded;
+        self.metrics.discarded += discarded;
+        self.remove_if_over(slot);
+    }
+
+    fn remove_if_over(&mut self, slot: u32) {
+        let is_over = self.connections.get(slot as usize).is_some_and(|connection| {
+            connection.phase != Phase::Open && connection.socket.is_none() && connection.handler.is_none()
+        });
+        if is_over {
+            self.connections.remove(slot as usize);
+        }
+    }
+
+    fn stop_if_asked(&mut self) {
+        if self.stop_by.is_some() || !self.shared.is_stopping() {
+            return;
+        }
+        self.stop_by = Some(self.now + STOP_GRACE);
+        let slots: Vec<u32> = self.connections.iter().map(|(slot, _)| slot as u32).collect();
+        for slot in slots {
+            self.end(slot, CloseReason::Shutdown);
+        }
+    }
+
+    fn has_stopped(&self) -> bool {
+        self.stop_by.is_some_and(|by| self.connections.is_empty() || self.now >= by)
+    }
+
+    fn find(&self, id: ConnectionId) -> Option<&Connection> {
+        self.connections.get(id.slot()).filter(|connection| connection.id == id)
+    }
+}
+
+impl Drop for Shard {
+    /// Nobody waits for a shard that has ended.
+    fn drop(&mut self) {
+        self.shared.mailboxes[self.index].close();
+    }
+}
+
+/// The parts of a shard that a fan-out touches, apart from the log that it reads from.
+struct FanOut<'a> {
+    connections: &'a mut Slab<Connection>,
+    dirty: &'a mut Vec<u32>,
+    ends: &'a mut Vec<(u32, CloseReason)>,
+    groups: &'a GroupIndex<Arc<Group>>,
+    totals: &'a mut Metrics,
+}
+
+impl FanOut<'_> {
+    /// Offers the chunk to each slot; returns how many there were.
+    fn run(&mut self, slots: impl Iterator<Item = u32>, chunk: Rc<Chunk>, publication: &Publication) -> u64 {
+        let (mut targets, mut waited) = (0, 0);
+        let ticket = publication.ticket.as_ref();
+        for slot in slots {
+            if publication.except.iter().any(|id| id.slot() == slot as usize && self.is(slot, *id)) {
+                continue;
+            }
+            targets += 1;
+            waited += u64::from(self.offer(slot, &chunk, ticket));
+        }
+        if let Some(ticket) = ticket {
+            ticket.count(targets, waited);
+        }
+        targets
+    }
+
+    fn is(&self, slot: u32, id: ConnectionId) -> bool {
+        self.connections.get(slot as usize).is_some_and(|connection| connection.id == id)
+    }
+
+    /// Puts the chunk into one outbox; true if something of it waits.
+    #[inline]
+    fn offer(&mut self, slot: u32, chunk: &Rc<Chunk>, ticket: Option<&Ticket>) -> bool {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return false };
+        let bounds = connection.bounds();
+        let frames = u64::from(chunk.frames());
+        connection.metrics.offered += frames;
+        self.totals.offered += frames;
+        let offer = connection.outbox.offer(chunk, &bounds, ticket.cloned());
+        if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
+            self.dirty.push(slot);
+        }
+        if !connection.is_congested && connection.outbox.is_congested(&bounds) {
+            connection.is_congested = true;
+            self.groups.groups_of(slot).for_each(|group| group.add_congested());
+        }
+        if offer == Offer::Overflow {
+            self.ends.push((slot, CloseReason::SlowConsumer));
+        }
+        offer != Offer::Queued
+    }
+}
+
+/// SplitMix64: unpredictable enough that a peer cannot answer a ping that it has not seen.
+fn next_nonce(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut mixed = *state;
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    mixed ^ (mixed >> 31)
+}

@@ -1,0 +1,96 @@
+//! Publishers that wait for room: in the log, or in one mailbox.
+//!
+//! A slow path by definition, so a plain lock serves. The flag beside it lets the
+//! shard, which makes room all the time, see at the cost of one load that nobody
+//! waits. Bounded: past `capacity` a publisher is refused instead of parked.
+//! Does not know what the room is in.
+//!
+//! The race and why it is safe: a publisher registers, raises the flag, and looks
+//! for room once more before it sleeps. Whoever makes room does so first and then
+//! looks at the flag. With a `SeqCst` fence between the two steps on both sides at
+//! least one of them sees the other.
+
+use std::task::Waker;
+
+use crate::sync::{AtomicBool, Mutex, fence};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+
+/// Where a waiting publisher stands, so that a second poll does not count twice.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Ticket(Option<(u64, usize)>);
+
+#[derive(Debug)]
+pub(crate) struct WaitList {
+    capacity: usize,
+    occupied: AtomicBool,
+    queue: Mutex<Queue>,
+}
+
+#[derive(Debug)]
+struct Queue {
+    /// Counts how often the list was emptied: a ticket of an earlier round is void.
+    round: u64,
+    wakers: Vec<Waker>,
+}
+
+impl WaitList {
+    pub(crate) fn new(capacity: usize) -> Self {
+        Self {
+            capacity,
+            occupied: AtomicBool::new(false),
+            queue: Mutex::new(Queue { round: 0, wakers: Vec::new() }),
+        }
+    }
+
+    /// Parks `waker` until room is made; false when the list itself is full.
+    /// After true the caller must look for room once more.
+    pub(crate) fn register(&self, ticket: &mut Ticket, waker: &Waker) -> bool {
+        let mut queue = lock(&self.queue);
+        match ticket.0 {
+            Some((round, place)) if round == queue.round => queue.wakers[place].clone_from(waker),
+            _ if queue.wakers.len() >= self.capacity => return false,
+            _ => {
+                ticket.0 = Some((queue.round, queue.wakers.len()));
+                queue.wakers.push(waker.clone());
+            }
+        }
+        // Relaxed: the fence below orders it before the caller's second look.
+        self.occupied.store(true, Relaxed);
+        drop(queue);
+        fence(SeqCst); // pairs with the fence in `wake_all`
+        true
+    }
+
+    /// Whether somebody may be waiting. A hint: only `wake_all` is exact.
+    pub(crate) fn is_occupied(&self) -> bool {
+        self.occupied.load(Relaxed) // Relaxed: exactness comes from the fence in `wake_all`
+    }
+
+    /// Called after room was made. Wakes everybody: who finds the room gone parks again.
+    pub(crate) fn wake_all(&self) {
+        fence(SeqCst); // pairs with the fence in `register`
+        if !self.is_occupied() {
+            return;
+        }
+        let wakers = {
+            let mut queue = lock(&self.queue);
+            self.occupied.store(false, Relaxed); // Relaxed: under the lock
+            queue.round += 1;
+            std::mem::take(&mut queue.wakers)
+        };
+        for waker in wakers {
+            waker.wake();
+        }
+    }
+}
+
+/// A waker that panics poisons nothing of ours: the list is whole at every point.
+#[cfg(not(loom))]
+fn lock(queue: &Mutex<Queue>) -> std::sync::MutexGuard<'_, Queue> {
+    queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(loom)]
+fn lock(queue: &Mutex<Queue>) -> loom::sync::MutexGuard<'_, Queue> {
+    queue.lock().unwrap()
+}

@@ -1,0 +1,115 @@
+//! The timing wheel of one shard: who is to be looked at when.
+//!
+//! Owned by one shard. One word for each connection, in a bucket; nothing per timer. An
+//! entry is a reminder, not a promise: whoever is reminded looks at its own deadlines and
+//! is armed again. Times are measured from the shard's start. Knows no clock, and not
+//! what the reminders are for.
+
+use std::time::Duration;
+
+const BUCKETS: u64 = 1024;
+/// How late a reminder may come. With the number of buckets it gives the horizon, 25 s:
+/// later times are reminded of at the horizon, and again.
+const TICK: Duration = Duration::from_millis(25);
+
+#[derive(Debug)]
+pub(crate) struct Wheel<T> {
+    buckets: Box<[Vec<T>]>,
+    /// The first tick that has not been expired.
+    next: u64,
+    armed: usize,
+}
+
+impl<T> Wheel<T> {
+    pub(crate) fn new() -> Self {
+        Self { buckets: (0..BUCKETS).map(|_| Vec::new()).collect(), next: 0, armed: 0 }
+    }
+
+    /// Reminds of `item` at `due` or up to a tick later. Returns the tick, by which the reminder can be told
+    /// from an older one.
+    pub(crate) fn arm(&mut self, item: T, due: Duration) -> u64 {
+        let tick = tick_after(due).clamp(self.next, self.next + BUCKETS - 1);
+        self.buckets[(tick % BUCKETS) as usize].push(item);
+        self.armed += 1;
+        tick
+    }
+
+    /// Moves everything due by `now` to `due`, each with its tick.
+    pub(crate) fn expire(&mut self, now: Duration, due: &mut Vec<(T, u64)>) {
+        let last = (now.as_nanos() / TICK.as_nanos()) as u64;
+        if self.armed == 0 {
+            self.next = self.next.max(last + 1);
+            return;
+        }
+        // A clock that jumps passes each bucket once.
+        let end = last.saturating_add(1).min(self.next + BUCKETS);
+        for tick in self.next..end {
+            let bucket = &mut self.buckets[(tick % BUCKETS) as usize];
+            self.armed -= bucket.len();
+            due.extend(bucket.drain(..).map(|item| (item, tick)));
+        }
+        self.next = self.next.max(last + 1);
+    }
+
+    /// When the next reminder is due.
+    pub(crate) fn next(&self) -> Option<Duration> {
+        if self.armed == 0 {
+            return None;
+        }
+        let ticks = self.next..self.next + BUCKETS;
+        let tick = ticks.into_iter().find(|tick| !self.buckets[(tick % BUCKETS) as usize].is_empty())?;
+        Some(TICK.saturating_mul(u32::try_from(tick).unwrap_or(u32::MAX)))
+    }
+}
+
+fn tick_after(due: Duration) -> u64 {
+    u64::try_from(due.as_nanos().div_ceil(TICK.as_nanos())).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_reminder_comes_once_and_at_most_a_tick_late(
+            arms in prop::collection::vec((0u64..20_000, 0u64..25_000), 1..100)
+        ) {
+            let mut wheel = Wheel::new();
+            let (mut now, mut due) = (Duration::ZERO, Vec::new());
+            let mut expected = std::collections::BTreeMap::new();
+            for (number, (wait, ahead)) in arms.into_iter().enumerate() {
+                let at = now + Duration::from_millis(ahead);
+                let tick = wheel.arm(number, at);
+                expected.insert(number, (at, tick));
+                // Sleep as a shard does: to the next reminder, until `wait` is over.
+                let until = now + Duration::from_millis(wait);
+                while let Some(next) = wheel.next().filter(|next| *next <= until) {
+                    now = now.max(next);
+                    wheel.expire(now, &mut due);
+                    for (number, tick) in due.drain(..) {
+                        let (at, armed) = expected.remove(&number).expect("once");
+                        prop_assert!(tick == armed && now >= at && now <= at + TICK);
+                    }
+                }
+                now = until;
+                wheel.expire(now, &mut due);
+                prop_assert!(due.is_empty());
+            }
+            prop_assert_eq!(expected.len(), wheel.armed);
+        }
+    }
+
+    #[test]
+    fn what_lies_beyond_the_horizon_is_reminded_of_early() {
+        let mut wheel = Wheel::new();
+        wheel.arm('a', Duration::from_secs(3600));
+        let next = wheel.next().expect("armed");
+        assert!(next <= Duration::from_secs(26));
+        let mut due = Vec::new();
+        wheel.expire(Duration::from_secs(100_000), &mut due);
+        assert_eq!(due.len(), 1);
+    }
+}
