@@ -83,8 +83,8 @@ impl CloseReason {
 
     /// Whether what is already queued for the peer goes out before the Close frame.
     ///
-    /// Not where the peer has been slow, silent or hostile: it would only delay the end.
+    /// Not where the peer has been slow or silent: it would only delay the end.
     pub(crate) fn flushes_first(&self) -> bool {
-        matches!(self, Self::Peer { .. } | Self::Application { .. } | Self::MaxDuration | Self::Shutdown)
+        !matches!(self, Self::SlowConsumer | Self::PongTimeout | Self::Vanished | Self::Transport(_))
     }
 }

@@ -72,6 +72,8 @@ pub(crate) struct Connection {
     pub(crate) metrics: ConnectionMetrics,
     pub(crate) phase: Phase,
     pub(crate) work: Work,
+    /// Nothing more is listened to: the end is on its way through the mailbox.
+    pub(crate) is_deaf: bool,
     /// The Close frame is still to be queued, behind all data.
     pub(crate) owes_close: bool,
     /// The kernel may have bytes for us.
@@ -124,6 +126,16 @@ impl Connection {
             bytes: self.config.outbox_bytes,
             waiting: self.config.waiting_frames,
         }
+    }
+
+    /// Whether the next message may be handed over.
+    pub(crate) fn is_listening(&self) -> bool {
+        self.phase == Phase::Open && self.work == Work::Idle && !self.is_deaf
+    }
+
+    /// Whether the socket is to be read: for messages, or after the end for what is left in the kernel.
+    pub(crate) fn is_reading(&self) -> bool {
+        self.socket.is_some() && self.is_readable && (self.is_listening() || self.phase != Phase::Open)
     }
 
     pub(crate) fn limits(&self) -> Limits {

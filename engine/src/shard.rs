@@ -216,6 +216,7 @@ impl Shard {
         if self.drain_mailbox() {
             self.run_log(tail);
         }
+        self.carry_out_ends();
         self.flush_dirty();
         self.remind();
         self.stop_if_asked();
@@ -247,7 +248,7 @@ impl Shard {
                 let Some(connection) = self.connections.get_mut(slot) else { continue };
                 connection.is_readable = true;
                 connection.is_read_closed |= event.is_read_closed() || event.is_error();
-                if connection.work == Work::Idle || connection.phase != Phase::Open {
+                if connection.is_reading() {
                     self.read(slot as u32);
                 } else {
                     connection.heartbeat.stirred(self.now);
@@ -266,7 +267,7 @@ impl Shard {
         let mut buffer = std::mem::take(&mut self.scratch.read);
         for _ in 0..READS_PER_SOCKET {
             let Some(connection) = self.connections.get_mut(slot as usize) else { break };
-            if !connection.is_readable || (connection.phase == Phase::Open && connection.work != Work::Idle) {
+            if !connection.is_reading() {
                 break;
             }
             match connection.read(&mut buffer) {
@@ -281,11 +282,7 @@ impl Shard {
             }
         }
         self.scratch.read = buffer;
-        if let Some(connection) = self.connections.get(slot as usize)
-            && connection.socket.is_some()
-            && connection.is_readable
-            && (connection.work == Work::Idle || connection.phase != Phase::Open)
-        {
+        if self.connections.get(slot as usize).is_some_and(Connection::is_reading) {
             self.ready.push(slot);
         }
     }
@@ -295,10 +292,10 @@ impl Shard {
         let mut consumed = 0;
         while consumed < input.len() {
             let Some(connection) = self.connections.get_mut(slot as usize) else { return };
-            if connection.phase != Phase::Open {
+            if connection.phase != Phase::Open || connection.is_deaf {
                 return;
             }
-            if connection.work != Work::Idle {
+            if !connection.is_listening() {
                 let bytes = input[consumed..].to_vec();
                 connection.unread = Some(Box::new(Unread { bytes, from: 0 }));
                 return;
@@ -342,7 +339,7 @@ impl Shard {
                 connection.decoder.release();
             }
             if let Some(reason) = end {
-                self.end(slot, reason);
+                self.end_in_order(slot, reason);
             }
         }
     }
@@ -401,7 +398,7 @@ impl Shard {
             connection.work = Work::Busy;
         }
         if let Some(reason) = end {
-            self.end(slot, reason);
+            self.end_in_order(slot, reason);
         }
         flow
     }
@@ -520,6 +517,7 @@ impl Shard {
             metrics: ConnectionMetrics::default(),
             phase: Phase::Open,
             work: Work::Idle,
+            is_deaf: false,
             owes_close: false,
             is_readable: false,
             is_read_closed: false,
@@ -724,6 +722,19 @@ impl Shard {
         self.drop_socket(slot);
     }
 
+    /// Ends a connection behind everything that its handler has sent before.
+    fn end_in_order(&mut self, slot: u32, reason: CloseReason) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        if connection.phase != Phase::Open || std::mem::replace(&mut connection.is_deaf, true) {
+            return;
+        }
+        let (id, namespace) = (connection.id, connection.directory.key());
+        let command = Command::For { id, namespace, action: Action::Close(reason.clone()) };
+        if self.shared.try_command(self.index, command).is_err() {
+            self.ends.push((slot, reason)); // the mailbox is full: not in order, but not lost
+        }
+    }
+
     /// Decides the end of an open connection: it leaves every index at once, its peer is told, its handler too.
     fn end(&mut self, slot: u32, reason: CloseReason) {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return };
@@ -733,6 +744,9 @@ impl Shard {
         tracing::debug!(id = %connection.id, %reason, "connection ended");
         connection.phase = Phase::Closing;
         connection.unread = None;
+        if connection.is_readable {
+            self.ready.push(slot);
+        }
         let directory = connection.directory.clone();
         let is_congested = std::mem::replace(&mut connection.is_congested, false);
         self.metrics.ended += 1;
