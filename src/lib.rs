@@ -1,1 +1,33 @@
-//! shardcast
+#![doc = include_str!("guide.md")]
+#![forbid(unsafe_code)]
+
+mod bridge;
+#[cfg(feature = "client")]
+mod client;
+mod clients;
+mod codec;
+mod config;
+mod context;
+mod engine;
+mod handshake;
+mod hub;
+mod serve;
+mod session;
+mod upgrade;
+
+#[cfg(feature = "client")]
+pub use client::{
+    ClientClose, ClientError, HubClient, HubClientBuilder, HubSender, SendError as ClientSendError, Unset,
+};
+pub use clients::{Clients, SendError, Target, TrySendError};
+pub use codec::{BinaryCodec, CodecError, Decode, Encode, JsonCodec, RawCodec, RawMessage};
+pub use config::{BroadcastPolicy, ConfigError, EngineConfig, HubConfigError, RunOn, WsHubConfig};
+pub use context::MessageContext;
+pub use engine::Engine;
+pub use hub::{ConnectionRequest, DisconnectRequest, Hub, ServeError, WsHub};
+pub use serve::serve_hub;
+pub use shardcast_engine::{
+    AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, FrameError, InvalidConnectionId,
+    MessageKind, Metrics, Receipt, Rtt, StartError,
+};
+pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

@@ -1,0 +1,28 @@
+//! Which core a process runs on.
+//!
+//! The main thread pins itself before it starts any other, and threads inherit the mask, so one call pins the
+//! whole process. Knows nothing of what runs there.
+
+use core_affinity::CoreId;
+
+/// Why a process could not be pinned.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PinError {
+    #[error("the kernel refused to pin this thread to cpu {0}")]
+    Refused(usize),
+}
+
+/// Pins the calling thread, and every thread it starts later, to `cpu`; `None` leaves it free.
+pub(crate) fn pin(cpu: Option<usize>) -> Result<(), PinError> {
+    match cpu {
+        Some(id) if !core_affinity::set_for_current(CoreId { id }) => Err(PinError::Refused(id)),
+        _ => Ok(()),
+    }
+}
+
+/// One core for the server and another for the client, when this process may use two.
+pub(crate) fn server_and_client() -> Option<(usize, usize)> {
+    let cores = core_affinity::get_core_ids()?;
+    let (first, last) = (cores.first()?.id, cores.last()?.id);
+    (first != last).then_some((first, last))
+}

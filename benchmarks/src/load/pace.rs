@@ -1,0 +1,104 @@
+//! The pace: when the next message is due, and who sends it.
+//!
+//! A closed loop keeps a number of messages in flight and shows what a server can do; an open loop sends by the clock
+//! whatever the server does, and its latencies count from the time a message was due, so that a stall is charged to
+//! all messages it held up. Knows time and indexes. Does not know sockets or messages.
+
+use std::time::{Duration, Instant};
+
+/// Waiting for less is done by polling: epoll counts in milliseconds.
+const SPIN_BELOW: Duration = Duration::from_millis(2);
+
+/// What decides when to send.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Pace {
+    /// A new message for each that has landed.
+    Closed { in_flight: usize },
+    /// One message per interval since the start.
+    Open { interval: Duration, start: Instant, sent: u32 },
+}
+
+impl Pace {
+    pub(crate) fn new(in_flight: usize, rate: Option<f64>, now: Instant) -> Self {
+        match rate {
+            Some(rate) => Self::Open { interval: Duration::from_secs_f64(1.0 / rate), start: now, sent: 0 },
+            None => Self::Closed { in_flight },
+        }
+    }
+
+    /// The time at which a message of the open loop was due, if one is by `now`.
+    pub(crate) fn due(&mut self, now: Instant) -> Option<Instant> {
+        let Self::Open { interval, start, sent } = self else { return None };
+        let due = *start + *interval * *sent;
+        (due <= now).then(|| {
+            *sent += 1;
+            due
+        })
+    }
+
+    /// How long to wait for the server at most: until `deadline`, or until a message is due.
+    pub(crate) fn patience(&self, now: Instant, deadline: Instant) -> Duration {
+        let until = match self {
+            Self::Closed { .. } => deadline,
+            Self::Open { interval, start, sent } => deadline.min(*start + *interval * *sent),
+        };
+        let wait = until.saturating_duration_since(now);
+        match self {
+            Self::Open { .. } if wait < SPIN_BELOW => Duration::ZERO,
+            _ => wait,
+        }
+    }
+}
+
+/// Those who send, spread evenly over the crowd, in turn.
+#[derive(Debug)]
+pub(crate) struct Senders {
+    indexes: Vec<usize>,
+    turn: usize,
+}
+
+impl Senders {
+    pub(crate) fn new(count: usize, connections: usize) -> Self {
+        Self { indexes: (0..count).map(|k| k * connections / count).collect(), turn: 0 }
+    }
+
+    pub(crate) fn all(&self) -> &[usize] {
+        &self.indexes
+    }
+
+    /// The next of those who are `present`; `None` when nobody is left.
+    pub(crate) fn next(&mut self, present: impl Fn(usize) -> bool) -> Option<usize> {
+        for _ in 0..self.indexes.len() {
+            let index = self.indexes[self.turn];
+            self.turn = (self.turn + 1) % self.indexes.len();
+            if present(index) {
+                return Some(index);
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_loop_makes_up_for_lost_time_with_the_intended_times() {
+        let start = Instant::now();
+        let mut pace = Pace::new(1, Some(1000.0), start);
+        let late = start + Duration::from_micros(2500);
+        let due: Vec<_> = std::iter::from_fn(|| pace.due(late)).map(|due| due - start).collect();
+        assert_eq!(due, [0, 1, 2].map(Duration::from_millis));
+        assert_eq!(pace.patience(late, late + Duration::from_secs(1)), Duration::ZERO);
+    }
+
+    #[test]
+    fn senders_are_spread_and_take_turns_and_those_who_left_are_skipped() {
+        let mut senders = Senders::new(4, 1000);
+        assert_eq!(senders.all(), [0, 250, 500, 750]);
+        let turns: Vec<_> = (0..4).map(|_| senders.next(|index| index != 250)).collect();
+        assert_eq!(turns, [Some(0), Some(500), Some(750), Some(0)]);
+        assert_eq!(senders.next(|_| false), None);
+    }
+}

@@ -1,0 +1,113 @@
+//! The message that every benchmark sends: `{"t":SEQ,"p":"xxxx…"}`, a chosen number of bytes long.
+//!
+//! Sequence numbers begin at ten digits and never need more, so all messages of a run have the same shape: the
+//! client's masked frame is made once, and to send is to copy it and put ten digits in.
+//! Knows nothing of who sends or receives.
+
+use crate::frame::{self, Opcode};
+
+/// The first sequence number: the least with ten digits.
+pub(crate) const FIRST_SEQ: u64 = 1_000_000_000;
+
+/// The shortest message: nothing but the sequence number.
+pub(crate) const BYTES_MIN: usize = HEAD.len() + DIGITS + MIDDLE.len() + TAIL.len();
+
+const HEAD: &str = r#"{"t":"#;
+const MIDDLE: &str = r#","p":""#;
+const TAIL: &str = r#""}"#;
+const DIGITS: usize = 10;
+
+/// One key for all frames: a server cannot tell, and the frame can be masked beforehand.
+const MASK: [u8; 4] = [0x37, 0xFA, 0x21, 0x3D];
+
+/// Why no message can be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MessageError {
+    #[error("a message has at least {BYTES_MIN} and at most {max} bytes, not {0}", max = frame::PAYLOAD_BYTES_MAX)]
+    Bytes(usize),
+}
+
+/// A masked client frame that only lacks its sequence number.
+#[derive(Debug)]
+pub(crate) struct Template {
+    frame: Vec<u8>,
+    /// Where in the frame the digits are.
+    digits: usize,
+}
+
+impl Template {
+    pub(crate) fn new(bytes: usize) -> Result<Self, MessageError> {
+        if !(BYTES_MIN..=frame::PAYLOAD_BYTES_MAX).contains(&bytes) {
+            return Err(MessageError::Bytes(bytes));
+        }
+        let filler = "x".repeat(bytes - BYTES_MIN);
+        let text = format!("{HEAD}{:0<DIGITS$}{MIDDLE}{filler}{TAIL}", "");
+        let mut frame = Vec::new();
+        frame::write(&mut frame, Opcode::Text, Some(MASK), text.as_bytes());
+        let digits = frame.len() - bytes + HEAD.len();
+        Ok(Self { frame, digits })
+    }
+
+    /// Appends the frame that carries `seq`.
+    pub(crate) fn write(&self, out: &mut Vec<u8>, mut seq: u64) {
+        let start = out.len() + self.digits;
+        out.extend_from_slice(&self.frame);
+        for (index, byte) in out[start..start + DIGITS].iter_mut().enumerate().rev() {
+            *byte = (b'0' + (seq % 10) as u8) ^ MASK[(HEAD.len() + index) % MASK.len()];
+            seq /= 10;
+        }
+    }
+}
+
+/// Finds the sequence number in a message; `None` when there is none.
+#[inline]
+pub(crate) fn seq(message: &[u8]) -> Option<u64> {
+    let start = if message.starts_with(HEAD.as_bytes()) {
+        HEAD.len()
+    } else {
+        // A server may order the fields its own way.
+        message.windows(4).position(|window| window == br#""t":"#)? + 4
+    };
+    let digits =
+        message.get(start..)?.iter().map(|byte| byte.wrapping_sub(b'0')).take_while(|&digit| digit < 10);
+    let mut count = 0;
+    let value = digits.take(19).fold(0, |value, digit| {
+        count += 1;
+        value * 10 + u64::from(digit)
+    });
+    (count > 0).then_some(value)
+}
+
+/// Appends the masked pong that answers a ping.
+pub(crate) fn write_pong(out: &mut Vec<u8>, ping: &[u8]) {
+    frame::write(out, Opcode::Pong, Some(MASK), ping);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_makes_messages_of_the_asked_length_with_their_number() {
+        for bytes in [BYTES_MIN, 64, 125, 126, 1000, 70_000] {
+            let template = Template::new(bytes).unwrap();
+            let mut out = Vec::new();
+            template.write(&mut out, FIRST_SEQ + 42);
+            let frame = frame::parse(&out).unwrap().unwrap();
+            let payload = &mut out[frame.payload];
+            frame::apply_mask(frame.mask.unwrap(), payload);
+            assert_eq!(payload.len(), bytes);
+            assert_eq!(seq(payload), Some(FIRST_SEQ + 42));
+            assert!(payload.starts_with(br#"{"t":1000000042,"p":""#) && payload.ends_with(br#""}"#));
+        }
+        assert!(Template::new(BYTES_MIN - 1).is_err());
+    }
+
+    #[test]
+    fn a_number_is_found_wherever_the_field_stands() {
+        assert_eq!(seq(br#"{"p":"xx","t":17}"#), Some(17));
+        assert_eq!(seq(br#"{"t":9,"p":""}"#), Some(9));
+        assert_eq!(seq(br#"{"p":"xx"}"#), None);
+        assert_eq!(seq(br#"{"t":"x"}"#), None);
+    }
+}

@@ -1,0 +1,292 @@
+//! The floor: what a fan-out costs when the server does nothing else.
+//!
+//! One thread, one epoll, one send(2) per delivery, nothing joined and nothing queued while the socket takes it.
+//! Others are measured relative to this, so it must stay free of cleverness: a server that coalesces is meant to
+//! come out below 1. It is correct all the same — what a socket does not take at once is kept for it.
+//! Knows no groups, policies or timers.
+
+use std::{
+    io::{self, Read, Write},
+    net::{Ipv4Addr, SocketAddr},
+};
+
+use mio::{
+    Events, Interest, Poll, Token,
+    event::Event,
+    net::{TcpListener, TcpStream},
+};
+
+use crate::{
+    cpu::{self, PinError},
+    frame::{self, FrameError, Opcode},
+    handshake::{self, HandshakeError},
+};
+
+const LISTENER: Token = Token(usize::MAX);
+const SCRATCH_BYTES: usize = 64 * 1024;
+/// A peer that lags by more has stopped reading.
+const BACKLOG_BYTES_MAX: usize = 8 << 20;
+
+/// What the floor is told.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    #[arg(long)]
+    port: u16,
+    /// The core to run on.
+    #[arg(long)]
+    cpu: Option<usize>,
+}
+
+/// Why the floor did not hold.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FloorError {
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    #[error("the floor's loop failed")]
+    Io(#[from] io::Error),
+}
+
+/// Why one connection ended.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("the peer has gone")]
+    Gone,
+    #[error("the peer does not read")]
+    Stalled,
+    #[error("a frame from the client is not masked")]
+    NotMasked,
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Route {
+    Handshake,
+    FanOut,
+    Echo,
+}
+
+#[derive(Debug)]
+struct Connection {
+    stream: TcpStream,
+    route: Route,
+    /// The beginning of a frame or head whose end has not come; nothing allocated while empty.
+    partial: Vec<u8>,
+    /// What the socket did not take.
+    backlog: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Floor {
+    poll: Poll,
+    listener: TcpListener,
+    /// The index is the token.
+    connections: Vec<Option<Connection>>,
+    free: Vec<usize>,
+    scratch: Vec<u8>,
+    outgoing: Vec<u8>,
+}
+
+/// Serves until it is killed.
+pub(crate) fn run(options: &Options) -> Result<(), FloorError> {
+    cpu::pin(options.cpu)?;
+    let mut listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, options.port)))?;
+    let poll = Poll::new()?;
+    poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
+    let mut floor = Floor {
+        poll,
+        listener,
+        connections: Vec::new(),
+        free: Vec::new(),
+        scratch: vec![0; SCRATCH_BYTES],
+        outgoing: Vec::new(),
+    };
+    println!("{}", super::READY);
+    floor.serve()
+}
+
+impl Floor {
+    fn serve(&mut self) -> Result<(), FloorError> {
+        let mut events = Events::with_capacity(1024);
+        loop {
+            match self.poll.poll(&mut events, None) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                outcome => outcome?,
+            }
+            for event in &events {
+                match event.token() {
+                    LISTENER => self.accept()?,
+                    Token(index) => {
+                        if self.attend(index, event).is_err() {
+                            self.remove(index);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self) -> io::Result<()> {
+        loop {
+            let mut stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+                Err(error) => return Err(error),
+            };
+            stream.set_nodelay(true)?;
+            let index = self.free.pop().unwrap_or_else(|| {
+                self.connections.push(None);
+                self.connections.len() - 1
+            });
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            self.poll.registry().register(&mut stream, Token(index), interest)?;
+            let (partial, backlog) = (Vec::new(), Vec::new());
+            self.connections[index] = Some(Connection { stream, route: Route::Handshake, partial, backlog });
+        }
+    }
+
+    fn remove(&mut self, index: usize) {
+        if self.connections[index].take().is_some() {
+            self.free.push(index);
+        }
+    }
+
+    fn attend(&mut self, index: usize, event: &Event) -> Result<(), Ended> {
+        let Some(connection) = &mut self.connections[index] else { return Ok(()) };
+        if event.is_writable() && !connection.backlog.is_empty() {
+            connection.drain()?;
+        }
+        if event.is_readable() || event.is_read_closed() || event.is_error() {
+            self.read(index)?;
+        }
+        Ok(())
+    }
+
+    /// Reads until the socket is empty: a short read says so without another syscall.
+    fn read(&mut self, index: usize) -> Result<(), Ended> {
+        // Taken out so that the frames in it can be borrowed while the connections are written to.
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let outcome = self.read_into(index, &mut scratch);
+        self.scratch = scratch;
+        outcome
+    }
+
+    fn read_into(&mut self, index: usize, scratch: &mut Vec<u8>) -> Result<(), Ended> {
+        loop {
+            let Some(connection) = &mut self.connections[index] else { return Ok(()) };
+            let kept = connection.partial.len();
+            if scratch.len() < kept + SCRATCH_BYTES {
+                scratch.resize(kept + SCRATCH_BYTES, 0);
+            }
+            let read = match connection.stream.read(&mut scratch[kept..]) {
+                Ok(0) => return Err(Ended::Gone),
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error.into()),
+            };
+            scratch[..kept].copy_from_slice(&std::mem::take(&mut connection.partial));
+            let drained = kept + read < scratch.len();
+            let filled = &mut scratch[..kept + read];
+            let taken = self.take(index, filled)?;
+            if taken < filled.len()
+                && let Some(connection) = &mut self.connections[index]
+            {
+                connection.partial = filled[taken..].to_vec();
+            }
+            if drained {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Handles every whole frame in `bytes`; returns how many bytes they were.
+    fn take(&mut self, index: usize, bytes: &mut [u8]) -> Result<usize, Ended> {
+        let mut taken = 0;
+        if let Some(connection) = &mut self.connections[index]
+            && connection.route == Route::Handshake
+        {
+            let Some(head) = handshake::head_bytes(bytes)? else { return Ok(0) };
+            let request = handshake::parse_request(&bytes[..head])?;
+            connection.route = if request.path.starts_with("/ws") { Route::FanOut } else { Route::Echo };
+            connection.send(&handshake::response(&request.accept))?;
+            taken = head;
+        }
+        while let Some(frame) = frame::parse(&bytes[taken..])? {
+            let mask = frame.mask.ok_or(Ended::NotMasked)?;
+            let end = taken + frame.payload.end;
+            let payload = &mut bytes[taken + frame.payload.start..end];
+            taken = end;
+            frame::apply_mask(mask, payload);
+            self.outgoing.clear();
+            match frame.opcode {
+                Opcode::Text | Opcode::Binary => {
+                    frame::write(&mut self.outgoing, frame.opcode, None, payload);
+                    self.deliver(index)?;
+                }
+                Opcode::Ping => {
+                    frame::write(&mut self.outgoing, Opcode::Pong, None, payload);
+                    self.answer(index)?;
+                }
+                Opcode::Pong => {}
+                Opcode::Close => {
+                    frame::write(&mut self.outgoing, Opcode::Close, None, payload);
+                    self.answer(index)?;
+                    return Err(Ended::Gone);
+                }
+            }
+        }
+        Ok(taken)
+    }
+
+    fn deliver(&mut self, from: usize) -> Result<(), Ended> {
+        match &self.connections[from] {
+            Some(sender) if sender.route == Route::FanOut => {
+                for connection in self.connections.iter_mut().flatten() {
+                    if connection.route == Route::FanOut {
+                        // A receiver's failure is its own: its next readiness ends it.
+                        let _ = connection.send(&self.outgoing);
+                    }
+                }
+                Ok(())
+            }
+            _ => self.answer(from),
+        }
+    }
+
+    fn answer(&mut self, index: usize) -> Result<(), Ended> {
+        match &mut self.connections[index] {
+            Some(connection) => connection.send(&self.outgoing),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Connection {
+    fn send(&mut self, bytes: &[u8]) -> Result<(), Ended> {
+        if !self.backlog.is_empty() {
+            if self.backlog.len() + bytes.len() > BACKLOG_BYTES_MAX {
+                return Err(Ended::Stalled);
+            }
+            self.backlog.extend_from_slice(bytes);
+            return Ok(());
+        }
+        let sent = match self.stream.write(bytes) {
+            Ok(sent) => sent,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(error) => return Err(error.into()),
+        };
+        self.backlog.extend_from_slice(&bytes[sent..]);
+        Ok(())
+    }
+
+    fn drain(&mut self) -> Result<(), Ended> {
+        let backlog = std::mem::take(&mut self.backlog);
+        self.send(&backlog)
+    }
+}

@@ -1,0 +1,89 @@
+//! The smallest hub, and a client that talks to it: the program of the README in one file.
+//!
+//! `cargo run --release --example hello --features client`
+
+#![allow(clippy::print_stdout)]
+
+use axum::Router;
+use axum::extract::State;
+use axum::routing::get;
+use serde::{Deserialize, Serialize};
+use shardcast::{HubClient, JsonCodec, MessageContext, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
+use tokio::sync::oneshot;
+
+#[derive(Serialize, Deserialize)]
+struct HelloMessage {
+    text: String,
+}
+
+#[derive(Serialize, Deserialize, Debug)]
+enum HelloReply {
+    Ok(String),
+    Err(String),
+}
+
+#[derive(Clone)]
+struct AppState {
+    greeting: &'static str,
+}
+
+struct HelloHub {
+    state: AppState,
+}
+
+impl HelloHub {
+    fn new(state: AppState) -> Self {
+        Self { state }
+    }
+}
+
+impl WsHub for HelloHub {
+    type Codec = JsonCodec;
+    type InMessage = HelloMessage;
+    type OutMessage = HelloReply;
+
+    async fn on_message(&self, msg: Self::InMessage, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+        let reply = match msg.text.is_empty() {
+            true => HelloReply::Err("say something".into()),
+            false => HelloReply::Ok(format!("{} {}", self.state.greeting, msg.text)),
+        };
+        ctx.broadcast(reply).await
+    }
+}
+
+fn hello_router() -> Router<AppState> {
+    Router::new().route(
+        "/ws",
+        get(|ws: WebSocketUpgrade, State(state): State<AppState>| async move {
+            let config = WsHubConfig::default();
+            ws.on_upgrade(move |socket| async move { serve_hub(socket, HelloHub::new(state), &config).await })
+        }),
+    )
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    let app = hello_router().with_state(AppState { greeting: "hello" });
+    tokio::spawn(async move { axum::serve(listener, app).await });
+
+    let (answered, answer) = oneshot::channel();
+    let mut answered = Some(answered);
+    let mut client = HubClient::builder(format!("ws://{address}/ws"))
+        .with_in_message::<HelloMessage>()
+        .with_out_message::<HelloReply>()
+        .with_codec::<JsonCodec>()
+        .build();
+    client.on_message(move |reply: HelloReply| {
+        if let Some(answered) = answered.take() {
+            answered.send(reply).ok();
+        }
+    });
+    client.connect().await?;
+    client.send(HelloMessage { text: "world".into() })?;
+    println!("{:?}", answer.await?);
+    // Sends a Close frame and waits for the server to echo it back.
+    client.disconnect().await;
+    Ok(())
+}

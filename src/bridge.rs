@@ -1,0 +1,449 @@
+//! The bridge: a Unix socket pair in front of a connection that is not a socket.
+//!
+//! A shard only knows sockets. TLS streams, HTTP/2 streams and whatever else a server is built from live on tokio,
+//! so one task per connection carries bytes both ways; it owns the stream and one end of the pair, the shard owns
+//! the other end. An idle bridge holds no buffer, a busy one at most one chunk each way, and what the kernel takes
+//! in between is kept small, or the shard would not notice a peer that stopped reading.
+//! Knows bytes and ends of streams. Does not know frames, HTTP, TLS or hubs.
+
+use std::{
+    future::Future,
+    io,
+    mem::MaybeUninit,
+    os::unix,
+    pin::{Pin, pin},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    net::UnixStream,
+    time::{Sleep, sleep},
+};
+
+/// What is read at once, on the stack, and the most that is held back for a side that does not take it.
+const CHUNK_BYTES: usize = 8 * 1024;
+
+/// What the kernel takes from either end before it says that the other is slow (Linux doubles it for its
+/// bookkeeping). Unset it would be some 200 KiB that no policy can see.
+const KERNEL_BUFFER_BYTES: usize = 16 * 1024;
+
+/// Chunks per poll, so that a fast pair does not keep the thread from other tasks.
+const CHUNKS_PER_TURN: usize = 16;
+
+/// How long a client may take to end after the shard has ended its side, before it is cut off.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// Puts a Unix socket in front of `client` and gives back the shard's end of it, non-blocking.
+///
+/// Must be called within a tokio runtime; the copying task runs there until both sides have ended.
+pub(crate) fn bridge<C>(client: C) -> io::Result<unix::net::UnixStream>
+where
+    C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (shard_end, bridge_end) = unix::net::UnixStream::pair()?;
+    for end in [&shard_end, &bridge_end] {
+        end.set_nonblocking(true)?;
+        SockRef::from(end).set_send_buffer_size(KERNEL_BUFFER_BYTES)?;
+    }
+    let shard = UnixStream::from_std(bridge_end)?;
+    tokio::spawn(Bridge { client, shard, inbound: Flow::new(), outbound: Flow::new(), linger: None });
+    Ok(shard_end)
+}
+
+/// The copying task. Both flows run on their own, from end of stream to shutdown:
+///
+/// - A side that stops sending is shut down on the other side once everything before has been passed on. Errors of
+///   reading count as that, since TLS clients commonly hang up without a goodbye.
+/// - A client that cannot be written to is lost, and the bridge ends.
+/// - A shard that cannot be written to has closed its socket. Its last words may still be on their way to the client
+///   and an early end would destroy them, so what the client still says is read and thrown away.
+struct Bridge<C> {
+    client: C,
+    shard: UnixStream,
+    inbound: Flow,
+    outbound: Flow,
+    /// Runs while the client is waited for; see [`Bridge::poll_linger`].
+    linger: Option<Pin<Box<Sleep>>>,
+}
+
+impl<C: AsyncRead + AsyncWrite + Unpin> Future for Bridge<C> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let bridge = self.get_mut();
+        if let Poll::Ready(Err(error)) = bridge.outbound.poll(cx, &mut bridge.shard, &mut bridge.client) {
+            tracing::debug!(%error, "a bridged client cannot be written to");
+            return Poll::Ready(());
+        }
+        if let Poll::Ready(Err(_)) = bridge.inbound.poll(cx, &mut bridge.client, &mut bridge.shard) {
+            bridge.inbound.discard();
+            // It has just been polled to an error, not to a waker.
+            cx.waker().wake_by_ref();
+        }
+        if bridge.outbound.has_ended() && bridge.inbound.has_ended() {
+            return Poll::Ready(());
+        }
+        bridge.poll_linger(cx)
+    }
+}
+
+impl<C> Bridge<C> {
+    /// Ready when a client has been waited for in vain: the shard has closed, so nobody but this task is left to
+    /// notice that the client neither reads nor hangs up.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.outbound.is_held_up() {
+            self.linger = None;
+            return Poll::Pending;
+        }
+        loop {
+            let linger = self.linger.get_or_insert_with(|| Box::pin(sleep(LINGER)));
+            ready!(linger.as_mut().poll(cx));
+            if self.shard_has_ended(cx) {
+                tracing::debug!("a bridged client neither reads nor hangs up and is cut off");
+                return Poll::Ready(());
+            }
+            self.linger = None;
+        }
+    }
+
+    /// Whether the shard has ended its side, even if there still are bytes to be read before that end.
+    fn shard_has_ended(&self, cx: &mut Context<'_>) -> bool {
+        self.outbound.stage != Stage::Copying
+            || match pin!(self.shard.ready(Interest::READABLE)).poll(cx) {
+                Poll::Ready(Ok(readiness)) => readiness.is_read_closed(),
+                Poll::Ready(Err(_)) => true,
+                Poll::Pending => false,
+            }
+    }
+}
+
+/// One of the two ways: Copying → ShuttingDown → Ended, or Copying → Discarding → Ended.
+struct Flow {
+    stage: Stage,
+    /// What was read and not yet taken by the other side; without allocation nearly always.
+    held: Vec<u8>,
+    /// Whether something was written and not yet flushed.
+    unflushed: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Copying,
+    /// The reading side has ended, the writing side is being told.
+    ShuttingDown,
+    /// The writing side is gone; the reading side is drained for politeness.
+    Discarding,
+    Ended,
+}
+
+impl Flow {
+    fn new() -> Self {
+        Self { stage: Stage::Copying, held: Vec::new(), unflushed: false }
+    }
+
+    fn discard(&mut self) {
+        self.stage = Stage::Discarding;
+        self.held = Vec::new();
+    }
+
+    fn has_ended(&self) -> bool {
+        self.stage == Stage::Ended
+    }
+
+    /// Whether it is the writing side that is waited for, or nothing more will come from the reading side.
+    fn is_held_up(&self) -> bool {
+        !self.held.is_empty() || self.stage != Stage::Copying
+    }
+
+    /// Ready when the flow has ended, or with the error of a write.
+    fn poll<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W) -> Poll<io::Result<()>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        for _ in 0..CHUNKS_PER_TURN {
+            match self.stage {
+                Stage::Copying => {
+                    ready!(self.poll_write_held(cx, to))?;
+                    ready!(self.poll_copy_chunk(cx, from, to))?;
+                }
+                Stage::ShuttingDown => {
+                    // Whether it succeeds does not matter: there is nothing more to say to that side.
+                    let _ = ready!(Pin::new(&mut *to).poll_shutdown(cx));
+                    self.stage = Stage::Ended;
+                }
+                Stage::Discarding => {
+                    let mut scratch = [MaybeUninit::uninit(); CHUNK_BYTES];
+                    let mut chunk = ReadBuf::uninit(&mut scratch);
+                    let read = ready!(Pin::new(&mut *from).poll_read(cx, &mut chunk));
+                    if read.is_err() || chunk.filled().is_empty() {
+                        self.stage = Stage::Ended;
+                    }
+                }
+                Stage::Ended => return Poll::Ready(Ok(())),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn poll_copy_chunk<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut R,
+        to: &mut W,
+    ) -> Poll<io::Result<()>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let mut scratch = [MaybeUninit::uninit(); CHUNK_BYTES];
+        let mut chunk = ReadBuf::uninit(&mut scratch);
+        let Poll::Ready(read) = Pin::new(from).poll_read(cx, &mut chunk) else {
+            // A TLS stream may keep what it has encrypted until it is flushed, and now there is time.
+            if self.unflushed {
+                ready!(Pin::new(to).poll_flush(cx))?;
+                self.unflushed = false;
+            }
+            return Poll::Pending;
+        };
+        let mut bytes = chunk.filled();
+        if read.is_err() || bytes.is_empty() {
+            self.stage = Stage::ShuttingDown;
+            return Poll::Ready(Ok(()));
+        }
+        while !bytes.is_empty() {
+            match self.poll_write(cx, to, bytes)? {
+                Poll::Ready(written) => bytes = &bytes[written..],
+                Poll::Pending => {
+                    self.held = bytes.to_vec();
+                    return Poll::Pending;
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_write_held<W>(&mut self, cx: &mut Context<'_>, to: &mut W) -> Poll<io::Result<()>>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        while !self.held.is_empty() {
+            let held = std::mem::take(&mut self.held);
+            let written = self.poll_write(cx, to, &held);
+            self.held = held;
+            self.held.drain(..ready!(written)?);
+        }
+        self.held = Vec::new();
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_write<W>(&mut self, cx: &mut Context<'_>, to: &mut W, bytes: &[u8]) -> Poll<io::Result<usize>>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        let written = ready!(Pin::new(to).poll_write(cx, bytes))?;
+        if written == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        self.unflushed = true;
+        Poll::Ready(Ok(written))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Shutdown;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+    use super::*;
+
+    /// The client's end of the bridged stream, and the shard's socket, wrapped for tokio as a test has no shard.
+    fn bridged(client_buffer_bytes: usize) -> (DuplexStream, UnixStream) {
+        let (client, stream) = duplex(client_buffer_bytes);
+        let shard = UnixStream::from_std(bridge(stream).unwrap()).unwrap();
+        (client, shard)
+    }
+
+    /// Waits until the bridge's task is gone.
+    async fn bridge_ends() {
+        while tokio::runtime::Handle::current().metrics().num_alive_tasks() > 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn pattern(length: usize) -> Vec<u8> {
+        (0..length).map(|index| (index * 31 % 251) as u8).collect()
+    }
+
+    #[tokio::test]
+    async fn megabytes_pass_unchanged_both_ways_at_once() {
+        let (client, shard) = bridged(1000);
+        let sent = pattern(3_000_000);
+        let exchange = |stream: Box<dyn Socket>| {
+            let sent = &sent;
+            async move {
+                let (mut reader, mut writer) = tokio::io::split(stream);
+                let write = async {
+                    writer.write_all(sent).await.unwrap();
+                    writer.shutdown().await.unwrap();
+                };
+                let mut received = Vec::new();
+                let ((), read) = tokio::join!(write, reader.read_to_end(&mut received));
+                read.unwrap();
+                received
+            }
+        };
+        let (at_client, at_shard) = tokio::join!(exchange(Box::new(client)), exchange(Box::new(shard)));
+        assert!(at_client == sent && at_shard == sent);
+        bridge_ends().await;
+    }
+
+    trait Socket: AsyncRead + AsyncWrite + Unpin {}
+    impl<T: AsyncRead + AsyncWrite + Unpin> Socket for T {}
+
+    #[tokio::test]
+    async fn a_client_that_stops_sending_still_receives() {
+        let (mut client, mut shard) = bridged(1000);
+        client.write_all(b"question").await.unwrap();
+        client.shutdown().await.unwrap();
+
+        let mut question = Vec::new();
+        shard.read_to_end(&mut question).await.unwrap();
+        assert_eq!(question, b"question");
+
+        shard.write_all(b"answer").await.unwrap();
+        drop(shard);
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"answer");
+        bridge_ends().await;
+    }
+
+    #[tokio::test]
+    async fn a_shard_that_stops_sending_still_receives() {
+        let (mut client, mut shard) = bridged(1000);
+        shard.write_all(b"close").await.unwrap();
+        shard.shutdown().await.unwrap();
+
+        let mut close = Vec::new();
+        client.read_to_end(&mut close).await.unwrap();
+        assert_eq!(close, b"close");
+
+        client.write_all(b"close too").await.unwrap();
+        drop(client);
+        let mut answer = Vec::new();
+        shard.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"close too");
+        bridge_ends().await;
+    }
+
+    #[tokio::test]
+    async fn the_last_words_of_a_closed_socket_arrive_although_the_client_keeps_talking() {
+        let (mut client, mut shard) = bridged(100);
+        // More than the client's stream takes, so that most of it is still in the bridge when the shard is gone.
+        let last_words = pattern(10_000);
+        shard.write_all(&last_words).await.unwrap();
+        drop(shard);
+        let (mut reader, mut writer) = tokio::io::split(&mut client);
+        let mut received = Vec::new();
+        let talk = async {
+            for _ in 0..100 {
+                writer.write_all(&[0; 50]).await.unwrap();
+            }
+        };
+        let ((), read) = tokio::join!(talk, reader.read_to_end(&mut received));
+        read.unwrap();
+        assert!(received == last_words);
+        drop(client);
+        bridge_ends().await;
+    }
+
+    #[tokio::test]
+    async fn a_client_that_vanishes_is_an_end_of_stream_for_the_shard() {
+        let (client, mut shard) = bridged(1000);
+        drop(client);
+        assert_eq!(shard.read(&mut [0; 8]).await.unwrap(), 0);
+        let _ = shard.write_all(b"into the void").await;
+        bridge_ends().await;
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_holds_the_shard_up_after_little_memory() {
+        let (_client, shard) = bridged(1000);
+        let mut taken = 0;
+        let mut turns_without_progress = 0;
+        while turns_without_progress < 100 {
+            match shard.try_write(&[0; 512]) {
+                Ok(bytes) => (taken, turns_without_progress) = (taken + bytes, 0),
+                Err(_) => turns_without_progress += 1,
+            }
+            tokio::task::yield_now().await;
+        }
+        assert!(taken >= CHUNK_BYTES, "{taken}");
+        assert!(taken <= 3 * KERNEL_BUFFER_BYTES, "{taken}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_neither_reads_nor_hangs_up_is_cut_off_once_the_shard_has_closed() {
+        let (_client, mut shard) = bridged(100);
+        shard.write_all(&[0; 10_000]).await.unwrap();
+        let started = tokio::time::Instant::now();
+        sleep(LINGER * 5).await;
+        assert_eq!(
+            tokio::runtime::Handle::current().metrics().num_alive_tasks(),
+            1,
+            "the shard still wants it"
+        );
+        drop(shard);
+        while tokio::runtime::Handle::current().metrics().num_alive_tasks() > 0 {
+            sleep(Duration::from_millis(100)).await;
+        }
+        assert!(started.elapsed() <= LINGER * 7, "{:?}", started.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_does_not_answer_a_closed_shard_is_cut_off() {
+        let (mut client, shard) = bridged(100);
+        let shard = shard.into_std().unwrap();
+        shard.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(client.read(&mut [0; 8]).await.unwrap(), 0);
+        let started = tokio::time::Instant::now();
+        while client.write_all(b"x").await.is_ok() {
+            sleep(Duration::from_millis(100)).await;
+        }
+        assert!(started.elapsed() <= LINGER * 2, "{:?}", started.elapsed());
+    }
+
+    #[tokio::test]
+    async fn an_idle_flow_holds_no_buffer() {
+        let (mut client, mut stream) = duplex(64);
+        let (mut peer, mut shard) = UnixStream::pair().unwrap();
+        let mut outbound = Flow::new();
+        let mut poll = std::future::poll_fn(|cx| {
+            let _ = outbound.poll(cx, &mut shard, &mut stream);
+            Poll::Ready(outbound.held.capacity())
+        });
+        peer.write_all(&[7; 200]).await.unwrap();
+        // The socket's readiness reaches the runtime in its own time.
+        while (&mut poll).await == 0 {
+            tokio::task::yield_now().await;
+        }
+        let mut received = vec![0; 200];
+        let read = client.read_exact(&mut received);
+        let ((), read) = tokio::join!(
+            async {
+                while (&mut poll).await > 0 {
+                    tokio::task::yield_now().await;
+                }
+            },
+            read
+        );
+        read.unwrap();
+        assert_eq!(received, [7; 200]);
+    }
+}

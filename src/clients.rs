@@ -1,0 +1,278 @@
+//! The clients of a hub, and ways to reach some or all of them.
+//!
+//! Cloneable, usable from any thread or task. Encodes a value once, puts it behind its
+//! frame header and gives it to the engine; whom it is for is a target, and every short
+//! form (`broadcast`, `unicast`, …) is a name for one. Knows codecs and namespaces. Does
+//! not know hubs, sessions or sockets.
+
+use std::borrow::{Borrow, Cow};
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+
+use shardcast_engine::{
+    CloseCode, ConnectionId, ConnectionMetrics, Frame, Namespace, Receipt, SendError as EngineError, To,
+    TrySendError as TryEngineError,
+};
+
+use crate::codec::{CodecError, Encode};
+
+/// The clients of one hub, which get messages `M` in the encoding of `C`.
+///
+/// ```no_run
+/// # use shardcast::{Clients, JsonCodec, ConnectionId};
+/// # async fn example(clients: Clients<String, JsonCodec>, id: ConnectionId) -> Result<(), shardcast::SendError> {
+/// clients.to_all().publish("to everyone".to_owned()).await?;
+/// clients.to(id).publish("to one".to_owned()).await?;
+/// let receipt = clients.to_group("lobby").except(&[id]).send("to the others".to_owned()).await?;
+/// println!("{} had to be waited for", receipt.waited);
+/// # Ok(()) }
+/// ```
+pub struct Clients<M, C> {
+    inner: Arc<Inner>,
+    types: PhantomData<fn(M) -> C>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    namespace: Namespace,
+    unencodable: AtomicU64,
+}
+
+impl<M, C> Clone for Clients<M, C> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), types: PhantomData }
+    }
+}
+
+impl<M, C> std::fmt::Debug for Clients<M, C> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Clients").field("connections", &self.len()).finish_non_exhaustive()
+    }
+}
+
+impl<M, C> Clients<M, C> {
+    pub(crate) fn new(namespace: Namespace) -> Self {
+        Self { inner: Arc::new(Inner { namespace, unencodable: AtomicU64::new(0) }), types: PhantomData }
+    }
+
+    pub(crate) fn namespace(&self) -> &Namespace {
+        &self.inner.namespace
+    }
+
+    /// Every client.
+    pub fn to_all(&self) -> Target<'_, M, C> {
+        self.target(To::Everyone)
+    }
+
+    /// The members of a group. A group without members is no error: nobody gets the message.
+    pub fn to_group<'a>(&'a self, group: &'a str) -> Target<'a, M, C> {
+        self.target(To::Group(group))
+    }
+
+    /// The members of several groups, each client once.
+    pub fn to_groups<'a>(&'a self, groups: &'a [&'a str]) -> Target<'a, M, C> {
+        self.target(To::Groups(groups))
+    }
+
+    /// One client. If it has gone, nobody gets the message.
+    pub fn to(&self, id: ConnectionId) -> Target<'_, M, C> {
+        self.target(To::Connection(id))
+    }
+
+    fn target<'a>(&'a self, to: To<'a>) -> Target<'a, M, C> {
+        Target { clients: self, to, except: &[] }
+    }
+
+    /// Makes a client a member of a group. When this has returned, the next message to the group by anyone reaches
+    /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing.
+    ///
+    /// # Errors
+    /// The engine has ended, or too many wait for the client's shard.
+    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
+        Ok(self.inner.namespace.join(id, group).await?)
+    }
+
+    /// Ends a membership: messages to the group after this do not reach the client, earlier ones do.
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join).
+    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
+        Ok(self.inner.namespace.leave(id, group).await?)
+    }
+
+    /// Ends a connection, after what was sent to it before, with a Close frame that carries `code` and at most
+    /// 123 bytes of `reason`.
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join).
+    pub async fn disconnect(
+        &self,
+        id: ConnectionId,
+        code: CloseCode,
+        reason: impl Into<Cow<'static, str>>,
+    ) -> Result<(), SendError> {
+        Ok(self.inner.namespace.close(id, code, reason).await?)
+    }
+
+    /// What a connection has counted, after everything that was sent before; none if it has gone.
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join).
+    pub async fn inspect(&self, id: ConnectionId) -> Result<Option<ConnectionMetrics>, SendError> {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let answer = |metrics| {
+            let _ = sender.send(metrics); // who has stopped waiting does not want to know
+        };
+        self.inner.namespace.inspect(id, answer).await?;
+        Ok(receiver.await.ok())
+    }
+
+    /// Clients connected now, those on their way to their shard included.
+    pub fn len(&self) -> usize {
+        self.inner.namespace.len()
+    }
+
+    /// Whether nobody is connected.
+    pub fn is_empty(&self) -> bool {
+        self.inner.namespace.is_empty()
+    }
+
+    /// Members of a group.
+    pub fn group_len(&self, group: &str) -> usize {
+        self.inner.namespace.group_len(group)
+    }
+
+    /// Groups that have members.
+    pub fn groups(&self) -> usize {
+        self.inner.namespace.groups()
+    }
+
+    /// Messages that could not be encoded, and reached nobody, since the start.
+    pub fn unencodable(&self) -> u64 {
+        self.inner.unencodable.load(Relaxed)
+    }
+}
+
+/// Whom a message is for; see [`Clients`].
+#[must_use = "nothing is sent before `publish`, `send` or `try_publish`"]
+pub struct Target<'a, M, C> {
+    clients: &'a Clients<M, C>,
+    to: To<'a>,
+    except: &'a [ConnectionId],
+}
+
+impl<M, C> Clone for Target<'_, M, C> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M, C> Copy for Target<'_, M, C> {}
+
+impl<M, C> std::fmt::Debug for Target<'_, M, C> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Target").field("to", &self.to).field("except", &self.except).finish_non_exhaustive()
+    }
+}
+
+impl<'a, M, C> Target<'a, M, C> {
+    /// Leaves out these clients.
+    pub fn except(self, except: &'a [ConnectionId]) -> Self {
+        Self { except, ..self }
+    }
+}
+
+impl<M, C: Encode<M>> Target<'_, M, C> {
+    /// Sends the message. Ends when every client of the target has taken it or has gone; while none is behind,
+    /// that is as soon as the engine has it. What one task sends one after the other, every client gets in that order.
+    ///
+    /// # Errors
+    /// A message that cannot be encoded, an engine that has ended, too many who wait already.
+    pub async fn publish(&self, message: impl Borrow<M> + Send) -> Result<(), SendError> {
+        let frame = self.encode(message.borrow())?;
+        drop(message);
+        Ok(self.clients.inner.namespace.publish(self.to, self.except, frame).await?)
+    }
+
+    /// Like [`publish`](Self::publish), but always ends only when every client of the target has taken the message
+    /// or has gone, and tells how many there were.
+    ///
+    /// # Errors
+    /// As for `publish`.
+    pub async fn send(&self, message: impl Borrow<M> + Send) -> Result<Receipt, SendError> {
+        let frame = self.encode(message.borrow())?;
+        drop(message);
+        Ok(self.clients.inner.namespace.send(self.to, self.except, frame).await?)
+    }
+
+    /// Like [`publish`](Self::publish), but never waits: for code that is not async. A client that is behind gets the
+    /// message when it has room.
+    ///
+    /// # Errors
+    /// [`TrySendError::Full`] where `publish` would have waited for a shard; nobody has got the message then.
+    pub fn try_publish(&self, message: impl Borrow<M>) -> Result<(), TrySendError> {
+        let frame = self.encode(message.borrow())?;
+        let sent = self.clients.inner.namespace.try_publish(self.to, self.except, frame);
+        sent.map_err(|error| match error {
+            TryEngineError::Full(_) => TrySendError::Full,
+            _ => TrySendError::Closed,
+        })
+    }
+
+    fn encode(&self, message: &M) -> Result<Frame, CodecError> {
+        const PAYLOAD_BYTES_HINT: usize = 118; // with a header of up to 10 bytes: two cache lines
+        let encoded = Frame::build(PAYLOAD_BYTES_HINT, |payload| {
+            let header = payload.len();
+            let kind = C::encode(message, payload)?;
+            // Peers close on text that is not UTF-8; a codec that says text must mean it.
+            if kind == shardcast_engine::MessageKind::Text {
+                std::str::from_utf8(&payload[header..]).map_err(CodecError::encode)?;
+            }
+            Ok(kind)
+        });
+        encoded.inspect_err(|_| {
+            self.clients.inner.unencodable.fetch_add(1, Relaxed);
+        })
+    }
+}
+
+/// A message was not sent.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// The codec could not encode it.
+    #[error(transparent)]
+    Encode(#[from] CodecError),
+    /// The engine has ended.
+    #[error("the engine has ended")]
+    Closed,
+    /// `publishers_waiting_max` others wait already.
+    #[error("too many publishers wait for room already")]
+    Overloaded,
+}
+
+impl From<EngineError> for SendError {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::Overloaded => Self::Overloaded,
+            _ => Self::Closed,
+        }
+    }
+}
+
+/// A message was not sent, and nobody waited.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrySendError {
+    /// The codec could not encode it.
+    #[error(transparent)]
+    Encode(#[from] CodecError),
+    /// The log (for one client: its shard's mailbox) is full.
+    #[error("the log or the mailbox is full")]
+    Full,
+    /// The engine has ended.
+    #[error("the engine has ended")]
+    Closed,
+}

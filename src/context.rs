@@ -1,0 +1,120 @@
+//! What a hub's method may do: the seed's short forms over the hub's clients.
+//!
+//! One for each call, sharing what belongs to the connection. The short forms return
+//! nothing; what fails is logged and counted. For results, use the clients themselves.
+//! Does not know sessions or the engine's shards.
+
+use std::sync::Arc;
+
+use shardcast_engine::{CloseCode, ConnectionId};
+
+use crate::clients::{Clients, SendError, Target};
+use crate::codec::Encode;
+
+/// The connection that a hub's method is called for, and through it all clients of the hub.
+///
+/// Cloneable; may be kept and used after the call, from any task.
+pub struct MessageContext<M, C> {
+    peer: Arc<Peer<M, C>>,
+}
+
+/// What belongs to one connection; made once.
+pub(crate) struct Peer<M, C> {
+    pub(crate) clients: Clients<M, C>,
+    pub(crate) id: ConnectionId,
+    pub(crate) connection_id: Arc<str>,
+}
+
+impl<M, C> Clone for MessageContext<M, C> {
+    fn clone(&self) -> Self {
+        Self { peer: self.peer.clone() }
+    }
+}
+
+impl<M, C> std::fmt::Debug for MessageContext<M, C> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MessageContext").field("id", &self.peer.id).finish_non_exhaustive()
+    }
+}
+
+impl<M, C> MessageContext<M, C> {
+    pub(crate) fn new(peer: Arc<Peer<M, C>>) -> Self {
+        Self { peer }
+    }
+
+    /// The id of this connection.
+    pub fn id(&self) -> ConnectionId {
+        self.peer.id
+    }
+
+    /// The id of this connection as text: what [`broadcast_except`](Self::broadcast_except) takes.
+    pub fn connection_id(&self) -> &Arc<str> {
+        &self.peer.connection_id
+    }
+
+    /// All clients of the hub, for what the short forms below do not say.
+    pub fn clients(&self) -> &Clients<M, C> {
+        &self.peer.clients
+    }
+
+    /// Makes this connection a member of a group. The next message to the group reaches it.
+    pub async fn add_to_group(&self, group: &str) {
+        report(self.peer.clients.join(self.peer.id, group).await);
+    }
+
+    /// Ends this connection's membership of a group. The next message to the group does not reach it.
+    pub async fn remove_from_group(&self, group: &str) {
+        report(self.peer.clients.leave(self.peer.id, group).await);
+    }
+
+    /// Ends this connection, after what was sent to it before.
+    pub async fn disconnect(&self, code: CloseCode, reason: impl Into<std::borrow::Cow<'static, str>>) {
+        report(self.peer.clients.disconnect(self.peer.id, code, reason).await);
+    }
+}
+
+impl<M: Send, C: Encode<M>> MessageContext<M, C> {
+    /// Sends to this client only.
+    pub async fn unicast(&self, message: M) {
+        self.short(self.peer.clients.to(self.peer.id), &[], message).await;
+    }
+
+    /// Sends to all clients, this one included.
+    pub async fn broadcast(&self, message: M) {
+        self.short(self.peer.clients.to_all(), &[], message).await;
+    }
+
+    /// Sends to all clients but some. What is not the id of a connection excludes nobody.
+    pub async fn broadcast_except(&self, except: &[&str], message: M) {
+        self.short(self.peer.clients.to_all(), except, message).await;
+    }
+
+    /// Sends to the members of a group.
+    pub async fn broadcast_group(&self, group: &str, message: M) {
+        self.short(self.peer.clients.to_group(group), &[], message).await;
+    }
+
+    /// Sends to the members of a group but some.
+    pub async fn broadcast_group_except(&self, group: &str, except: &[&str], message: M) {
+        self.short(self.peer.clients.to_group(group), except, message).await;
+    }
+
+    /// Sends to the members of several groups, each client once.
+    pub async fn broadcast_groups(&self, groups: &[&str], message: M) {
+        self.short(self.peer.clients.to_groups(groups), &[], message).await;
+    }
+
+    async fn short(&self, target: Target<'_, M, C>, except: &[&str], message: M) {
+        let except: Vec<ConnectionId> = except.iter().filter_map(|id| id.parse().ok()).collect();
+        report(target.except(&except).publish(message).await);
+    }
+}
+
+/// The short forms have nobody to tell.
+fn report(result: Result<(), SendError>) {
+    match result {
+        Ok(()) => {}
+        Err(SendError::Closed) => tracing::debug!("nothing was sent: the engine has ended"),
+        Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "a message was not sent"),
+    }
+}

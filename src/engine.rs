@@ -1,0 +1,67 @@
+//! The engine as an application sees it: started from a config, home of several hubs.
+//!
+//! A thin handle over the engine crate's. Does not know connections.
+
+use shardcast_engine::{EngineConfig, Metrics, StartError};
+
+use crate::config::{HubConfigError, WsHubConfig};
+use crate::hub::{Hub, WsHub};
+
+/// A running engine: its shards own the connections of all its hubs.
+///
+/// Cloneable. Hubs keep it alive; when the last handle to it and to its hubs is dropped, it closes its connections
+/// with 1001 and ends its threads.
+///
+/// ```no_run
+/// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, MessageContext, JsonCodec};
+/// # struct Chat;
+/// # impl WsHub for Chat {
+/// #     type Codec = JsonCodec; type InMessage = (); type OutMessage = ();
+/// #     async fn on_message(&self, _: (), _: MessageContext<(), JsonCodec>) {}
+/// # }
+/// let engine = Engine::start(EngineConfig::default())?; // one shard per allowed CPU, pinned
+/// let chat = engine.hub::<Chat>(WsHubConfig::default())?; // cloneable; lives in the router's state
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Engine {
+    inner: shardcast_engine::Engine,
+}
+
+impl Engine {
+    /// Starts the shards.
+    ///
+    /// # Errors
+    /// A setting out of range, by name; a system that gives no threads or file descriptors.
+    pub fn start(config: EngineConfig) -> Result<Self, StartError> {
+        Ok(Self { inner: shardcast_engine::Engine::start(config)? })
+    }
+
+    /// A new hub, with clients and groups of its own.
+    ///
+    /// # Errors
+    /// A setting out of range, by name.
+    pub fn hub<H: WsHub>(&self, config: WsHubConfig) -> Result<Hub<H>, HubConfigError> {
+        Hub::new(self.inner.clone(), &config)
+    }
+
+    /// The number of shards.
+    pub fn shards(&self) -> usize {
+        self.inner.shards()
+    }
+
+    /// Connections of all hubs that are here or on their way.
+    pub fn connections(&self) -> usize {
+        self.inner.connections()
+    }
+
+    /// What all shards have counted together, as of their last turns.
+    pub fn metrics(&self) -> Metrics {
+        self.inner.metrics()
+    }
+
+    /// What each shard has counted, as of its last turn.
+    pub fn shard_metrics(&self) -> Vec<Metrics> {
+        self.inner.shard_metrics()
+    }
+}

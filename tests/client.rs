@@ -1,0 +1,642 @@
+//! The client against real tungstenite servers on loopback: what it promises about order, errors and the close.
+#![cfg(feature = "client")]
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+
+use std::{
+    error::Error as _,
+    future::Future,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures_util::{FutureExt as _, SinkExt as _, StreamExt as _};
+use serde::{Deserialize, Serialize};
+use shardcast::{
+    BinaryCodec, ClientClose, ClientError, ClientSendError as SendError, CodecError, Decode, Encode,
+    HubClient, JsonCodec, RawCodec, RawMessage,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        Message,
+        handshake::server::{Request, Response},
+        protocol::{CloseFrame, frame::coding::CloseCode},
+    },
+};
+
+type Peer = WebSocketStream<TcpStream>;
+
+/// Serves one connection by a script; the URL, and what the script returns.
+async fn server<T, F>(script: impl FnOnce(Peer) -> F + Send + 'static) -> (String, JoinHandle<T>)
+where
+    T: Send + 'static,
+    F: Future<Output = T> + Send + 'static,
+{
+    let (url, listener) = listen().await;
+    let serve = async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        script(tokio_tungstenite::accept_async(socket).await.unwrap()).await
+    };
+    (url, tokio::spawn(serve))
+}
+
+async fn listen() -> (String, TcpListener) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    (format!("ws://{}/ws", listener.local_addr().unwrap()), listener)
+}
+
+/// Reads to the end and gives back every message, the Close included.
+async fn everything(mut peer: Peer) -> Vec<Message> {
+    let mut messages = Vec::new();
+    while let Some(Ok(message)) = peer.next().await {
+        messages.push(message);
+    }
+    messages
+}
+
+/// Sends back what comes, until the client closes.
+async fn echo(mut peer: Peer) {
+    while let Some(Ok(message)) = peer.next().await {
+        if message.is_text() || message.is_binary() {
+            peer.send(message).await.unwrap();
+        }
+    }
+}
+
+fn client<S, R, C>(url: String) -> HubClient<S, R, C>
+where
+    R: 'static,
+    C: Encode<S> + Decode<R>,
+{
+    HubClient::builder(url).with_in_message::<S>().with_out_message::<R>().with_codec::<C>().build()
+}
+
+fn raw_client(url: String) -> HubClient<String, String, RawCodec> {
+    client(url)
+}
+
+fn received<R, S, C>(client: &mut HubClient<S, R, C>) -> mpsc::UnboundedReceiver<R>
+where
+    R: Send + 'static,
+    C: Encode<S> + Decode<R>,
+{
+    let (sender, receiver) = mpsc::unbounded_channel();
+    client.on_message(move |message| sender.send(message).unwrap());
+    receiver
+}
+
+fn closes<R: 'static, S, C>(client: &mut HubClient<S, R, C>) -> mpsc::UnboundedReceiver<ClientClose>
+where
+    C: Encode<S> + Decode<R>,
+{
+    let (sender, receiver) = mpsc::unbounded_channel();
+    client.on_close(move |close| sender.send(close).unwrap());
+    receiver
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+enum Event {
+    Said { text: String, at: u64 },
+}
+
+fn said(at: u64) -> Event {
+    Event::Said { text: "dobrý den".into(), at }
+}
+
+/// The client's program in the seed, the crate's name apart.
+#[allow(dead_code)]
+mod seed {
+    use serde::{Deserialize, Serialize};
+    use shardcast::{HubClient, JsonCodec};
+
+    #[derive(Serialize)]
+    pub(crate) struct HelloMessage {
+        pub text: String,
+    }
+
+    #[derive(Deserialize, Debug)]
+    pub(crate) enum HelloReply {
+        Ok(String),
+        Err(String),
+    }
+
+    #[tokio::main]
+    #[allow(clippy::print_stdout)]
+    async fn main() -> Result<(), Box<dyn std::error::Error>> {
+        let mut client = HubClient::builder("ws://localhost:3000/ws")
+            .with_in_message::<HelloMessage>()
+            .with_out_message::<HelloReply>()
+            .with_codec::<JsonCodec>()
+            .build();
+        client.on_message(|reply: HelloReply| println!("{reply:?}"));
+        client.connect().await?;
+        client.send(HelloMessage { text: "hello".into() })?;
+        // sends a Close frame and waits for the server to echo it back
+        client.disconnect().await;
+        Ok(())
+    }
+}
+
+async fn events_come_back_in_order<C: Encode<Event> + Decode<Event>>() {
+    let (url, server) = server(echo).await;
+    let mut client = client::<Event, Event, C>(url);
+    let mut replies = received(&mut client);
+    client.connect().await.unwrap();
+    assert!(client.is_connected());
+    for at in 0..500 {
+        client.send(said(at)).unwrap();
+    }
+    for at in 0..500 {
+        assert_eq!(replies.recv().await, Some(said(at)));
+    }
+    assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));
+    assert!(!client.is_connected());
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn json_messages_come_back_in_order() {
+    events_come_back_in_order::<JsonCodec>().await;
+}
+
+#[tokio::test]
+async fn binary_messages_come_back_in_order() {
+    events_come_back_in_order::<BinaryCodec>().await;
+}
+
+#[tokio::test]
+async fn json_is_the_codec_unless_another_is_named() {
+    let (url, server) = server(everything).await;
+    let mut client = HubClient::builder(url).with_in_message::<Event>().with_out_message::<Event>().build();
+    client.connect().await.unwrap();
+    client.send(said(1)).unwrap();
+    client.disconnect().await;
+    let messages = server.await.unwrap();
+    assert_eq!(messages[0], Message::text(r#"{"Said":{"text":"dobrý den","at":1}}"#));
+}
+
+#[tokio::test]
+async fn disconnect_writes_what_is_queued_then_sends_a_close_and_waits_for_the_answer() {
+    let (close_seen, mut close_was_seen) = oneshot::channel();
+    let (answer, may_answer) = oneshot::channel::<()>();
+    let (url, server) = server(|mut peer| async move {
+        for number in 0..100 {
+            assert_eq!(peer.next().await.unwrap().unwrap(), Message::text(number.to_string()));
+        }
+        let Message::Close(Some(frame)) = peer.next().await.unwrap().unwrap() else { panic!("no Close") };
+        close_seen.send(frame.code).unwrap();
+        // tungstenite writes the answer with the next read.
+        may_answer.await.unwrap();
+        assert!(peer.next().await.is_none(), "the client is done");
+    })
+    .await;
+    let mut client = raw_client(url);
+    client.connect().await.unwrap();
+    for number in 0..100 {
+        client.send(number.to_string()).unwrap();
+    }
+    {
+        let mut disconnect = std::pin::pin!(client.disconnect());
+        tokio::select! {
+            close = &mut disconnect => panic!("did not wait: {close:?}"),
+            code = &mut close_was_seen => assert_eq!(code.unwrap(), CloseCode::Normal),
+        }
+        assert!((&mut disconnect).now_or_never().is_none(), "the server has not answered");
+        answer.send(()).unwrap();
+        assert!(matches!(disconnect.await, Some(ClientClose::ByClient)));
+    }
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn disconnect_does_not_wait_for_the_server_to_hang_up() {
+    let (done, is_done) = oneshot::channel::<()>();
+    let (url, server) = server(|mut peer| async move {
+        assert!(peer.next().await.unwrap().unwrap().is_close());
+        peer.flush().await.unwrap();
+        is_done.await.unwrap();
+    })
+    .await;
+    let mut client = raw_client(url);
+    client.connect().await.unwrap();
+    assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));
+    done.send(()).unwrap();
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_answer_the_close_is_waited_for_until_the_timeout() {
+    let (url, server) = server(|peer| async move {
+        std::future::pending::<()>().await;
+        drop(peer);
+    })
+    .await;
+    let mut client = HubClient::builder(url)
+        .with_in_message::<String>()
+        .with_out_message::<String>()
+        .with_codec::<RawCodec>()
+        .with_disconnect_timeout(Duration::from_millis(50))
+        .build();
+    let mut closes = closes(&mut client);
+    client.connect().await.unwrap();
+    // More than the sockets take, so that the client is stuck in writing when it is to close.
+    for _ in 0..1000 {
+        client.send("x".repeat(20_000)).unwrap();
+    }
+    assert!(matches!(client.disconnect().await, Some(ClientClose::Unanswered)));
+    assert!(matches!(closes.recv().await, Some(ClientClose::Unanswered)));
+    server.abort();
+}
+
+#[tokio::test]
+async fn a_dropped_client_still_writes_what_is_queued_and_sends_a_close() {
+    let (url, server) = server(everything).await;
+    let mut client = raw_client(url);
+    client.connect().await.unwrap();
+    client.send("last words".into()).unwrap();
+    let sender = client.sender();
+    drop(client);
+    let messages = server.await.unwrap();
+    assert_eq!(messages[0], Message::text("last words"));
+    assert!(messages[1].is_close(), "{messages:?}");
+    assert!(matches!(sender.send("more".into()), Err(SendError::NotConnected(message)) if message == "more"));
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_is_an_error() {
+    let (url, listener) = listen().await;
+    drop(listener);
+    let mut client = raw_client(url);
+    let error = client.connect().await.unwrap_err();
+    assert!(matches!(error, ClientError::Unreachable(_)), "{error:?}");
+    assert!(!client.is_connected());
+    assert!(client.disconnect().await.is_none());
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_answer_the_handshake_is_an_error_in_time() {
+    let (url, _listener) = listen().await;
+    let mut client = HubClient::builder(url)
+        .with_in_message::<Event>()
+        .with_out_message::<Event>()
+        .with_connect_timeout(Duration::from_millis(50))
+        .build();
+    let error = client.connect().await.unwrap_err();
+    assert!(matches!(error, ClientError::TimedOut), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_refusal_comes_with_its_status_and_headers() {
+    let (url, listener) = listen().await;
+    let server = tokio::spawn(async move {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\n") {
+            request.push(socket.read_u8().await.unwrap());
+        }
+        let refusal = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 7\r\ncontent-length: 4\r\n\r\nfull";
+        socket.write_all(refusal).await.unwrap();
+    });
+    let error = raw_client(url).connect().await.unwrap_err();
+    assert_eq!(error.to_string(), "the server refused the handshake with 503 Service Unavailable");
+    let ClientError::Refused(response) = error else { panic!("{error:?}") };
+    assert_eq!(response.headers()["retry-after"], "7");
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_url_or_header_that_is_none_is_an_error_of_connect() {
+    let builder = |url: &str| {
+        HubClient::builder(url)
+            .with_in_message::<Event>()
+            .with_out_message::<Event>()
+            .with_codec::<JsonCodec>()
+    };
+    let good = "ws://127.0.0.1:1/";
+    for mut client in [
+        builder("not a url").build(),
+        builder("http://127.0.0.1:1/").build(),
+        #[cfg(not(feature = "client-tls"))]
+        builder("wss://127.0.0.1:1/").build(),
+        builder(good).with_header("x y", "z").build(),
+        builder(good).with_header("authorization", "a\nb").build(),
+        builder(good).with_subprotocol("a\nb").build(),
+    ] {
+        let error = client.connect().await.unwrap_err();
+        assert!(matches!(error, ClientError::InvalidRequest(_)), "{client:?}: {error:?}");
+    }
+}
+
+#[tokio::test]
+async fn headers_and_subprotocols_are_sent_and_the_selected_protocol_is_known() {
+    let (url, listener) = listen().await;
+    let server = tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        #[allow(clippy::result_large_err)]
+        let answer = |request: &Request, mut response: Response| {
+            assert_eq!(request.headers()["authorization"], "Bearer 42");
+            assert_eq!(request.headers()["sec-websocket-protocol"], "chat.v2, chat.v1");
+            response.headers_mut().insert("sec-websocket-protocol", "chat.v1".parse().unwrap());
+            Ok(response)
+        };
+        echo(tokio_tungstenite::accept_hdr_async(socket, answer).await.unwrap()).await;
+    });
+    let mut client = HubClient::builder(url)
+        .with_in_message::<Event>()
+        .with_out_message::<Event>()
+        .with_header("authorization", "Bearer 42")
+        .with_subprotocol("chat.v2")
+        .with_subprotocol("chat.v1")
+        .build();
+    assert!(client.selected_protocol().is_none());
+    client.connect().await.unwrap();
+    assert_eq!(client.selected_protocol().unwrap(), "chat.v1");
+    client.disconnect().await;
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_full_queue_gives_the_message_back_and_loses_none_that_it_took() {
+    /// Neither `Debug` nor `Clone`, as in the seed.
+    #[derive(Serialize)]
+    struct Plain(u32);
+
+    let (url, server) = server(everything).await;
+    let mut client = HubClient::builder(url)
+        .with_in_message::<Plain>()
+        .with_out_message::<Event>()
+        .with_queue_messages(4)
+        .build();
+    client.connect().await.unwrap();
+    // Without an await the connection's task does not get to run.
+    for number in 0..4 {
+        client.send(Plain(number)).unwrap();
+    }
+    let error = client.send(Plain(4)).unwrap_err();
+    assert!(error.is_full());
+    assert_eq!(format!("{error} {error:?}"), "the queue is full Full(..)");
+    assert_eq!(error.into_message().0, 4);
+
+    client.disconnect().await;
+    let refused = client.send(Plain(5)).unwrap_err();
+    assert!(matches!(&refused, SendError::NotConnected(Plain(5))), "{refused}");
+
+    let mut messages = server.await.unwrap();
+    assert!(messages.pop().unwrap().is_close());
+    assert_eq!(messages, ["0", "1", "2", "3"].map(Message::text));
+}
+
+#[tokio::test]
+async fn a_message_that_cannot_be_encoded_comes_back_and_takes_no_place() {
+    let (url, server) = server(everything).await;
+    let mut client = HubClient::builder(url)
+        .with_in_message::<std::collections::HashMap<(u8, u8), u8>>()
+        .with_out_message::<Event>()
+        .with_queue_messages(1)
+        .build();
+    client.connect().await.unwrap();
+    let odd = std::collections::HashMap::from([((1, 2), 3)]);
+    for _ in 0..2 {
+        let error = client.send(odd.clone()).unwrap_err();
+        assert!(error.source().is_some());
+        let SendError::Encode { message, source: CodecError::Encode(_) } = error else { panic!("{error:?}") };
+        assert_eq!(message, odd);
+    }
+    client.disconnect().await;
+    assert_eq!(server.await.unwrap().len(), 1, "the Close");
+}
+
+#[tokio::test]
+async fn a_close_of_the_server_s_is_answered_and_reported_once_with_code_and_reason() {
+    let (url, server) = server(|mut peer| async move {
+        let frame = CloseFrame { code: CloseCode::Again, reason: "too slow".into() };
+        peer.close(Some(frame)).await.unwrap();
+        everything(peer).await
+    })
+    .await;
+    let mut client = raw_client(url);
+    let mut closes = closes(&mut client);
+    client.connect().await.unwrap();
+    let close = closes.recv().await.unwrap();
+    assert!(
+        matches!(&close, ClientClose::ByServer { code: 1013, reason } if reason == "too slow"),
+        "{close:?}"
+    );
+    assert_eq!(close.to_string(), "closed by the server with 1013: too slow");
+    assert!(!client.is_connected());
+    assert!(matches!(client.send("x".into()), Err(SendError::NotConnected(_))));
+    assert!(matches!(server.await.unwrap()[..], [Message::Close(_)]), "the client has answered");
+    assert!(matches!(client.disconnect().await, Some(ClientClose::ByServer { code: 1013, .. })));
+    assert!(client.disconnect().await.is_none());
+    assert!(closes.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn a_close_without_a_code_is_1005() {
+    let (url, server) = server(|mut peer| async move { peer.close(None).await.unwrap() }).await;
+    let mut client = raw_client(url);
+    let mut closes = closes(&mut client);
+    client.connect().await.unwrap();
+    assert!(matches!(closes.recv().await, Some(ClientClose::ByServer { code: 1005, .. })));
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_vanishes_is_reported_as_lost() {
+    let (url, server) = server(|peer| async move { drop(peer) }).await;
+    let mut client = raw_client(url);
+    let mut closes = closes(&mut client);
+    client.connect().await.unwrap();
+    assert!(matches!(closes.recv().await, Some(ClientClose::Lost(_))));
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_long_ends_the_connection_as_lost() {
+    let (url, server) = server(|mut peer| async move {
+        peer.send(Message::text("x".repeat(1001))).await.unwrap();
+        everything(peer).await;
+    })
+    .await;
+    let mut client = HubClient::builder(url)
+        .with_in_message::<String>()
+        .with_out_message::<String>()
+        .with_codec::<RawCodec>()
+        .with_message_bytes_max(1000)
+        .build();
+    let mut closes = closes(&mut client);
+    client.connect().await.unwrap();
+    assert!(matches!(closes.recv().await, Some(ClientClose::Lost(_))));
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_undecodable_message_is_reported_and_harms_nothing_else() {
+    let (url, server) = server(|mut peer| async move {
+        for text in
+            [r#"{"Said":{"text":"dobrý den","at":1}}"#, "?", r#"{"Said":{"text":"dobrý den","at":2}}"#]
+        {
+            peer.send(Message::text(text)).await.unwrap();
+        }
+        everything(peer).await
+    })
+    .await;
+    let mut client = client::<Event, Event, JsonCodec>(url);
+    let log = Arc::new(Mutex::new(Vec::new()));
+    let (done, mut is_done) = mpsc::unbounded_channel();
+    client.on_message({
+        let log = Arc::clone(&log);
+        move |Event::Said { at, .. }| {
+            log.lock().unwrap().push(at.to_string());
+            done.send(()).unwrap();
+        }
+    });
+    client.on_error({
+        let log = Arc::clone(&log);
+        move |error| log.lock().unwrap().push(error.to_string())
+    });
+    client.connect().await.unwrap();
+    is_done.recv().await.unwrap();
+    is_done.recv().await.unwrap();
+    assert_eq!(*log.lock().unwrap(), ["1", "the payload cannot be decoded", "2"]);
+    assert!(client.is_connected());
+    assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn pings_are_answered() {
+    let (url, server) = server(|mut peer| async move {
+        peer.send(Message::Ping("nonce".into())).await.unwrap();
+        peer.next().await.unwrap().unwrap()
+    })
+    .await;
+    let mut client = client::<RawMessage, RawMessage, RawCodec>(url);
+    client.connect().await.unwrap();
+    assert_eq!(server.await.unwrap(), Message::Pong("nonce".into()));
+}
+
+#[tokio::test]
+async fn a_callback_can_answer_through_a_sender() {
+    let (url, server) = server(|mut peer| async move {
+        peer.send(Message::text("marco")).await.unwrap();
+        let answer = peer.next().await.unwrap().unwrap();
+        everything(peer).await;
+        answer
+    })
+    .await;
+    let mut client = raw_client(url);
+    let sender = client.sender();
+    let (answered, mut was_answered) = mpsc::unbounded_channel();
+    client.on_message(move |text| {
+        assert_eq!(text, "marco");
+        sender.send("polo".into()).unwrap();
+        answered.send(()).unwrap();
+    });
+    client.connect().await.unwrap();
+    was_answered.recv().await.unwrap();
+    client.disconnect().await;
+    assert_eq!(server.await.unwrap(), Message::text("polo"));
+}
+
+#[tokio::test]
+async fn a_callback_that_panics_ends_the_connection_as_lost() {
+    let (url, server) = server(|mut peer| async move {
+        peer.send(Message::text("boo")).await.unwrap();
+        everything(peer).await;
+    })
+    .await;
+    let mut client = raw_client(url);
+    let mut closes = closes(&mut client);
+    client.on_message(|_| panic!("a panic that this test expects"));
+    client.connect().await.unwrap();
+    let close = closes.recv().await.unwrap();
+    assert_eq!(close.to_string(), "lost: a callback panicked");
+    assert!(!client.is_connected());
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn after_any_end_the_client_can_connect_again_and_its_senders_with_it() {
+    let (url, listener) = listen().await;
+    let server = tokio::spawn(async move {
+        for round in 0..3 {
+            let (socket, _) = listener.accept().await.unwrap();
+            let mut peer = tokio_tungstenite::accept_async(socket).await.unwrap();
+            assert_eq!(peer.next().await.unwrap().unwrap(), Message::text(round.to_string()));
+            if round == 0 {
+                peer.close(None).await.unwrap();
+            }
+            everything(peer).await;
+        }
+    });
+    let mut client = raw_client(url);
+    let mut closes = closes(&mut client);
+    let sender = client.sender();
+    assert!(matches!(sender.send("early".into()), Err(SendError::NotConnected(_))));
+
+    client.connect().await.unwrap();
+    assert!(matches!(client.connect().await, Err(ClientError::AlreadyConnected)));
+    sender.send("0".into()).unwrap();
+    assert!(matches!(closes.recv().await, Some(ClientClose::ByServer { .. })));
+    for round in 1..3 {
+        client.connect().await.unwrap();
+        assert!(sender.is_connected());
+        sender.send(round.to_string()).unwrap();
+        client.disconnect().await;
+        assert!(matches!(closes.recv().await, Some(ClientClose::ByClient)));
+    }
+    server.await.unwrap();
+}
+
+/// A server with a certificate of its own making; needs the feature `client-tls`.
+#[cfg(feature = "client-tls")]
+#[tokio::test]
+async fn a_server_with_a_private_certificate_is_reached_over_tls_and_only_by_who_knows_it() {
+    use tokio_rustls::{TlsAcceptor, rustls};
+
+    let ring = || Arc::new(rustls::crypto::ring::default_provider());
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(ring())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("wss://localhost:{}/ws", listener.local_addr().unwrap().port());
+    let server = tokio::spawn(async move {
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let (socket, _) = listener.accept().await.unwrap();
+        assert!(acceptor.accept(socket).await.is_err(), "a client that does not trust us");
+        let (socket, _) = listener.accept().await.unwrap();
+        let mut peer = tokio_tungstenite::accept_async(acceptor.accept(socket).await.unwrap()).await.unwrap();
+        let message = peer.next().await.unwrap().unwrap();
+        while let Some(Ok(_)) = peer.next().await {}
+        message
+    });
+
+    let builder = || HubClient::builder(&url).with_in_message::<Event>().with_out_message::<Event>();
+    let error = builder().build().connect().await.unwrap_err();
+    assert!(matches!(error, ClientError::Handshake(_)), "{error:?}");
+
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let trusting = rustls::ClientConfig::builder_with_provider(ring())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let mut client = builder().with_tls_config(Arc::new(trusting)).build();
+    client.connect().await.unwrap();
+    client.send(said(1)).unwrap();
+    assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));
+    assert!(server.await.unwrap().is_text());
+}
