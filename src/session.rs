@@ -8,7 +8,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context as TaskContext, Poll};
+use std::task::{Context as TaskContext, Waker};
 
 use shardcast_engine::{CloseReason, Context, Flow, Handler, Message};
 use tokio::runtime::Handle;
@@ -89,14 +89,16 @@ impl<H: WsHub> Session<H> {
         // Taken, so that a future that panics is not polled again.
         let Some(mut task) = self.task.take() else { return Flow::Ready };
         let _entered = self.runtime.enter();
-        let waker = context.waker();
-        match task.as_mut().poll(&mut TaskContext::from_waker(&waker)) {
-            Poll::Ready(()) => Flow::Ready,
-            Poll::Pending => {
-                self.task = Some(task);
-                Flow::Pending
-            }
+        // Most are ready at once and never use their waker, so the first poll goes without one. A future
+        // that is pending is polled again with a real one, which replaces the first: that is the contract.
+        if task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_ready() {
+            return Flow::Ready;
         }
+        if task.as_mut().poll(&mut TaskContext::from_waker(&context.waker())).is_ready() {
+            return Flow::Ready;
+        }
+        self.task = Some(task);
+        Flow::Pending
     }
 }
 

@@ -23,7 +23,7 @@ use crate::frame::ControlFrame;
 use crate::handler::{Handler, Resume};
 use crate::heartbeat::Heartbeat;
 use crate::id::ConnectionId;
-use crate::metrics::{ConnectionMetrics, Metrics};
+use crate::metrics::{ConnectionMetrics, Counts, Metrics};
 use crate::outbox::{Bounds, Gather, Next, Outbox};
 use crate::receipt::Ticket;
 use crate::socket::Socket;
@@ -62,14 +62,12 @@ pub(crate) struct Connection {
     pub(crate) resume: Option<Arc<Resume>>,
     /// Read, but not decoded: the handler was busy.
     pub(crate) unread: Option<Box<Unread>>,
-    /// Why it ends, until the handler has been told.
-    pub(crate) reason: Option<Box<CloseReason>>,
+    /// How it ends, once that is decided.
+    pub(crate) ending: Option<Box<Ending>>,
     pub(crate) heartbeat: Heartbeat,
     /// The tick of the wheel that counts; earlier reminders are stale.
     pub(crate) armed: u64,
-    /// When the closing handshake must be over.
-    pub(crate) close_by: Option<Duration>,
-    pub(crate) metrics: ConnectionMetrics,
+    pub(crate) counts: Counts,
     pub(crate) phase: Phase,
     pub(crate) work: Work,
     /// Nothing more is listened to: the end is on its way through the mailbox.
@@ -87,6 +85,14 @@ pub(crate) struct Connection {
     /// Is counted as congested in its groups.
     pub(crate) is_congested: bool,
     pub(crate) _place: Place,
+}
+
+/// How a connection ends.
+#[derive(Debug)]
+pub(crate) struct Ending {
+    pub(crate) reason: CloseReason,
+    /// When the closing handshake must be over.
+    pub(crate) by: Duration,
 }
 
 /// Bytes that were read while the handler was busy; `bytes[from..]` is to be decoded.
@@ -142,8 +148,10 @@ impl Connection {
         Limits { max_message_bytes: self.config.max_message_bytes, max_fragments: self.config.max_fragments }
     }
 
-    pub(crate) fn read_metrics(&self) -> ConnectionMetrics {
-        ConnectionMetrics { pending: self.outbox.pending(), rtt: self.heartbeat.rtt(), ..self.metrics }
+    pub(crate) fn metrics(&self) -> ConnectionMetrics {
+        let Counts { offered, written, discarded, received } = self.counts;
+        let (pending, rtt) = (self.outbox.pending(), self.heartbeat.rtt());
+        ConnectionMetrics { offered, written, discarded, received, pending, rtt }
     }
 
     /// Reads once.
@@ -183,8 +191,8 @@ impl Connection {
                 Next::Control(bytes) => (bytes, true),
                 Next::Nothing if self.owes_close => {
                     self.owes_close = false;
-                    let reason = self.reason_frame();
-                    self.outbox.push_control(reason.as_bytes());
+                    let close = self.close_frame();
+                    self.outbox.push_control(close.as_bytes());
                     continue;
                 }
                 Next::Nothing if self.phase == Phase::Closing => {
@@ -202,7 +210,7 @@ impl Connection {
                         self.outbox.wrote_control(count);
                     } else {
                         let frames = u64::from(self.outbox.wrote(count, &bounds));
-                        self.metrics.written += frames;
+                        self.counts.written += frames;
                         totals.written += frames;
                     }
                 }
@@ -223,13 +231,24 @@ impl Connection {
         Flushed::HasMore
     }
 
-    fn reason_frame(&self) -> ControlFrame {
-        match self.reason.as_deref() {
+    fn close_frame(&self) -> ControlFrame {
+        match self.ending.as_deref().map(|ending| &ending.reason) {
             Some(CloseReason::Peer { code: None }) | None => ControlFrame::close_empty(),
             Some(reason) => match reason.close_frame() {
                 Some((code, text)) => ControlFrame::close(code, text),
                 None => ControlFrame::close_empty(),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_costs_a_known_amount_of_memory() {
+        println!("state of a connection: {} bytes", size_of::<Connection>());
+        assert!(size_of::<Connection>() <= 272);
     }
 }

@@ -6,22 +6,24 @@
 //! they prolong the wait for the pong, which may be stuck behind them. Does not know
 //! sockets or frames.
 
+use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
 
 use crate::config::ConnectionConfig;
 
-/// Times are measured from the shard's start.
+/// Times are measured from the shard's start, and kept in microseconds: there is one of these per connection.
 #[derive(Debug)]
 pub(crate) struct Heartbeat {
-    opened: Duration,
+    opened: u64,
     /// When the last frame arrived.
-    heard: Duration,
+    heard: u64,
     /// When the last ping went out, and its nonce while it is unanswered.
-    pinged: Duration,
-    nonce: Option<std::num::NonZeroU64>,
+    pinged: u64,
+    nonce: Option<NonZeroU64>,
     /// The last sign of life that is not an answer.
-    stirred: Duration,
-    rtt: Rtt,
+    stirred: u64,
+    rtt_last: Option<NonZeroU32>,
+    rtt_average: Option<NonZeroU32>,
 }
 
 /// Round-trip times of a connection, from pings to their pongs.
@@ -48,31 +50,38 @@ impl Heartbeat {
     /// `stagger`, in [0, 1), spreads first pings over the interval.
     pub(crate) fn new(now: Duration, stagger: f32, config: &ConnectionConfig) -> Self {
         let lead = config.heartbeat_interval.mul_f32(1.0 - stagger);
-        let pinged = now.saturating_sub(lead);
-        Self { opened: now, heard: now, pinged, nonce: None, stirred: now, rtt: Rtt::default() }
+        let (now, pinged) = (micros(now), micros(now.saturating_sub(lead)));
+        let (nonce, rtt_last, rtt_average) = (None, None, None);
+        Self { opened: now, heard: now, pinged, nonce, stirred: now, rtt_last, rtt_average }
     }
 
     /// A frame has arrived.
     pub(crate) fn heard(&mut self, now: Duration) {
-        self.heard = now;
+        self.heard = micros(now);
     }
 
     /// The peer's kernel is alive, whatever the peer is.
     pub(crate) fn stirred(&mut self, now: Duration) {
-        self.stirred = now;
+        self.stirred = micros(now);
     }
 
     pub(crate) fn pong(&mut self, now: Duration, payload: &[u8]) {
-        let Some(nonce) = self.nonce.filter(|nonce| nonce.get().to_be_bytes() == payload) else { return };
-        let _ = nonce;
+        if self.nonce.is_none_or(|nonce| nonce.get().to_be_bytes() != payload) {
+            return;
+        }
         self.nonce = None;
-        let rtt = now.saturating_sub(self.pinged);
-        self.rtt.average = Some(self.rtt.average.map_or(rtt, |average| (average * 7 + rtt) / 8));
-        self.rtt.last = Some(rtt);
+        let rtt = u32::try_from(micros(now).saturating_sub(self.pinged)).unwrap_or(u32::MAX);
+        let average = self.rtt_average.map_or(rtt, |average| {
+            let weighted = u64::from(average.get()) * 7 + u64::from(rtt);
+            (weighted / 8) as u32 // an average of two u32
+        });
+        self.rtt_last = Some(NonZeroU32::new(rtt).unwrap_or(NonZeroU32::MIN));
+        self.rtt_average = Some(NonZeroU32::new(average).unwrap_or(NonZeroU32::MIN));
     }
 
     pub(crate) fn rtt(&self) -> Rtt {
-        self.rtt
+        let duration = |micros: NonZeroU32| Duration::from_micros(micros.get().into());
+        Rtt { last: self.rtt_last.map(duration), average: self.rtt_average.map(duration) }
     }
 
     /// What is due now. `nonce` is called if a ping is.
@@ -82,37 +91,42 @@ impl Heartbeat {
         config: &ConnectionConfig,
         nonce: impl FnOnce() -> u64,
     ) -> Beat {
+        let since = |start: u64, wait: Duration| Duration::from_micros(start) + wait;
         let mut next = Duration::MAX;
         if let Some(max) = config.max_connection_duration {
-            let end = self.opened + max;
+            let end = since(self.opened, max);
             if now >= end {
                 return Beat::TooOld;
             }
             next = next.min(end);
         }
         if let Some(timeout) = config.idle_timeout {
-            let end = self.heard + timeout;
+            let end = since(self.heard, timeout);
             if now >= end {
                 return Beat::Idle;
             }
             next = next.min(end);
         }
         if self.nonce.is_some() {
-            let end = self.pinged.max(self.stirred) + config.pong_timeout;
+            let end = since(self.pinged.max(self.stirred), config.pong_timeout);
             if now >= end {
                 return Beat::NoPong;
             }
             return Beat::Wait(next.min(end));
         }
-        let due = self.pinged + config.heartbeat_interval;
+        let due = since(self.pinged, config.heartbeat_interval);
         if now < due {
             return Beat::Wait(next.min(due));
         }
-        let nonce = std::num::NonZeroU64::new(nonce()).unwrap_or(std::num::NonZeroU64::MIN);
+        let nonce = NonZeroU64::new(nonce()).unwrap_or(NonZeroU64::MIN);
         self.nonce = Some(nonce);
-        self.pinged = now;
+        self.pinged = micros(now);
         Beat::Ping(nonce.get().to_be_bytes())
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

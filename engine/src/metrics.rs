@@ -99,3 +99,12 @@ pub struct ConnectionMetrics {
     /// Round-trip times of its pings.
     pub rtt: Rtt,
 }
+
+/// What one connection counts while it lives.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Counts {
+    pub(crate) offered: u64,
+    pub(crate) written: u64,
+    pub(crate) discarded: u64,
+    pub(crate) received: u64,
+}

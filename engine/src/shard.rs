@@ -25,7 +25,7 @@ use slab::Slab;
 
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Publication, Target};
-use crate::connection::{Connection, Flushed, Phase, Read, Unread, WRITE_BYTES_MAX, Work};
+use crate::connection::{Connection, Ending, Flushed, Phase, Read, Unread, WRITE_BYTES_MAX, Work};
 use crate::decoder::{Decoder, Event};
 use crate::directory::{Directory, Entrance, Group};
 use crate::frame::ControlFrame;
@@ -35,7 +35,7 @@ use crate::heartbeat::{Beat, Heartbeat};
 use crate::id::{ConnectionId, SLOTS_MAX};
 use crate::log::Reader;
 use crate::mailbox::Entry;
-use crate::metrics::{ConnectionMetrics, Metrics};
+use crate::metrics::{Counts, Metrics};
 use crate::outbox::{Chunk, Gather, Offer, Outbox};
 use crate::publisher::Shared;
 use crate::receipt::Ticket;
@@ -305,7 +305,7 @@ impl Shard {
             let end = match connection.decoder.decode(&mut input[from..], &mut consumed, &limits) {
                 Ok(None) => None,
                 Ok(Some(Event::Message { kind, payload })) => {
-                    connection.metrics.received += 1;
+                    connection.counts.received += 1;
                     self.metrics.received += 1;
                     let mut context = Context::new(connection.id, &self.shared, &mut connection.resume);
                     let message = Message { kind, payload };
@@ -464,7 +464,7 @@ impl Shard {
             }
             Action::Close(reason) => self.end(slot, reason),
             Action::Inspect(on_metrics) => {
-                let metrics: ConnectionMetrics = connection.read_metrics();
+                let metrics = connection.metrics();
                 if catch_unwind(AssertUnwindSafe(|| on_metrics(metrics))).is_err() {
                     tracing::error!(%id, "a callback for metrics panicked");
                 }
@@ -511,10 +511,9 @@ impl Shard {
             handler: Some(handler),
             resume: None,
             unread: None,
-            reason: None,
+            ending: None,
             armed: 0,
-            close_by: None,
-            metrics: ConnectionMetrics::default(),
+            counts: Counts::default(),
             phase: Phase::Open,
             work: Work::Idle,
             is_deaf: false,
@@ -683,7 +682,10 @@ impl Shard {
     fn beat(&mut self, slot: u32) {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         let id = connection.id;
-        if let Some(by) = connection.close_by {
+        if let Some(by) = connection.ending.as_ref().map(|ending| ending.by) {
+            if connection.socket.is_none() {
+                return; // only the handler is left, and it has the time it needs
+            }
             if self.now >= by {
                 self.drop_socket(slot);
             } else {
@@ -763,14 +765,13 @@ impl Shard {
         let is_told = reason.close_frame().is_some();
         if !reason.flushes_first() {
             let discarded = connection.outbox.discard();
-            connection.metrics.discarded += discarded;
+            connection.counts.discarded += discarded;
             self.metrics.discarded += discarded;
         }
-        connection.reason = Some(Box::new(reason));
+        let by = self.now + connection.config.close_timeout;
+        connection.ending = Some(Box::new(Ending { reason, by }));
         if is_told {
             connection.owes_close = true;
-            let by = self.now + connection.config.close_timeout;
-            connection.close_by = Some(by);
             connection.armed = self.wheel.arm(connection.id, by);
         }
         while let Some((group, left)) = self.groups.leave_any(slot) {
@@ -804,7 +805,7 @@ impl Shard {
         if connection.work != Work::Idle || connection.handler.is_none() {
             return;
         }
-        let Some(reason) = connection.reason.as_deref().cloned() else { return };
+        let Some(reason) = connection.ending.as_ref().map(|ending| ending.reason.clone()) else { return };
         match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
             Flow::Pending => {
                 if let Some(connection) = self.connections.get_mut(slot as usize) {
@@ -823,10 +824,8 @@ impl Shard {
     fn drop_socket(&mut self, slot: u32) {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         connection.socket = None;
-        connection.close_by = None;
-        connection.armed = u64::MAX;
         let discarded = connection.outbox.discard_all();
-        connection.metrics.discarded += discarded;
+        connection.counts.discarded += discarded;
         self.metrics.discarded += discarded;
         self.remove_if_over(slot);
     }
@@ -904,7 +903,7 @@ impl FanOut<'_> {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return false };
         let bounds = connection.bounds();
         let frames = u64::from(chunk.frames());
-        connection.metrics.offered += frames;
+        connection.counts.offered += frames;
         self.totals.offered += frames;
         let offer = connection.outbox.offer(chunk, &bounds, ticket.cloned());
         if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
