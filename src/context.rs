@@ -15,14 +15,14 @@ use crate::codec::Encode;
 ///
 /// Cloneable; may be kept and used after the call, from any task.
 pub struct MessageContext<M, C> {
-    peer: Arc<Peer<M, C>>,
+    peer: Arc<dyn Peer<M, C>>,
 }
 
-/// What belongs to one connection; made once.
-pub(crate) struct Peer<M, C> {
-    pub(crate) clients: Clients<M, C>,
-    pub(crate) id: ConnectionId,
-    pub(crate) connection_id: Arc<str>,
+/// What belongs to one connection: its session's, whatever hub that is of.
+pub(crate) trait Peer<M, C>: Send + Sync {
+    fn clients(&self) -> &Clients<M, C>;
+    fn id(&self) -> ConnectionId;
+    fn connection_id(&self) -> &Arc<str>;
 }
 
 impl<M, C> Clone for MessageContext<M, C> {
@@ -33,75 +33,75 @@ impl<M, C> Clone for MessageContext<M, C> {
 
 impl<M, C> std::fmt::Debug for MessageContext<M, C> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("MessageContext").field("id", &self.peer.id).finish_non_exhaustive()
+        f.debug_struct("MessageContext").field("id", &self.id()).finish_non_exhaustive()
     }
 }
 
 impl<M, C> MessageContext<M, C> {
-    pub(crate) fn new(peer: Arc<Peer<M, C>>) -> Self {
+    pub(crate) fn new(peer: Arc<dyn Peer<M, C>>) -> Self {
         Self { peer }
     }
 
     /// The id of this connection.
     pub fn id(&self) -> ConnectionId {
-        self.peer.id
+        self.peer.id()
     }
 
     /// The id of this connection as text: what [`broadcast_except`](Self::broadcast_except) takes.
     pub fn connection_id(&self) -> &Arc<str> {
-        &self.peer.connection_id
+        self.peer.connection_id()
     }
 
     /// All clients of the hub, for what the short forms below do not say.
     pub fn clients(&self) -> &Clients<M, C> {
-        &self.peer.clients
+        self.peer.clients()
     }
 
     /// Makes this connection a member of a group. The next message to the group reaches it.
     pub async fn add_to_group(&self, group: &str) {
-        report(self.peer.clients.join(self.peer.id, group).await);
+        report(self.clients().join(self.id(), group).await);
     }
 
     /// Ends this connection's membership of a group. The next message to the group does not reach it.
     pub async fn remove_from_group(&self, group: &str) {
-        report(self.peer.clients.leave(self.peer.id, group).await);
+        report(self.clients().leave(self.id(), group).await);
     }
 
     /// Ends this connection, after what was sent to it before.
     pub async fn disconnect(&self, code: CloseCode, reason: impl Into<std::borrow::Cow<'static, str>>) {
-        report(self.peer.clients.disconnect(self.peer.id, code, reason).await);
+        report(self.clients().disconnect(self.id(), code, reason).await);
     }
 }
 
 impl<M: Send, C: Encode<M>> MessageContext<M, C> {
     /// Sends to this client only.
     pub async fn unicast(&self, message: M) {
-        self.short(self.peer.clients.to(self.peer.id), &[], message).await;
+        self.short(self.clients().to(self.id()), &[], message).await;
     }
 
     /// Sends to all clients, this one included.
     pub async fn broadcast(&self, message: M) {
-        self.short(self.peer.clients.to_all(), &[], message).await;
+        self.short(self.clients().to_all(), &[], message).await;
     }
 
     /// Sends to all clients but some. What is not the id of a connection excludes nobody.
     pub async fn broadcast_except(&self, except: &[&str], message: M) {
-        self.short(self.peer.clients.to_all(), except, message).await;
+        self.short(self.clients().to_all(), except, message).await;
     }
 
     /// Sends to the members of a group.
     pub async fn broadcast_group(&self, group: &str, message: M) {
-        self.short(self.peer.clients.to_group(group), &[], message).await;
+        self.short(self.clients().to_group(group), &[], message).await;
     }
 
     /// Sends to the members of a group but some.
     pub async fn broadcast_group_except(&self, group: &str, except: &[&str], message: M) {
-        self.short(self.peer.clients.to_group(group), except, message).await;
+        self.short(self.clients().to_group(group), except, message).await;
     }
 
     /// Sends to the members of several groups, each client once.
     pub async fn broadcast_groups(&self, groups: &[&str], message: M) {
-        self.short(self.peer.clients.to_groups(groups), &[], message).await;
+        self.short(self.clients().to_groups(groups), &[], message).await;
     }
 
     async fn short(&self, target: Target<'_, M, C>, except: &[&str], message: M) {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use shardcast_engine::{
-    AdoptError, CloseReason, ConnectionConfig, ConnectionId, ConnectionMetrics, Newcomer, Place,
+    AdoptError, CloseReason, ConnectionConfig, ConnectionId, ConnectionMetrics, MakeHandler, Newcomer, Place,
 };
 use tokio::runtime::Handle;
 
@@ -175,7 +175,7 @@ impl<H: WsHub> Hub<H> {
     /// No place left, an engine that has ended, a socket that cannot be prepared. The socket is closed then.
     pub async fn serve(&self, socket: WebSocket, hub: H) -> Result<(), ServeError> {
         let place = self.engine.admit().ok_or(ServeError::Full)?;
-        self.adopt(socket, Session::new(self, hub, Handle::current()), place).await
+        self.adopt(socket, Session::maker(self, hub, Handle::current(), None), place).await
     }
 
     pub(crate) fn run_on(&self) -> RunOn {
@@ -185,7 +185,7 @@ impl<H: WsHub> Hub<H> {
     pub(crate) async fn adopt(
         &self,
         socket: WebSocket,
-        session: Session<H>,
+        handler: MakeHandler,
         place: Place,
     ) -> Result<(), ServeError> {
         let parts = socket.into_parts();
@@ -193,13 +193,8 @@ impl<H: WsHub> Hub<H> {
             RawSocket::Tcp(stream) => stream.into(),
             RawSocket::Unix(stream) => stream.into(),
         };
-        let newcomer = Newcomer {
-            socket,
-            received: parts.leftover,
-            handler: Box::new(session),
-            config: self.config.clone(),
-            place,
-        };
+        let newcomer =
+            Newcomer { socket, received: parts.leftover, handler, config: self.config.clone(), place };
         Ok(self.clients.namespace().adopt(newcomer).await?)
     }
 
@@ -246,8 +241,8 @@ impl WebSocketUpgrade {
         };
         let hub = hub.clone();
         self.on_upgrade(move |socket| async move {
-            let session = Session::new(&hub, instance, Handle::current());
-            if let Err(error) = hub.adopt(socket, session, place).await {
+            let handler = Session::maker(&hub, instance, Handle::current(), None);
+            if let Err(error) = hub.adopt(socket, handler, place).await {
                 tracing::warn!(error = &error as &dyn std::error::Error, "a connection was not taken over");
             }
         })

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 
 use crate::config::{EngineConfig, HubConfigError, WsHubConfig};
 use crate::engine::Engine;
@@ -44,8 +45,8 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig
         tracing::warn!("a connection was refused: no place left");
         return;
     };
-    let mut session = Session::new(&handle, hub, Handle::current());
-    let over = session.notify_over();
+    let (sender, over) = oneshot::channel();
+    let session = Session::maker(&handle, hub, Handle::current(), Some(Box::new(sender)));
     match handle.adopt(socket, session, place).await {
         Ok(()) => drop(over.await), // an error here means that the session was dropped, which is the end, too
         Err(error) => {

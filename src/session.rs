@@ -7,10 +7,10 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context as TaskContext, Waker};
 
-use shardcast_engine::{CloseReason, Context, Flow, Handler, Message};
+use shardcast_engine::{CloseReason, ConnectionId, Context, Flow, Handler, MakeHandler, Message};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
@@ -23,44 +23,58 @@ use crate::hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 pub(crate) struct Session<H: WsHub> {
-    hub: Arc<H>,
+    seat: Arc<Seat<H>>,
     /// The runtime of whoever served the connection: the hub's methods use its timers, sockets and tasks.
     runtime: Handle,
     run_on: RunOn,
-    stage: Stage<H>,
     /// What the handler is busy with.
     task: Option<Task>,
-    /// Dropped with the session, which tells `serve_hub` that all is over.
-    _over: Option<oneshot::Sender<()>>,
+    _over: Over,
 }
 
-enum Stage<H: WsHub> {
-    Fresh(Clients<H::OutMessage, H::Codec>),
-    Open(Arc<Peer<H::OutMessage, H::Codec>>),
+/// Dropped with the session, which tells `serve_hub` that all is over. Boxed, because most sessions have none.
+pub(crate) type Over = Option<Box<oneshot::Sender<()>>>;
+
+/// What the hub's methods borrow while they run.
+struct Seat<H: WsHub> {
+    hub: H,
+    clients: Clients<H::OutMessage, H::Codec>,
+    id: ConnectionId,
+    /// Made when it is first asked for: many hubs never do.
+    connection_id: OnceLock<Arc<str>>,
+}
+
+impl<H: WsHub> Peer<H::OutMessage, H::Codec> for Seat<H> {
+    fn clients(&self) -> &Clients<H::OutMessage, H::Codec> {
+        &self.clients
+    }
+
+    fn id(&self) -> ConnectionId {
+        self.id
+    }
+
+    fn connection_id(&self) -> &Arc<str> {
+        self.connection_id.get_or_init(|| self.id.to_string().into())
+    }
 }
 
 impl<H: WsHub> Session<H> {
-    pub(crate) fn new(handle: &Hub<H>, hub: H, runtime: Handle) -> Self {
-        let stage = Stage::Fresh(handle.clients().clone());
-        Self { hub: Arc::new(hub), runtime, run_on: handle.run_on(), stage, task: None, _over: None }
+    /// What makes the session, once the connection has an id. `over` is dropped when `on_disconnect` is over.
+    pub(crate) fn maker(
+        handle: &Hub<H>,
+        hub: H,
+        runtime: Handle,
+        over: Over,
+    ) -> MakeHandler {
+        let (clients, run_on) = (handle.clients().clone(), handle.run_on());
+        Box::new(move |id| {
+            let seat = Arc::new(Seat { hub, clients, id, connection_id: OnceLock::new() });
+            Box::new(Self { seat, runtime, run_on, task: None, _over: over })
+        })
     }
 
-    /// The receiver learns when `on_disconnect` is over.
-    pub(crate) fn notify_over(&mut self) -> oneshot::Receiver<()> {
-        let (sender, receiver) = oneshot::channel();
-        self._over = Some(sender);
-        receiver
-    }
-
-    fn peer(&mut self, context: &Context<'_>) -> Arc<Peer<H::OutMessage, H::Codec>> {
-        let clients = match &self.stage {
-            Stage::Open(peer) => return peer.clone(),
-            Stage::Fresh(clients) => clients.clone(),
-        };
-        let id = context.id();
-        let peer = Arc::new(Peer { clients, id, connection_id: id.to_string().into() });
-        self.stage = Stage::Open(peer.clone());
-        peer
+    fn context(&self) -> MessageContext<H::OutMessage, H::Codec> {
+        MessageContext::new(self.seat.clone())
     }
 
     /// Begins something, and goes on with it as far as it goes at once.
@@ -104,12 +118,12 @@ impl<H: WsHub> Session<H> {
 
 impl<H: WsHub> Handler for Session<H> {
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
-        let peer = self.peer(context);
-        let hub = self.hub.clone();
+        let (seat, call) = (self.seat.clone(), self.context());
         let opening = async move {
-            hub.on_connect(ConnectionRequest { connection_id: peer.connection_id.clone(), id: peer.id })
-                .await;
-            hub.on_open(MessageContext::new(peer)).await;
+            // A name of its own: the one in the seat would stay for as long as the connection.
+            let connection_id = seat.id.to_string().into();
+            seat.hub.on_connect(ConnectionRequest { connection_id, id: seat.id }).await;
+            seat.hub.on_open(call).await;
         };
         self.begin(opening, context)
     }
@@ -117,9 +131,8 @@ impl<H: WsHub> Handler for Session<H> {
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
         match <H::Codec as Decode<H::InMessage>>::decode(message.kind, message.payload) {
             Ok(message) => {
-                let call = MessageContext::new(self.peer(context));
-                let hub = self.hub.clone();
-                self.begin(async move { hub.on_message(message, call).await }, context)
+                let (seat, call) = (self.seat.clone(), self.context());
+                self.begin(async move { seat.hub.on_message(message, call).await }, context)
             }
             Err(error) => {
                 tracing::debug!(id = %context.id(), error = &error as &dyn std::error::Error, "undecodable message");
@@ -137,10 +150,9 @@ impl<H: WsHub> Handler for Session<H> {
     }
 
     fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
-        let peer = self.peer(context);
-        let hub = self.hub.clone();
-        let (connection_id, reason) = (peer.connection_id.clone(), reason.clone());
-        let parting = DisconnectRequest { connection_id, id: peer.id, reason };
-        self.begin(async move { hub.on_disconnect(parting).await }, context)
+        let (seat, reason) = (self.seat.clone(), reason.clone());
+        let connection_id = seat.connection_id().clone();
+        let parting = DisconnectRequest { connection_id, id: seat.id, reason };
+        self.begin(async move { seat.hub.on_disconnect(parting).await }, context)
     }
 }

@@ -252,7 +252,7 @@ impl WebSocket {
     }
 
     pub(crate) fn into_parts(self) -> WebSocketParts {
-        WebSocketParts { socket: self.socket, leftover: self.leftover, protocol: self.protocol }
+        WebSocketParts { socket: self.socket, leftover: self.leftover }
     }
 }
 
@@ -268,7 +268,6 @@ pub(crate) struct WebSocketParts {
     pub(crate) socket: RawSocket,
     /// The first bytes of the first frames, where they came together with the handshake.
     pub(crate) leftover: Bytes,
-    pub(crate) protocol: Option<HeaderValue>,
 }
 
 /// A non-blocking socket that no runtime knows of.

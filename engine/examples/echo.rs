@@ -15,8 +15,8 @@ use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::time::Duration;
 
 use shardcast_engine::{
-    CloseReason, ConnectionConfig, Context, Engine, EngineConfig, Flow, Frame, Handler, Message, MessageKind,
-    Namespace, Newcomer, To, accept_key,
+    CloseReason, ConnectionConfig, Context, Engine, EngineConfig, Flow, Frame, Handler, MakeHandler, Message,
+    MessageKind, Namespace, Newcomer, To, accept_key,
 };
 
 /// Sends every message back as it came.
@@ -106,7 +106,8 @@ fn welcome(
         accept_key(key),
     )?;
     let received = request[head..].to_vec().into();
-    let handler = Box::new(Echo { everyone: everyone.clone() });
+    let echo = Echo { everyone: everyone.clone() };
+    let handler: MakeHandler = Box::new(|_| Box::new(echo));
     let newcomer = Newcomer { socket: stream.into(), received, handler, config, place };
     block_on(everyone.adopt(newcomer))?;
     Ok(())

@@ -13,7 +13,7 @@ use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
 use crate::directory::{Directory, Entrance, Group};
 use crate::frame::Frame;
-use crate::handler::Handler;
+use crate::handler::MakeHandler;
 use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::ConnectionMetrics;
 use crate::receipt::Ticket;
@@ -96,7 +96,7 @@ pub(crate) struct Adoption {
     pub(crate) socket: Socket,
     /// What the peer sent together with its handshake.
     pub(crate) received: Bytes,
-    pub(crate) handler: Box<dyn Handler>,
+    pub(crate) handler: MakeHandler,
     pub(crate) config: Arc<ConnectionConfig>,
     pub(crate) directory: Arc<Directory>,
     pub(crate) place: Place,

@@ -7,20 +7,22 @@
 //! reasons. Does not know sockets.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::{AcqRel, Release};
 use std::task::{Wake, Waker};
 
 use crate::close_reason::CloseReason;
 use crate::frame::MessageKind;
 use crate::id::ConnectionId;
+use crate::mailbox::Queued;
 use crate::publisher::Shared;
 
-/// Handles one connection, on its shard.
+/// Makes the handler of a connection that has been given an id, on its shard.
+pub type MakeHandler = Box<dyn FnOnce(ConnectionId) -> Box<dyn Handler> + Send>;
+
+/// Handles one connection, on its shard. It is made there and never leaves it.
 ///
 /// A call must not block: the shard's other connections wait meanwhile. A panic ends this
 /// connection (1011) and harms no other.
-pub trait Handler: Send {
+pub trait Handler {
     /// The connection is open. No message is handed over before this is `Ready`.
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
         let _ = context;
@@ -89,7 +91,7 @@ impl<'a> Context<'a> {
     /// A waker that brings about `on_resume`. May be woken from any thread, at any time, more than once.
     pub fn waker(&mut self) -> Waker {
         let (shared, id) = (self.shared, self.id);
-        let fresh = || Arc::new(Resume { shared: shared.clone(), id, queued: AtomicBool::new(false) });
+        let fresh = || Arc::new(Resume { shared: shared.clone(), id, queued: Queued::new() });
         self.resume.get_or_insert_with(fresh).clone().into()
     }
 
@@ -108,13 +110,13 @@ impl<'a> Context<'a> {
 pub(crate) struct Resume {
     shared: Arc<Shared>,
     id: ConnectionId,
-    queued: AtomicBool,
+    queued: Queued,
 }
 
 impl Resume {
     /// The shard is about to resume: a wake from now on counts anew.
     pub(crate) fn taken(&self) {
-        self.queued.store(false, Release); // pairs with the swap: what the waker did before is seen
+        self.queued.taken();
     }
 }
 
@@ -124,7 +126,7 @@ impl Wake for Resume {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if !self.queued.swap(true, AcqRel) {
+        if self.queued.set() {
             self.shared.mailboxes[self.id.shard()].resume(self.id);
         }
     }

@@ -1,4 +1,71 @@
-//! The sharded fan-out engine of [shardcast](https://docs.rs/shardcast).
+//! The sharded fan-out engine of shardcast: sockets, frames, groups and one publication order.
+//!
+//! An [`Engine`] is a few pinned threads, the shards. Each owns its connections outright: sockets, decoders,
+//! outboxes, its part of every group. A [`Namespace`] is a set of connections that can be addressed together; a
+//! frame that is published to one goes through a log which all shards read in the same order. What comes from a
+//! peer is handed to the [`Handler`] of its connection, on its shard.
+//!
+//! The engine knows bytes. It does not know requests, what payloads mean, or any async runtime: its futures
+//! (publishing waits where there is no room) can be polled by whatever polls futures. Routes and typed messages are
+//! the business of the crate `shardcast`, which stands on this one.
+//!
+//! ```
+//! use std::io::{Read, Write};
+//! use std::os::unix::net::UnixStream;
+//! use std::sync::Arc;
+//! use std::time::Instant;
+//!
+//! use shardcast_engine::{
+//!     ConnectionConfig, Context, Engine, EngineConfig, Flow, Frame, Handler, Message, Namespace, Newcomer, To,
+//! };
+//!
+//! /// Tells everybody how long each message was.
+//! struct Lengths(Namespace);
+//!
+//! impl Handler for Lengths {
+//!     fn on_message(&mut self, message: Message<'_>, _: &mut Context<'_>) -> Flow {
+//!         let frame = Frame::text(&format!("{} bytes", message.payload.len()));
+//!         self.0.try_publish(To::Everyone, &[], frame).ok(); // refused if the log is full
+//!         Flow::Ready
+//!     }
+//! }
+//!
+//! # fn block_on<F: Future>(future: F) -> F::Output {
+//! #     let mut future = std::pin::pin!(future);
+//! #     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+//! #     loop {
+//! #         if let std::task::Poll::Ready(output) = future.as_mut().poll(&mut context) {
+//! #             return output;
+//! #         }
+//! #     }
+//! # }
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Driven by hand here, turn by turn; `Engine::start` gives each shard a thread.
+//! let config = EngineConfig { shards: Some(1), ..EngineConfig::default() };
+//! let (engine, mut shards) = Engine::driven(config, Instant::now())?;
+//! let everyone = engine.namespace();
+//! let lengths = Lengths(everyone.clone());
+//!
+//! let (ours, mut peer) = UnixStream::pair()?; // a server takes over a `TcpStream` after the handshake
+//! let newcomer = Newcomer {
+//!     socket: ours.into(),
+//!     received: Default::default(),
+//!     handler: Box::new(|_| Box::new(lengths)), // made on the shard, once there is an id
+//!     config: Arc::new(ConnectionConfig::default()),
+//!     place: engine.admit().expect("there is room for one"),
+//! };
+//! block_on(everyone.adopt(newcomer))?;
+//! shards[0].turn(Instant::now())?;
+//!
+//! peer.write_all(b"\x81\x85\0\0\0\0hello")?; // a masked text frame
+//! shards[0].turn(Instant::now())?;
+//! let mut answer = [0; 9];
+//! # while shards[0].has_work() { shards[0].turn(Instant::now())?; }
+//! peer.read_exact(&mut answer)?;
+//! assert_eq!(&answer, b"\x81\x075 bytes");
+//! # Ok(())
+//! # }
+//! ```
 
 mod admission;
 mod close_code;
@@ -37,7 +104,7 @@ pub use config::{ConfigError, ConnectionConfig, EngineConfig};
 pub use decoder::{Decoder, Event, Limits};
 pub use engine::{Engine, StartError};
 pub use frame::{ControlFrame, Frame, FrameError, Header, MessageKind, Opcode};
-pub use handler::{Context, Flow, Handler, Message};
+pub use handler::{Context, Flow, Handler, MakeHandler, Message};
 pub use handshake::accept_key;
 pub use heartbeat::Rtt;
 pub use id::{ConnectionId, InvalidConnectionId};

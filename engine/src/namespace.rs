@@ -26,7 +26,7 @@ use crate::command::{Action, Adoption, Command, Publication, Target};
 use crate::config::{ConfigError, ConnectionConfig};
 use crate::directory::{Directory, Group};
 use crate::frame::Frame;
-use crate::handler::Handler;
+use crate::handler::MakeHandler;
 use crate::id::ConnectionId;
 use crate::mailbox::Refused;
 use crate::metrics::ConnectionMetrics;
@@ -377,8 +377,8 @@ pub struct Newcomer {
     pub socket: Socket,
     /// What the peer has sent behind its handshake.
     pub received: Bytes,
-    /// Its handler, which moves to the shard.
-    pub handler: Box<dyn Handler>,
+    /// Makes its handler, on the shard that owns it from then on: what lives long is allocated there.
+    pub handler: MakeHandler,
     /// What holds for it; shared with others of the same settings.
     pub config: Arc<ConnectionConfig>,
     /// Its place in the engine, taken before the handshake was answered.

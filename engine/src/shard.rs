@@ -452,7 +452,7 @@ impl Shard {
         let is_open = connection.phase == Phase::Open;
         match action {
             Action::Send { frame, ticket } if is_open => {
-                let chunk = Rc::new(Chunk::single(frame.bytes()));
+                let chunk = Rc::new(Chunk::single(frame.into()));
                 self.offer_one(slot, &chunk, ticket);
             }
             Action::Join(entrance) if is_open => self.join(slot, entrance),
@@ -498,6 +498,13 @@ impl Shard {
             tracing::warn!(shard = self.index, %error, "a connection could not be registered and was dropped");
             return;
         }
+        let handler = match catch_unwind(AssertUnwindSafe(|| handler(id))) {
+            Ok(handler) => handler,
+            Err(_) => {
+                tracing::error!(%id, "making a handler panicked; the connection was dropped");
+                return;
+            }
+        };
         // The golden ratio spreads neighbours over the interval.
         let stagger = (slot as f64 * 0.618_033_988_749_895).fract() as f32;
         vacant.insert(Connection {
