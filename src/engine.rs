@@ -3,6 +3,7 @@
 //! A thin handle over the engine crate's. Does not know connections.
 
 use shardcast_engine::{EngineConfig, Metrics, StartError};
+use tokio::runtime;
 
 use crate::config::{HubConfigError, WsHubConfig};
 use crate::hub::{Hub, WsHub};
@@ -26,15 +27,24 @@ use crate::hub::{Hub, WsHub};
 #[derive(Debug, Clone)]
 pub struct Engine {
     inner: shardcast_engine::Engine,
+    /// The runtime that the shards' threads have entered.
+    runtime: Option<runtime::Id>,
 }
 
 impl Engine {
-    /// Starts the shards.
+    /// Starts the shards. Within a tokio runtime their threads enter it once and for all; connections that are
+    /// served from another runtime enter theirs for each call.
     ///
     /// # Errors
     /// A setting out of range, by name; a system that gives no threads or file descriptors.
     pub fn start(config: EngineConfig) -> Result<Self, StartError> {
-        Ok(Self { inner: shardcast_engine::Engine::start(config)? })
+        let runtime = runtime::Handle::try_current().ok();
+        let id = runtime.as_ref().map(runtime::Handle::id);
+        let inner = shardcast_engine::Engine::start_within(config, move |shard| {
+            let _entered = runtime.as_ref().map(runtime::Handle::enter);
+            shard();
+        })?;
+        Ok(Self { inner, runtime: id })
     }
 
     /// A new hub, with clients and groups of its own.
@@ -42,7 +52,7 @@ impl Engine {
     /// # Errors
     /// A setting out of range, by name.
     pub fn hub<H: WsHub>(&self, config: WsHubConfig) -> Result<Hub<H>, HubConfigError> {
-        Hub::new(self.inner.clone(), &config)
+        Hub::new(self.inner.clone(), self.runtime, &config)
     }
 
     /// The number of shards.

@@ -13,7 +13,7 @@ use http::{HeaderValue, StatusCode, header};
 use shardcast_engine::{
     AdoptError, CloseReason, ConnectionConfig, ConnectionId, ConnectionMetrics, MakeHandler, Newcomer, Place,
 };
-use tokio::runtime::Handle;
+use tokio::runtime;
 
 use crate::clients::Clients;
 use crate::codec::{Decode, Encode};
@@ -121,6 +121,8 @@ pub struct DisconnectRequest {
 /// [`Clients`]). Cloneable; keeps its engine alive.
 pub struct Hub<H: WsHub> {
     engine: shardcast_engine::Engine,
+    /// The runtime that the shards' threads have entered.
+    runtime: Option<runtime::Id>,
     clients: Clients<H::OutMessage, H::Codec>,
     config: Arc<ConnectionConfig>,
     run_on: RunOn,
@@ -129,7 +131,7 @@ pub struct Hub<H: WsHub> {
 impl<H: WsHub> Clone for Hub<H> {
     fn clone(&self) -> Self {
         let (engine, clients, config) = (self.engine.clone(), self.clients.clone(), self.config.clone());
-        Self { engine, clients, config, run_on: self.run_on }
+        Self { engine, runtime: self.runtime, clients, config, run_on: self.run_on }
     }
 }
 
@@ -150,10 +152,11 @@ impl<H: WsHub> Deref for Hub<H> {
 impl<H: WsHub> Hub<H> {
     pub(crate) fn new(
         engine: shardcast_engine::Engine,
+        runtime: Option<runtime::Id>,
         config: &WsHubConfig,
     ) -> Result<Self, HubConfigError> {
-        let clients = Clients::new(engine.namespace());
-        Ok(Self { engine, clients, config: Arc::new(config.connection_config()?), run_on: config.run_on })
+        let (clients, run_on) = (Clients::new(engine.namespace()), config.run_on);
+        Ok(Self { engine, runtime, clients, config: Arc::new(config.connection_config()?), run_on })
     }
 
     /// The same clients, with other settings for connections to come.
@@ -175,11 +178,16 @@ impl<H: WsHub> Hub<H> {
     /// No place left, an engine that has ended, a socket that cannot be prepared. The socket is closed then.
     pub async fn serve(&self, socket: WebSocket, hub: H) -> Result<(), ServeError> {
         let place = self.engine.admit().ok_or(ServeError::Full)?;
-        self.adopt(socket, Session::maker(self, hub, Handle::current(), None), place).await
+        self.adopt(socket, Session::maker(self, hub, runtime::Handle::current(), None), place).await
     }
 
     pub(crate) fn run_on(&self) -> RunOn {
         self.run_on
+    }
+
+    /// The runtime that the shards' threads have entered.
+    pub(crate) fn runtime(&self) -> Option<runtime::Id> {
+        self.runtime
     }
 
     pub(crate) async fn adopt(
@@ -241,7 +249,7 @@ impl WebSocketUpgrade {
         };
         let hub = hub.clone();
         self.on_upgrade(move |socket| async move {
-            let handler = Session::maker(&hub, instance, Handle::current(), None);
+            let handler = Session::maker(&hub, instance, runtime::Handle::current(), None);
             if let Err(error) = hub.adopt(socket, handler, place).await {
                 tracing::warn!(error = &error as &dyn std::error::Error, "a connection was not taken over");
             }

@@ -25,7 +25,8 @@ type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub(crate) struct Session<H: WsHub> {
     seat: Arc<Seat<H>>,
     /// The runtime of whoever served the connection: the hub's methods use its timers, sockets and tasks.
-    runtime: Handle,
+    /// None if the shard's thread has entered it already.
+    runtime: Option<Handle>,
     run_on: RunOn,
     /// What the handler is busy with.
     task: Option<Task>,
@@ -60,13 +61,9 @@ impl<H: WsHub> Peer<H::OutMessage, H::Codec> for Seat<H> {
 
 impl<H: WsHub> Session<H> {
     /// What makes the session, once the connection has an id. `over` is dropped when `on_disconnect` is over.
-    pub(crate) fn maker(
-        handle: &Hub<H>,
-        hub: H,
-        runtime: Handle,
-        over: Over,
-    ) -> MakeHandler {
+    pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, over: Over) -> MakeHandler {
         let (clients, run_on) = (handle.clients().clone(), handle.run_on());
+        let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
         Box::new(move |id| {
             let seat = Arc::new(Seat { hub, clients, id, connection_id: OnceLock::new() });
             Box::new(Self { seat, runtime, run_on, task: None, _over: over })
@@ -86,7 +83,10 @@ impl<H: WsHub> Session<H> {
         self.task = Some(match self.run_on {
             RunOn::Shard => Box::pin(future),
             RunOn::Runtime => {
-                let task = self.runtime.spawn(future);
+                let task = match &self.runtime {
+                    Some(runtime) => runtime.spawn(future),
+                    None => tokio::spawn(future),
+                };
                 Box::pin(async move {
                     match task.await {
                         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
@@ -102,7 +102,7 @@ impl<H: WsHub> Session<H> {
     fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
         // Taken, so that a future that panics is not polled again.
         let Some(mut task) = self.task.take() else { return Flow::Ready };
-        let _entered = self.runtime.enter();
+        let _entered = self.runtime.as_ref().map(Handle::enter);
         // Most are ready at once and never use their waker, so the first poll goes without one. A future
         // that is pending is polled again with a real one, which replaces the first: that is the contract.
         if task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_ready() {

@@ -50,12 +50,25 @@ impl Engine {
     /// # Errors
     /// A setting out of range; a system that gives no file descriptors or threads.
     pub fn start(config: EngineConfig) -> Result<Self, StartError> {
+        Self::start_within(config, |shard| shard())
+    }
+
+    /// Like [`start`](Self::start), but each shard's thread calls `around` with the shard's whole life, so that
+    /// handlers find there what they need: a runtime that was entered, a thread-local that was set.
+    ///
+    /// # Errors
+    /// As for `start`.
+    pub fn start_within(
+        config: EngineConfig,
+        around: impl Fn(&mut dyn FnMut()) + Clone + Send + 'static,
+    ) -> Result<Self, StartError> {
         let pin = config.pin;
         let (engine, parts) = Self::prepare(config)?;
         let cpus = if pin { core_affinity::get_core_ids().unwrap_or_default() } else { Vec::new() };
         for parts in parts {
             let index = parts.index;
             let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
+            let around = around.clone();
             let body = move || {
                 if let Some(cpu) = cpu
                     && !core_affinity::set_for_current(cpu)
@@ -66,7 +79,12 @@ impl Engine {
                         "the shard could not be pinned and runs unpinned"
                     );
                 }
-                Shard::new(parts, Instant::now()).run();
+                let mut shard = Some(Shard::new(parts, Instant::now()));
+                around(&mut || {
+                    if let Some(shard) = shard.take() {
+                        shard.run();
+                    }
+                });
             };
             // If this fails, dropping `engine` ends the threads that were started.
             let thread = thread::Builder::new().name(format!("shard-{index}")).spawn(body)?;
