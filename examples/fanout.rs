@@ -106,8 +106,8 @@ fn options() -> Result<Options, Box<dyn Error>> {
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(USAGE);
         match argument.as_str() {
-            "--port" => options.port = value()?.parse()?,
-            "--shards" => options.engine.shards = Some(value()?.parse()?),
+            "--port" => options.port = value()?.parse().map_err(|_| USAGE)?,
+            "--shards" => options.engine.shards = Some(value()?.parse().map_err(|_| USAGE)?),
             "--no-pin" => options.engine.pin = false,
             "--policy" => options.hub.policy = policy(&value()?)?,
             _ => return Err(USAGE.into()),

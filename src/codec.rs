@@ -150,7 +150,7 @@ impl<T: DeserializeOwned> Decode<T> for JsonCodec {
     }
 }
 
-/// [postcard](https://docs.rs/postcard), a compact binary format for serde types. Writes and reads binary
+/// [`postcard`], a compact binary format for serde types. Writes and reads binary
 /// messages only; both sides must have the same types, since the format carries no names.
 ///
 /// ```

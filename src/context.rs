@@ -4,7 +4,7 @@
 //! nothing; what fails is logged and counted. For results, use the clients themselves.
 //! Does not know sessions or the engine's shards.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use shardcast_engine::{CloseCode, ConnectionId};
 
@@ -15,14 +15,29 @@ use crate::codec::Encode;
 ///
 /// Cloneable; may be kept and used after the call, from any task.
 pub struct MessageContext<M, C> {
-    peer: Arc<dyn Peer<M, C>>,
+    peer: Arc<Peer<M, C>>,
 }
 
-/// What belongs to one connection: its session's, whatever hub that is of.
-pub(crate) trait Peer<M, C>: Send + Sync {
-    fn clients(&self) -> &Clients<M, C>;
-    fn id(&self) -> ConnectionId;
-    fn connection_id(&self) -> &Arc<str>;
+/// What belongs to one connection. Not its hub: a hub may keep its context, and must end all the same.
+pub(crate) struct Peer<M, C> {
+    clients: Clients<M, C>,
+    id: ConnectionId,
+    /// Made when it is first asked for: many hubs never do.
+    connection_id: OnceLock<Arc<str>>,
+}
+
+impl<M, C> Peer<M, C> {
+    pub(crate) fn new(clients: Clients<M, C>, id: ConnectionId) -> Self {
+        Self { clients, id, connection_id: OnceLock::new() }
+    }
+
+    pub(crate) fn id(&self) -> ConnectionId {
+        self.id
+    }
+
+    pub(crate) fn connection_id(&self) -> &Arc<str> {
+        self.connection_id.get_or_init(|| self.id.to_string().into())
+    }
 }
 
 impl<M, C> Clone for MessageContext<M, C> {
@@ -38,7 +53,7 @@ impl<M, C> std::fmt::Debug for MessageContext<M, C> {
 }
 
 impl<M, C> MessageContext<M, C> {
-    pub(crate) fn new(peer: Arc<dyn Peer<M, C>>) -> Self {
+    pub(crate) fn new(peer: Arc<Peer<M, C>>) -> Self {
         Self { peer }
     }
 
@@ -54,7 +69,7 @@ impl<M, C> MessageContext<M, C> {
 
     /// All clients of the hub, for what the short forms below do not say.
     pub fn clients(&self) -> &Clients<M, C> {
-        self.peer.clients()
+        &self.peer.clients
     }
 
     /// Makes this connection a member of a group. The next message to the group reaches it.

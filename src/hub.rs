@@ -1,26 +1,20 @@
 //! The hub: what an application writes, and the handle that serves it.
 //!
 //! `WsHub` is the application's side: message types, a codec, methods. `Hub` is ours:
-//! cloneable, gives connections to the engine and publishes from anywhere; it keeps its
-//! engine alive. Knows sessions, clients and the upgrade. Does not know shards.
+//! cloneable, publishes from anywhere, carries what its connections will need; it keeps
+//! its engine alive. Knows clients. Does not know sessions, the upgrade or shards.
 
 use std::future::Future;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use axum::response::{IntoResponse, Response};
-use http::{HeaderValue, StatusCode, header};
-use shardcast_engine::{
-    AdoptError, CloseReason, ConnectionConfig, ConnectionId, ConnectionMetrics, MakeHandler, Newcomer, Place,
-};
+use shardcast_engine::{CloseReason, ConnectionConfig, ConnectionId, Place};
 use tokio::runtime;
 
 use crate::clients::Clients;
 use crate::codec::{Decode, Encode};
 use crate::config::{HubConfigError, RunOn, WsHubConfig};
 use crate::context::MessageContext;
-use crate::session::Session;
-use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
 /// An application's hub: one value of it for each connection.
 ///
@@ -171,14 +165,8 @@ impl<H: WsHub> Hub<H> {
         &self.clients
     }
 
-    /// Hands an open WebSocket over to the engine: for sockets that come by way of
-    /// [`WebSocketUpgrade::on_upgrade`]. Must be called within a tokio runtime, which the hub's methods use.
-    ///
-    /// # Errors
-    /// No place left, an engine that has ended, a socket that cannot be prepared. The socket is closed then.
-    pub async fn serve(&self, socket: WebSocket, hub: H) -> Result<(), ServeError> {
-        let place = self.engine.admit().ok_or(ServeError::Full)?;
-        self.adopt(socket, Session::maker(self, hub, runtime::Handle::current(), None), place).await
+    pub(crate) fn config(&self) -> &Arc<ConnectionConfig> {
+        &self.config
     }
 
     pub(crate) fn run_on(&self) -> RunOn {
@@ -190,69 +178,7 @@ impl<H: WsHub> Hub<H> {
         self.runtime
     }
 
-    pub(crate) async fn adopt(
-        &self,
-        socket: WebSocket,
-        handler: MakeHandler,
-        place: Place,
-    ) -> Result<(), ServeError> {
-        let parts = socket.into_parts();
-        let socket = match parts.socket {
-            RawSocket::Tcp(stream) => stream.into(),
-            RawSocket::Unix(stream) => stream.into(),
-        };
-        let newcomer =
-            Newcomer { socket, received: parts.leftover, handler, config: self.config.clone(), place };
-        Ok(self.clients.namespace().adopt(newcomer).await?)
-    }
-
     pub(crate) fn admit(&self) -> Option<Place> {
         self.engine.admit()
-    }
-
-    /// What a connection has counted; the same as [`Clients::inspect`].
-    ///
-    /// # Errors
-    /// As for [`Clients::join`].
-    pub async fn inspect(&self, id: ConnectionId) -> Result<Option<ConnectionMetrics>, crate::SendError> {
-        self.clients.inspect(id).await
-    }
-}
-
-/// A WebSocket could not be handed over to a hub; it has been closed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ServeError {
-    /// The engine has `max_connections` connections, or is stopping.
-    #[error("no place for one more connection")]
-    Full,
-    /// The engine did not take it.
-    #[error(transparent)]
-    Adopt(#[from] AdoptError),
-}
-
-/// Seconds after which a client that found no place should try again.
-const RETRY_AFTER_SECONDS: u16 = 5;
-
-impl WebSocketUpgrade {
-    /// Answers the handshake and gives the connection to `hub`, with `instance` to handle it. From then on a shard
-    /// owns the socket, and no task is left of it.
-    ///
-    /// With no place left ([`EngineConfig::max_connections`](crate::EngineConfig)), or when the engine is stopping,
-    /// answers 503 with `Retry-After` instead.
-    #[must_use = "the handshake goes unanswered unless this response is returned"]
-    pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: H) -> Response {
-        let Some(place) = hub.admit() else {
-            let retry = [(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS))];
-            return (StatusCode::SERVICE_UNAVAILABLE, retry, "no place for one more connection")
-                .into_response();
-        };
-        let hub = hub.clone();
-        self.on_upgrade(move |socket| async move {
-            let handler = Session::maker(&hub, instance, runtime::Handle::current(), None);
-            if let Err(error) = hub.adopt(socket, handler, place).await {
-                tracing::warn!(error = &error as &dyn std::error::Error, "a connection was not taken over");
-            }
-        })
     }
 }

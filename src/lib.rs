@@ -1,6 +1,11 @@
 #![doc = include_str!("guide.md")]
 #![forbid(unsafe_code)]
 
+/// The README's programs compile.
+#[cfg(all(doctest, feature = "client"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod bridge;
 #[cfg(feature = "client")]
 mod client;
@@ -12,6 +17,7 @@ mod engine;
 mod handshake;
 mod hub;
 mod serve;
+mod serve_hub;
 mod session;
 mod upgrade;
 
@@ -24,8 +30,9 @@ pub use codec::{BinaryCodec, CodecError, Decode, Encode, JsonCodec, RawCodec, Ra
 pub use config::{BroadcastPolicy, ConfigError, EngineConfig, HubConfigError, RunOn, WsHubConfig};
 pub use context::MessageContext;
 pub use engine::Engine;
-pub use hub::{ConnectionRequest, DisconnectRequest, Hub, ServeError, WsHub};
-pub use serve::serve_hub;
+pub use hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
+pub use serve::ServeError;
+pub use serve_hub::serve_hub;
 pub use shardcast_engine::{
     AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, FrameError, InvalidConnectionId,
     MessageKind, Metrics, Receipt, Rtt, StartError,

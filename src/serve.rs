@@ -1,78 +1,78 @@
-//! The short form: `serve_hub` without an engine in sight.
+//! How a connection comes to a hub: the handshake is answered, a shard gets the socket.
 //!
-//! For programs that want no more than a socket, a hub and a config. They share one
-//! engine, started with its defaults when the first socket comes, and one set of clients
-//! for each hub type. Settings belong to a connection, not to the first who came: each
-//! call's config holds for its own connection. Does not know the upgrade.
+//! From the upgrade in one step, or with an open WebSocket in hand. Knows the upgrade,
+//! hubs and sessions. Does not know frames or groups.
 
-use std::any::{Any, TypeId};
-use std::collections::HashMap;
-use std::sync::{Mutex, OnceLock, PoisonError};
-
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, StatusCode, header};
+use shardcast_engine::{AdoptError, MakeHandler, Newcomer, Place};
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
 
-use crate::config::{EngineConfig, HubConfigError, WsHubConfig};
-use crate::engine::Engine;
 use crate::hub::{Hub, WsHub};
 use crate::session::Session;
-use crate::upgrade::WebSocket;
+use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
-static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
-static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(None);
+/// Seconds after which a client that found no place should try again.
+const RETRY_AFTER_SECONDS: u16 = 5;
 
-/// Serves one WebSocket with one hub and ends when the connection and its `on_disconnect` are over.
-///
-/// All connections served with the same hub type are each other's clients. `config` holds for this connection. The
-/// engine behind it has one shard for each allowed CPU; to choose, to have several hubs of one type, to publish from
-/// outside or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
-///
-/// A config out of range is logged as an error and the connection closed; check yours with [`WsHubConfig::validate`].
-/// Must be called within a tokio runtime.
-pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig) {
-    let handle = match hub_of_type::<H>(config) {
-        Ok(Some(handle)) => handle,
-        Ok(None) => return, // logged when the engine did not start
-        Err(error) => {
-            tracing::error!(
-                error = &error as &dyn std::error::Error,
-                "a connection was refused: bad hub config"
-            );
-            return;
-        }
-    };
-    let Some(place) = handle.admit() else {
-        tracing::warn!("a connection was refused: no place left");
-        return;
-    };
-    let (sender, over) = oneshot::channel();
-    let session = Session::maker(&handle, hub, Handle::current(), Some(Box::new(sender)));
-    match handle.adopt(socket, session, place).await {
-        Ok(()) => drop(over.await), // an error here means that the session was dropped, which is the end, too
-        Err(error) => {
-            tracing::warn!(error = &error as &dyn std::error::Error, "a connection was not taken over");
-        }
+impl WebSocketUpgrade {
+    /// Answers the handshake and gives the connection to `hub`, with `instance` to handle it. From then on a shard
+    /// owns the socket, and no task is left of it.
+    ///
+    /// With no place left ([`EngineConfig::max_connections`](crate::EngineConfig)), or when the engine is stopping,
+    /// answers 503 with `Retry-After` instead.
+    #[must_use = "the handshake goes unanswered unless this response is returned"]
+    pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: H) -> Response {
+        let Some(place) = hub.admit() else {
+            let retry = [(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS))];
+            let why = "no place for one more connection";
+            return (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response();
+        };
+        let hub = hub.clone();
+        self.on_upgrade(move |socket| async move {
+            let handler = Session::maker(&hub, instance, Handle::current(), None);
+            if let Err(error) = hub.adopt(socket, handler, place).await {
+                tracing::warn!(error = &error as &dyn std::error::Error, "a connection was not taken over");
+            }
+        })
     }
 }
 
-/// The one hub of this type, made at the first call.
-fn hub_of_type<H: WsHub>(config: &WsHubConfig) -> Result<Option<Hub<H>>, HubConfigError> {
-    let engine = ENGINE.get_or_init(|| match Engine::start(EngineConfig::default()) {
-        Ok(engine) => Some(engine),
-        Err(error) => {
-            tracing::error!(error = &error as &dyn std::error::Error, "the engine did not start");
-            None
-        }
-    });
-    let Some(engine) = engine else { return Ok(None) };
-    let mut hubs = HUBS.lock().unwrap_or_else(PoisonError::into_inner);
-    let hubs = hubs.get_or_insert_default();
-    let known = hubs.get(&TypeId::of::<H>()).and_then(|hub| hub.downcast_ref::<Hub<H>>());
-    let hub = match known {
-        Some(hub) => hub.reconfigured(config)?,
-        None => engine.hub::<H>(config.clone())?,
-    };
-    // The latest: connections of the same settings share them.
-    hubs.insert(TypeId::of::<H>(), Box::new(hub.clone()));
-    Ok(Some(hub))
+impl<H: WsHub> Hub<H> {
+    /// Hands an open WebSocket over to the engine: for sockets that come by way of
+    /// [`WebSocketUpgrade::on_upgrade`]. Must be called within a tokio runtime, which the hub's methods use.
+    ///
+    /// # Errors
+    /// No place left, an engine that has ended, a socket that cannot be prepared. The socket is closed then.
+    pub async fn serve(&self, socket: WebSocket, instance: H) -> Result<(), ServeError> {
+        let place = self.admit().ok_or(ServeError::Full)?;
+        self.adopt(socket, Session::maker(self, instance, Handle::current(), None), place).await
+    }
+
+    pub(crate) async fn adopt(
+        &self,
+        socket: WebSocket,
+        handler: MakeHandler,
+        place: Place,
+    ) -> Result<(), ServeError> {
+        let parts = socket.into_parts();
+        let (received, config) = (parts.leftover, self.config().clone());
+        let socket = match parts.socket {
+            RawSocket::Tcp(stream) => stream.into(),
+            RawSocket::Unix(stream) => stream.into(),
+        };
+        Ok(self.clients().namespace().adopt(Newcomer { socket, received, handler, config, place }).await?)
+    }
+}
+
+/// A WebSocket could not be handed over to a hub; it has been closed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The engine has `max_connections` connections, or is stopping.
+    #[error("no place for one more connection")]
+    Full,
+    /// The engine did not take it.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
 }

@@ -6,15 +6,15 @@
 //! trait. Does not know sockets or frames.
 
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::task::{Context as TaskContext, Waker};
 
-use shardcast_engine::{CloseReason, ConnectionId, Context, Flow, Handler, MakeHandler, Message};
+use shardcast_engine::{CloseReason, Context, Flow, Handler, MakeHandler, Message};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use crate::clients::Clients;
 use crate::codec::{CodecError, Decode};
 use crate::config::RunOn;
 use crate::context::{MessageContext, Peer};
@@ -23,7 +23,9 @@ use crate::hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 pub(crate) struct Session<H: WsHub> {
-    seat: Arc<Seat<H>>,
+    /// None once it is being dropped.
+    hub: Option<Arc<H>>,
+    peer: Arc<Peer<H::OutMessage, H::Codec>>,
     /// The runtime of whoever served the connection: the hub's methods use its timers, sockets and tasks.
     /// None if the shard's thread has entered it already.
     runtime: Option<Handle>,
@@ -36,42 +38,23 @@ pub(crate) struct Session<H: WsHub> {
 /// Dropped with the session, which tells `serve_hub` that all is over. Boxed, because most sessions have none.
 pub(crate) type Over = Option<Box<oneshot::Sender<()>>>;
 
-/// What the hub's methods borrow while they run.
-struct Seat<H: WsHub> {
-    hub: H,
-    clients: Clients<H::OutMessage, H::Codec>,
-    id: ConnectionId,
-    /// Made when it is first asked for: many hubs never do.
-    connection_id: OnceLock<Arc<str>>,
-}
-
-impl<H: WsHub> Peer<H::OutMessage, H::Codec> for Seat<H> {
-    fn clients(&self) -> &Clients<H::OutMessage, H::Codec> {
-        &self.clients
-    }
-
-    fn id(&self) -> ConnectionId {
-        self.id
-    }
-
-    fn connection_id(&self) -> &Arc<str> {
-        self.connection_id.get_or_init(|| self.id.to_string().into())
-    }
-}
-
 impl<H: WsHub> Session<H> {
     /// What makes the session, once the connection has an id. `over` is dropped when `on_disconnect` is over.
     pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, over: Over) -> MakeHandler {
         let (clients, run_on) = (handle.clients().clone(), handle.run_on());
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
         Box::new(move |id| {
-            let seat = Arc::new(Seat { hub, clients, id, connection_id: OnceLock::new() });
-            Box::new(Self { seat, runtime, run_on, task: None, _over: over })
+            let (hub, peer) = (Some(Arc::new(hub)), Arc::new(Peer::new(clients, id)));
+            Box::new(Self { hub, peer, runtime, run_on, task: None, _over: over })
         })
     }
 
+    fn hub(&self) -> Arc<H> {
+        self.hub.clone().expect("it is taken by the drop only")
+    }
+
     fn context(&self) -> MessageContext<H::OutMessage, H::Codec> {
-        MessageContext::new(self.seat.clone())
+        MessageContext::new(self.peer.clone())
     }
 
     /// Begins something, and goes on with it as far as it goes at once.
@@ -118,12 +101,12 @@ impl<H: WsHub> Session<H> {
 
 impl<H: WsHub> Handler for Session<H> {
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
-        let (seat, call) = (self.seat.clone(), self.context());
+        let (hub, call, id) = (self.hub(), self.context(), self.peer.id());
         let opening = async move {
-            // A name of its own: the one in the seat would stay for as long as the connection.
-            let connection_id = seat.id.to_string().into();
-            seat.hub.on_connect(ConnectionRequest { connection_id, id: seat.id }).await;
-            seat.hub.on_open(call).await;
+            // A name of its own: the peer's would stay for as long as the connection.
+            let connection_id = id.to_string().into();
+            hub.on_connect(ConnectionRequest { connection_id, id }).await;
+            hub.on_open(call).await;
         };
         self.begin(opening, context)
     }
@@ -131,8 +114,8 @@ impl<H: WsHub> Handler for Session<H> {
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
         match <H::Codec as Decode<H::InMessage>>::decode(message.kind, message.payload) {
             Ok(message) => {
-                let (seat, call) = (self.seat.clone(), self.context());
-                self.begin(async move { seat.hub.on_message(message, call).await }, context)
+                let (hub, call) = (self.hub(), self.context());
+                self.begin(async move { hub.on_message(message, call).await }, context)
             }
             Err(error) => {
                 tracing::debug!(id = %context.id(), error = &error as &dyn std::error::Error, "undecodable message");
@@ -150,9 +133,23 @@ impl<H: WsHub> Handler for Session<H> {
     }
 
     fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
-        let (seat, reason) = (self.seat.clone(), reason.clone());
-        let connection_id = seat.connection_id().clone();
-        let parting = DisconnectRequest { connection_id, id: seat.id, reason };
-        self.begin(async move { seat.hub.on_disconnect(parting).await }, context)
+        let (hub, connection_id) = (self.hub(), self.peer.connection_id().clone());
+        let parting = DisconnectRequest { connection_id, id: self.peer.id(), reason: reason.clone() };
+        self.begin(async move { hub.on_disconnect(parting).await }, context)
+    }
+}
+
+impl<H: WsHub> Drop for Session<H> {
+    /// A hub may clean up with its runtime, and a panic at that must not take the shard's other connections along.
+    fn drop(&mut self) {
+        let _entered = self.runtime.as_ref().map(Handle::enter);
+        let (task, hub) = (self.task.take(), self.hub.take());
+        let drop_both = || {
+            drop(task);
+            drop(hub);
+        };
+        if catch_unwind(AssertUnwindSafe(drop_both)).is_err() {
+            tracing::error!(id = %self.peer.id(), "a hub panicked when it was dropped");
+        }
     }
 }

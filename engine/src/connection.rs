@@ -31,6 +31,8 @@ use crate::socket::Socket;
 /// Bytes that are gathered into one write, and given to one connection before the next one's turn.
 pub(crate) const WRITE_BYTES_MAX: usize = 64 << 10;
 const WRITES_PER_FLUSH: usize = 16;
+/// Unread bytes from which on a socket may be taking no more. Kernels start with room for some 64 KiB.
+const UNREAD_BYTES_FULL: usize = 32 << 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
@@ -144,6 +146,13 @@ impl Connection {
         self.socket.is_some() && self.is_readable && (self.is_listening() || self.phase != Phase::Open)
     }
 
+    /// Whether an answer of the peer may be stuck because nobody reads: the handler is busy, and the peer has sent
+    /// so much meanwhile that the kernel may take no more.
+    pub(crate) fn may_be_stuck(&self) -> bool {
+        self.work != Work::Idle
+            && self.socket.as_ref().is_some_and(|socket| socket.has_unread(UNREAD_BYTES_FULL))
+    }
+
     pub(crate) fn limits(&self) -> Limits {
         Limits { max_message_bytes: self.config.max_message_bytes, max_fragments: self.config.max_fragments }
     }
@@ -248,7 +257,6 @@ mod tests {
 
     #[test]
     fn a_connection_costs_a_known_amount_of_memory() {
-        println!("state of a connection: {} bytes", size_of::<Connection>());
-        assert!(size_of::<Connection>() <= 272);
+        assert!(size_of::<Connection>() <= 272, "{} bytes", size_of::<Connection>());
     }
 }

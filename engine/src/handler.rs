@@ -13,7 +13,6 @@ use crate::close_reason::CloseReason;
 use crate::frame::MessageKind;
 use crate::id::ConnectionId;
 use crate::mailbox::Queued;
-use crate::publisher::Shared;
 
 /// Makes the handler of a connection that has been given an id, on its shard.
 pub type MakeHandler = Box<dyn FnOnce(ConnectionId) -> Box<dyn Handler> + Send>;
@@ -69,7 +68,7 @@ pub enum Flow {
 #[derive(Debug)]
 pub struct Context<'a> {
     id: ConnectionId,
-    shared: &'a Arc<Shared>,
+    post: &'a Arc<dyn Post>,
     resume: &'a mut Option<Arc<Resume>>,
     close: Option<CloseReason>,
 }
@@ -77,10 +76,10 @@ pub struct Context<'a> {
 impl<'a> Context<'a> {
     pub(crate) fn new(
         id: ConnectionId,
-        shared: &'a Arc<Shared>,
+        post: &'a Arc<dyn Post>,
         resume: &'a mut Option<Arc<Resume>>,
     ) -> Self {
-        Self { id, shared, resume, close: None }
+        Self { id, post, resume, close: None }
     }
 
     /// The connection's id.
@@ -90,8 +89,8 @@ impl<'a> Context<'a> {
 
     /// A waker that brings about `on_resume`. May be woken from any thread, at any time, more than once.
     pub fn waker(&mut self) -> Waker {
-        let (shared, id) = (self.shared, self.id);
-        let fresh = || Arc::new(Resume { shared: shared.clone(), id, queued: Queued::new() });
+        let (post, id) = (self.post, self.id);
+        let fresh = || Arc::new(Resume { post: post.clone(), id, queued: Queued::new() });
         self.resume.get_or_insert_with(fresh).clone().into()
     }
 
@@ -105,10 +104,15 @@ impl<'a> Context<'a> {
     }
 }
 
+/// Where resumes are posted: the shards' mailboxes, which this file need not know.
+pub(crate) trait Post: std::fmt::Debug + Send + Sync {
+    fn resume(&self, id: ConnectionId);
+}
+
 /// Posts the connection's id to its shard, at most once until the shard has taken it.
 #[derive(Debug)]
 pub(crate) struct Resume {
-    shared: Arc<Shared>,
+    post: Arc<dyn Post>,
     id: ConnectionId,
     queued: Queued,
 }
@@ -127,7 +131,7 @@ impl Wake for Resume {
 
     fn wake_by_ref(self: &Arc<Self>) {
         if self.queued.set() {
-            self.shared.mailboxes[self.id.shard()].resume(self.id);
+            self.post.resume(self.id);
         }
     }
 }

@@ -1,10 +1,10 @@
 //! The signs of life of one connection: pings, pongs, round trips, silence.
 //!
 //! Pure: it is told what happened and when, and answers what to do. A ping carries a
-//! nonce, and only the answer with that nonce counts. Other signs of life (bytes that
-//! arrive while nobody reads them, a full socket that drains) do not answer a ping, but
-//! they prolong the wait for the pong, which may be stuck behind them. Does not know
-//! sockets or frames.
+//! nonce, and only the answer with that nonce counts. While a handler is busy nobody reads
+//! answers; then anything that arrives after the ping is one. A full socket that drains
+//! answers nothing, but prolongs the wait for the pong, which may be stuck behind it.
+//! Does not know sockets or frames.
 
 use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
@@ -49,15 +49,23 @@ pub(crate) enum Beat {
 impl Heartbeat {
     /// `stagger`, in [0, 1), spreads first pings over the interval.
     pub(crate) fn new(now: Duration, stagger: f32, config: &ConnectionConfig) -> Self {
-        let lead = config.heartbeat_interval.mul_f32(1.0 - stagger);
-        let (now, pinged) = (micros(now), micros(now.saturating_sub(lead)));
+        let lead = micros(config.heartbeat_interval.mul_f32(1.0 - stagger));
+        let now = micros(now);
+        let pinged = now.wrapping_sub(lead); // may lie before the shard's start
         let (nonce, rtt_last, rtt_average) = (None, None, None);
         Self { opened: now, heard: now, pinged, nonce, stirred: now, rtt_last, rtt_average }
     }
 
-    /// A frame has arrived.
+    /// Something has arrived and was read.
     pub(crate) fn heard(&mut self, now: Duration) {
         self.heard = micros(now);
+    }
+
+    /// Something has arrived, but the handler is busy and nobody reads it: it may be the pong, and whoever sends is
+    /// not dead. The ping counts as answered, though its round trip was not measured.
+    pub(crate) fn heard_unread(&mut self, now: Duration) {
+        self.heard = micros(now);
+        self.nonce = None;
     }
 
     /// The peer's kernel is alive, whatever the peer is.
@@ -114,7 +122,7 @@ impl Heartbeat {
             }
             return Beat::Wait(next.min(end));
         }
-        let due = since(self.pinged, config.heartbeat_interval);
+        let due = Duration::from_micros(self.pinged.wrapping_add(micros(config.heartbeat_interval)));
         if now < due {
             return Beat::Wait(next.min(due));
         }
@@ -159,12 +167,34 @@ mod tests {
     }
 
     #[test]
+    fn first_pings_are_spread_over_the_interval_from_the_first_moment_on() {
+        let first = |stagger| match Heartbeat::new(MS(0), stagger, &config()).beat(MS(0), &config(), || 7) {
+            Beat::Wait(due) => due,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!([0.25, 0.5, 0.75].map(first), [MS(250), MS(500), MS(750)]);
+    }
+
+    #[test]
     fn silence_after_a_ping_means_dead_and_a_stir_prolongs_the_wait() {
         let (config, mut beats) = (config(), Heartbeat::new(MS(5000), 0.0, &config()));
         assert_eq!(beats.beat(MS(5000), &config, || 7), Beat::Ping(7u64.to_be_bytes()));
         beats.stirred(MS(5200));
         assert_eq!(beats.beat(MS(5300), &config, || 7), Beat::Wait(MS(5500)));
         assert_eq!(beats.beat(MS(5500), &config, || 7), Beat::NoPong);
+    }
+
+    #[test]
+    fn a_peer_that_is_not_read_lives_as_long_as_it_answers() {
+        let (config, mut beats) = (config(), Heartbeat::new(MS(5000), 0.0, &config()));
+        for round in 0..10 {
+            let at = 5000 + round * 1000;
+            assert!(matches!(beats.beat(MS(at), &config, || 7), Beat::Ping(_)));
+            beats.heard_unread(MS(at + 100));
+            assert_eq!(beats.beat(MS(at + 300), &config, || 7), Beat::Wait(MS(at + 1000)));
+        }
+        assert!(matches!(beats.beat(MS(15_000), &config, || 7), Beat::Ping(_)));
+        assert_eq!(beats.beat(MS(15_300), &config, || 7), Beat::NoPong);
     }
 
     #[test]

@@ -59,10 +59,10 @@
 //!
 //! peer.write_all(b"\x81\x85\0\0\0\0hello")?; // a masked text frame
 //! shards[0].turn(Instant::now())?;
-//! let mut answer = [0; 9];
 //! # while shards[0].has_work() { shards[0].turn(Instant::now())?; }
-//! peer.read_exact(&mut answer)?;
-//! assert_eq!(&answer, b"\x81\x075 bytes");
+//! let mut received = [0; 64];
+//! let count = peer.read(&mut received)?; // perhaps a ping, and the answer
+//! assert!(received[..count].ends_with(b"\x81\x075 bytes"));
 //! # Ok(())
 //! # }
 //! ```
@@ -114,4 +114,4 @@ pub use namespace::{AdoptError, Namespace, Newcomer, SendError, To, TrySendError
 pub use receipt::Receipt;
 pub use shard::Shard;
 pub use socket::Socket;
-pub use utf8::Utf8Checker;
+pub use utf8::{InvalidUtf8, Utf8Checker};

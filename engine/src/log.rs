@@ -40,6 +40,8 @@ pub(crate) struct Log<T> {
     /// Positions below are passed by every shard, and their values dropped.
     gate: CachePadded<AtomicU64>,
     cursors: Box<[CachePadded<AtomicU64>]>,
+    /// Readers that have not ended. Without any, publishers reclaim themselves: nothing is kept, nobody waits.
+    readers: AtomicU32,
     /// How many asked for a reclaim that is not finished: the first does it for all.
     reclaiming: CachePadded<AtomicU32>,
     pub(crate) waiting: WaitList,
@@ -70,6 +72,7 @@ impl<T> Log<T> {
             tail: counter(0),
             gate: counter(0),
             cursors: (0..shards).map(counter).collect(),
+            readers: AtomicU32::new(shards as u32),
             reclaiming: CachePadded::new(AtomicU32::new(0)),
             waiting: WaitList::new(waiting_max),
         });
@@ -94,9 +97,11 @@ impl<T> Log<T> {
 
     /// Appends `value`; gives it back when the log is full. Returns its position.
     ///
-    /// The caller then wakes the shards concerned, with a `SeqCst` fence between.
+    /// Ends with a `SeqCst` fence, so that what the caller then finds out (who is interested, who is
+    /// asleep) is not older than its claim.
     pub(crate) fn try_push(&self, value: T) -> Result<u64, T> {
         let mut position = self.tail.load(Relaxed); // Relaxed: the exchange below decides
+        let mut is_reclaimed = false;
         loop {
             // Acquire: pairs with `reclaim`; the slot's old value is gone.
             let gate = self.gate.load(Acquire);
@@ -105,7 +110,12 @@ impl<T> Log<T> {
                 continue;
             }
             if position - gate >= self.slots.len() as u64 {
-                return Err(value);
+                if is_reclaimed || self.readers.load(Acquire) > 0 {
+                    return Err(value);
+                }
+                is_reclaimed = true;
+                self.reclaim();
+                continue;
             }
             // AcqRel: a shard that sees this claim sees all that its publisher did before.
             match self.tail.compare_exchange_weak(position, position + 1, AcqRel, Relaxed) {
@@ -118,6 +128,10 @@ impl<T> Log<T> {
         // that its former value was dropped (state 1).
         slot.value.with_mut(|cell| unsafe { (*cell).write(value) });
         slot.sequence.store(position + 1, Release); // pairs with the load in `Reader::get`
+        fence(SeqCst); // pairs with `reclaim_once`: the last reader's sees this value, or we see that it ended
+        if self.readers.load(Relaxed) == 0 {
+            self.reclaim();
+        }
         Ok(position)
     }
 
@@ -247,6 +261,231 @@ impl<T> Drop for Reader<T> {
     /// A shard that ends must not hold back publishers for ever.
     fn drop(&mut self) {
         self.log.cursors[self.shard].store(ENDED, Release);
+        // AcqRel: who sees no readers left sees that every cursor has ended.
+        self.log.readers.fetch_sub(1, AcqRel);
         self.log.reclaim();
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    /// Small enough for Miri, which sees what loom does not: memory that is not ours.
+    const PER_PUBLISHER: u32 = if cfg!(miri) { 20 } else { 20_000 };
+    const PUBLISHERS: u32 = 3;
+
+    struct Value {
+        publisher: u32,
+        /// On the heap, so that a value dropped twice or too early is found out.
+        number: Box<u32>,
+        drops: Arc<AtomicUsize>,
+    }
+
+    impl Drop for Value {
+        fn drop(&mut self) {
+            self.drops.fetch_add(1, Relaxed);
+        }
+    }
+
+    #[test]
+    fn every_shard_reads_every_value_once_and_in_one_order() {
+        let drops = Arc::new(AtomicUsize::new(0));
+        let (log, readers) = Log::new(4, 3, 1);
+        let all = (PUBLISHERS * PER_PUBLISHER) as usize;
+        let publish = |publisher| {
+            for number in 0..PER_PUBLISHER {
+                let mut value = Value { publisher, number: Box::new(number), drops: drops.clone() };
+                while let Err(refused) = log.try_push(value) {
+                    value = refused;
+                    std::thread::yield_now();
+                }
+            }
+        };
+        let read = |mut reader: Reader<Value>| {
+            let mut seen = Vec::new();
+            while seen.len() < all {
+                // As many at once as there are.
+                let ready = (0..4).map_while(|ahead| reader.get(ahead));
+                let before = seen.len();
+                seen.extend(ready.map(|value| (value.publisher, *value.number)));
+                match seen.len() - before {
+                    0 => std::thread::yield_now(),
+                    count => reader.advance(count as u64),
+                }
+            }
+            seen
+        };
+        let seen: Vec<_> = std::thread::scope(|scope| {
+            (0..PUBLISHERS).for_each(|publisher| drop(scope.spawn(move || publish(publisher))));
+            let readers: Vec<_> =
+                readers.into_iter().map(|reader| scope.spawn(move || read(reader))).collect();
+            readers.into_iter().map(|reader| reader.join().expect("a reader panicked")).collect()
+        });
+        assert!(seen.iter().all(|order| *order == seen[0]), "readers disagree about the order");
+        for publisher in 0..PUBLISHERS {
+            let numbers = seen[0].iter().filter(|(from, _)| *from == publisher).map(|(_, number)| *number);
+            assert!(numbers.eq(0..PER_PUBLISHER));
+        }
+        drop(log);
+        assert_eq!(drops.load(Relaxed), all);
+    }
+
+    #[test]
+    fn a_full_log_gives_the_value_back_and_its_end_drops_the_rest() {
+        let drops = Arc::new(AtomicUsize::new(0));
+        let (log, readers) = Log::new(2, 2, 1);
+        let value = |number| Value { publisher: 0, number: Box::new(number), drops: drops.clone() };
+        assert_eq!(log.try_push(value(0)).ok(), Some(0));
+        assert_eq!(log.try_push(value(1)).ok(), Some(1));
+        assert_eq!(log.try_push(value(2)).err().map(|value| *value.number), Some(2));
+        assert_eq!(log.laggards(1).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!((drops.load(Relaxed), log.in_flight()), (1, 2));
+        drop((readers, log));
+        assert_eq!(drops.load(Relaxed), 3);
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models {
+    use std::sync::atomic::AtomicUsize;
+    use std::task::Waker;
+
+    use loom::thread;
+
+    use super::*;
+    use crate::sync::sleeper::Sleeper;
+    use crate::wait_list::Ticket;
+
+    /// Counts its drops, without telling loom: nothing is ordered by it.
+    struct Value(u32, Arc<AtomicUsize>);
+
+    impl Drop for Value {
+        fn drop(&mut self) {
+            self.1.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// What a publisher does: waits where the log is full, and then rings the readers.
+    fn push(log: &Log<Value>, bells: &[Arc<Sleeper>], mut value: Value) {
+        let sleeper = Sleeper::new();
+        let waker = Waker::from(sleeper.clone());
+        loop {
+            let mut ticket = Ticket::default();
+            for registered in [false, true] {
+                match log.try_push(value) {
+                    Ok(_) => return bells.iter().for_each(|bell| bell.ring()),
+                    Err(refused) => value = refused,
+                }
+                if !registered {
+                    assert!(log.waiting.register(&mut ticket, &waker));
+                }
+            }
+            sleeper.sleep();
+        }
+    }
+
+    fn read(reader: &mut Reader<Value>, bell: &Sleeper, count: usize) -> Vec<u32> {
+        let mut seen = Vec::new();
+        while seen.len() < count {
+            match reader.get(0) {
+                Some(value) => {
+                    seen.push(value.0);
+                    reader.advance(1);
+                }
+                None => bell.sleep(),
+            }
+        }
+        seen
+    }
+
+    /// One thread for each publisher; it publishes its values one after the other.
+    fn publish(
+        log: &Arc<Log<Value>>,
+        bells: &[Arc<Sleeper>],
+        drops: &Arc<AtomicUsize>,
+        publishers: &[&'static [u32]],
+    ) -> Vec<thread::JoinHandle<()>> {
+        let spawn = |values: &&'static [u32]| {
+            let (log, bells, drops, values) = (log.clone(), bells.to_vec(), drops.clone(), *values);
+            thread::spawn(move || {
+                values.iter().for_each(|value| push(&log, &bells, Value(*value, drops.clone())))
+            })
+        };
+        publishers.iter().map(spawn).collect()
+    }
+
+    fn join<T>(threads: Vec<thread::JoinHandle<T>>) -> Vec<T> {
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    }
+
+    /// In that order each publisher's values come one after the other.
+    fn all_read_everything_in_one_order(publishers: &'static [&'static [u32]], readers: usize) {
+        let count = publishers.iter().map(|values| values.len()).sum();
+        loom::model(move || {
+            let drops = Arc::new(AtomicUsize::new(0));
+            let (log, mut readers) = Log::new(2, readers, 4);
+            let bells: Vec<_> = readers.iter().map(|_| Sleeper::new()).collect();
+            let threads = publish(&log, &bells, &drops, publishers);
+            let mut first = readers.remove(0);
+            let others = readers.into_iter().zip(bells[1..].to_vec());
+            let others = others
+                .map(|(mut reader, bell)| thread::spawn(move || (read(&mut reader, &bell, count), reader)));
+            let others: Vec<_> = others.collect();
+            let seen = read(&mut first, &bells[0], count);
+            join(threads);
+            for values in publishers {
+                assert!(seen.iter().filter(|value| values.contains(value)).eq(values.iter()));
+            }
+            // The readers live on: what all have passed has been dropped all the same.
+            let others = join(others);
+            assert!(others.iter().all(|(other, _)| *other == seen));
+            assert_eq!((drops.load(Relaxed), log.in_flight()), (count, 0));
+        });
+    }
+
+    #[test]
+    fn two_publishers_and_a_reader_agree() {
+        all_read_everything_in_one_order(&[&[1, 2], &[3]], 1);
+    }
+
+    #[test]
+    fn a_publisher_and_two_readers_agree() {
+        all_read_everything_in_one_order(&[&[1, 2, 3]], 2);
+    }
+
+    #[test]
+    fn two_publishers_and_two_readers_agree() {
+        all_read_everything_in_one_order(&[&[1], &[2]], 2);
+    }
+
+    #[test]
+    fn a_reader_that_ends_holds_back_nobody() {
+        loom::model(|| {
+            let drops = Arc::new(AtomicUsize::new(0));
+            let (log, mut readers) = Log::new(2, 2, 4);
+            let bell = Sleeper::new();
+            let threads = publish(&log, std::slice::from_ref(&bell), &drops, &[&[1, 2, 3]]);
+            let leaver = readers.remove(1);
+            let leaver = thread::spawn(move || drop(leaver));
+            assert_eq!(read(&mut readers[0], &bell, 3), [1, 2, 3]);
+            join(threads);
+            leaver.join().unwrap();
+            assert_eq!((drops.load(Relaxed), log.in_flight()), (3, 0));
+        });
+    }
+
+    #[test]
+    fn a_log_without_readers_keeps_nothing_and_blocks_nobody() {
+        loom::model(|| {
+            let drops = Arc::new(AtomicUsize::new(0));
+            let (log, readers) = Log::new(2, 1, 4);
+            let threads = publish(&log, &[], &drops, &[&[1, 2], &[3]]);
+            drop(readers);
+            join(threads);
+            assert_eq!((drops.load(Relaxed), log.in_flight()), (3, 0));
+        });
     }
 }

@@ -11,13 +11,12 @@
 //! never lies beside a sleeping shard. Ringing costs a system call and happens at most
 //! once per sleep.
 
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
 
-use crossbeam_queue::SegQueue;
 use crossbeam_utils::CachePadded;
 
 use crate::id::ConnectionId;
-use crate::sync::{ArrayQueue, AtomicBool, fence};
+use crate::sync::{ArrayQueue, AtomicBool, SegQueue, fence};
 use crate::wait_list::WaitList;
 
 /// Interrupts the shard's poll.
@@ -49,6 +48,27 @@ pub(crate) struct Mailbox<C, B> {
     closed: AtomicBool,
     bell: B,
     pub(crate) waiting: WaitList,
+}
+
+/// Whether the resume of one connection lies in the mailbox, so that it lies there once.
+#[derive(Debug)]
+pub(crate) struct Queued(AtomicBool);
+
+impl Queued {
+    pub(crate) fn new() -> Self {
+        Self(AtomicBool::new(false))
+    }
+
+    /// True if the caller is to post the resume; false if one lies there, and its taker sees what the caller did.
+    pub(crate) fn set(&self) -> bool {
+        !self.0.swap(true, AcqRel)
+    }
+
+    /// The shard has taken the resume: the next one is posted again. To be called before looking at what
+    /// the wakers did. A swap and not a store, because it must see what the last of them did.
+    pub(crate) fn taken(&self) {
+        self.0.swap(false, AcqRel);
+    }
 }
 
 /// Why a command was not taken; gives it back.
@@ -146,6 +166,180 @@ impl<C> Refused<C> {
         match self {
             Self::Full(command) => Refused::Full(wrap(command)),
             Self::Closed(command) => Refused::Closed(wrap(command)),
+        }
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models {
+    use std::sync::Arc;
+    use std::task::Waker;
+
+    use loom::thread;
+
+    use super::*;
+    use crate::log::Log;
+    use crate::sync::sleeper::Sleeper;
+    use crate::wait_list::Ticket;
+
+    impl Bell for Arc<Sleeper> {
+        fn ring(&self) {
+            Sleeper::ring(self);
+        }
+    }
+
+    fn mailbox(capacity: usize) -> (Arc<Mailbox<u32, Arc<Sleeper>>>, Arc<Sleeper>) {
+        let bell = Sleeper::new();
+        (Arc::new(Mailbox::new(capacity, 4, bell.clone())), bell)
+    }
+
+    /// What a shard does: sleeps only where nothing is left, until the bell.
+    fn sleep(mailbox: &Mailbox<u32, Arc<Sleeper>>, bell: &Sleeper, is_idle: impl FnOnce() -> bool) {
+        if mailbox.fall_asleep(is_idle) {
+            bell.sleep();
+        }
+        mailbox.wake_up();
+    }
+
+    #[test]
+    fn an_entry_never_lies_beside_a_sleeping_shard() {
+        loom::model(|| {
+            let (mailbox, bell) = mailbox(2);
+            let senders = [1, 2].map(|command| {
+                let mailbox = mailbox.clone();
+                thread::spawn(move || mailbox.push(0, command).expect("there is room"))
+            });
+            let mut sum = 0;
+            while sum < 3 {
+                match mailbox.pop() {
+                    Some(entry) => sum += entry.command,
+                    None => sleep(&mailbox, &bell, || true),
+                }
+            }
+            senders.into_iter().for_each(|sender| sender.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn a_resume_never_lies_beside_a_sleeping_shard() {
+        loom::model(|| {
+            let (mailbox, bell) = mailbox(1);
+            let sender = mailbox.clone();
+            let sender = thread::spawn(move || sender.resume(ConnectionId::new(0, 7, 1)));
+            while mailbox.pop_resume().is_none() {
+                sleep(&mailbox, &bell, || true);
+            }
+            sender.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_wake_while_a_resume_is_taken_is_never_lost() {
+        loom::model(|| {
+            let (mailbox, bell) = mailbox(1);
+            let (queued, is_done) = (Arc::new(Queued::new()), Arc::new(AtomicBool::new(false)));
+            let wakers = [false, true].map(|is_last| {
+                let (mailbox, queued, is_done) = (mailbox.clone(), queued.clone(), is_done.clone());
+                thread::spawn(move || {
+                    if is_last {
+                        is_done.store(true, Relaxed);
+                    }
+                    if queued.set() {
+                        mailbox.resume(ConnectionId::new(0, 7, 1));
+                    }
+                })
+            });
+            loop {
+                if mailbox.pop_resume().is_none() {
+                    sleep(&mailbox, &bell, || true);
+                    continue;
+                }
+                queued.taken();
+                if is_done.load(Relaxed) {
+                    break;
+                }
+            }
+            wakers.into_iter().for_each(|waker| waker.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn a_publication_never_lies_beside_a_sleeping_shard() {
+        loom::model(|| {
+            let (mailbox, bell) = mailbox(1);
+            let (log, mut readers) = Log::new(2, 1, 4);
+            let mut reader = readers.remove(0);
+            let publishers = [1, 2].map(|value| {
+                let (log, mailbox) = (log.clone(), mailbox.clone());
+                thread::spawn(move || {
+                    log.try_push(value).expect("there is room");
+                    mailbox.wake();
+                })
+            });
+            let mut sum = 0;
+            while sum < 3 {
+                match reader.get(0) {
+                    Some(value) => {
+                        sum += value;
+                        reader.advance(1);
+                    }
+                    None if reader.is_at_tail() => sleep(&mailbox, &bell, || reader.is_at_tail()),
+                    None => thread::yield_now(), // claimed, not yet released
+                }
+            }
+            publishers.into_iter().for_each(|publisher| publisher.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn nothing_is_left_behind_in_a_closed_mailbox() {
+        loom::model(|| {
+            let (mailbox, _) = mailbox(2);
+            let senders = [1, 2].map(|command| {
+                let mailbox = mailbox.clone();
+                thread::spawn(move || drop(mailbox.push(0, command)))
+            });
+            mailbox.close();
+            senders.into_iter().for_each(|sender| sender.join().unwrap());
+            assert!(mailbox.pop().is_none());
+            assert!(matches!(mailbox.push(0, 3), Err(Refused::Closed(3))));
+        });
+    }
+
+    #[test]
+    fn who_waits_at_a_full_mailbox_is_woken_by_room_or_by_its_end() {
+        for close in [false, true] {
+            loom::model(move || {
+                let (mailbox, bell) = mailbox(1);
+                let sender = mailbox.clone();
+                let sender = thread::spawn(move || {
+                    let sleeper = Sleeper::new();
+                    let waker = Waker::from(sleeper.clone());
+                    for command in [1, 2] {
+                        while matches!(sender.push(0, command), Err(Refused::Full(_))) {
+                            assert!(sender.waiting.register(&mut Ticket::default(), &waker));
+                            if !matches!(sender.push(0, command), Err(Refused::Full(_))) {
+                                break;
+                            }
+                            sleeper.sleep();
+                        }
+                    }
+                });
+                let mut left = if close { 0 } else { 2 };
+                while left > 0 {
+                    match mailbox.pop() {
+                        Some(_) => {
+                            left -= 1;
+                            mailbox.waiting.wake_all();
+                        }
+                        None => sleep(&mailbox, &bell, || true),
+                    }
+                }
+                if close {
+                    mailbox.close();
+                }
+                sender.join().unwrap();
+            });
         }
     }
 }

@@ -12,6 +12,8 @@ use std::rc::Rc;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
+use crate::frame::Opcode;
+
 /// One or more whole frames behind each other in one piece of memory, shared by every
 /// connection of a shard that gets them.
 #[derive(Debug)]
@@ -121,9 +123,25 @@ impl<T> Default for More<T> {
     }
 }
 
+impl<T> More<T> {
+    /// Forgets all pongs but one that has been begun. A ping of ours stays: its answer is waited for.
+    fn forget_pongs(&mut self) {
+        let control = std::mem::take(&mut self.control);
+        let mut start = 0;
+        while start < control.len() {
+            let end = control_frame_end(&control, start + 1);
+            if start < self.control_written || control[start] & OPCODE_BITS != Opcode::Pong as u8 {
+                self.control.extend_from_slice(&control[start..end]);
+            }
+            start = end;
+        }
+    }
+}
+
 /// Control frames that wait for their turn, at most: beyond it the unanswered pings
 /// before the last are forgotten, as RFC 6455 (5.5.3) allows.
 const CONTROL_BYTES_MAX: usize = 4096;
+const OPCODE_BITS: u8 = 0x0F;
 
 /// What `offer` did with the frames.
 #[must_use]
@@ -229,8 +247,7 @@ impl<T> Outbox<T> {
     pub(crate) fn push_control(&mut self, frame: &[u8]) {
         let more = self.more.get_or_insert_default();
         if more.control.len() + frame.len() > CONTROL_BYTES_MAX {
-            let begun = control_frame_end(&more.control, more.control_written);
-            more.control.truncate(begun);
+            more.forget_pongs();
         }
         more.control.extend_from_slice(frame);
     }
@@ -413,5 +430,249 @@ impl Gather {
     pub(crate) fn clear(&mut self) {
         self.segments.clear();
         self.bytes.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::frame::ControlFrame;
+
+    const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8 };
+
+    /// A frame that says its number, in `bytes` bytes (6 to 120).
+    fn frame(number: u32, bytes: usize) -> Vec<u8> {
+        let mut frame = vec![0x82, bytes as u8 - 2];
+        frame.extend(number.to_be_bytes());
+        frame.resize(bytes, 0);
+        frame
+    }
+
+    fn chunk(frames: &[Vec<u8>]) -> Rc<Chunk> {
+        let bytes = frames.iter().map(Vec::len).sum();
+        Rc::new(Chunk::joined(frames.iter().map(Vec::as_slice), bytes))
+    }
+
+    /// What has reached the peer: whole frames, and the beginning of one.
+    #[derive(Debug, Default)]
+    struct Peer {
+        data: Vec<u32>,
+        controls: Vec<u32>,
+        begun: Vec<u8>,
+    }
+
+    impl Peer {
+        fn receive(&mut self, bytes: &[u8]) {
+            for byte in bytes {
+                self.begun.push(*byte);
+                if self.begun.len() >= 2 && self.begun.len() == 2 + usize::from(self.begun[1]) {
+                    let number = u32::from_be_bytes(self.begun[2..6].try_into().expect("four bytes"));
+                    match self.begun[0] {
+                        0x82 => self.data.push(number),
+                        0x89 | 0x8A => self.controls.push(number),
+                        other => panic!("no frame begins with {other:#x}"),
+                    }
+                    self.begun.clear();
+                }
+            }
+        }
+
+        fn has_begun_data(&self) -> bool {
+            self.begun.first() == Some(&0x82)
+        }
+    }
+
+    /// One write of at most `bytes`, as a connection does it; false if there was nothing to write.
+    fn write<T>(outbox: &mut Outbox<T>, gather: &mut Gather, peer: &mut Peer, bytes: usize) -> bool {
+        let before = peer.data.len();
+        let (piece, is_control) = match outbox.next() {
+            Next::Nothing => return false,
+            Next::Control(piece) => (piece, true),
+            Next::Data(piece) => (piece, false),
+            Next::Pieces => (gather.gather(outbox, 50), false),
+        };
+        let count = piece.len().min(bytes);
+        peer.receive(&piece[..count]);
+        if is_control {
+            outbox.wrote_control(count);
+        } else {
+            assert_eq!(outbox.wrote(count, &BOUNDS) as usize, peer.data.len() - before);
+        }
+        true
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Offer(Vec<usize>),
+        Write(usize),
+        Control(usize),
+        Discard,
+        DiscardAll,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => prop::collection::vec(6usize..20, 1..5).prop_map(Step::Offer),
+            1 => (61usize..120).prop_map(|bytes| Step::Offer(vec![bytes])),
+            8 => (1usize..60).prop_map(Step::Write),
+            2 => (4usize..12).prop_map(Step::Control),
+            1 => Just(Step::Discard),
+            1 => Just(Step::DiscardAll),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 8 } else { 1000 }))]
+        #[test]
+        fn the_peer_gets_whole_frames_in_order_and_every_frame_is_accounted_for(
+            steps in prop::collection::vec(step(), 1..60)
+        ) {
+            let (mut outbox, mut gather, mut peer) = (Outbox::new(), Gather::default(), Peer::default());
+            // Of each pending frame its number, its length, and the offer it came with.
+            let mut pending: VecDeque<(u32, usize, usize)> = VecDeque::new();
+            let mut tickets: Vec<Rc<()>> = Vec::new();
+            let (mut offered, mut written, mut discarded) = (0, 0, 0);
+            let mut controls = Vec::new();
+            for step in steps {
+                match step {
+                    Step::Offer(sizes) => {
+                        let numbers = offered..offered + sizes.len() as u32;
+                        let frames: Vec<_> =
+                            numbers.clone().zip(&sizes).map(|(number, bytes)| frame(number, *bytes)).collect();
+                        pending.extend(numbers.zip(sizes).map(|(number, bytes)| (number, bytes, tickets.len())));
+                        offered += frames.len() as u32;
+                        let ticket = Rc::new(());
+                        tickets.push(ticket.clone());
+                        let offer = outbox.offer(&chunk(&frames), &BOUNDS, Some(ticket));
+                        let waiting = pending.len() - outbox.frames as usize;
+                        let expected = match waiting {
+                            0 => Offer::Queued,
+                            waiting if waiting <= BOUNDS.waiting => Offer::Waits,
+                            _ => Offer::Overflow,
+                        };
+                        prop_assert_eq!(offer, expected);
+                    }
+                    Step::Write(bytes) => {
+                        // A control frame goes before all data, but never into a frame.
+                        let control = outbox.more.as_ref().is_some_and(|more| !more.control.is_empty());
+                        let is_control = matches!(outbox.next(), Next::Control(_));
+                        prop_assert_eq!(is_control, control && !peer.has_begun_data());
+                        let before = peer.data.len();
+                        prop_assert_eq!(
+                            write(&mut outbox, &mut gather, &mut peer, bytes),
+                            control || !pending.is_empty()
+                        );
+                        for number in &peer.data[before..] {
+                            prop_assert_eq!(pending.pop_front().map(|(number, ..)| number), Some(*number));
+                            written += 1;
+                        }
+                    }
+                    Step::Control(bytes) => {
+                        let number = controls.len() as u32;
+                        let mut payload = number.to_be_bytes().to_vec();
+                        payload.resize(bytes, 0);
+                        outbox.push_control(ControlFrame::ping(&payload).as_bytes());
+                        controls.push(number);
+                    }
+                    Step::Discard => {
+                        let kept = usize::from(peer.has_begun_data());
+                        prop_assert_eq!(outbox.discard(), (pending.len() - kept) as u64);
+                        discarded += pending.drain(kept..).count();
+                    }
+                    Step::DiscardAll => {
+                        prop_assert_eq!(outbox.discard_all(), pending.len() as u64);
+                        discarded += pending.drain(..).count();
+                        prop_assert!(outbox.is_empty());
+                        controls.clear();
+                        peer = Peer::default();
+                    }
+                }
+                // Nothing is lost and nothing invented.
+                prop_assert_eq!(outbox.pending(), pending.len() as u64);
+                prop_assert_eq!(offered as usize, written + discarded + pending.len());
+                prop_assert_eq!(&peer.controls[..], &controls[..peer.controls.len()]);
+                // The bounds hold, and nothing waits that has room.
+                let queued = outbox.frames as usize;
+                let begun = if peer.has_begun_data() { peer.begun.len() } else { 0 };
+                let bytes: usize = pending.iter().take(queued).map(|(_, bytes, _)| bytes).sum();
+                prop_assert_eq!(outbox.bytes, bytes - begun);
+                prop_assert!(queued <= BOUNDS.frames && (outbox.bytes <= BOUNDS.bytes || queued == 1));
+                if let Some((_, next, _)) = pending.get(queued) {
+                    prop_assert!(queued > 0 && (queued == BOUNDS.frames || outbox.bytes + next > BOUNDS.bytes));
+                }
+                // A ticket is held exactly while a frame of its offer waits.
+                let waiting: BTreeSet<_> = pending.iter().skip(queued).map(|(.., offer)| *offer).collect();
+                for (offer, ticket) in tickets.iter().enumerate() {
+                    prop_assert_eq!(Rc::strong_count(ticket) > 1, waiting.contains(&offer));
+                }
+                // Nothing stays allocated for nothing.
+                let is_needed = outbox.more.as_ref().is_some_and(|more| {
+                    !more.rest.is_empty() || !more.waiting.is_empty() || !more.control.is_empty()
+                });
+                prop_assert_eq!(outbox.more.is_some(), is_needed);
+            }
+            while write(&mut outbox, &mut gather, &mut peer, 7) {}
+            prop_assert!(outbox.is_empty() && peer.begun.is_empty() && peer.controls == controls);
+            prop_assert!(tickets.iter().all(|ticket| Rc::strong_count(ticket) == 1));
+        }
+    }
+
+    #[test]
+    fn one_piece_allocates_nothing() {
+        let mut outbox: Outbox<()> = Outbox::new();
+        let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
+        assert_eq!(outbox.offer(&chunk(&frames), &BOUNDS, None), Offer::Queued);
+        assert!(outbox.more.is_none() && !outbox.is_empty());
+        assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (1, 2));
+        assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (2, 0));
+        assert!(outbox.more.is_none() && outbox.is_empty());
+    }
+
+    #[test]
+    fn a_frame_larger_than_the_bound_passes_alone() {
+        let mut outbox: Outbox<()> = Outbox::new();
+        assert_eq!(outbox.offer(&chunk(&[frame(0, 100)]), &BOUNDS, None), Offer::Queued);
+        assert_eq!(outbox.offer(&chunk(&[frame(1, 100)]), &BOUNDS, None), Offer::Waits);
+        assert_eq!((outbox.frames, outbox.pending()), (1, 2));
+        assert_eq!((outbox.wrote(100, &BOUNDS), outbox.frames, outbox.pending()), (1, 1, 1));
+    }
+
+    #[test]
+    fn what_several_connections_have_queued_alike_is_gathered_once() {
+        let (mut gather, pieces) = (Gather::default(), [chunk(&[frame(0, 10)]), chunk(&[frame(1, 10)])]);
+        let mut outboxes: [Outbox<()>; 2] = [Outbox::new(), Outbox::new()];
+        for outbox in &mut outboxes {
+            for piece in &pieces {
+                assert_eq!(outbox.offer(piece, &BOUNDS, None), Offer::Queued);
+            }
+        }
+        let first = gather.gather(&outboxes[0], 1000).as_ptr();
+        assert_eq!(gather.gather(&outboxes[1], 1000), [frame(0, 10), frame(1, 10)].concat());
+        assert_eq!(gather.bytes.as_ptr(), first);
+        gather.clear();
+        assert_eq!(pieces.map(|piece| Rc::strong_count(&piece)), [3, 3]);
+    }
+
+    #[test]
+    fn a_flood_of_pings_costs_a_bounded_amount_and_not_our_own_ping() {
+        let (mut outbox, mut gather, mut peer): (Outbox<()>, _, _) =
+            (Outbox::new(), Gather::default(), Peer::default());
+        let control = |kind: fn(&[u8]) -> ControlFrame, number: u32| {
+            kind(&[&number.to_be_bytes()[..], &[0; 100]].concat())
+        };
+        outbox.push_control(control(ControlFrame::pong, 0).as_bytes());
+        write(&mut outbox, &mut gather, &mut peer, 50);
+        outbox.push_control(control(ControlFrame::ping, 1_000_000).as_bytes());
+        for number in 1..1000 {
+            outbox.push_control(control(ControlFrame::pong, number).as_bytes());
+            assert!(outbox.more.as_ref().is_some_and(|more| more.control.len() <= CONTROL_BYTES_MAX));
+        }
+        while write(&mut outbox, &mut gather, &mut peer, 50) {}
+        assert_eq!(peer.controls[..2], [0, 1_000_000], "the one that was begun, and our ping");
+        assert_eq!(peer.controls.last(), Some(&999), "the last ping is answered");
     }
 }

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use crate::admission::Admission;
 use crate::command::{Command, Publication};
 use crate::config::EngineConfig;
+use crate::handler::Post;
+use crate::id::ConnectionId;
 use crate::log::Log;
 use crate::mailbox::{Mailbox, Refused};
 use crate::metrics::PublishedMetrics;
@@ -95,5 +97,11 @@ impl Shared {
 
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.load(Acquire)
+    }
+}
+
+impl Post for Shared {
+    fn resume(&self, id: ConnectionId) {
+        self.mailboxes[id.shard()].resume(id);
     }
 }

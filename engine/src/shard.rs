@@ -30,7 +30,7 @@ use crate::decoder::{Decoder, Event};
 use crate::directory::{Directory, Entrance, Group};
 use crate::frame::ControlFrame;
 use crate::group::{GroupIndex, Left};
-use crate::handler::{Context, Flow, Message};
+use crate::handler::{Context, Flow, Message, Post};
 use crate::heartbeat::{Beat, Heartbeat};
 use crate::id::{ConnectionId, SLOTS_MAX};
 use crate::log::Reader;
@@ -58,6 +58,8 @@ const STOP_GRACE: Duration = Duration::from_secs(1);
 pub struct Shard {
     index: usize,
     shared: Arc<Shared>,
+    /// The same, as handlers' wakers see it.
+    post: Arc<dyn Post>,
     poll: Poll,
     events: Events,
     reader: Reader<Publication>,
@@ -118,6 +120,7 @@ impl Shard {
         let seed = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), index);
         Self {
             index,
+            post: shared.clone(),
             shared,
             poll,
             events: Events::with_capacity(EVENTS_PER_TURN),
@@ -251,7 +254,7 @@ impl Shard {
                 if connection.is_reading() {
                     self.read(slot as u32);
                 } else {
-                    connection.heartbeat.stirred(self.now);
+                    connection.heartbeat.heard_unread(self.now);
                     // Nobody reads now, but a socket that is gone in both directions need not be waited for.
                     if event.is_error() || (event.is_read_closed() && event.is_write_closed()) {
                         self.end(slot as u32, CloseReason::Transport(ErrorKind::ConnectionReset));
@@ -307,7 +310,7 @@ impl Shard {
                 Ok(Some(Event::Message { kind, payload })) => {
                     connection.counts.received += 1;
                     self.metrics.received += 1;
-                    let mut context = Context::new(connection.id, &self.shared, &mut connection.resume);
+                    let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
                     let message = Message { kind, payload };
                     let handler = &mut connection.handler;
                     let call = || handler.as_mut().map(|handler| handler.on_message(message, &mut context));
@@ -389,7 +392,7 @@ impl Shard {
     ) -> Flow {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return Flow::Ready };
         let Some(handler) = connection.handler.as_deref_mut() else { return Flow::Ready };
-        let mut context = Context::new(connection.id, &self.shared, &mut connection.resume);
+        let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
         let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
             Ok(flow) => (flow, context.into_close()),
             Err(_) => (Flow::Ready, Some(CloseReason::HandlerPanicked)),
@@ -713,6 +716,10 @@ impl Shard {
                     if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
                         self.dirty.push(slot);
                     }
+                    continue;
+                }
+                Beat::NoPong if connection.may_be_stuck() => {
+                    connection.heartbeat.stirred(self.now);
                     continue;
                 }
                 Beat::NoPong => CloseReason::PongTimeout,

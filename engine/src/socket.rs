@@ -79,6 +79,17 @@ impl Socket {
         }
     }
 
+    /// Whether at least `count` bytes lie in the kernel, unread. Where that is as much as it takes, the peer cannot
+    /// send more, were it alive or not.
+    pub(crate) fn has_unread(&self, count: usize) -> bool {
+        let mut buffer = Vec::with_capacity(count);
+        let peeked = match &self.0 {
+            Kind::Tcp(stream) => socket2::SockRef::from(stream).peek(buffer.spare_capacity_mut()),
+            Kind::Unix(stream) => socket2::SockRef::from(stream).peek(buffer.spare_capacity_mut()),
+        };
+        peeked.is_ok_and(|peeked| peeked >= count)
+    }
+
     /// Nothing more will be written; the peer reads to the end.
     pub(crate) fn finish(&self) {
         // Fails only if the peer has gone, which the next read tells.

@@ -1,8 +1,9 @@
 //! The seam between the engine and whoever provides its atomics.
 //!
-//! The log and the mailbox are the two places where threads meet. They take their
-//! atomics, cells and locks from here, so that loom can put its own in their place
-//! and try every interleaving. Nothing else in the engine needs the seam.
+//! The log, the mailbox and the list of those who wait are where threads meet in an
+//! order that matters. They take their atomics, cells, queues and locks from here, so
+//! that loom can put its own in their place and try every interleaving. What is shared
+//! elsewhere are counters and maps, each right by itself.
 
 #[cfg(loom)]
 pub(crate) use self::modelled::*;
@@ -11,7 +12,7 @@ pub(crate) use self::real::*;
 
 #[cfg(not(loom))]
 mod real {
-    pub(crate) use crossbeam_queue::ArrayQueue;
+    pub(crate) use crossbeam_queue::{ArrayQueue, SegQueue};
     pub(crate) use std::sync::Mutex;
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
 
@@ -38,20 +39,25 @@ mod real {
 
 #[cfg(loom)]
 mod modelled {
+    use std::collections::VecDeque;
+    use std::sync::atomic::Ordering::{Acquire, Release};
+
     pub(crate) use loom::cell::UnsafeCell;
     pub(crate) use loom::sync::Mutex;
     pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
 
-    /// A stand-in: loom cannot see into crossbeam's queue.
+    /// A stand-in: loom cannot see into crossbeam's queues. Looking at the length takes no lock and
+    /// may be out of date, as it may with theirs; a lock there would hide a missing fence elsewhere.
     #[derive(Debug)]
     pub(crate) struct ArrayQueue<T> {
         capacity: usize,
-        items: Mutex<std::collections::VecDeque<T>>,
+        items: Mutex<VecDeque<T>>,
+        len: AtomicU64,
     }
 
     impl<T> ArrayQueue<T> {
         pub(crate) fn new(capacity: usize) -> Self {
-            Self { capacity, items: Mutex::new(std::collections::VecDeque::new()) }
+            Self { capacity, items: Mutex::new(VecDeque::new()), len: AtomicU64::new(0) }
         }
 
         pub(crate) fn push(&self, item: T) -> Result<(), T> {
@@ -60,19 +66,86 @@ mod modelled {
                 return Err(item);
             }
             items.push_back(item);
+            self.len.store(items.len() as u64, Release);
             Ok(())
         }
 
         pub(crate) fn pop(&self) -> Option<T> {
-            self.items.lock().unwrap().pop_front()
+            let mut items = self.items.lock().unwrap();
+            let item = items.pop_front()?;
+            self.len.store(items.len() as u64, Release);
+            Some(item)
         }
 
         pub(crate) fn len(&self) -> usize {
-            self.items.lock().unwrap().len()
+            self.len.load(Acquire) as usize
         }
 
         pub(crate) fn is_empty(&self) -> bool {
             self.len() == 0
+        }
+    }
+
+    /// Likewise, without a bound.
+    #[derive(Debug)]
+    pub(crate) struct SegQueue<T>(ArrayQueue<T>);
+
+    impl<T> SegQueue<T> {
+        pub(crate) fn new() -> Self {
+            Self(ArrayQueue::new(usize::MAX))
+        }
+
+        pub(crate) fn push(&self, item: T) {
+            let _ = self.0.push(item);
+        }
+
+        pub(crate) fn pop(&self) -> Option<T> {
+            self.0.pop()
+        }
+
+        pub(crate) fn is_empty(&self) -> bool {
+            self.0.is_empty()
+        }
+    }
+}
+
+/// What the models sleep on: a shard's bell, and a publisher's waker.
+#[cfg(all(test, loom))]
+pub(crate) mod sleeper {
+    use std::sync::Arc;
+    use std::task::Wake;
+
+    use loom::sync::{Condvar, Mutex};
+
+    #[derive(Debug)]
+    pub(crate) struct Sleeper {
+        rung: Mutex<bool>,
+        condvar: Condvar,
+    }
+
+    impl Sleeper {
+        pub(crate) fn new() -> Arc<Self> {
+            Arc::new(Self { rung: Mutex::new(false), condvar: Condvar::new() })
+        }
+
+        pub(crate) fn ring(&self) {
+            *self.rung.lock().unwrap() = true;
+            self.condvar.notify_one();
+        }
+
+        /// Until it was rung, which may have been before. Loom reports a sleep without end as a deadlock.
+        pub(crate) fn sleep(&self) {
+            let mut rung = self.rung.lock().unwrap();
+            while !*rung {
+                rung = self.condvar.wait(rung).unwrap();
+            }
+            *rung = false;
+        }
+    }
+
+    impl Wake for Sleeper {
+        fn wake(self: Arc<Self>) {
+            self.ring();
         }
     }
 }

@@ -43,7 +43,8 @@ fn echo_app() -> (Router, mpsc::UnboundedReceiver<Seen>) {
     let (seen, was_seen) = mpsc::unbounded_channel();
     let handler = async move |ws: WebSocketUpgrade| {
         ws.protocols(["chat.v2", "chat.v1"]).on_upgrade(move |socket| async move {
-            let WebSocketParts { socket, leftover, protocol } = socket.into_parts();
+            let protocol = socket.protocol().cloned();
+            let WebSocketParts { socket, leftover } = socket.into_parts();
             match socket {
                 RawSocket::Tcp(socket) => {
                     seen.send(Seen { kind: "tcp", leftover: leftover.clone(), protocol }).unwrap();

@@ -1,0 +1,487 @@
+//! The rules of ARCHITECTURE.md, held against the sources.
+//!
+//! What a compiler does not check and a reader soon would not believe any more: who imports whom, which words
+//! the engine does not say, where locks, clocks, globals and `unsafe` may stand. It reads text, with comments and
+//! strings taken out, and nothing is compiled. A rule that must be broken would get its exception here, where
+//! everybody sees it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The engine's modules from the ground up. A module imports what stands in the lines above its own.
+const ENGINE: Ranks = &[
+    &["sync", "id", "close_code", "utf8", "mask", "handshake"],
+    &["config", "frame", "wait_list"],
+    &["close_reason", "heartbeat", "decoder"],
+    &["metrics"],
+    &["group", "outbox", "log", "mailbox", "directory", "wheel", "admission", "receipt", "socket"],
+    &["handler"],
+    &["command"],
+    &["publisher"],
+    &["connection", "namespace"],
+    &["shard"],
+    &["engine"],
+];
+
+/// The face's.
+const FACE: Ranks = &[
+    &["handshake", "bridge", "codec", "config"],
+    &["upgrade", "clients", "client"],
+    &["context"],
+    &["hub"],
+    &["session", "engine"],
+    &["serve"],
+    &["serve_hub"],
+];
+
+type Ranks = &'static [&'static [&'static str]];
+
+#[test]
+fn a_module_imports_only_what_stands_below_it() {
+    let mut found = Vec::new();
+    for (folder, ranks) in [("engine/src", ENGINE), ("src", FACE)] {
+        for (module, import) in upward(ranks, &modules(folder)) {
+            found.push(format!("{folder}: `{module}` imports `{import}`, which does not stand below it"));
+        }
+    }
+    assert_none(&found);
+}
+
+#[test]
+fn every_module_has_a_rank() {
+    for (folder, ranks) in [("engine/src", ENGINE), ("src", FACE)] {
+        let there: BTreeSet<String> = modules(folder).into_keys().filter(|module| module != "lib").collect();
+        let listed: Vec<String> =
+            ranks.iter().copied().flatten().map(|module| (*module).to_owned()).collect();
+        let ranked: BTreeSet<String> = listed.iter().cloned().collect();
+        assert_eq!(listed.len(), ranked.len(), "{folder}: a module is listed twice");
+        assert_eq!(there, ranked, "{folder}: the modules there (left) and those with a rank (right) differ");
+    }
+}
+
+#[test]
+fn the_engine_does_not_say_the_words_of_the_face() {
+    const NEVER: [&str; 5] = ["axum", "hub", "hubs", "json", "tokio"];
+    // In prose these may stand, for instance to say that the engine does not know them.
+    const NOT_AS_CODE: [&str; 5] = ["codec", "http", "hyper", "postcard", "futures"];
+    let mut found = Vec::new();
+    for path in sources(&["engine/src"]) {
+        let text = read(&path);
+        found.extend(
+            words(&text).filter(|word| NEVER.contains(&word.as_str())).map(|word| says(&path, &word)),
+        );
+        let code = code_of(&text);
+        let forbidden = words(&code).filter(|word| NOT_AS_CODE.contains(&word.as_str()));
+        found.extend(forbidden.map(|word| says(&path, &word)));
+    }
+    let manifest = read(&root().join("engine/Cargo.toml"));
+    let dependencies = section(&manifest, "[dependencies]");
+    found.extend(
+        words(dependencies)
+            .filter(|word| NEVER.contains(&word.as_str()) || NOT_AS_CODE.contains(&word.as_str()))
+            .map(|word| format!("engine/Cargo.toml depends on something with `{word}` in its name")),
+    );
+    assert_none(&found);
+}
+
+#[test]
+fn what_is_dangerous_stands_in_few_places() {
+    let rules: [(&str, &[&str]); 8] = [
+        ("unsafe", &["engine/src/log.rs"]),
+        // A guard of the map must not outlive the function that took it; so there is one file to look at.
+        ("papaya::", &["engine/src/directory.rs"]),
+        // Nothing is locked on the hot path: waiting publishers, the threads' handles, the short form, the client.
+        (
+            "Mutex",
+            &[
+                "engine/src/engine.rs",
+                "engine/src/receipt.rs",
+                "engine/src/sync.rs",
+                "engine/src/wait_list.rs",
+                "src/client.rs",
+                "src/serve_hub.rs",
+            ],
+        ),
+        ("RwLock", &["src/client.rs"]),
+        // Everything else is told what time it is.
+        ("Instant::now", &["engine/src/engine.rs", "engine/src/shard.rs"]),
+        // Nothing is global but what `serve_hub` shares.
+        ("static ", &["src/serve_hub.rs"]),
+        ("thread_local!", &[]),
+        ("thread::sleep", &[]),
+    ];
+    let mut found = Vec::new();
+    for path in sources(&["engine/src", "src"]) {
+        let code = product_code_of(&read(&path));
+        for (word, allowed) in rules {
+            if contains_word(&code, word) && !allowed.contains(&name(&path).as_str()) {
+                found.push(format!("{}: `{}` may not stand here", name(&path), word.trim()));
+            }
+        }
+    }
+    assert_none(&found);
+}
+
+#[test]
+fn every_file_begins_with_its_door_sign() {
+    let folders = [
+        "engine/src",
+        "engine/examples",
+        "engine/tests",
+        "src",
+        "examples",
+        "tests",
+        "benches",
+        "benchmarks/src",
+    ];
+    let mut found = Vec::new();
+    for path in sources(&folders) {
+        let text = read(&path);
+        // The face's sign is its guide.
+        let sign = if name(&path) == "src/lib.rs" { "#![doc = include_str!(" } else { "//! " };
+        if !text.starts_with(sign) {
+            found.push(format!("{} does not begin with `{sign}`", name(&path)));
+        }
+    }
+    assert_none(&found);
+}
+
+#[test]
+fn no_file_is_named_after_nothing() {
+    const NOTHING: [&str; 9] =
+        ["util", "utils", "common", "helper", "helpers", "manager", "misc", "shared", "types"];
+    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src"];
+    let is_nothing = |path: &PathBuf| {
+        let mut names = path.strip_prefix(root()).into_iter().flat_map(Path::components);
+        names.any(|part| NOTHING.contains(&part.as_os_str().to_string_lossy().trim_end_matches(".rs")))
+    };
+    let found: Vec<String> =
+        sources(&folders).iter().filter(|path| is_nothing(path)).map(|path| name(path)).collect();
+    assert_none(&found);
+}
+
+#[test]
+fn the_tests_and_files_that_the_documents_name_exist() {
+    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src"];
+    let all: String = sources(&folders).iter().map(|path| read(path)).collect();
+    let mut found = Vec::new();
+    for document in ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"] {
+        let text = read(&root().join(document));
+        for name in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)) {
+            let is_path = name.contains('/') && name.ends_with(".rs") && !name.contains(' ');
+            if is_path && !root().join(name).exists() {
+                found.push(format!("{document} names the file `{name}`, which is not there"));
+            }
+            let is_test = name.matches('_').count() >= 4
+                && !name.contains(|letter: char| !letter.is_alphanumeric() && letter != '_');
+            if is_test && !all.contains(&format!("fn {name}(")) {
+                found.push(format!("{document} names the test `{name}`, which is not there"));
+            }
+        }
+    }
+    assert_none(&found);
+}
+
+// ---- the rules' own tests: that they can fail
+
+#[test]
+fn an_import_upwards_is_found_in_every_spelling() {
+    let ranks: Ranks = &[&["ground", "equal"], &["middle"], &["top"]];
+    let find = |module: &str, text: &str| {
+        upward(
+            ranks,
+            &BTreeMap::from([
+                ("lib".to_owned(), "pub use top::Thing;\npub use middle::{A, B as C};".to_owned()),
+                (module.to_owned(), text.to_owned()),
+            ]),
+        )
+    };
+    for text in [
+        "use crate::top::Thing;",
+        "use crate::{ground::G, top::{self, Thing}};",
+        "use crate::{\n    ground::G,\n    top,\n};",
+        "fn f() -> crate::top::Thing {}",
+        "fn f() -> crate::Thing {}",
+        "use super::top::Thing;",
+    ] {
+        assert_eq!(find("middle", text), [("middle".to_owned(), "top".to_owned())], "{text}");
+    }
+    assert_eq!(find("ground", "use crate::equal::E;").len(), 1, "equals do not know each other");
+    assert_eq!(find("ground", "use crate::C;").len(), 1);
+    for text in [
+        "// use crate::top::Thing;",
+        "/// [`crate::top`]",
+        "\"crate::top\"",
+        "use crate::ground::G;",
+        "use super::Local;",
+    ] {
+        assert!(find("middle", text).is_empty(), "{text}");
+    }
+}
+
+#[test]
+fn comments_and_strings_are_no_code() {
+    let text = "a /* b /* c */ d */ e // f\n\"g \\\" h\" i r#\"j \" k\"# l 'm' '\\'' n<'o> b\"p\" /// q\nr";
+    let code: Vec<String> = words(&code_of(text)).collect();
+    assert_eq!(code, ["a", "e", "i", "l", "n", "o", "r"]);
+}
+
+#[test]
+fn modules_for_tests_are_no_product() {
+    let text = "a\n#[cfg(test)]\n#[allow(x)]\nmod tests {\n    b {}\n}\nc\n#[cfg(test)]\nmod tests;\nd\n";
+    let code: Vec<String> = words(&product_code_of(text)).collect();
+    assert_eq!(code, ["a", "c", "d"]);
+}
+
+#[test]
+fn a_word_is_found_inside_a_name_but_not_inside_a_word() {
+    let seen: Vec<String> = words("JsonCodec serve_hub github HTTPServer").collect();
+    assert_eq!(seen, ["json", "codec", "serve", "hub", "github", "http", "server"]);
+    assert!(contains_word("unsafe { x }", "unsafe") && !contains_word("UnsafeCell unsafe_code", "unsafe"));
+    assert!(contains_word("    static X: u8 = 0;", "static ") && !contains_word("&'static str", "static "));
+}
+
+// ---- reading sources
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// A path as a person says it.
+fn name(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap_or(path).to_string_lossy().replace('\\', "/")
+}
+
+fn says(path: &Path, word: &str) -> String {
+    format!("{} says `{word}`", name(path))
+}
+
+#[track_caller]
+fn assert_none(found: &[String]) {
+    assert!(found.is_empty(), "\n  {}\n", found.join("\n  "));
+}
+
+/// All Rust files under the folders, those that exist.
+fn sources(folders: &[&str]) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open: Vec<PathBuf> = folders.iter().map(|folder| root().join(folder)).collect();
+    while let Some(folder) = open.pop() {
+        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        for entry in entries {
+            let path = entry.expect("a folder can be listed").path();
+            if path.is_dir() && !path.ends_with("target") {
+                open.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    assert!(!found.is_empty(), "no sources in {folders:?}");
+    found
+}
+
+/// Module → its text. What lies in a folder belongs to the module that the folder is named after.
+fn modules(folder: &str) -> BTreeMap<String, String> {
+    let mut modules = BTreeMap::new();
+    for path in sources(&[folder]) {
+        let inside =
+            path.strip_prefix(root().join(folder)).expect("a source lies in its folder").with_extension("");
+        if inside.ends_with("tests") {
+            continue;
+        }
+        let first = inside.components().next().expect("a source has a name");
+        let module: &mut String =
+            modules.entry(first.as_os_str().to_string_lossy().into_owned()).or_default();
+        module.push_str(&read(&path));
+    }
+    modules
+}
+
+/// The imports that do not go down: (module, what it imports).
+fn upward(ranks: Ranks, modules: &BTreeMap<String, String>) -> Vec<(String, String)> {
+    let rank = |module: &str| ranks.iter().position(|rank| rank.contains(&module));
+    let exports = modules.get("lib").map(|lib| exports(&code_of(lib))).unwrap_or_default();
+    let mut found = Vec::new();
+    for (module, text) in modules.iter().filter(|(module, _)| *module != "lib") {
+        for import in imports(&product_code_of(text), &exports) {
+            if import != *module
+                && let Some(theirs) = rank(&import)
+                && rank(module).is_none_or(|mine| theirs >= mine)
+            {
+                found.push((module.clone(), import));
+            }
+        }
+    }
+    found
+}
+
+/// The modules, and names of the crate's root resolved to modules, that the code mentions by `crate::` or `super::`.
+fn imports(code: &str, exports: &BTreeMap<String, String>) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for prefix in ["crate::", "super::"] {
+        for (at, _) in code.match_indices(prefix) {
+            for first in first_names(&code[at + prefix.len()..]) {
+                found.insert(exports.get(&first).cloned().unwrap_or(first));
+            }
+        }
+    }
+    found
+}
+
+/// Exported name → its module, from the `use` lines of a `lib.rs`.
+fn exports(code: &str) -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    for (at, _) in code.match_indices("pub use ") {
+        let line = code[at + "pub use ".len()..].split(';').next().unwrap_or_default();
+        let Some((module, names)) = line.split_once("::") else { continue };
+        for name in names.trim_matches(['{', '}', ' ', '\n']).split(',') {
+            let name = name.split(" as ").last().unwrap_or(name).trim();
+            found.insert(name.to_owned(), module.trim().to_owned());
+        }
+    }
+    found
+}
+
+/// `a` of `a::b`, `a` and `c` of `{a::b, c}`.
+fn first_names(path: &str) -> Vec<String> {
+    let identifier = |text: &str| -> String {
+        text.trim_start().chars().take_while(|letter| letter.is_alphanumeric() || *letter == '_').collect()
+    };
+    let Some(list) = path.strip_prefix('{') else { return vec![identifier(path)] };
+    let (mut depth, mut start, mut found) = (1, 0, Vec::new());
+    for (at, letter) in list.char_indices() {
+        match letter {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 || (depth == 1 && letter == ',') {
+            found.push(identifier(&list[start..at]));
+            start = at + 1;
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    found.retain(|name| !name.is_empty());
+    found
+}
+
+/// The part of a manifest from a header to the next.
+fn section<'a>(manifest: &'a str, header: &str) -> &'a str {
+    let start = manifest.find(header).unwrap_or_else(|| panic!("no {header}")) + header.len();
+    manifest[start..].split("\n[").next().unwrap_or_default()
+}
+
+/// Code without the modules for tests, which may know whatever they like.
+fn product_code_of(text: &str) -> String {
+    let mut product = String::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        if !(line.starts_with("#[cfg(test)]") || line.starts_with("#[cfg(all(test")) {
+            product.push_str(line);
+            product.push('\n');
+        } else if lines.find(|line| !line.starts_with("#[")).is_some_and(|item| item.ends_with('{')) {
+            lines.find(|line| *line == "}"); // where the formatter puts the end of an item
+        }
+    }
+    code_of(&product)
+}
+
+/// The text without comments and without what stands in strings and characters.
+fn code_of(text: &str) -> String {
+    let letters: Vec<char> = text.chars().collect();
+    let at = |index: usize| letters.get(index).copied().unwrap_or('\0');
+    let (mut code, mut here) = (String::new(), 0);
+    while here < letters.len() {
+        match (at(here), at(here + 1)) {
+            ('/', '/') => here += letters[here..].iter().take_while(|letter| **letter != '\n').count(),
+            ('/', '*') => {
+                let mut depth = 0;
+                loop {
+                    match (at(here), at(here + 1)) {
+                        ('/', '*') => (depth, here) = (depth + 1, here + 2),
+                        ('*', '/') => (depth, here) = (depth - 1, here + 2),
+                        _ => here += 1,
+                    }
+                    if depth == 0 || here >= letters.len() {
+                        break;
+                    }
+                }
+            }
+            ('b', '"' | '\'') => here += 1,
+            ('r', '"' | '#') | ('b', 'r') if raw_string(&letters[here..]).is_some() => {
+                here += raw_string(&letters[here..]).unwrap_or(1);
+            }
+            ('"', _) => {
+                here += 1;
+                while here < letters.len() && at(here) != '"' {
+                    here += if at(here) == '\\' { 2 } else { 1 };
+                }
+                here += 1;
+                code.push(' ');
+            }
+            // A character, not a lifetime.
+            ('\'', '\\') => {
+                here += 3 + letters[here + 3..].iter().take_while(|letter| **letter != '\'').count() + 1
+            }
+            ('\'', _) if at(here + 2) == '\'' => here += 3,
+            (letter, _) => {
+                code.push(letter);
+                here += 1;
+            }
+        }
+    }
+    code
+}
+
+/// The length of the raw string that `letters` begin with.
+fn raw_string(letters: &[char]) -> Option<usize> {
+    let text: String = letters.iter().take(16).collect();
+    let opening = text.trim_start_matches('b').strip_prefix('r')?;
+    let hashes = opening.chars().take_while(|letter| *letter == '#').count();
+    if opening.chars().nth(hashes) != Some('"') {
+        return None;
+    }
+    let start = text.len() - opening.len() + hashes + 1;
+    let closing: Vec<char> = std::iter::once('"').chain(std::iter::repeat_n('#', hashes)).collect();
+    let inside = letters[start..].windows(closing.len()).position(|window| window == closing)?;
+    Some(start + inside + closing.len())
+}
+
+/// The words of all names: `JsonCodec` is `json` and `codec`, `serve_hub` is `serve` and `hub`.
+fn words(text: &str) -> impl Iterator<Item = String> {
+    let mut words = vec![String::new()];
+    let letters: Vec<char> = text.chars().collect();
+    for (index, letter) in letters.iter().enumerate() {
+        let before = index.checked_sub(1).and_then(|index| letters.get(index)).copied().unwrap_or(' ');
+        let after = letters.get(index + 1).copied().unwrap_or(' ');
+        let begins = letter.is_uppercase() && (before.is_lowercase() || after.is_lowercase());
+        if begins || !letter.is_alphanumeric() {
+            words.push(String::new());
+        }
+        if letter.is_alphanumeric()
+            && let Some(word) = words.last_mut()
+        {
+            word.extend(letter.to_lowercase());
+        }
+    }
+    words.into_iter().filter(|word| !word.is_empty())
+}
+
+/// Whether `word` stands in the code, not as a part of a longer name. Lifetimes are no words.
+fn contains_word(code: &str, word: &str) -> bool {
+    let is_part = |letter: char| letter.is_alphanumeric() || letter == '_' || letter == '\'';
+    code.match_indices(word).any(|(at, _)| {
+        let before = code[..at].chars().next_back();
+        let after = code[at + word.len()..].chars().next();
+        !before.is_some_and(is_part)
+            && (!word.ends_with(char::is_alphanumeric) || !after.is_some_and(is_part))
+    })
+}
