@@ -8,9 +8,10 @@
 //! - `/group/{name}`: joins the group on connect; what it sends goes to the group
 //! - `/raw`: any message back as it came, text as text and binary as binary
 
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::error::Error;
+use std::process::ExitCode;
 
 use axum::Router;
 use axum::extract::{Path, State};
@@ -125,7 +126,17 @@ fn policy(name: &str) -> Result<BroadcastPolicy, Box<dyn Error>> {
 
 // One thread is enough: it only answers handshakes.
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> ExitCode {
+    match serve().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fanout: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve() -> Result<(), Box<dyn Error>> {
     let Options { port, engine, hub } = options()?;
     let engine = Engine::start(engine)?;
     let hubs = Hubs {

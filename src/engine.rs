@@ -11,7 +11,7 @@ use crate::hub::{Hub, WsHub};
 /// A running engine: its shards own the connections of all its hubs.
 ///
 /// Cloneable. Hubs keep it alive; when the last handle to it and to its hubs is dropped, it closes its connections
-/// with 1001 and ends its threads.
+/// with 1001 and ends its threads. That drop waits for them, up to a second: not on a thread whose runtime they need.
 ///
 /// ```no_run
 /// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, MessageContext, JsonCodec};

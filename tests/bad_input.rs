@@ -1,0 +1,381 @@
+//! Peers that break the rules: each gets the right close code, is counted, and disturbs nobody.
+//!
+//! Frames are made by hand, as no client would send them. A bystander shares the shard with the wrongdoer.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+
+mod fixture;
+
+use axum::Router;
+use axum::extract::State;
+use axum::routing::any;
+use fixture::{Peer, Server, engine, eventually, soon};
+use serde::{Deserialize, Serialize};
+use shardcast::{
+    BinaryCodec, CloseReason, Decode, DisconnectRequest, Encode, Engine, Hub, JsonCodec, MessageContext,
+    Metrics, WebSocketUpgrade, WsHub, WsHubConfig,
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+const TEXT: u8 = 0x1;
+const BINARY: u8 = 0x2;
+const PING: u8 = 0x9;
+const CLOSE: u8 = 0x8;
+const FIN: u8 = 0x80;
+
+/// A masked client frame with this first byte.
+fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![first];
+    match payload.len() {
+        length @ 0..126 => frame.push(0x80 | length as u8),
+        length @ 126..65_536 => {
+            frame.push(0x80 | 126);
+            frame.extend((length as u16).to_be_bytes());
+        }
+        length => {
+            frame.push(0x80 | 127);
+            frame.extend((length as u64).to_be_bytes());
+        }
+    }
+    let key = [0x12, 0x34, 0x56, 0x78];
+    frame.extend(key);
+    frame.extend(payload.iter().zip(key.iter().cycle()).map(|(byte, key)| byte ^ key));
+    frame
+}
+
+#[derive(Serialize, Deserialize)]
+struct Note {
+    text: String,
+}
+
+struct Notes<C> {
+    ends: UnboundedSender<CloseReason>,
+    codec: std::marker::PhantomData<fn() -> C>,
+}
+
+impl<C: Encode<Note> + Decode<Note>> WsHub for Notes<C> {
+    type Codec = C;
+    type InMessage = Note;
+    type OutMessage = Note;
+    async fn on_message(&self, note: Note, ctx: MessageContext<Note, C>) {
+        ctx.unicast(note).await;
+    }
+    async fn on_disconnect(&self, request: DisconnectRequest) {
+        self.ends.send(request.reason).unwrap();
+    }
+}
+
+/// A hub on one shard, with a bystander who shares it.
+struct Scene {
+    engine: Engine,
+    server: Server,
+    bystander: Peer,
+    ended: UnboundedReceiver<CloseReason>,
+}
+
+impl Scene {
+    async fn set<C: Encode<Note> + Decode<Note>>(config: WsHubConfig) -> Self {
+        let engine = engine(1);
+        let notes = engine.hub::<Notes<C>>(config.clone()).unwrap();
+        let json = engine.hub::<Notes<JsonCodec>>(config).unwrap();
+        let (ends, ended) = unbounded_channel();
+        let (bystanders, _) = unbounded_channel();
+        let serve = async move |ws: WebSocketUpgrade, State(hub): State<Hub<Notes<C>>>| {
+            ws.serve(&hub, Notes { ends, codec: std::marker::PhantomData })
+        };
+        let stand_by = async move |ws: WebSocketUpgrade| {
+            let hub = Notes { ends: bystanders, codec: std::marker::PhantomData };
+            ws.serve(&json, hub)
+        };
+        let app = Router::new().route("/ws", any(serve)).route("/by", any(stand_by)).with_state(notes);
+        let server = Server::start(app).await;
+        let mut scene = Self { bystander: Peer::connect(server.url("/by")).await, engine, server, ended };
+        scene.bystander_goes_on().await;
+        scene
+    }
+
+    async fn json() -> Self {
+        Self::set::<JsonCodec>(WsHubConfig::default()).await
+    }
+
+    /// A connection behind a real handshake, on which anything can be written.
+    async fn wrongdoer(&self) -> Wrongdoer {
+        let mut stream = TcpStream::connect(self.server.address).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        let handshake = "GET /ws HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+            sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+        stream.write_all(handshake.as_bytes()).await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(soon(stream.read_u8()).await.unwrap());
+        }
+        assert!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
+        Wrongdoer { stream }
+    }
+
+    async fn bystander_goes_on(&mut self) {
+        let note = r#"{"text":"I am still here"}"#;
+        self.bystander.say(note).await;
+        self.bystander.hears(&[note]).await;
+    }
+
+    /// Sends `frames` and expects this end.
+    async fn ends_with(&mut self, what: &str, frames: &[u8], code: u16, count: fn(&Metrics) -> u64) {
+        let before = count(&self.engine.metrics());
+        let mut wrongdoer = self.wrongdoer().await;
+        // A good message first: it is the frame that ends the connection, nothing else.
+        wrongdoer.says(&frame(FIN | BINARY, b"{\"text\":\"fine\"}")).await;
+        assert_eq!(wrongdoer.hears().await, (TEXT, b"{\"text\":\"fine\"}".to_vec()), "{what}");
+        wrongdoer.says(frames).await;
+        assert_eq!(wrongdoer.close_code().await, Some(code), "{what}");
+        let reason = soon(self.ended.recv()).await.unwrap();
+        assert_eq!(reason.close_frame().map(|(code, _)| code.0), Some(code), "{what}: {reason:?}");
+        eventually(before + 1, || count(&self.engine.metrics())).await;
+        self.bystander_goes_on().await;
+    }
+}
+
+struct Wrongdoer {
+    stream: TcpStream,
+}
+
+impl Wrongdoer {
+    async fn says(&mut self, bytes: &[u8]) {
+        soon(self.stream.write_all(bytes)).await.unwrap();
+    }
+
+    /// The next frame: opcode and payload. Pings are the server's own business.
+    async fn hears(&mut self) -> (u8, Vec<u8>) {
+        loop {
+            let (first, length) =
+                (soon(self.stream.read_u8()).await.unwrap(), self.stream.read_u8().await.unwrap());
+            assert!(first & 0xf0 == FIN && length < 126, "a small frame, whole and unmasked");
+            let mut payload = vec![0; length.into()];
+            soon(self.stream.read_exact(&mut payload)).await.unwrap();
+            if first & 0x0f != PING {
+                return (first & 0x0f, payload);
+            }
+        }
+    }
+
+    /// Expects a Close, and the end of the stream behind it.
+    async fn close_code(&mut self) -> Option<u16> {
+        let (opcode, payload) = self.hears().await;
+        assert_eq!(opcode, CLOSE);
+        let mut rest = Vec::new();
+        soon(self.stream.read_to_end(&mut rest)).await.unwrap();
+        assert!(rest.is_empty(), "the Close is the last word: {rest:?}");
+        payload.first_chunk().map(|code| u16::from_be_bytes(*code))
+    }
+}
+
+#[tokio::test]
+async fn frames_that_break_the_protocol_end_with_1002() {
+    let mut scene = Scene::json().await;
+    let broken: [(&str, Vec<u8>); 10] = [
+        ("an unmasked frame", b"\x81\x02hi".to_vec()),
+        ("a reserved bit", frame(FIN | 0x40 | TEXT, b"{}")),
+        ("another reserved bit", frame(FIN | 0x10 | BINARY, b"{}")),
+        ("a reserved opcode", frame(FIN | 0x3, b"")),
+        ("a reserved control opcode", frame(FIN | 0xb, b"")),
+        ("a continuation of nothing", frame(FIN, b"x")),
+        ("a message within a message", [frame(TEXT, b"x"), frame(FIN | TEXT, b"y")].concat()),
+        ("a fragmented ping", frame(PING, b"x")),
+        ("a ping that is too long", frame(FIN | PING, &[0; 126])),
+        ("a close code of no use", frame(FIN | CLOSE, &1005u16.to_be_bytes())),
+    ];
+    for (what, frames) in broken {
+        scene.ends_with(what, &frames, 1002, |metrics| metrics.ended_protocol).await;
+    }
+}
+
+#[tokio::test]
+async fn text_that_is_not_utf_8_ends_with_1007_wherever_it_is_cut() {
+    let mut scene = Scene::json().await;
+    let cut = [frame(TEXT, b"\"\xc5"), frame(FIN, b"\x20\"")].concat();
+    for (what, frames) in [
+        ("a text", frame(FIN | TEXT, b"\xff\xfe")),
+        ("a character cut by fragments", cut),
+        // Known before its last byte has come.
+        ("the first half of a text", frame(FIN | TEXT, &[b'x', 0xff, b'x', b'x'])[..9].to_vec()),
+        ("the reason of a close", frame(FIN | CLOSE, b"\x03\xe8\xff")),
+    ] {
+        scene.ends_with(what, &frames, 1007, |metrics| metrics.ended_protocol).await;
+    }
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_long_ends_with_1009_as_soon_as_it_claims_to_be() {
+    let config = WsHubConfig { max_message_bytes: 100, ..WsHubConfig::default() };
+    let mut scene = Scene::set::<JsonCodec>(config).await;
+    let long = [b"{\"text\":\"".as_slice(), &[b'x'; 89], b"\"}"].concat();
+    let (fits, too_long) =
+        (frame(FIN | TEXT, &[&long[..98], b"\"}"].concat()), frame(FIN | TEXT, &[b'x'; 101]));
+    let mut at_the_limit = scene.wrongdoer().await;
+    at_the_limit.says(&fits).await;
+    assert_eq!(at_the_limit.hears().await.1.len(), 100);
+
+    let in_pieces = [frame(TEXT, &[b'x'; 60]), frame(FIN, &[b'x'; 41])].concat();
+    let a_claim = [FIN | BINARY, 0x80 | 127, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 2, 3, 4];
+    for (what, frames) in
+        [("one frame", too_long), ("two fragments", in_pieces), ("terabytes, announced", a_claim.to_vec())]
+    {
+        scene.ends_with(what, &frames, 1009, |metrics| metrics.ended_protocol).await;
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_fragments_ends_with_1008() {
+    let config = WsHubConfig { max_fragments: 16, ..WsHubConfig::default() };
+    let mut scene = Scene::set::<JsonCodec>(config).await;
+    let sixteen: Vec<u8> = [frame(TEXT, b"{\"text\""), frame(0, b":"), frame(0, b"\"x")]
+        .into_iter()
+        .chain((0..12).map(|_| frame(0, b"")))
+        .chain([frame(FIN, b"\"}")])
+        .flatten()
+        .collect();
+    let mut at_the_limit = scene.wrongdoer().await;
+    at_the_limit.says(&sixteen).await;
+    assert_eq!(at_the_limit.hears().await, (TEXT, b"{\"text\":\"x\"}".to_vec()));
+
+    let flood: Vec<u8> =
+        std::iter::once(frame(TEXT, b"")).chain((0..16).map(|_| frame(0, b""))).flatten().collect();
+    scene.ends_with("seventeen fragments", &flood, 1008, |metrics| metrics.ended_protocol).await;
+}
+
+#[tokio::test]
+async fn a_message_that_the_codec_cannot_decode_ends_with_1007() {
+    let mut scene = Scene::json().await;
+    for (what, text) in [
+        ("no JSON", "not JSON at all".as_bytes()),
+        ("nothing", b""),
+        ("JSON of another shape", b"{\"texts\":1}"),
+        ("too much JSON", b"{\"text\":\"x\"} {}"),
+        ("nesting without end", "[".repeat(10_000).as_bytes()),
+    ] {
+        let count = |metrics: &Metrics| metrics.ended_undecodable;
+        scene.ends_with(what, &frame(FIN | TEXT, text), 1007, count).await;
+    }
+    assert_eq!(scene.engine.metrics().ended_protocol, 0);
+}
+
+#[tokio::test]
+async fn a_text_for_a_binary_hub_ends_with_1003_and_postcard_that_is_none_with_1007() {
+    let mut scene = Scene::set::<BinaryCodec>(WsHubConfig::default()).await;
+    for (what, frames, code) in [
+        ("text", frame(FIN | TEXT, b"\x01x"), 1003),
+        ("a length that lies", frame(FIN | BINARY, b"\xff\xff\xff\xff\x0fx"), 1007),
+        ("a byte too many", frame(FIN | BINARY, b"\x01xx"), 1007),
+        ("a string that is none", frame(FIN | BINARY, b"\x01\xff"), 1007),
+    ] {
+        let before = scene.engine.metrics().ended_undecodable;
+        let mut wrongdoer = scene.wrongdoer().await;
+        wrongdoer.says(&frame(FIN | BINARY, b"\x04fine")).await;
+        assert_eq!(wrongdoer.hears().await, (BINARY, b"\x04fine".to_vec()));
+        wrongdoer.says(&frames).await;
+        assert_eq!(wrongdoer.close_code().await, Some(code), "{what}");
+        let expected = if code == 1003 { CloseReason::WrongKind } else { CloseReason::Undecodable };
+        assert_eq!(soon(scene.ended.recv()).await, Some(expected), "{what}");
+        eventually(before + 1, || scene.engine.metrics().ended_undecodable).await;
+        scene.bystander_goes_on().await;
+    }
+}
+
+#[tokio::test]
+async fn what_comes_behind_the_offence_is_not_handled() {
+    let mut scene = Scene::json().await;
+    let mut wrongdoer = scene.wrongdoer().await;
+    let good = frame(FIN | TEXT, b"{\"text\":\"x\"}");
+    wrongdoer.says(&[good.clone(), frame(FIN | TEXT, b"bad"), good.clone(), good].concat()).await;
+    assert_eq!(wrongdoer.hears().await.0, TEXT, "what came before is answered");
+    assert_eq!(wrongdoer.close_code().await, Some(1007));
+    assert_eq!(soon(scene.ended.recv()).await, Some(CloseReason::Undecodable));
+    scene.bystander_goes_on().await;
+    // The bystander's two, the good one and the bad one.
+    eventually(4, || scene.engine.metrics().received).await;
+}
+
+#[tokio::test]
+async fn a_stream_that_ends_within_a_frame_is_a_peer_that_vanished() {
+    let mut scene = Scene::json().await;
+    for cut in [1, 3, 7] {
+        let mut wrongdoer = scene.wrongdoer().await;
+        wrongdoer.says(&frame(FIN | TEXT, b"{\"text\":\"x\"}")[..cut]).await;
+        wrongdoer.stream.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        soon(wrongdoer.stream.read_to_end(&mut rest)).await.unwrap();
+        assert_eq!(soon(scene.ended.recv()).await, Some(CloseReason::Vanished));
+        assert_eq!(rest, b"", "nobody is left to read a Close");
+    }
+    scene.bystander_goes_on().await;
+    assert_eq!(scene.engine.metrics().ended_protocol, 0);
+}
+
+#[tokio::test]
+async fn a_handshake_that_is_none_says_why_and_takes_no_connection() {
+    let mut scene = Scene::json().await;
+    let key = "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    let (upgrade, version) =
+        ("connection: Upgrade\r\nupgrade: websocket\r\n", "sec-websocket-version: 13\r\n");
+    let cases = [
+        ("GET", format!("{version}{key}"), 400, "Connection"),
+        ("GET", format!("connection: Upgrade\r\n{version}{key}"), 400, "Upgrade"),
+        ("GET", format!("{upgrade}{version}"), 400, "Sec-WebSocket-Key"),
+        ("GET", format!("{upgrade}{version}sec-websocket-key: short\r\n"), 400, "Sec-WebSocket-Key"),
+        ("GET", format!("{upgrade}{key}"), 426, "Sec-WebSocket-Version"),
+        ("GET", format!("{upgrade}{key}sec-websocket-version: 8\r\n"), 426, "Sec-WebSocket-Version"),
+        ("POST", format!("{upgrade}{version}{key}"), 400, "GET"),
+    ];
+    for (method, headers, status, reason) in cases {
+        let mut stream = TcpStream::connect(scene.server.address).await.unwrap();
+        let request = format!("{method} /ws HTTP/1.1\r\nhost: x\r\n{headers}\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = String::new();
+        soon(stream.read_to_string(&mut answer)).await.unwrap();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{headers}: {answer}");
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(body.contains(reason), "{headers}: {answer}");
+        assert_eq!(answer.contains("sec-websocket-version: 13\r\n"), status == 426, "{answer}");
+    }
+    scene.bystander_goes_on().await;
+    eventually(1, || scene.engine.metrics().adopted).await;
+    assert_eq!(scene.engine.connections(), 1);
+}
+
+#[test]
+fn an_impossible_config_is_refused_with_the_fields_name_and_range() {
+    use std::time::Duration;
+    let default = WsHubConfig::default;
+    let day = Duration::from_secs(24 * 60 * 60);
+    for (config, field, range) in [
+        (WsHubConfig { outbox_frames: 0, ..default() }, "outbox_frames", "1 to 16777216"),
+        (WsHubConfig { outbox_bytes: 10, ..default() }, "outbox_bytes", "1024 to 1073741824"),
+        (WsHubConfig { waiting_frames: usize::MAX, ..default() }, "waiting_frames", "0 to 16777216"),
+        (WsHubConfig { max_message_bytes: 0, ..default() }, "max_message_bytes", "1 to 1073741824"),
+        (WsHubConfig { max_fragments: 0, ..default() }, "max_fragments", "1 to 16777216"),
+        (WsHubConfig { heartbeat_interval: day * 2, ..default() }, "heartbeat_interval", "10ms to 86400s"),
+        (WsHubConfig { pong_timeout: Duration::ZERO, ..default() }, "pong_timeout", "10ms to 86400s"),
+        (
+            WsHubConfig { idle_timeout: Some(Duration::ZERO), ..default() },
+            "idle_timeout",
+            "10ms to 31536000s",
+        ),
+        (
+            WsHubConfig { max_connection_duration: Some(day * 400), ..default() },
+            "max_connection_duration",
+            "10ms to 31536000s",
+        ),
+        (WsHubConfig { close_timeout: day, ..default() }, "close_timeout", "10ms to 3600s"),
+    ] {
+        let error = engine(1).hub::<Notes<JsonCodec>>(config.clone()).unwrap_err();
+        assert_eq!(config.validate(), Err(error.clone()));
+        let text = error.to_string();
+        assert!(
+            text.starts_with(&format!("`{field}` is ")) && text.ends_with(&format!("from {range}")),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,268 @@
+//! Every example, started as a program of its own and used once.
+//!
+//! What is shown to newcomers must work as shown. The examples are found beside this test's own binary, where
+//! `cargo test --workspace --all-features` has built them; one that is missing is a failure, never a skip.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+
+mod fixture;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::process::{Output, Stdio};
+
+use fixture::{Peer, soon};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::net::TcpStream;
+use tokio::process::{Child, ChildStdout, Command};
+use tokio_tungstenite::tungstenite::Message;
+
+fn program(name: &str) -> Command {
+    let mut path = std::env::current_exe().unwrap();
+    path.pop();
+    path.pop();
+    path.push(format!("examples/{name}{}", std::env::consts::EXE_SUFFIX));
+    let package = if name == "echo" { "shardcast-engine" } else { "shardcast" };
+    assert!(
+        path.exists(),
+        "{} is missing: `cargo test --workspace --all-features` builds it, `cargo test --test examples` does not; \
+         run `cargo build -p {package} --all-features --example {name}` first, in the same profile",
+        path.display(),
+    );
+    let mut program = Command::new(path);
+    program.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    program
+}
+
+/// Runs it to its end.
+async fn run(name: &str, arguments: &[&str]) -> Output {
+    soon(program(name).args(arguments).output()).await.unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// An example that serves until it is dropped.
+struct Running {
+    _process: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Running {
+    fn start(name: &str, arguments: &[&str]) -> Self {
+        let mut process = program(name).args(arguments).stderr(Stdio::inherit()).spawn().unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        Self { _process: process, lines }
+    }
+
+    /// Waits for the line with `prefix`; gives back what stands behind it.
+    async fn says(&mut self, prefix: &str) -> String {
+        loop {
+            let line = soon(self.lines.next_line()).await.unwrap();
+            let line = line.unwrap_or_else(|| panic!("it ended without saying {prefix:?}"));
+            if let Some((_, rest)) = line.split_once(prefix) {
+                return rest.trim().to_owned();
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn hello_prints_the_hubs_answer() {
+    let output = run("hello", &[]).await;
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(text(&output.stdout), "Ok(\"hello world\")\n");
+}
+
+#[tokio::test]
+async fn custom_codec_prints_what_came_back_in_message_pack() {
+    let output = run("custom_codec", &[]).await;
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(text(&output.stdout), "Reading { sensor: 7, celsius: 21.5 }\n");
+}
+
+#[tokio::test]
+async fn echo_on_the_engine_alone_sends_every_message_back() {
+    let mut echo = Running::start("echo", &["--port", "0"]);
+    let url = echo.says("listening on ").await;
+    let (mut ada, mut bob) = (Peer::connect(format!("{url}/")).await, Peer::connect(format!("{url}/")).await);
+    for message in [Message::text("hello"), Message::text("žluťoučký"), Message::binary(vec![0xff, 0])] {
+        ada.send(message.clone()).await;
+        assert_eq!(ada.next().await, Some(message));
+    }
+    bob.say("not Ada's").await;
+    bob.hears(&["not Ada's"]).await;
+    assert_eq!(ada.leave().await, Vec::<String>::new());
+    let output = run("echo", &["--prot", "0"]).await;
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("usage: echo [--port P]"), "{output:?}");
+}
+
+// ---- chat
+
+/// A guest, whose times are checked and taken away.
+struct Guest {
+    peer: Peer,
+}
+
+impl Guest {
+    async fn enter(url: &str, name: &str, room: &str) -> Self {
+        Self { peer: Peer::connect(format!("{url}/ws?name={name}&room={room}")).await }
+    }
+
+    async fn says(&mut self, text: &str) {
+        self.peer.say(json!({ "type": "say", "text": text }).to_string()).await;
+    }
+
+    async fn hears(&mut self, expected: Value) {
+        let mut heard: Value = serde_json::from_str(&self.peer.hear().await).unwrap();
+        if let Some(at) = heard.as_object_mut().unwrap().remove("at") {
+            assert!(at.as_u64().unwrap() > 1_600_000_000_000, "milliseconds since 1970: {at}");
+        }
+        assert_eq!(heard, expected);
+    }
+}
+
+#[tokio::test]
+async fn chat_serves_its_page_and_guests_of_one_room_talk() {
+    let mut chat = Running::start("chat", &["--port", "0"]);
+    let url = chat.says("listening on http://").await;
+
+    let mut page = String::new();
+    let mut stream = TcpStream::connect(&url).await.unwrap();
+    let request = format!("GET / HTTP/1.1\r\nhost: {url}\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    soon(stream.read_to_string(&mut page)).await.unwrap();
+    assert!(page.starts_with("HTTP/1.1 200 ") && page.contains("text/html"), "{page}");
+    assert!(page.ends_with(include_str!("../examples/chat/page.html")));
+
+    let url = format!("ws://{url}");
+    let mut ada = Guest::enter(&url, "Ada", "lobby").await;
+    ada.hears(json!({ "type": "welcome", "you": "Ada", "room": "lobby", "members": ["Ada"] })).await;
+    let mut bob = Guest::enter(&url, "Bob", "lobby").await;
+    bob.hears(json!({ "type": "welcome", "you": "Bob", "room": "lobby", "members": ["Ada", "Bob"] })).await;
+    ada.hears(json!({ "type": "joined", "name": "Bob", "members": ["Ada", "Bob"] })).await;
+    let mut elsewhere = Guest::enter(&url, "Ada", "garden").await;
+    elsewhere.hears(json!({ "type": "welcome", "you": "Ada", "room": "garden", "members": ["Ada"] })).await;
+    let mut namesake = Guest::enter(&url, "Ada", "lobby").await;
+    let three = ["Ada", "Bob", "Ada (2)"];
+    namesake.hears(json!({ "type": "welcome", "you": "Ada (2)", "room": "lobby", "members": three })).await;
+    for guest in [&mut ada, &mut bob] {
+        guest.hears(json!({ "type": "joined", "name": "Ada (2)", "members": three })).await;
+    }
+
+    // Refused to Bob alone, who may go on.
+    for refused in ["", " \n ", &"x".repeat(2001)] {
+        bob.says(refused).await;
+        bob.hears(json!({ "type": "refused", "why": "a message has 1 to 2000 characters" })).await;
+    }
+    let longest = "ž".repeat(2000);
+    for said in ["hello", &longest] {
+        bob.says(said).await;
+        for guest in [&mut ada, &mut bob, &mut namesake] {
+            guest.hears(json!({ "type": "said", "name": "Bob", "text": said })).await;
+        }
+    }
+    namesake.peer.leave().await;
+    for guest in [&mut ada, &mut bob] {
+        guest.hears(json!({ "type": "left", "name": "Ada (2)", "members": ["Ada", "Bob"] })).await;
+    }
+    drop(bob);
+    ada.hears(json!({ "type": "left", "name": "Bob", "members": ["Ada"] })).await;
+
+    for (name, room) in [("", "lobby"), ("Ada", ""), (&*"x".repeat(33), "lobby"), ("%20", "lobby")] {
+        let nobody = Guest::enter(&url, name, room).await;
+        let (code, reason) = nobody.peer.closed().await;
+        assert_eq!((code, reason.as_str()), (1008, "name and room have 1 to 32 characters"));
+    }
+    elsewhere.says("alone").await;
+    elsewhere.hears(json!({ "type": "said", "name": "Ada", "text": "alone" })).await;
+    ada.says("alone, too").await;
+    ada.hears(json!({ "type": "said", "name": "Ada", "text": "alone, too" })).await;
+}
+
+// ---- fanout
+
+/// Starts it on a port that was free a moment ago; another, should somebody have taken it since.
+async fn fanout(arguments: &[&str]) -> (Running, SocketAddr) {
+    for _ in 0..5 {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+        let port = free.port().to_string();
+        let mut fanout = Running::start("fanout", &[&["--port", &port], arguments].concat());
+        if let Some(line) = soon(fanout.lines.next_line()).await.unwrap() {
+            assert_eq!(line, "ready");
+            return (fanout, free);
+        }
+    }
+    panic!("no port is free for long");
+}
+
+#[tokio::test]
+async fn fanout_serves_its_four_routes() {
+    let (mut fanout, address) = fanout(&["--shards", "2", "--no-pin", "--policy", "block"]).await;
+    let connect = async |path: &str| Peer::connect(format!("ws://{address}{path}")).await;
+    let tick = |t: u64| json!({ "t": t, "p": "padding" }).to_string();
+    let heard = async |peer: &mut Peer| serde_json::from_str::<Value>(&peer.hear().await).unwrap();
+    let ticked = |t: u64| json!({ "t": t, "p": "padding" });
+
+    let (mut first, mut second) = (connect("/ws").await, connect("/ws").await);
+    for (t, peer) in [(1, &mut first), (2, &mut second)] {
+        // A client counts from its adoption, which its own tick proves.
+        peer.say(tick(t)).await;
+        while heard(peer).await != ticked(t) {}
+    }
+    first.say(tick(3)).await;
+    while heard(&mut second).await != ticked(3) {}
+
+    let mut echo = connect("/echo").await;
+    for t in [u64::MAX, 0] {
+        echo.say(tick(t)).await;
+        assert_eq!(heard(&mut echo).await, ticked(t));
+    }
+
+    let (mut red, mut red_too, mut blue) =
+        (connect("/group/red").await, connect("/group/red").await, connect("/group/blue").await);
+    for (t, peer) in [(1, &mut red), (2, &mut red_too), (4, &mut blue)] {
+        peer.say(tick(t)).await;
+        while heard(peer).await != ticked(t) {}
+    }
+    red.say(tick(3)).await;
+    assert_eq!(heard(&mut red_too).await, ticked(3));
+    blue.say(tick(5)).await;
+    assert_eq!(heard(&mut blue).await, ticked(5), "and not what was said in red");
+
+    let mut raw = connect("/raw").await;
+    for message in
+        [Message::text("as it came"), Message::binary(vec![0xff; 3]), Message::binary(vec![7; 2 << 20])]
+    {
+        raw.send(message.clone()).await;
+        assert!(raw.next().await == Some(message));
+    }
+    assert_eq!(second.leave().await, Vec::<String>::new(), "nothing of echo, groups and raw");
+    let more = tokio::time::timeout(std::time::Duration::ZERO, fanout.lines.next_line()).await;
+    assert!(more.is_err(), "it logs nothing: {more:?}");
+}
+
+#[tokio::test]
+async fn fanout_says_what_to_do_when_it_is_not_understood() {
+    let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--policy block]";
+    for (arguments, says) in [
+        (&["--policy", "nonsense"][..], "`nonsense` is no policy"),
+        (&["--policy"], usage),
+        (&["--nonsense"], usage),
+        (&["--port", "many"], usage),
+        (&["--shards", "-1"], usage),
+    ] {
+        let output = run("fanout", arguments).await;
+        assert!(!output.status.success(), "{arguments:?}: {output:?}");
+        assert_eq!(text(&output.stdout), "", "{arguments:?}");
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains(says), "{arguments:?}: {stderr}");
+    }
+    let output = run("fanout", &["--policy", "nonsense"]).await;
+    assert!(text(&output.stderr).contains(usage), "{output:?}");
+    let output = run("fanout", &["--shards", "0"]).await;
+    let names_field_and_range = ["shards", "4096"].iter().all(|part| text(&output.stderr).contains(part));
+    assert!(!output.status.success() && names_field_and_range, "{output:?}");
+}

@@ -1,0 +1,654 @@
+//! Every program of the README that started this library (seed 000), compiled and run.
+//!
+//! The programs are verbatim but for the name of the crate (`axum_signal` is `shardcast`) and the origin of
+//! `WebSocketUpgrade` (ours instead of axum's). What the README leaves out stands around them, marked `added`: imports,
+//! `AppState`, `WsQueryParams`, `new`, and the enclosing item where it shows only a method or a statement. Its
+//! `metrics` crate is a counter of one's own here, the client's address a parameter, so that it can be run, and the
+//! layout rustfmt's.
+//!
+//! The short form has one set of clients for each hub type in the process, so each test has a type of its own.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+
+mod fixture;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use fixture::{Desk, Peer, Server, desk_app, engine, soon, visit};
+use shardcast::{HubConfigError, WsHub, WsHubConfig};
+use tokio::sync::mpsc;
+
+/// "Define your messages and implement WsHub", "Wire it up in your Axum router".
+#[allow(dead_code, unreachable_pub)]
+mod hello {
+    use serde::{Deserialize, Serialize};
+    use shardcast::{JsonCodec, MessageContext, WsHub};
+    // added
+    use axum::{Router, extract::State, routing::get};
+    use shardcast::{WebSocketUpgrade, WsHubConfig, serve_hub};
+
+    #[derive(Deserialize)]
+    pub struct HelloMessage {
+        pub text: String,
+    }
+
+    #[derive(Serialize)]
+    pub enum HelloReply {
+        Ok(String),
+        Err(String),
+    }
+
+    pub struct HelloHub;
+
+    impl WsHub for HelloHub {
+        type Codec = JsonCodec;
+        type InMessage = HelloMessage;
+        type OutMessage = HelloReply;
+
+        async fn on_message(&self, msg: Self::InMessage, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+            ctx.broadcast(HelloReply::Ok(msg.text)).await
+        }
+    }
+
+    // added
+    #[derive(Clone)]
+    pub struct AppState;
+
+    // added
+    impl HelloHub {
+        pub fn new(_: AppState) -> Self {
+            Self
+        }
+    }
+
+    pub fn hello_router() -> Router<AppState> {
+        Router::new().route(
+            "/ws",
+            get(|ws: WebSocketUpgrade, State(state): State<AppState>| async move {
+                let config = WsHubConfig::default();
+                ws.on_upgrade(
+                    move |socket| async move { serve_hub(socket, HelloHub::new(state), &config).await },
+                )
+            }),
+        )
+    }
+}
+
+#[tokio::test]
+async fn the_hello_hub_broadcasts_to_every_client() {
+    let server = Server::start(hello::hello_router().with_state(hello::AppState)).await;
+    let mut peers = Vec::new();
+    for _ in 0..3 {
+        peers.push(Peer::connect(server.url("/ws")).await);
+    }
+    // A connection counts from its adoption, which its own echo proves; the others may see it, too.
+    for (index, peer) in peers.iter_mut().enumerate() {
+        peer.say(format!(r#"{{"text":"I am {index}"}}"#)).await;
+        while peer.hear().await != format!(r#"{{"Ok":"I am {index}"}}"#) {}
+    }
+    peers[1].say(r#"{"text":"hello, \"world\""}"#).await;
+    for peer in &mut peers {
+        while peer.hear().await != r#"{"Ok":"hello, \"world\""}"# {}
+    }
+}
+
+/// "To pass data from Axum extractors into your hub".
+#[allow(dead_code, unreachable_pub)]
+mod hello_with_query {
+    // added
+    use axum::{
+        Router,
+        extract::{Query, State},
+        routing::get,
+    };
+    use serde::Deserialize;
+    use shardcast::{JsonCodec, MessageContext, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
+
+    // added
+    #[derive(Clone)]
+    pub struct AppState {
+        pub greeting: &'static str,
+    }
+
+    // added
+    #[derive(Deserialize)]
+    pub struct WsQueryParams {
+        name: String,
+    }
+
+    // added
+    pub struct HelloHub {
+        state: AppState,
+        params: WsQueryParams,
+    }
+
+    // added
+    impl HelloHub {
+        pub fn new(state: AppState, params: WsQueryParams) -> Self {
+            Self { state, params }
+        }
+    }
+
+    // added
+    impl WsHub for HelloHub {
+        type Codec = JsonCodec;
+        type InMessage = String;
+        type OutMessage = String;
+
+        async fn on_message(&self, msg: Self::InMessage, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+            ctx.unicast(format!("{} {}: {msg}", self.state.greeting, self.params.name)).await
+        }
+    }
+
+    pub fn hello_router() -> Router<AppState> {
+        Router::new().route(
+            "/ws",
+            get(
+                |ws: WebSocketUpgrade,
+                 State(state): State<AppState>,
+                 Query(params): Query<WsQueryParams>| async move {
+                    // Extractors are resolved here, before the upgrade.
+                    // Pass the extracted data into the hub constructor.
+                    let config = WsHubConfig::default();
+                    ws.on_upgrade(move |socket| async move {
+                        serve_hub(socket, HelloHub::new(state, params), &config).await
+                    })
+                },
+            ),
+        )
+    }
+}
+
+#[tokio::test]
+async fn what_the_extractors_found_reaches_the_hub_of_its_own_connection() {
+    use hello_with_query::{AppState, hello_router};
+    let server = Server::start(hello_router().with_state(AppState { greeting: "dear" })).await;
+    let mut ada = Peer::connect(server.url("/ws?name=Ada")).await;
+    let mut bob = Peer::connect(server.url("/ws?name=Bob")).await;
+    ada.say(r#""one""#).await;
+    bob.say(r#""two""#).await;
+    ada.hears(&[r#""dear Ada: one""#]).await;
+    bob.hears(&[r#""dear Bob: two""#]).await;
+    // What axum's extractors refuse never becomes a socket.
+    let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
+    assert!(refused.to_string().contains("400"), "{refused}");
+}
+
+/// "Pluggable codecs": `type Codec = BinaryCodec` in the README's first hub.
+#[allow(dead_code, unreachable_pub)]
+mod hello_in_binary {
+    use super::hello::AppState;
+    use axum::{Router, extract::State, routing::get};
+    use serde::{Deserialize, Serialize};
+    use shardcast::{BinaryCodec, MessageContext, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
+
+    #[derive(Serialize, Deserialize)]
+    pub struct HelloMessage {
+        pub text: String,
+    }
+
+    #[derive(Serialize, Deserialize, PartialEq, Debug)]
+    pub enum HelloReply {
+        Ok(String),
+        Err(String),
+    }
+
+    pub struct HelloHub;
+
+    impl WsHub for HelloHub {
+        // Binary via postcard
+        type Codec = BinaryCodec;
+        type InMessage = HelloMessage;
+        type OutMessage = HelloReply;
+
+        async fn on_message(&self, msg: Self::InMessage, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+            ctx.broadcast(HelloReply::Ok(msg.text)).await
+        }
+    }
+
+    pub fn hello_router() -> Router<AppState> {
+        Router::new().route(
+            "/ws",
+            get(|ws: WebSocketUpgrade, State(AppState): State<AppState>| async move {
+                let config = WsHubConfig::default();
+                ws.on_upgrade(move |socket| async move { serve_hub(socket, HelloHub, &config).await })
+            }),
+        )
+    }
+}
+
+#[cfg(feature = "client")]
+#[tokio::test]
+async fn hub_and_client_talk_in_postcard_after_a_change_of_one_type() {
+    use hello_in_binary::{HelloMessage, HelloReply, hello_router};
+    use shardcast::{BinaryCodec, HubClient};
+    let server = Server::start(hello_router().with_state(hello::AppState)).await;
+    let mut client = HubClient::builder(server.url("/ws"))
+        .with_in_message::<HelloMessage>()
+        .with_out_message::<HelloReply>()
+        .with_codec::<BinaryCodec>()
+        .build();
+    let (sender, mut replies) = mpsc::unbounded_channel();
+    client.on_message(move |reply: HelloReply| sender.send(reply).unwrap());
+    soon(client.connect()).await.unwrap();
+    client.send(HelloMessage { text: "hello".into() }).unwrap();
+    assert_eq!(soon(replies.recv()).await, Some(HelloReply::Ok("hello".into())));
+    soon(client.disconnect()).await;
+}
+
+/// "Broadcast, unicast, groups - flexible targeting".
+#[allow(dead_code, unreachable_pub)]
+mod targeting {
+    // added
+    use axum::{Router, extract::Query, routing::get};
+    use serde::{Deserialize, Serialize};
+    use shardcast::{JsonCodec, MessageContext, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
+
+    // added
+    #[derive(Deserialize)]
+    pub struct MyMessage {
+        text: String,
+    }
+
+    // added
+    #[derive(Serialize)]
+    pub enum MyReply {
+        Ok(String),
+        Here,
+    }
+
+    // added
+    #[derive(Deserialize)]
+    pub struct MyHub {
+        rooms: String,
+    }
+
+    // added
+    impl WsHub for MyHub {
+        type Codec = JsonCodec;
+        type InMessage = MyMessage;
+        type OutMessage = MyReply;
+
+        // added: members for the groups that the method below sends to
+        async fn on_open(&self, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+            for room in self.rooms.split(',') {
+                ctx.add_to_group(room).await;
+            }
+            ctx.unicast(MyReply::Here).await;
+        }
+
+        async fn on_message(&self, msg: Self::InMessage, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+            // to all clients
+            ctx.broadcast(MyReply::Ok(msg.text.clone())).await;
+
+            // to sender only
+            ctx.unicast(MyReply::Ok(msg.text.clone())).await;
+
+            // to all except specific connections
+            ctx.broadcast_except(&["conn-id-1", "conn-id-2"], MyReply::Ok(msg.text.clone())).await;
+
+            // group management
+            ctx.add_to_group("room-1").await;
+            ctx.remove_from_group("room-1").await;
+
+            // to all in a group
+            ctx.broadcast_group("room-1", MyReply::Ok(msg.text.clone())).await;
+
+            // to a group except specific connections
+            ctx.broadcast_group_except("room-1", &["conn-id-1"], MyReply::Ok(msg.text.clone())).await;
+
+            // to all in multiple groups (each connection receives at most once)
+            ctx.broadcast_groups(&["room-1", "room-2"], MyReply::Ok(msg.text)).await;
+        }
+    }
+
+    // added
+    pub fn router() -> Router {
+        Router::new().route(
+            "/ws",
+            get(|ws: WebSocketUpgrade, Query(hub): Query<MyHub>| async move {
+                ws.on_upgrade(async move |socket| serve_hub(socket, hub, &WsHubConfig::default()).await)
+            }),
+        )
+    }
+}
+
+#[tokio::test]
+async fn every_call_of_the_context_reaches_whom_it_names_and_nobody_twice() {
+    let server = Server::start(targeting::router()).await;
+    let here = r#""Here""#;
+    let mut sender = Peer::connect(server.url("/ws?rooms=room-1,room-3")).await;
+    sender.hears(&[here]).await;
+    let mut in_both = Peer::connect(server.url("/ws?rooms=room-1,room-2")).await;
+    in_both.hears(&[here]).await;
+    let mut in_none = Peer::connect(server.url("/ws?rooms=room-3")).await;
+    in_none.hears(&[here]).await;
+    for text in ["one", "two"] {
+        sender.say(format!(r#"{{"text":"{text}"}}"#)).await;
+    }
+    let (one, two) = (r#"{"Ok":"one"}"#, r#"{"Ok":"two"}"#);
+    // All, the sender, all but two ids that nobody has; out of room-1 by then, though a member before.
+    sender.hears(&[one, one, one, two, two, two]).await;
+    // All, all, room-1, room-1, and both rooms once.
+    in_both.hears(&[one, one, one, one, one, two, two, two, two, two]).await;
+    in_none.hears(&[one, one, two, two]).await;
+    for peer in [sender, in_both, in_none] {
+        assert_eq!(peer.leave().await, Vec::<String>::new(), "no more than that");
+    }
+}
+
+#[tokio::test]
+async fn ids_leave_out_those_who_bear_them_and_groups_reach_their_members_once() {
+    let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
+    let server = Server::start(desk_app(hub)).await;
+    let url = server.url("/ws");
+    let ((mut ada, ada_id), (mut bob, bob_id), (mut cyd, _)) =
+        (visit(&url).await, visit(&url).await, visit(&url).await);
+
+    ada.say(format!("except {ada_id} but Ada")).await;
+    ada.say(format!("except {ada_id},{bob_id} but two")).await;
+    ada.say(format!("except {ada_id},nobody,{ada_id} but Ada again")).await;
+    ada.say("all all").await;
+    ada.hears(&["all"]).await;
+    bob.hears(&["but Ada", "but Ada again", "all"]).await;
+    cyd.hears(&["but Ada", "but two", "but Ada again", "all"]).await;
+
+    for peer in [&mut bob, &mut cyd] {
+        peer.say("join red").await;
+        peer.say("join red").await;
+        peer.say("me joined").await;
+        peer.hears(&["joined"]).await;
+    }
+    cyd.say("join blue").await;
+    cyd.say("me joined").await;
+    cyd.hears(&["joined"]).await;
+
+    ada.say("group red to red").await;
+    ada.say(format!("group-except red {bob_id} to red but Bob")).await;
+    ada.say("groups red,blue,nowhere,red to both").await;
+    ada.say("group nowhere to nobody").await;
+    ada.say("all done").await;
+    ada.hears(&["done"]).await;
+    bob.hears(&["to red", "to both", "done"]).await;
+    cyd.hears(&["to red", "to red but Bob", "to both", "done"]).await;
+
+    cyd.say("leave red").await;
+    cyd.say("group red without Cyd").await;
+    cyd.say("groups red,blue still blue").await;
+    cyd.hears(&["still blue"]).await;
+    bob.hears(&["without Cyd", "still blue"]).await;
+}
+
+/// "Broadcast delivery policies".
+mod policies {
+    use shardcast::{BroadcastPolicy, WsHubConfig};
+    use std::time::Duration;
+
+    // added: the function, and `vec.push` behind each of the README's statements
+    pub(super) fn configs() -> Vec<WsHubConfig> {
+        let mut configs = Vec::new();
+
+        // Wait indefinitely — guarantees delivery, one slow client blocks the rest (default)
+        let config = WsHubConfig { policy: BroadcastPolicy::Block, ..WsHubConfig::default() };
+        configs.push(config);
+
+        // Drop message after timeout, keep connection alive
+        let config = WsHubConfig {
+            policy: BroadcastPolicy::DropMessage { timeout: Duration::from_millis(100) },
+            ..WsHubConfig::default()
+        };
+        configs.push(config);
+
+        // Drop message after timeout, disconnect after N consecutive drops
+        let config = WsHubConfig {
+            policy: BroadcastPolicy::DropConnection { timeout: Duration::from_millis(100), max_drops: 5 },
+            ..WsHubConfig::default()
+        };
+        configs.push(config);
+
+        // Disconnect if the rolling-average RTT over the last `window` heartbeats exceeds `max_rtt`.
+        // Until the first pong arrives the connection is treated as healthy.
+        let config = WsHubConfig {
+            policy: BroadcastPolicy::DropOnHighRtt { max_rtt: Duration::from_millis(300), rtt_samples: 8 },
+            ..WsHubConfig::default()
+        };
+        configs.push(config);
+        configs
+    }
+}
+
+#[test]
+fn block_is_accepted_and_a_policy_that_is_not_there_yet_is_refused_by_name() {
+    let [block, others @ ..] = <[WsHubConfig; 4]>::try_from(policies::configs()).unwrap();
+    assert_eq!(block, WsHubConfig::default());
+    assert_eq!(block.validate(), Ok(()));
+    for (config, policy) in others.iter().zip(["DropMessage", "DropConnection", "DropOnHighRtt"]) {
+        let error = config.validate().unwrap_err();
+        assert_eq!(error, HubConfigError::UnsupportedPolicy { policy });
+        let text = error.to_string();
+        assert!(text.contains("`policy`") && text.contains(policy) && text.contains("use Block"), "{text}");
+        // A hub cannot be made with it either: nothing is silently ignored.
+        assert_eq!(engine(1).hub::<Desk>(config.clone()).err(), Some(error));
+    }
+}
+
+/// "Default lifecycle hooks - override only what you need", `on_message_drop` among them.
+#[allow(unreachable_pub, dead_code)]
+mod hooks {
+    // added
+    use super::hello::{AppState, HelloMessage, HelloReply};
+    use axum::{Router, extract::State, routing::get};
+    use shardcast::{
+        ConnectionRequest, DisconnectRequest, JsonCodec, MessageContext, WebSocketUpgrade, WsHub,
+        WsHubConfig, serve_hub,
+    };
+    use std::sync::Arc;
+
+    // added: what this program uses of the crate `metrics`
+    pub mod metrics {
+        pub static DROPPED_MESSAGES: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        pub struct Counter;
+        impl Counter {
+            pub fn increment(&self, by: u64) {
+                DROPPED_MESSAGES.fetch_add(by, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        macro_rules! counter {
+            ("ws.dropped_messages") => {
+                metrics::Counter
+            };
+        }
+        pub(crate) use counter;
+    }
+
+    // added
+    pub struct HelloHub;
+
+    impl WsHub for HelloHub {
+        type Codec = JsonCodec;
+        type InMessage = HelloMessage;
+        type OutMessage = HelloReply;
+
+        // optional - default logs connection id
+        async fn on_connect(&self, req: ConnectionRequest) {
+            tracing::info!("new connection: {}", req.connection_id);
+        }
+
+        // optional - default logs connection id
+        async fn on_disconnect(&self, req: DisconnectRequest) {
+            tracing::info!("disconnected: {}", req.connection_id);
+        }
+
+        // optional - default logs a warning
+        async fn on_message_drop(&self, connection_id: Arc<str>) {
+            // added: the README does not use the id here
+            let _ = connection_id;
+            metrics::counter!("ws.dropped_messages").increment(1);
+        }
+
+        async fn on_message(&self, msg: Self::InMessage, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+            ctx.unicast(HelloReply::Ok(msg.text)).await;
+        }
+    }
+
+    // added
+    pub fn hello_router() -> Router<AppState> {
+        Router::new().route(
+            "/ws",
+            get(|ws: WebSocketUpgrade, State(AppState): State<AppState>| async move {
+                ws.on_upgrade(async |socket| serve_hub(socket, HelloHub, &WsHubConfig::default()).await)
+            }),
+        )
+    }
+}
+
+/// Gives what is logged to a test.
+struct Log(mpsc::UnboundedSender<String>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        let _ = self.0.send(String::from_utf8_lossy(line).into_owned());
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn the_hooks_are_called_once_each_and_name_the_same_connection() {
+    let (sender, mut lines) = mpsc::unbounded_channel();
+    // For all threads, as the hooks run on shards.
+    tracing_subscriber::fmt().with_ansi(false).with_writer(move || Log(sender.clone())).init();
+    let mut line_with = async |prefix: &str| loop {
+        let line = soon(lines.recv()).await.unwrap();
+        if let Some((_, id)) = line.split_once(prefix) {
+            return id.trim().to_owned();
+        }
+        assert!(!line.contains("connection: ") && !line.contains("disconnected: "), "{line}");
+    };
+    let server = Server::start(hooks::hello_router().with_state(hello::AppState)).await;
+    for text in ["first", "second"] {
+        let mut peer = Peer::connect(server.url("/ws")).await;
+        let id = line_with("new connection: ").await;
+        assert!(id.parse::<shardcast::ConnectionId>().is_ok(), "{id}");
+        peer.say(format!(r#"{{"text":"{text}"}}"#)).await;
+        peer.hears(&[&format!(r#"{{"Ok":"{text}"}}"#)]).await;
+        peer.leave().await;
+        assert_eq!(line_with("disconnected: ").await, id);
+    }
+}
+
+#[tokio::test]
+async fn an_overridden_on_message_drop_can_count() {
+    let before = hooks::metrics::DROPPED_MESSAGES.load(Relaxed);
+    hooks::HelloHub.on_message_drop(Arc::from("0010000020000003")).await;
+    assert_eq!(hooks::metrics::DROPPED_MESSAGES.load(Relaxed), before + 1);
+}
+
+#[cfg(feature = "client")]
+mod client {
+    use super::*;
+    use std::sync::OnceLock;
+
+    /// "HubClient mirrors the hub's type parameters": the whole program, but for the address.
+    macro_rules! client_program {
+        ($url:expr) => {
+            use serde::{Deserialize, Serialize};
+            use shardcast::{HubClient, JsonCodec};
+
+            #[derive(Serialize)]
+            pub struct HelloMessage {
+                pub text: String,
+            }
+
+            #[derive(Deserialize, Debug)]
+            pub enum HelloReply {
+                Ok(String),
+                Err(String),
+            }
+
+            #[tokio::main]
+            pub async fn main() -> Result<(), Box<dyn std::error::Error>> {
+                let mut client = HubClient::builder($url)
+                    .with_in_message::<HelloMessage>()
+                    .with_out_message::<HelloReply>()
+                    .with_codec::<JsonCodec>()
+                    .build();
+
+                client.on_message(|reply: HelloReply| println!("{reply:?}"));
+
+                client.connect().await?;
+
+                client.send(HelloMessage { text: "hello".into() })?;
+
+                // sends a Close frame and waits for the server to echo it back
+                client.disconnect().await;
+
+                Ok(())
+            }
+        };
+    }
+
+    /// As it stands in the README. Not run: port 3000 may belong to somebody.
+    #[allow(dead_code, unreachable_pub, clippy::print_stdout)]
+    mod as_it_stands {
+        client_program!("ws://localhost:3000/ws");
+    }
+
+    #[allow(dead_code, unreachable_pub, clippy::print_stdout)]
+    mod to_the_test {
+        client_program!(super::URL.get().unwrap());
+    }
+
+    static URL: OnceLock<String> = OnceLock::new();
+
+    /// A hub of the same program, with clients of its own.
+    mod hub {
+        use crate::hello::{HelloMessage, HelloReply};
+        use shardcast::{CloseReason, DisconnectRequest, JsonCodec, MessageContext, WsHub};
+        use tokio::sync::mpsc::UnboundedSender;
+
+        pub(super) struct HelloHub {
+            pub(super) ends: UnboundedSender<CloseReason>,
+        }
+
+        impl WsHub for HelloHub {
+            type Codec = JsonCodec;
+            type InMessage = HelloMessage;
+            type OutMessage = HelloReply;
+
+            async fn on_message(&self, msg: HelloMessage, ctx: MessageContext<HelloReply, JsonCodec>) {
+                ctx.broadcast(HelloReply::Ok(msg.text)).await
+            }
+
+            async fn on_disconnect(&self, req: DisconnectRequest) {
+                self.ends.send(req.reason).unwrap();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn the_client_program_says_hello_to_all_and_closes_with_a_handshake() {
+        use axum::routing::get;
+        use shardcast::{CloseCode, CloseReason, WebSocketUpgrade, serve_hub};
+        let (ends, mut ended) = mpsc::unbounded_channel();
+        let route = get(async move |ws: WebSocketUpgrade| {
+            let hub = hub::HelloHub { ends };
+            ws.on_upgrade(async move |socket| serve_hub(socket, hub, &WsHubConfig::default()).await)
+        });
+        let server = Server::start(axum::Router::new().route("/ws", route)).await;
+        let mut listener = Peer::connect(server.url("/ws")).await;
+        listener.say(r#"{"text":"listening"}"#).await;
+        listener.hears(&[r#"{"Ok":"listening"}"#]).await;
+
+        URL.set(server.url("/ws")).unwrap();
+        let run = || to_the_test::main().map_err(|error| error.to_string());
+        soon(tokio::task::spawn_blocking(run)).await.unwrap().unwrap();
+        listener.hears(&[r#"{"Ok":"hello"}"#]).await;
+        let polite = CloseReason::Peer { code: Some(CloseCode::NORMAL) };
+        assert_eq!(soon(ended.recv()).await, Some(polite));
+    }
+}
