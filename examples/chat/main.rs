@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::error::Error;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -79,13 +79,18 @@ struct Guest {
     room: Arc<str>,
     wished: String,
     /// Set when the guest has been let in.
-    name: Mutex<Option<(Arc<str>, Clients<ToGuest, JsonCodec>)>>,
+    entered: Mutex<Option<Entered>>,
+}
+
+#[derive(Clone)]
+struct Entered {
+    name: Arc<str>,
+    others: Clients<ToGuest, JsonCodec>,
 }
 
 impl Guest {
-    fn name(&self) -> Option<Arc<str>> {
-        let name = self.name.lock().unwrap_or_else(PoisonError::into_inner);
-        name.as_ref().map(|(name, _)| name.clone())
+    fn entered(&self) -> MutexGuard<'_, Option<Entered>> {
+        self.entered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -102,8 +107,7 @@ impl WsHub for Guest {
             return;
         }
         let (name, members) = self.rooms.enter(&self.room, self.wished.trim());
-        *self.name.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some((name.clone(), ctx.clients().clone()));
+        *self.entered() = Some(Entered { name: name.clone(), others: ctx.clients().clone() });
         let (you, room) = (name.clone(), self.room.clone());
         // One after the other by one task: every guest sees them in this order.
         ctx.unicast(ToGuest::Welcome { you, room, members: members.clone(), at: now() }).await;
@@ -112,7 +116,8 @@ impl WsHub for Guest {
     }
 
     async fn on_message(&self, message: FromGuest, ctx: Context) {
-        let (FromGuest::Say { text }, Some(name)) = (message, self.name()) else { return };
+        let FromGuest::Say { text } = message;
+        let Some(Entered { name, .. }) = self.entered().clone() else { return };
         if text.trim().is_empty() || text.chars().count() > TEXT_MAX {
             let why = format!("a message has 1 to {TEXT_MAX} characters");
             return ctx.unicast(ToGuest::Refused { why }).await;
@@ -121,12 +126,11 @@ impl WsHub for Guest {
     }
 
     async fn on_disconnect(&self, _: DisconnectRequest) {
-        let entered = self.name.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((name, clients)) = entered else { return };
+        let Some(Entered { name, others }) = self.entered().take() else { return };
         let members = self.rooms.leave(&self.room, &name);
         let left = ToGuest::Left { name, members, at: now() };
         // Fails only while the server is shutting down.
-        clients.to_group(&self.room).publish(left).await.ok();
+        others.to_group(&self.room).publish(left).await.ok();
     }
 }
 
@@ -151,7 +155,7 @@ struct Wish {
 
 async fn enter(ws: WebSocketUpgrade, State(chat): State<Chat>, Query(wish): Query<Wish>) -> Response {
     let Wish { room, name } = wish;
-    let guest = Guest { rooms: chat.rooms, room: room.into(), wished: name, name: Mutex::new(None) };
+    let guest = Guest { rooms: chat.rooms, room: room.into(), wished: name, entered: Mutex::new(None) };
     ws.serve(&chat.hub, guest)
 }
 
