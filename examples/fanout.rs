@@ -143,7 +143,7 @@ async fn serve() -> Result<(), Box<dyn Error>> {
         all: engine.hub(hub.clone())?,
         echo: engine.hub(hub.clone())?,
         group: engine.hub(hub.clone())?,
-        raw: engine.hub(WsHubConfig { max_message_bytes: 16 << 20, ..hub })?,
+        raw: engine.hub(WsHubConfig { max_message_bytes: 16 << 20, max_fragments: 1 << 20, ..hub })?,
     };
     let all = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| -> Response { ws.serve(&hubs.all, All) };
     let echo =
