@@ -84,6 +84,8 @@ pub(crate) struct Connection {
     pub(crate) is_writable: bool,
     /// Is in the shard's list of connections to be flushed.
     pub(crate) is_dirty: bool,
+    /// Is in the shard's list of connections to be read.
+    pub(crate) is_ready: bool,
     /// Is counted as congested in its groups.
     pub(crate) is_congested: bool,
     pub(crate) _place: Place,

@@ -47,9 +47,9 @@ pub(crate) enum Beat {
 }
 
 impl Heartbeat {
-    /// `stagger`, in [0, 1), spreads first pings over the interval.
+    /// `stagger`, in [0, 1), spreads first pings over the interval: 0 is a whole interval from now.
     pub(crate) fn new(now: Duration, stagger: f32, config: &ConnectionConfig) -> Self {
-        let lead = micros(config.heartbeat_interval.mul_f32(1.0 - stagger));
+        let lead = micros(config.heartbeat_interval.mul_f32(stagger));
         let now = micros(now);
         let pinged = now.wrapping_sub(lead); // may lie before the shard's start
         let (nonce, rtt_last, rtt_average) = (None, None, None);
@@ -172,12 +172,12 @@ mod tests {
             Beat::Wait(due) => due,
             other => panic!("{other:?}"),
         };
-        assert_eq!([0.25, 0.5, 0.75].map(first), [MS(250), MS(500), MS(750)]);
+        assert_eq!([0.0, 0.5, 0.75].map(first), [MS(1000), MS(500), MS(250)]);
     }
 
     #[test]
     fn silence_after_a_ping_means_dead_and_a_stir_prolongs_the_wait() {
-        let (config, mut beats) = (config(), Heartbeat::new(MS(5000), 0.0, &config()));
+        let (config, mut beats) = (config(), Heartbeat::new(MS(4000), 0.0, &config()));
         assert_eq!(beats.beat(MS(5000), &config, || 7), Beat::Ping(7u64.to_be_bytes()));
         beats.stirred(MS(5200));
         assert_eq!(beats.beat(MS(5300), &config, || 7), Beat::Wait(MS(5500)));
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn a_peer_that_is_not_read_lives_as_long_as_it_answers() {
-        let (config, mut beats) = (config(), Heartbeat::new(MS(5000), 0.0, &config()));
+        let (config, mut beats) = (config(), Heartbeat::new(MS(4000), 0.0, &config()));
         for round in 0..10 {
             let at = 5000 + round * 1000;
             assert!(matches!(beats.beat(MS(at), &config, || 7), Beat::Ping(_)));
@@ -204,7 +204,7 @@ mod tests {
             max_connection_duration: Some(MS(900)),
             ..config()
         };
-        let mut beats = Heartbeat::new(MS(5000), 0.9, &config);
+        let mut beats = Heartbeat::new(MS(5000), 0.1, &config);
         assert_eq!(beats.beat(MS(5000), &config, || 7), Beat::Wait(MS(5400)));
         beats.heard(MS(5300));
         assert_eq!(beats.beat(MS(5400), &config, || 7), Beat::Wait(MS(5700)));

@@ -134,6 +134,9 @@ impl Namespace {
     /// # Errors
     /// [`TrySendError::Full`] if the log (for one connection: its shard's mailbox) is full.
     pub fn try_publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), TrySendError> {
+        if self.shared.is_stopping() {
+            return Err(TrySendError::Closed(frame));
+        }
         let refused = match self.parcel(to, except, frame, None) {
             None => return Ok(()),
             Some(parcel) => self.try_dispatch(parcel),
@@ -257,6 +260,9 @@ impl Namespace {
     }
 
     async fn command(&self, id: ConnectionId, action: Action) -> Result<(), SendError> {
+        if id.shard() >= self.shared.mailboxes.len() {
+            return Ok(()); // an id of another engine: nobody here has it
+        }
         let command = Command::For { id, namespace: self.directory.key(), action };
         self.deliver(Parcel::Command(id.shard(), command)).await
     }
@@ -268,6 +274,9 @@ impl Namespace {
         frame: Frame,
         ticket: Option<Ticket>,
     ) -> Result<(), SendError> {
+        if self.shared.is_stopping() {
+            return Err(SendError::Closed); // also where nobody is there any more
+        }
         match self.parcel(to, except, frame, ticket) {
             Some(parcel) => self.deliver(parcel).await,
             None => Ok(()),

@@ -81,7 +81,7 @@ pub struct Shard {
     /// Slots with something left to read.
     ready: Vec<u32>,
     /// Ends decided in the middle of a fan-out.
-    ends: Vec<(u32, CloseReason)>,
+    ends: Vec<(ConnectionId, CloseReason)>,
     offers_left: u64,
     stop_by: Option<Duration>,
     scratch: Scratch,
@@ -232,9 +232,6 @@ impl Shard {
     // ---- sockets → handlers
 
     fn read_sockets(&mut self) {
-        for slot in std::mem::take(&mut self.ready) {
-            self.read(slot);
-        }
         let events = std::mem::replace(&mut self.events, Events::with_capacity(0));
         for event in &events {
             if event.token() == BELL {
@@ -252,17 +249,32 @@ impl Shard {
                 connection.is_readable = true;
                 connection.is_read_closed |= event.is_read_closed() || event.is_error();
                 if connection.is_reading() {
-                    self.read(slot as u32);
+                    self.mark_ready(slot as u32);
                 } else {
                     connection.heartbeat.heard_unread(self.now);
-                    // Nobody reads now, but a socket that is gone in both directions need not be waited for.
-                    if event.is_error() || (event.is_read_closed() && event.is_write_closed()) {
+                    // Nobody reads now, but a socket that has failed need not be waited for. One that was
+                    // closed may: what was said before is still to be read.
+                    if event.is_error() {
                         self.end(slot as u32, CloseReason::Transport(ErrorKind::ConnectionReset));
                     }
                 }
             }
         }
         self.events = events;
+        for slot in std::mem::take(&mut self.ready) {
+            if let Some(connection) = self.connections.get_mut(slot as usize) {
+                connection.is_ready = false;
+            }
+            self.read(slot);
+        }
+    }
+
+    fn mark_ready(&mut self, slot: u32) {
+        if let Some(connection) = self.connections.get_mut(slot as usize)
+            && !std::mem::replace(&mut connection.is_ready, true)
+        {
+            self.ready.push(slot);
+        }
     }
 
     /// Reads a few times; what remains is read in the next turn.
@@ -286,7 +298,7 @@ impl Shard {
         }
         self.scratch.read = buffer;
         if self.connections.get(slot as usize).is_some_and(Connection::is_reading) {
-            self.ready.push(slot);
+            self.mark_ready(slot);
         }
     }
 
@@ -369,8 +381,7 @@ impl Shard {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         let was = std::mem::replace(&mut connection.work, Work::Idle);
         if was == Work::Parting {
-            connection.handler = None;
-            self.remove_if_over(slot);
+            self.part(slot);
             return;
         }
         if connection.phase != Phase::Open || connection.socket.is_none() {
@@ -532,6 +543,7 @@ impl Shard {
             is_read_closed: false,
             is_writable: true,
             is_dirty: false,
+            is_ready: false,
             is_congested: false,
             _place: place,
         });
@@ -628,8 +640,10 @@ impl Shard {
     }
 
     fn carry_out_ends(&mut self) {
-        while let Some((slot, reason)) = self.ends.pop() {
-            self.end(slot, reason);
+        while let Some((id, reason)) = self.ends.pop() {
+            if self.find(id).is_some() {
+                self.end(id.slot() as u32, reason);
+            }
         }
     }
 
@@ -747,7 +761,7 @@ impl Shard {
         let (id, namespace) = (connection.id, connection.directory.key());
         let command = Command::For { id, namespace, action: Action::Close(reason.clone()) };
         if self.shared.try_command(self.index, command).is_err() {
-            self.ends.push((slot, reason)); // the mailbox is full: not in order, but not lost
+            self.ends.push((id, reason)); // the mailbox is full: not in order, but not lost
         }
     }
 
@@ -760,9 +774,7 @@ impl Shard {
         tracing::debug!(id = %connection.id, %reason, "connection ended");
         connection.phase = Phase::Closing;
         connection.unread = None;
-        if connection.is_readable {
-            self.ready.push(slot);
-        }
+        let is_readable = connection.is_readable;
         let directory = connection.directory.clone();
         let is_congested = std::mem::replace(&mut connection.is_congested, false);
         self.metrics.ended += 1;
@@ -787,6 +799,9 @@ impl Shard {
         if is_told {
             connection.owes_close = true;
             connection.armed = self.wheel.arm(connection.id, by);
+        }
+        if is_readable {
+            self.mark_ready(slot);
         }
         while let Some((group, left)) = self.groups.leave_any(slot) {
             self.has_left(&directory, &group, left, is_congested);
@@ -826,13 +841,18 @@ impl Shard {
                     connection.work = Work::Parting;
                 }
             }
-            Flow::Ready => {
-                if let Some(connection) = self.connections.get_mut(slot as usize) {
-                    connection.handler = None;
-                }
-                self.remove_if_over(slot);
-            }
+            Flow::Ready => self.part(slot),
         }
+    }
+
+    /// Lets go of a handler that has been told the end.
+    fn part(&mut self, slot: u32) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let handler = connection.handler.take();
+        if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
+            tracing::error!(id = %connection.id, "dropping a handler panicked");
+        }
+        self.remove_if_over(slot);
     }
 
     fn drop_socket(&mut self, slot: u32) {
@@ -884,7 +904,7 @@ impl Drop for Shard {
 struct FanOut<'a> {
     connections: &'a mut Slab<Connection>,
     dirty: &'a mut Vec<u32>,
-    ends: &'a mut Vec<(u32, CloseReason)>,
+    ends: &'a mut Vec<(ConnectionId, CloseReason)>,
     groups: &'a GroupIndex<Arc<Group>>,
     totals: &'a mut Metrics,
 }
@@ -928,7 +948,7 @@ impl FanOut<'_> {
             self.groups.groups_of(slot).for_each(|group| group.add_congested());
         }
         if offer == Offer::Overflow {
-            self.ends.push((slot, CloseReason::SlowConsumer));
+            self.ends.push((connection.id, CloseReason::SlowConsumer));
         }
         offer != Offer::Queued
     }
