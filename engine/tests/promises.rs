@@ -445,6 +445,39 @@ fn a_full_mailbox_gives_the_frame_back_and_a_publisher_that_waits_is_woken() {
     assert_eq!(client.peer.hear_data(), ["0", "1"]);
 }
 
+/// Until the shards have stopped turning, as far as can be seen from outside.
+fn fall_asleep(engine: &Engine) {
+    let mut unchanged = 0;
+    let mut before = engine.metrics().turns;
+    while unchanged < 100 {
+        std::thread::yield_now();
+        let turns = engine.metrics().turns;
+        unchanged = if turns == before { unchanged + 1 } else { 0 };
+        before = turns;
+    }
+}
+
+#[test]
+fn a_sleeping_shard_is_woken_by_what_concerns_it() {
+    let (engine, everyone, _) = threaded(2);
+    // No heartbeat comes to the rescue of a wake that was lost: this test would hang.
+    let day = Duration::from_secs(24 * 60 * 60);
+    let config = Arc::new(ConnectionConfig { heartbeat_interval: day, ..ConnectionConfig::default() });
+    let mut clients: Vec<_> = (0..2).map(|_| enter(&engine, &everyone, &config)).collect();
+    block_on(everyone.join(clients[1].1, "room")).unwrap();
+    for number in 0..300 {
+        let (receiver, to) = match number % 3 {
+            0 => (0, EVERYONE),
+            1 => (1, To::Group("room")),
+            _ => (0, To::Connection(clients[0].1)),
+        };
+        fall_asleep(&engine);
+        let text = number.to_string();
+        everyone.try_publish(to, &[], frame(&text)).unwrap();
+        let _ = clients[receiver].0.wait_data_until(|heard| heard == text);
+    }
+}
+
 // ---- Promise 5 --------------------------------------------------------------------------------------------------
 
 #[test]
