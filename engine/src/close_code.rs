@@ -39,6 +39,12 @@ impl CloseCode {
     /// 1014: a gateway got an invalid answer from the server behind it.
     pub const BAD_GATEWAY: Self = Self(1014);
 
+    /// Whether a peer that reads this code may sensibly come back: 1001 and 1011–1014.
+    #[must_use]
+    pub const fn invites_return(self) -> bool {
+        matches!(self.0, 1001 | 1011..=1014)
+    }
+
     /// Whether this code may stand in a Close frame: 1000–1003, 1007–1014 and 3000–4999.
     ///
     /// 1005, 1006 and 1015 are only for reporting ("no code", "no Close frame", "TLS failed"),

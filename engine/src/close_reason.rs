@@ -46,6 +46,18 @@ pub enum CloseReason {
     /// More frames waited for this peer than may wait.
     #[error("too many frames waited for a slow consumer")]
     SlowConsumer,
+    /// Too many frames in a row had to be dropped for this peer.
+    #[error("too many frames in a row were dropped for a slow consumer")]
+    TooManyDrops,
+    /// The peer's average round-trip time was too high.
+    #[error("the average round-trip time was too high")]
+    HighRtt,
+    /// All backlogs together had grown too large, and this one was among the largest.
+    #[error("shed for its large backlog")]
+    Shed,
+    /// The peer sent too many control frames.
+    #[error("too many control frames within a second")]
+    ControlFlood,
     /// The application closed the connection.
     #[error("closed by the application with {code}")]
     Application {
@@ -74,17 +86,34 @@ impl CloseReason {
             Self::PongTimeout => (CloseCode::INTERNAL_ERROR, "no pong in time"),
             Self::IdleTimeout => (CloseCode::GOING_AWAY, "idle"),
             Self::MaxDuration => (CloseCode::SERVICE_RESTART, "maximum duration"),
-            Self::SlowConsumer => (CloseCode::TRY_AGAIN_LATER, "slow consumer"),
+            Self::SlowConsumer | Self::TooManyDrops | Self::Shed => (CloseCode::TRY_AGAIN_LATER, "slow consumer"),
+            Self::HighRtt => (CloseCode::TRY_AGAIN_LATER, "round trips too slow"),
+            Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
             Self::Application { code, text } => (*code, text),
             Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
             Self::Shutdown => (CloseCode::GOING_AWAY, ""),
         })
     }
 
+    /// Whether the peer may sensibly come back, at once or after a while: the end was the network's, the
+    /// server's or the hour's doing, not a fault in what the peer says.
+    pub fn invites_return(&self) -> bool {
+        match self {
+            Self::Protocol(_) | Self::Undecodable | Self::WrongKind | Self::ControlFlood => false,
+            Self::Peer { code } => code.is_none_or(|code| code != CloseCode::NORMAL),
+            Self::Application { code, .. } => code.invites_return(),
+            _ => true,
+        }
+    }
+
     /// Whether what is already queued for the peer goes out before the Close frame.
     ///
     /// Not where the peer has been slow or silent: it would only delay the end.
     pub(crate) fn flushes_first(&self) -> bool {
-        !matches!(self, Self::SlowConsumer | Self::PongTimeout | Self::Vanished | Self::Transport(_))
+        match self {
+            Self::SlowConsumer | Self::TooManyDrops | Self::HighRtt | Self::Shed => false,
+            Self::PongTimeout | Self::Vanished | Self::Transport(_) => false,
+            _ => true,
+        }
     }
 }

@@ -16,6 +16,7 @@ use crate::frame::Frame;
 use crate::handler::MakeHandler;
 use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::ConnectionMetrics;
+use crate::policy::Policy;
 use crate::receipt::Ticket;
 use crate::socket::Socket;
 
@@ -25,6 +26,8 @@ pub(crate) struct Publication {
     pub(crate) target: Target,
     pub(crate) except: SmallVec<[ConnectionId; 1]>,
     pub(crate) frame: Frame,
+    /// Instead of each connection's own.
+    pub(crate) policy: Option<Policy>,
     /// There if the publisher waits.
     pub(crate) ticket: Option<Ticket>,
 }
@@ -49,7 +52,9 @@ impl Publication {
     /// Whether it may share a piece of memory with its neighbours in the log: the same frames for the same
     /// connections, and nobody waits for one of them alone.
     pub(crate) fn joins(&self, first: &Self) -> bool {
-        let plain = |publication: &Self| publication.except.is_empty() && publication.ticket.is_none();
+        let plain = |publication: &Self| {
+            publication.except.is_empty() && publication.ticket.is_none() && publication.policy.is_none()
+        };
         match (&self.target, &first.target) {
             (Target::One(mine), Target::One(theirs)) => {
                 Arc::ptr_eq(mine, theirs) && plain(self) && plain(first)
@@ -72,7 +77,7 @@ pub(crate) enum Command {
 }
 
 pub(crate) enum Action {
-    Send { frame: Frame, ticket: Option<Ticket> },
+    Send { frame: Frame, policy: Policy, ticket: Option<Ticket> },
     Join(Entrance),
     Leave { group: Arc<Group> },
     Close(CloseReason),

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use crate::id::SHARDS_MAX;
+use crate::policy::Policy;
 
 /// How an engine is built. All fields have defaults; deserializable with the feature `serde`.
 ///
@@ -34,6 +35,9 @@ pub struct EngineConfig {
     pub publishers_waiting_max: usize,
     /// Bytes that a shard reads at once: 1 KiB to 16 MiB. Default: 65,536. One buffer per shard, not per connection.
     pub read_buffer_bytes: usize,
+    /// Bytes that all outboxes together may keep: 1 MiB to 1 TiB. Default: 1 GiB. A frame counts once for each
+    /// connection that it is kept for. Beyond it the connections with the largest backlogs are ended (1013).
+    pub backlog_bytes_max: usize,
     /// Connections in all, at most: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are
     /// admitted; the face answers the upgrade with 503.
     pub max_connections: usize,
@@ -48,6 +52,7 @@ impl Default for EngineConfig {
             mailbox_capacity: 4096,
             publishers_waiting_max: 65_536,
             read_buffer_bytes: 65_536,
+            backlog_bytes_max: 1 << 30,
             max_connections: 1 << 20,
         }
     }
@@ -65,6 +70,7 @@ impl EngineConfig {
         within("mailbox_capacity", self.mailbox_capacity, 1, 1 << 20)?;
         within("publishers_waiting_max", self.publishers_waiting_max, 1, 1 << 24)?;
         within("read_buffer_bytes", self.read_buffer_bytes, 1024, 16 << 20)?;
+        within("backlog_bytes_max", self.backlog_bytes_max, 1 << 20, 1 << 40)?;
         within("max_connections", self.max_connections, 1, 1 << 30)
     }
 }
@@ -77,14 +83,18 @@ pub struct ConnectionConfig {
     pub outbox_frames: usize,
     /// Bytes that the outbox holds, likewise: 1 KiB to 1 GiB. Default: 1 MiB. An empty outbox takes one frame of any size.
     pub outbox_bytes: usize,
-    /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit the
-    /// connection is ended as a slow consumer (1013).
+    /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit frames that
+    /// may be dropped are dropped at once; where none may, the connection is ended as a slow consumer (1013).
     pub waiting_frames: usize,
+    /// What happens to frames that find the outbox full. Default: [`Policy::Block`].
+    pub policy: Policy,
     /// Bytes of one message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one
     /// ends the connection (1009).
     pub max_message_bytes: usize,
     /// Fragments of one message: 1 to 16,777,216. Default: 1024. More end the connection (1008).
     pub max_fragments: u32,
+    /// Control frames that the peer may send in one second: 1 to 65,535. Default: 200. More end the connection (1008).
+    pub control_frames_per_second: u16,
     /// Time between two pings: 10 ms to 1 day. Default: 15 s.
     pub heartbeat_interval: Duration,
     /// Time within which a ping must be answered: 10 ms to 1 day. Default: 10 s. After it the peer counts as dead.
@@ -104,8 +114,10 @@ impl Default for ConnectionConfig {
             outbox_frames: 1024,
             outbox_bytes: 1 << 20,
             waiting_frames: 65_536,
+            policy: Policy::Block,
             max_message_bytes: 64 << 10,
             max_fragments: 1024,
+            control_frames_per_second: 200,
             heartbeat_interval: Duration::from_secs(15),
             pong_timeout: Duration::from_secs(10),
             idle_timeout: None,
@@ -129,6 +141,8 @@ impl ConnectionConfig {
         within("waiting_frames", self.waiting_frames, 0, 1 << 24)?;
         within("max_message_bytes", self.max_message_bytes, 1, 1 << 30)?;
         within("max_fragments", self.max_fragments, 1, 1 << 24)?;
+        within("control_frames_per_second", self.control_frames_per_second, 1, u16::MAX)?;
+        self.policy.validate()?;
         within("heartbeat_interval", self.heartbeat_interval, SHORTEST, DAY)?;
         within("pong_timeout", self.pong_timeout, SHORTEST, DAY)?;
         within("close_timeout", self.close_timeout, SHORTEST, Duration::from_secs(3600))?;
@@ -139,6 +153,27 @@ impl ConnectionConfig {
             within("max_connection_duration", duration, SHORTEST, YEAR)?;
         }
         Ok(())
+    }
+}
+
+impl Policy {
+    /// Checks every field against its range.
+    ///
+    /// # Errors
+    /// The first field that is out of range, by name.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        const HOUR: Duration = Duration::from_secs(3600);
+        if let Some(timeout) = self.timeout() {
+            within("timeout", timeout, Duration::ZERO, HOUR)?;
+        }
+        match *self {
+            Self::DropConnection { max_drops, .. } => within("max_drops", max_drops, 1, u32::MAX),
+            Self::DropOnHighRtt { max_rtt, rtt_samples } => {
+                within("max_rtt", max_rtt, Duration::from_millis(1), HOUR)?;
+                within("rtt_samples", rtt_samples, 1, 1024)
+            }
+            Self::Block | Self::DropMessage { .. } => Ok(()),
+        }
     }
 }
 

@@ -70,6 +70,9 @@ pub(crate) struct Connection {
     /// The tick of the wheel that counts; earlier reminders are stale.
     pub(crate) armed: u64,
     pub(crate) counts: Counts,
+    /// Frames dropped since one was last taken.
+    pub(crate) drops_in_a_row: u32,
+    pub(crate) control_rate: ControlRate,
     pub(crate) phase: Phase,
     pub(crate) work: Work,
     /// Nothing more is listened to: the end is on its way through the mailbox.
@@ -104,6 +107,25 @@ pub(crate) struct Ending {
 pub(crate) struct Unread {
     pub(crate) bytes: Vec<u8>,
     pub(crate) from: usize,
+}
+
+/// Control frames of the peer in the current second.
+#[derive(Debug, Default)]
+pub(crate) struct ControlRate {
+    second: u32,
+    frames: u16,
+}
+
+impl ControlRate {
+    /// Counts one; false if that is too many.
+    pub(crate) fn admits(&mut self, now: Duration, max: u16) -> bool {
+        let second = now.as_secs() as u32; // only compared: may wrap
+        if self.second != second {
+            (self.second, self.frames) = (second, 0);
+        }
+        self.frames = self.frames.saturating_add(1);
+        self.frames <= max
+    }
 }
 
 /// How a flush ended.
@@ -160,9 +182,18 @@ impl Connection {
     }
 
     pub(crate) fn metrics(&self) -> ConnectionMetrics {
-        let Counts { offered, written, discarded, received } = self.counts;
-        let (pending, rtt) = (self.outbox.pending(), self.heartbeat.rtt());
-        ConnectionMetrics { offered, written, discarded, received, pending, rtt }
+        let Counts { offered, written, dropped_timeout, dropped_overflow, discarded, received } = self.counts;
+        ConnectionMetrics {
+            offered,
+            written,
+            dropped_timeout: dropped_timeout.into(),
+            dropped_overflow: dropped_overflow.into(),
+            discarded,
+            pending: self.outbox.pending(),
+            pending_bytes: self.outbox.backlog_bytes() as u64,
+            received,
+            rtt: self.heartbeat.rtt(),
+        }
     }
 
     /// Reads once.
@@ -220,7 +251,11 @@ impl Connection {
                     if is_control {
                         self.outbox.wrote_control(count);
                     } else {
+                        let waiting = self.outbox.waiting();
                         let frames = u64::from(self.outbox.wrote(count, &bounds));
+                        if self.outbox.waiting() < waiting {
+                            self.drops_in_a_row = 0; // something that had waited was taken
+                        }
                         self.counts.written += frames;
                         totals.written += frames;
                     }
@@ -259,6 +294,6 @@ mod tests {
 
     #[test]
     fn a_connection_costs_a_known_amount_of_memory() {
-        assert!(size_of::<Connection>() <= 272, "{} bytes", size_of::<Connection>());
+        assert!(size_of::<Connection>() <= 304, "{} bytes", size_of::<Connection>());
     }
 }

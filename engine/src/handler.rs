@@ -31,6 +31,12 @@ pub trait Handler {
     /// A whole message has arrived. Payloads of text are valid UTF-8.
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow;
 
+    /// Frames for this connection were dropped by the policy; called on the shard, also while another call is
+    /// pending. Counted in the connection's metrics all the same.
+    fn on_drop(&mut self, frames: u32) {
+        let _ = frames;
+    }
+
     /// A waker from the context was woken, after a call that answered `Pending`.
     fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
         let _ = context;

@@ -6,6 +6,7 @@
 //! answers nothing, but prolongs the wait for the pong, which may be stuck behind it.
 //! Does not know sockets or frames.
 
+use std::collections::VecDeque;
 use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ pub(crate) struct Heartbeat {
     stirred: u64,
     rtt_last: Option<NonZeroU32>,
     rtt_average: Option<NonZeroU32>,
+    /// The last round trips in microseconds, where a policy asks for their average.
+    samples: Option<Box<VecDeque<u32>>>,
 }
 
 /// Round-trip times of a connection, from pings to their pongs.
@@ -53,7 +56,8 @@ impl Heartbeat {
         let now = micros(now);
         let pinged = now.wrapping_sub(lead); // may lie before the shard's start
         let (nonce, rtt_last, rtt_average) = (None, None, None);
-        Self { opened: now, heard: now, pinged, nonce, stirred: now, rtt_last, rtt_average }
+        let samples = config.policy.rtt_samples().map(|samples| Box::new(VecDeque::with_capacity(samples)));
+        Self { opened: now, heard: now, pinged, nonce, stirred: now, rtt_last, rtt_average, samples }
     }
 
     /// Something has arrived and was read.
@@ -83,8 +87,25 @@ impl Heartbeat {
             let weighted = u64::from(average.get()) * 7 + u64::from(rtt);
             (weighted / 8) as u32 // an average of two u32
         });
+        if let Some(samples) = &mut self.samples {
+            if samples.len() == samples.capacity() {
+                samples.pop_front();
+            }
+            samples.push_back(rtt);
+        }
         self.rtt_last = Some(NonZeroU32::new(rtt).unwrap_or(NonZeroU32::MIN));
         self.rtt_average = Some(NonZeroU32::new(average).unwrap_or(NonZeroU32::MIN));
+    }
+
+    /// Whether the average over the policy's window is above `max`; false before the first pong.
+    pub(crate) fn is_rtt_above(&self, max: Duration) -> bool {
+        match &self.samples {
+            Some(samples) if !samples.is_empty() => {
+                let sum: u64 = samples.iter().map(|sample| u64::from(*sample)).sum();
+                Duration::from_micros(sum / samples.len() as u64) > max
+            }
+            _ => self.rtt().average.is_some_and(|average| average > max),
+        }
     }
 
     pub(crate) fn rtt(&self) -> Rtt {

@@ -2,7 +2,7 @@
 //!
 //! Each shard owns its counters and adds to them without sharing; once per turn it
 //! publishes them, so that a reader on another thread costs the loop nothing. They add
-//! up: offered = written + discarded + pending, for a connection and for their sum.
+//! up: offered = written + dropped + discarded + pending, for a connection and for their sum.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -63,10 +63,16 @@ counters! {
     offered,
     /// Frames given to the kernel whole.
     written,
+    /// Frames dropped because they had waited as long as they may.
+    dropped_timeout,
+    /// Frames dropped because no more may wait.
+    dropped_overflow,
     /// Frames that had not been written when their connection ended.
     discarded,
     /// Frames that wait in outboxes now.
     pending,
+    /// Bytes that wait in outboxes now; a frame counts once for each connection.
+    pending_bytes,
     /// Writes to sockets.
     writes,
     /// Bytes given to the kernel.
@@ -77,12 +83,15 @@ counters! {
     publications,
     /// Turns of the loop.
     turns,
+    /// Microseconds that the longest of the last turns took, from one look at the sockets to the next; it
+    /// decays by an eighth each turn.
+    lag_micros,
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct PublishedMetrics(CachePadded<Published>);
 
-/// What one connection has counted. Offered = written + discarded + pending.
+/// What one connection has counted. Offered = written + dropped (by cause) + discarded + pending.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConnectionMetrics {
@@ -90,10 +99,16 @@ pub struct ConnectionMetrics {
     pub offered: u64,
     /// Frames given to the kernel whole.
     pub written: u64,
+    /// Frames dropped because they had waited as long as they may.
+    pub dropped_timeout: u64,
+    /// Frames dropped because no more may wait.
+    pub dropped_overflow: u64,
     /// Frames that had not been written when it ended.
     pub discarded: u64,
     /// Frames that wait in its outbox.
     pub pending: u64,
+    /// Their bytes.
+    pub pending_bytes: u64,
     /// Messages received from the peer and handed to the handler.
     pub received: u64,
     /// Round-trip times of its pings.
@@ -105,6 +120,8 @@ pub struct ConnectionMetrics {
 pub(crate) struct Counts {
     pub(crate) offered: u64,
     pub(crate) written: u64,
+    pub(crate) dropped_timeout: u32,
+    pub(crate) dropped_overflow: u32,
     pub(crate) discarded: u64,
     pub(crate) received: u64,
 }

@@ -30,6 +30,7 @@ use crate::handler::MakeHandler;
 use crate::id::ConnectionId;
 use crate::mailbox::Refused;
 use crate::metrics::ConnectionMetrics;
+use crate::policy::Policy;
 use crate::publisher::Shared;
 use crate::receipt::{self, Receipt, Ticket};
 use crate::socket::Socket;
@@ -54,6 +55,8 @@ pub struct Namespace {
     shared: Arc<Shared>,
     directory: Arc<Directory>,
     window: Arc<Window>,
+    /// Instead of what holds by itself: for several connections each one's own policy, for one connection `Block`.
+    policy: Option<Policy>,
 }
 
 /// How much may be on its way without anybody asking whether there is room: half of the
@@ -92,7 +95,16 @@ impl Namespace {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         let directory = Directory::new(shared.mailboxes.len(), shared.next_group.clone());
         let window = Window { frames: AtomicU64::new(u64::MAX), bytes: AtomicU64::new(u64::MAX) };
-        Self { shared, directory: Arc::new(directory), window: Arc::new(window) }
+        Self { shared, directory: Arc::new(directory), window: Arc::new(window), policy: None }
+    }
+
+    /// A handle to the same connections whose publications follow `policy`, whatever a connection's own is.
+    ///
+    /// # Errors
+    /// A setting out of range.
+    pub fn with_policy(&self, policy: Policy) -> Result<Self, ConfigError> {
+        policy.validate()?;
+        Ok(Self { policy: Some(policy), ..self.clone() })
     }
 
     /// Sends `frame` to all of `to` but `except`. Ends when every target has taken it or has gone; while
@@ -297,7 +309,7 @@ impl Namespace {
                 if except.contains(&id) || id.shard() >= self.shared.mailboxes.len() {
                     return None;
                 }
-                let action = Action::Send { frame, ticket };
+                let action = Action::Send { frame, policy: self.policy.unwrap_or_default(), ticket };
                 let command = Command::For { id, namespace: self.directory.key(), action };
                 return Some(Parcel::Command(id.shard(), command));
             }
@@ -315,7 +327,7 @@ impl Namespace {
             }
         };
         let except = SmallVec::from_slice(except);
-        Some(Parcel::Publication(Publication { target, except, frame, ticket }))
+        Some(Parcel::Publication(Publication { target, except, frame, policy: self.policy, ticket }))
     }
 
     fn try_dispatch(&self, parcel: Parcel) -> Result<(), Refused<Parcel>> {

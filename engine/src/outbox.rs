@@ -8,6 +8,7 @@
 
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -79,7 +80,24 @@ impl Segment {
 #[derive(Debug)]
 struct Waiting<T> {
     segment: Segment,
-    _ticket: Option<T>,
+    patience: Patience,
+    ticket: Option<T>,
+}
+
+/// How long a frame waits for room, and what it means if it does not get any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Patience {
+    /// When it is dropped; none is never.
+    pub(crate) until: Option<Duration>,
+    /// Consecutive drops that are too many; 0 is none.
+    pub(crate) max_drops: u32,
+}
+
+/// Frames that were dropped because their time was over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Dropped {
+    pub(crate) frames: u32,
+    pub(crate) max_drops: u32,
 }
 
 /// The bounds of an outbox.
@@ -106,6 +124,7 @@ struct More<T> {
     rest: VecDeque<Segment>,
     waiting: VecDeque<Waiting<T>>,
     waiting_frames: usize,
+    waiting_bytes: usize,
     control: Vec<u8>,
     /// Where in `control` the write stopped inside a control frame.
     control_written: usize,
@@ -117,6 +136,7 @@ impl<T> Default for More<T> {
             rest: VecDeque::new(),
             waiting: VecDeque::new(),
             waiting_frames: 0,
+            waiting_bytes: 0,
             control: Vec::new(),
             control_written: 0,
         }
@@ -151,7 +171,9 @@ pub(crate) enum Offer {
     Queued,
     /// Some wait for room.
     Waits,
-    /// More would wait than may: the peer is too slow to keep.
+    /// These many were dropped: they may not wait, or no more may.
+    Drops(u32),
+    /// More would wait than may, and none may be dropped: the peer is too slow to keep.
     Overflow,
 }
 
@@ -177,11 +199,24 @@ impl<T> Outbox<T> {
 
     /// Frames not wholly written, the waiting ones included.
     pub(crate) fn pending(&self) -> u64 {
-        u64::from(self.frames) + self.more.as_ref().map_or(0, |more| more.waiting_frames as u64)
+        u64::from(self.frames) + self.waiting() as u64
     }
 
-    /// Appends all frames of `chunk`, as far as the bounds allow; what does not fit waits with `ticket`.
-    pub(crate) fn offer(&mut self, chunk: &Rc<Chunk>, bounds: &Bounds, ticket: Option<T>) -> Offer {
+    /// Bytes that are kept for the peer, the waiting ones included. Frames shared with others count for each.
+    pub(crate) fn backlog_bytes(&self) -> usize {
+        self.bytes + self.more.as_ref().map_or(0, |more| more.waiting_bytes)
+    }
+
+    /// Appends all frames of `chunk`, as far as the bounds allow; what does not fit waits with `ticket`, or is
+    /// dropped at once if `patience` ends `now`.
+    pub(crate) fn offer(
+        &mut self,
+        chunk: &Rc<Chunk>,
+        bounds: &Bounds,
+        now: Duration,
+        patience: Patience,
+        ticket: Option<T>,
+    ) -> Offer {
         let all = Segment { chunk: chunk.clone(), next: 0, end: chunk.frames() };
         if !self.has_waiting() {
             let fitting = self.fitting(&all, bounds);
@@ -192,16 +227,64 @@ impl<T> Outbox<T> {
             if fitting > 0 {
                 self.append(Segment { end: fitting, ..all.clone() });
             }
-            return self.wait(Segment { next: fitting, ..all }, bounds, ticket);
+            return self.wait(Segment { next: fitting, ..all }, bounds, now, patience, ticket);
         }
-        self.wait(all, bounds, ticket)
+        self.wait(all, bounds, now, patience, ticket)
     }
 
-    fn wait(&mut self, segment: Segment, bounds: &Bounds, ticket: Option<T>) -> Offer {
-        let more = self.more.get_or_insert_default();
-        more.waiting_frames += segment.frames() as usize;
-        more.waiting.push_back(Waiting { segment, _ticket: ticket });
-        if more.waiting_frames > bounds.waiting { Offer::Overflow } else { Offer::Waits }
+    fn wait(
+        &mut self,
+        mut segment: Segment,
+        bounds: &Bounds,
+        now: Duration,
+        patience: Patience,
+        ticket: Option<T>,
+    ) -> Offer {
+        let frames = segment.frames();
+        let room = bounds.waiting.saturating_sub(self.waiting()).min(frames as usize) as u32;
+        let may_wait = match patience.until {
+            None => frames, // beyond the room it overflows
+            Some(until) if until <= now => 0,
+            Some(_) => room,
+        };
+        segment.end = segment.next + may_wait;
+        if may_wait > 0 {
+            let more = self.more.get_or_insert_default();
+            more.waiting_frames += may_wait as usize;
+            more.waiting_bytes += segment.bytes();
+            more.waiting.push_back(Waiting { segment, patience, ticket });
+        }
+        match may_wait {
+            _ if may_wait < frames => Offer::Drops(frames - may_wait),
+            _ if may_wait > room => Offer::Overflow,
+            _ => Offer::Waits,
+        }
+    }
+
+    /// Drops what has waited until `now`; tells `on_drop` how many frames of which ticket, and how seriously to take it.
+    pub(crate) fn expire(&mut self, now: Duration, bounds: &Bounds, mut on_drop: impl FnMut(Dropped, Option<&T>)) {
+        let Some(more) = &mut self.more else { return };
+        let (mut frames, mut bytes) = (0, 0);
+        more.waiting.retain(|waiting| {
+            let is_over = waiting.patience.until.is_some_and(|until| until <= now);
+            if is_over {
+                frames += waiting.segment.frames() as usize;
+                bytes += waiting.segment.bytes();
+                let dropped =
+                    Dropped { frames: waiting.segment.frames(), max_drops: waiting.patience.max_drops };
+                on_drop(dropped, waiting.ticket.as_ref());
+            }
+            !is_over
+        });
+        more.waiting_frames -= frames;
+        more.waiting_bytes -= bytes;
+        self.admit(bounds);
+        self.shrink();
+    }
+
+    /// Frames that wait for room.
+    pub(crate) fn waiting(&self) -> usize {
+        self.more.as_ref().map_or(0, |more| more.waiting_frames)
     }
 
     /// How many of the segment's frames, up to which index, fit within the bounds.
@@ -327,7 +410,9 @@ impl<T> Outbox<T> {
                 self.append(Segment { end: fitting, ..waiting.segment.clone() });
             }
             let more = self.more.get_or_insert_default();
-            more.waiting_frames -= (fitting - from) as usize;
+            let taken = Segment { end: fitting, ..waiting.segment.clone() };
+            more.waiting_frames -= taken.frames() as usize;
+            more.waiting_bytes -= taken.bytes();
             if fitting < end {
                 waiting.segment.next = fitting;
                 more.waiting.push_front(waiting);
@@ -336,13 +421,16 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// Forgets everything but the frame that is being written; returns how many frames were forgotten.
-    pub(crate) fn discard(&mut self) -> u64 {
+    /// Forgets everything but the frame that is being written; returns how many frames were forgotten. Calls
+    /// `on_gone` with the ticket of each that waited.
+    pub(crate) fn discard(&mut self, mut on_gone: impl FnMut(&T)) -> u64 {
         let before = self.pending();
         if let Some(more) = &mut self.more {
             more.rest = VecDeque::new();
+            more.waiting.iter().filter_map(|waiting| waiting.ticket.as_ref()).for_each(&mut on_gone);
             more.waiting = VecDeque::new();
             more.waiting_frames = 0;
+            more.waiting_bytes = 0;
         }
         self.frames = 0;
         self.bytes = 0;
@@ -359,8 +447,9 @@ impl<T> Outbox<T> {
     }
 
     /// Forgets even the frame that is being written: the socket is gone. Returns how many frames that were.
-    pub(crate) fn discard_all(&mut self) -> u64 {
+    pub(crate) fn discard_all(&mut self, on_gone: impl FnMut(&T)) -> u64 {
         let pending = self.pending();
+        self.discard(on_gone);
         *self = Self::new();
         pending
     }
@@ -445,6 +534,8 @@ mod tests {
     const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8 };
 
     /// A frame that says its number, in `bytes` bytes (6 to 120).
+    const FOR_EVER: Patience = Patience { until: None, max_drops: 0 };
+
     fn frame(number: u32, bytes: usize) -> Vec<u8> {
         let mut frame = vec![0x82, bytes as u8 - 2];
         frame.extend(number.to_be_bytes());
@@ -547,7 +638,7 @@ mod tests {
                         offered += frames.len() as u32;
                         let ticket = Rc::new(());
                         tickets.push(ticket.clone());
-                        let offer = outbox.offer(&chunk(&frames), &BOUNDS, Some(ticket));
+                        let offer = outbox.offer(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, Some(ticket));
                         let waiting = pending.len() - outbox.frames as usize;
                         let expected = match waiting {
                             0 => Offer::Queued,
@@ -580,11 +671,11 @@ mod tests {
                     }
                     Step::Discard => {
                         let kept = usize::from(peer.has_begun_data());
-                        prop_assert_eq!(outbox.discard(), (pending.len() - kept) as u64);
+                        prop_assert_eq!(outbox.discard(|_| {}), (pending.len() - kept) as u64);
                         discarded += pending.drain(kept..).count();
                     }
                     Step::DiscardAll => {
-                        prop_assert_eq!(outbox.discard_all(), pending.len() as u64);
+                        prop_assert_eq!(outbox.discard_all(|_| {}), pending.len() as u64);
                         discarded += pending.drain(..).count();
                         prop_assert!(outbox.is_empty());
                         controls.clear();
@@ -625,7 +716,7 @@ mod tests {
     fn one_piece_allocates_nothing() {
         let mut outbox: Outbox<()> = Outbox::new();
         let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
-        assert_eq!(outbox.offer(&chunk(&frames), &BOUNDS, None), Offer::Queued);
+        assert_eq!(outbox.offer(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Queued);
         assert!(outbox.more.is_none() && !outbox.is_empty());
         assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (1, 2));
         assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (2, 0));
@@ -635,8 +726,8 @@ mod tests {
     #[test]
     fn a_frame_larger_than_the_bound_passes_alone() {
         let mut outbox: Outbox<()> = Outbox::new();
-        assert_eq!(outbox.offer(&chunk(&[frame(0, 100)]), &BOUNDS, None), Offer::Queued);
-        assert_eq!(outbox.offer(&chunk(&[frame(1, 100)]), &BOUNDS, None), Offer::Waits);
+        assert_eq!(outbox.offer(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Queued);
+        assert_eq!(outbox.offer(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Waits);
         assert_eq!((outbox.frames, outbox.pending()), (1, 2));
         assert_eq!((outbox.wrote(100, &BOUNDS), outbox.frames, outbox.pending()), (1, 1, 1));
     }
@@ -647,7 +738,7 @@ mod tests {
         let mut outboxes: [Outbox<()>; 2] = [Outbox::new(), Outbox::new()];
         for outbox in &mut outboxes {
             for piece in &pieces {
-                assert_eq!(outbox.offer(piece, &BOUNDS, None), Offer::Queued);
+                assert_eq!(outbox.offer(&piece, &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Queued);
             }
         }
         let first = gather.gather(&outboxes[0], 1000).as_ptr();

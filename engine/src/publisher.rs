@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 
 use crate::admission::Admission;
 use crate::command::{Command, Publication};
@@ -28,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) metrics: Box<[PublishedMetrics]>,
     pub(crate) admission: Arc<Admission>,
     pub(crate) next_group: Arc<AtomicU64>,
+    /// Bytes in all outboxes, as of the shards' last turns.
+    pub(crate) backlog_bytes: AtomicUsize,
     stopping: AtomicBool,
 }
 
@@ -43,6 +45,7 @@ impl Shared {
             metrics: (0..shards).map(|_| PublishedMetrics::default()).collect(),
             admission: Admission::new(config.max_connections, shards),
             next_group: Arc::new(AtomicU64::new(0)),
+            backlog_bytes: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
             mailboxes,
             config,

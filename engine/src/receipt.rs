@@ -17,8 +17,21 @@ use std::task::{Poll, Waker};
 pub struct Receipt {
     /// Connections that the publication was meant for.
     pub targets: u64,
-    /// Of these, connections whose outbox was full, so that the publisher waited for them.
+    /// Of these, connections whose outbox was full, so that the frame had to wait (or was dropped at once).
     pub waited: u64,
+    /// Of those that waited, connections for which the frame was dropped because its time was over.
+    pub dropped_timeout: u64,
+    /// Connections for which the frame was dropped because no more may wait.
+    pub dropped_overflow: u64,
+    /// Of those that waited, connections that ended before they took the frame.
+    pub disconnected: u64,
+}
+
+impl Receipt {
+    /// Connections that have the frame in their outbox or in the kernel.
+    pub fn taken(&self) -> u64 {
+        self.targets - self.dropped_timeout - self.dropped_overflow - self.disconnected
+    }
 }
 
 /// Held by everything that still has to deal with the publication.
@@ -31,6 +44,9 @@ pub(crate) struct Open(Arc<State>);
 struct State {
     targets: AtomicU64,
     waited: AtomicU64,
+    dropped_timeout: AtomicU64,
+    dropped_overflow: AtomicU64,
+    disconnected: AtomicU64,
     end: Mutex<End>,
 }
 
@@ -55,6 +71,18 @@ impl Open {
         self.0.targets.fetch_add(targets, Relaxed);
         self.0.waited.fetch_add(waited, Relaxed);
     }
+
+    pub(crate) fn count_timeout(&self) {
+        self.0.dropped_timeout.fetch_add(1, Relaxed); // Relaxed: as above
+    }
+
+    pub(crate) fn count_overflow(&self) {
+        self.0.dropped_overflow.fetch_add(1, Relaxed); // Relaxed: as above
+    }
+
+    pub(crate) fn count_disconnected(&self) {
+        self.0.disconnected.fetch_add(1, Relaxed); // Relaxed: as above
+    }
 }
 
 impl Drop for Open {
@@ -77,7 +105,13 @@ impl Awaited {
             end.waker = Some(waker.clone());
             return Poll::Pending;
         }
-        let (targets, waited) = (self.0.targets.load(Relaxed), self.0.waited.load(Relaxed));
-        Poll::Ready(Receipt { targets, waited })
+        let State { targets, waited, dropped_timeout, dropped_overflow, disconnected, .. } = &*self.0;
+        Poll::Ready(Receipt {
+            targets: targets.load(Relaxed),
+            waited: waited.load(Relaxed),
+            dropped_timeout: dropped_timeout.load(Relaxed),
+            dropped_overflow: dropped_overflow.load(Relaxed),
+            disconnected: disconnected.load(Relaxed),
+        })
     }
 }

@@ -17,6 +17,7 @@ use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -25,7 +26,8 @@ use slab::Slab;
 
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Publication, Target};
-use crate::connection::{Connection, Ending, Flushed, Phase, Read, Unread, WRITE_BYTES_MAX, Work};
+use crate::connection::{Connection, ControlRate, Ending, Flushed, Phase, Read, Unread, WRITE_BYTES_MAX, Work};
+use crate::deadlines::Deadlines;
 use crate::decoder::{Decoder, Event};
 use crate::directory::{Directory, Entrance, Group};
 use crate::frame::ControlFrame;
@@ -36,7 +38,8 @@ use crate::id::{ConnectionId, SLOTS_MAX};
 use crate::log::Reader;
 use crate::mailbox::Entry;
 use crate::metrics::{Counts, Metrics};
-use crate::outbox::{Chunk, Gather, Offer, Outbox};
+use crate::outbox::{Chunk, Dropped, Gather, Offer, Outbox, Patience};
+use crate::policy::Policy;
 use crate::publisher::Shared;
 use crate::receipt::Ticket;
 use crate::wheel::Wheel;
@@ -66,6 +69,7 @@ pub struct Shard {
     connections: Slab<Connection>,
     groups: GroupIndex<Arc<Group>>,
     wheel: Wheel<ConnectionId>,
+    deadlines: Deadlines<ConnectionId>,
     gather: Gather,
     metrics: Metrics,
     started: Instant,
@@ -83,6 +87,9 @@ pub struct Shard {
     /// Ends decided in the middle of a fan-out.
     ends: Vec<(ConnectionId, CloseReason)>,
     offers_left: u64,
+    /// Bytes in this shard's outboxes, and what all threads have been told of it.
+    backlog_bytes: usize,
+    backlog_told: usize,
     stop_by: Option<Duration>,
     scratch: Scratch,
 }
@@ -101,6 +108,7 @@ struct Scratch {
     read: Vec<u8>,
     slots: Vec<u32>,
     due: Vec<(ConnectionId, u64)>,
+    late: Vec<ConnectionId>,
 }
 
 impl std::fmt::Debug for Shard {
@@ -128,6 +136,9 @@ impl Shard {
             connections: Slab::new(),
             groups: GroupIndex::new(),
             wheel: Wheel::new(),
+            deadlines: Deadlines::new(),
+            backlog_bytes: 0,
+            backlog_told: 0,
             gather: Gather::default(),
             metrics: Metrics::default(),
             started: now,
@@ -165,7 +176,8 @@ impl Shard {
 
     /// When the next timer is due, if one is set.
     pub fn next_due(&self) -> Option<Instant> {
-        self.wheel.next().map(|due| self.started + due)
+        let due = self.wheel.next().into_iter().chain(self.deadlines.next()).min();
+        due.map(|due| self.started + due)
     }
 
     /// Turns until the engine stops and the connections have ended.
@@ -221,11 +233,15 @@ impl Shard {
         }
         self.carry_out_ends();
         self.flush_dirty();
+        self.drop_late();
         self.remind();
+        self.keep_within_budget();
         self.stop_if_asked();
         self.metrics.turns += 1;
         self.metrics.connections = self.connections.len() as u64;
-        self.metrics.pending = self.metrics.offered - self.metrics.written - self.metrics.discarded;
+        let Metrics { offered, written, dropped_timeout, dropped_overflow, discarded, .. } = self.metrics;
+        self.metrics.pending = offered - written - dropped_timeout - dropped_overflow - discarded;
+        self.metrics.pending_bytes = self.backlog_bytes as u64;
         self.shared.metrics[self.index].publish(&self.metrics);
     }
 
@@ -336,6 +352,11 @@ impl Shard {
                         Err(_) => Some(CloseReason::HandlerPanicked),
                     }
                 }
+                Ok(Some(Event::Ping(_) | Event::Pong(_)))
+                    if !connection.control_rate.admits(self.now, connection.config.control_frames_per_second) =>
+                {
+                    Some(CloseReason::ControlFlood)
+                }
                 Ok(Some(Event::Ping(payload))) => {
                     connection.outbox.push_control(ControlFrame::pong(payload).as_bytes());
                     self.mark_dirty(slot);
@@ -343,7 +364,8 @@ impl Shard {
                 }
                 Ok(Some(Event::Pong(payload))) => {
                     connection.heartbeat.pong(self.now, payload);
-                    None
+                    let max_rtt = connection.config.policy.max_rtt();
+                    max_rtt.filter(|max| connection.heartbeat.is_rtt_above(*max)).map(|_| CloseReason::HighRtt)
                 }
                 Ok(Some(Event::Close(close))) => {
                     Some(CloseReason::Peer { code: close.map(|(code, _)| code) })
@@ -465,9 +487,9 @@ impl Shard {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         let is_open = connection.phase == Phase::Open;
         match action {
-            Action::Send { frame, ticket } if is_open => {
+            Action::Send { frame, policy, ticket } if is_open => {
                 let chunk = Rc::new(Chunk::single(frame.into()));
-                self.offer_one(slot, &chunk, ticket);
+                self.offer_one(slot, &chunk, policy, ticket);
             }
             Action::Join(entrance) if is_open => self.join(slot, entrance),
             Action::Leave { group } => {
@@ -535,6 +557,8 @@ impl Shard {
             ending: None,
             armed: 0,
             counts: Counts::default(),
+            drops_in_a_row: 0,
+            control_rate: ControlRate::default(),
             phase: Phase::Open,
             work: Work::Idle,
             is_deaf: false,
@@ -594,6 +618,9 @@ impl Shard {
                         connections: &mut self.connections,
                         dirty: &mut self.dirty,
                         ends: &mut self.ends,
+                        deadlines: &mut self.deadlines,
+                        backlog_bytes: &mut self.backlog_bytes,
+                        now: self.now,
                         groups: &self.groups,
                         totals: &mut self.metrics,
                     };
@@ -609,6 +636,9 @@ impl Shard {
                     connections: &mut self.connections,
                     dirty: &mut self.dirty,
                     ends: &mut self.ends,
+                    deadlines: &mut self.deadlines,
+                    backlog_bytes: &mut self.backlog_bytes,
+                    now: self.now,
                     groups: &self.groups,
                     totals: &mut self.metrics,
                 };
@@ -624,15 +654,18 @@ impl Shard {
         true
     }
 
-    fn offer_one(&mut self, slot: u32, chunk: &Rc<Chunk>, ticket: Option<Ticket>) {
+    fn offer_one(&mut self, slot: u32, chunk: &Rc<Chunk>, policy: Policy, ticket: Option<Ticket>) {
         let mut fan_out = FanOut {
             connections: &mut self.connections,
             dirty: &mut self.dirty,
             ends: &mut self.ends,
+            deadlines: &mut self.deadlines,
+            backlog_bytes: &mut self.backlog_bytes,
+            now: self.now,
             groups: &self.groups,
             totals: &mut self.metrics,
         };
-        let waits = fan_out.offer(slot, chunk, ticket.as_ref());
+        let waits = fan_out.offer(slot, chunk, Some(policy), ticket.as_ref());
         if let Some(ticket) = ticket {
             ticket.count(1, u64::from(waits));
         }
@@ -675,7 +708,9 @@ impl Shard {
     fn flush(&mut self, slot: u32) {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         connection.is_dirty = false;
+        let before = connection.outbox.backlog_bytes();
         let flushed = connection.flush(&mut self.gather, &mut self.metrics);
+        self.backlog_bytes -= before - connection.outbox.backlog_bytes();
         if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
             connection.is_congested = false;
             self.groups.groups_of(slot).for_each(|group| group.remove_congested());
@@ -686,6 +721,72 @@ impl Shard {
             Flushed::Finished if connection.is_read_closed => self.drop_socket(slot),
             Flushed::Finished => {}
             Flushed::Failed(kind) => self.hang_up(slot, CloseReason::Transport(kind)),
+        }
+    }
+
+    /// Drops frames that have waited as long as they may.
+    fn drop_late(&mut self) {
+        let mut late = std::mem::take(&mut self.scratch.late);
+        self.deadlines.expire(self.now, &mut late);
+        for id in late.drain(..) {
+            self.drop_late_of(id);
+        }
+        self.scratch.late = late;
+    }
+
+    fn drop_late_of(&mut self, id: ConnectionId) {
+        let now = self.now;
+        let Some(connection) = self.connections.get_mut(id.slot()).filter(|connection| connection.id == id) else {
+            return;
+        };
+        let bounds = connection.bounds();
+        let before = connection.outbox.backlog_bytes();
+        let mut drops: smallvec::SmallVec<[Dropped; 4]> = smallvec::SmallVec::new();
+        connection.outbox.expire(now, &bounds, |dropped, ticket| {
+            if let Some(ticket) = ticket {
+                ticket.count_timeout();
+            }
+            drops.push(dropped);
+        });
+        self.backlog_bytes -= before - connection.outbox.backlog_bytes();
+        let mut end = None;
+        for dropped in drops {
+            connection.counts.dropped_timeout += dropped.frames;
+            self.metrics.dropped_timeout += u64::from(dropped.frames);
+            end = end.or(report_drop(connection, dropped));
+        }
+        if let Some(reason) = end {
+            self.end(id.slot() as u32, reason);
+        }
+    }
+
+    /// Tells all threads how much waits here; while it is too much in all, sheds the largest backlogs first,
+    /// as many as are this shard's part of the excess.
+    fn keep_within_budget(&mut self) {
+        let (shared, told) = (&self.shared, self.backlog_told);
+        if self.backlog_bytes >= told {
+            shared.backlog_bytes.fetch_add(self.backlog_bytes - told, Relaxed); // Relaxed: a sum, nothing hangs on it
+        } else {
+            shared.backlog_bytes.fetch_sub(told - self.backlog_bytes, Relaxed);
+        }
+        self.backlog_told = self.backlog_bytes;
+        let (all, max) = (shared.backlog_bytes.load(Relaxed), shared.config.backlog_bytes_max);
+        if all <= max || self.backlog_bytes == 0 {
+            return;
+        }
+        let share = (all - max) as u128 * self.backlog_bytes as u128 / all as u128;
+        let target = self.backlog_bytes - share as usize;
+        let mut backlogs: Vec<(usize, ConnectionId)> = self
+            .connections
+            .iter()
+            .map(|(_, connection)| (connection.outbox.backlog_bytes(), connection.id))
+            .filter(|(bytes, _)| *bytes > 0)
+            .collect();
+        backlogs.sort_unstable();
+        while self.backlog_bytes > target
+            && let Some((_, id)) = backlogs.pop()
+        {
+            self.end(id.slot() as u32, CloseReason::Shed);
         }
     }
 
@@ -779,18 +880,22 @@ impl Shard {
         let is_congested = std::mem::replace(&mut connection.is_congested, false);
         self.metrics.ended += 1;
         match reason {
-            CloseReason::Protocol(_) => self.metrics.ended_protocol += 1,
+            CloseReason::Protocol(_) | CloseReason::ControlFlood => self.metrics.ended_protocol += 1,
             CloseReason::Undecodable | CloseReason::WrongKind => self.metrics.ended_undecodable += 1,
             CloseReason::PongTimeout | CloseReason::IdleTimeout | CloseReason::MaxDuration => {
                 self.metrics.ended_timeout += 1;
             }
-            CloseReason::SlowConsumer => self.metrics.ended_slow += 1,
+            CloseReason::SlowConsumer | CloseReason::TooManyDrops | CloseReason::HighRtt | CloseReason::Shed => {
+                self.metrics.ended_slow += 1;
+            }
             CloseReason::HandlerPanicked => self.metrics.ended_panic += 1,
             _ => {}
         }
         let is_told = reason.close_frame().is_some();
         if !reason.flushes_first() {
-            let discarded = connection.outbox.discard();
+            let before = connection.outbox.backlog_bytes();
+            let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
+            self.backlog_bytes -= before - connection.outbox.backlog_bytes();
             connection.counts.discarded += discarded;
             self.metrics.discarded += discarded;
         }
@@ -858,7 +963,8 @@ impl Shard {
     fn drop_socket(&mut self, slot: u32) {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         connection.socket = None;
-        let discarded = connection.outbox.discard_all();
+        self.backlog_bytes -= connection.outbox.backlog_bytes();
+        let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
         connection.counts.discarded += discarded;
         self.metrics.discarded += discarded;
         self.remove_if_over(slot);
@@ -905,6 +1011,9 @@ struct FanOut<'a> {
     connections: &'a mut Slab<Connection>,
     dirty: &'a mut Vec<u32>,
     ends: &'a mut Vec<(ConnectionId, CloseReason)>,
+    deadlines: &'a mut Deadlines<ConnectionId>,
+    backlog_bytes: &'a mut usize,
+    now: Duration,
     groups: &'a GroupIndex<Arc<Group>>,
     totals: &'a mut Metrics,
 }
@@ -919,7 +1028,7 @@ impl FanOut<'_> {
                 continue;
             }
             targets += 1;
-            waited += u64::from(self.offer(slot, &chunk, ticket));
+            waited += u64::from(self.offer(slot, &chunk, publication.policy, ticket));
         }
         if let Some(ticket) = ticket {
             ticket.count(targets, waited);
@@ -933,13 +1042,18 @@ impl FanOut<'_> {
 
     /// Puts the chunk into one outbox; true if something of it waits.
     #[inline]
-    fn offer(&mut self, slot: u32, chunk: &Rc<Chunk>, ticket: Option<&Ticket>) -> bool {
+    fn offer(&mut self, slot: u32, chunk: &Rc<Chunk>, policy: Option<Policy>, ticket: Option<&Ticket>) -> bool {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return false };
         let bounds = connection.bounds();
         let frames = u64::from(chunk.frames());
         connection.counts.offered += frames;
         self.totals.offered += frames;
-        let offer = connection.outbox.offer(chunk, &bounds, ticket.cloned());
+        let policy = policy.unwrap_or(connection.config.policy);
+        let patience =
+            Patience { until: policy.timeout().map(|timeout| self.now + timeout), max_drops: policy.max_drops() };
+        let before = connection.outbox.backlog_bytes();
+        let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, ticket.cloned());
+        *self.backlog_bytes += connection.outbox.backlog_bytes() - before;
         if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
             self.dirty.push(slot);
         }
@@ -947,11 +1061,45 @@ impl FanOut<'_> {
             connection.is_congested = true;
             self.groups.groups_of(slot).for_each(|group| group.add_congested());
         }
-        if offer == Offer::Overflow {
-            self.ends.push((connection.id, CloseReason::SlowConsumer));
+        match offer {
+            Offer::Queued => {
+                connection.drops_in_a_row = 0;
+                return false;
+            }
+            Offer::Waits => {}
+            Offer::Drops(frames) => {
+                connection.counts.dropped_overflow += frames;
+                self.totals.dropped_overflow += u64::from(frames);
+                if let Some(ticket) = ticket {
+                    ticket.count_overflow();
+                }
+                let dropped = Dropped { frames, max_drops: patience.max_drops };
+                self.ends.extend(report_drop(connection, dropped).map(|reason| (connection.id, reason)));
+            }
+            Offer::Overflow => self.ends.push((connection.id, CloseReason::SlowConsumer)),
         }
-        offer != Offer::Queued
+        if let Some(timeout) = policy.timeout()
+            && !timeout.is_zero()
+        {
+            self.deadlines.push(self.now, timeout, connection.id);
+        }
+        if policy.max_rtt().is_some_and(|max| connection.heartbeat.is_rtt_above(max)) {
+            self.ends.push((connection.id, CloseReason::HighRtt));
+        }
+        true
     }
+}
+
+/// Tells the handler of a drop; the reason to end the connection, if these were too many in a row.
+fn report_drop(connection: &mut Connection, dropped: Dropped) -> Option<CloseReason> {
+    connection.drops_in_a_row = connection.drops_in_a_row.saturating_add(dropped.frames);
+    if let Some(handler) = connection.handler.as_deref_mut()
+        && catch_unwind(AssertUnwindSafe(|| handler.on_drop(dropped.frames))).is_err()
+    {
+        return Some(CloseReason::HandlerPanicked);
+    }
+    let is_too_many = dropped.max_drops > 0 && connection.drops_in_a_row >= dropped.max_drops;
+    is_too_many.then_some(CloseReason::TooManyDrops)
 }
 
 /// SplitMix64: unpredictable enough that a peer cannot answer a ping that it has not seen.
