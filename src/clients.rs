@@ -17,6 +17,7 @@ use shardcast_engine::{
 };
 
 use crate::codec::{CodecError, Encode};
+use crate::config::{BroadcastPolicy, ConfigError};
 
 /// The clients of one hub, which get messages `M` in the encoding of `C`.
 ///
@@ -82,7 +83,7 @@ impl<M, C> Clients<M, C> {
     }
 
     fn target<'a>(&'a self, to: To<'a>) -> Target<'a, M, C> {
-        Target { clients: self, to, except: &[] }
+        Target { clients: self, to, except: &[], policy: None }
     }
 
     /// Makes a client a member of a group. When this has returned, the next message to the group by anyone reaches
@@ -161,6 +162,7 @@ pub struct Target<'a, M, C> {
     clients: &'a Clients<M, C>,
     to: To<'a>,
     except: &'a [ConnectionId],
+    policy: Option<BroadcastPolicy>,
 }
 
 impl<M, C> Clone for Target<'_, M, C> {
@@ -182,6 +184,11 @@ impl<'a, M, C> Target<'a, M, C> {
     pub fn except(self, except: &'a [ConnectionId]) -> Self {
         Self { except, ..self }
     }
+
+    /// Follows this policy instead of the hub's. A message to one client waits for room unless told otherwise here.
+    pub fn policy(self, policy: BroadcastPolicy) -> Self {
+        Self { policy: Some(policy), ..self }
+    }
 }
 
 impl<M, C: Encode<M>> Target<'_, M, C> {
@@ -193,7 +200,7 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
     pub async fn publish(&self, message: impl Borrow<M> + Send) -> Result<(), SendError> {
         let frame = self.encode(message.borrow())?;
         drop(message);
-        Ok(self.clients.inner.namespace.publish(self.to, self.except, frame).await?)
+        Ok(self.namespace()?.publish(self.to, self.except, frame).await?)
     }
 
     /// Like [`publish`](Self::publish), but always ends only when every client of the target has taken the message
@@ -204,7 +211,7 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
     pub async fn send(&self, message: impl Borrow<M> + Send) -> Result<Receipt, SendError> {
         let frame = self.encode(message.borrow())?;
         drop(message);
-        Ok(self.clients.inner.namespace.send(self.to, self.except, frame).await?)
+        Ok(self.namespace()?.send(self.to, self.except, frame).await?)
     }
 
     /// Like [`publish`](Self::publish), but never waits: for code that is not async. A client that is behind gets the
@@ -214,11 +221,19 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
     /// [`TrySendError::Full`] where `publish` would have waited for a shard; nobody has got the message then.
     pub fn try_publish(&self, message: impl Borrow<M>) -> Result<(), TrySendError> {
         let frame = self.encode(message.borrow())?;
-        let sent = self.clients.inner.namespace.try_publish(self.to, self.except, frame);
+        let sent = self.namespace()?.try_publish(self.to, self.except, frame);
         sent.map_err(|error| match error {
             TryEngineError::Full(_) => TrySendError::Full,
             _ => TrySendError::Closed,
         })
+    }
+
+    fn namespace(&self) -> Result<Cow<'_, Namespace>, ConfigError> {
+        let namespace = &self.clients.inner.namespace;
+        match self.policy {
+            None => Ok(Cow::Borrowed(namespace)),
+            Some(policy) => namespace.with_policy(policy).map(Cow::Owned),
+        }
     }
 
     fn encode(&self, message: &M) -> Result<Frame, CodecError> {
@@ -245,6 +260,9 @@ pub enum SendError {
     /// The codec could not encode it.
     #[error(transparent)]
     Encode(#[from] CodecError),
+    /// The policy that was asked for is out of range.
+    #[error(transparent)]
+    Policy(#[from] ConfigError),
     /// The engine has ended.
     #[error("the engine has ended")]
     Closed,
@@ -269,6 +287,9 @@ pub enum TrySendError {
     /// The codec could not encode it.
     #[error(transparent)]
     Encode(#[from] CodecError),
+    /// The policy that was asked for is out of range.
+    #[error(transparent)]
+    Policy(#[from] ConfigError),
     /// The log (for one client: its shard's mailbox) is full.
     #[error("the log or the mailbox is full")]
     Full,

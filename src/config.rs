@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use shardcast_engine::ConnectionConfig;
-pub use shardcast_engine::{ConfigError, EngineConfig};
+pub use shardcast_engine::{ConfigError, EngineConfig, Policy as BroadcastPolicy};
 
 /// What holds for the connections of a hub. All fields have defaults:
 ///
@@ -24,14 +24,18 @@ pub struct WsHubConfig {
     pub outbox_frames: usize,
     /// Bytes that are kept, likewise: 1 KiB to 1 GiB. Default: 1 MiB.
     pub outbox_bytes: usize,
-    /// Frames that may wait for room there: 0 to 16,777,216. Default: 65,536. At the limit the connection ends
-    /// as a slow consumer (1013).
+    /// Frames that may wait for room there: 0 to 16,777,216. Default: 65,536. At the limit frames that may be
+    /// dropped are dropped at once; where none may, the connection ends as a slow consumer (1013).
     pub waiting_frames: usize,
+    /// Bytes that may wait for room there, likewise: 0 to 16 GiB. Default: 16 MiB.
+    pub waiting_bytes: usize,
     /// Bytes of one incoming message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one ends
     /// the connection (1009).
     pub max_message_bytes: usize,
     /// Fragments of one incoming message: 1 to 16,777,216. Default: 1024. More end the connection (1008).
     pub max_fragments: u32,
+    /// Control frames that a client may send in one second: 1 to 65,535. Default: 200. More end the connection (1008).
+    pub control_frames_per_second: u16,
     /// Time between two pings: 10 ms to 1 day. Default: 15 s.
     pub heartbeat_interval: Duration,
     /// Time within which a ping must be answered: 10 ms to 1 day. Default: 10 s. After it the client counts as
@@ -47,33 +51,6 @@ pub struct WsHubConfig {
     pub close_timeout: Duration,
     /// Where the hub's methods run. Default: [`RunOn::Shard`].
     pub run_on: RunOn,
-}
-
-/// What happens when a client's outbox is full.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum BroadcastPolicy {
-    /// The message waits, and so does who sent it, until every client has taken it or has gone. Nothing is lost.
-    Block,
-    /// The message waits at most `timeout`, then it is dropped for this client.
-    DropMessage {
-        /// How long it waits.
-        timeout: Duration,
-    },
-    /// As [`DropMessage`](Self::DropMessage); `max_drops` drops in a row end the connection (1013).
-    DropConnection {
-        /// How long a message waits.
-        timeout: Duration,
-        /// How many consecutive drops end the connection.
-        max_drops: u32,
-    },
-    /// A connection whose average round-trip time over the last `rtt_samples` pings is above `max_rtt` ends (1013).
-    /// Before the first pong it counts as healthy.
-    DropOnHighRtt {
-        /// The highest average round-trip time allowed.
-        max_rtt: Duration,
-        /// How many pings the average covers.
-        rtt_samples: usize,
-    },
 }
 
 /// Where the methods of a hub run.
@@ -96,6 +73,8 @@ impl Default for WsHubConfig {
             outbox_frames: engine.outbox_frames,
             outbox_bytes: engine.outbox_bytes,
             waiting_frames: engine.waiting_frames,
+            waiting_bytes: engine.waiting_bytes,
+            control_frames_per_second: engine.control_frames_per_second,
             max_message_bytes: engine.max_message_bytes,
             max_fragments: engine.max_fragments,
             heartbeat_interval: engine.heartbeat_interval,
@@ -112,24 +91,20 @@ impl WsHubConfig {
     /// Checks every field against its range.
     ///
     /// # Errors
-    /// The first field that is out of range, by name; a policy that this version does not carry out.
-    pub fn validate(&self) -> Result<(), HubConfigError> {
+    /// The first field that is out of range, by name.
+    pub fn validate(&self) -> Result<(), ConfigError> {
         self.connection_config().map(drop)
     }
 
     /// The engine's part, checked.
-    pub(crate) fn connection_config(&self) -> Result<ConnectionConfig, HubConfigError> {
-        let unsupported = |policy| Err(HubConfigError::UnsupportedPolicy { policy });
-        match self.policy {
-            BroadcastPolicy::Block => {}
-            BroadcastPolicy::DropMessage { .. } => return unsupported("DropMessage"),
-            BroadcastPolicy::DropConnection { .. } => return unsupported("DropConnection"),
-            BroadcastPolicy::DropOnHighRtt { .. } => return unsupported("DropOnHighRtt"),
-        }
+    pub(crate) fn connection_config(&self) -> Result<ConnectionConfig, ConfigError> {
         let config = ConnectionConfig {
             outbox_frames: self.outbox_frames,
             outbox_bytes: self.outbox_bytes,
             waiting_frames: self.waiting_frames,
+            waiting_bytes: self.waiting_bytes,
+            policy: self.policy,
+            control_frames_per_second: self.control_frames_per_second,
             max_message_bytes: self.max_message_bytes,
             max_fragments: self.max_fragments,
             heartbeat_interval: self.heartbeat_interval,
@@ -141,21 +116,6 @@ impl WsHubConfig {
         config.validate()?;
         Ok(config)
     }
-}
-
-/// A hub cannot be made with these settings.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum HubConfigError {
-    /// A setting is out of range.
-    #[error(transparent)]
-    Range(#[from] ConfigError),
-    /// The policy is not carried out by this version of the library; use `BroadcastPolicy::Block`.
-    #[error("`policy` is {policy}, which this version does not carry out yet: use Block")]
-    UnsupportedPolicy {
-        /// The policy's name.
-        policy: &'static str,
-    },
 }
 
 #[cfg(test)]
@@ -170,9 +130,9 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_that_is_not_there_is_refused_instead_of_ignored() {
-        let policy = BroadcastPolicy::DropMessage { timeout: Duration::from_millis(100) };
+    fn an_impossible_policy_is_named() {
+        let policy = BroadcastPolicy::DropConnection { timeout: Duration::from_millis(100), max_drops: 0 };
         let error = WsHubConfig { policy, ..WsHubConfig::default() }.validate().unwrap_err();
-        assert!(error.to_string().contains("DropMessage"));
+        assert_eq!(error.field, "max_drops");
     }
 }

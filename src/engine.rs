@@ -5,7 +5,7 @@
 use shardcast_engine::{EngineConfig, Metrics, StartError};
 use tokio::runtime;
 
-use crate::config::{HubConfigError, WsHubConfig};
+use crate::config::{ConfigError, WsHubConfig};
 use crate::hub::{Hub, WsHub};
 
 /// A running engine: its shards own the connections of all its hubs.
@@ -51,7 +51,7 @@ impl Engine {
     ///
     /// # Errors
     /// A setting out of range, by name.
-    pub fn hub<H: WsHub>(&self, config: WsHubConfig) -> Result<Hub<H>, HubConfigError> {
+    pub fn hub<H: WsHub>(&self, config: WsHubConfig) -> Result<Hub<H>, ConfigError> {
         Hub::new(self.inner.clone(), self.runtime, &config)
     }
 

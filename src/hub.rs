@@ -13,7 +13,7 @@ use tokio::runtime;
 
 use crate::clients::Clients;
 use crate::codec::{Decode, Encode};
-use crate::config::{HubConfigError, RunOn, WsHubConfig};
+use crate::config::{ConfigError, RunOn, WsHubConfig};
 use crate::context::MessageContext;
 
 /// An application's hub: one value of it for each connection.
@@ -148,13 +148,13 @@ impl<H: WsHub> Hub<H> {
         engine: shardcast_engine::Engine,
         runtime: Option<runtime::Id>,
         config: &WsHubConfig,
-    ) -> Result<Self, HubConfigError> {
+    ) -> Result<Self, ConfigError> {
         let (clients, run_on) = (Clients::new(engine.namespace()), config.run_on);
         Ok(Self { engine, runtime, clients, config: Arc::new(config.connection_config()?), run_on })
     }
 
     /// The same clients, with other settings for connections to come.
-    pub(crate) fn reconfigured(&self, config: &WsHubConfig) -> Result<Self, HubConfigError> {
+    pub(crate) fn reconfigured(&self, config: &WsHubConfig) -> Result<Self, ConfigError> {
         let fresh = config.connection_config()?;
         let config_shared = if fresh == *self.config { self.config.clone() } else { Arc::new(fresh) };
         Ok(Self { config: config_shared, run_on: config.run_on, ..self.clone() })

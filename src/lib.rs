@@ -27,7 +27,7 @@ pub use client::{
 };
 pub use clients::{Clients, SendError, Target, TrySendError};
 pub use codec::{BinaryCodec, CodecError, Decode, Encode, JsonCodec, RawCodec, RawMessage};
-pub use config::{BroadcastPolicy, ConfigError, EngineConfig, HubConfigError, RunOn, WsHubConfig};
+pub use config::{BroadcastPolicy, ConfigError, EngineConfig, RunOn, WsHubConfig};
 pub use context::MessageContext;
 pub use engine::Engine;
 pub use hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};

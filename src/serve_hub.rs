@@ -12,7 +12,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use crate::config::{EngineConfig, HubConfigError, WsHubConfig};
+use crate::config::{ConfigError, EngineConfig, WsHubConfig};
 use crate::engine::Engine;
 use crate::hub::{Hub, WsHub};
 use crate::session::Session;
@@ -56,7 +56,7 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig
 }
 
 /// The one hub of this type, made at the first call.
-fn hub_of_type<H: WsHub>(config: &WsHubConfig) -> Result<Option<Hub<H>>, HubConfigError> {
+fn hub_of_type<H: WsHub>(config: &WsHubConfig) -> Result<Option<Hub<H>>, ConfigError> {
     let engine = ENGINE.get_or_init(|| match Engine::start(EngineConfig::default()) {
         Ok(engine) => Some(engine),
         Err(error) => {

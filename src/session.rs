@@ -128,6 +128,16 @@ impl<H: WsHub> Handler for Session<H> {
         }
     }
 
+    fn on_drop(&mut self, frames: u32, context: &mut Context<'_>) -> Flow {
+        let (hub, connection_id) = (self.hub(), self.peer.connection_id().clone());
+        let telling = async move {
+            for _ in 0..frames {
+                hub.on_message_drop(connection_id.clone()).await;
+            }
+        };
+        self.begin(telling, context)
+    }
+
     fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
         self.go_on(context)
     }

@@ -86,7 +86,9 @@ impl CloseReason {
             Self::PongTimeout => (CloseCode::INTERNAL_ERROR, "no pong in time"),
             Self::IdleTimeout => (CloseCode::GOING_AWAY, "idle"),
             Self::MaxDuration => (CloseCode::SERVICE_RESTART, "maximum duration"),
-            Self::SlowConsumer | Self::TooManyDrops | Self::Shed => (CloseCode::TRY_AGAIN_LATER, "slow consumer"),
+            Self::SlowConsumer | Self::TooManyDrops | Self::Shed => {
+                (CloseCode::TRY_AGAIN_LATER, "slow consumer")
+            }
             Self::HighRtt => (CloseCode::TRY_AGAIN_LATER, "round trips too slow"),
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
             Self::Application { code, text } => (*code, text),

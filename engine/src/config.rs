@@ -86,6 +86,8 @@ pub struct ConnectionConfig {
     /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit frames that
     /// may be dropped are dropped at once; where none may, the connection is ended as a slow consumer (1013).
     pub waiting_frames: usize,
+    /// Bytes that may wait for room, likewise: 0 to 16 GiB. Default: 16 MiB. The same happens at the limit.
+    pub waiting_bytes: usize,
     /// What happens to frames that find the outbox full. Default: [`Policy::Block`].
     pub policy: Policy,
     /// Bytes of one message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one
@@ -114,6 +116,7 @@ impl Default for ConnectionConfig {
             outbox_frames: 1024,
             outbox_bytes: 1 << 20,
             waiting_frames: 65_536,
+            waiting_bytes: 16 << 20,
             policy: Policy::Block,
             max_message_bytes: 64 << 10,
             max_fragments: 1024,
@@ -139,6 +142,7 @@ impl ConnectionConfig {
         within("outbox_frames", self.outbox_frames, 1, 1 << 24)?;
         within("outbox_bytes", self.outbox_bytes, 1024, 1 << 30)?;
         within("waiting_frames", self.waiting_frames, 0, 1 << 24)?;
+        within("waiting_bytes", self.waiting_bytes, 0, 16 << 30)?;
         within("max_message_bytes", self.max_message_bytes, 1, 1 << 30)?;
         within("max_fragments", self.max_fragments, 1, 1 << 24)?;
         within("control_frames_per_second", self.control_frames_per_second, 1, u16::MAX)?;

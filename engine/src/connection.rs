@@ -72,6 +72,8 @@ pub(crate) struct Connection {
     pub(crate) counts: Counts,
     /// Frames dropped since one was last taken.
     pub(crate) drops_in_a_row: u32,
+    /// Frames dropped that the handler has not been told of.
+    pub(crate) drops_untold: u32,
     pub(crate) control_rate: ControlRate,
     pub(crate) phase: Phase,
     pub(crate) work: Work,
@@ -157,6 +159,7 @@ impl Connection {
             frames: self.config.outbox_frames,
             bytes: self.config.outbox_bytes,
             waiting: self.config.waiting_frames,
+            waiting_bytes: self.config.waiting_bytes,
         }
     }
 

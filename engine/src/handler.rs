@@ -31,10 +31,11 @@ pub trait Handler {
     /// A whole message has arrived. Payloads of text are valid UTF-8.
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow;
 
-    /// Frames for this connection were dropped by the policy; called on the shard, also while another call is
-    /// pending. Counted in the connection's metrics all the same.
-    fn on_drop(&mut self, frames: u32) {
-        let _ = frames;
+    /// Frames for this connection were dropped by the policy since the last call. Not called while another call is
+    /// pending, but before the next message and before the end.
+    fn on_drop(&mut self, frames: u32, context: &mut Context<'_>) -> Flow {
+        let _ = (frames, context);
+        Flow::Ready
     }
 
     /// A waker from the context was woken, after a call that answered `Pending`.

@@ -106,6 +106,7 @@ pub(crate) struct Bounds {
     pub(crate) frames: usize,
     pub(crate) bytes: usize,
     pub(crate) waiting: usize,
+    pub(crate) waiting_bytes: usize,
 }
 
 /// `T` is held for as long as a frame waits.
@@ -241,7 +242,12 @@ impl<T> Outbox<T> {
         ticket: Option<T>,
     ) -> Offer {
         let frames = segment.frames();
-        let room = bounds.waiting.saturating_sub(self.waiting()).min(frames as usize) as u32;
+        let mut room = bounds.waiting.saturating_sub(self.waiting()).min(frames as usize) as u32;
+        let bytes = bounds.waiting_bytes.saturating_sub(self.backlog_bytes() - self.bytes);
+        let start = segment.chunk.start(segment.next);
+        while room > 0 && (segment.chunk.end(segment.next + room) - start) as usize > bytes {
+            room -= 1;
+        }
         let may_wait = match patience.until {
             None => frames, // beyond the room it overflows
             Some(until) if until <= now => 0,
@@ -262,7 +268,12 @@ impl<T> Outbox<T> {
     }
 
     /// Drops what has waited until `now`; tells `on_drop` how many frames of which ticket, and how seriously to take it.
-    pub(crate) fn expire(&mut self, now: Duration, bounds: &Bounds, mut on_drop: impl FnMut(Dropped, Option<&T>)) {
+    pub(crate) fn expire(
+        &mut self,
+        now: Duration,
+        bounds: &Bounds,
+        mut on_drop: impl FnMut(Dropped, Option<&T>),
+    ) {
         let Some(more) = &mut self.more else { return };
         let (mut frames, mut bytes) = (0, 0);
         more.waiting.retain(|waiting| {
@@ -531,7 +542,7 @@ mod tests {
     use super::*;
     use crate::frame::ControlFrame;
 
-    const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8 };
+    const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8, waiting_bytes: 1 << 30 };
 
     /// A frame that says its number, in `bytes` bytes (6 to 120).
     const FOR_EVER: Patience = Patience { until: None, max_drops: 0 };
@@ -726,8 +737,14 @@ mod tests {
     #[test]
     fn a_frame_larger_than_the_bound_passes_alone() {
         let mut outbox: Outbox<()> = Outbox::new();
-        assert_eq!(outbox.offer(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Queued);
-        assert_eq!(outbox.offer(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Waits);
+        assert_eq!(
+            outbox.offer(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, None),
+            Offer::Queued
+        );
+        assert_eq!(
+            outbox.offer(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, None),
+            Offer::Waits
+        );
         assert_eq!((outbox.frames, outbox.pending()), (1, 2));
         assert_eq!((outbox.wrote(100, &BOUNDS), outbox.frames, outbox.pending()), (1, 1, 1));
     }

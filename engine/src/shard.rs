@@ -26,7 +26,9 @@ use slab::Slab;
 
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Publication, Target};
-use crate::connection::{Connection, ControlRate, Ending, Flushed, Phase, Read, Unread, WRITE_BYTES_MAX, Work};
+use crate::connection::{
+    Connection, ControlRate, Ending, Flushed, Phase, Read, Unread, WRITE_BYTES_MAX, Work,
+};
 use crate::deadlines::Deadlines;
 use crate::decoder::{Decoder, Event};
 use crate::directory::{Directory, Entrance, Group};
@@ -86,6 +88,8 @@ pub struct Shard {
     ready: Vec<u32>,
     /// Ends decided in the middle of a fan-out.
     ends: Vec<(ConnectionId, CloseReason)>,
+    /// Connections whose handlers are to be told of drops.
+    drops: Vec<ConnectionId>,
     offers_left: u64,
     /// Bytes in this shard's outboxes, and what all threads have been told of it.
     backlog_bytes: usize,
@@ -149,6 +153,7 @@ impl Shard {
             dirty: Vec::new(),
             ready: Vec::new(),
             ends: Vec::new(),
+            drops: Vec::new(),
             offers_left: 0,
             stop_by: None,
             scratch: Scratch { read, ..Scratch::default() },
@@ -305,7 +310,7 @@ impl Shard {
                 Read::Bytes(_) if connection.phase != Phase::Open => {} // said after the end: not listened to
                 Read::Bytes(count) => {
                     connection.heartbeat.heard(self.now);
-                    self.decode(slot, &mut buffer[..count]);
+                    self.receive(slot, &mut buffer[..count]);
                 }
                 Read::Nothing => {}
                 Read::End => self.hang_up(slot, CloseReason::Vanished),
@@ -318,18 +323,26 @@ impl Shard {
         }
     }
 
-    /// Hands over what `input` contains, as long as the handler keeps up; keeps the rest.
-    fn decode(&mut self, slot: u32, input: &mut [u8]) {
+    /// Hands over what `input` contains, and keeps what a busy handler leaves of it.
+    fn receive(&mut self, slot: u32, input: &mut [u8]) {
+        let consumed = self.decode(slot, input);
+        if consumed < input.len()
+            && let Some(connection) = self.connections.get_mut(slot as usize)
+        {
+            connection.unread = Some(Box::new(Unread { bytes: input[consumed..].to_vec(), from: 0 }));
+        }
+    }
+
+    /// Hands over what `input` contains, as long as the handler keeps up; returns how much it took.
+    fn decode(&mut self, slot: u32, input: &mut [u8]) -> usize {
         let mut consumed = 0;
         while consumed < input.len() {
-            let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+            let Some(connection) = self.connections.get_mut(slot as usize) else { return input.len() };
             if connection.phase != Phase::Open || connection.is_deaf {
-                return;
+                return input.len(); // said after the end: not listened to
             }
             if !connection.is_listening() {
-                let bytes = input[consumed..].to_vec();
-                connection.unread = Some(Box::new(Unread { bytes, from: 0 }));
-                return;
+                return consumed;
             }
             let limits = connection.limits();
             let from = consumed;
@@ -353,7 +366,9 @@ impl Shard {
                     }
                 }
                 Ok(Some(Event::Ping(_) | Event::Pong(_)))
-                    if !connection.control_rate.admits(self.now, connection.config.control_frames_per_second) =>
+                    if !connection
+                        .control_rate
+                        .admits(self.now, connection.config.control_frames_per_second) =>
                 {
                     Some(CloseReason::ControlFlood)
                 }
@@ -365,7 +380,9 @@ impl Shard {
                 Ok(Some(Event::Pong(payload))) => {
                     connection.heartbeat.pong(self.now, payload);
                     let max_rtt = connection.config.policy.max_rtt();
-                    max_rtt.filter(|max| connection.heartbeat.is_rtt_above(*max)).map(|_| CloseReason::HighRtt)
+                    max_rtt
+                        .filter(|max| connection.heartbeat.is_rtt_above(*max))
+                        .map(|_| CloseReason::HighRtt)
                 }
                 Ok(Some(Event::Close(close))) => {
                     Some(CloseReason::Peer { code: close.map(|(code, _)| code) })
@@ -379,6 +396,7 @@ impl Shard {
                 self.end_in_order(slot, reason);
             }
         }
+        consumed
     }
 
     fn resume_handlers(&mut self) {
@@ -410,9 +428,17 @@ impl Shard {
             self.tell_end(slot);
             return;
         }
+        if self.tell_drops(slot) == Flow::Pending {
+            return;
+        }
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         if let Some(mut unread) = connection.unread.take() {
-            let from = unread.from;
-            self.decode(slot, &mut unread.bytes[from..]);
+            unread.from += self.decode(slot, &mut unread.bytes[unread.from..]);
+            if unread.from < unread.bytes.len()
+                && let Some(connection) = self.connections.get_mut(slot as usize)
+            {
+                connection.unread = Some(unread); // kept as it is: copying the rest each time would cost its square
+            }
         }
         self.read(slot);
     }
@@ -558,6 +584,7 @@ impl Shard {
             armed: 0,
             counts: Counts::default(),
             drops_in_a_row: 0,
+            drops_untold: 0,
             control_rate: ControlRate::default(),
             phase: Phase::Open,
             work: Work::Idle,
@@ -584,7 +611,7 @@ impl Shard {
     /// What came together with the handshake is the first that the peer said.
     fn receive_early(&mut self, slot: u32, received: Bytes) {
         let mut received = received.to_vec();
-        self.decode(slot, &mut received);
+        self.receive(slot, &mut received);
     }
 
     /// Runs the log into the outboxes, up to `limit`; false if it did not get there.
@@ -618,6 +645,7 @@ impl Shard {
                         connections: &mut self.connections,
                         dirty: &mut self.dirty,
                         ends: &mut self.ends,
+                        drops: &mut self.drops,
                         deadlines: &mut self.deadlines,
                         backlog_bytes: &mut self.backlog_bytes,
                         now: self.now,
@@ -636,6 +664,7 @@ impl Shard {
                     connections: &mut self.connections,
                     dirty: &mut self.dirty,
                     ends: &mut self.ends,
+                    drops: &mut self.drops,
                     deadlines: &mut self.deadlines,
                     backlog_bytes: &mut self.backlog_bytes,
                     now: self.now,
@@ -659,6 +688,7 @@ impl Shard {
             connections: &mut self.connections,
             dirty: &mut self.dirty,
             ends: &mut self.ends,
+            drops: &mut self.drops,
             deadlines: &mut self.deadlines,
             backlog_bytes: &mut self.backlog_bytes,
             now: self.now,
@@ -672,7 +702,13 @@ impl Shard {
         self.carry_out_ends();
     }
 
+    /// Does what a fan-out could only note: tells of drops, ends connections.
     fn carry_out_ends(&mut self) {
+        while let Some(id) = self.drops.pop() {
+            if self.find(id).is_some_and(|connection| connection.work == Work::Idle) {
+                self.tell_drops(id.slot() as u32);
+            }
+        }
         while let Some((id, reason)) = self.ends.pop() {
             if self.find(id).is_some() {
                 self.end(id.slot() as u32, reason);
@@ -736,7 +772,8 @@ impl Shard {
 
     fn drop_late_of(&mut self, id: ConnectionId) {
         let now = self.now;
-        let Some(connection) = self.connections.get_mut(id.slot()).filter(|connection| connection.id == id) else {
+        let Some(connection) = self.connections.get_mut(id.slot()).filter(|connection| connection.id == id)
+        else {
             return;
         };
         let bounds = connection.bounds();
@@ -749,15 +786,12 @@ impl Shard {
             drops.push(dropped);
         });
         self.backlog_bytes -= before - connection.outbox.backlog_bytes();
-        let mut end = None;
         for dropped in drops {
             connection.counts.dropped_timeout += dropped.frames;
             self.metrics.dropped_timeout += u64::from(dropped.frames);
-            end = end.or(report_drop(connection, dropped));
+            note_drop(connection, dropped, &mut self.drops, &mut self.ends);
         }
-        if let Some(reason) = end {
-            self.end(id.slot() as u32, reason);
-        }
+        self.carry_out_ends();
     }
 
     /// Tells all threads how much waits here; while it is too much in all, sheds the largest backlogs first,
@@ -885,7 +919,10 @@ impl Shard {
             CloseReason::PongTimeout | CloseReason::IdleTimeout | CloseReason::MaxDuration => {
                 self.metrics.ended_timeout += 1;
             }
-            CloseReason::SlowConsumer | CloseReason::TooManyDrops | CloseReason::HighRtt | CloseReason::Shed => {
+            CloseReason::SlowConsumer
+            | CloseReason::TooManyDrops
+            | CloseReason::HighRtt
+            | CloseReason::Shed => {
                 self.metrics.ended_slow += 1;
             }
             CloseReason::HandlerPanicked => self.metrics.ended_panic += 1,
@@ -933,12 +970,25 @@ impl Shard {
         directory.exit(group);
     }
 
+    /// Tells the handler of drops, if there were any; whether it is done with that.
+    fn tell_drops(&mut self, slot: u32) -> Flow {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return Flow::Ready };
+        match std::mem::take(&mut connection.drops_untold) {
+            0 => Flow::Ready,
+            frames => self.call(slot, |handler, context| handler.on_drop(frames, context)),
+        }
+    }
+
     /// Tells the handler the end, unless it is busy: then when it is done.
     fn tell_end(&mut self, slot: u32) {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         if connection.work != Work::Idle || connection.handler.is_none() {
             return;
         }
+        if self.tell_drops(slot) == Flow::Pending {
+            return; // and again when it is done
+        }
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         let Some(reason) = connection.ending.as_ref().map(|ending| ending.reason.clone()) else { return };
         match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
             Flow::Pending => {
@@ -1002,6 +1052,11 @@ impl Shard {
 impl Drop for Shard {
     /// Nobody waits for a shard that has ended.
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Promises cannot be kept with a part of the connections gone: the whole engine stops.
+            tracing::error!(shard = self.index, "a shard panicked; the engine stops");
+            self.shared.stop();
+        }
         self.shared.mailboxes[self.index].close();
     }
 }
@@ -1011,6 +1066,7 @@ struct FanOut<'a> {
     connections: &'a mut Slab<Connection>,
     dirty: &'a mut Vec<u32>,
     ends: &'a mut Vec<(ConnectionId, CloseReason)>,
+    drops: &'a mut Vec<ConnectionId>,
     deadlines: &'a mut Deadlines<ConnectionId>,
     backlog_bytes: &'a mut usize,
     now: Duration,
@@ -1042,15 +1098,23 @@ impl FanOut<'_> {
 
     /// Puts the chunk into one outbox; true if something of it waits.
     #[inline]
-    fn offer(&mut self, slot: u32, chunk: &Rc<Chunk>, policy: Option<Policy>, ticket: Option<&Ticket>) -> bool {
+    fn offer(
+        &mut self,
+        slot: u32,
+        chunk: &Rc<Chunk>,
+        policy: Option<Policy>,
+        ticket: Option<&Ticket>,
+    ) -> bool {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return false };
         let bounds = connection.bounds();
         let frames = u64::from(chunk.frames());
         connection.counts.offered += frames;
         self.totals.offered += frames;
         let policy = policy.unwrap_or(connection.config.policy);
-        let patience =
-            Patience { until: policy.timeout().map(|timeout| self.now + timeout), max_drops: policy.max_drops() };
+        let patience = Patience {
+            until: policy.timeout().map(|timeout| self.now + timeout),
+            max_drops: policy.max_drops(),
+        };
         let before = connection.outbox.backlog_bytes();
         let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, ticket.cloned());
         *self.backlog_bytes += connection.outbox.backlog_bytes() - before;
@@ -1074,7 +1138,7 @@ impl FanOut<'_> {
                     ticket.count_overflow();
                 }
                 let dropped = Dropped { frames, max_drops: patience.max_drops };
-                self.ends.extend(report_drop(connection, dropped).map(|reason| (connection.id, reason)));
+                note_drop(connection, dropped, self.drops, self.ends);
             }
             Offer::Overflow => self.ends.push((connection.id, CloseReason::SlowConsumer)),
         }
@@ -1090,16 +1154,21 @@ impl FanOut<'_> {
     }
 }
 
-/// Tells the handler of a drop; the reason to end the connection, if these were too many in a row.
-fn report_drop(connection: &mut Connection, dropped: Dropped) -> Option<CloseReason> {
-    connection.drops_in_a_row = connection.drops_in_a_row.saturating_add(dropped.frames);
-    if let Some(handler) = connection.handler.as_deref_mut()
-        && catch_unwind(AssertUnwindSafe(|| handler.on_drop(dropped.frames))).is_err()
-    {
-        return Some(CloseReason::HandlerPanicked);
+/// Notes a drop: for the handler, and against the connection if these were too many in a row.
+fn note_drop(
+    connection: &mut Connection,
+    dropped: Dropped,
+    drops: &mut Vec<ConnectionId>,
+    ends: &mut Vec<(ConnectionId, CloseReason)>,
+) {
+    if connection.drops_untold == 0 {
+        drops.push(connection.id);
     }
-    let is_too_many = dropped.max_drops > 0 && connection.drops_in_a_row >= dropped.max_drops;
-    is_too_many.then_some(CloseReason::TooManyDrops)
+    connection.drops_untold = connection.drops_untold.saturating_add(dropped.frames);
+    connection.drops_in_a_row = connection.drops_in_a_row.saturating_add(dropped.frames);
+    if dropped.max_drops > 0 && connection.drops_in_a_row >= dropped.max_drops {
+        ends.push((connection.id, CloseReason::TooManyDrops));
+    }
 }
 
 /// SplitMix64: unpredictable enough that a peer cannot answer a ping that it has not seen.
