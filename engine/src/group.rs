@@ -29,9 +29,13 @@ struct LocalGroup<G> {
     members: Vec<Member>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Member {
-    pub(crate) slot: u32,
+/// Names a group within one index, while it has members there.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LocalKey(u32);
+
+#[derive(Debug, Clone, Copy)]
+struct Member {
+    slot: u32,
     /// Where the member's own list holds this group.
     own: u32,
 }
@@ -107,10 +111,22 @@ impl<G> GroupIndex<G> {
         Some((shared, self.remove(slot, place as u32)))
     }
 
-    /// The members of a group on this shard.
+    /// The group, if it has members on this shard.
     #[inline]
-    pub(crate) fn members(&self, key: GroupKey) -> &[Member] {
-        self.by_key.get(&key).map_or(&[], |group| &self.groups[*group as usize].members)
+    pub(crate) fn find(&self, key: GroupKey) -> Option<LocalKey> {
+        self.by_key.get(&key).copied().map(LocalKey)
+    }
+
+    /// Members on this shard.
+    #[inline]
+    pub(crate) fn len(&self, group: LocalKey) -> usize {
+        self.groups[group.0 as usize].members.len()
+    }
+
+    /// The slot of the member at `place`.
+    #[inline]
+    pub(crate) fn member(&self, group: LocalKey, place: usize) -> u32 {
+        self.groups[group.0 as usize].members[place].slot
     }
 
     /// The members of several groups, each slot once.
@@ -173,7 +189,8 @@ mod tests {
     use super::*;
 
     fn members(index: &GroupIndex<u64>, key: u64) -> BTreeSet<u32> {
-        index.members(GroupKey(key)).iter().map(|member| member.slot).collect()
+        let Some(group) = index.find(GroupKey(key)) else { return BTreeSet::new() };
+        (0..index.len(group)).map(|place| index.member(group, place)).collect()
     }
 
     #[test]

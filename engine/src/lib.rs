@@ -73,6 +73,7 @@ mod close_reason;
 mod command;
 mod config;
 mod connection;
+mod crowd;
 mod deadlines;
 mod decoder;
 mod directory;

@@ -22,25 +22,24 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use mio::{Events, Poll, Token};
-use slab::Slab;
 
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Publication, Target};
 use crate::connection::{
     Connection, ControlRate, Ending, Flushed, Phase, Read, Unread, WRITE_BYTES_MAX, Work,
 };
-use crate::deadlines::Deadlines;
+use crate::crowd::Crowd;
 use crate::decoder::{Decoder, Event};
 use crate::directory::{Directory, Entrance, Group};
 use crate::frame::ControlFrame;
-use crate::group::{GroupIndex, Left};
+use crate::group::Left;
 use crate::handler::{Context, Flow, Message, Post};
 use crate::heartbeat::{Beat, Heartbeat};
 use crate::id::{ConnectionId, SLOTS_MAX};
 use crate::log::Reader;
 use crate::mailbox::Entry;
 use crate::metrics::{Counts, Metrics};
-use crate::outbox::{Chunk, Dropped, Gather, Offer, Outbox, Patience};
+use crate::outbox::{Chunk, Gather, Outbox};
 use crate::policy::Policy;
 use crate::publisher::Shared;
 use crate::receipt::Ticket;
@@ -68,31 +67,19 @@ pub struct Shard {
     poll: Poll,
     events: Events,
     reader: Reader<Publication>,
-    connections: Slab<Connection>,
-    groups: GroupIndex<Arc<Group>>,
+    crowd: Crowd,
     wheel: Wheel<ConnectionId>,
-    deadlines: Deadlines<ConnectionId>,
     gather: Gather,
-    metrics: Metrics,
     started: Instant,
-    /// Of this turn, since the start.
-    now: Duration,
     /// Adoptions so far; tells apart the tenants of a slot.
     tenants: u64,
     nonces: u64,
     /// A command whose stamp the log has not reached.
     held: Option<Entry<Command>>,
-    /// Slots with something to write.
-    dirty: Vec<u32>,
     /// Slots with something left to read.
     ready: Vec<u32>,
-    /// Ends decided in the middle of a fan-out.
-    ends: Vec<(ConnectionId, CloseReason)>,
-    /// Connections whose handlers are to be told of drops.
-    drops: Vec<ConnectionId>,
     offers_left: u64,
-    /// Bytes in this shard's outboxes, and what all threads have been told of it.
-    backlog_bytes: usize,
+    /// What all threads have been told of the bytes in this shard's outboxes.
     backlog_told: usize,
     stop_by: Option<Duration>,
     scratch: Scratch,
@@ -117,7 +104,7 @@ struct Scratch {
 
 impl std::fmt::Debug for Shard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let connections = self.connections.len();
+        let connections = self.crowd.connections.len();
         f.debug_struct("Shard")
             .field("index", &self.index)
             .field("connections", &connections)
@@ -137,23 +124,15 @@ impl Shard {
             poll,
             events: Events::with_capacity(EVENTS_PER_TURN),
             reader,
-            connections: Slab::new(),
-            groups: GroupIndex::new(),
+            crowd: Crowd::new(),
             wheel: Wheel::new(),
-            deadlines: Deadlines::new(),
-            backlog_bytes: 0,
             backlog_told: 0,
             gather: Gather::default(),
-            metrics: Metrics::default(),
             started: now,
-            now: Duration::ZERO,
             tenants: 0,
             nonces: seed,
             held: None,
-            dirty: Vec::new(),
             ready: Vec::new(),
-            ends: Vec::new(),
-            drops: Vec::new(),
             offers_left: 0,
             stop_by: None,
             scratch: Scratch { read, ..Scratch::default() },
@@ -172,7 +151,7 @@ impl Shard {
 
     /// Whether another turn has something to do without anything new coming.
     pub fn has_work(&self) -> bool {
-        !self.dirty.is_empty()
+        !self.crowd.dirty.is_empty()
             || !self.ready.is_empty()
             || self.held.is_some()
             || !self.shared.mailboxes[self.index].is_empty()
@@ -181,7 +160,7 @@ impl Shard {
 
     /// When the next timer is due, if one is set.
     pub fn next_due(&self) -> Option<Instant> {
-        let due = self.wheel.next().into_iter().chain(self.deadlines.next()).min();
+        let due = self.wheel.next().into_iter().chain(self.crowd.deadlines.next()).min();
         due.map(|due| self.started + due)
     }
 
@@ -228,7 +207,7 @@ impl Shard {
     }
 
     fn work(&mut self, now: Instant) {
-        self.now = self.now.max(now.saturating_duration_since(self.started));
+        self.crowd.now = self.crowd.now.max(now.saturating_duration_since(self.started));
         self.offers_left = OFFERS_PER_TURN;
         self.read_sockets();
         self.resume_handlers();
@@ -242,12 +221,13 @@ impl Shard {
         self.remind();
         self.keep_within_budget();
         self.stop_if_asked();
-        self.metrics.turns += 1;
-        self.metrics.connections = self.connections.len() as u64;
-        let Metrics { offered, written, dropped_timeout, dropped_overflow, discarded, .. } = self.metrics;
-        self.metrics.pending = offered - written - dropped_timeout - dropped_overflow - discarded;
-        self.metrics.pending_bytes = self.backlog_bytes as u64;
-        self.shared.metrics[self.index].publish(&self.metrics);
+        self.crowd.metrics.turns += 1;
+        self.crowd.metrics.connections = self.crowd.connections.len() as u64;
+        let Metrics { offered, written, dropped_timeout, dropped_overflow, discarded, .. } =
+            self.crowd.metrics;
+        self.crowd.metrics.pending = offered - written - dropped_timeout - dropped_overflow - discarded;
+        self.crowd.metrics.pending_bytes = self.crowd.backlog_bytes as u64;
+        self.shared.metrics[self.index].publish(&self.crowd.metrics);
     }
 
     // ---- sockets → handlers
@@ -259,20 +239,20 @@ impl Shard {
                 continue;
             }
             let slot = event.token().0;
-            let Some(connection) = self.connections.get_mut(slot) else { continue };
+            let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
             if event.is_writable() && !connection.is_writable {
                 connection.is_writable = true;
-                connection.heartbeat.stirred(self.now);
-                self.mark_dirty(slot as u32);
+                connection.heartbeat.stirred(self.crowd.now);
+                self.crowd.mark_dirty(slot as u32);
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
-                let Some(connection) = self.connections.get_mut(slot) else { continue };
+                let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
                 connection.is_readable = true;
                 connection.is_read_closed |= event.is_read_closed() || event.is_error();
                 if connection.is_reading() {
                     self.mark_ready(slot as u32);
                 } else {
-                    connection.heartbeat.heard_unread(self.now);
+                    connection.heartbeat.heard_unread(self.crowd.now);
                     // Nobody reads now, but a socket that has failed need not be waited for. One that was
                     // closed may: what was said before is still to be read.
                     if event.is_error() {
@@ -283,7 +263,7 @@ impl Shard {
         }
         self.events = events;
         for slot in std::mem::take(&mut self.ready) {
-            if let Some(connection) = self.connections.get_mut(slot as usize) {
+            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
                 connection.is_ready = false;
             }
             self.read(slot);
@@ -291,7 +271,7 @@ impl Shard {
     }
 
     fn mark_ready(&mut self, slot: u32) {
-        if let Some(connection) = self.connections.get_mut(slot as usize)
+        if let Some(connection) = self.crowd.connections.get_mut(slot as usize)
             && !std::mem::replace(&mut connection.is_ready, true)
         {
             self.ready.push(slot);
@@ -302,14 +282,14 @@ impl Shard {
     fn read(&mut self, slot: u32) {
         let mut buffer = std::mem::take(&mut self.scratch.read);
         for _ in 0..READS_PER_SOCKET {
-            let Some(connection) = self.connections.get_mut(slot as usize) else { break };
+            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { break };
             if !connection.is_reading() {
                 break;
             }
             match connection.read(&mut buffer) {
                 Read::Bytes(_) if connection.phase != Phase::Open => {} // said after the end: not listened to
                 Read::Bytes(count) => {
-                    connection.heartbeat.heard(self.now);
+                    connection.heartbeat.heard(self.crowd.now);
                     self.receive(slot, &mut buffer[..count]);
                 }
                 Read::Nothing => {}
@@ -318,7 +298,7 @@ impl Shard {
             }
         }
         self.scratch.read = buffer;
-        if self.connections.get(slot as usize).is_some_and(Connection::is_reading) {
+        if self.crowd.connections.get(slot as usize).is_some_and(Connection::is_reading) {
             self.mark_ready(slot);
         }
     }
@@ -327,7 +307,7 @@ impl Shard {
     fn receive(&mut self, slot: u32, input: &mut [u8]) {
         let consumed = self.decode(slot, input);
         if consumed < input.len()
-            && let Some(connection) = self.connections.get_mut(slot as usize)
+            && let Some(connection) = self.crowd.connections.get_mut(slot as usize)
         {
             connection.unread = Some(Box::new(Unread { bytes: input[consumed..].to_vec(), from: 0 }));
         }
@@ -337,7 +317,7 @@ impl Shard {
     fn decode(&mut self, slot: u32, input: &mut [u8]) -> usize {
         let mut consumed = 0;
         while consumed < input.len() {
-            let Some(connection) = self.connections.get_mut(slot as usize) else { return input.len() };
+            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return input.len() };
             if connection.phase != Phase::Open || connection.is_deaf {
                 return input.len(); // said after the end: not listened to
             }
@@ -350,7 +330,7 @@ impl Shard {
                 Ok(None) => None,
                 Ok(Some(Event::Message { kind, payload })) => {
                     connection.counts.received += 1;
-                    self.metrics.received += 1;
+                    self.crowd.metrics.received += 1;
                     let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
                     let message = Message { kind, payload };
                     let handler = &mut connection.handler;
@@ -368,17 +348,17 @@ impl Shard {
                 Ok(Some(Event::Ping(_) | Event::Pong(_)))
                     if !connection
                         .control_rate
-                        .admits(self.now, connection.config.control_frames_per_second) =>
+                        .admits(self.crowd.now, connection.config.control_frames_per_second) =>
                 {
                     Some(CloseReason::ControlFlood)
                 }
                 Ok(Some(Event::Ping(payload))) => {
                     connection.outbox.push_control(ControlFrame::pong(payload).as_bytes());
-                    self.mark_dirty(slot);
+                    self.crowd.mark_dirty(slot);
                     None
                 }
                 Ok(Some(Event::Pong(payload))) => {
-                    connection.heartbeat.pong(self.now, payload);
+                    connection.heartbeat.pong(self.crowd.now, payload);
                     let max_rtt = connection.config.policy.max_rtt();
                     max_rtt
                         .filter(|max| connection.heartbeat.is_rtt_above(*max))
@@ -389,7 +369,7 @@ impl Shard {
                 }
                 Err(error) => Some(CloseReason::Protocol(error)),
             };
-            if let Some(connection) = self.connections.get_mut(slot as usize) {
+            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
                 connection.decoder.release();
             }
             if let Some(reason) = end {
@@ -418,7 +398,7 @@ impl Shard {
 
     /// The handler is done with what kept it busy.
     fn proceed(&mut self, slot: u32) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let was = std::mem::replace(&mut connection.work, Work::Idle);
         if was == Work::Parting {
             self.part(slot);
@@ -431,11 +411,11 @@ impl Shard {
         if self.tell_drops(slot) == Flow::Pending {
             return;
         }
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         if let Some(mut unread) = connection.unread.take() {
             unread.from += self.decode(slot, &mut unread.bytes[unread.from..]);
             if unread.from < unread.bytes.len()
-                && let Some(connection) = self.connections.get_mut(slot as usize)
+                && let Some(connection) = self.crowd.connections.get_mut(slot as usize)
             {
                 connection.unread = Some(unread); // kept as it is: copying the rest each time would cost its square
             }
@@ -449,7 +429,7 @@ impl Shard {
         slot: u32,
         call: impl FnOnce(&mut dyn crate::handler::Handler, &mut Context<'_>) -> Flow,
     ) -> Flow {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return Flow::Ready };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return Flow::Ready };
         let Some(handler) = connection.handler.as_deref_mut() else { return Flow::Ready };
         let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
         let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
@@ -510,7 +490,7 @@ impl Shard {
 
     fn act(&mut self, id: ConnectionId, action: Action) {
         let slot = id.slot() as u32;
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let is_open = connection.phase == Phase::Open;
         match action {
             Action::Send { frame, policy, ticket } if is_open => {
@@ -521,7 +501,7 @@ impl Shard {
             Action::Leave { group } => {
                 let is_congested = connection.is_congested;
                 let directory = connection.directory.clone();
-                let left = self.groups.leave(group.key, slot);
+                let left = self.crowd.groups.leave(group.key, slot);
                 self.has_left(&directory, &group, left, is_congested);
             }
             Action::Close(reason) => self.end(slot, reason),
@@ -538,8 +518,8 @@ impl Shard {
     fn join(&mut self, slot: u32, entrance: Entrance) {
         let group = entrance.group().clone();
         group.add_interest(self.index); // it may have been cleared while this join was on its way
-        if self.groups.join(group.key, group.clone(), slot) {
-            if self.connections[slot as usize].is_congested {
+        if self.crowd.groups.join(group.key, group.clone(), slot) {
+            if self.crowd.connections[slot as usize].is_congested {
                 group.add_congested();
             }
             entrance.arrive();
@@ -548,11 +528,11 @@ impl Shard {
 
     fn adopt(&mut self, adoption: Adoption) {
         let Adoption { mut socket, received, handler, config, directory, place, entrance } = adoption;
-        if self.connections.vacant_key() >= SLOTS_MAX || self.stop_by.is_some() {
+        if self.crowd.connections.vacant_key() >= SLOTS_MAX || self.stop_by.is_some() {
             tracing::warn!(shard = self.index, "no room for a connection, or stopping: it was dropped");
             return;
         }
-        let vacant = self.connections.vacant_entry();
+        let vacant = self.crowd.connections.vacant_entry();
         let slot = vacant.key();
         self.tenants += 1;
         let id = ConnectionId::new(self.index, slot, self.tenants);
@@ -572,7 +552,7 @@ impl Shard {
         vacant.insert(Connection {
             id,
             socket: Some(socket),
-            heartbeat: Heartbeat::new(self.now, stagger, &config),
+            heartbeat: Heartbeat::new(self.crowd.now, stagger, &config),
             config,
             directory,
             decoder: Decoder::default(),
@@ -598,7 +578,7 @@ impl Shard {
             is_congested: false,
             _place: place,
         });
-        self.metrics.adopted += 1;
+        self.crowd.metrics.adopted += 1;
         let slot = slot as u32;
         self.join(slot, entrance);
         self.beat(slot);
@@ -622,61 +602,24 @@ impl Shard {
             }
             let Some(first) = self.reader.get(0) else { return false };
             let mut count = 1;
-            if let Target::One(group) = &first.target {
-                let members = self.groups.members(group.key);
-                if !members.is_empty() {
-                    let mut bytes = first.frame.len();
-                    let ahead = limit - self.reader.position();
-                    while count < ahead
-                        && let Some(next) = self.reader.get(count)
-                        && next.joins(first)
-                        && bytes + next.frame.len() <= WRITE_BYTES_MAX
-                    {
-                        bytes += next.frame.len();
-                        count += 1;
+            let offers = match &first.target {
+                Target::One(group) => match self.crowd.groups.find(group.key) {
+                    None => 0,
+                    Some(group) => {
+                        let chunk = join(&self.reader, first, limit, &mut count);
+                        self.crowd.fan_out(group, chunk, first)
                     }
-                    let chunk = if count == 1 {
-                        Chunk::single(first.frame.bytes())
-                    } else {
-                        let frames = (0..count).filter_map(|ahead| self.reader.get(ahead));
-                        Chunk::joined(frames.map(|publication| publication.frame.as_bytes()), bytes)
-                    };
-                    let mut fan_out = FanOut {
-                        connections: &mut self.connections,
-                        dirty: &mut self.dirty,
-                        ends: &mut self.ends,
-                        drops: &mut self.drops,
-                        deadlines: &mut self.deadlines,
-                        backlog_bytes: &mut self.backlog_bytes,
-                        now: self.now,
-                        groups: &self.groups,
-                        totals: &mut self.metrics,
-                    };
-                    let slots = members.iter().map(|member| member.slot);
-                    let offers = fan_out.run(slots, Rc::new(chunk), first);
-                    self.offers_left = self.offers_left.saturating_sub(offers);
+                },
+                Target::Several(groups) => {
+                    let mut slots = std::mem::take(&mut self.scratch.slots);
+                    self.crowd.groups.union(groups.iter().map(|group| group.key), &mut slots);
+                    let offers = self.crowd.fan_out_to(&slots, first);
+                    self.scratch.slots = slots;
+                    offers
                 }
-            } else {
-                let mut slots = std::mem::take(&mut self.scratch.slots);
-                let keys = first.target.groups().iter().map(|group| group.key);
-                self.groups.union(keys, &mut slots);
-                let mut fan_out = FanOut {
-                    connections: &mut self.connections,
-                    dirty: &mut self.dirty,
-                    ends: &mut self.ends,
-                    drops: &mut self.drops,
-                    deadlines: &mut self.deadlines,
-                    backlog_bytes: &mut self.backlog_bytes,
-                    now: self.now,
-                    groups: &self.groups,
-                    totals: &mut self.metrics,
-                };
-                let chunk = Rc::new(Chunk::single(first.frame.bytes()));
-                let offers = fan_out.run(slots.iter().copied(), chunk, first);
-                self.offers_left = self.offers_left.saturating_sub(offers);
-                self.scratch.slots = slots;
-            }
-            self.metrics.publications += count;
+            };
+            self.offers_left = self.offers_left.saturating_sub(offers);
+            self.crowd.metrics.publications += count;
             self.reader.advance(count);
             self.carry_out_ends();
         }
@@ -684,18 +627,7 @@ impl Shard {
     }
 
     fn offer_one(&mut self, slot: u32, chunk: &Rc<Chunk>, policy: Policy, ticket: Option<Ticket>) {
-        let mut fan_out = FanOut {
-            connections: &mut self.connections,
-            dirty: &mut self.dirty,
-            ends: &mut self.ends,
-            drops: &mut self.drops,
-            deadlines: &mut self.deadlines,
-            backlog_bytes: &mut self.backlog_bytes,
-            now: self.now,
-            groups: &self.groups,
-            totals: &mut self.metrics,
-        };
-        let waits = fan_out.offer(slot, chunk, Some(policy), ticket.as_ref());
+        let waits = self.crowd.offer(slot, chunk, Some(policy), ticket.as_ref());
         if let Some(ticket) = ticket {
             ticket.count(1, u64::from(waits));
         }
@@ -704,12 +636,12 @@ impl Shard {
 
     /// Does what a fan-out could only note: tells of drops, ends connections.
     fn carry_out_ends(&mut self) {
-        while let Some(id) = self.drops.pop() {
+        while let Some(id) = self.crowd.drops.pop() {
             if self.find(id).is_some_and(|connection| connection.work == Work::Idle) {
-                self.tell_drops(id.slot() as u32);
+                let _ = self.tell_drops(id.slot() as u32); // if it is pending, it goes on by itself
             }
         }
-        while let Some((id, reason)) = self.ends.pop() {
+        while let Some((id, reason)) = self.crowd.ends.pop() {
             if self.find(id).is_some() {
                 self.end(id.slot() as u32, reason);
             }
@@ -718,18 +650,9 @@ impl Shard {
 
     // ---- outboxes → sockets
 
-    fn mark_dirty(&mut self, slot: u32) {
-        if let Some(connection) = self.connections.get_mut(slot as usize)
-            && connection.is_writable
-            && !std::mem::replace(&mut connection.is_dirty, true)
-        {
-            self.dirty.push(slot);
-        }
-    }
-
     /// One write for each connection with something queued; some are left for the next turn if there are many.
     fn flush_dirty(&mut self) {
-        let mut dirty = std::mem::take(&mut self.dirty);
+        let mut dirty = std::mem::take(&mut self.crowd.dirty);
         let count = dirty.len().min(FLUSHES_PER_TURN);
         for slot in &dirty[..count] {
             self.flush(*slot);
@@ -737,23 +660,23 @@ impl Shard {
         self.gather.clear();
         // Who has waited longest comes first; who was marked meanwhile comes behind.
         dirty.drain(..count);
-        dirty.append(&mut self.dirty);
-        self.dirty = dirty;
+        dirty.append(&mut self.crowd.dirty);
+        self.crowd.dirty = dirty;
     }
 
     fn flush(&mut self, slot: u32) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         connection.is_dirty = false;
         let before = connection.outbox.backlog_bytes();
-        let flushed = connection.flush(&mut self.gather, &mut self.metrics);
-        self.backlog_bytes -= before - connection.outbox.backlog_bytes();
+        let flushed = connection.flush(&mut self.gather, &mut self.crowd.metrics);
+        self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
         if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
             connection.is_congested = false;
-            self.groups.groups_of(slot).for_each(|group| group.remove_congested());
+            self.crowd.groups.groups_of(slot).for_each(|group| group.remove_congested());
         }
         match flushed {
             Flushed::Rests => {}
-            Flushed::HasMore => self.mark_dirty(slot),
+            Flushed::HasMore => self.crowd.mark_dirty(slot),
             Flushed::Finished if connection.is_read_closed => self.drop_socket(slot),
             Flushed::Finished => {}
             Flushed::Failed(kind) => self.hang_up(slot, CloseReason::Transport(kind)),
@@ -763,34 +686,11 @@ impl Shard {
     /// Drops frames that have waited as long as they may.
     fn drop_late(&mut self) {
         let mut late = std::mem::take(&mut self.scratch.late);
-        self.deadlines.expire(self.now, &mut late);
+        self.crowd.deadlines.expire(self.crowd.now, &mut late);
         for id in late.drain(..) {
-            self.drop_late_of(id);
+            self.crowd.drop_late(id);
         }
         self.scratch.late = late;
-    }
-
-    fn drop_late_of(&mut self, id: ConnectionId) {
-        let now = self.now;
-        let Some(connection) = self.connections.get_mut(id.slot()).filter(|connection| connection.id == id)
-        else {
-            return;
-        };
-        let bounds = connection.bounds();
-        let before = connection.outbox.backlog_bytes();
-        let mut drops: smallvec::SmallVec<[Dropped; 4]> = smallvec::SmallVec::new();
-        connection.outbox.expire(now, &bounds, |dropped, ticket| {
-            if let Some(ticket) = ticket {
-                ticket.count_timeout();
-            }
-            drops.push(dropped);
-        });
-        self.backlog_bytes -= before - connection.outbox.backlog_bytes();
-        for dropped in drops {
-            connection.counts.dropped_timeout += dropped.frames;
-            self.metrics.dropped_timeout += u64::from(dropped.frames);
-            note_drop(connection, dropped, &mut self.drops, &mut self.ends);
-        }
         self.carry_out_ends();
     }
 
@@ -798,28 +698,19 @@ impl Shard {
     /// as many as are this shard's part of the excess.
     fn keep_within_budget(&mut self) {
         let (shared, told) = (&self.shared, self.backlog_told);
-        if self.backlog_bytes >= told {
-            shared.backlog_bytes.fetch_add(self.backlog_bytes - told, Relaxed); // Relaxed: a sum, nothing hangs on it
+        if self.crowd.backlog_bytes >= told {
+            shared.backlog_bytes.fetch_add(self.crowd.backlog_bytes - told, Relaxed); // Relaxed: a sum, nothing hangs on it
         } else {
-            shared.backlog_bytes.fetch_sub(told - self.backlog_bytes, Relaxed);
+            shared.backlog_bytes.fetch_sub(told - self.crowd.backlog_bytes, Relaxed);
         }
-        self.backlog_told = self.backlog_bytes;
+        self.backlog_told = self.crowd.backlog_bytes;
         let (all, max) = (shared.backlog_bytes.load(Relaxed), shared.config.backlog_bytes_max);
-        if all <= max || self.backlog_bytes == 0 {
+        if all <= max || self.crowd.backlog_bytes == 0 {
             return;
         }
-        let share = (all - max) as u128 * self.backlog_bytes as u128 / all as u128;
-        let target = self.backlog_bytes - share as usize;
-        let mut backlogs: Vec<(usize, ConnectionId)> = self
-            .connections
-            .iter()
-            .map(|(_, connection)| (connection.outbox.backlog_bytes(), connection.id))
-            .filter(|(bytes, _)| *bytes > 0)
-            .collect();
-        backlogs.sort_unstable();
-        while self.backlog_bytes > target
-            && let Some((_, id)) = backlogs.pop()
-        {
+        let share = (all - max) as u128 * self.crowd.backlog_bytes as u128 / all as u128;
+        let target = self.crowd.backlog_bytes - share as usize;
+        for id in self.crowd.largest_backlogs(target) {
             self.end(id.slot() as u32, CloseReason::Shed);
         }
     }
@@ -828,7 +719,7 @@ impl Shard {
 
     fn remind(&mut self) {
         let mut due = std::mem::take(&mut self.scratch.due);
-        self.wheel.expire(self.now, &mut due);
+        self.wheel.expire(self.crowd.now, &mut due);
         for (id, tick) in due.drain(..) {
             if self.find(id).is_some_and(|connection| connection.armed == tick) {
                 self.beat(id.slot() as u32);
@@ -839,13 +730,13 @@ impl Shard {
 
     /// Does what is due for a connection and arms its next reminder.
     fn beat(&mut self, slot: u32) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let id = connection.id;
         if let Some(by) = connection.ending.as_ref().map(|ending| ending.by) {
             if connection.socket.is_none() {
                 return; // only the handler is left, and it has the time it needs
             }
-            if self.now >= by {
+            if self.crowd.now >= by {
                 self.drop_socket(slot);
             } else {
                 connection.armed = self.wheel.arm(id, by);
@@ -855,7 +746,7 @@ impl Shard {
         let config = connection.config.clone();
         let nonces = &mut self.nonces;
         loop {
-            let end = match connection.heartbeat.beat(self.now, &config, || next_nonce(nonces)) {
+            let end = match connection.heartbeat.beat(self.crowd.now, &config, || next_nonce(nonces)) {
                 Beat::Wait(due) => {
                     connection.armed = self.wheel.arm(id, due);
                     return;
@@ -863,12 +754,12 @@ impl Shard {
                 Beat::Ping(payload) => {
                     connection.outbox.push_control(ControlFrame::ping(&payload).as_bytes());
                     if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
-                        self.dirty.push(slot);
+                        self.crowd.dirty.push(slot);
                     }
                     continue;
                 }
                 Beat::NoPong if connection.may_be_stuck() => {
-                    connection.heartbeat.stirred(self.now);
+                    connection.heartbeat.stirred(self.crowd.now);
                     continue;
                 }
                 Beat::NoPong => CloseReason::PongTimeout,
@@ -889,20 +780,20 @@ impl Shard {
 
     /// Ends a connection behind everything that its handler has sent before.
     fn end_in_order(&mut self, slot: u32, reason: CloseReason) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         if connection.phase != Phase::Open || std::mem::replace(&mut connection.is_deaf, true) {
             return;
         }
         let (id, namespace) = (connection.id, connection.directory.key());
         let command = Command::For { id, namespace, action: Action::Close(reason.clone()) };
         if self.shared.try_command(self.index, command).is_err() {
-            self.ends.push((id, reason)); // the mailbox is full: not in order, but not lost
+            self.crowd.ends.push((id, reason)); // the mailbox is full: not in order, but not lost
         }
     }
 
     /// Decides the end of an open connection: it leaves every index at once, its peer is told, its handler too.
     fn end(&mut self, slot: u32, reason: CloseReason) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         if connection.phase != Phase::Open {
             return;
         }
@@ -912,31 +803,31 @@ impl Shard {
         let is_readable = connection.is_readable;
         let directory = connection.directory.clone();
         let is_congested = std::mem::replace(&mut connection.is_congested, false);
-        self.metrics.ended += 1;
+        self.crowd.metrics.ended += 1;
         match reason {
-            CloseReason::Protocol(_) | CloseReason::ControlFlood => self.metrics.ended_protocol += 1,
-            CloseReason::Undecodable | CloseReason::WrongKind => self.metrics.ended_undecodable += 1,
+            CloseReason::Protocol(_) | CloseReason::ControlFlood => self.crowd.metrics.ended_protocol += 1,
+            CloseReason::Undecodable | CloseReason::WrongKind => self.crowd.metrics.ended_undecodable += 1,
             CloseReason::PongTimeout | CloseReason::IdleTimeout | CloseReason::MaxDuration => {
-                self.metrics.ended_timeout += 1;
+                self.crowd.metrics.ended_timeout += 1;
             }
             CloseReason::SlowConsumer
             | CloseReason::TooManyDrops
             | CloseReason::HighRtt
             | CloseReason::Shed => {
-                self.metrics.ended_slow += 1;
+                self.crowd.metrics.ended_slow += 1;
             }
-            CloseReason::HandlerPanicked => self.metrics.ended_panic += 1,
+            CloseReason::HandlerPanicked => self.crowd.metrics.ended_panic += 1,
             _ => {}
         }
         let is_told = reason.close_frame().is_some();
         if !reason.flushes_first() {
             let before = connection.outbox.backlog_bytes();
             let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
-            self.backlog_bytes -= before - connection.outbox.backlog_bytes();
+            self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
             connection.counts.discarded += discarded;
-            self.metrics.discarded += discarded;
+            self.crowd.metrics.discarded += discarded;
         }
-        let by = self.now + connection.config.close_timeout;
+        let by = self.crowd.now + connection.config.close_timeout;
         connection.ending = Some(Box::new(Ending { reason, by }));
         if is_told {
             connection.owes_close = true;
@@ -945,11 +836,11 @@ impl Shard {
         if is_readable {
             self.mark_ready(slot);
         }
-        while let Some((group, left)) = self.groups.leave_any(slot) {
+        while let Some((group, left)) = self.crowd.groups.leave_any(slot) {
             self.has_left(&directory, &group, left, is_congested);
         }
         if is_told {
-            self.mark_dirty(slot);
+            self.crowd.mark_dirty(slot);
         } else {
             self.drop_socket(slot);
         }
@@ -972,7 +863,7 @@ impl Shard {
 
     /// Tells the handler of drops, if there were any; whether it is done with that.
     fn tell_drops(&mut self, slot: u32) -> Flow {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return Flow::Ready };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return Flow::Ready };
         match std::mem::take(&mut connection.drops_untold) {
             0 => Flow::Ready,
             frames => self.call(slot, |handler, context| handler.on_drop(frames, context)),
@@ -981,18 +872,18 @@ impl Shard {
 
     /// Tells the handler the end, unless it is busy: then when it is done.
     fn tell_end(&mut self, slot: u32) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         if connection.work != Work::Idle || connection.handler.is_none() {
             return;
         }
         if self.tell_drops(slot) == Flow::Pending {
             return; // and again when it is done
         }
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let Some(reason) = connection.ending.as_ref().map(|ending| ending.reason.clone()) else { return };
         match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
             Flow::Pending => {
-                if let Some(connection) = self.connections.get_mut(slot as usize) {
+                if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
                     connection.work = Work::Parting;
                 }
             }
@@ -1002,7 +893,7 @@ impl Shard {
 
     /// Lets go of a handler that has been told the end.
     fn part(&mut self, slot: u32) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let handler = connection.handler.take();
         if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
             tracing::error!(id = %connection.id, "dropping a handler panicked");
@@ -1011,21 +902,21 @@ impl Shard {
     }
 
     fn drop_socket(&mut self, slot: u32) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         connection.socket = None;
-        self.backlog_bytes -= connection.outbox.backlog_bytes();
+        self.crowd.backlog_bytes -= connection.outbox.backlog_bytes();
         let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
         connection.counts.discarded += discarded;
-        self.metrics.discarded += discarded;
+        self.crowd.metrics.discarded += discarded;
         self.remove_if_over(slot);
     }
 
     fn remove_if_over(&mut self, slot: u32) {
-        let is_over = self.connections.get(slot as usize).is_some_and(|connection| {
+        let is_over = self.crowd.connections.get(slot as usize).is_some_and(|connection| {
             connection.phase != Phase::Open && connection.socket.is_none() && connection.handler.is_none()
         });
         if is_over {
-            self.connections.remove(slot as usize);
+            self.crowd.connections.remove(slot as usize);
         }
     }
 
@@ -1033,19 +924,19 @@ impl Shard {
         if self.stop_by.is_some() || !self.shared.is_stopping() {
             return;
         }
-        self.stop_by = Some(self.now + STOP_GRACE);
-        let slots: Vec<u32> = self.connections.iter().map(|(slot, _)| slot as u32).collect();
+        self.stop_by = Some(self.crowd.now + STOP_GRACE);
+        let slots: Vec<u32> = self.crowd.connections.iter().map(|(slot, _)| slot as u32).collect();
         for slot in slots {
             self.end(slot, CloseReason::Shutdown);
         }
     }
 
     fn has_stopped(&self) -> bool {
-        self.stop_by.is_some_and(|by| self.connections.is_empty() || self.now >= by)
+        self.stop_by.is_some_and(|by| self.crowd.connections.is_empty() || self.crowd.now >= by)
     }
 
     fn find(&self, id: ConnectionId) -> Option<&Connection> {
-        self.connections.get(id.slot()).filter(|connection| connection.id == id)
+        self.crowd.connections.get(id.slot()).filter(|connection| connection.id == id)
     }
 }
 
@@ -1061,114 +952,24 @@ impl Drop for Shard {
     }
 }
 
-/// The parts of a shard that a fan-out touches, apart from the log that it reads from.
-struct FanOut<'a> {
-    connections: &'a mut Slab<Connection>,
-    dirty: &'a mut Vec<u32>,
-    ends: &'a mut Vec<(ConnectionId, CloseReason)>,
-    drops: &'a mut Vec<ConnectionId>,
-    deadlines: &'a mut Deadlines<ConnectionId>,
-    backlog_bytes: &'a mut usize,
-    now: Duration,
-    groups: &'a GroupIndex<Arc<Group>>,
-    totals: &'a mut Metrics,
-}
-
-impl FanOut<'_> {
-    /// Offers the chunk to each slot; returns how many there were.
-    fn run(&mut self, slots: impl Iterator<Item = u32>, chunk: Rc<Chunk>, publication: &Publication) -> u64 {
-        let (mut targets, mut waited) = (0, 0);
-        let ticket = publication.ticket.as_ref();
-        for slot in slots {
-            if publication.except.iter().any(|id| id.slot() == slot as usize && self.is(slot, *id)) {
-                continue;
-            }
-            targets += 1;
-            waited += u64::from(self.offer(slot, &chunk, publication.policy, ticket));
-        }
-        if let Some(ticket) = ticket {
-            ticket.count(targets, waited);
-        }
-        targets
+/// The first publication's frame and, as far as they go to the same connections, those of the next ones, in one
+/// piece of memory; `count` is set to how many there are.
+fn join(reader: &Reader<Publication>, first: &Publication, limit: u64, count: &mut u64) -> Chunk {
+    let mut bytes = first.frame.len();
+    let ahead = limit - reader.position();
+    while *count < ahead
+        && let Some(next) = reader.get(*count)
+        && next.joins(first)
+        && bytes + next.frame.len() <= WRITE_BYTES_MAX
+    {
+        bytes += next.frame.len();
+        *count += 1;
     }
-
-    fn is(&self, slot: u32, id: ConnectionId) -> bool {
-        self.connections.get(slot as usize).is_some_and(|connection| connection.id == id)
+    if *count == 1 {
+        return Chunk::single(first.frame.bytes());
     }
-
-    /// Puts the chunk into one outbox; true if something of it waits.
-    #[inline]
-    fn offer(
-        &mut self,
-        slot: u32,
-        chunk: &Rc<Chunk>,
-        policy: Option<Policy>,
-        ticket: Option<&Ticket>,
-    ) -> bool {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return false };
-        let bounds = connection.bounds();
-        let frames = u64::from(chunk.frames());
-        connection.counts.offered += frames;
-        self.totals.offered += frames;
-        let policy = policy.unwrap_or(connection.config.policy);
-        let patience = Patience {
-            until: policy.timeout().map(|timeout| self.now + timeout),
-            max_drops: policy.max_drops(),
-        };
-        let before = connection.outbox.backlog_bytes();
-        let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, ticket.cloned());
-        *self.backlog_bytes += connection.outbox.backlog_bytes() - before;
-        if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
-            self.dirty.push(slot);
-        }
-        if !connection.is_congested && connection.outbox.is_congested(&bounds) {
-            connection.is_congested = true;
-            self.groups.groups_of(slot).for_each(|group| group.add_congested());
-        }
-        match offer {
-            Offer::Queued => {
-                connection.drops_in_a_row = 0;
-                return false;
-            }
-            Offer::Waits => {}
-            Offer::Drops(frames) => {
-                connection.counts.dropped_overflow += frames;
-                self.totals.dropped_overflow += u64::from(frames);
-                if let Some(ticket) = ticket {
-                    ticket.count_overflow();
-                }
-                let dropped = Dropped { frames, max_drops: patience.max_drops };
-                note_drop(connection, dropped, self.drops, self.ends);
-            }
-            Offer::Overflow => self.ends.push((connection.id, CloseReason::SlowConsumer)),
-        }
-        if let Some(timeout) = policy.timeout()
-            && !timeout.is_zero()
-        {
-            self.deadlines.push(self.now, timeout, connection.id);
-        }
-        if policy.max_rtt().is_some_and(|max| connection.heartbeat.is_rtt_above(max)) {
-            self.ends.push((connection.id, CloseReason::HighRtt));
-        }
-        true
-    }
-}
-
-/// Notes a drop: for the handler, and against the connection if these were too many in a row.
-fn note_drop(
-    connection: &mut Connection,
-    dropped: Dropped,
-    drops: &mut Vec<ConnectionId>,
-    ends: &mut Vec<(ConnectionId, CloseReason)>,
-) {
-    if connection.drops_untold == 0 {
-        drops.push(connection.id);
-    }
-    connection.drops_untold = connection.drops_untold.saturating_add(dropped.frames);
-    connection.drops_in_a_row = connection.drops_in_a_row.saturating_add(dropped.frames);
-    if dropped.max_drops > 0 && connection.drops_in_a_row >= dropped.max_drops {
-        ends.push((connection.id, CloseReason::TooManyDrops));
-    }
+    let frames = (0..*count).filter_map(|ahead| reader.get(ahead));
+    Chunk::joined(frames.map(|publication| publication.frame.as_bytes()), bytes)
 }
 
 /// SplitMix64: unpredictable enough that a peer cannot answer a ping that it has not seen.

@@ -1,0 +1,238 @@
+//! The crowd: a shard's connections, its group index, and what a fan-out does to them.
+//!
+//! Owned by one shard. Puts frames into outboxes and notes what follows from it, for the
+//! shard to carry out when the fan-out is over: who is to be flushed, told of drops,
+//! ended. Knows connections and groups. Does not know the log, the mailbox or the sockets'
+//! poll.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use slab::Slab;
+
+use crate::close_reason::CloseReason;
+use crate::command::Publication;
+use crate::connection::Connection;
+use crate::deadlines::Deadlines;
+use crate::directory::Group;
+use crate::group::{GroupIndex, LocalKey};
+use crate::id::ConnectionId;
+use crate::metrics::Metrics;
+use crate::outbox::{Chunk, Dropped, Offer, Patience};
+use crate::policy::Policy;
+use crate::receipt::Ticket;
+
+pub(crate) struct Crowd {
+    pub(crate) connections: Slab<Connection>,
+    pub(crate) groups: GroupIndex<Arc<Group>>,
+    /// Slots with something to write.
+    pub(crate) dirty: Vec<u32>,
+    /// Ends decided in the middle of a fan-out.
+    pub(crate) ends: Vec<(ConnectionId, CloseReason)>,
+    /// Connections whose handlers are to be told of drops.
+    pub(crate) drops: Vec<ConnectionId>,
+    /// When frames that wait are to be dropped.
+    pub(crate) deadlines: Deadlines<ConnectionId>,
+    /// Bytes in all outboxes.
+    pub(crate) backlog_bytes: usize,
+    pub(crate) metrics: Metrics,
+    /// The time of this turn, since the shard's start.
+    pub(crate) now: Duration,
+}
+
+impl Crowd {
+    pub(crate) fn new() -> Self {
+        Self {
+            connections: Slab::new(),
+            groups: GroupIndex::new(),
+            dirty: Vec::new(),
+            ends: Vec::new(),
+            drops: Vec::new(),
+            deadlines: Deadlines::new(),
+            backlog_bytes: 0,
+            metrics: Metrics::default(),
+            now: Duration::ZERO,
+        }
+    }
+
+    /// Offers the chunk to each member of a group; returns how many there were.
+    pub(crate) fn fan_out(&mut self, group: LocalKey, chunk: Chunk, publication: &Publication) -> u64 {
+        let chunk = Rc::new(chunk);
+        let (mut targets, mut waited) = (0, 0);
+        for place in 0..self.groups.len(group) {
+            let slot = self.groups.member(group, place);
+            self.offer_unless(slot, &chunk, publication, &mut targets, &mut waited);
+        }
+        count(publication, targets, waited)
+    }
+
+    /// Offers the publication's frame to each slot; returns how many there were.
+    pub(crate) fn fan_out_to(&mut self, slots: &[u32], publication: &Publication) -> u64 {
+        let chunk = Rc::new(Chunk::single(publication.frame.bytes()));
+        let (mut targets, mut waited) = (0, 0);
+        for slot in slots {
+            self.offer_unless(*slot, &chunk, publication, &mut targets, &mut waited);
+        }
+        count(publication, targets, waited)
+    }
+
+    #[inline]
+    fn offer_unless(
+        &mut self,
+        slot: u32,
+        chunk: &Rc<Chunk>,
+        publication: &Publication,
+        targets: &mut u64,
+        waited: &mut u64,
+    ) {
+        if publication.except.iter().any(|id| id.slot() == slot as usize && self.is(slot, *id)) {
+            return;
+        }
+        *targets += 1;
+        *waited += u64::from(self.offer(slot, chunk, publication.policy, publication.ticket.as_ref()));
+    }
+
+    fn is(&self, slot: u32, id: ConnectionId) -> bool {
+        self.connections.get(slot as usize).is_some_and(|connection| connection.id == id)
+    }
+
+    /// Puts the chunk into one outbox; true if something of it did not fit.
+    #[inline]
+    pub(crate) fn offer(
+        &mut self,
+        slot: u32,
+        chunk: &Rc<Chunk>,
+        policy: Option<Policy>,
+        ticket: Option<&Ticket>,
+    ) -> bool {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return false };
+        let bounds = connection.bounds();
+        let frames = u64::from(chunk.frames());
+        connection.counts.offered += frames;
+        self.metrics.offered += frames;
+        let policy = policy.unwrap_or(connection.config.policy);
+        let until = policy.timeout().map(|timeout| self.now + timeout);
+        let patience = Patience { until, max_drops: policy.max_drops() };
+        let before = connection.outbox.backlog_bytes();
+        let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, ticket.cloned());
+        self.backlog_bytes += connection.outbox.backlog_bytes() - before;
+        if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
+            self.dirty.push(slot);
+        }
+        if !connection.is_congested && connection.outbox.is_congested(&bounds) {
+            connection.is_congested = true;
+            self.groups.groups_of(slot).for_each(|group| group.add_congested());
+        }
+        if offer == Offer::Queued {
+            connection.drops_in_a_row = 0;
+            return false;
+        }
+        self.offered_too_much(slot, offer, policy, patience, ticket);
+        true
+    }
+
+    /// What follows when an outbox was full.
+    #[cold]
+    fn offered_too_much(
+        &mut self,
+        slot: u32,
+        offer: Offer,
+        policy: Policy,
+        patience: Patience,
+        ticket: Option<&Ticket>,
+    ) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        match offer {
+            Offer::Queued | Offer::Waits => {}
+            Offer::Drops(frames) => {
+                connection.counts.dropped_overflow += frames;
+                self.metrics.dropped_overflow += u64::from(frames);
+                if let Some(ticket) = ticket {
+                    ticket.count_overflow();
+                }
+                let dropped = Dropped { frames, max_drops: patience.max_drops };
+                note_drop(connection, dropped, &mut self.drops, &mut self.ends);
+            }
+            Offer::Overflow => self.ends.push((connection.id, CloseReason::SlowConsumer)),
+        }
+        if let Some(timeout) = policy.timeout().filter(|timeout| !timeout.is_zero()) {
+            self.deadlines.push(self.now, timeout, connection.id);
+        }
+        if policy.max_rtt().is_some_and(|max| connection.heartbeat.is_rtt_above(max)) {
+            self.ends.push((connection.id, CloseReason::HighRtt));
+        }
+    }
+
+    /// Drops what has waited too long for one connection.
+    pub(crate) fn drop_late(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(id.slot()).filter(|connection| connection.id == id)
+        else {
+            return;
+        };
+        let bounds = connection.bounds();
+        let before = connection.outbox.backlog_bytes();
+        let mut drops: smallvec::SmallVec<[Dropped; 4]> = smallvec::SmallVec::new();
+        connection.outbox.expire(self.now, &bounds, |dropped, ticket| {
+            if let Some(ticket) = ticket {
+                ticket.count_timeout();
+            }
+            drops.push(dropped);
+        });
+        self.backlog_bytes -= before - connection.outbox.backlog_bytes();
+        for dropped in drops {
+            connection.counts.dropped_timeout += dropped.frames;
+            self.metrics.dropped_timeout += u64::from(dropped.frames);
+            note_drop(connection, dropped, &mut self.drops, &mut self.ends);
+        }
+    }
+
+    /// The connections with the largest backlogs, until without them at most `target` bytes were left.
+    pub(crate) fn largest_backlogs(&self, target: usize) -> Vec<ConnectionId> {
+        let backlog =
+            |(_, connection): (usize, &Connection)| (connection.outbox.backlog_bytes(), connection.id);
+        let mut backlogs: Vec<_> =
+            self.connections.iter().map(backlog).filter(|(bytes, _)| *bytes > 0).collect();
+        backlogs.sort_unstable_by(|a, b| b.cmp(a));
+        let mut left = self.backlog_bytes;
+        let is_needed = |(bytes, _): &(usize, ConnectionId)| {
+            let needed = left > target;
+            left = left.saturating_sub(*bytes);
+            needed
+        };
+        backlogs.into_iter().take_while(is_needed).map(|(_, id)| id).collect()
+    }
+
+    pub(crate) fn mark_dirty(&mut self, slot: u32) {
+        if let Some(connection) = self.connections.get_mut(slot as usize)
+            && connection.is_writable
+            && !std::mem::replace(&mut connection.is_dirty, true)
+        {
+            self.dirty.push(slot);
+        }
+    }
+}
+
+fn count(publication: &Publication, targets: u64, waited: u64) -> u64 {
+    if let Some(ticket) = &publication.ticket {
+        ticket.count(targets, waited);
+    }
+    targets
+}
+
+/// Notes a drop: for the handler, and against the connection if these were too many in a row.
+fn note_drop(
+    connection: &mut Connection,
+    dropped: Dropped,
+    drops: &mut Vec<ConnectionId>,
+    ends: &mut Vec<(ConnectionId, CloseReason)>,
+) {
+    if connection.drops_untold == 0 {
+        drops.push(connection.id);
+    }
+    connection.drops_untold = connection.drops_untold.saturating_add(dropped.frames);
+    connection.drops_in_a_row = connection.drops_in_a_row.saturating_add(dropped.frames);
+    if dropped.max_drops > 0 && connection.drops_in_a_row >= dropped.max_drops {
+        ends.push((connection.id, CloseReason::TooManyDrops));
+    }
+}
