@@ -1,7 +1,9 @@
 //! The server that every measurement runs: four hubs on one engine, nothing else.
 //!
 //! `fanout --port P --shards N --no-pin --policy block`, all optional (port 9001, one
-//! shard for each CPU, pinned). Prints `ready` when it listens and logs nothing.
+//! shard for each CPU, pinned). Prints `ready` when it listens and logs nothing. On SIGTERM
+//! it shuts down: everything accepted arrives, clients see 1001, and it prints a report.
+//! Policies: `block`, `drop-message:100ms`, `drop-connection:100ms:5`, `drop-on-high-rtt:300ms:8`.
 //!
 //! - `/ws`: `{"t":u64,"p":string}`, decoded, encoded again and broadcast to all, the sender included
 //! - `/echo`: the same, to the sender only
@@ -12,6 +14,7 @@
 
 use std::error::Error;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Path, State};
@@ -22,6 +25,7 @@ use shardcast::{
     BroadcastPolicy, Engine, EngineConfig, Hub, JsonCodec, MessageContext, RawCodec, RawMessage,
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
+use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Serialize, Deserialize)]
 struct Tick {
@@ -99,7 +103,11 @@ struct Options {
     hub: WsHubConfig,
 }
 
-const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--policy block]";
+const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--policy POLICY], where POLICY is block, \
+     drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
+
+/// Time for everything that is accepted to arrive after SIGTERM.
+const SHUTDOWN_WITHIN: Duration = Duration::from_secs(20);
 
 fn options() -> Result<Options, Box<dyn Error>> {
     let mut options = Options { port: 9001, engine: EngineConfig::default(), hub: WsHubConfig::default() };
@@ -117,11 +125,26 @@ fn options() -> Result<Options, Box<dyn Error>> {
     Ok(options)
 }
 
-fn policy(name: &str) -> Result<BroadcastPolicy, Box<dyn Error>> {
-    match name {
-        "block" => Ok(BroadcastPolicy::Block),
-        other => Err(format!("`{other}` is no policy of this version; {USAGE}").into()),
-    }
+/// `block`, `drop-message:100ms`, `drop-connection:100ms:5`, `drop-on-high-rtt:300ms:8`.
+fn policy(text: &str) -> Result<BroadcastPolicy, Box<dyn Error>> {
+    let parts: Vec<&str> = text.split(':').collect();
+    let millis = |part: &str| -> Result<Duration, Box<dyn Error>> {
+        let number = part.strip_suffix("ms").ok_or_else(|| format!("`{part}` is no time such as 100ms"))?;
+        Ok(Duration::from_millis(number.parse().map_err(|_| format!("`{part}` is no time such as 100ms"))?))
+    };
+    Ok(match parts[..] {
+        ["block"] => BroadcastPolicy::Block,
+        ["drop-message", timeout] => BroadcastPolicy::DropMessage { timeout: millis(timeout)? },
+        ["drop-connection", timeout, drops] => BroadcastPolicy::DropConnection {
+            timeout: millis(timeout)?,
+            max_drops: drops.parse().map_err(|_| format!("`{drops}` is no number of drops"))?,
+        },
+        ["drop-on-high-rtt", max_rtt, samples] => BroadcastPolicy::DropOnHighRtt {
+            max_rtt: millis(max_rtt)?,
+            rtt_samples: samples.parse().map_err(|_| format!("`{samples}` is no number of samples"))?,
+        },
+        _ => return Err(format!("`{text}` is no policy; {USAGE}").into()),
+    })
 }
 
 // One thread is enough: it only answers handshakes.
@@ -161,6 +184,12 @@ async fn serve() -> Result<(), Box<dyn Error>> {
         .with_state(hubs);
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
     println!("ready");
-    axum::serve(listener, app).await?;
-    Ok(())
+    let mut terminated = signal(SignalKind::terminate())?;
+    let ending = async move {
+        terminated.recv().await;
+        let report = engine.shutdown(SHUTDOWN_WITHIN).await;
+        println!("flushed {}, cut off {}, left over {}", report.flushed, report.cut_off, report.left_over);
+    };
+    // The refusals of the last moments are answered, too.
+    Ok(axum::serve(listener, app).with_graceful_shutdown(ending).await?)
 }

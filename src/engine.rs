@@ -2,7 +2,9 @@
 //!
 //! A thin handle over the engine crate's. Does not know connections.
 
-use shardcast_engine::{EngineConfig, Metrics, StartError};
+use std::time::Duration;
+
+use shardcast_engine::{EngineConfig, Metrics, Shutdown, ShutdownReport, StartError};
 use tokio::runtime;
 
 use crate::config::{ConfigError, WsHubConfig};
@@ -53,6 +55,34 @@ impl Engine {
     /// A setting out of range, by name.
     pub fn hub<H: WsHub>(&self, config: WsHubConfig) -> Result<Hub<H>, ConfigError> {
         Hub::new(self.inner.clone(), self.runtime, &config)
+    }
+
+    /// Ends the engine in order, within the given time: refuses upgrades (503), reads no more messages, lets hubs'
+    /// methods finish, writes out everything that was published, closes the connections with 1001 spread over a
+    /// quarter of the time, ends the threads, and says how that went. For 1012 and other windows, see
+    /// [`shutdown_with`](Self::shutdown_with).
+    ///
+    /// `axum::serve(..).with_graceful_shutdown` alone forgets upgraded sockets. Await this in its signal:
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # async fn example(engine: shardcast::Engine, listener: tokio::net::TcpListener, app: axum::Router) -> std::io::Result<()> {
+    /// axum::serve(listener, app)
+    ///     .with_graceful_shutdown(async move {
+    ///         tokio::signal::ctrl_c().await.ok();
+    ///         let report = engine.shutdown(Duration::from_secs(10)).await;
+    ///         println!("{} flushed, {} cut off", report.flushed, report.cut_off);
+    ///     })
+    ///     .await
+    /// # }
+    /// ```
+    pub async fn shutdown(&self, within: Duration) -> ShutdownReport {
+        self.inner.shutdown(Shutdown::within(within)).await
+    }
+
+    /// Like [`shutdown`](Self::shutdown), with a close code and a window of one's choice.
+    pub async fn shutdown_with(&self, shutdown: Shutdown) -> ShutdownReport {
+        self.inner.shutdown(shutdown).await
     }
 
     /// The number of shards.

@@ -35,6 +35,6 @@ pub use serve::ServeError;
 pub use serve_hub::serve_hub;
 pub use shardcast_engine::{
     AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, FrameError, InvalidConnectionId,
-    MessageKind, Metrics, Receipt, Rtt, StartError,
+    MessageKind, Metrics, Receipt, Rtt, Shutdown, ShutdownReport, StartError,
 };
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

@@ -71,7 +71,10 @@ pub enum CloseReason {
     HandlerPanicked,
     /// The engine is stopping.
     #[error("the engine is stopping")]
-    Shutdown,
+    Shutdown {
+        /// The code sent to the peer: 1001 or 1012.
+        code: CloseCode,
+    },
 }
 
 impl CloseReason {
@@ -93,7 +96,7 @@ impl CloseReason {
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
             Self::Application { code, text } => (*code, text),
             Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
-            Self::Shutdown => (CloseCode::GOING_AWAY, ""),
+            Self::Shutdown { code } => (*code, ""),
         })
     }
 

@@ -79,6 +79,8 @@ pub(crate) struct Connection {
     pub(crate) work: Work,
     /// Nothing more is listened to: the end is on its way through the mailbox.
     pub(crate) is_deaf: bool,
+    /// The engine is ending: no more messages are read.
+    pub(crate) is_paused: bool,
     /// The Close frame is still to be queued, behind all data.
     pub(crate) owes_close: bool,
     /// The kernel may have bytes for us.
@@ -165,7 +167,7 @@ impl Connection {
 
     /// Whether the next message may be handed over.
     pub(crate) fn is_listening(&self) -> bool {
-        self.phase == Phase::Open && self.work == Work::Idle && !self.is_deaf
+        self.phase == Phase::Open && self.work == Work::Idle && !self.is_deaf && !self.is_paused
     }
 
     /// Whether the socket is to be read: for messages, or after the end for what is left in the kernel.

@@ -3,9 +3,10 @@
 //! Starts the threads, pins them, and ends them when the last handle is gone. Nothing is
 //! global: a process may have several engines. Does not know what shards do.
 
+use std::future::poll_fn;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mio::{Poll, Waker};
 
@@ -17,6 +18,10 @@ use crate::metrics::Metrics;
 use crate::namespace::Namespace;
 use crate::publisher::Shared;
 use crate::shard::{BELL, Parts, Shard};
+use crate::stopping::{Shutdown, ShutdownReport};
+
+/// How long an engine that is dropped waits for its peers to take what is theirs.
+const STOP_GRACE: Duration = Duration::from_secs(1);
 
 /// A running engine. Cloning gives another handle to the same one; when the last handle is dropped, the
 /// shards close their connections with 1001 and end.
@@ -133,7 +138,23 @@ impl Engine {
     /// A place for one more connection, or none if `max_connections` are here or the engine is stopping.
     /// Ask before the handshake is answered.
     pub fn admit(&self) -> Option<Place> {
-        if self.owner.shared.is_stopping() { None } else { self.owner.shared.admission.admit() }
+        if self.owner.shared.stopping.is_asked() { None } else { self.owner.shared.admission.admit() }
+    }
+
+    /// Ends the engine in order: admits no more connections, reads no more messages, lets handlers finish, writes
+    /// out everything that was published, closes the connections, ends the threads, and says how that went. Called
+    /// again, it waits for the same end.
+    pub async fn shutdown(&self, shutdown: Shutdown) -> ShutdownReport {
+        let shared = &self.owner.shared;
+        shared.shut_down(shutdown, Instant::now());
+        let report = poll_fn(|context| shared.stopping.poll(context.waker())).await;
+        self.owner.join();
+        report
+    }
+
+    /// Whether a shutdown has begun.
+    pub fn is_stopping(&self) -> bool {
+        self.owner.shared.stopping.is_asked()
     }
 
     /// Connections that are here or on their way.
@@ -166,9 +187,16 @@ impl Engine {
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        self.shared.stop();
-        let threads = self.threads.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for thread in threads.drain(..) {
+        self.shared.stop(STOP_GRACE);
+        self.join();
+    }
+}
+
+impl Owner {
+    /// Waits for the threads, which are about to end.
+    fn join(&self) {
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
             // The last handle may be dropped by a handler, on a shard: a thread cannot wait for itself.
             if thread.thread().id() != thread::current().id() && thread.join().is_err() {
                 tracing::error!("a shard panicked");

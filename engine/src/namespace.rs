@@ -146,7 +146,7 @@ impl Namespace {
     /// # Errors
     /// [`TrySendError::Full`] if the log (for one connection: its shard's mailbox) is full.
     pub fn try_publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), TrySendError> {
-        if self.shared.is_stopping() {
+        if self.shared.stopping.is_closed() {
             return Err(TrySendError::Closed(frame));
         }
         let refused = match self.parcel(to, except, frame, None) {
@@ -286,7 +286,7 @@ impl Namespace {
         frame: Frame,
         ticket: Option<Ticket>,
     ) -> Result<(), SendError> {
-        if self.shared.is_stopping() {
+        if self.shared.stopping.is_closed() {
             return Err(SendError::Closed); // also where nobody is there any more
         }
         match self.parcel(to, except, frame, ticket) {

@@ -5,10 +5,11 @@
 //! the directory. Does not know sockets or connections.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Release};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::time::{Duration, Instant};
 
 use crate::admission::Admission;
+use crate::close_code::CloseCode;
 use crate::command::{Command, Publication};
 use crate::config::EngineConfig;
 use crate::handler::Post;
@@ -16,6 +17,7 @@ use crate::id::ConnectionId;
 use crate::log::Log;
 use crate::mailbox::{Mailbox, Refused};
 use crate::metrics::PublishedMetrics;
+use crate::stopping::{Shutdown, Stopping};
 
 /// Publications after which even a shard that they do not concern is woken to pass them.
 const LAG_MAX: u64 = 256;
@@ -30,7 +32,7 @@ pub(crate) struct Shared {
     pub(crate) next_group: Arc<AtomicU64>,
     /// Bytes in all outboxes, as of the shards' last turns.
     pub(crate) backlog_bytes: AtomicUsize,
-    stopping: AtomicBool,
+    pub(crate) stopping: Stopping,
 }
 
 impl Shared {
@@ -46,7 +48,7 @@ impl Shared {
             admission: Admission::new(config.max_connections, shards),
             next_group: Arc::new(AtomicU64::new(0)),
             backlog_bytes: AtomicUsize::new(0),
-            stopping: AtomicBool::new(false),
+            stopping: Stopping::new(shards),
             mailboxes,
             config,
         }
@@ -54,7 +56,7 @@ impl Shared {
 
     /// Puts a publication into the log and wakes the shards that it concerns.
     pub(crate) fn try_publish(&self, publication: Publication) -> Result<(), Refused<Publication>> {
-        if self.is_stopping() {
+        if self.stopping.is_closed() {
             return Err(Refused::Closed(publication));
         }
         let waited_for = publication.ticket.is_some();
@@ -91,15 +93,27 @@ impl Shared {
         }
     }
 
-    /// Asks all shards to end. Returns false if they had been asked before.
-    pub(crate) fn stop(&self) -> bool {
-        let first = !self.stopping.swap(true, Release); // pairs with `is_stopping`
-        self.mailboxes.iter().for_each(Mailbox::wake);
-        first
+    /// Asks all shards to end in order.
+    pub(crate) fn shut_down(&self, shutdown: Shutdown, now: Instant) {
+        self.stopping.ask(shutdown, now);
+        self.wake_all();
     }
 
-    pub(crate) fn is_stopping(&self) -> bool {
-        self.stopping.load(Acquire)
+    /// Asks all shards to end now: what is queued is flushed for as long as `within`, nothing else is waited for.
+    pub(crate) fn stop(&self, within: Duration) {
+        let shutdown = Shutdown { within, spread: Duration::ZERO, code: CloseCode::GOING_AWAY };
+        self.stopping.ask(shutdown, Instant::now());
+        self.close();
+    }
+
+    /// Refuses publications from now on, and tells the shards.
+    pub(crate) fn close(&self) {
+        self.stopping.close();
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
+        self.mailboxes.iter().for_each(Mailbox::wake);
     }
 }
 

@@ -43,6 +43,7 @@ use crate::outbox::{Chunk, Gather, Outbox};
 use crate::policy::Policy;
 use crate::publisher::Shared;
 use crate::receipt::Ticket;
+use crate::stopping::ShutdownReport;
 use crate::wheel::Wheel;
 
 pub(crate) const BELL: Token = Token(usize::MAX);
@@ -55,8 +56,6 @@ const RESUMES_PER_TURN: usize = 4096;
 const OFFERS_PER_TURN: u64 = 200_000;
 /// Connections flushed in one turn (some 4 µs each).
 const FLUSHES_PER_TURN: usize = 512;
-/// How long a stopping shard waits for its peers to take what is theirs.
-const STOP_GRACE: Duration = Duration::from_secs(1);
 
 /// One thread's worth of connections; see [`Engine::driven`](crate::Engine::driven) for how to drive it by hand.
 pub struct Shard {
@@ -81,7 +80,7 @@ pub struct Shard {
     offers_left: u64,
     /// What all threads have been told of the bytes in this shard's outboxes.
     backlog_told: usize,
-    stop_by: Option<Duration>,
+    stop: Option<Stop>,
     scratch: Scratch,
 }
 
@@ -91,6 +90,28 @@ pub(crate) struct Parts {
     pub(crate) shared: Arc<Shared>,
     pub(crate) poll: Poll,
     pub(crate) reader: Reader<Publication>,
+}
+
+/// How far this shard has got with ending.
+#[derive(Debug)]
+struct Stop {
+    /// When everything must be over.
+    by: Duration,
+    /// When handlers that are still busy are no longer waited for.
+    closing_by: Duration,
+    is_quiet: bool,
+    /// Whom to close when, the last first; none while the engine drains.
+    closings: Option<Vec<(Duration, ConnectionId)>>,
+    report: ShutdownReport,
+}
+
+impl Stop {
+    fn next_due(&self) -> Duration {
+        match &self.closings {
+            None => self.closing_by,
+            Some(closings) => closings.last().map_or(self.by, |(due, _)| (*due).min(self.by)),
+        }
+    }
 }
 
 /// Buffers that keep their memory between turns.
@@ -134,7 +155,7 @@ impl Shard {
             held: None,
             ready: Vec::new(),
             offers_left: 0,
-            stop_by: None,
+            stop: None,
             scratch: Scratch { read, ..Scratch::default() },
         }
     }
@@ -188,11 +209,11 @@ impl Shard {
     /// How long the poll may block: not at all while there is work, else until the next timer or the bell.
     fn sleep_bound(&self, now: Instant) -> Option<Duration> {
         let mailbox = &self.shared.mailboxes[self.index];
-        let is_idle = || !self.has_work() && (!self.shared.is_stopping() || self.stop_by.is_some());
+        let is_idle = || !self.has_work() && !self.has_news_of_stopping();
         if self.has_work() || !mailbox.fall_asleep(is_idle) {
             return Some(Duration::ZERO);
         }
-        let stop = self.stop_by.map(|by| self.started + by);
+        let stop = self.stop.as_ref().map(|stop| self.started + stop.next_due());
         let due = self.next_due().into_iter().chain(stop).min();
         due.map(|due| due.saturating_duration_since(now))
     }
@@ -220,7 +241,7 @@ impl Shard {
         self.drop_late();
         self.remind();
         self.keep_within_budget();
-        self.stop_if_asked();
+        self.follow_stop();
         self.crowd.metrics.turns += 1;
         self.crowd.metrics.connections = self.crowd.connections.len() as u64;
         let Metrics { offered, written, dropped_timeout, dropped_overflow, discarded, .. } =
@@ -528,7 +549,7 @@ impl Shard {
 
     fn adopt(&mut self, adoption: Adoption) {
         let Adoption { mut socket, received, handler, config, directory, place, entrance } = adoption;
-        if self.crowd.connections.vacant_key() >= SLOTS_MAX || self.stop_by.is_some() {
+        if self.crowd.connections.vacant_key() >= SLOTS_MAX || self.stop.is_some() {
             tracing::warn!(shard = self.index, "no room for a connection, or stopping: it was dropped");
             return;
         }
@@ -548,7 +569,7 @@ impl Shard {
             }
         };
         // The golden ratio spreads neighbours over the interval.
-        let stagger = (slot as f64 * 0.618_033_988_749_895).fract() as f32;
+        let stagger = golden(slot) as f32;
         vacant.insert(Connection {
             id,
             socket: Some(socket),
@@ -569,6 +590,7 @@ impl Shard {
             phase: Phase::Open,
             work: Work::Idle,
             is_deaf: false,
+            is_paused: false,
             owes_close: false,
             is_readable: false,
             is_read_closed: false,
@@ -827,7 +849,10 @@ impl Shard {
             connection.counts.discarded += discarded;
             self.crowd.metrics.discarded += discarded;
         }
-        let by = self.crowd.now + connection.config.close_timeout;
+        let by = match (&reason, &self.stop) {
+            (CloseReason::Shutdown { .. }, Some(stop)) => stop.by,
+            _ => self.crowd.now + connection.config.close_timeout,
+        };
         connection.ending = Some(Box::new(Ending { reason, by }));
         if is_told {
             connection.owes_close = true;
@@ -908,6 +933,12 @@ impl Shard {
         let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
         connection.counts.discarded += discarded;
         self.crowd.metrics.discarded += discarded;
+        if let Some(stop) = &mut self.stop {
+            match discarded {
+                0 => stop.report.flushed += 1,
+                _ => stop.report.cut_off += 1,
+            }
+        }
         self.remove_if_over(slot);
     }
 
@@ -920,19 +951,67 @@ impl Shard {
         }
     }
 
-    fn stop_if_asked(&mut self) {
-        if self.stop_by.is_some() || !self.shared.is_stopping() {
-            return;
+    /// Whether the engine's ending has come further than this shard has followed.
+    fn has_news_of_stopping(&self) -> bool {
+        match &self.stop {
+            None => self.shared.stopping.is_asked(),
+            Some(stop) => stop.closings.is_none() && self.shared.stopping.is_closed(),
         }
-        self.stop_by = Some(self.crowd.now + STOP_GRACE);
-        let slots: Vec<u32> = self.crowd.connections.iter().map(|(slot, _)| slot as u32).collect();
-        for slot in slots {
-            self.end(slot, CloseReason::Shutdown);
+    }
+
+    /// Takes part in the engine's ending, as far as it has come.
+    fn follow_stop(&mut self) {
+        let Some(plan) = self.shared.stopping.plan() else { return };
+        let now = self.crowd.now;
+        if self.stop.is_none() {
+            let by = plan.by.saturating_duration_since(self.started);
+            let closing_by = by.saturating_sub(plan.within / 2);
+            let report = ShutdownReport::default();
+            self.stop = Some(Stop { by, closing_by, is_quiet: false, closings: None, report });
+            for (_, connection) in &mut self.crowd.connections {
+                connection.is_paused = true;
+            }
+        }
+        let Some(stop) = &mut self.stop else { return };
+        if stop.closings.is_none() {
+            let is_busy = |(_, connection): (usize, &Connection)| connection.work == Work::Busy;
+            if !stop.is_quiet && !self.crowd.connections.iter().any(is_busy) {
+                stop.is_quiet = true;
+                if self.shared.stopping.tell_quiet() {
+                    self.shared.close();
+                }
+            }
+            if now >= stop.closing_by {
+                self.shared.close();
+            }
+            if !self.shared.stopping.is_closed() || !self.reader.is_at_tail() {
+                return; // what was published before goes out first
+            }
+            let open =
+                self.crowd.connections.iter().filter(|(_, connection)| connection.phase == Phase::Open);
+            // The golden ratio spreads neighbours over the window.
+            let closing = |(slot, connection): (usize, &Connection)| {
+                (now + plan.spread.mul_f64(golden(slot)), connection.id)
+            };
+            let mut closings: Vec<_> = open.map(closing).collect();
+            closings.sort_unstable_by(|a, b| b.cmp(a));
+            stop.closings = Some(closings);
+        }
+        while let Some(stop) = &mut self.stop
+            && let Some(closings) = &mut stop.closings
+            && let Some((_, id)) = closings.pop_if(|(due, _)| *due <= now)
+        {
+            if self.find(id).is_some() {
+                self.end(id.slot() as u32, CloseReason::Shutdown { code: plan.code });
+            }
         }
     }
 
     fn has_stopped(&self) -> bool {
-        self.stop_by.is_some_and(|by| self.crowd.connections.is_empty() || self.crowd.now >= by)
+        self.stop.as_ref().is_some_and(|stop| {
+            let is_over = stop.closings.is_some() && self.crowd.connections.is_empty();
+            is_over || self.crowd.now >= stop.by
+        })
     }
 
     fn find(&self, id: ConnectionId) -> Option<&Connection> {
@@ -946,9 +1025,19 @@ impl Drop for Shard {
         if std::thread::panicking() {
             // Promises cannot be kept with a part of the connections gone: the whole engine stops.
             tracing::error!(shard = self.index, "a shard panicked; the engine stops");
-            self.shared.stop();
+            self.shared.stop(Duration::ZERO);
         }
         self.shared.mailboxes[self.index].close();
+        let mut report = self.stop.take().map_or_else(ShutdownReport::default, |stop| stop.report);
+        for (_, connection) in &self.crowd.connections {
+            report.left_over += u64::from(connection.handler.is_some());
+            match connection.outbox.pending() {
+                _ if connection.socket.is_none() => {}
+                0 => report.flushed += 1,
+                _ => report.cut_off += 1,
+            }
+        }
+        self.shared.stopping.tell_end(report);
     }
 }
 
@@ -970,6 +1059,11 @@ fn join(reader: &Reader<Publication>, first: &Publication, limit: u64, count: &m
     }
     let frames = (0..*count).filter_map(|ahead| reader.get(ahead));
     Chunk::joined(frames.map(|publication| publication.frame.as_bytes()), bytes)
+}
+
+/// A number in [0, 1) for each slot, such that neighbours lie far apart.
+fn golden(slot: usize) -> f64 {
+    (slot as f64 * 0.618_033_988_749_895).fract()
 }
 
 /// SplitMix64: unpredictable enough that a peer cannot answer a ping that it has not seen.

@@ -815,7 +815,7 @@ fn ends() -> Vec<End> {
                 let engine = std::mem::replace(&mut rig.engine, Rig::new(1).engine);
                 drop(engine);
             },
-            is!(CloseReason::Shutdown),
+            is!(CloseReason::Shutdown { .. }),
             Some(1001),
         ),
     ]
