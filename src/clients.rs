@@ -114,7 +114,7 @@ impl<M, C> Clients<M, C> {
         code: CloseCode,
         reason: impl Into<Cow<'static, str>>,
     ) -> Result<(), SendError> {
-        Ok(self.inner.namespace.close(id, code, reason).await?)
+        self.to(id).disconnect(code, reason).await
     }
 
     /// What a connection has counted, after everything that was sent before; none if it has gone.
@@ -183,6 +183,19 @@ impl<'a, M, C> Target<'a, M, C> {
     /// Leaves out these clients.
     pub fn except(self, except: &'a [ConnectionId]) -> Self {
         Self { except, ..self }
+    }
+
+    /// Ends the connections of the target, each after what was sent to it before, with a Close frame that carries
+    /// `code` and at most 123 bytes of `reason`.
+    ///
+    /// # Errors
+    /// An engine that has ended, too many who wait already.
+    pub async fn disconnect(
+        &self,
+        code: CloseCode,
+        reason: impl Into<Cow<'static, str>>,
+    ) -> Result<(), SendError> {
+        Ok(self.clients.inner.namespace.close(self.to, self.except, code, reason).await?)
     }
 
     /// Follows this policy instead of the hub's. A message to one client waits for room unless told otherwise here.

@@ -5,6 +5,7 @@
 //! its engine alive. Knows clients. Does not know sessions, the upgrade or shards.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -178,7 +179,7 @@ impl<H: WsHub> Hub<H> {
         self.runtime
     }
 
-    pub(crate) fn admit(&self) -> Option<Place> {
-        self.engine.admit()
+    pub(crate) fn admit(&self, address: Option<IpAddr>) -> Option<Place> {
+        self.engine.admit(address)
     }
 }

@@ -19,11 +19,12 @@ impl WebSocketUpgrade {
     /// Answers the handshake and gives the connection to `hub`, with `instance` to handle it. From then on a shard
     /// owns the socket, and no task is left of it.
     ///
-    /// With no place left ([`EngineConfig::max_connections`](crate::EngineConfig)), or when the engine is stopping,
-    /// answers 503 with `Retry-After` instead.
+    /// With no place left ([`EngineConfig::max_connections`](crate::EngineConfig), in all or for the peer's address),
+    /// or when the engine is stopping, answers 503 with `Retry-After` instead. The address is known to routers that
+    /// are served with [`into_make_service_with_connect_info`](axum::Router::into_make_service_with_connect_info).
     #[must_use = "the handshake goes unanswered unless this response is returned"]
     pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: H) -> Response {
-        let Some(place) = hub.admit() else {
+        let Some(place) = hub.admit(self.peer_address()) else {
             let retry = [(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS))];
             let why = "no place for one more connection";
             return (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response();
@@ -45,7 +46,7 @@ impl<H: WsHub> Hub<H> {
     /// # Errors
     /// No place left, an engine that has ended, a socket that cannot be prepared. The socket is closed then.
     pub async fn serve(&self, socket: WebSocket, instance: H) -> Result<(), ServeError> {
-        let place = self.admit().ok_or(ServeError::Full)?;
+        let place = self.admit(socket.peer_address()).ok_or(ServeError::Full)?;
         self.adopt(socket, Session::maker(self, instance, Handle::current(), None), place).await
     }
 

@@ -41,7 +41,7 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig
             return;
         }
     };
-    let Some(place) = handle.admit() else {
+    let Some(place) = handle.admit(socket.peer_address()) else {
         tracing::warn!("a connection was refused: no place left");
         return;
     };

@@ -5,10 +5,16 @@
 //! gets a [bridge](crate::bridge).
 //! Knows axum, hyper and the handshake's verdicts. Does not know hubs, frames, or who takes the socket.
 
-use std::{fmt, future::Future, io, os::unix};
+use std::{
+    fmt,
+    future::Future,
+    io,
+    net::{IpAddr, SocketAddr},
+    os::unix,
+};
 
 use axum::{
-    extract::{FromRequestParts, OptionalFromRequestParts},
+    extract::{ConnectInfo, FromRequestParts, OptionalFromRequestParts},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -60,6 +66,7 @@ pub struct WebSocketUpgrade {
     requested_protocols: Vec<HeaderValue>,
     selected_protocol: Option<HeaderValue>,
     origin: Option<HeaderValue>,
+    peer_address: Option<IpAddr>,
     refusal: Option<UpgradeRejection>,
 }
 
@@ -102,6 +109,11 @@ impl WebSocketUpgrade {
     /// The `Origin` of the request: where the page comes from that opens the WebSocket. Browsers always send it.
     pub fn origin(&self) -> Option<&HeaderValue> {
         self.origin.as_ref()
+    }
+
+    /// Where the request comes from, if the router is served with connect info.
+    pub(crate) fn peer_address(&self) -> Option<IpAddr> {
+        self.peer_address
     }
 
     /// Lets browsers connect from pages of these origins only, such as `https://example.org`; by default any page
@@ -176,6 +188,7 @@ impl WebSocketUpgrade {
             requested_protocols: handshake::requested_protocols(&parts.headers),
             selected_protocol: None,
             origin: parts.headers.get(header::ORIGIN).cloned(),
+            peer_address: parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip()),
             refusal: None,
         })
     }
@@ -249,6 +262,14 @@ impl WebSocket {
     /// The subprotocol that the handshake has agreed on, if any.
     pub fn protocol(&self) -> Option<&HeaderValue> {
         self.protocol.as_ref()
+    }
+
+    /// Where the peer is; none behind a bridge.
+    pub(crate) fn peer_address(&self) -> Option<IpAddr> {
+        match &self.socket {
+            RawSocket::Tcp(stream) => stream.peer_addr().ok().map(|address| address.ip()),
+            RawSocket::Unix(_) => None,
+        }
     }
 
     pub(crate) fn into_parts(self) -> WebSocketParts {

@@ -69,7 +69,7 @@ fn welcome(
     config: Arc<ConnectionConfig>,
 ) -> Result<(), Box<dyn Error>> {
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let Some(place) = engine.admit() else {
+    let Some(place) = engine.admit(Some(stream.peer_addr()?.ip())) else {
         stream
             .write_all(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n")?;
         return Err("no place left".into());

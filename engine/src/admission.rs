@@ -5,9 +5,11 @@
 //! dropped, wherever that happens, so a handshake that fails halfway costs nothing.
 //! Does not know sockets or shards' work.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_utils::CachePadded;
 
@@ -15,21 +17,36 @@ use crossbeam_utils::CachePadded;
 pub(crate) struct Admission {
     taken: AtomicUsize,
     max: usize,
+    /// Connections of each address, where that is bounded. Locked per connection, not per message.
+    addresses: Option<(usize, Mutex<HashMap<IpAddr, usize>>)>,
     seats: Box<[CachePadded<AtomicUsize>]>,
 }
 
 impl Admission {
-    pub(crate) fn new(max: usize, shards: usize) -> Arc<Self> {
+    pub(crate) fn new(max: usize, max_per_address: Option<usize>, shards: usize) -> Arc<Self> {
         let seats = (0..shards).map(|_| CachePadded::default()).collect();
-        Arc::new(Self { taken: AtomicUsize::new(0), max, seats })
+        let addresses = max_per_address.map(|max| (max, Mutex::new(HashMap::new())));
+        Arc::new(Self { taken: AtomicUsize::new(0), max, addresses, seats })
     }
 
-    /// A place for one more connection, unless all are taken.
-    pub(crate) fn admit(self: &Arc<Self>) -> Option<Place> {
+    /// A place for one more connection, unless all are taken, in all or for its address.
+    pub(crate) fn admit(self: &Arc<Self>, address: Option<IpAddr>) -> Option<Place> {
         // Relaxed: a counter; nothing else hangs on it.
         let one_more = |taken| (taken < self.max).then_some(taken + 1);
         self.taken.fetch_update(Relaxed, Relaxed, one_more).ok()?;
-        Some(Place { admission: self.clone(), shard: None })
+        // From here on the place gives back what it has.
+        let mut place = Place { admission: self.clone(), shard: None, address: None };
+        if let (Some((max, counts)), Some(address)) = (&self.addresses, address) {
+            let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = counts.entry(address).or_default();
+            if *count >= *max {
+                drop(counts);
+                return None;
+            }
+            *count += 1;
+            place.address = Some(Box::new(address));
+        }
+        Some(place)
     }
 
     pub(crate) fn taken(&self) -> usize {
@@ -42,6 +59,8 @@ impl Admission {
 pub struct Place {
     admission: Arc<Admission>,
     shard: Option<u32>,
+    /// Where it is counted for its address.
+    address: Option<Box<IpAddr>>,
 }
 
 impl Place {
@@ -61,6 +80,15 @@ impl Drop for Place {
         if let Some(shard) = self.shard {
             self.admission.seats[shard as usize].fetch_sub(1, Relaxed);
         }
+        if let (Some((_, counts)), Some(address)) = (&self.admission.addresses, &self.address) {
+            let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(count) = counts.get_mut(address) {
+                *count -= 1;
+                if *count == 0 {
+                    counts.remove(address);
+                }
+            }
+        }
     }
 }
 
@@ -70,14 +98,26 @@ mod tests {
 
     #[test]
     fn places_are_bounded_and_come_back() {
-        let admission = Admission::new(2, 2);
-        let mut first = admission.admit().unwrap();
-        let mut second = admission.admit().unwrap();
-        assert!(admission.admit().is_none());
+        let admission = Admission::new(2, None, 2);
+        let mut first = admission.admit(None).unwrap();
+        let mut second = admission.admit(None).unwrap();
+        assert!(admission.admit(None).is_none());
         assert_ne!(first.choose_shard(), second.choose_shard());
         drop(first);
-        assert_eq!(admission.admit().unwrap().choose_shard(), 0);
+        assert_eq!(admission.admit(None).unwrap().choose_shard(), 0);
         drop(second);
+        assert_eq!(admission.taken(), 0);
+    }
+
+    #[test]
+    fn an_address_has_a_bound_of_its_own() {
+        let admission = Admission::new(10, Some(1), 1);
+        let (one, other) = (IpAddr::from([127, 0, 0, 1]), IpAddr::from([127, 0, 0, 2]));
+        let first = admission.admit(Some(one)).unwrap();
+        assert!(admission.admit(Some(one)).is_none() && admission.admit(Some(other)).is_some());
+        assert!(admission.admit(None).is_some(), "an unknown address is not counted");
+        drop(first);
+        assert!(admission.admit(Some(one)).is_some());
         assert_eq!(admission.taken(), 0);
     }
 }

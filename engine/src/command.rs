@@ -25,11 +25,18 @@ use crate::socket::Socket;
 pub(crate) struct Publication {
     pub(crate) target: Target,
     pub(crate) except: SmallVec<[ConnectionId; 1]>,
-    pub(crate) frame: Frame,
+    pub(crate) payload: Payload,
     /// Instead of each connection's own.
     pub(crate) policy: Option<Policy>,
     /// There if the publisher waits.
     pub(crate) ticket: Option<Ticket>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Payload {
+    Frame(Frame),
+    /// Not a frame, but their end, at this place of the order.
+    End(CloseReason),
 }
 
 #[derive(Debug)]
@@ -49,11 +56,22 @@ impl Target {
 }
 
 impl Publication {
+    pub(crate) fn frame(&self) -> Option<&Frame> {
+        match &self.payload {
+            Payload::Frame(frame) => Some(frame),
+            Payload::End(_) => None,
+        }
+    }
+
     /// Whether it may share a piece of memory with its neighbours in the log: the same frames for the same
     /// connections, and nobody waits for one of them alone.
     pub(crate) fn joins(&self, first: &Self) -> bool {
         let plain = |publication: &Self| {
-            publication.except.is_empty() && publication.ticket.is_none() && publication.policy.is_none()
+            let is_frame = publication.frame().is_some();
+            is_frame
+                && publication.except.is_empty()
+                && publication.ticket.is_none()
+                && publication.policy.is_none()
         };
         match (&self.target, &first.target) {
             (Target::One(mine), Target::One(theirs)) => {

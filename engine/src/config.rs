@@ -38,6 +38,9 @@ pub struct EngineConfig {
     /// Bytes that all outboxes together may keep: 1 MiB to 1 TiB. Default: 1 GiB. A frame counts once for each
     /// connection that it is kept for. Beyond it the connections with the largest backlogs are ended (1013).
     pub backlog_bytes_max: usize,
+    /// Connections from one peer address: 1 to 1,073,741,824, or none. Default: none. At the limit no more from there
+    /// are admitted; the face answers the upgrade with 503. Peers whose address is not known are not counted.
+    pub max_connections_per_address: Option<usize>,
     /// Connections in all, at most: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are
     /// admitted; the face answers the upgrade with 503.
     pub max_connections: usize,
@@ -53,6 +56,7 @@ impl Default for EngineConfig {
             publishers_waiting_max: 65_536,
             read_buffer_bytes: 65_536,
             backlog_bytes_max: 1 << 30,
+            max_connections_per_address: None,
             max_connections: 1 << 20,
         }
     }
@@ -71,6 +75,7 @@ impl EngineConfig {
         within("publishers_waiting_max", self.publishers_waiting_max, 1, 1 << 24)?;
         within("read_buffer_bytes", self.read_buffer_bytes, 1024, 16 << 20)?;
         within("backlog_bytes_max", self.backlog_bytes_max, 1 << 20, 1 << 40)?;
+        within("max_connections_per_address", self.max_connections_per_address.unwrap_or(1), 1, 1 << 30)?;
         within("max_connections", self.max_connections, 1, 1 << 30)
     }
 }

@@ -16,6 +16,7 @@ use crate::command::Publication;
 use crate::connection::Connection;
 use crate::deadlines::Deadlines;
 use crate::directory::Group;
+use crate::frame::Frame;
 use crate::group::{GroupIndex, LocalKey};
 use crate::id::ConnectionId;
 use crate::metrics::Metrics;
@@ -68,8 +69,8 @@ impl Crowd {
     }
 
     /// Offers the publication's frame to each slot; returns how many there were.
-    pub(crate) fn fan_out_to(&mut self, slots: &[u32], publication: &Publication) -> u64 {
-        let chunk = Rc::new(Chunk::single(publication.frame.bytes()));
+    pub(crate) fn fan_out_to(&mut self, slots: &[u32], frame: &Frame, publication: &Publication) -> u64 {
+        let chunk = Rc::new(Chunk::single(frame.bytes()));
         let (mut targets, mut waited) = (0, 0);
         for slot in slots {
             self.offer_unless(*slot, &chunk, publication, &mut targets, &mut waited);
@@ -93,6 +94,20 @@ impl Crowd {
         *waited += u64::from(self.offer(slot, chunk, publication.policy, publication.ticket.as_ref()));
     }
 
+    /// Notes the end of each slot; returns how many there were.
+    pub(crate) fn note_ends(
+        &mut self,
+        slots: &[u32],
+        reason: &CloseReason,
+        publication: &Publication,
+    ) -> u64 {
+        let ids = slots.iter().filter_map(|slot| self.connections.get(*slot as usize)).map(|found| found.id);
+        let ids = ids.filter(|id| !publication.except.contains(id));
+        let before = self.ends.len();
+        self.ends.extend(ids.map(|id| (id, reason.clone())));
+        count(publication, (self.ends.len() - before) as u64, 0)
+    }
+
     fn is(&self, slot: u32, id: ConnectionId) -> bool {
         self.connections.get(slot as usize).is_some_and(|connection| connection.id == id)
     }
@@ -114,7 +129,7 @@ impl Crowd {
         let policy = policy.unwrap_or(connection.config.policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
         let patience = Patience { until, max_drops: policy.max_drops() };
-        let before = connection.outbox.backlog_bytes();
+        let (before, queued) = (connection.outbox.backlog_bytes(), connection.outbox.queued());
         let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, ticket.cloned());
         self.backlog_bytes += connection.outbox.backlog_bytes() - before;
         if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
@@ -124,8 +139,10 @@ impl Crowd {
             connection.is_congested = true;
             self.groups.groups_of(slot).for_each(|group| group.add_congested());
         }
+        if connection.outbox.queued() > queued {
+            connection.drops_in_a_row = 0; // some of it was taken, whatever becomes of the rest
+        }
         if offer == Offer::Queued {
-            connection.drops_in_a_row = 0;
             return false;
         }
         self.offered_too_much(slot, offer, policy, patience, ticket);
@@ -171,7 +188,7 @@ impl Crowd {
             return;
         };
         let bounds = connection.bounds();
-        let before = connection.outbox.backlog_bytes();
+        let (before, queued) = (connection.outbox.backlog_bytes(), connection.outbox.queued());
         let mut drops: smallvec::SmallVec<[Dropped; 4]> = smallvec::SmallVec::new();
         connection.outbox.expire(self.now, &bounds, |dropped, ticket| {
             if let Some(ticket) = ticket {
@@ -184,6 +201,9 @@ impl Crowd {
             connection.counts.dropped_timeout += dropped.frames;
             self.metrics.dropped_timeout += u64::from(dropped.frames);
             note_drop(connection, dropped, &mut self.drops, &mut self.ends);
+        }
+        if connection.outbox.queued() > queued {
+            connection.drops_in_a_row = 0; // what waited behind was taken
         }
     }
 

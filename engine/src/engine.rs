@@ -4,6 +4,7 @@
 //! global: a process may have several engines. Does not know what shards do.
 
 use std::future::poll_fn;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -135,10 +136,10 @@ impl Engine {
         Namespace::new(self.owner.shared.clone())
     }
 
-    /// A place for one more connection, or none if `max_connections` are here or the engine is stopping.
-    /// Ask before the handshake is answered.
-    pub fn admit(&self) -> Option<Place> {
-        if self.owner.shared.stopping.is_asked() { None } else { self.owner.shared.admission.admit() }
+    /// A place for one more connection, or none if `max_connections` are here, or `max_connections_per_address` of
+    /// its address, or the engine is stopping. Ask before the handshake is answered.
+    pub fn admit(&self, address: Option<IpAddr>) -> Option<Place> {
+        if self.owner.shared.stopping.is_asked() { None } else { self.owner.shared.admission.admit(address) }
     }
 
     /// Ends the engine in order: admits no more connections, reads no more messages, lets handlers finish, writes

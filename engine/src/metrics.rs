@@ -83,8 +83,8 @@ counters! {
     publications,
     /// Turns of the loop.
     turns,
-    /// Microseconds that the longest of the last turns took, from one look at the sockets to the next; it
-    /// decays by an eighth each turn.
+    /// Loop lag in microseconds: what the longest of the last turns took, less an eighth for each turn since. A gauge;
+    /// the sum over shards says little. Stays 0 where shards are driven by hand.
     lag_micros,
 }
 

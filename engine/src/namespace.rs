@@ -22,7 +22,7 @@ use smallvec::SmallVec;
 use crate::admission::Place;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Command, Publication, Target};
+use crate::command::{Action, Adoption, Command, Payload, Publication, Target};
 use crate::config::{ConfigError, ConnectionConfig};
 use crate::directory::{Directory, Group};
 use crate::frame::Frame;
@@ -117,7 +117,7 @@ impl Namespace {
     pub async fn publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), SendError> {
         let awaited = if self.has_room(&to, frame.len()) { None } else { Some(receipt::ticket()) };
         let (ticket, awaited) = awaited.unzip();
-        self.dispatch(to, except, frame, ticket).await?;
+        self.dispatch(to, except, Payload::Frame(frame), ticket).await?;
         if let Some(awaited) = awaited {
             let _ = poll_fn(|context| awaited.poll(context.waker())).await;
         }
@@ -136,7 +136,7 @@ impl Namespace {
         frame: Frame,
     ) -> Result<Receipt, SendError> {
         let (ticket, awaited) = receipt::ticket();
-        self.dispatch(to, except, frame, Some(ticket)).await?;
+        self.dispatch(to, except, Payload::Frame(frame), Some(ticket)).await?;
         Ok(poll_fn(|context| awaited.poll(context.waker())).await)
     }
 
@@ -149,7 +149,7 @@ impl Namespace {
         if self.shared.stopping.is_closed() {
             return Err(TrySendError::Closed(frame));
         }
-        let refused = match self.parcel(to, except, frame, None) {
+        let refused = match self.parcel(to, except, Payload::Frame(frame), None) {
             None => return Ok(()),
             Some(parcel) => self.try_dispatch(parcel),
         };
@@ -185,17 +185,19 @@ impl Namespace {
         }
     }
 
-    /// Ends a connection with a close code and reason, after what was sent to it before.
+    /// Ends all connections of `to` but `except` with a close code and reason, after what was sent to them before.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
     pub async fn close(
         &self,
-        id: ConnectionId,
+        to: To<'_>,
+        except: &[ConnectionId],
         code: CloseCode,
         text: impl Into<std::borrow::Cow<'static, str>>,
     ) -> Result<(), SendError> {
-        self.command(id, Action::Close(CloseReason::Application { code, text: text.into() })).await
+        let reason = CloseReason::Application { code, text: text.into() };
+        self.dispatch(to, except, Payload::End(reason), None).await
     }
 
     /// What a connection has counted, after everything that was sent before; `on_metrics` is called on its
@@ -283,13 +285,13 @@ impl Namespace {
         &self,
         to: To<'_>,
         except: &[ConnectionId],
-        frame: Frame,
+        payload: Payload,
         ticket: Option<Ticket>,
     ) -> Result<(), SendError> {
         if self.shared.stopping.is_closed() {
             return Err(SendError::Closed); // also where nobody is there any more
         }
-        match self.parcel(to, except, frame, ticket) {
+        match self.parcel(to, except, payload, ticket) {
             Some(parcel) => self.deliver(parcel).await,
             None => Ok(()),
         }
@@ -300,7 +302,7 @@ impl Namespace {
         &self,
         to: To<'_>,
         except: &[ConnectionId],
-        frame: Frame,
+        payload: Payload,
         ticket: Option<Ticket>,
     ) -> Option<Parcel> {
         let occupied = |group: &Arc<Group>| !group.is_empty();
@@ -309,7 +311,12 @@ impl Namespace {
                 if except.contains(&id) || id.shard() >= self.shared.mailboxes.len() {
                     return None;
                 }
-                let action = Action::Send { frame, policy: self.policy.unwrap_or_default(), ticket };
+                let action = match payload {
+                    Payload::Frame(frame) => {
+                        Action::Send { frame, policy: self.policy.unwrap_or_default(), ticket }
+                    }
+                    Payload::End(reason) => Action::Close(reason),
+                };
                 let command = Command::For { id, namespace: self.directory.key(), action };
                 return Some(Parcel::Command(id.shard(), command));
             }
@@ -327,7 +334,7 @@ impl Namespace {
             }
         };
         let except = SmallVec::from_slice(except);
-        Some(Parcel::Publication(Publication { target, except, frame, policy: self.policy, ticket }))
+        Some(Parcel::Publication(Publication { target, except, payload, policy: self.policy, ticket }))
     }
 
     fn try_dispatch(&self, parcel: Parcel) -> Result<(), Refused<Parcel>> {
@@ -385,9 +392,9 @@ enum Parcel {
 impl Parcel {
     fn into_frame(self) -> Frame {
         match self {
-            Self::Publication(Publication { frame, .. })
+            Self::Publication(Publication { payload: Payload::Frame(frame), .. })
             | Self::Command(_, Command::For { action: Action::Send { frame, .. }, .. }) => frame,
-            Self::Command(..) => unreachable!("only frames are given back"),
+            Self::Publication(_) | Self::Command(..) => unreachable!("only frames are given back"),
         }
     }
 }

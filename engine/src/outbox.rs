@@ -203,6 +203,11 @@ impl<T> Outbox<T> {
         u64::from(self.frames) + self.waiting() as u64
     }
 
+    /// Frames within the bound that are not wholly written.
+    pub(crate) fn queued(&self) -> u32 {
+        self.frames
+    }
+
     /// Bytes that are kept for the peer, the waiting ones included. Frames shared with others count for each.
     pub(crate) fn backlog_bytes(&self) -> usize {
         self.bytes + self.more.as_ref().map_or(0, |more| more.waiting_bytes)

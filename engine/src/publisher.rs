@@ -45,7 +45,7 @@ impl Shared {
         Self {
             log,
             metrics: (0..shards).map(|_| PublishedMetrics::default()).collect(),
-            admission: Admission::new(config.max_connections, shards),
+            admission: Admission::new(config.max_connections, config.max_connections_per_address, shards),
             next_group: Arc::new(AtomicU64::new(0)),
             backlog_bytes: AtomicUsize::new(0),
             stopping: Stopping::new(shards),

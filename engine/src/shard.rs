@@ -24,14 +24,14 @@ use bytes::Bytes;
 use mio::{Events, Poll, Token};
 
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Command, Publication, Target};
+use crate::command::{Action, Adoption, Command, Payload, Publication, Target};
 use crate::connection::{
     Connection, ControlRate, Ending, Flushed, Phase, Read, Unread, WRITE_BYTES_MAX, Work,
 };
 use crate::crowd::Crowd;
 use crate::decoder::{Decoder, Event};
 use crate::directory::{Directory, Entrance, Group};
-use crate::frame::ControlFrame;
+use crate::frame::{ControlFrame, Frame};
 use crate::group::Left;
 use crate::handler::{Context, Flow, Message, Post};
 use crate::heartbeat::{Beat, Heartbeat};
@@ -195,7 +195,9 @@ impl Shard {
                 break;
             }
             let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
-            self.work(Instant::now());
+            let began = Instant::now();
+            self.work(began);
+            self.measure_lag(began.elapsed());
             if spins && !self.reader.is_at_tail() && self.reader.get(0).is_none() {
                 std::thread::yield_now(); // a publisher was stopped between claim and release: let it run
             }
@@ -216,6 +218,12 @@ impl Shard {
         let stop = self.stop.as_ref().map(|stop| self.started + stop.next_due());
         let due = self.next_due().into_iter().chain(stop).min();
         due.map(|due| due.saturating_duration_since(now))
+    }
+
+    /// The longest turn of late: what a socket that has something had to wait at most.
+    fn measure_lag(&mut self, turn: Duration) {
+        let lag = self.crowd.metrics.lag_micros;
+        self.crowd.metrics.lag_micros = (turn.as_micros() as u64).max(lag - lag.div_ceil(8));
     }
 
     fn poll_sockets(&mut self, wait: Option<Duration>) -> std::io::Result<()> {
@@ -624,18 +632,21 @@ impl Shard {
             }
             let Some(first) = self.reader.get(0) else { return false };
             let mut count = 1;
-            let offers = match &first.target {
-                Target::One(group) => match self.crowd.groups.find(group.key) {
+            let offers = match (&first.payload, &first.target) {
+                (Payload::Frame(frame), Target::One(group)) => match self.crowd.groups.find(group.key) {
                     None => 0,
                     Some(group) => {
-                        let chunk = join(&self.reader, first, limit, &mut count);
+                        let chunk = join(&self.reader, first, frame, limit, &mut count);
                         self.crowd.fan_out(group, chunk, first)
                     }
                 },
-                Target::Several(groups) => {
+                (payload, target) => {
                     let mut slots = std::mem::take(&mut self.scratch.slots);
-                    self.crowd.groups.union(groups.iter().map(|group| group.key), &mut slots);
-                    let offers = self.crowd.fan_out_to(&slots, first);
+                    self.crowd.groups.union(target.groups().iter().map(|group| group.key), &mut slots);
+                    let offers = match payload {
+                        Payload::Frame(frame) => self.crowd.fan_out_to(&slots, frame, first),
+                        Payload::End(reason) => self.crowd.note_ends(&slots, reason, first),
+                    };
                     self.scratch.slots = slots;
                     offers
                 }
@@ -672,6 +683,16 @@ impl Shard {
 
     // ---- outboxes → sockets
 
+    /// Everything has been written: what is left is the peer's to do, and it has the usual time for it.
+    fn linger(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let by = self.crowd.now + connection.config.close_timeout;
+        if let Some(ending) = connection.ending.as_mut().filter(|ending| ending.by > by) {
+            ending.by = by;
+            connection.armed = self.wheel.arm(connection.id, by);
+        }
+    }
+
     /// One write for each connection with something queued; some are left for the next turn if there are many.
     fn flush_dirty(&mut self) {
         let mut dirty = std::mem::take(&mut self.crowd.dirty);
@@ -700,7 +721,7 @@ impl Shard {
             Flushed::Rests => {}
             Flushed::HasMore => self.crowd.mark_dirty(slot),
             Flushed::Finished if connection.is_read_closed => self.drop_socket(slot),
-            Flushed::Finished => {}
+            Flushed::Finished => self.linger(slot),
             Flushed::Failed(kind) => self.hang_up(slot, CloseReason::Transport(kind)),
         }
     }
@@ -1043,22 +1064,29 @@ impl Drop for Shard {
 
 /// The first publication's frame and, as far as they go to the same connections, those of the next ones, in one
 /// piece of memory; `count` is set to how many there are.
-fn join(reader: &Reader<Publication>, first: &Publication, limit: u64, count: &mut u64) -> Chunk {
-    let mut bytes = first.frame.len();
+fn join(
+    reader: &Reader<Publication>,
+    first: &Publication,
+    frame: &Frame,
+    limit: u64,
+    count: &mut u64,
+) -> Chunk {
+    let mut bytes = frame.len();
     let ahead = limit - reader.position();
     while *count < ahead
         && let Some(next) = reader.get(*count)
         && next.joins(first)
-        && bytes + next.frame.len() <= WRITE_BYTES_MAX
+        && let Some(frame) = next.frame()
+        && bytes + frame.len() <= WRITE_BYTES_MAX
     {
-        bytes += next.frame.len();
+        bytes += frame.len();
         *count += 1;
     }
     if *count == 1 {
-        return Chunk::single(first.frame.bytes());
+        return Chunk::single(frame.bytes());
     }
-    let frames = (0..*count).filter_map(|ahead| reader.get(ahead));
-    Chunk::joined(frames.map(|publication| publication.frame.as_bytes()), bytes)
+    let frames = (0..*count).filter_map(|ahead| reader.get(ahead)?.frame());
+    Chunk::joined(frames.map(Frame::as_bytes), bytes)
 }
 
 /// A number in [0, 1) for each slot, such that neighbours lie far apart.

@@ -499,7 +499,7 @@ fn offered_is_written_plus_discarded_plus_pending() {
             clients[5].peer.stream.shutdown(std::net::Shutdown::Both).unwrap();
         }
         if round == 7 {
-            at_once(rig.everyone.close(ids[6], CloseCode::NORMAL, "")).unwrap();
+            at_once(rig.everyone.close(To::Connection(ids[6]), &[], CloseCode::NORMAL, "")).unwrap();
         }
         for _ in 0..2 {
             rig.turn();
@@ -781,7 +781,10 @@ fn ends() -> Vec<End> {
         ),
         (
             "application",
-            |rig, client| at_once(rig.everyone.close(client.id(), CloseCode(3999), "enough")).unwrap(),
+            |rig, client| {
+                at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode(3999), "enough"))
+                    .unwrap()
+            },
             is!(CloseReason::Application { code: CloseCode(3999), .. }),
             Some(3999),
         ),
@@ -915,7 +918,7 @@ fn an_idle_peer_is_ended() {
 fn a_peer_that_does_not_answer_the_close_is_let_go_after_the_close_timeout() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..EngineConfig::default() }, strict());
     let mut client = rig.connect();
-    at_once(rig.everyone.close(client.id(), CloseCode::NORMAL, "")).unwrap();
+    at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode::NORMAL, "")).unwrap();
     rig.settle();
     assert_eq!((client.record().ends.len(), rig.engine.connections()), (1, 1));
     rig.pass(Duration::from_millis(5100));
@@ -929,7 +932,7 @@ fn a_handler_that_is_busy_is_told_the_end_when_it_is_done() {
     let mut client = rig.connect();
     client.peer.text("wait");
     rig.settle();
-    at_once(rig.everyone.close(client.id(), CloseCode::NORMAL, "")).unwrap();
+    at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode::NORMAL, "")).unwrap();
     rig.settle();
     assert_eq!((client.record().ends.len(), rig.everyone.len()), (0, 0));
     client.release();
@@ -979,7 +982,7 @@ fn what_was_sent_before_a_close_is_read_before_it() {
     publish(&rig, EVERYONE, "one");
     publish(&rig, To::Connection(client.id()), "two");
     publish(&rig, EVERYONE, "three");
-    at_once(rig.everyone.close(client.id(), CloseCode::NORMAL, "")).unwrap();
+    at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode::NORMAL, "")).unwrap();
     publish(&rig, EVERYONE, "four");
     rig.settle();
     let data = |text: &str| Heard::Data(text.into());
@@ -1046,7 +1049,7 @@ fn connections_that_come_and_go_leave_nothing_behind() {
         let mut fresh = rig.connect_many(4);
         publish(&rig, To::Connection(gone), "for a ghost");
         at_once(rig.everyone.join(gone, "ghosts")).unwrap();
-        at_once(rig.everyone.close(gone, CloseCode::NORMAL, "")).unwrap();
+        at_once(rig.everyone.close(To::Connection(gone), &[], CloseCode::NORMAL, "")).unwrap();
         rig.settle();
         assert!(fresh.iter_mut().all(|client| client.peer.hear().is_empty()));
         drop(fresh);

@@ -1,0 +1,960 @@
+//! Slow clients: each policy, each bound and each sign of life, as a promise with its name.
+//!
+//! The engine is driven turn by turn with a clock of the test's own, and peers that stop
+//! reading do so at a known frame: nothing sleeps, nothing depends on the machine. What
+//! no single story covers is left to random histories, after which the books must balance.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::time::Duration;
+
+use fixture::{Client, Heard, Rig, Task, at_once};
+use proptest::prelude::*;
+use shardcast_engine::{
+    CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, EngineConfig, Frame, Namespace, Policy,
+    Receipt, SendError, To,
+};
+
+const EVERYONE: To<'_> = To::Everyone;
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const DROP: Policy = Policy::DropMessage { timeout: MS20 };
+const DROP_AT_ONCE: Policy = Policy::DropMessage { timeout: Duration::ZERO };
+const MS20: Duration = ms(20);
+/// The longest that a reminder may come late, for a ping and for its missing answer.
+const TWO_TICKS: Duration = ms(50);
+const OUTBOX_FRAMES: usize = 4;
+
+type Sending<'a> = Task<'a, Result<Receipt, SendError>>;
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// A frame of some 1,000 bytes that begins with `text`.
+fn big(text: impl std::fmt::Display) -> Frame {
+    Frame::text(&format!("{text:.<1000}"))
+}
+
+/// The texts of big frames.
+fn short(heard: Vec<String>) -> Vec<String> {
+    heard.iter().map(|text| text.trim_end_matches('.').to_owned()).collect()
+}
+
+/// Outboxes of four frames and no heartbeat.
+fn narrow(policy: Policy) -> ConnectionConfig {
+    ConnectionConfig {
+        outbox_frames: OUTBOX_FRAMES,
+        waiting_frames: 100,
+        policy,
+        heartbeat_interval: DAY,
+        pong_timeout: DAY,
+        ..ConnectionConfig::default()
+    }
+}
+
+fn rig(shards: usize, config: ConnectionConfig) -> Rig {
+    Rig::with(EngineConfig { shards: Some(shards), ..EngineConfig::default() }, config)
+}
+
+/// Sends to the client alone until its outbox is full to the last frame and nothing waits.
+fn fill(rig: &mut Rig, client: &Client) {
+    let everyone = rig.everyone.with_policy(Policy::Block).unwrap();
+    for number in 0..1000 {
+        everyone.try_publish(To::Connection(client.id()), &[], big(format!("fill {number}"))).unwrap();
+        rig.settle();
+        if metrics(rig, client).pending == OUTBOX_FRAMES as u64 {
+            return;
+        }
+    }
+    panic!("the peer takes everything");
+}
+
+fn metrics(rig: &mut Rig, client: &Client) -> ConnectionMetrics {
+    rig.metrics_of(client.id()).expect("it lives")
+}
+
+fn send<'a>(namespace: &'a Namespace, to: To<'a>, text: &str) -> Sending<'a> {
+    let mut task = Task::new(namespace.send(to, &[], big(text)));
+    assert!(task.poll().is_none(), "no shard has moved");
+    task
+}
+
+/// What the receipt says: targets, waited, dropped after a while, dropped at once, gone.
+fn outcome(task: &mut Sending<'_>) -> Option<[u64; 5]> {
+    let receipt = task.poll()?.unwrap();
+    let Receipt { targets, waited, dropped_timeout, dropped_overflow, disconnected, .. } = receipt;
+    Some([targets, waited, dropped_timeout, dropped_overflow, disconnected])
+}
+
+/// Lets the peer take everything, and tells what it heard.
+fn hear_all(rig: &mut Rig, client: &mut Client) -> Vec<Heard> {
+    let mut all = Vec::new();
+    let mut silence = 0;
+    while silence < 3 {
+        let heard = client.peer.hear();
+        let is_over = heard.last() == Some(&Heard::End);
+        silence = if heard.is_empty() { silence + 1 } else { 0 };
+        all.extend(heard);
+        if is_over {
+            break;
+        }
+        rig.settle();
+    }
+    all
+}
+
+fn hear_all_data(rig: &mut Rig, client: &mut Client) -> Vec<String> {
+    let data = |heard| if let Heard::Data(text) = heard { Some(text) } else { None };
+    short(hear_all(rig, client).into_iter().filter_map(data).collect())
+}
+
+/// How it ended, and that its peer can read it: the code behind the last whole frame, then the end of the stream.
+fn assert_ended(rig: &mut Rig, client: &mut Client, reason: &CloseReason, code: u16) {
+    rig.settle();
+    assert_eq!(client.record().ends, std::slice::from_ref(reason));
+    let heard = hear_all(rig, client);
+    assert!(heard.ends_with(&[Heard::Close(Some(code)), Heard::End]), "{:?}", heard.last());
+    client.peer.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    rig.settle();
+    assert!(rig.metrics_of(client.id()).is_none());
+}
+
+fn assert_lives(client: &Client) {
+    assert_eq!(client.record().ends, []);
+}
+
+// ---- DropMessage ------------------------------------------------------------------------------------------------
+
+/// Every target that a frame for several connections can have.
+const TARGETS: [To<'_>; 3] = [EVERYONE, To::Group("a"), To::Groups(&["a", "b"])];
+
+fn stalled_and_healthy(shards: usize, policy: Policy) -> (Rig, Client, Client) {
+    let mut rig = rig(shards, narrow(policy));
+    let (stalled, mut healthy) = (rig.connect(), rig.connect());
+    for id in [stalled.id(), healthy.id()] {
+        at_once(rig.everyone.join(id, "a")).unwrap();
+        at_once(rig.everyone.join(id, "b")).unwrap();
+    }
+    fill(&mut rig, &stalled);
+    assert_eq!(healthy.peer.hear_data().len(), 0);
+    (rig, stalled, healthy)
+}
+
+#[test]
+fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
+    for (shards, to) in [1, 2].into_iter().flat_map(|shards| TARGETS.map(|to| (shards, to))) {
+        let (mut rig, mut stalled, mut healthy) = stalled_and_healthy(shards, DROP);
+        let everyone = rig.everyone.clone();
+        let mut sending = send(&everyone, to, "late");
+        rig.settle();
+        assert_eq!(short(healthy.peer.hear_data()), ["late"], "{to:?}: who reads does not wait");
+        rig.pass(MS20 - Duration::from_nanos(1));
+        assert!(sending.poll().is_none(), "{to:?}: its time is not over");
+        let before = metrics(&mut rig, &stalled);
+        assert_eq!((before.pending, before.dropped_timeout), (OUTBOX_FRAMES as u64 + 1, 0), "{to:?}");
+        assert_eq!(stalled.record().drops, []);
+        rig.pass(Duration::from_nanos(1));
+        assert_eq!(outcome(&mut sending), Some([2, 1, 1, 0, 0]), "{to:?}");
+        let after = metrics(&mut rig, &stalled);
+        assert_eq!((after.pending, after.dropped_timeout, after.dropped_overflow), (4, 1, 0), "{to:?}");
+        let all = rig.engine.metrics();
+        assert_eq!((all.dropped_timeout, all.dropped_overflow, all.pending), (1, 0, 4), "{to:?}");
+        assert_eq!((stalled.record().drops, healthy.record().drops), (vec![1], vec![]), "{to:?}");
+        // The rest arrives, and so does what comes after.
+        let mut next = send(&everyone, to, "next");
+        let heard = hear_all_data(&mut rig, &mut stalled);
+        assert_eq!(heard.last().map(String::as_str), Some("next"), "{to:?}");
+        assert!(!heard.contains(&"late".to_owned()), "{to:?}");
+        let [targets, .., timeout, overflow, gone] = outcome(&mut next).unwrap();
+        assert_eq!((targets, timeout, overflow, gone), (2, 0, 0, 0), "{to:?}");
+        assert_lives(&stalled);
+    }
+}
+
+#[test]
+fn a_frame_that_gets_room_in_time_is_delivered() {
+    for to in TARGETS {
+        let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP);
+        let everyone = rig.everyone.clone();
+        let mut sending = send(&everyone, to, "just in time");
+        rig.settle();
+        rig.pass(MS20 - Duration::from_nanos(1));
+        assert!(sending.poll().is_none());
+        let heard = hear_all_data(&mut rig, &mut stalled);
+        assert_eq!(heard.last().map(String::as_str), Some("just in time"), "{to:?}");
+        assert_eq!(outcome(&mut sending), Some([2, 1, 0, 0, 0]), "{to:?}");
+        rig.pass(ms(1000));
+        assert_eq!((stalled.record().drops, rig.engine.metrics().dropped_timeout), (vec![], 0));
+    }
+}
+
+#[test]
+fn a_timeout_of_zero_drops_at_once() {
+    for to in TARGETS {
+        let (mut rig, mut stalled, mut healthy) = stalled_and_healthy(2, DROP_AT_ONCE);
+        let everyone = rig.everyone.clone();
+        let mut sending = send(&everyone, to, "lost");
+        rig.settle();
+        assert_eq!(outcome(&mut sending), Some([2, 1, 0, 1, 0]), "{to:?}: no time has passed");
+        assert_eq!((stalled.record().drops, metrics(&mut rig, &stalled).dropped_overflow), (vec![1], 1));
+        assert_eq!(short(healthy.peer.hear_data()), ["lost"]);
+        assert!(hear_all_data(&mut rig, &mut stalled).iter().all(|text| text.starts_with("fill")));
+    }
+}
+
+#[test]
+fn drops_leave_the_order_of_what_is_delivered() {
+    let mut rig = rig(1, narrow(DROP));
+    let mut client = rig.connect();
+    at_once(rig.everyone.join(client.id(), "a")).unwrap();
+    let patient = rig.everyone.with_policy(Policy::DropMessage { timeout: ms(200) }).unwrap();
+    let mut heard = Vec::new();
+    for number in 0..300 {
+        // Some wait longer than others that come after them.
+        let namespace = if number % 7 == 0 { &patient } else { &rig.everyone };
+        namespace.try_publish(TARGETS[number % 3], &[], big(number)).unwrap();
+        if number % 3 == 0 {
+            rig.pass(ms(4));
+        }
+        if number % 50 > 40 {
+            let some = client.peer.hear_some(3000);
+            heard.extend(
+                some.into_iter().map(|heard| if let Heard::Data(text) = heard { text } else { panic!() }),
+            );
+        }
+    }
+    rig.pass(ms(1000));
+    let mut heard = short(heard);
+    heard.extend(hear_all_data(&mut rig, &mut client));
+    let heard: Vec<u64> = heard.iter().map(|text| text.parse().unwrap()).collect();
+    assert!(heard.is_sorted_by(|a, b| a < b), "{heard:?}");
+    let after = metrics(&mut rig, &client);
+    let dropped = after.dropped_timeout + after.dropped_overflow;
+    assert_eq!((heard.len() as u64, after.pending), (300 - dropped, 0));
+    assert!(dropped > 30 && heard.len() > 30, "a test of something: {dropped}");
+    assert_eq!(client.record().drops.iter().map(|frames| u64::from(*frames)).sum::<u64>(), dropped);
+}
+
+#[test]
+fn recipients_clocks_run_together() {
+    const STALLED: usize = 50;
+    let mut rig = rig(2, narrow(DROP));
+    let stalled = rig.connect_many(STALLED);
+    stalled.iter().for_each(|client| fill(&mut rig, client));
+    let everyone = rig.everyone.clone();
+    for to in [EVERYONE, EVERYONE] {
+        let began = rig.now;
+        let mut sending = send(&everyone, to, "to all");
+        let mut publishing = Task::new(everyone.publish(to, &[], big("to all")));
+        assert!(publishing.poll().is_none(), "somebody is behind");
+        rig.settle();
+        rig.pass(ms(19));
+        assert!(sending.poll().is_none() && publishing.poll().is_none());
+        rig.pass(ms(1));
+        let all = STALLED as u64;
+        assert_eq!(outcome(&mut sending), Some([all, all, all, 0, 0]));
+        assert_eq!(publishing.poll(), Some(Ok(())));
+        assert_eq!(rig.now - began, MS20, "one timeout, not fifty");
+    }
+    assert!(stalled.iter().all(|client| client.record().drops.iter().sum::<u32>() == 4));
+}
+
+// ---- DropConnection ---------------------------------------------------------------------------------------------
+
+const THREE_DROPS: Policy = Policy::DropConnection { timeout: MS20, max_drops: 3 };
+const THREE_DROPS_AT_ONCE: Policy = Policy::DropConnection { timeout: Duration::ZERO, max_drops: 3 };
+
+fn drop_one(rig: &mut Rig, to: To<'_>) {
+    rig.everyone.try_publish(to, &[], big("lost")).unwrap();
+    rig.settle();
+    rig.pass(MS20);
+}
+
+#[test]
+fn too_many_drops_in_a_row_end_the_connection() {
+    for (policy, to) in
+        [THREE_DROPS, THREE_DROPS_AT_ONCE].into_iter().flat_map(|policy| TARGETS.map(|to| (policy, to)))
+    {
+        let (mut rig, mut stalled, healthy) = stalled_and_healthy(1, policy);
+        drop_one(&mut rig, to);
+        drop_one(&mut rig, to);
+        assert_lives(&stalled);
+        drop_one(&mut rig, to);
+        assert_eq!(stalled.record().drops, [1, 1, 1], "{to:?}");
+        assert_eq!(stalled.record().calls.last().map(String::as_str), Some("close"));
+        assert_eq!((rig.everyone.len(), rig.engine.metrics().ended_slow), (1, 1));
+        assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
+        let all = rig.engine.metrics();
+        assert!(all.discarded > 0 && all.pending == 0 && all.dropped_timeout + all.dropped_overflow == 3);
+        assert_lives(&healthy);
+    }
+}
+
+#[test]
+fn a_burst_of_drops_counts_as_many() {
+    let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, THREE_DROPS);
+    for _ in 0..3 {
+        rig.everyone.try_publish(EVERYONE, &[], big("lost")).unwrap();
+    }
+    rig.settle();
+    rig.pass(ms(19));
+    assert_lives(&stalled);
+    rig.pass(ms(1));
+    assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
+    assert_eq!(stalled.record().drops.iter().sum::<u32>(), 3);
+}
+
+#[test]
+fn a_frame_taken_in_between_resets_the_count_of_drops() {
+    for policy in [THREE_DROPS, THREE_DROPS_AT_ONCE] {
+        let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, policy);
+        for _ in 0..3 {
+            drop_one(&mut rig, EVERYONE);
+            drop_one(&mut rig, EVERYONE);
+            let _ = hear_all(&mut rig, &mut stalled);
+            fill(&mut rig, &stalled);
+        }
+        assert_eq!(stalled.record().drops.len(), 6, "no more than two in a row");
+        assert_lives(&stalled);
+        drop_one(&mut rig, EVERYONE);
+        drop_one(&mut rig, EVERYONE);
+        assert_lives(&stalled);
+        drop_one(&mut rig, EVERYONE);
+        assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
+    }
+}
+
+/// Frames that are published together are joined into one piece; the count is of frames all the same.
+#[test]
+fn a_frame_taken_out_of_a_burst_resets_the_count_of_drops() {
+    let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, THREE_DROPS_AT_ONCE);
+    drop_one(&mut rig, EVERYONE);
+    drop_one(&mut rig, EVERYONE);
+    let _ = hear_all(&mut rig, &mut stalled);
+    for number in 0..OUTBOX_FRAMES + 1 {
+        rig.everyone.try_publish(EVERYONE, &[], Frame::text(&number.to_string())).unwrap();
+    }
+    rig.settle();
+    assert_lives(&stalled);
+}
+
+/// A small frame behind a large one gets room when the large one's time is over.
+#[test]
+fn a_frame_taken_when_another_is_dropped_resets_the_count_of_drops() {
+    let policy = Policy::DropConnection { timeout: MS20, max_drops: 2 };
+    let config = ConnectionConfig { outbox_frames: 1000, outbox_bytes: 4000, ..narrow(policy) };
+    let mut rig = rig(1, config);
+    let stalled = rig.connect();
+    while metrics(&mut rig, &stalled).pending_bytes < 2500 {
+        rig.everyone.try_publish(EVERYONE, &[], big("fill")).unwrap();
+        rig.settle();
+    }
+    let huge = Frame::text(&"x".repeat(3000));
+    for _ in 0..3 {
+        rig.everyone.try_publish(EVERYONE, &[], huge.clone()).unwrap();
+        rig.settle();
+        rig.pass(ms(5));
+        rig.everyone.try_publish(EVERYONE, &[], Frame::text("small")).unwrap();
+        rig.pass(ms(15));
+    }
+    assert_lives(&stalled);
+    assert_eq!(stalled.record().drops, [1, 1, 1]);
+}
+
+// ---- DropOnHighRtt ----------------------------------------------------------------------------------------------
+
+/// Waits for a ping, and answers it after so long.
+fn round_trip(rig: &mut Rig, client: &mut Client, rtt: Duration) {
+    for _ in 0..2000 {
+        rig.pass(ms(1));
+        for heard in client.peer.hear() {
+            if let Heard::Ping(nonce) = heard {
+                rig.pass(rtt);
+                client.peer.say(0x8A, &nonce);
+                rig.settle();
+                return;
+            }
+        }
+    }
+    panic!("no ping");
+}
+
+fn beating(policy: Policy) -> ConnectionConfig {
+    ConnectionConfig { heartbeat_interval: ms(1000), pong_timeout: ms(800), ..narrow(policy) }
+}
+
+#[test]
+fn a_high_average_round_trip_ends_the_connection() {
+    let policy = Policy::DropOnHighRtt { max_rtt: ms(100), rtt_samples: 3 };
+    let mut rig = rig(1, beating(policy));
+    let mut client = rig.connect();
+    // Averages: 90; 100; 65 and a bit; the last three only: 101 and a bit, from 10, 90 and 205.
+    for rtt in [90, 108, 10, 90] {
+        round_trip(&mut rig, &mut client, ms(rtt));
+        assert_lives(&client);
+    }
+    round_trip(&mut rig, &mut client, ms(206));
+    assert_eq!(rig.engine.metrics().ended_slow, 1);
+    assert_ended(&mut rig, &mut client, &CloseReason::HighRtt, 1013);
+}
+
+#[test]
+fn old_round_trips_leave_the_window() {
+    let policy = Policy::DropOnHighRtt { max_rtt: ms(100), rtt_samples: 2 };
+    let mut first = rig(1, beating(policy));
+    let mut client = first.connect();
+    // Were old ones kept, ten quick ones would excuse two slow ones;
+    (0..10).for_each(|_| round_trip(&mut first, &mut client, ms(10)));
+    round_trip(&mut first, &mut client, ms(150));
+    assert_lives(&client);
+    round_trip(&mut first, &mut client, ms(150));
+    assert_ended(&mut first, &mut client, &CloseReason::HighRtt, 1013);
+    // and a slow one would weigh for ever.
+    let mut second = rig(1, beating(policy));
+    let mut client = second.connect();
+    for rtt in [10, 180, 10, 180, 10, 180, 10] {
+        round_trip(&mut second, &mut client, ms(rtt));
+    }
+    assert_lives(&client);
+}
+
+#[test]
+fn before_the_first_pong_a_connection_counts_as_healthy() {
+    let policy = Policy::DropOnHighRtt { max_rtt: ms(1), rtt_samples: 1 };
+    let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, policy);
+    let everyone = rig.everyone.clone();
+    let mut sending = send(&everyone, EVERYONE, "waits");
+    rig.settle();
+    rig.pass(Duration::from_secs(3600));
+    assert!(sending.poll().is_none(), "it waits, as with Block");
+    assert_lives(&stalled);
+    let heard = hear_all_data(&mut rig, &mut stalled);
+    assert_eq!(heard.last().map(String::as_str), Some("waits"));
+    assert_eq!(outcome(&mut sending), Some([2, 1, 0, 0, 0]));
+}
+
+// ---- Block and overrides ----------------------------------------------------------------------------------------
+
+#[test]
+fn under_block_nothing_is_dropped_and_only_those_who_await_the_stalled_peer_wait() {
+    let (mut rig, mut stalled, mut healthy) = stalled_and_healthy(2, Policy::Block);
+    let everyone = rig.everyone.clone();
+    at_once(everyone.join(healthy.id(), "others")).unwrap();
+    rig.settle();
+    let mut sending = send(&everyone, To::Group("a"), "0");
+    let mut publishing = Task::new(everyone.publish(To::Groups(&["a", "b"]), &[], big("1")));
+    assert!(publishing.poll().is_none());
+    rig.settle();
+    let mut heard = healthy.peer.hear_data().len();
+    for _ in 0..10 {
+        rig.pass(Duration::from_secs(600));
+        let mut other = Task::new(everyone.publish(To::Group("others"), &[], big("others")));
+        assert_eq!(other.poll(), Some(Ok(())), "nobody in that group is behind");
+        let mut other = send(&everyone, To::Group("others"), "others");
+        rig.settle();
+        assert_eq!(outcome(&mut other), Some([1, 0, 0, 0, 0]));
+        heard += healthy.peer.hear_data().len();
+    }
+    assert_eq!(heard, 22);
+    assert!(sending.poll().is_none() && publishing.poll().is_none());
+    let heard = hear_all_data(&mut rig, &mut stalled);
+    assert!(heard.ends_with(&["0".into(), "1".into()]), "{heard:?}");
+    assert_eq!((outcome(&mut sending), publishing.poll()), (Some([2, 1, 0, 0, 0]), Some(Ok(()))));
+    let all = rig.engine.metrics();
+    assert_eq!((all.dropped_timeout, all.dropped_overflow, all.discarded, all.pending), (0, 0, 0, 0));
+}
+
+#[test]
+fn a_publication_may_have_a_policy_of_its_own() {
+    // One that drops, where connections block;
+    let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, Policy::Block);
+    let (own, dropping) = (rig.everyone.clone(), rig.everyone.with_policy(DROP).unwrap());
+    for to in TARGETS {
+        let (mut waits, mut drops) = (send(&own, to, "waits"), send(&dropping, to, "drops"));
+        rig.settle();
+        rig.pass(MS20);
+        assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([2, 1, 1, 0, 0])), "{to:?}");
+        assert_eq!(hear_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
+        assert_eq!(outcome(&mut waits), Some([2, 1, 0, 0, 0]));
+        fill(&mut rig, &stalled);
+    }
+    // and one that blocks, where connections drop.
+    let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP_AT_ONCE);
+    let (own, blocking) = (rig.everyone.clone(), rig.everyone.with_policy(Policy::Block).unwrap());
+    let (mut waits, mut drops) = (send(&blocking, EVERYONE, "waits"), send(&own, EVERYONE, "drops"));
+    rig.settle();
+    rig.pass(Duration::from_secs(3600));
+    assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([2, 1, 0, 1, 0])));
+    assert_eq!(hear_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
+    assert_eq!(outcome(&mut waits), Some([2, 1, 0, 0, 0]));
+    let error = rig.everyone.with_policy(Policy::DropMessage { timeout: DAY }).unwrap_err();
+    assert_eq!(error.field, "timeout");
+}
+
+#[test]
+fn a_unicast_waits_for_room_unless_it_is_told_otherwise() {
+    let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP_AT_ONCE);
+    let (own, dropping) = (rig.everyone.clone(), rig.everyone.with_policy(DROP).unwrap());
+    let to = To::Connection(stalled.id());
+    let (mut waits, mut drops) = (send(&own, to, "waits"), send(&dropping, to, "drops"));
+    rig.settle();
+    rig.pass(ms(19));
+    assert!(drops.poll().is_none());
+    rig.pass(ms(1));
+    assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([1, 1, 1, 0, 0])));
+    rig.pass(Duration::from_secs(3600));
+    assert_eq!((waits.poll(), stalled.record().drops), (None, vec![1]));
+    assert_eq!(hear_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
+    assert_eq!(outcome(&mut waits), Some([1, 1, 0, 0, 0]));
+}
+
+// ---- Bounds -----------------------------------------------------------------------------------------------------
+
+#[test]
+fn beyond_the_bound_of_what_waits_the_excess_is_dropped_at_once() {
+    let by_frames = |config| ConnectionConfig { waiting_frames: 3, ..config };
+    let by_bytes = |config| ConnectionConfig { waiting_bytes: 3500, ..config };
+    let patient = Policy::DropMessage { timeout: Duration::from_secs(3600) };
+    for config in [by_frames(narrow(patient)), by_bytes(narrow(patient))] {
+        let mut rig = rig(1, config);
+        let mut stalled = rig.connect();
+        fill(&mut rig, &stalled);
+        let everyone = rig.everyone.clone();
+        let texts = ["0", "1", "2", "3", "4"];
+        let mut sendings = texts.map(|text| send(&everyone, EVERYONE, text));
+        rig.settle();
+        let outcomes = sendings.each_mut().map(outcome);
+        assert_eq!(outcomes, [None, None, None, Some([1, 1, 0, 1, 0]), Some([1, 1, 0, 1, 0])]);
+        let now = metrics(&mut rig, &stalled);
+        assert_eq!((now.pending, now.dropped_overflow, now.dropped_timeout), (7, 2, 0));
+        assert_eq!(
+            (stalled.record().drops.iter().sum::<u32>(), rig.engine.metrics().dropped_overflow),
+            (2, 2)
+        );
+        assert!(hear_all_data(&mut rig, &mut stalled).ends_with(&["0".into(), "1".into(), "2".into()]));
+        assert!(sendings[..3].iter_mut().all(|sending| outcome(sending) == Some([1, 1, 0, 0, 0])));
+        assert_lives(&stalled);
+    }
+}
+
+#[test]
+fn beyond_the_bound_of_what_waits_a_connection_that_may_drop_nothing_is_ended() {
+    let by_frames = |config| ConnectionConfig { waiting_frames: 3, ..config };
+    let by_bytes = |config| ConnectionConfig { waiting_bytes: 3500, ..config };
+    for config in [by_frames(narrow(Policy::Block)), by_bytes(narrow(Policy::Block))] {
+        let mut rig = rig(1, config);
+        let (mut stalled, healthy) = (rig.connect(), rig.connect());
+        fill(&mut rig, &stalled);
+        let everyone = rig.everyone.clone();
+        let mut sendings = [0, 1, 2].map(|_| send(&everyone, EVERYONE, "waits"));
+        rig.settle();
+        assert_lives(&stalled);
+        let mut last = send(&everyone, EVERYONE, "too much");
+        rig.settle();
+        assert!(sendings.iter_mut().all(|sending| outcome(sending) == Some([2, 1, 0, 0, 1])));
+        assert_eq!(outcome(&mut last), Some([2, 1, 0, 0, 1]));
+        assert_ended(&mut rig, &mut stalled, &CloseReason::SlowConsumer, 1013);
+        assert_lives(&healthy);
+        assert_eq!(rig.engine.metrics().pending_bytes, 0);
+    }
+}
+
+#[test]
+fn beyond_the_budget_the_largest_backlog_is_shed_and_the_others_stay() {
+    let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
+    let config = ConnectionConfig { outbox_frames: 1024, ..narrow(Policy::Block) };
+    let mut rig = Rig::with(engine, config);
+    let mut clients = rig.connect_many(4);
+    let frame = Frame::text(&"x".repeat(10_000));
+    // Some 300, 600 and 100 KB, and a peer that reads.
+    for (client, count) in [(0, 30), (1, 60), (2, 10)] {
+        for _ in 0..count {
+            rig.everyone.try_publish(To::Connection(clients[client].id()), &[], frame.clone()).unwrap();
+        }
+        rig.settle();
+    }
+    clients.iter().for_each(assert_lives);
+    let before = rig.engine.metrics().pending_bytes;
+    assert!((950_000..1 << 20).contains(&before), "{before}");
+    for _ in 0..10 {
+        rig.everyone.try_publish(To::Connection(clients[0].id()), &[], frame.clone()).unwrap();
+        rig.settle();
+    }
+    let ended: Vec<_> = clients.iter().map(|client| client.record().ends.len()).collect();
+    assert_eq!(ended, [0, 1, 0, 0]);
+    assert!(rig.engine.metrics().pending_bytes < 500_000);
+    assert_ended(&mut rig, &mut clients[1], &CloseReason::Shed, 1013);
+    // What the others had is still theirs.
+    assert_eq!(hear_all_data(&mut rig, &mut clients[0]).len(), 40);
+    assert_eq!(hear_all_data(&mut rig, &mut clients[2]).len(), 10);
+    assert_eq!(rig.engine.metrics().pending_bytes, 0);
+}
+
+#[test]
+fn a_flood_of_control_frames_ends_the_connection_and_a_peer_within_the_limit_lives() {
+    let config = ConnectionConfig { control_frames_per_second: 10, ..narrow(Policy::Block) };
+    let mut rig = rig(1, config);
+    let (mut within, mut beyond) = (rig.connect(), rig.connect());
+    for _ in 0..5 {
+        for number in 0..10u8 {
+            // Unsolicited pongs count as well; data does not.
+            within.peer.say(if number % 2 == 0 { 0x89 } else { 0x8A }, &[number]);
+            within.peer.text("data");
+            within.peer.text("data");
+        }
+        rig.pass(ms(1000));
+        let pongs = within.peer.hear();
+        assert_eq!(pongs, [0, 2, 4, 6, 8].map(|number| Heard::Pong(vec![number])));
+    }
+    for _ in 0..10 {
+        beyond.peer.say(0x89, b"");
+    }
+    rig.settle();
+    assert_lives(&beyond);
+    beyond.peer.say(0x8A, b"");
+    assert_ended(&mut rig, &mut beyond, &CloseReason::ControlFlood, 1008);
+    assert_eq!(rig.engine.metrics().ended_protocol, 1);
+    assert_lives(&within);
+    assert_eq!(within.record().messages.len(), 100);
+}
+
+// ---- Being told of drops ----------------------------------------------------------------------------------------
+
+#[test]
+fn a_busy_handler_is_told_of_drops_before_its_next_message_and_before_the_end() {
+    let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP);
+    stalled.peer.text("wait");
+    rig.settle();
+    drop_one(&mut rig, EVERYONE);
+    drop_one(&mut rig, To::Group("a"));
+    stalled.peer.text("next");
+    rig.settle();
+    assert_eq!(
+        (stalled.record().calls, metrics(&mut rig, &stalled).dropped_timeout),
+        (vec!["wait".into()], 2)
+    );
+    stalled.release();
+    rig.settle();
+    assert_eq!(
+        (stalled.record().calls, stalled.record().drops),
+        (vec!["wait", "drop", "next"].into_iter().map(String::from).collect(), vec![2])
+    );
+    // It may itself take its time over a drop: what comes next waits, the next drop too.
+    stalled.wait_at_drop(true);
+    drop_one(&mut rig, EVERYONE);
+    drop_one(&mut rig, EVERYONE);
+    stalled.peer.text("after");
+    rig.settle();
+    assert_eq!(
+        (&stalled.record().calls[3..], stalled.record().drops),
+        (&["drop".to_owned()][..], vec![2, 1])
+    );
+    stalled.wait_at_drop(false);
+    stalled.release();
+    rig.settle();
+    assert_eq!(
+        (&stalled.record().calls[4..], stalled.record().drops),
+        (&["drop".to_owned(), "after".into()][..], vec![2, 1, 1])
+    );
+    // And before the end.
+    stalled.peer.text("wait again");
+    rig.settle();
+    drop_one(&mut rig, EVERYONE);
+    at_once(rig.everyone.close(To::Connection(stalled.id()), &[], CloseCode::NORMAL, "")).unwrap();
+    rig.settle();
+    assert_lives(&stalled);
+    let dropped = metrics(&mut rig, &stalled).dropped_timeout;
+    stalled.release();
+    rig.settle();
+    assert_eq!(&stalled.record().calls[6..], ["wait again", "drop", "close"]);
+    assert_eq!((stalled.record().drops, dropped), (vec![2, 1, 1, 1], 5));
+    let _ = hear_all(&mut rig, &mut stalled);
+}
+
+#[test]
+fn a_handler_that_takes_its_time_over_the_last_drop_is_told_the_end_after_it() {
+    let policy = Policy::DropConnection { timeout: MS20, max_drops: 1 };
+    let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, policy);
+    stalled.wait_at_drop(true);
+    drop_one(&mut rig, EVERYONE);
+    assert_eq!((rig.everyone.len(), stalled.record().calls), (1, vec!["drop".to_owned()]));
+    stalled.release();
+    rig.settle();
+    assert_eq!(stalled.record().calls, ["drop", "close"]);
+    assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
+}
+
+// ---- Liveness ---------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_peer_that_vanishes_without_a_word_is_noticed_in_time() {
+    let (interval, timeout) = (Duration::from_secs(15), Duration::from_secs(10));
+    let config = ConnectionConfig { heartbeat_interval: interval, pong_timeout: timeout, ..narrow(DROP) };
+    // Whenever it vanishes, whatever its handler does, however full its outbox is.
+    for second in 0..20 {
+        for (is_busy, is_full) in [(false, false), (true, false), (false, true), (true, true)] {
+            let mut rig = rig(1, config.clone());
+            let mut client = rig.connect();
+            let answer = |client: &mut Client| {
+                for heard in client.peer.hear() {
+                    if let Heard::Ping(nonce) = heard {
+                        client.peer.say(0x8A, &nonce);
+                    }
+                }
+            };
+            for _ in 0..20 + second {
+                rig.pass(ms(1000));
+                answer(&mut client);
+                rig.settle();
+            }
+            assert_lives(&client);
+            if is_busy {
+                client.peer.text("wait");
+                rig.settle();
+            }
+            if is_full {
+                fill(&mut rig, &client);
+            }
+            // It says nothing from now on and takes nothing; others go on sending to it.
+            let noticed = (0..).find(|_| {
+                rig.everyone.try_publish(EVERYONE, &[], big("anybody?")).unwrap();
+                rig.pass(ms(50));
+                rig.everyone.is_empty()
+            });
+            let took = ms(50) * (noticed.unwrap() + 1);
+            assert!(took <= interval + timeout + TWO_TICKS, "{took:?}: {second} {is_busy} {is_full}");
+            assert_eq!(rig.engine.metrics().ended_timeout, 1);
+            if is_busy {
+                client.release();
+                rig.settle();
+            }
+            assert_eq!(client.record().ends, [CloseReason::PongTimeout]);
+            rig.pass(Duration::from_secs(6));
+            assert_eq!(rig.engine.metrics().connections, 0, "nothing is left of it");
+        }
+    }
+}
+
+// ---- The books --------------------------------------------------------------------------------------------------
+
+/// One thing that happens; clients are counted modulo how many there are.
+#[derive(Debug, Clone)]
+enum Happens {
+    Publish { to: usize, bytes: usize, policy: usize, awaited: bool },
+    Read { client: usize, bytes: usize },
+    Say { client: usize },
+    Vanish { client: usize },
+    Close { client: usize },
+    Enter,
+    Join { client: usize, group: usize },
+    Leave { client: usize, group: usize },
+    Turn,
+    Pass { millis: u64 },
+}
+
+fn happens() -> impl Strategy<Value = Happens> {
+    let publish =
+        (0..8usize, prop_oneof![Just(1), Just(300), Just(2_000), Just(20_000)], 0..8usize, any::<bool>());
+    let client = || 0..8usize;
+    prop_oneof![
+        12 => publish.prop_map(|(to, bytes, policy, awaited)| Happens::Publish { to, bytes, policy, awaited }),
+        4 => (client(), 1..30_000usize).prop_map(|(client, bytes)| Happens::Read { client, bytes }),
+        1 => client().prop_map(|client| Happens::Say { client }),
+        1 => client().prop_map(|client| Happens::Vanish { client }),
+        1 => client().prop_map(|client| Happens::Close { client }),
+        1 => Just(Happens::Enter),
+        2 => (client(), 0..2usize).prop_map(|(client, group)| Happens::Join { client, group }),
+        1 => (client(), 0..2usize).prop_map(|(client, group)| Happens::Leave { client, group }),
+        4 => Just(Happens::Turn),
+        3 => (1..40u64).prop_map(|millis| Happens::Pass { millis }),
+    ]
+}
+
+const POLICIES: [Policy; 6] = [
+    Policy::Block,
+    DROP,
+    DROP_AT_ONCE,
+    Policy::DropMessage { timeout: ms(5) },
+    Policy::DropConnection { timeout: ms(10), max_drops: 5 },
+    Policy::DropOnHighRtt { max_rtt: ms(30), rtt_samples: 2 },
+];
+const GROUPS: [&str; 2] = ["a", "b"];
+
+/// What the connections have counted adds up for each, and together to what the engine has counted.
+fn assert_balance(rig: &mut Rig, clients: &[Client]) {
+    rig.settle();
+    let mut sum = [0; 2];
+    for client in clients {
+        let Some(now) = rig.metrics_of(client.id()) else { continue };
+        let accounted =
+            now.written + now.dropped_timeout + now.dropped_overflow + now.discarded + now.pending;
+        assert_eq!(now.offered, accounted, "{now:?}");
+        assert!(now.pending > 0 || now.pending_bytes == 0, "{now:?}");
+        let record = client.record();
+        let told = record.drops.iter().map(|frames| u64::from(*frames)).sum::<u64>();
+        if record.ends.is_empty() && record.waker.is_none() {
+            assert_eq!(told, now.dropped_timeout + now.dropped_overflow, "{now:?}");
+        }
+        sum[0] += now.pending;
+        sum[1] += now.pending_bytes;
+    }
+    let all = rig.engine.metrics();
+    assert_eq!([all.pending, all.pending_bytes], sum, "{all:?}");
+}
+
+fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bool) {
+    let config = ConnectionConfig {
+        outbox_bytes: 30_000,
+        waiting_frames: 12,
+        waiting_bytes: 60_000,
+        heartbeat_interval: ms(100),
+        pong_timeout: ms(200),
+        close_timeout: ms(60),
+        ..narrow(own)
+    };
+    let mut rig = rig(shards, config);
+    let mut clients = rig.connect_many(4);
+    let mut data_heard = [0u64; 64];
+    let mut sendings: Vec<Sending<'static>> = Vec::new();
+    let mut receipts: Vec<Receipt> = Vec::new();
+    for (number, happens) in history.iter().enumerate() {
+        let count = clients.len();
+        match *happens {
+            Happens::Publish { to, bytes, policy, awaited } => {
+                let namespace = match POLICIES.get(policy) {
+                    Some(policy) => rig.everyone.with_policy(*policy).unwrap(),
+                    None => rig.everyone.clone(),
+                };
+                let to = match to {
+                    0..=2 => EVERYONE,
+                    3 => To::Group(GROUPS[0]),
+                    4 => To::Group(GROUPS[1]),
+                    5 => To::Groups(&GROUPS),
+                    one => To::Connection(clients[(one + number) % count].id()),
+                };
+                let frame = Frame::text(&"x".repeat(bytes));
+                if awaited || all_awaited {
+                    let except = if number % 5 == 0 { vec![clients[0].id()] } else { vec![] };
+                    sendings.push(Task::new(async move { namespace.send(to, &except, frame).await }));
+                } else {
+                    namespace.try_publish(to, &[], frame).unwrap();
+                }
+            }
+            Happens::Read { client, bytes } => {
+                read_some(&mut clients, client % count, bytes, &mut data_heard)
+            }
+            Happens::Say { client } => {
+                let client = &mut clients[client % count];
+                let waits = client.record().waker.is_some();
+                if waits {
+                    client.release();
+                } else {
+                    let frame = fixture::client_frame(0x81, b"wait");
+                    let _ = std::io::Write::write_all(&mut client.peer.stream, &frame);
+                }
+            }
+            Happens::Vanish { client } => {
+                let _ = clients[client % count].peer.stream.shutdown(std::net::Shutdown::Both);
+            }
+            Happens::Close { client } => {
+                at_once(rig.everyone.close(To::Connection(clients[client % count].id()), &[], CloseCode::NORMAL, "")).unwrap();
+            }
+            Happens::Enter if count < 8 => clients.push(rig.connect()),
+            Happens::Enter => {}
+            Happens::Join { client, group } => {
+                at_once(rig.everyone.join(clients[client % count].id(), GROUPS[group])).unwrap();
+            }
+            Happens::Leave { client, group } => {
+                at_once(rig.everyone.leave(clients[client % count].id(), GROUPS[group])).unwrap();
+            }
+            Happens::Turn => rig.turn(),
+            Happens::Pass { millis } => rig.pass(ms(millis)),
+        }
+        sendings.retain_mut(|sending| match sending.poll() {
+            Some(receipt) => {
+                receipts.push(receipt.unwrap());
+                false
+            }
+            None => true,
+        });
+        if number % 8 == 0 {
+            assert_balance(&mut rig, &clients);
+        }
+    }
+    // Those who live and read get exactly what was written for them.
+    for _ in 0..20 {
+        for client in 0..clients.len() {
+            read_some(&mut clients, client, 1 << 20, &mut data_heard);
+        }
+        rig.settle();
+    }
+    for (client, heard) in clients.iter().zip(data_heard) {
+        if let Some(now) = rig.metrics_of(client.id())
+            && client.record().ends.is_empty()
+            && client.record().waker.is_none()
+        {
+            assert_eq!((now.written, now.pending), (heard, 0), "{now:?}");
+        }
+    }
+    assert_balance(&mut rig, &clients);
+    // In the end all go, and nothing is left of them.
+    for client in &clients {
+        let _ = client.peer.stream.shutdown(std::net::Shutdown::Both);
+        if client.record().waker.is_some() {
+            client.release();
+        }
+    }
+    rig.settle();
+    rig.pass(ms(1000));
+    for mut sending in sendings {
+        receipts.push(sending.poll().expect("every publisher is let go").unwrap());
+    }
+    let all = rig.engine.metrics();
+    assert_eq!((all.connections, all.pending, all.pending_bytes, rig.everyone.len()), (0, 0, 0, 0));
+    assert_eq!(all.offered, all.written + all.dropped_timeout + all.dropped_overflow + all.discarded);
+    assert_eq!(all.ended, clients.len() as u64);
+    for client in &clients {
+        assert_eq!(client.record().ends.len(), 1);
+    }
+    let sum = |count: fn(&Receipt) -> u64| receipts.iter().map(count).sum::<u64>();
+    assert!(receipts.iter().all(|receipt| {
+        let lost = receipt.dropped_timeout + receipt.dropped_overflow + receipt.disconnected;
+        lost <= receipt.waited && receipt.waited <= receipt.targets
+    }));
+    if all_awaited {
+        assert_eq!(sum(|receipt| receipt.targets), all.offered);
+        assert_eq!(sum(|receipt| receipt.dropped_timeout), all.dropped_timeout);
+        assert_eq!(sum(|receipt| receipt.dropped_overflow), all.dropped_overflow);
+        assert!(sum(|receipt| receipt.disconnected) <= all.discarded);
+    }
+}
+
+/// Takes some bytes from the kernel, and answers pings.
+fn read_some(clients: &mut [Client], client: usize, bytes: usize, data_heard: &mut [u64]) {
+    let peer = &mut clients[client].peer;
+    for heard in peer.hear_some(bytes) {
+        match heard {
+            Heard::Data(_) => data_heard[client] += 1,
+            Heard::Ping(nonce) => {
+                let _ = std::io::Write::write_all(&mut peer.stream, &fixture::client_frame(0x8A, &nonce));
+            }
+            _ => {}
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+
+    #[test]
+    fn after_any_history_the_books_balance(
+        history in prop::collection::vec(happens(), 1..150),
+        own in prop::sample::select(&POLICIES[..]),
+        shards in 1..3usize,
+        all_awaited in any::<bool>(),
+    ) {
+        live_through(&history, own, shards, all_awaited);
+    }
+}
