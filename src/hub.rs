@@ -83,10 +83,10 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { tracing::debug!(id = %request.connection_id, reason = %request.reason, "disconnected") }
     }
 
-    /// A message to this connection was dropped by the policy. [`BroadcastPolicy::Block`](crate::BroadcastPolicy)
-    /// never drops. Logs a warning by default.
+    /// A message to this connection was dropped by the policy; called once per drop, between messages like every other
+    /// method. [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops. Logs at trace level by default.
     fn on_message_drop(&self, connection_id: Arc<str>) -> impl Future<Output = ()> + Send {
-        async move { tracing::warn!(id = %connection_id, "a message was dropped") }
+        async move { tracing::trace!(id = %connection_id, "a message was dropped") }
     }
 }
 

@@ -11,15 +11,28 @@ use std::path::{Path, PathBuf};
 
 /// The engine's modules from the ground up. A module imports what stands in the lines above its own.
 const ENGINE: Ranks = &[
-    &["sync", "id", "close_code", "utf8", "mask", "handshake"],
+    &["sync", "id", "close_code", "utf8", "mask", "handshake", "policy"],
     &["config", "frame", "wait_list"],
     &["close_reason", "heartbeat", "decoder"],
     &["metrics"],
-    &["group", "outbox", "log", "mailbox", "directory", "wheel", "admission", "receipt", "socket"],
+    &[
+        "group",
+        "outbox",
+        "log",
+        "mailbox",
+        "directory",
+        "wheel",
+        "deadlines",
+        "admission",
+        "receipt",
+        "socket",
+        "stopping",
+    ],
     &["handler"],
     &["command"],
     &["publisher"],
     &["connection", "namespace"],
+    &["crowd"],
     &["shard"],
     &["engine"],
 ];
@@ -95,8 +108,10 @@ fn what_is_dangerous_stands_in_few_places() {
         (
             "Mutex",
             &[
+                "engine/src/admission.rs",
                 "engine/src/engine.rs",
                 "engine/src/receipt.rs",
+                "engine/src/stopping.rs",
                 "engine/src/sync.rs",
                 "engine/src/wait_list.rs",
                 "src/client.rs",

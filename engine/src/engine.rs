@@ -188,7 +188,7 @@ impl Engine {
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        self.shared.stop(STOP_GRACE);
+        self.shared.stop(STOP_GRACE, Instant::now());
         self.join();
     }
 }

@@ -100,9 +100,9 @@ impl Shared {
     }
 
     /// Asks all shards to end now: what is queued is flushed for as long as `within`, nothing else is waited for.
-    pub(crate) fn stop(&self, within: Duration) {
+    pub(crate) fn stop(&self, within: Duration, now: Instant) {
         let shutdown = Shutdown { within, spread: Duration::ZERO, code: CloseCode::GOING_AWAY };
-        self.stopping.ask(shutdown, Instant::now());
+        self.stopping.ask(shutdown, now);
         self.close();
     }
 

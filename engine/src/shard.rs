@@ -1046,7 +1046,7 @@ impl Drop for Shard {
         if std::thread::panicking() {
             // Promises cannot be kept with a part of the connections gone: the whole engine stops.
             tracing::error!(shard = self.index, "a shard panicked; the engine stops");
-            self.shared.stop(Duration::ZERO);
+            self.shared.stop(Duration::ZERO, Instant::now());
         }
         self.shared.mailboxes[self.index].close();
         let mut report = self.stop.take().map_or_else(ShutdownReport::default, |stop| stop.report);

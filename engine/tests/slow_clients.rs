@@ -859,7 +859,13 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
                 let _ = clients[client % count].peer.stream.shutdown(std::net::Shutdown::Both);
             }
             Happens::Close { client } => {
-                at_once(rig.everyone.close(To::Connection(clients[client % count].id()), &[], CloseCode::NORMAL, "")).unwrap();
+                at_once(rig.everyone.close(
+                    To::Connection(clients[client % count].id()),
+                    &[],
+                    CloseCode::NORMAL,
+                    "",
+                ))
+                .unwrap();
             }
             Happens::Enter if count < 8 => clients.push(rig.connect()),
             Happens::Enter => {}
