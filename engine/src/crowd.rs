@@ -173,8 +173,10 @@ impl Crowd {
             }
             Offer::Overflow => self.ends.push((connection.id, CloseReason::SlowConsumer)),
         }
-        if let Some(timeout) = policy.timeout().filter(|timeout| !timeout.is_zero()) {
-            self.deadlines.push(self.now, timeout, connection.id);
+        if let Some(until) = patience.until
+            && connection.outbox.waiting() > 0
+        {
+            self.deadlines.push(until, connection.id);
         }
         if policy.max_rtt().is_some_and(|max| connection.heartbeat.is_rtt_above(max)) {
             self.ends.push((connection.id, CloseReason::HighRtt));
@@ -190,7 +192,7 @@ impl Crowd {
         let bounds = connection.bounds();
         let (before, queued) = (connection.outbox.backlog_bytes(), connection.outbox.queued());
         let mut drops: smallvec::SmallVec<[Dropped; 4]> = smallvec::SmallVec::new();
-        connection.outbox.expire(self.now, &bounds, |dropped, ticket| {
+        let next = connection.outbox.expire(self.now, &bounds, |dropped, ticket| {
             if let Some(ticket) = ticket {
                 ticket.count_timeout();
             }
@@ -204,6 +206,9 @@ impl Crowd {
         }
         if connection.outbox.queued() > queued {
             connection.drops_in_a_row = 0; // what waited behind was taken
+        }
+        if let Some(until) = next {
+            self.deadlines.push(until, id);
         }
     }
 

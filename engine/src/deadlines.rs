@@ -1,51 +1,55 @@
-//! When frames that wait for room have waited long enough.
+//! When connections are to be looked at for frames that have waited long enough.
 //!
-//! Owned by one shard. All frames that may wait equally long are dropped in the order in
-//! which they came, so one queue for each length of time serves, with no timer for a
-//! frame and no search. Entries are reminders: whoever is reminded may have nothing to
-//! drop any more. Knows no clock, and not what it reminds of.
+//! Owned by one shard. One reminder for each item, the earliest that was asked for: so it
+//! takes as much memory as there are items, however many frames came and went. Whoever is
+//! reminded looks at what it has, which may be nothing any more, and asks again for the
+//! rest. Knows no clock, and not what it reminds of.
 
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
+use std::collections::hash_map::Entry;
+use std::hash::Hash;
 use std::time::Duration;
+
+use rustc_hash::FxHashMap;
 
 #[derive(Debug)]
 pub(crate) struct Deadlines<T> {
-    /// One queue for each timeout that is in use: few.
-    queues: Vec<(Duration, VecDeque<(Duration, T)>)>,
+    /// When each item's reminder is due; each is in `queue` once.
+    due: FxHashMap<T, Duration>,
+    queue: BTreeSet<(Duration, T)>,
 }
 
-impl<T: Copy + PartialEq> Deadlines<T> {
+impl<T: Copy + Ord + Hash> Deadlines<T> {
     pub(crate) fn new() -> Self {
-        Self { queues: Vec::new() }
+        Self { due: FxHashMap::default(), queue: BTreeSet::new() }
     }
 
-    /// Reminds of `item` at `now` + `timeout`.
-    pub(crate) fn push(&mut self, now: Duration, timeout: Duration, item: T) {
-        let due = now + timeout;
-        let place = self.queues.iter().position(|(length, _)| *length == timeout).unwrap_or_else(|| {
-            self.queues.push((timeout, VecDeque::new()));
-            self.queues.len() - 1
-        });
-        let queue = &mut self.queues[place].1;
-        // A burst for one item needs one reminder.
-        if queue.back() != Some(&(due, item)) {
-            queue.push_back((due, item));
+    /// Reminds of `item` at `due` or, if it asked for that, earlier.
+    pub(crate) fn push(&mut self, due: Duration, item: T) {
+        match self.due.entry(item) {
+            Entry::Occupied(entry) if *entry.get() <= due => return,
+            Entry::Occupied(mut entry) => {
+                self.queue.remove(&(entry.insert(due), item));
+            }
+            Entry::Vacant(entry) => {
+                entry.insert(due);
+            }
         }
+        self.queue.insert((due, item));
     }
 
     /// Moves what is due by `now` to `due`.
     pub(crate) fn expire(&mut self, now: Duration, due: &mut Vec<T>) {
-        for (_, queue) in &mut self.queues {
-            while queue.front().is_some_and(|(at, _)| *at <= now) {
-                due.extend(queue.pop_front().map(|(_, item)| item));
-            }
+        while let Some((_, item)) = self.queue.first().copied().filter(|(at, _)| *at <= now) {
+            self.queue.pop_first();
+            self.due.remove(&item);
+            due.push(item);
         }
-        self.queues.retain(|(_, queue)| !queue.is_empty());
     }
 
     /// When the next one is due.
     pub(crate) fn next(&self) -> Option<Duration> {
-        self.queues.iter().filter_map(|(_, queue)| queue.front()).map(|(due, _)| *due).min()
+        self.queue.first().map(|(due, _)| *due)
     }
 }
 
@@ -56,18 +60,34 @@ mod tests {
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
     #[test]
-    fn each_is_reminded_of_when_its_own_time_is_over() {
+    fn each_is_reminded_of_at_the_earliest_time_that_it_asked_for() {
         let mut deadlines = Deadlines::new();
-        deadlines.push(MS(0), MS(100), 'a');
-        deadlines.push(MS(10), MS(20), 'b');
-        deadlines.push(MS(20), MS(100), 'c');
-        deadlines.push(MS(20), MS(100), 'c');
+        deadlines.push(MS(100), 'a');
+        deadlines.push(MS(30), 'b');
+        deadlines.push(MS(120), 'c');
+        deadlines.push(MS(110), 'c');
+        deadlines.push(MS(120), 'c');
         let mut due = Vec::new();
         assert_eq!(deadlines.next(), Some(MS(30)));
         deadlines.expire(MS(30), &mut due);
         assert_eq!((due.as_slice(), deadlines.next()), (&['b'][..], Some(MS(100))));
+        deadlines.push(MS(115), 'b');
         deadlines.expire(MS(500), &mut due);
-        assert_eq!((due.as_slice(), deadlines.next()), (&['b', 'a', 'c'][..], None));
-        assert!(deadlines.queues.is_empty());
+        assert_eq!((due.as_slice(), deadlines.next()), (&['b', 'a', 'c', 'b'][..], None));
+    }
+
+    #[test]
+    fn it_holds_one_reminder_for_each_item_however_often_it_is_asked() {
+        let mut deadlines = Deadlines::new();
+        let mut due = Vec::new();
+        for round in 0..1000 {
+            for item in ['a', 'b'] {
+                deadlines.push(MS(1_000_000 + round), item);
+                deadlines.push(MS(1_000_000 - round), item);
+                deadlines.push(MS(10 * round + 5), item);
+            }
+            deadlines.expire(MS(10 * round + 5), &mut due);
+            assert!(deadlines.queue.len() <= 2 && deadlines.due.len() == deadlines.queue.len());
+        }
     }
 }

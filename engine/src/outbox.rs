@@ -273,14 +273,15 @@ impl<T> Outbox<T> {
     }
 
     /// Drops what has waited until `now`; tells `on_drop` how many frames of which ticket, and how seriously to take it.
+    /// Returns when the next of those that still wait is to be dropped.
     pub(crate) fn expire(
         &mut self,
         now: Duration,
         bounds: &Bounds,
         mut on_drop: impl FnMut(Dropped, Option<&T>),
-    ) {
-        let Some(more) = &mut self.more else { return };
-        let (mut frames, mut bytes) = (0, 0);
+    ) -> Option<Duration> {
+        let more = self.more.as_mut()?;
+        let (mut frames, mut bytes, mut next) = (0, 0, None);
         more.waiting.retain(|waiting| {
             let is_over = waiting.patience.until.is_some_and(|until| until <= now);
             if is_over {
@@ -289,6 +290,8 @@ impl<T> Outbox<T> {
                 let dropped =
                     Dropped { frames: waiting.segment.frames(), max_drops: waiting.patience.max_drops };
                 on_drop(dropped, waiting.ticket.as_ref());
+            } else if let Some(until) = waiting.patience.until {
+                next = Some(next.map_or(until, |next: Duration| next.min(until)));
             }
             !is_over
         });
@@ -296,6 +299,7 @@ impl<T> Outbox<T> {
         more.waiting_bytes -= bytes;
         self.admit(bounds);
         self.shrink();
+        next
     }
 
     /// Frames that wait for room.

@@ -174,6 +174,27 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
 }
 
 #[test]
+fn each_frame_has_its_own_time() {
+    let (mut rig, stalled, _healthy) = stalled_and_healthy(1, DROP);
+    let everyone = rig.everyone.clone();
+    let patient = everyone.with_policy(Policy::DropMessage { timeout: ms(30) }).unwrap();
+    // Dropped at 30, at 25 and at 30, at 35 ms.
+    let mut sendings = Vec::new();
+    for namespace in [&patient, &everyone, &everyone, &everyone] {
+        sendings.push(send(namespace, EVERYONE, "late"));
+        rig.settle();
+        rig.pass(ms(5));
+    }
+    let mut dropped = vec![stalled.record().drops.len()];
+    for _ in 0..4 {
+        rig.pass(ms(5));
+        dropped.push(stalled.record().drops.iter().sum::<u32>() as usize);
+    }
+    assert_eq!(dropped, [0, 1, 3, 4, 4]);
+    assert!(sendings.iter_mut().all(|sending| outcome(sending) == Some([2, 1, 1, 0, 0])));
+}
+
+#[test]
 fn a_frame_that_gets_room_in_time_is_delivered() {
     for to in TARGETS {
         let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP);
@@ -324,6 +345,29 @@ fn a_frame_taken_in_between_resets_the_count_of_drops() {
         drop_one(&mut rig, EVERYONE);
         assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
     }
+}
+
+#[test]
+fn a_frame_that_had_waited_and_is_taken_resets_the_count_of_drops() {
+    let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, THREE_DROPS);
+    drop_one(&mut rig, EVERYONE);
+    drop_one(&mut rig, EVERYONE);
+    let patient = rig.everyone.with_policy(Policy::Block).unwrap();
+    for _ in 0..30 {
+        patient.try_publish(To::Connection(stalled.id()), &[], big("waits")).unwrap();
+    }
+    rig.settle();
+    // It takes some, but its outbox stays full.
+    while metrics(&mut rig, &stalled).pending == 30 + OUTBOX_FRAMES as u64 {
+        let _ = stalled.peer.hear_some(1000);
+        rig.settle();
+    }
+    assert!(metrics(&mut rig, &stalled).pending > OUTBOX_FRAMES as u64 + 5);
+    drop_one(&mut rig, EVERYONE);
+    drop_one(&mut rig, EVERYONE);
+    assert_lives(&stalled);
+    drop_one(&mut rig, EVERYONE);
+    assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
 }
 
 /// Frames that are published together are joined into one piece; the count is of frames all the same.
@@ -908,11 +952,13 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     // In the end all go, and nothing is left of them.
     for client in &clients {
         let _ = client.peer.stream.shutdown(std::net::Shutdown::Both);
-        if client.record().waker.is_some() {
-            client.release();
-        }
     }
-    rig.settle();
+    // A handler may have been told of several things to wait for.
+    for _ in 0..history.len() {
+        let busy = clients.iter().filter(|client| client.record().waker.is_some());
+        busy.for_each(Client::release);
+        rig.settle();
+    }
     rig.pass(ms(1000));
     for mut sending in sendings {
         receipts.push(sending.poll().expect("every publisher is let go").unwrap());
