@@ -165,6 +165,11 @@ impl Connection {
         }
     }
 
+    /// If it is counted as congested: whether as one that publishers wait for.
+    pub(crate) fn congestion(&self) -> Option<bool> {
+        self.is_congested.then(|| self.config.policy.blocks())
+    }
+
     /// Whether the next message may be handed over.
     pub(crate) fn is_listening(&self) -> bool {
         self.phase == Phase::Open && self.work == Work::Idle && !self.is_deaf && !self.is_paused

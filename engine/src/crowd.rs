@@ -129,15 +129,17 @@ impl Crowd {
         let policy = policy.unwrap_or(connection.config.policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
         let patience = Patience { until, max_drops: policy.max_drops() };
+        let held = ticket.filter(|ticket| policy.blocks() || ticket.wants_outcome());
         let (before, queued) = (connection.outbox.backlog_bytes(), connection.outbox.queued());
-        let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, ticket.cloned());
+        let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, held.cloned());
         self.backlog_bytes += connection.outbox.backlog_bytes() - before;
         if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
             self.dirty.push(slot);
         }
         if !connection.is_congested && connection.outbox.is_congested(&bounds) {
             connection.is_congested = true;
-            self.groups.groups_of(slot).for_each(|group| group.add_congested());
+            let blocks = connection.config.policy.blocks();
+            self.groups.groups_of(slot).for_each(|group| group.add_congested(blocks));
         }
         if connection.outbox.queued() > queued {
             connection.drops_in_a_row = 0; // some of it was taken, whatever becomes of the rest

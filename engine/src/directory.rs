@@ -25,8 +25,9 @@ pub(crate) struct Group {
     name: Option<Arc<str>>,
     /// Members on all shards, those on their way included; or `CLOSED`.
     members: AtomicU64,
-    /// Members whose outbox is more than half full.
+    /// Members whose outbox is more than half full; and of these, those whose policy is `Block`.
     congested: AtomicU32,
+    blocking: AtomicU32,
     /// One bit per shard: set before a join returns, cleared only by the shard itself.
     ///
     /// A shard may clear the bit while a join is on its way to it. That is safe, because
@@ -37,7 +38,14 @@ pub(crate) struct Group {
 impl Group {
     fn new(key: GroupKey, name: Option<Arc<str>>, shards: usize) -> Self {
         let interest = (0..shards.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { key, name, members: AtomicU64::new(0), congested: AtomicU32::new(0), interest }
+        Self {
+            key,
+            name,
+            members: AtomicU64::new(0),
+            congested: AtomicU32::new(0),
+            blocking: AtomicU32::new(0),
+            interest,
+        }
     }
 
     fn try_enter(&self) -> bool {
@@ -78,16 +86,24 @@ impl Group {
         }
     }
 
+    /// Whether some member is behind.
     pub(crate) fn is_congested(&self) -> bool {
         self.congested.load(Relaxed) > 0 // Relaxed: ordered by the log's cursors, see `Log::in_flight`
     }
 
-    pub(crate) fn add_congested(&self) {
-        self.congested.fetch_add(1, Relaxed); // Relaxed: as above
+    /// Whether some member is behind for which publishers are to wait.
+    pub(crate) fn is_blocking(&self) -> bool {
+        self.blocking.load(Relaxed) > 0 // Relaxed: as above
     }
 
-    pub(crate) fn remove_congested(&self) {
+    pub(crate) fn add_congested(&self, blocks: bool) {
+        self.congested.fetch_add(1, Relaxed); // Relaxed: as above
+        self.blocking.fetch_add(blocks.into(), Relaxed);
+    }
+
+    pub(crate) fn remove_congested(&self, blocks: bool) {
         self.congested.fetch_sub(1, Relaxed); // Relaxed: as above
+        self.blocking.fetch_sub(blocks.into(), Relaxed);
     }
 }
 

@@ -65,7 +65,7 @@ counters! {
     written,
     /// Frames dropped because they had waited as long as they may.
     dropped_timeout,
-    /// Frames dropped because no more may wait.
+    /// Frames dropped at once: by their policy they may not wait, or no more may.
     dropped_overflow,
     /// Frames that had not been written when their connection ended.
     discarded,
@@ -101,7 +101,7 @@ pub struct ConnectionMetrics {
     pub written: u64,
     /// Frames dropped because they had waited as long as they may.
     pub dropped_timeout: u64,
-    /// Frames dropped because no more may wait.
+    /// Frames dropped at once: by their policy they may not wait, or no more may.
     pub dropped_overflow: u64,
     /// Frames that had not been written when it ended.
     pub discarded: u64,

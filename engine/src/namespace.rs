@@ -115,7 +115,7 @@ impl Namespace {
     /// # Errors
     /// [`SendError::Closed`] if the engine has ended, [`SendError::Overloaded`] if too many publishers wait.
     pub async fn publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), SendError> {
-        let awaited = if self.has_room(&to, frame.len()) { None } else { Some(receipt::ticket()) };
+        let awaited = if self.has_room(&to, frame.len()) { None } else { Some(receipt::ticket(false)) };
         let (ticket, awaited) = awaited.unzip();
         self.dispatch(to, except, Payload::Frame(frame), ticket).await?;
         if let Some(awaited) = awaited {
@@ -135,7 +135,7 @@ impl Namespace {
         except: &[ConnectionId],
         frame: Frame,
     ) -> Result<Receipt, SendError> {
-        let (ticket, awaited) = receipt::ticket();
+        let (ticket, awaited) = receipt::ticket(true);
         self.dispatch(to, except, Payload::Frame(frame), Some(ticket)).await?;
         Ok(poll_fn(|context| awaited.poll(context.waker())).await)
     }
@@ -264,13 +264,19 @@ impl Namespace {
         let within = on_their_way < self.window.frames.load(Relaxed)
             && (on_their_way + 1).saturating_mul(bytes as u64) <= self.window.bytes.load(Relaxed);
         let find = |name: &&str| self.directory.find(name);
-        let is_congested = |group: Arc<Group>| group.is_congested();
-        within
-            && !match to {
-                To::Everyone | To::Connection(_) => self.directory.everyone().is_congested(),
-                To::Group(name) => find(name).is_some_and(is_congested),
-                To::Groups(names) => names.iter().filter_map(find).any(is_congested),
-            }
+        // For one connection `Block` holds, whatever its own policy is.
+        let (waits, for_any) = match (self.policy, to) {
+            (Some(policy), _) => (policy.blocks(), true),
+            (None, To::Connection(_)) => (true, true),
+            (None, _) => (true, false),
+        };
+        let is_behind = |group: &Group| if for_any { group.is_congested() } else { group.is_blocking() };
+        let is_waited_for = match to {
+            To::Everyone | To::Connection(_) => is_behind(self.directory.everyone()),
+            To::Group(name) => find(name).is_some_and(|group| is_behind(&group)),
+            To::Groups(names) => names.iter().filter_map(find).any(|group| is_behind(&group)),
+        };
+        within && !(waits && is_waited_for)
     }
 
     async fn command(&self, id: ConnectionId, action: Action) -> Result<(), SendError> {

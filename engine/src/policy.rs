@@ -11,7 +11,8 @@ pub enum Policy {
     /// It waits, and so does the publisher that awaits it, until the connection has taken it or has gone.
     #[default]
     Block,
-    /// It waits at most `timeout` (0 to 1 hour; 0 means not at all), then it is dropped, counted and reported.
+    /// It waits at most `timeout` (0 to 1 hour; 0 means not at all), then it is dropped, counted and reported. Who
+    /// publishes does not wait for that, except for a receipt.
     DropMessage {
         /// How long it waits.
         timeout: Duration,
@@ -23,7 +24,7 @@ pub enum Policy {
         /// How many consecutive drops end the connection.
         max_drops: u32,
     },
-    /// It waits as with `Block`; and an average round-trip time above `max_rtt` (1 ms to 1 hour) over the last
+    /// It waits, though nobody waits for it; and an average round-trip time above `max_rtt` (1 ms to 1 hour) over the last
     /// `rtt_samples` (1 to 1024) pongs ends the connection (1013). Before the first pong it counts as healthy.
     DropOnHighRtt {
         /// The highest average allowed.
@@ -34,6 +35,11 @@ pub enum Policy {
 }
 
 impl Policy {
+    /// Whether a publisher waits for the frames that wait.
+    pub(crate) fn blocks(&self) -> bool {
+        matches!(self, Self::Block)
+    }
+
     /// How long a frame waits for room; none is for ever.
     pub(crate) fn timeout(&self) -> Option<Duration> {
         match self {

@@ -21,7 +21,7 @@ pub struct Receipt {
     pub waited: u64,
     /// Of those that waited, connections for which the frame was dropped because its time was over.
     pub dropped_timeout: u64,
-    /// Connections for which the frame was dropped because no more may wait.
+    /// Connections for which the frame was dropped at once: by its policy it may not wait, or no more may.
     pub dropped_overflow: u64,
     /// Of those that waited, connections that ended before they took the frame.
     pub disconnected: u64,
@@ -38,7 +38,10 @@ impl Receipt {
 pub(crate) type Ticket = Arc<Open>;
 
 #[derive(Debug)]
-pub(crate) struct Open(Arc<State>);
+pub(crate) struct Open {
+    state: Arc<State>,
+    wants_outcome: bool,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -60,35 +63,40 @@ struct End {
 #[derive(Debug)]
 pub(crate) struct Awaited(Arc<State>);
 
-pub(crate) fn ticket() -> (Ticket, Awaited) {
+/// `wants_outcome`: who publishes wants to know the end of frames that it would not wait for otherwise.
+pub(crate) fn ticket(wants_outcome: bool) -> (Ticket, Awaited) {
     let state = Arc::new(State::default());
-    (Arc::new(Open(state.clone())), Awaited(state))
+    (Arc::new(Open { state: state.clone(), wants_outcome }), Awaited(state))
 }
 
 impl Open {
+    pub(crate) fn wants_outcome(&self) -> bool {
+        self.wants_outcome
+    }
+
     pub(crate) fn count(&self, targets: u64, waited: u64) {
         // Relaxed: read after `reached` was seen under the lock.
-        self.0.targets.fetch_add(targets, Relaxed);
-        self.0.waited.fetch_add(waited, Relaxed);
+        self.state.targets.fetch_add(targets, Relaxed);
+        self.state.waited.fetch_add(waited, Relaxed);
     }
 
     pub(crate) fn count_timeout(&self) {
-        self.0.dropped_timeout.fetch_add(1, Relaxed); // Relaxed: as above
+        self.state.dropped_timeout.fetch_add(1, Relaxed); // Relaxed: as above
     }
 
     pub(crate) fn count_overflow(&self) {
-        self.0.dropped_overflow.fetch_add(1, Relaxed); // Relaxed: as above
+        self.state.dropped_overflow.fetch_add(1, Relaxed); // Relaxed: as above
     }
 
     pub(crate) fn count_disconnected(&self) {
-        self.0.disconnected.fetch_add(1, Relaxed); // Relaxed: as above
+        self.state.disconnected.fetch_add(1, Relaxed); // Relaxed: as above
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
         let waker = {
-            let mut end = self.0.end.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut end = self.state.end.lock().unwrap_or_else(PoisonError::into_inner);
             end.reached = true;
             end.waker.take()
         };

@@ -54,6 +54,8 @@ const COMMANDS_PER_TURN: usize = 4096;
 const RESUMES_PER_TURN: usize = 4096;
 /// Frames put into outboxes in one turn (some 5 ns each).
 const OFFERS_PER_TURN: u64 = 200_000;
+/// Publications run before everybody was flushed; less where outboxes are small.
+const BURST_MAX: u64 = 256;
 /// Connections flushed in one turn (some 4 µs each).
 const FLUSHES_PER_TURN: usize = 512;
 
@@ -78,6 +80,12 @@ pub struct Shard {
     /// Slots with something left to read.
     ready: Vec<u32>,
     offers_left: u64,
+    /// Publications run since everybody who is to be flushed has had a turn, and how many may be: else a peer that
+    /// keeps up would find its outbox full because the shard has not come round to it.
+    burst: u64,
+    burst_max: u64,
+    /// How many of the first in the list of those to be flushed have had no turn since.
+    round_left: usize,
     /// What all threads have been told of the bytes in this shard's outboxes.
     backlog_told: usize,
     stop: Option<Stop>,
@@ -155,6 +163,9 @@ impl Shard {
             held: None,
             ready: Vec::new(),
             offers_left: 0,
+            burst: 0,
+            burst_max: BURST_MAX,
+            round_left: 0,
             stop: None,
             scratch: Scratch { read, ..Scratch::default() },
         }
@@ -528,10 +539,10 @@ impl Shard {
             }
             Action::Join(entrance) if is_open => self.join(slot, entrance),
             Action::Leave { group } => {
-                let is_congested = connection.is_congested;
+                let congestion = connection.congestion();
                 let directory = connection.directory.clone();
                 let left = self.crowd.groups.leave(group.key, slot);
-                self.has_left(&directory, &group, left, is_congested);
+                self.has_left(&directory, &group, left, congestion);
             }
             Action::Close(reason) => self.end(slot, reason),
             Action::Inspect(on_metrics) => {
@@ -548,8 +559,8 @@ impl Shard {
         let group = entrance.group().clone();
         group.add_interest(self.index); // it may have been cleared while this join was on its way
         if self.crowd.groups.join(group.key, group.clone(), slot) {
-            if self.crowd.connections[slot as usize].is_congested {
-                group.add_congested();
+            if let Some(blocks) = self.crowd.connections[slot as usize].congestion() {
+                group.add_congested(blocks);
             }
             entrance.arrive();
         }
@@ -609,6 +620,8 @@ impl Shard {
             _place: place,
         });
         self.crowd.metrics.adopted += 1;
+        self.burst_max =
+            self.burst_max.min(self.crowd.connections[slot].config.outbox_frames as u64 / 4).max(1);
         let slot = slot as u32;
         self.join(slot, entrance);
         self.beat(slot);
@@ -627,7 +640,7 @@ impl Shard {
     /// Runs the log into the outboxes, up to `limit`; false if it did not get there.
     fn run_log(&mut self, limit: u64) -> bool {
         while self.reader.position() < limit {
-            if self.offers_left == 0 {
+            if self.offers_left == 0 || self.burst >= self.burst_max {
                 return false;
             }
             let Some(first) = self.reader.get(0) else { return false };
@@ -636,7 +649,8 @@ impl Shard {
                 (Payload::Frame(frame), Target::One(group)) => match self.crowd.groups.find(group.key) {
                     None => 0,
                     Some(group) => {
-                        let chunk = join(&self.reader, first, frame, limit, &mut count);
+                        let room = limit.min(self.reader.position() + self.burst_max - self.burst);
+                        let chunk = join(&self.reader, first, frame, room, &mut count);
                         self.crowd.fan_out(group, chunk, first)
                     }
                 },
@@ -653,6 +667,7 @@ impl Shard {
             };
             self.offers_left = self.offers_left.saturating_sub(offers);
             self.crowd.metrics.publications += count;
+            self.burst += count;
             self.reader.advance(count);
             self.carry_out_ends();
         }
@@ -701,6 +716,11 @@ impl Shard {
             self.flush(*slot);
         }
         self.gather.clear();
+        self.round_left = self.round_left.saturating_sub(count);
+        if self.round_left == 0 {
+            self.burst = 0;
+            self.round_left = dirty.len() - count;
+        }
         // Who has waited longest comes first; who was marked meanwhile comes behind.
         dirty.drain(..count);
         dirty.append(&mut self.crowd.dirty);
@@ -715,7 +735,8 @@ impl Shard {
         self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
         if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
             connection.is_congested = false;
-            self.crowd.groups.groups_of(slot).for_each(|group| group.remove_congested());
+            let blocks = connection.config.policy.blocks();
+            self.crowd.groups.groups_of(slot).for_each(|group| group.remove_congested(blocks));
         }
         match flushed {
             Flushed::Rests => {}
@@ -754,7 +775,11 @@ impl Shard {
         let share = (all - max) as u128 * self.crowd.backlog_bytes as u128 / all as u128;
         let target = self.crowd.backlog_bytes - share as usize;
         for id in self.crowd.largest_backlogs(target) {
-            self.end(id.slot() as u32, CloseReason::Shed);
+            if self.find(id).is_some_and(|connection| connection.phase != Phase::Open) {
+                self.discard(id.slot() as u32); // it has its reason already
+            } else {
+                self.end(id.slot() as u32, CloseReason::Shed);
+            }
         }
     }
 
@@ -821,6 +846,16 @@ impl Shard {
         self.drop_socket(slot);
     }
 
+    /// Gives up what is queued for a connection, but for the frame that is being written.
+    fn discard(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let before = connection.outbox.backlog_bytes();
+        let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
+        self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
+        connection.counts.discarded += discarded;
+        self.crowd.metrics.discarded += discarded;
+    }
+
     /// Ends a connection behind everything that its handler has sent before.
     fn end_in_order(&mut self, slot: u32, reason: CloseReason) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
@@ -845,7 +880,8 @@ impl Shard {
         connection.unread = None;
         let is_readable = connection.is_readable;
         let directory = connection.directory.clone();
-        let is_congested = std::mem::replace(&mut connection.is_congested, false);
+        let congestion = connection.congestion();
+        connection.is_congested = false;
         self.crowd.metrics.ended += 1;
         match reason {
             CloseReason::Protocol(_) | CloseReason::ControlFlood => self.crowd.metrics.ended_protocol += 1,
@@ -864,12 +900,9 @@ impl Shard {
         }
         let is_told = reason.close_frame().is_some();
         if !reason.flushes_first() {
-            let before = connection.outbox.backlog_bytes();
-            let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
-            self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
-            connection.counts.discarded += discarded;
-            self.crowd.metrics.discarded += discarded;
+            self.discard(slot);
         }
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let by = match (&reason, &self.stop) {
             (CloseReason::Shutdown { .. }, Some(stop)) => stop.by,
             _ => self.crowd.now + connection.config.close_timeout,
@@ -883,7 +916,7 @@ impl Shard {
             self.mark_ready(slot);
         }
         while let Some((group, left)) = self.crowd.groups.leave_any(slot) {
-            self.has_left(&directory, &group, left, is_congested);
+            self.has_left(&directory, &group, left, congestion);
         }
         if is_told {
             self.crowd.mark_dirty(slot);
@@ -894,15 +927,15 @@ impl Shard {
     }
 
     /// A member is no longer in this shard's index: so the directory must not count it either.
-    fn has_left(&self, directory: &Directory, group: &Arc<Group>, left: Left, was_congested: bool) {
+    fn has_left(&self, directory: &Directory, group: &Arc<Group>, left: Left, congestion: Option<bool>) {
         if left == Left::WasNoMember {
             return;
         }
         if left == Left::WasLast {
             group.remove_interest(self.index);
         }
-        if was_congested {
-            group.remove_congested();
+        if let Some(blocks) = congestion {
+            group.remove_congested(blocks);
         }
         directory.exit(group);
     }
