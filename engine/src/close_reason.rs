@@ -115,10 +115,8 @@ impl CloseReason {
     ///
     /// Not where the peer has been slow or silent: it would only delay the end.
     pub(crate) fn flushes_first(&self) -> bool {
-        match self {
-            Self::SlowConsumer | Self::TooManyDrops | Self::HighRtt | Self::Shed => false,
-            Self::PongTimeout | Self::Vanished | Self::Transport(_) => false,
-            _ => true,
-        }
+        let is_slow = matches!(self, Self::SlowConsumer | Self::TooManyDrops | Self::HighRtt | Self::Shed);
+        let is_silent = matches!(self, Self::PongTimeout | Self::Vanished | Self::Transport(_));
+        !is_slow && !is_silent
     }
 }

@@ -25,9 +25,13 @@ pub(crate) struct Heartbeat {
     stirred: u64,
     rtt_last: Option<NonZeroU32>,
     rtt_average: Option<NonZeroU32>,
-    /// The last round trips in microseconds, where a policy asks for their average.
-    samples: Option<Box<VecDeque<u32>>>,
+    /// Where a policy asks for their average; boxed, because most do not.
+    samples: Option<Box<Samples>>,
 }
+
+/// The last round trips in microseconds, the oldest first.
+#[derive(Debug)]
+struct Samples(VecDeque<u32>);
 
 /// Round-trip times of a connection, from pings to their pongs.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +60,8 @@ impl Heartbeat {
         let now = micros(now);
         let pinged = now.wrapping_sub(lead); // may lie before the shard's start
         let (nonce, rtt_last, rtt_average) = (None, None, None);
-        let samples = config.policy.rtt_samples().map(|samples| Box::new(VecDeque::with_capacity(samples)));
+        let samples =
+            config.policy.rtt_samples().map(|count| Box::new(Samples(VecDeque::with_capacity(count))));
         Self { opened: now, heard: now, pinged, nonce, stirred: now, rtt_last, rtt_average, samples }
     }
 
@@ -87,7 +92,7 @@ impl Heartbeat {
             let weighted = u64::from(average.get()) * 7 + u64::from(rtt);
             (weighted / 8) as u32 // an average of two u32
         });
-        if let Some(samples) = &mut self.samples {
+        if let Some(Samples(samples)) = self.samples.as_deref_mut() {
             if samples.len() == samples.capacity() {
                 samples.pop_front();
             }
@@ -99,8 +104,8 @@ impl Heartbeat {
 
     /// Whether the average over the policy's window is above `max`; false before the first pong.
     pub(crate) fn is_rtt_above(&self, max: Duration) -> bool {
-        match &self.samples {
-            Some(samples) if !samples.is_empty() => {
+        match self.samples.as_deref() {
+            Some(Samples(samples)) if !samples.is_empty() => {
                 let sum: u64 = samples.iter().map(|sample| u64::from(*sample)).sum();
                 Duration::from_micros(sum / samples.len() as u64) > max
             }

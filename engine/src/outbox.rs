@@ -764,7 +764,7 @@ mod tests {
         let mut outboxes: [Outbox<()>; 2] = [Outbox::new(), Outbox::new()];
         for outbox in &mut outboxes {
             for piece in &pieces {
-                assert_eq!(outbox.offer(&piece, &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Queued);
+                assert_eq!(outbox.offer(piece, &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Queued);
             }
         }
         let first = gather.gather(&outboxes[0], 1000).as_ptr();
