@@ -246,7 +246,7 @@ async fn fanout_serves_its_four_routes() {
 
 #[tokio::test]
 async fn fanout_says_what_to_do_when_it_is_not_understood() {
-    let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--policy block]";
+    let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--policy POLICY], where POLICY is block,";
     for (arguments, says) in [
         (&["--policy", "nonsense"][..], "`nonsense` is no policy"),
         (&["--policy"], usage),

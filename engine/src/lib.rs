@@ -52,7 +52,7 @@
 //!     received: Default::default(),
 //!     handler: Box::new(|_| Box::new(lengths)), // made on the shard, once there is an id
 //!     config: Arc::new(ConnectionConfig::default()),
-//!     place: engine.admit().expect("there is room for one"),
+//!     place: engine.admit(None).expect("there is room for one"),
 //! };
 //! block_on(everyone.adopt(newcomer))?;
 //! shards[0].turn(Instant::now())?;
