@@ -206,7 +206,7 @@ impl<'a, M, C> Target<'a, M, C> {
 
 impl<M, C: Encode<M>> Target<'_, M, C> {
     /// Sends the message. Ends when every client of the target has taken it or has gone; while none is behind,
-    /// that is as soon as the engine has it. What one task sends one after the other, every client gets in that order.
+    /// and under every policy but `Block`, that is as soon as the engine has it. What one task sends one after the other, every client gets in that order.
     ///
     /// # Errors
     /// A message that cannot be encoded, an engine that has ended, too many who wait already.

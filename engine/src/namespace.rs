@@ -5,7 +5,7 @@
 //! groups, the frame goes through the log (or, for one connection, through its shard's
 //! mailbox), and who must wait waits here. Does not know sockets, nor what payloads mean.
 //!
-//! When a publisher waits (policy `Block`). While no member of the target is more than
+//! When a publisher waits: only for members whose policy is `Block`, or for a receipt. While no member of the target is more than
 //! half behind its bound and fewer than `window` publications are on their way, every
 //! member surely has room, so publishing ends when the log has taken the frame. Else the
 //! publication carries a ticket and ends when every target has taken it or has gone.
@@ -108,7 +108,7 @@ impl Namespace {
     }
 
     /// Sends `frame` to all of `to` but `except`. Ends when every target has taken it or has gone; while
-    /// nobody is behind, that is as soon as the log has it.
+    /// nobody is behind whose policy is `Block`, that is as soon as the log has it.
     ///
     /// Frames sent one after the other reach every connection in that order.
     ///
