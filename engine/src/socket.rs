@@ -1,4 +1,4 @@
-//! The socket of a connection: TCP, or the near end of a bridge.
+//! The socket of a connection: TCP, the near end of a bridge, or none at all.
 //!
 //! Owned by one shard. Non-blocking, with small messages sent at once and little unsent
 //! data left to the kernel, so that a backlog stays in the outbox where the policy sees
@@ -16,7 +16,7 @@ use mio::{Interest, Registry, Token};
 const NOTSENT_LOWAT_BYTES: u32 = 16 << 10;
 
 /// A connected stream socket that an engine can own: TCP, or a Unix socket whose other end
-/// carries the bytes elsewhere (TLS, HTTP/2).
+/// carries the bytes elsewhere (TLS, HTTP/2). For measurements also a [sink](Self::sink).
 #[derive(Debug)]
 pub struct Socket(Kind);
 
@@ -24,6 +24,7 @@ pub struct Socket(Kind);
 enum Kind {
     Tcp(mio::net::TcpStream),
     Unix(mio::net::UnixStream),
+    Sink,
 }
 
 impl From<std::net::TcpStream> for Socket {
@@ -39,6 +40,13 @@ impl From<std::os::unix::net::UnixStream> for Socket {
 }
 
 impl Socket {
+    /// A peer that takes everything at once and never says a word, without a file descriptor: what a fan-out costs
+    /// by itself can be measured with a million of them. It answers no pings, so its connection ends after
+    /// `heartbeat_interval` and `pong_timeout`.
+    pub fn sink() -> Self {
+        Self(Kind::Sink)
+    }
+
     /// Sets what the engine relies on.
     pub(crate) fn prepare(&self) -> io::Result<()> {
         match &self.0 {
@@ -51,6 +59,7 @@ impl Socket {
                 Ok(())
             }
             Kind::Unix(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
+            Kind::Sink => Ok(()),
         }
     }
 
@@ -60,6 +69,7 @@ impl Socket {
         match &mut self.0 {
             Kind::Tcp(stream) => stream.register(registry, token, interest),
             Kind::Unix(stream) => stream.register(registry, token, interest),
+            Kind::Sink => Ok(()),
         }
     }
 
@@ -68,6 +78,7 @@ impl Socket {
         match &self.0 {
             Kind::Tcp(stream) => (&*stream).read(buffer),
             Kind::Unix(stream) => (&*stream).read(buffer),
+            Kind::Sink => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
@@ -76,6 +87,7 @@ impl Socket {
         match &self.0 {
             Kind::Tcp(stream) => (&*stream).write(bytes),
             Kind::Unix(stream) => (&*stream).write(bytes),
+            Kind::Sink => Ok(bytes.len()),
         }
     }
 
@@ -86,6 +98,7 @@ impl Socket {
         let peeked = match &self.0 {
             Kind::Tcp(stream) => socket2::SockRef::from(stream).peek(buffer.spare_capacity_mut()),
             Kind::Unix(stream) => socket2::SockRef::from(stream).peek(buffer.spare_capacity_mut()),
+            Kind::Sink => Ok(0),
         };
         peeked.is_ok_and(|peeked| peeked >= count)
     }
@@ -96,6 +109,7 @@ impl Socket {
         let _ = match &self.0 {
             Kind::Tcp(stream) => stream.shutdown(Shutdown::Write),
             Kind::Unix(stream) => stream.shutdown(Shutdown::Write),
+            Kind::Sink => Ok(()),
         };
     }
 }
