@@ -103,7 +103,7 @@ struct Options {
     hub: WsHubConfig,
 }
 
-const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--policy POLICY], where POLICY is block, \
+const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY], where POLICY is block, \
      drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
 
 /// Time for everything that is accepted to arrive after SIGTERM.
@@ -118,6 +118,9 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--port" => options.port = value()?.parse().map_err(|_| USAGE)?,
             "--shards" => options.engine.shards = Some(value()?.parse().map_err(|_| USAGE)?),
             "--no-pin" => options.engine.pin = false,
+            "--coalesce" => {
+                options.engine.coalesce = Duration::from_millis(value()?.parse().map_err(|_| USAGE)?);
+            }
             "--policy" => options.hub.policy = policy(&value()?)?,
             _ => return Err(USAGE.into()),
         }

@@ -12,8 +12,8 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use shardcast_engine::{
-    CloseCode, ConnectionId, ConnectionMetrics, Frame, Namespace, Receipt, SendError as EngineError, To,
-    TrySendError as TryEngineError,
+    CloseCode, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, Namespace, Receipt,
+    SendError as EngineError, To, TrySendError as TryEngineError,
 };
 
 use crate::codec::{CodecError, Encode};
@@ -130,6 +130,15 @@ impl<M, C> Clients<M, C> {
         Ok(receiver.await.ok())
     }
 
+    /// What all clients of the hub have counted together since the start, those that have gone included, after
+    /// everything that was sent before. For a part of them: [`Target::metrics`].
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join).
+    pub async fn metrics(&self) -> Result<GroupMetrics, SendError> {
+        self.to_all().metrics().await
+    }
+
     /// Clients connected now, those on their way to their shard included.
     pub fn len(&self) -> usize {
         self.inner.namespace.len()
@@ -196,6 +205,25 @@ impl<'a, M, C> Target<'a, M, C> {
         reason: impl Into<Cow<'static, str>>,
     ) -> Result<(), SendError> {
         Ok(self.clients.inner.namespace.close(self.to, self.except, code, reason).await?)
+    }
+
+    /// What the target's clients have counted together, after everything that was sent before: for groups their
+    /// present members, for [`to_all`](Clients::to_all) also those that have gone. Costs each shard a look at each
+    /// of them: for every few seconds, not for every message.
+    ///
+    /// # Errors
+    /// An engine that has ended, too many who wait already.
+    pub async fn metrics(&self) -> Result<GroupMetrics, SendError> {
+        let (sender, mut parts) = tokio::sync::mpsc::unbounded_channel();
+        let on_metrics = move |part| {
+            let _ = sender.send(part); // who has stopped waiting does not want to know
+        };
+        self.clients.inner.namespace.survey(self.to, self.except, on_metrics).await?;
+        let mut sum = GroupMetrics::default();
+        while let Some(part) = parts.recv().await {
+            sum += part;
+        }
+        Ok(sum)
     }
 
     /// Follows this policy instead of the hub's. A message to one client waits for room unless told otherwise here.

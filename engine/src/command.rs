@@ -15,7 +15,7 @@ use crate::directory::{Directory, Entrance, Group};
 use crate::frame::Frame;
 use crate::handler::MakeHandler;
 use crate::id::{ConnectionId, GroupKey};
-use crate::metrics::ConnectionMetrics;
+use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::policy::Policy;
 use crate::receipt::Ticket;
 use crate::socket::Socket;
@@ -86,12 +86,28 @@ impl Publication {
 #[derive(Debug)]
 pub(crate) enum Command {
     Adopt(Box<Adoption>),
+    Survey(Box<Survey>),
     For {
         id: ConnectionId,
         /// An id of another namespace names nobody here.
         namespace: GroupKey,
         action: Action,
     },
+}
+
+/// A question to all shards: what have these connections counted together?
+pub(crate) struct Survey {
+    pub(crate) directory: Arc<Directory>,
+    /// None for everyone.
+    pub(crate) groups: Option<Box<[GroupKey]>>,
+    pub(crate) except: SmallVec<[ConnectionId; 1]>,
+    pub(crate) on_metrics: Arc<dyn Fn(GroupMetrics) + Send + Sync>,
+}
+
+impl std::fmt::Debug for Survey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Survey").field("groups", &self.groups).finish_non_exhaustive()
+    }
 }
 
 pub(crate) enum Action {

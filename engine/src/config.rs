@@ -33,6 +33,10 @@ pub struct EngineConfig {
     /// Publishers that may wait for room at one place, the log or one mailbox: 1 to 16,777,216.
     /// Default: 65,536. At the limit a publisher gets `SendError::Overloaded` instead of waiting.
     pub publishers_waiting_max: usize,
+    /// How long a shard may wait to gather more before it writes to its sockets: 0 to 1 s, in effect whole
+    /// milliseconds, rounded up. Default: 0, it writes as soon as it has nothing else to do. Every frame is delayed by
+    /// as much at most, answers and pongs too; in return messages that come singly share a write.
+    pub coalesce: Duration,
     /// Bytes that a shard reads at once: 1 KiB to 16 MiB. Default: 65,536. One buffer per shard, not per connection.
     pub read_buffer_bytes: usize,
     /// Bytes that all outboxes together may keep: 1 MiB to 1 TiB. Default: 1 GiB. A frame counts once for each
@@ -54,6 +58,7 @@ impl Default for EngineConfig {
             log_capacity: 4096,
             mailbox_capacity: 4096,
             publishers_waiting_max: 65_536,
+            coalesce: Duration::ZERO,
             read_buffer_bytes: 65_536,
             backlog_bytes_max: 1 << 30,
             max_connections_per_address: None,
@@ -73,6 +78,7 @@ impl EngineConfig {
         within("log_capacity", self.log_capacity, 2, 1 << 20)?;
         within("mailbox_capacity", self.mailbox_capacity, 1, 1 << 20)?;
         within("publishers_waiting_max", self.publishers_waiting_max, 1, 1 << 24)?;
+        within("coalesce", self.coalesce, Duration::ZERO, Duration::from_secs(1))?;
         within("read_buffer_bytes", self.read_buffer_bytes, 1024, 16 << 20)?;
         within("backlog_bytes_max", self.backlog_bytes_max, 1 << 20, 1 << 40)?;
         within("max_connections_per_address", self.max_connections_per_address.unwrap_or(1), 1, 1 << 30)?;

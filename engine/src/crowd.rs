@@ -12,14 +12,14 @@ use std::time::Duration;
 use slab::Slab;
 
 use crate::close_reason::CloseReason;
-use crate::command::Publication;
+use crate::command::{Publication, Survey};
 use crate::connection::Connection;
 use crate::deadlines::Deadlines;
 use crate::directory::Group;
 use crate::frame::Frame;
 use crate::group::{GroupIndex, LocalKey};
 use crate::id::ConnectionId;
-use crate::metrics::Metrics;
+use crate::metrics::{GroupMetrics, Metrics};
 use crate::outbox::{Chunk, Dropped, Offer, Patience};
 use crate::policy::Policy;
 use crate::receipt::Ticket;
@@ -212,6 +212,33 @@ impl Crowd {
         if let Some(until) = next {
             self.deadlines.push(until, id);
         }
+    }
+
+    /// What the connections that are asked for have counted on this shard.
+    pub(crate) fn survey(&mut self, survey: &Survey, shard: usize) -> GroupMetrics {
+        let mut sum = match &survey.groups {
+            None => survey.directory.ended(shard).sum(),
+            Some(_) => GroupMetrics::default(),
+        };
+        let mut add = |connection: &Connection| {
+            if !survey.except.contains(&connection.id) {
+                sum += connection.metrics().into();
+            }
+        };
+        match &survey.groups {
+            // Not by the index: who is just ending has left it.
+            None => {
+                let key = survey.directory.key();
+                let ours = |(_, connection): &(usize, &Connection)| connection.directory.key() == key;
+                self.connections.iter().filter(ours).for_each(|(_, connection)| add(connection));
+            }
+            Some(keys) => {
+                let mut slots = Vec::new();
+                self.groups.union(keys.iter().copied(), &mut slots);
+                slots.iter().filter_map(|slot| self.connections.get(*slot as usize)).for_each(add);
+            }
+        }
+        sum
     }
 
     /// The connections with the largest backlogs, until without them at most `target` bytes were left.

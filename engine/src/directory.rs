@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use crate::id::GroupKey;
+use crate::metrics::EndedCounts;
 
 const CLOSED: u64 = u64::MAX;
 
@@ -113,14 +114,16 @@ pub(crate) struct Directory {
     everyone: Arc<Group>,
     groups: papaya::HashMap<Arc<str>, Arc<Group>>,
     next_key: Arc<AtomicU64>,
-    shards: usize,
+    /// For each shard, which alone uses it: what connections of the namespace counted that have ended there.
+    ended: Box<[EndedCounts]>,
 }
 
 impl Directory {
     /// `next_key` is shared by all directories of an engine, so that keys are unique there.
     pub(crate) fn new(shards: usize, next_key: Arc<AtomicU64>) -> Self {
         let everyone = Arc::new(Group::new(new_key(&next_key), None, shards));
-        Self { everyone, groups: papaya::HashMap::new(), next_key, shards }
+        let ended = (0..shards).map(|_| EndedCounts::default()).collect();
+        Self { everyone, groups: papaya::HashMap::new(), next_key, ended }
     }
 
     /// The group of all connections; its key also names the namespace.
@@ -130,6 +133,10 @@ impl Directory {
 
     pub(crate) fn key(&self) -> GroupKey {
         self.everyone.key
+    }
+
+    pub(crate) fn ended(&self, shard: usize) -> &EndedCounts {
+        &self.ended[shard]
     }
 
     /// One more connection, on `shard`.
@@ -155,7 +162,7 @@ impl Directory {
                 Some(group) => group.clone(),
                 None => {
                     let name: Arc<str> = name.into();
-                    let fresh = Group::new(new_key(&self.next_key), Some(name.clone()), self.shards);
+                    let fresh = Group::new(new_key(&self.next_key), Some(name.clone()), self.ended.len());
                     let fresh = Arc::new(fresh);
                     groups.get_or_insert(name, fresh).clone()
                 }

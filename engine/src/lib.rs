@@ -113,7 +113,7 @@ pub use handshake::accept_key;
 pub use heartbeat::Rtt;
 pub use id::{ConnectionId, InvalidConnectionId};
 pub use mask::unmask;
-pub use metrics::{ConnectionMetrics, Metrics};
+pub use metrics::{ConnectionMetrics, GroupMetrics, Metrics};
 pub use namespace::{AdoptError, Namespace, Newcomer, SendError, To, TrySendError};
 pub use policy::Policy;
 pub use receipt::Receipt;

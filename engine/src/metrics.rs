@@ -6,6 +6,7 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 
@@ -113,6 +114,123 @@ pub struct ConnectionMetrics {
     pub received: u64,
     /// Round-trip times of its pings.
     pub rtt: Rtt,
+}
+
+/// What the connections of a group, or of a whole namespace, have counted together.
+///
+/// For a group: its present members, each with all that it has counted since it connected. For everyone: all
+/// connections since the start, those that have ended included.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GroupMetrics {
+    /// Connections now; for everyone, those in their closing handshake included.
+    pub connections: u64,
+    /// Frames meant for them.
+    pub offered: u64,
+    /// Frames given to the kernel whole.
+    pub written: u64,
+    /// Frames dropped because they had waited as long as they may.
+    pub dropped_timeout: u64,
+    /// Frames dropped at once: by their policy they may not wait, or no more may.
+    pub dropped_overflow: u64,
+    /// Frames that had not been written when their connection ended.
+    pub discarded: u64,
+    /// Frames that wait in their outboxes.
+    pub pending: u64,
+    /// Their bytes.
+    pub pending_bytes: u64,
+    /// Messages received and handed to handlers.
+    pub received: u64,
+    /// The highest of the connections' average round trips; none before the first pong.
+    pub rtt_highest: Option<Duration>,
+    rtt_sum: Duration,
+    rtt_count: u64,
+}
+
+impl GroupMetrics {
+    /// The mean of the connections' average round trips; none before the first pong.
+    pub fn rtt_average(&self) -> Option<Duration> {
+        (self.rtt_count > 0).then(|| self.rtt_sum.div_f64(self.rtt_count as f64))
+    }
+}
+
+impl From<ConnectionMetrics> for GroupMetrics {
+    fn from(one: ConnectionMetrics) -> Self {
+        Self {
+            connections: 1,
+            offered: one.offered,
+            written: one.written,
+            dropped_timeout: one.dropped_timeout,
+            dropped_overflow: one.dropped_overflow,
+            discarded: one.discarded,
+            pending: one.pending,
+            pending_bytes: one.pending_bytes,
+            received: one.received,
+            rtt_highest: one.rtt.average,
+            rtt_sum: one.rtt.average.unwrap_or_default(),
+            rtt_count: one.rtt.average.is_some().into(),
+        }
+    }
+}
+
+impl std::ops::AddAssign for GroupMetrics {
+    fn add_assign(&mut self, other: Self) {
+        self.connections += other.connections;
+        self.offered += other.offered;
+        self.written += other.written;
+        self.dropped_timeout += other.dropped_timeout;
+        self.dropped_overflow += other.dropped_overflow;
+        self.discarded += other.discarded;
+        self.pending += other.pending;
+        self.pending_bytes += other.pending_bytes;
+        self.received += other.received;
+        self.rtt_highest = self.rtt_highest.max(other.rtt_highest);
+        self.rtt_sum += other.rtt_sum;
+        self.rtt_count += other.rtt_count;
+    }
+}
+
+/// What the ended connections of one namespace have counted on one shard.
+#[derive(Debug, Default)]
+pub(crate) struct EndedCounts(CachePadded<Ended>);
+
+#[derive(Debug, Default)]
+struct Ended {
+    offered: AtomicU64,
+    written: AtomicU64,
+    dropped_timeout: AtomicU64,
+    dropped_overflow: AtomicU64,
+    discarded: AtomicU64,
+    received: AtomicU64,
+}
+
+impl EndedCounts {
+    /// Called by the shard only.
+    pub(crate) fn add(&self, counts: &Counts) {
+        // Relaxed, load and store: written by one thread, and read by the same.
+        let add = |sum: &AtomicU64, count: u64| sum.store(sum.load(Relaxed) + count, Relaxed);
+        let Counts { offered, written, dropped_timeout, dropped_overflow, discarded, received } = *counts;
+        add(&self.0.offered, offered);
+        add(&self.0.written, written);
+        add(&self.0.dropped_timeout, dropped_timeout.into());
+        add(&self.0.dropped_overflow, dropped_overflow.into());
+        add(&self.0.discarded, discarded);
+        add(&self.0.received, received);
+    }
+
+    /// Called by the shard only.
+    pub(crate) fn sum(&self) -> GroupMetrics {
+        let Ended { offered, written, dropped_timeout, dropped_overflow, discarded, received } = &*self.0;
+        GroupMetrics {
+            offered: offered.load(Relaxed), // Relaxed: as above
+            written: written.load(Relaxed),
+            dropped_timeout: dropped_timeout.load(Relaxed),
+            dropped_overflow: dropped_overflow.load(Relaxed),
+            discarded: discarded.load(Relaxed),
+            received: received.load(Relaxed),
+            ..GroupMetrics::default()
+        }
+    }
 }
 
 /// What one connection counts while it lives.

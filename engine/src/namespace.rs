@@ -22,14 +22,14 @@ use smallvec::SmallVec;
 use crate::admission::Place;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Command, Payload, Publication, Target};
+use crate::command::{Action, Adoption, Command, Payload, Publication, Survey, Target};
 use crate::config::{ConfigError, ConnectionConfig};
 use crate::directory::{Directory, Group};
 use crate::frame::Frame;
 use crate::handler::MakeHandler;
 use crate::id::ConnectionId;
 use crate::mailbox::Refused;
-use crate::metrics::ConnectionMetrics;
+use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::policy::Policy;
 use crate::publisher::Shared;
 use crate::receipt::{self, Receipt, Ticket};
@@ -211,6 +211,39 @@ impl Namespace {
         on_metrics: impl FnOnce(ConnectionMetrics) + Send + 'static,
     ) -> Result<(), SendError> {
         self.command(id, Action::Inspect(Box::new(on_metrics))).await
+    }
+
+    /// What all of `to` but `except` have counted together, after everything that was sent before. `on_metrics` is
+    /// called once on each shard, with that shard's part; when it is dropped, all parts have come. Costs each shard
+    /// a look at each of its connections (for groups: at each member).
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn survey(
+        &self,
+        to: To<'_>,
+        except: &[ConnectionId],
+        on_metrics: impl Fn(GroupMetrics) + Send + Sync + 'static,
+    ) -> Result<(), SendError> {
+        let key = |name: &&str| self.directory.find(name).map(|group| group.key);
+        let groups = match to {
+            To::Connection(id) if except.contains(&id) => return Ok(()),
+            To::Connection(id) => return self.inspect(id, move |metrics| on_metrics(metrics.into())).await,
+            To::Everyone => None,
+            To::Group(name) => Some(key(&name).into_iter().collect::<Box<[_]>>()),
+            To::Groups(names) => Some(names.iter().filter_map(key).collect()),
+        };
+        let on_metrics: Arc<dyn Fn(GroupMetrics) + Send + Sync> = Arc::new(on_metrics);
+        for shard in 0..self.shared.mailboxes.len() {
+            let survey = Survey {
+                directory: self.directory.clone(),
+                groups: groups.clone(),
+                except: SmallVec::from_slice(except),
+                on_metrics: on_metrics.clone(),
+            };
+            self.deliver(Parcel::Command(shard, Command::Survey(Box::new(survey)))).await?;
+        }
+        Ok(())
     }
 
     /// Connections in the namespace.

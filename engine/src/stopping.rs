@@ -18,10 +18,12 @@ const RUNNING: u8 = 0;
 const DRAINING: u8 = 1;
 const CLOSED: u8 = 2;
 
+const WITHIN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// How to end an engine; see [`Engine::shutdown`](crate::Engine::shutdown).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shutdown {
-    /// Time for all of it. After it sockets are dropped and handlers abandoned.
+    /// Time for all of it, a day at most. After it sockets are dropped and handlers abandoned.
     pub within: Duration,
     /// The part of it over which the connections are closed, at even distances in no particular order, so that
     /// clients do not come back all at once. At most a half of `within` is used.
@@ -83,6 +85,7 @@ impl Stopping {
     /// Begins to drain; the first plan counts. The caller wakes the shards.
     pub(crate) fn ask(&self, shutdown: Shutdown, now: Instant) {
         let Shutdown { within, spread, code } = shutdown;
+        let within = within.min(WITHIN_MAX);
         self.plan.get_or_init(|| Plan { by: now + within, within, spread: spread.min(within / 2), code });
         self.raise(DRAINING);
     }

@@ -782,6 +782,56 @@ fn a_peer_that_vanishes_without_a_word_is_noticed_in_time() {
 
 // ---- The books --------------------------------------------------------------------------------------------------
 
+#[test]
+fn a_group_counts_what_its_present_members_have_counted() {
+    let (mut rig, stalled, mut healthy) = stalled_and_healthy(2, DROP_AT_ONCE);
+    let stranger = rig.connect();
+    for member in [&stalled, &healthy] {
+        at_once(rig.everyone.join(member.id(), "room")).unwrap();
+    }
+    rig.everyone.try_publish(To::Group("room"), &[], big("for two")).unwrap();
+    rig.everyone.try_publish(To::Connection(stranger.id()), &[], big("for a third")).unwrap();
+    let [first, second] = [&stalled, &healthy].map(|member| metrics(&mut rig, member));
+    let room = rig.survey(To::Group("room"), &[]);
+    assert_eq!((room.connections, room.offered), (2, first.offered + second.offered));
+    assert_eq!(
+        (room.written, room.pending),
+        (first.written + second.written, first.pending + second.pending)
+    );
+    assert_eq!((room.dropped_overflow, room.pending_bytes), (1, first.pending_bytes + second.pending_bytes));
+    let others = rig.survey(To::Group("room"), &[stalled.id()]);
+    assert_eq!((others.connections, others.offered, others.dropped_overflow), (1, second.offered, 0));
+    assert_eq!(rig.survey(To::Groups(&["room", "none"]), &[]), room);
+    assert_eq!(rig.survey(To::Connection(healthy.id()), &[]).offered, second.offered);
+    assert_eq!(rig.survey(To::Group("none"), &[]), Default::default());
+
+    // Who leaves is not counted there any more; among everyone even who has gone is.
+    at_once(rig.everyone.leave(stalled.id(), "room")).unwrap();
+    assert_eq!(rig.survey(To::Group("room"), &[]).offered, second.offered);
+    let before = rig.survey(EVERYONE, &[]);
+    healthy.peer.close(1000);
+    hear_all(&mut rig, &mut healthy);
+    drop(healthy);
+    rig.settle();
+    let after = rig.survey(EVERYONE, &[]);
+    assert_eq!((after.connections, after.offered), (before.connections - 1, before.offered));
+}
+
+#[test]
+fn a_survey_tells_the_mean_and_the_highest_round_trip() {
+    let mut rig = rig(2, beating(Policy::Block));
+    assert_eq!(rig.survey(EVERYONE, &[]).rtt_average(), None);
+    let mut clients = rig.connect_many(2);
+    for (client, rtt) in clients.iter_mut().zip([10, 30]) {
+        round_trip(&mut rig, client, ms(rtt));
+    }
+    let each = clients.iter().map(|client| metrics(&mut rig, client).rtt.average.unwrap());
+    let each: Vec<Duration> = each.collect();
+    let together = rig.survey(EVERYONE, &[]);
+    assert_eq!(together.rtt_highest, each.iter().copied().max());
+    assert_eq!(together.rtt_average(), Some((each[0] + each[1]) / 2));
+}
+
 /// One thing that happens; clients are counted modulo how many there are.
 #[derive(Debug, Clone)]
 enum Happens {
@@ -845,6 +895,24 @@ fn assert_balance(rig: &mut Rig, clients: &[Client]) {
     }
     let all = rig.engine.metrics();
     assert_eq!([all.pending, all.pending_bytes], sum, "{all:?}");
+    assert_surveyed(rig);
+}
+
+/// What all connections of the namespace count together, those that have gone included, is what the engine counts.
+fn assert_surveyed(rig: &mut Rig) {
+    let (all, surveyed) = (rig.engine.metrics(), rig.survey(EVERYONE, &[]));
+    let engine = [all.connections, all.offered, all.written, all.dropped_timeout, all.dropped_overflow];
+    let namespace = [
+        surveyed.connections,
+        surveyed.offered,
+        surveyed.written,
+        surveyed.dropped_timeout,
+        surveyed.dropped_overflow,
+    ];
+    assert_eq!(engine, namespace);
+    let engine = [all.discarded, all.pending, all.pending_bytes, all.received];
+    let namespace = [surveyed.discarded, surveyed.pending, surveyed.pending_bytes, surveyed.received];
+    assert_eq!(engine, namespace);
 }
 
 fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bool) {
@@ -962,6 +1030,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     for mut sending in sendings {
         receipts.push(sending.poll().expect("every publisher is let go").unwrap());
     }
+    assert_surveyed(&mut rig);
     let all = rig.engine.metrics();
     assert_eq!((all.connections, all.pending, all.pending_bytes, rig.everyone.len()), (0, 0, 0, 0));
     assert_eq!(all.offered, all.written + all.dropped_timeout + all.dropped_overflow + all.discarded);

@@ -1,0 +1,191 @@
+//! Ends: the only place that decides one, and everything that follows from it.
+//!
+//! In one step a connection leaves all indexes, its reason is fixed and its peer is told;
+//! its handler is told when it is not busy; the socket goes when the closing handshake or
+//! its time is over; the slot when socket and handler have gone. Does not decide when.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crate::close_reason::CloseReason;
+use crate::command::{Action, Command};
+use crate::connection::{Ending, Phase, Work};
+use crate::directory::{Directory, Group};
+use crate::group::Left;
+use crate::handler::Flow;
+
+use super::Shard;
+
+impl Shard {
+    /// The stream is over: without a closing handshake if none has begun.
+    pub(super) fn hang_up(&mut self, slot: u32, reason: CloseReason) {
+        self.end(slot, reason);
+        self.drop_socket(slot);
+    }
+
+    /// Ends a connection behind everything that its handler has sent before.
+    pub(super) fn end_in_order(&mut self, slot: u32, reason: CloseReason) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        if connection.phase != Phase::Open || std::mem::replace(&mut connection.is_deaf, true) {
+            return;
+        }
+        let (id, namespace) = (connection.id, connection.directory.key());
+        let command = Command::For { id, namespace, action: Action::Close(reason.clone()) };
+        if self.shared.try_command(self.index, command).is_err() {
+            self.crowd.ends.push((id, reason)); // the mailbox is full: not in order, but not lost
+        }
+    }
+
+    /// Decides the end of an open connection: it leaves every index at once, its peer is told, its handler too.
+    pub(super) fn end(&mut self, slot: u32, reason: CloseReason) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        if connection.phase != Phase::Open {
+            return;
+        }
+        tracing::debug!(id = %connection.id, %reason, "connection ended");
+        connection.phase = Phase::Closing;
+        connection.unread = None;
+        let is_readable = connection.is_readable;
+        let directory = connection.directory.clone();
+        let congestion = connection.congestion();
+        connection.is_congested = false;
+        self.crowd.metrics.ended += 1;
+        match reason {
+            CloseReason::Protocol(_) | CloseReason::ControlFlood => self.crowd.metrics.ended_protocol += 1,
+            CloseReason::Undecodable | CloseReason::WrongKind => self.crowd.metrics.ended_undecodable += 1,
+            CloseReason::PongTimeout | CloseReason::IdleTimeout | CloseReason::MaxDuration => {
+                self.crowd.metrics.ended_timeout += 1;
+            }
+            CloseReason::SlowConsumer
+            | CloseReason::TooManyDrops
+            | CloseReason::HighRtt
+            | CloseReason::Shed => {
+                self.crowd.metrics.ended_slow += 1;
+            }
+            CloseReason::HandlerPanicked => self.crowd.metrics.ended_panic += 1,
+            _ => {}
+        }
+        let is_told = reason.close_frame().is_some();
+        if !reason.flushes_first() {
+            self.discard(slot);
+        }
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let by = match (&reason, &self.stop) {
+            (CloseReason::Shutdown { .. }, Some(stop)) => stop.by,
+            _ => self.crowd.now + connection.config.close_timeout,
+        };
+        connection.ending = Some(Box::new(Ending { reason, by }));
+        if is_told {
+            connection.owes_close = true;
+            connection.armed = self.wheel.arm(connection.id, by);
+        }
+        if is_readable {
+            self.mark_ready(slot);
+        }
+        while let Some((group, left)) = self.crowd.groups.leave_any(slot) {
+            self.has_left(&directory, &group, left, congestion);
+        }
+        if is_told {
+            self.crowd.mark_dirty(slot);
+        } else {
+            self.drop_socket(slot);
+        }
+        self.tell_end(slot);
+    }
+
+    /// A member is no longer in this shard's index: so the directory must not count it either.
+    pub(super) fn has_left(
+        &self,
+        directory: &Directory,
+        group: &Arc<Group>,
+        left: Left,
+        congestion: Option<bool>,
+    ) {
+        if left == Left::WasNoMember {
+            return;
+        }
+        if left == Left::WasLast {
+            group.remove_interest(self.index);
+        }
+        if let Some(blocks) = congestion {
+            group.remove_congested(blocks);
+        }
+        directory.exit(group);
+    }
+
+    /// Gives up what is queued for a connection, but for the frame that is being written.
+    pub(super) fn discard(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let before = connection.outbox.backlog_bytes();
+        let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
+        self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
+        connection.counts.discarded += discarded;
+        self.crowd.metrics.discarded += discarded;
+    }
+
+    /// Tells the handler of drops, if there were any; whether it is done with that.
+    pub(super) fn tell_drops(&mut self, slot: u32) -> Flow {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return Flow::Ready };
+        match std::mem::take(&mut connection.drops_untold) {
+            0 => Flow::Ready,
+            frames => self.call(slot, |handler, context| handler.on_drop(frames, context)),
+        }
+    }
+
+    /// Tells the handler the end, unless it is busy: then when it is done.
+    pub(super) fn tell_end(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        if connection.work != Work::Idle || connection.handler.is_none() {
+            return;
+        }
+        if self.tell_drops(slot) == Flow::Pending {
+            return; // and again when it is done
+        }
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(reason) = connection.ending.as_ref().map(|ending| ending.reason.clone()) else { return };
+        match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
+            Flow::Pending => {
+                if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+                    connection.work = Work::Parting;
+                }
+            }
+            Flow::Ready => self.part(slot),
+        }
+    }
+
+    /// Lets go of a handler that has been told the end.
+    pub(super) fn part(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let handler = connection.handler.take();
+        if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
+            tracing::error!(id = %connection.id, "dropping a handler panicked");
+        }
+        self.remove_if_over(slot);
+    }
+
+    pub(super) fn drop_socket(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        connection.socket = None;
+        self.crowd.backlog_bytes -= connection.outbox.backlog_bytes();
+        let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
+        connection.counts.discarded += discarded;
+        self.crowd.metrics.discarded += discarded;
+        if let Some(stop) = &mut self.stop {
+            match discarded {
+                0 => stop.report.flushed += 1,
+                _ => stop.report.cut_off += 1,
+            }
+        }
+        self.remove_if_over(slot);
+    }
+
+    fn remove_if_over(&mut self, slot: u32) {
+        let is_over = self.crowd.connections.get(slot as usize).is_some_and(|connection| {
+            connection.phase != Phase::Open && connection.socket.is_none() && connection.handler.is_none()
+        });
+        if is_over {
+            let connection = self.crowd.connections.remove(slot as usize);
+            connection.directory.ended(self.index).add(&connection.counts);
+        }
+    }
+}

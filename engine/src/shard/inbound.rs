@@ -1,0 +1,244 @@
+//! What comes in: from the sockets to the handlers.
+//!
+//! A socket that is readable is read a few times a turn; what it brought is decoded and
+//! handed over message by message, until the handler is busy. Then reading stops, and goes
+//! on when the handler is resumed. Does not know the log, groups or outboxes' contents.
+
+use std::io::ErrorKind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use bytes::Bytes;
+use mio::Events;
+
+use crate::close_reason::CloseReason;
+use crate::connection::{Connection, Phase, Read, Unread, Work};
+use crate::decoder::Event;
+use crate::frame::ControlFrame;
+use crate::handler::{Context, Flow, Message};
+
+use super::BELL;
+use super::Shard;
+
+const READS_PER_SOCKET: usize = 4;
+const RESUMES_PER_TURN: usize = 4096;
+
+impl Shard {
+    pub(super) fn read_sockets(&mut self) {
+        let events = std::mem::replace(&mut self.events, Events::with_capacity(0));
+        for event in &events {
+            if event.token() == BELL {
+                continue;
+            }
+            let slot = event.token().0;
+            let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
+            if event.is_writable() && !connection.is_writable {
+                connection.is_writable = true;
+                connection.heartbeat.stirred(self.crowd.now);
+                self.crowd.mark_dirty(slot as u32);
+            }
+            if event.is_readable() || event.is_read_closed() || event.is_error() {
+                let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
+                connection.is_readable = true;
+                connection.is_read_closed |= event.is_read_closed() || event.is_error();
+                if connection.is_reading() {
+                    self.mark_ready(slot as u32);
+                } else {
+                    connection.heartbeat.heard_unread(self.crowd.now);
+                    // Nobody reads now, but a socket that has failed need not be waited for. One that was
+                    // closed may: what was said before is still to be read.
+                    if event.is_error() {
+                        self.end(slot as u32, CloseReason::Transport(ErrorKind::ConnectionReset));
+                    }
+                }
+            }
+        }
+        self.events = events;
+        for slot in std::mem::take(&mut self.ready) {
+            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+                connection.is_ready = false;
+            }
+            self.read(slot);
+        }
+    }
+
+    pub(super) fn mark_ready(&mut self, slot: u32) {
+        if let Some(connection) = self.crowd.connections.get_mut(slot as usize)
+            && !std::mem::replace(&mut connection.is_ready, true)
+        {
+            self.ready.push(slot);
+        }
+    }
+
+    /// Reads a few times; what remains is read in the next turn.
+    fn read(&mut self, slot: u32) {
+        let mut buffer = std::mem::take(&mut self.scratch.read);
+        for _ in 0..READS_PER_SOCKET {
+            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { break };
+            if !connection.is_reading() {
+                break;
+            }
+            match connection.read(&mut buffer) {
+                Read::Bytes(_) if connection.phase != Phase::Open => {} // said after the end: not listened to
+                Read::Bytes(count) => {
+                    connection.heartbeat.heard(self.crowd.now);
+                    self.receive(slot, &mut buffer[..count]);
+                }
+                Read::Nothing => {}
+                Read::End => self.hang_up(slot, CloseReason::Vanished),
+                Read::Failed(kind) => self.hang_up(slot, CloseReason::Transport(kind)),
+            }
+        }
+        self.scratch.read = buffer;
+        if self.crowd.connections.get(slot as usize).is_some_and(Connection::is_reading) {
+            self.mark_ready(slot);
+        }
+    }
+
+    /// Hands over what `input` contains, and keeps what a busy handler leaves of it.
+    fn receive(&mut self, slot: u32, input: &mut [u8]) {
+        let consumed = self.decode(slot, input);
+        if consumed < input.len()
+            && let Some(connection) = self.crowd.connections.get_mut(slot as usize)
+        {
+            connection.unread = Some(Box::new(Unread { bytes: input[consumed..].to_vec(), from: 0 }));
+        }
+    }
+
+    /// What came together with the handshake is the first that the peer said.
+    pub(super) fn receive_early(&mut self, slot: u32, received: Bytes) {
+        let mut received = received.to_vec();
+        self.receive(slot, &mut received);
+    }
+
+    /// Hands over what `input` contains, as long as the handler keeps up; returns how much it took.
+    fn decode(&mut self, slot: u32, input: &mut [u8]) -> usize {
+        let mut consumed = 0;
+        while consumed < input.len() {
+            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return input.len() };
+            if connection.phase != Phase::Open || connection.is_deaf {
+                return input.len(); // said after the end: not listened to
+            }
+            if !connection.is_listening() {
+                return consumed;
+            }
+            let limits = connection.limits();
+            let from = consumed;
+            let end = match connection.decoder.decode(&mut input[from..], &mut consumed, &limits) {
+                Ok(None) => None,
+                Ok(Some(Event::Message { kind, payload })) => {
+                    connection.counts.received += 1;
+                    self.crowd.metrics.received += 1;
+                    let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
+                    let message = Message { kind, payload };
+                    let handler = &mut connection.handler;
+                    let call = || handler.as_mut().map(|handler| handler.on_message(message, &mut context));
+                    match catch_unwind(AssertUnwindSafe(call)) {
+                        Ok(flow) => {
+                            if flow == Some(Flow::Pending) {
+                                connection.work = Work::Busy;
+                            }
+                            context.into_close()
+                        }
+                        Err(_) => Some(CloseReason::HandlerPanicked),
+                    }
+                }
+                Ok(Some(Event::Ping(_) | Event::Pong(_)))
+                    if !connection
+                        .control_rate
+                        .admits(self.crowd.now, connection.config.control_frames_per_second) =>
+                {
+                    Some(CloseReason::ControlFlood)
+                }
+                Ok(Some(Event::Ping(payload))) => {
+                    connection.outbox.push_control(ControlFrame::pong(payload).as_bytes());
+                    self.crowd.mark_dirty(slot);
+                    None
+                }
+                Ok(Some(Event::Pong(payload))) => {
+                    connection.heartbeat.pong(self.crowd.now, payload);
+                    let max_rtt = connection.config.policy.max_rtt();
+                    max_rtt
+                        .filter(|max| connection.heartbeat.is_rtt_above(*max))
+                        .map(|_| CloseReason::HighRtt)
+                }
+                Ok(Some(Event::Close(close))) => {
+                    Some(CloseReason::Peer { code: close.map(|(code, _)| code) })
+                }
+                Err(error) => Some(CloseReason::Protocol(error)),
+            };
+            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+                connection.decoder.release();
+            }
+            if let Some(reason) = end {
+                self.end_in_order(slot, reason);
+            }
+        }
+        consumed
+    }
+
+    pub(super) fn resume_handlers(&mut self) {
+        for _ in 0..RESUMES_PER_TURN {
+            let Some(id) = self.shared.mailboxes[self.index].pop_resume() else { return };
+            let Some(connection) = self.find(id) else { continue };
+            if let Some(resume) = &connection.resume {
+                resume.taken();
+            }
+            if connection.work == Work::Idle {
+                continue;
+            }
+            let flow = self.call(id.slot() as u32, |handler, context| handler.on_resume(context));
+            if flow == Flow::Ready {
+                self.proceed(id.slot() as u32);
+            }
+        }
+    }
+
+    /// The handler is done with what kept it busy.
+    fn proceed(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let was = std::mem::replace(&mut connection.work, Work::Idle);
+        if was == Work::Parting {
+            self.part(slot);
+            return;
+        }
+        if connection.phase != Phase::Open || connection.socket.is_none() {
+            self.tell_end(slot);
+            return;
+        }
+        if self.tell_drops(slot) == Flow::Pending {
+            return;
+        }
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        if let Some(mut unread) = connection.unread.take() {
+            unread.from += self.decode(slot, &mut unread.bytes[unread.from..]);
+            if unread.from < unread.bytes.len()
+                && let Some(connection) = self.crowd.connections.get_mut(slot as usize)
+            {
+                connection.unread = Some(unread); // kept as it is: copying the rest each time would cost its square
+            }
+        }
+        self.read(slot);
+    }
+
+    /// Calls the handler; a panic ends the connection.
+    pub(super) fn call(
+        &mut self,
+        slot: u32,
+        call: impl FnOnce(&mut dyn crate::handler::Handler, &mut Context<'_>) -> Flow,
+    ) -> Flow {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return Flow::Ready };
+        let Some(handler) = connection.handler.as_deref_mut() else { return Flow::Ready };
+        let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
+        let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
+            Ok(flow) => (flow, context.into_close()),
+            Err(_) => (Flow::Ready, Some(CloseReason::HandlerPanicked)),
+        };
+        if flow == Flow::Pending && connection.work == Work::Idle {
+            connection.work = Work::Busy;
+        }
+        if let Some(reason) = end {
+            self.end_in_order(slot, reason);
+        }
+        flow
+    }
+}

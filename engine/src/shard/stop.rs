@@ -1,0 +1,124 @@
+//! A shard's part in the engine's ending.
+//!
+//! Follows `stopping`, step by step: reads no more, reports when no handler is busy, empties
+//! the log, closes its connections over the window, counts how they went. Also what happens
+//! when a shard's thread ends in another way. Does not know what asked for it.
+
+use std::time::{Duration, Instant};
+
+use crate::close_reason::CloseReason;
+use crate::connection::{Connection, Phase, Work};
+use crate::id::ConnectionId;
+use crate::stopping::ShutdownReport;
+
+use super::Shard;
+use super::golden;
+
+/// How far this shard has got with ending.
+#[derive(Debug)]
+pub(super) struct Stop {
+    /// When everything must be over.
+    pub(super) by: Duration,
+    /// When handlers that are still busy are no longer waited for.
+    closing_by: Duration,
+    is_quiet: bool,
+    /// Whom to close when, the last first; none while the engine drains.
+    closings: Option<Vec<(Duration, ConnectionId)>>,
+    pub(super) report: ShutdownReport,
+}
+
+impl Stop {
+    pub(super) fn next_due(&self) -> Duration {
+        match &self.closings {
+            None => self.closing_by,
+            Some(closings) => closings.last().map_or(self.by, |(due, _)| (*due).min(self.by)),
+        }
+    }
+}
+
+impl Shard {
+    /// Whether the engine's ending has come further than this shard has followed.
+    pub(super) fn has_news_of_stopping(&self) -> bool {
+        match &self.stop {
+            None => self.shared.stopping.is_asked(),
+            Some(stop) => stop.closings.is_none() && self.shared.stopping.is_closed(),
+        }
+    }
+
+    /// Takes part in the engine's ending, as far as it has come.
+    pub(super) fn follow_stop(&mut self) {
+        let Some(plan) = self.shared.stopping.plan() else { return };
+        let now = self.crowd.now;
+        if self.stop.is_none() {
+            let by = plan.by.saturating_duration_since(self.started);
+            let closing_by = by.saturating_sub(plan.within / 2);
+            let report = ShutdownReport::default();
+            self.stop = Some(Stop { by, closing_by, is_quiet: false, closings: None, report });
+            for (_, connection) in &mut self.crowd.connections {
+                connection.is_paused = true;
+            }
+        }
+        let Some(stop) = &mut self.stop else { return };
+        if stop.closings.is_none() {
+            let is_busy = |(_, connection): (usize, &Connection)| connection.work == Work::Busy;
+            if !stop.is_quiet && !self.crowd.connections.iter().any(is_busy) {
+                stop.is_quiet = true;
+                if self.shared.stopping.tell_quiet() {
+                    self.shared.close();
+                }
+            }
+            if now >= stop.closing_by {
+                self.shared.close();
+            }
+            if !self.shared.stopping.is_closed() || !self.reader.is_at_tail() {
+                return; // what was published before goes out first
+            }
+            let open =
+                self.crowd.connections.iter().filter(|(_, connection)| connection.phase == Phase::Open);
+            // The golden ratio spreads neighbours over the window.
+            let closing = |(slot, connection): (usize, &Connection)| {
+                (now + plan.spread.mul_f64(golden(slot)), connection.id)
+            };
+            let mut closings: Vec<_> = open.map(closing).collect();
+            closings.sort_unstable_by(|a, b| b.cmp(a));
+            stop.closings = Some(closings);
+        }
+        while let Some(stop) = &mut self.stop
+            && let Some(closings) = &mut stop.closings
+            && let Some((_, id)) = closings.pop_if(|(due, _)| *due <= now)
+        {
+            if self.find(id).is_some() {
+                self.end(id.slot() as u32, CloseReason::Shutdown { code: plan.code });
+            }
+        }
+    }
+
+    pub(super) fn has_stopped(&self) -> bool {
+        self.stop.as_ref().is_some_and(|stop| {
+            let is_over = stop.closings.is_some() && self.crowd.connections.is_empty();
+            is_over || self.crowd.now >= stop.by
+        })
+    }
+}
+
+impl Drop for Shard {
+    /// Nobody waits for a shard that has ended.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Promises cannot be kept with a part of the connections gone: the whole engine stops.
+            tracing::error!(shard = self.index, "a shard panicked; the engine stops");
+            self.shared.stop(Duration::ZERO, Instant::now());
+        }
+        self.shared.mailboxes[self.index].close();
+        let mut report = self.stop.take().map_or_else(ShutdownReport::default, |stop| stop.report);
+        for (_, connection) in &self.crowd.connections {
+            report.left_over += u64::from(connection.handler.is_some());
+            match connection.outbox.pending() {
+                _ if connection.socket.is_none() => {}
+                0 => report.flushed += 1,
+                _ => report.cut_off += 1,
+            }
+        }
+        self.shared.stopping.tell_end(report);
+    }
+}

@@ -1,0 +1,89 @@
+//! Gathering: with `coalesce` a shard waits for more before it writes, and never longer than it may.
+//!
+//! Driven turn by turn; what the peer has and has not is looked up, not waited for.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::time::Duration;
+
+use fixture::{Client, Heard, Rig};
+use shardcast_engine::{ConnectionConfig, EngineConfig, Frame, To};
+
+const COALESCE: Duration = Duration::from_millis(5);
+
+fn rig(coalesce: Duration) -> (Rig, Vec<Client>) {
+    let engine = EngineConfig { shards: Some(1), coalesce, ..EngineConfig::default() };
+    let mut rig = Rig::with(engine, ConnectionConfig::default());
+    rig.send_buffer = 1 << 20;
+    let clients = rig.connect_many(3);
+    rig.pass(COALESCE);
+    (rig, clients)
+}
+
+fn publish(rig: &mut Rig, text: &str) {
+    rig.everyone.try_publish(To::Everyone, &[], Frame::text(text)).unwrap();
+    rig.settle();
+}
+
+#[test]
+fn what_comes_within_the_time_shares_one_write() {
+    let (mut rig, mut clients) = rig(COALESCE);
+    let before = rig.engine.metrics();
+    for text in ["one", "two", "three"] {
+        publish(&mut rig, text);
+        assert!(clients.iter_mut().all(|client| client.peer.hear().is_empty()), "the shard gathers");
+        rig.pass(COALESCE / 5);
+    }
+    assert_eq!(rig.engine.metrics().written, before.written);
+    rig.pass(COALESCE / 5 * 2);
+    for client in &mut clients {
+        assert_eq!(client.peer.hear_data(), ["one", "two", "three"]);
+    }
+    let after = rig.engine.metrics();
+    assert_eq!((after.writes - before.writes, after.written - before.written), (3, 9));
+}
+
+#[test]
+fn the_time_runs_from_the_first_and_begins_anew_after_each_round() {
+    let (mut rig, mut clients) = rig(COALESCE);
+    for round in ["a", "b"] {
+        publish(&mut rig, round);
+        rig.pass(COALESCE - Duration::from_nanos(1));
+        assert!(clients[0].peer.hear().is_empty(), "{round}: not yet");
+        rig.pass(Duration::from_nanos(1));
+        assert_eq!(clients[0].peer.hear_data(), [round]);
+        rig.pass(COALESCE * 3);
+    }
+}
+
+#[test]
+fn nobody_is_held_back_once_a_burst_is_as_large_as_it_may_be() {
+    let (mut rig, mut clients) = rig(Duration::from_secs(1));
+    for number in 0..1000 {
+        rig.everyone.try_publish(To::Everyone, &[], Frame::text(&number.to_string())).unwrap();
+    }
+    rig.settle();
+    let heard = clients[0].peer.hear_data();
+    assert!(heard.len() >= 700, "{} of 1000", heard.len());
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(heard.len() + clients[0].peer.hear_data().len(), 1000);
+}
+
+#[test]
+fn without_it_an_idle_shard_writes_at_once() {
+    let (mut rig, mut clients) = rig(Duration::ZERO);
+    publish(&mut rig, "now");
+    assert_eq!(clients[0].peer.hear(), [Heard::Data("now".into())]);
+}
+
+#[test]
+fn an_end_comes_behind_what_was_gathered() {
+    let (mut rig, mut clients) = rig(COALESCE);
+    publish(&mut rig, "last words");
+    fixture::at_once(rig.everyone.close(To::Everyone, &[], shardcast_engine::CloseCode::NORMAL, "")).unwrap();
+    rig.pass(COALESCE);
+    let heard = clients[0].peer.hear();
+    assert_eq!(heard[..2], [Heard::Data("last words".into()), Heard::Close(Some(1000))]);
+}
