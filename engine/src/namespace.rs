@@ -11,6 +11,7 @@
 //! publication carries a ticket and ends when every target has taken it or has gone.
 
 use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -117,7 +118,9 @@ impl Namespace {
     pub async fn publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), SendError> {
         let awaited = if self.has_room(&to, frame.len()) { None } else { Some(receipt::ticket(false)) };
         let (ticket, awaited) = awaited.unzip();
-        self.dispatch(to, except, Payload::Frame(frame), ticket).await?;
+        if let Some(room) = self.dispatch(to, except, Payload::Frame(frame), ticket)? {
+            room.await?;
+        }
         if let Some(awaited) = awaited {
             let _ = poll_fn(|context| awaited.poll(context.waker())).await;
         }
@@ -136,7 +139,9 @@ impl Namespace {
         frame: Frame,
     ) -> Result<Receipt, SendError> {
         let (ticket, awaited) = receipt::ticket(true);
-        self.dispatch(to, except, Payload::Frame(frame), Some(ticket)).await?;
+        if let Some(room) = self.dispatch(to, except, Payload::Frame(frame), Some(ticket))? {
+            room.await?;
+        }
         Ok(poll_fn(|context| awaited.poll(context.waker())).await)
     }
 
@@ -197,7 +202,10 @@ impl Namespace {
         text: impl Into<std::borrow::Cow<'static, str>>,
     ) -> Result<(), SendError> {
         let reason = CloseReason::Application { code, text: text.into() };
-        self.dispatch(to, except, Payload::End(reason), None).await
+        match self.dispatch(to, except, Payload::End(reason), None)? {
+            Some(room) => room.await,
+            None => Ok(()),
+        }
     }
 
     /// What a connection has counted, after everything that was sent before; `on_metrics` is called on its
@@ -241,7 +249,9 @@ impl Namespace {
                 except: SmallVec::from_slice(except),
                 on_metrics: on_metrics.clone(),
             };
-            self.deliver(Parcel::Command(shard, Command::Survey(Box::new(survey)))).await?;
+            if let Some(room) = self.deliver(Parcel::Command(shard, Command::Survey(Box::new(survey))))? {
+                room.await?;
+            }
         }
         Ok(())
     }
@@ -282,7 +292,10 @@ impl Namespace {
         let directory = self.directory.clone();
         let adoption = Adoption { socket, received, handler, config, directory, place, entrance };
         let parcel = Parcel::Command(shard, Command::Adopt(Box::new(adoption)));
-        self.deliver(parcel).await.map_err(AdoptError::from)
+        match self.deliver(parcel)? {
+            Some(room) => Ok(room.await?),
+            None => Ok(()),
+        }
     }
 
     /// Whether every target surely has room for one more frame of `bytes`.
@@ -312,28 +325,18 @@ impl Namespace {
         within && !(waits && is_waited_for)
     }
 
-    async fn command(&self, id: ConnectionId, action: Action) -> Result<(), SendError> {
-        if id.shard() >= self.shared.mailboxes.len() {
-            return Ok(()); // an id of another engine: nobody here has it
-        }
-        let command = Command::For { id, namespace: self.directory.key(), action };
-        self.deliver(Parcel::Command(id.shard(), command)).await
-    }
-
-    async fn dispatch(
+    /// Sends to a target, if there is room; otherwise gives the future that does it as soon as there is.
+    fn dispatch(
         &self,
         to: To<'_>,
         except: &[ConnectionId],
         payload: Payload,
         ticket: Option<Ticket>,
-    ) -> Result<(), SendError> {
+    ) -> Result<Option<Room<'_>>, SendError> {
         if self.shared.stopping.is_closed() {
             return Err(SendError::Closed); // also where nobody is there any more
         }
-        match self.parcel(to, except, payload, ticket) {
-            Some(parcel) => self.deliver(parcel).await,
-            None => Ok(()),
-        }
+        self.parcel(to, except, payload, ticket).map_or(Ok(None), |parcel| self.deliver(parcel))
     }
 
     /// Resolves the target; none if nobody is there.
@@ -388,8 +391,26 @@ impl Namespace {
         }
     }
 
-    /// Dispatches as soon as there is room.
-    async fn deliver(&self, parcel: Parcel) -> Result<(), SendError> {
+    async fn command(&self, id: ConnectionId, action: Action) -> Result<(), SendError> {
+        if id.shard() >= self.shared.mailboxes.len() {
+            return Ok(()); // an id of another engine: nobody here has it
+        }
+        let command = Command::For { id, namespace: self.directory.key(), action };
+        match self.deliver(Parcel::Command(id.shard(), command))? {
+            Some(room) => room.await,
+            None => Ok(()),
+        }
+    }
+
+    fn deliver(&self, parcel: Parcel) -> Result<Option<Room<'_>>, SendError> {
+        match self.try_dispatch(parcel) {
+            Ok(()) => Ok(None),
+            Err(Refused::Full(parcel)) => Ok(Some(Box::pin(self.wait_for_room(parcel)))),
+            Err(Refused::Closed(_)) => Err(SendError::Closed),
+        }
+    }
+
+    async fn wait_for_room(&self, parcel: Parcel) -> Result<(), SendError> {
         let mut parcel = Some(parcel);
         let mut place = wait_list::Ticket::default();
         poll_fn(|context| {
@@ -421,6 +442,10 @@ impl Namespace {
         }
     }
 }
+
+/// Ends when there was room for a parcel. Boxed, because it is rare and large: held by value, it would make the
+/// futures of all who publish as large.
+type Room<'a> = Pin<Box<dyn Future<Output = Result<(), SendError>> + Send + 'a>>;
 
 /// What is on its way to a shard or to all.
 enum Parcel {
