@@ -27,8 +27,8 @@ pub(crate) struct Session<H: WsHub> {
     hub: Option<Arc<H>>,
     peer: Arc<Peer<H::OutMessage, H::Codec>>,
     /// The runtime of whoever served the connection: the hub's methods use its timers, sockets and tasks.
-    /// None if the shard's thread has entered it already.
-    runtime: Option<Handle>,
+    /// None if the shard's thread has entered it already; boxed, because that is the usual case.
+    runtime: Option<Box<Handle>>,
     run_on: RunOn,
     /// What the handler is busy with.
     task: Option<Task>,
@@ -42,7 +42,7 @@ impl<H: WsHub> Session<H> {
     /// What makes the session, once the connection has an id. `over` is dropped when `on_disconnect` is over.
     pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, over: Over) -> MakeHandler {
         let (clients, run_on) = (handle.clients().clone(), handle.run_on());
-        let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
+        let runtime = (handle.runtime() != Some(runtime.id())).then(|| Box::new(runtime));
         Box::new(move |id| {
             let (hub, peer) = (Some(Arc::new(hub)), Arc::new(Peer::new(clients, id)));
             Box::new(Self { hub, peer, runtime, run_on, task: None, _over: over })
@@ -85,7 +85,7 @@ impl<H: WsHub> Session<H> {
     fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
         // Taken, so that a future that panics is not polled again.
         let Some(mut task) = self.task.take() else { return Flow::Ready };
-        let _entered = self.runtime.as_ref().map(Handle::enter);
+        let _entered = self.runtime.as_deref().map(Handle::enter);
         // Most are ready at once and never use their waker, so the first poll goes without one. A future
         // that is pending is polled again with a real one, which replaces the first: that is the contract.
         if task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_ready() {
@@ -152,7 +152,7 @@ impl<H: WsHub> Handler for Session<H> {
 impl<H: WsHub> Drop for Session<H> {
     /// A hub may clean up with its runtime, and a panic at that must not take the shard's other connections along.
     fn drop(&mut self) {
-        let _entered = self.runtime.as_ref().map(Handle::enter);
+        let _entered = self.runtime.as_deref().map(Handle::enter);
         let (task, hub) = (self.task.take(), self.hub.take());
         let drop_both = || {
             drop(task);

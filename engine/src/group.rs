@@ -12,11 +12,15 @@ use smallvec::SmallVec;
 
 use crate::id::GroupKey;
 
+/// Places of a slot's own list that are found by looking at each.
+const SCANNED: usize = 8;
+
 #[derive(Debug)]
 pub(crate) struct GroupIndex<G> {
     groups: Slab<LocalGroup<G>>,
     by_key: FxHashMap<GroupKey, u32>,
-    /// (group, slot) → place in the slot's own list.
+    /// (group, slot) → place in the slot's own list, for the places beyond `SCANNED`: most connections are in few
+    /// groups, and an entry here for each would weigh more than the rest of their membership.
     places: FxHashMap<(u32, u32), u32>,
     slots: Vec<SlotGroups>,
     epoch: u32,
@@ -73,12 +77,14 @@ impl<G> GroupIndex<G> {
         if self.slots.len() <= slot as usize {
             self.slots.resize_with(slot as usize + 1, SlotGroups::default);
         }
+        if self.place(group, slot).is_some() {
+            return false;
+        }
         let own = &mut self.slots[slot as usize].own;
         let place = own.len() as u32;
-        match self.places.entry((group, slot)) {
-            std::collections::hash_map::Entry::Occupied(_) => return false,
-            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(place),
-        };
+        if place as usize >= SCANNED {
+            self.places.insert((group, slot), place);
+        }
         let members = &mut self.groups[group as usize].members;
         own.push(Membership { group, position: members.len() as u32 });
         members.push(Member { slot, own: place });
@@ -87,10 +93,20 @@ impl<G> GroupIndex<G> {
 
     /// Removes a member.
     pub(crate) fn leave(&mut self, key: GroupKey, slot: u32) -> Left {
-        let place = self.by_key.get(&key).and_then(|group| self.places.get(&(*group, slot)));
-        match place.copied() {
+        match self.by_key.get(&key).and_then(|group| self.place(*group, slot)) {
             Some(place) => self.remove(slot, place),
             None => Left::WasNoMember,
+        }
+    }
+
+    /// Where the slot's own list holds the group.
+    fn place(&self, group: u32, slot: u32) -> Option<u32> {
+        let own = &self.slots.get(slot as usize)?.own;
+        let near = own.iter().take(SCANNED).position(|membership| membership.group == group);
+        match near {
+            Some(place) => Some(place as u32),
+            None if own.len() > SCANNED => self.places.get(&(group, slot)).copied(),
+            None => None,
         }
     }
 
@@ -152,11 +168,18 @@ impl<G> GroupIndex<G> {
     fn remove(&mut self, slot: u32, place: u32) -> Left {
         let own = &mut self.slots[slot as usize].own;
         let Membership { group, position } = own.swap_remove(place as usize);
+        let last = own.len();
+        if place as usize >= SCANNED {
+            self.places.remove(&(group, slot));
+        }
         if let Some(moved) = own.get(place as usize).copied() {
-            self.places.insert((moved.group, slot), place);
+            if place as usize >= SCANNED {
+                self.places.insert((moved.group, slot), place);
+            } else if last >= SCANNED {
+                self.places.remove(&(moved.group, slot));
+            }
             self.groups[moved.group as usize].members[moved.position as usize].own = place;
         }
-        self.places.remove(&(group, slot));
         let members = &mut self.groups[group as usize].members;
         members.swap_remove(position as usize);
         if let Some(moved) = members.get(position as usize).copied() {
@@ -208,7 +231,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_index_agrees_with_a_plain_map_of_sets(
-            steps in prop::collection::vec((0u8..10, 0u64..6, 0u32..12), 1..300)
+            steps in prop::collection::vec((0u8..10, 0u64..24, 0u32..4), 1..300)
         ) {
             let mut index = GroupIndex::new();
             let mut model: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
@@ -233,9 +256,11 @@ mod tests {
                         prop_assert!(model.values().all(|set| !set.contains(&slot)));
                     }
                 }
-                for key in 0..6 {
+                for key in 0..24 {
                     prop_assert_eq!(members(&index, key), model.get(&key).cloned().unwrap_or_default());
                 }
+                let beyond = index.slots.iter().map(|slot| slot.own.len().saturating_sub(SCANNED));
+                prop_assert_eq!(index.places.len(), beyond.sum::<usize>());
             }
             for slot in 0..12 {
                 while index.leave_any(slot).is_some() {}
