@@ -6,7 +6,9 @@
 //! - `delivery/shards=S/N`: 64 publications to N sinks, until all are written; then the next 64. Its elements are
 //!   deliveries, so the reciprocal of its throughput is the time of one. It includes the publisher, the waking of
 //!   the shards and the waiting for the last of them; for few members it is mostly that. More shards can only help
-//!   where there are CPUs for them, and one more is taken by who publishes and waits.
+//!   where there are CPUs for them, and one more is taken by who publishes and waits. Where the scheduler puts that
+//!   one on a shard's CPU, the shard preempts it when it is woken, less is coalesced, and a delivery costs several
+//!   times as much: compare runs only on a machine with a CPU to spare.
 //! - `publish/awake/shards=S/N`: `try_publish` alone, what a publisher pays while the shards are busy anyway (they
 //!   are turned by hand here, between the samples). Must depend neither on S nor on N.
 //! - `publish/asleep/shards=S`: the same, for shards that had nothing to do and sleep in their poll. Each that has
