@@ -1,16 +1,26 @@
 //! What framing and encoding cost, with no socket in sight.
 //!
-//! Decode and unmask a client's message, build a server's frame, and a broadcast encoded
-//! once against encoded once per client. `cargo bench --bench frames`
+//! `cargo bench --bench frames`. All are functions of one thread. Where the throughput is in bytes, these are bytes of
+//! payload.
+//!
+//! - `decode`: a client's text message, whole and masked, decoded in place (and copied there first).
+//! - `unmask/aligned`, `unmask/unaligned`: the XOR over a payload that begins at a multiple of eight bytes and at the
+//!   key's first byte, or at neither.
+//! - `UTF-8`: the checker for text that comes in pieces, in one piece and in pieces of 1000 bytes (which cut
+//!   characters), beside the standard library's.
+//! - `build`: a server's frame from a payload, copied, and from one that is written into it.
+//! - `broadcast JSON`, `broadcast postcard`: a value encoded once and the frame shared, against encoded for each
+//!   client anew. Elements are clients.
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
+use std::convert::Infallible;
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde::{Deserialize, Serialize};
 use shardcast::{BinaryCodec, Encode, JsonCodec};
-use shardcast_engine::{Decoder, Frame, Limits, unmask};
+use shardcast_engine::{Decoder, Frame, Limits, MessageKind, Utf8Checker, unmask};
 
 const SIZES: [usize; 4] = [16, 64, 1024, 64 * 1024];
 const CLIENTS: [usize; 3] = [1, 100, 10_000];
@@ -62,13 +72,71 @@ fn decode(criterion: &mut Criterion) {
     group.finish();
 }
 
+fn mask(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("unmask");
+    for size in SIZES {
+        // Where eight-byte words begin; a vector of bytes may lie anywhere.
+        let mut buffer = vec![b'x'; size + 16];
+        let aligned = buffer.as_ptr().align_offset(8);
+        group.throughput(Throughput::Bytes(size as u64));
+        for (name, start, offset) in [("aligned", aligned, 0), ("unaligned", aligned + 3, 3)] {
+            let payload = &mut buffer[start..start + size];
+            group.bench_function(BenchmarkId::new(name, size), |bencher| {
+                bencher
+                    .iter(|| unmask(black_box(&mut *payload), black_box([0x12, 0x34, 0x56, 0x78]), offset));
+            });
+        }
+    }
+    group.finish();
+}
+
+fn check_text(pieces: std::slice::Chunks<'_, u8>) -> bool {
+    let mut checker = Utf8Checker::new();
+    pieces.into_iter().all(|piece| checker.feed(piece).is_ok()) && checker.finish().is_ok()
+}
+
+fn utf8(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("UTF-8");
+    for size in SIZES {
+        let ascii = vec![b'x'; size];
+        // Three bytes a character, so that pieces of 1000 bytes cut it.
+        let wide: Vec<u8> = "€".repeat(size / 3).into_bytes();
+        for (script, text) in [("ascii", &ascii), ("wide", &wide)] {
+            assert!(check_text(text.chunks(1000)), "a valid text is refused");
+            group.throughput(Throughput::Bytes(text.len() as u64));
+            let name = |checker| BenchmarkId::new(format!("{checker}/{script}"), size);
+            group.bench_function(name("checker"), |bencher| {
+                bencher.iter(|| black_box(check_text(black_box(text).chunks(text.len()))));
+            });
+            if size > 1000 {
+                group.bench_function(name("checker in pieces"), |bencher| {
+                    bencher.iter(|| black_box(check_text(black_box(text).chunks(1000))));
+                });
+            }
+            group.bench_function(name("std"), |bencher| {
+                bencher.iter(|| black_box(std::str::from_utf8(black_box(text)).is_ok()));
+            });
+        }
+    }
+    group.finish();
+}
+
 fn build(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("build");
     for size in SIZES {
         let payload = vec![b'x'; size];
         group.throughput(Throughput::Bytes(size as u64));
-        group.bench_function(BenchmarkId::from_parameter(size), |bencher| {
+        group.bench_function(BenchmarkId::new("copied", size), |bencher| {
             bencher.iter(|| black_box(Frame::binary(&payload)));
+        });
+        group.bench_function(BenchmarkId::new("written", size), |bencher| {
+            bencher.iter(|| {
+                let write = |buffer: &mut Vec<u8>| {
+                    buffer.extend_from_slice(black_box(&payload));
+                    Ok::<_, Infallible>(MessageKind::Binary)
+                };
+                black_box(Frame::build(size, write))
+            });
         });
     }
     group.finish();
@@ -108,5 +176,5 @@ fn codecs(criterion: &mut Criterion) {
     broadcast::<BinaryCodec>(criterion, "postcard");
 }
 
-criterion_group!(benches, decode, build, codecs);
+criterion_group!(benches, decode, mask, utf8, build, codecs);
 criterion_main!(benches);

@@ -1,0 +1,116 @@
+//! An audience on an engine whose shards are turned by hand: what a turn costs, without threads and wakes.
+//!
+//! Time stands still but for [`pass`](Driven::pass). Knows no clock.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use shardcast_engine::{
+    CloseCode, ConnectionConfig, ConnectionId, Engine, EngineConfig, Frame, Metrics, Namespace, Shard,
+    Socket, To,
+};
+
+pub(crate) struct Driven {
+    engine: Engine,
+    shards: Vec<Shard>,
+    now: Instant,
+    pub(crate) everyone: Namespace,
+    ids: (Sender<ConnectionId>, Receiver<ConnectionId>),
+}
+
+impl Driven {
+    /// An engine, and nobody there yet.
+    pub(crate) fn new(shards: usize) -> Self {
+        let now = Instant::now();
+        let config = EngineConfig { shards: Some(shards), ..EngineConfig::default() };
+        let (engine, shards) = Engine::driven(config, now).expect("an engine can be made");
+        Self { everyone: engine.namespace(), engine, shards, now, ids: channel() }
+    }
+
+    /// Lets `count` sinks in.
+    pub(crate) fn seat(&mut self, count: usize) -> Vec<ConnectionId> {
+        self.adopt(std::iter::repeat_with(Socket::sink).take(count), super::config())
+    }
+
+    /// Lets in who has these sockets.
+    pub(crate) fn adopt(
+        &mut self,
+        sockets: impl Iterator<Item = Socket>,
+        config: ConnectionConfig,
+    ) -> Vec<ConnectionId> {
+        let config = Arc::new(config);
+        for socket in sockets {
+            let ids = self.ids.0.clone();
+            let on_id = move |id| ids.send(id).expect("the audience is there");
+            let newcomer = super::newcomer(&self.engine, socket, &config, on_id);
+            let adopting = self.everyone.adopt(newcomer);
+            drive(&mut self.shards, self.now, adopting).expect("an engine that runs adopts");
+        }
+        self.settle();
+        self.ids.1.try_iter().collect()
+    }
+
+    /// Asks for a membership; it is given in the next turn.
+    pub(crate) fn join(&mut self, id: ConnectionId, group: &str) {
+        drive(&mut self.shards, self.now, self.everyone.join(id, group)).expect("the engine runs");
+    }
+
+    /// Takes it back, likewise.
+    pub(crate) fn leave(&mut self, id: ConnectionId, group: &str) {
+        drive(&mut self.shards, self.now, self.everyone.leave(id, group)).expect("the engine runs");
+    }
+
+    /// Ends the connection in the next turn.
+    pub(crate) fn close(&mut self, id: ConnectionId) {
+        let closing = self.everyone.close(To::Connection(id), &[], CloseCode::NORMAL, "");
+        drive(&mut self.shards, self.now, closing).expect("the engine runs");
+    }
+
+    /// Publishes the frame `count` times to everyone.
+    pub(crate) fn publish(&self, frame: &Frame, count: u64) {
+        for _ in 0..count {
+            super::publish(&self.everyone, frame.clone());
+        }
+    }
+
+    /// Turns the shards until nothing is left to do.
+    pub(crate) fn settle(&mut self) {
+        while self.shards.iter().any(Shard::has_work) {
+            turn(&mut self.shards, self.now);
+        }
+    }
+
+    /// Lets time go by.
+    pub(crate) fn pass(&mut self, time: Duration) {
+        self.now += time;
+        turn(&mut self.shards, self.now);
+        self.settle();
+    }
+
+    pub(crate) fn metrics(&self) -> Metrics {
+        self.engine.metrics()
+    }
+
+    /// Panics if there are not `members` who all got `publications`.
+    pub(crate) fn check(&self, members: u64, publications: u64) {
+        super::check_books(&self.metrics(), members, members * publications);
+    }
+}
+
+fn turn(shards: &mut [Shard], now: Instant) {
+    shards.iter_mut().for_each(|shard| shard.turn(now).expect("a shard turns"));
+}
+
+/// Polls the future to its end; where it waits for a shard, turns them.
+fn drive<F: Future>(shards: &mut [Shard], now: Instant, future: F) -> F::Output {
+    let mut future = pin!(future);
+    loop {
+        match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(output) => return output,
+            Poll::Pending => turn(shards, now),
+        }
+    }
+}
