@@ -5,6 +5,7 @@
 //! ended. Knows connections and groups. Does not know the log, the mailbox or the sockets'
 //! poll.
 
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +29,7 @@ pub(crate) struct Crowd {
     pub(crate) connections: Slab<Connection>,
     pub(crate) groups: GroupIndex<Arc<Group>>,
     /// Slots with something to write.
-    pub(crate) dirty: Vec<u32>,
+    pub(crate) dirty: VecDeque<u32>,
     /// Ends decided in the middle of a fan-out.
     pub(crate) ends: Vec<(ConnectionId, CloseReason)>,
     /// Connections whose handlers are to be told of drops.
@@ -47,7 +48,7 @@ impl Crowd {
         Self {
             connections: Slab::new(),
             groups: GroupIndex::new(),
-            dirty: Vec::new(),
+            dirty: VecDeque::new(),
             ends: Vec::new(),
             drops: Vec::new(),
             deadlines: Deadlines::new(),
@@ -134,7 +135,7 @@ impl Crowd {
         let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, held.cloned());
         self.backlog_bytes += connection.outbox.backlog_bytes() - before;
         if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
-            self.dirty.push(slot);
+            self.dirty.push_back(slot);
         }
         if !connection.is_congested && connection.outbox.is_congested(&bounds) {
             connection.is_congested = true;
@@ -262,7 +263,7 @@ impl Crowd {
             && connection.is_writable
             && !std::mem::replace(&mut connection.is_dirty, true)
         {
-            self.dirty.push(slot);
+            self.dirty.push_back(slot);
         }
     }
 }

@@ -31,22 +31,20 @@ impl Shard {
 
     /// One write for each connection with something queued; some are left for the next turn if there are many.
     pub(super) fn flush_dirty(&mut self) {
-        let mut dirty = std::mem::take(&mut self.crowd.dirty);
-        let count = self.ripe(dirty.len()).min(FLUSHES_PER_TURN);
-        for slot in &dirty[..count] {
-            self.flush(*slot);
+        let count = self.ripe(self.crowd.dirty.len()).min(FLUSHES_PER_TURN);
+        // Who has waited longest comes first; who is marked meanwhile comes behind.
+        for _ in 0..count {
+            if let Some(slot) = self.crowd.dirty.pop_front() {
+                self.flush(slot);
+            }
         }
         self.gather.clear();
         self.flush_ripe -= count;
         self.round_left = self.round_left.saturating_sub(count);
-        if self.round_left == 0 && (count > 0 || dirty.is_empty()) {
+        if self.round_left == 0 && (count > 0 || self.crowd.dirty.is_empty()) {
             self.burst = 0;
-            self.round_left = dirty.len() - count;
+            self.round_left = self.crowd.dirty.len();
         }
-        // Who has waited longest comes first; who was marked meanwhile comes behind.
-        dirty.drain(..count);
-        dirty.append(&mut self.crowd.dirty);
-        self.crowd.dirty = dirty;
     }
 
     fn flush(&mut self, slot: u32) {

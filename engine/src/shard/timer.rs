@@ -58,7 +58,7 @@ impl Shard {
                 Beat::Ping(payload) => {
                     connection.outbox.push_control(ControlFrame::ping(&payload).as_bytes());
                     if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
-                        self.crowd.dirty.push(slot);
+                        self.crowd.dirty.push_back(slot);
                     }
                     continue;
                 }
