@@ -38,7 +38,12 @@ impl Snapshot {
         let seconds = (after.at - before.at).as_secs_f64();
         let deliveries = (after.tally.received - before.tally.received) as f64;
         let messages = (after.tally.landed - before.tally.landed) as f64;
-        let server = before.server_cpu.zip(after.server_cpu).map(|(before, after)| after.since(before));
+        // Threads that have ended took their time with them: what is left would be no measurement.
+        let server = before
+            .server_cpu
+            .zip(after.server_cpu)
+            .filter(|(before, after)| after.running >= before.running)
+            .map(|(before, after)| after.since(before));
         let server_cpu = server.map(|time| time.running.as_secs_f64());
         let client = after.client_cpu.since(before.client_cpu);
         let worked = client.running.saturating_sub(after.spun - before.spun).as_secs_f64();

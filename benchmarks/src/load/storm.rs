@@ -73,7 +73,6 @@ pub(crate) fn measure(
     }
     let mut report = Report::new(options);
     let cpu = cpu_before.zip(server.and_then(|server| server.cpu_time().ok()));
-    let opened = books.opened.max(1) as f64;
     report.storm = Some(report::Storm {
         at_once: options.at_once,
         rounds: books.rounds,
@@ -82,7 +81,8 @@ pub(crate) fn measure(
         handshake: books.handshakes.summary(),
         closing_ms_max: 1e3 * books.closing_max.as_secs_f64(),
         server_cpu_us_per_connection: cpu
-            .map(|(before, after)| 1e6 * after.since(before).running.as_secs_f64() / opened),
+            .filter(|_| books.opened > 0)
+            .map(|(before, after)| 1e6 * after.since(before).running.as_secs_f64() / books.opened as f64),
         failures: books.failures,
     });
     report.memory = memory.map(|memory| memory.report());

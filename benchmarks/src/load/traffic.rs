@@ -77,14 +77,13 @@ pub(crate) fn measure(
     traffic.turn_until(Instant::now() + Duration::from_secs_f64(options.warmup), |_| false)?;
     let before = traffic.snapshot(server)?;
     traffic.begin(before.at, options.duration());
-    traffic.turn_until(before.at + options.duration(), Traffic::is_over)?;
-    if traffic.ends.as_ref().is_some_and(Ends::any) {
-        traffic.sending = false;
-        traffic.turn_until(Instant::now() + DRAIN_MAX, Traffic::is_over)?;
-    }
+    traffic.turn_until(before.at + options.duration(), Traffic::is_ending)?;
     let after = traffic.snapshot(server)?;
     let latencies = traffic.latencies.take().unwrap_or_default();
     traffic.report.memory = traffic.memory.take().map(|memory| memory.report());
+    if traffic.is_ending() {
+        traffic.turn_until(Instant::now() + DRAIN_MAX, Traffic::is_over)?;
+    }
     traffic.drain()?;
     let total = traffic.stage.ledger.tally;
     traffic.report.traffic = Some(Snapshot::compare(&before, &after, total, latencies));
@@ -325,7 +324,12 @@ impl Traffic {
         }
     }
 
-    /// Nobody is there any more: slow readers may be told last, and newcomers never.
+    /// The server has begun to end its connections: what is measured is over, what is promised is not.
+    fn is_ending(&self) -> bool {
+        self.ends.as_ref().is_some_and(Ends::any) || self.is_over()
+    }
+
+    /// Nobody is there any more, but for slow readers, who may hear of it later.
     fn is_over(&self) -> bool {
         self.stage.watched() == 0
     }
