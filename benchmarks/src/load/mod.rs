@@ -27,6 +27,8 @@ mod snapshot;
 mod stage;
 mod storm;
 mod target;
+#[cfg(test)]
+mod tests;
 mod text;
 mod traffic;
 

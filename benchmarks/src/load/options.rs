@@ -147,7 +147,8 @@ impl Options {
 
     fn sender_count(&self) -> usize {
         let usual = if self.rate.is_some() { OPEN_LOOP_SENDERS } else { self.in_flight };
-        let spared = self.stalled + self.slow + self.kill.unwrap_or(0);
+        // One at least has to be left that may come and go.
+        let spared = self.stalled + self.slow + self.kill.unwrap_or(0) + usize::from(self.churn.is_some());
         let default = || usual.max(self.groups).min(self.connections.saturating_sub(spared)).max(1);
         self.senders.map_or_else(default, |senders| senders.min(self.connections))
     }
