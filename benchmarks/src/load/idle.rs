@@ -24,7 +24,7 @@ pub(crate) fn measure(
 ) -> Result<Report, LoadError> {
     let server = server.ok_or(LoadError::Options("idle needs --server-pid"))?;
     let mut report = Report::new(options);
-    let mut memory = Watch::new(server, options.connections)?;
+    let mut memory = Watch::new(server, target.address.port(), options.connections)?;
     let mut crowd = connect(target, &options.cast())?;
     rest(&mut crowd, server, &mut memory, &mut report)?;
     memory.fill()?;

@@ -28,11 +28,12 @@ pub(crate) struct Kill {
     done: Option<Instant>,
     killed: usize,
     gap: Option<Duration>,
+    excused: Duration,
 }
 
 impl Kill {
     pub(crate) fn new(count: usize, pool: Vec<usize>) -> Self {
-        Self { count, pool, due: None, done: None, killed: 0, gap: None }
+        Self { count, pool, due: None, done: None, killed: 0, gap: None, excused: Duration::ZERO }
     }
 
     pub(crate) fn set_due(&mut self, due: Instant) {
@@ -59,11 +60,39 @@ impl Kill {
     #[inline]
     pub(crate) fn follow(&mut self, landed: &Landed, now: Instant) {
         if self.done.is_some_and(|done| landed.sent <= done + AFTERMATH) {
-            self.gap = self.gap.max(Some(now.saturating_duration_since(landed.sent)));
+            let latency = now.saturating_duration_since(landed.sent).saturating_sub(self.excused);
+            self.gap = self.gap.max(Some(latency));
         }
+    }
+
+    /// The client has looked elsewhere for so long: what lands from now on is not charged with it.
+    pub(crate) fn excuse(&mut self, pause: Duration) {
+        self.excused += pause;
     }
 
     pub(crate) fn report(&self) -> report::Kill {
         report::Kill { killed: self.killed, max_gap_ms: self.gap.map(|gap| 1e3 * gap.as_secs_f64()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gap_is_the_longest_time_around_the_killing_without_the_clients_own_pauses() {
+        let ms = Duration::from_millis;
+        let start = Instant::now();
+        let landed = |sent| Landed { sender: 0, sent: start + ms(sent), seen: true, late: false };
+        let mut kill = Kill::new(1, vec![0]);
+        kill.follow(&landed(0), start + ms(900));
+        kill.done = Some(start + ms(1000));
+        kill.follow(&landed(990), start + ms(1020));
+        assert_eq!(kill.report().max_gap_ms, Some(30.0));
+        kill.follow(&landed(3001), start + ms(4000));
+        assert_eq!(kill.report().max_gap_ms, Some(30.0), "too late to belong to it");
+        kill.excuse(ms(100));
+        kill.follow(&landed(2900), start + ms(3040));
+        assert_eq!(kill.report().max_gap_ms, Some(40.0));
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! The kernel counts whole pages for all sockets of the machine (/proc/net/sockstat), so over the loopback both ends
 //! are in it, and whatever else runs there; each core keeps up to 1 MiB in reserve that counts as used. What was
-//! used before connecting is told, to be subtracted.
+//! used before connecting is told, to be subtracted. Where there is `ss`, it tells of the server's sockets alone.
 
 use std::{
     fs,
     time::{Duration, Instant},
 };
 
-use super::report;
+use super::{report, socket};
 use crate::process::{Process, ProcessError};
 
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
@@ -20,6 +20,8 @@ struct Level {
     resident: u64,
     /// Absent where the kernel does not tell.
     kernel: Option<u64>,
+    /// Of the server's sockets; absent where nobody tells, and in samples.
+    sockets: Option<u64>,
 }
 
 /// One server's memory.
@@ -28,6 +30,8 @@ pub(crate) struct Watch {
     server: Process,
     connections: usize,
     page_bytes: u64,
+    /// The server's.
+    port: u16,
     empty: Level,
     full: Level,
     peak: Level,
@@ -37,16 +41,16 @@ pub(crate) struct Watch {
 impl Watch {
     /// Begins before the first connection. A fresh server is needed: one that has held connections before has
     /// their memory already.
-    pub(crate) fn new(server: Process, connections: usize) -> Result<Self, ProcessError> {
+    pub(crate) fn new(server: Process, port: u16, connections: usize) -> Result<Self, ProcessError> {
         let page_bytes = Process::current().page_bytes()?;
-        let empty = Level::exact(server, page_bytes)?;
+        let empty = Level::exact(server, port, page_bytes)?;
         let sample_at = Instant::now();
-        Ok(Self { server, connections, page_bytes, empty, full: empty, peak: empty, sample_at })
+        Ok(Self { server, connections, page_bytes, port, empty, full: empty, peak: empty, sample_at })
     }
 
     /// Everybody is connected.
     pub(crate) fn fill(&mut self) -> Result<(), ProcessError> {
-        self.full = Level::exact(self.server, self.page_bytes)?;
+        self.full = Level::exact(self.server, self.port, self.page_bytes)?;
         self.peak = self.peak.max(self.full);
         Ok(())
     }
@@ -56,14 +60,15 @@ impl Watch {
         if now >= self.sample_at {
             self.sample_at = now + SAMPLE_EVERY;
             if let Ok(resident) = self.server.resident_bytes_roughly() {
-                self.peak = self.peak.max(Level { resident, kernel: kernel_bytes(self.page_bytes) });
+                self.peak =
+                    self.peak.max(Level { resident, kernel: kernel_bytes(self.page_bytes), sockets: None });
             }
         }
     }
 
     /// The end of the measurement.
     pub(crate) fn report(&self) -> report::Memory {
-        let end = Level::exact(self.server, self.page_bytes).ok();
+        let end = Level::exact(self.server, self.port, self.page_bytes).ok();
         let peak = end.map_or(self.peak, |end| self.peak.max(end));
         let per_connection =
             |full: u64, empty: u64| full.saturating_sub(empty) as f64 / self.connections as f64;
@@ -85,17 +90,24 @@ impl Watch {
             peak_bytes: Some(peak.resident),
             end_bytes: end.map(|end| end.resident),
             kernel: kernel(),
+            sockets_full_bytes: self.full.sockets,
+            sockets_end_bytes: end.and_then(|end| end.sockets),
         }
     }
 }
 
 impl Level {
-    fn exact(server: Process, page_bytes: u64) -> Result<Self, ProcessError> {
-        Ok(Self { resident: server.resident_bytes()?, kernel: kernel_bytes(page_bytes) })
+    fn exact(server: Process, port: u16, page_bytes: u64) -> Result<Self, ProcessError> {
+        let resident = server.resident_bytes()?;
+        Ok(Self { resident, kernel: kernel_bytes(page_bytes), sockets: socket::memory_bytes(port) })
     }
 
     fn max(self, other: Self) -> Self {
-        Self { resident: self.resident.max(other.resident), kernel: self.kernel.max(other.kernel) }
+        Self {
+            resident: self.resident.max(other.resident),
+            kernel: self.kernel.max(other.kernel),
+            sockets: self.sockets.max(other.sockets),
+        }
     }
 }
 

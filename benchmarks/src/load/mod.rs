@@ -24,6 +24,7 @@ mod role;
 mod settle;
 mod slow;
 mod snapshot;
+mod socket;
 mod stage;
 mod storm;
 mod target;

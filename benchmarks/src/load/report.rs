@@ -51,7 +51,8 @@ pub(crate) struct Traffic {
     pub(crate) order_violations: u64,
     pub(crate) sender_reorders: u64,
     pub(crate) strays: u64,
-    /// Sent, but never seen by anybody before everybody had left: not accepted by the server, and not expected.
+    /// Sent, but seen by nobody before everybody had left. Where the server's end is expected these count as not
+    /// accepted, and are not among the expected.
     #[serde(default)]
     pub(crate) unseen: u64,
     pub(crate) latency: Option<Summary>,
@@ -80,6 +81,11 @@ pub(crate) struct Memory {
     pub(crate) end_bytes: Option<u64>,
     #[serde(default)]
     pub(crate) kernel: Option<KernelMemory>,
+    /// The kernel's memory for the server's sockets alone, where `ss` tells it.
+    #[serde(default)]
+    pub(crate) sockets_full_bytes: Option<u64>,
+    #[serde(default)]
+    pub(crate) sockets_end_bytes: Option<u64>,
 }
 
 /// The kernel's memory for all TCP sockets of the machine: over the loopback, those of both ends.

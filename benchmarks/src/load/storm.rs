@@ -50,7 +50,8 @@ pub(crate) fn measure(
     target: &Target,
     server: Option<Process>,
 ) -> Result<Report, LoadError> {
-    let mut memory = server.map(|server| Watch::new(server, options.connections)).transpose()?;
+    let mut memory =
+        server.map(|server| Watch::new(server, target.address.port(), options.connections)).transpose()?;
     let request = target.requests(1).remove(0);
     let mut books = Books::default();
     let cpu_before = server.map(Process::cpu_time).transpose()?;

@@ -57,7 +57,7 @@ impl fmt::Display for Traffic {
             writeln!(f, "  reordered       {} within a sender (not a fault)", self.sender_reorders)?;
         }
         if self.unseen > 0 {
-            writeln!(f, "  unseen          {} (accepted by nobody, not expected)", self.unseen)?;
+            writeln!(f, "  unseen          {} (sent, and seen by nobody)", self.unseen)?;
         }
         if let Some(latency) = &self.latency {
             writeln!(f, "  latency µs      {latency}")?;
@@ -143,6 +143,10 @@ impl fmt::Display for Memory {
         let resident = levels(Some(self.empty_bytes), Some(self.full_bytes), self.peak_bytes, self.end_bytes);
         writeln!(f, "  memory          {resident}")?;
         writeln!(f, "                  {:.0} bytes per connection", self.bytes_per_connection)?;
+        if let (Some(full), Some(end)) = (self.sockets_full_bytes, self.sockets_end_bytes) {
+            let (full, end) = (full / 1024, end / 1024);
+            writeln!(f, "  its sockets     {full} KiB full, {end} at the end, in the kernel")?;
+        }
         let Some(kernel) = &self.kernel else { return Ok(()) };
         let (empty, full) = (Some(kernel.empty_bytes), Some(kernel.full_bytes));
         writeln!(f, "  kernel's        {}", levels(empty, full, Some(kernel.peak_bytes), kernel.end_bytes))?;

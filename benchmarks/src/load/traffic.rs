@@ -71,7 +71,8 @@ pub(crate) fn measure(
     target: &Target,
     server: Option<Process>,
 ) -> Result<Report, LoadError> {
-    let memory = server.map(|server| Watch::new(server, options.connections)).transpose()?;
+    let memory =
+        server.map(|server| Watch::new(server, target.address.port(), options.connections)).transpose()?;
     let mut traffic = Traffic::open(options, target, memory)?;
     traffic.start()?;
     traffic.turn_until(Instant::now() + Duration::from_secs_f64(options.warmup), |_| false)?;
@@ -80,7 +81,7 @@ pub(crate) fn measure(
     traffic.turn_until(before.at + options.duration(), Traffic::is_ending)?;
     let after = traffic.snapshot(server)?;
     let latencies = traffic.latencies.take().unwrap_or_default();
-    traffic.report.memory = traffic.memory.take().map(|memory| memory.report());
+    traffic.weigh();
     if traffic.is_ending() {
         traffic.turn_until(Instant::now() + DRAIN_MAX, Traffic::is_over)?;
     }
@@ -155,6 +156,15 @@ impl Traffic {
         self.slow.begin(now);
         if let Some(kill) = &mut self.kill {
             kill.set_due(now + duration / 2);
+        }
+    }
+
+    /// Reads the server's memory, which takes a while.
+    fn weigh(&mut self) {
+        let start = Instant::now();
+        self.report.memory = self.memory.take().map(|memory| memory.report());
+        if let Some(kill) = &mut self.kill {
+            kill.excuse(start.elapsed());
         }
     }
 
