@@ -207,7 +207,9 @@ fn a_loss_a_repetition_a_swap_and_a_leak_are_faults() {
         assert!(!report.is_faultless(), "{whim:?}: {report}");
         (lost, traffic.duplicates, traffic.order_violations, traffic.strays)
     };
-    assert_eq!(faults(Whim::Lose, ""), (1, 0, 0, 0));
+    // Where the one that lost it is the first to see the next, the others seem out of order as well.
+    let loss = faults(Whim::Lose, "");
+    assert_eq!((loss.0, loss.1, loss.3), (1, 0, 0), "{loss:?}");
     assert_eq!(faults(Whim::Repeat, ""), (0, 1, 0, 0));
     // The first to see it decides who is right: the newest, or the others of its group.
     let swap = faults(Whim::Swap, "--groups=2");

@@ -36,6 +36,8 @@ pub(crate) struct Tally {
     pub(crate) landed: u64,
     pub(crate) duplicates: u64,
     /// A connection saw messages in another order than the first that saw them; for an echo, than they were sent.
+    /// Exact while nothing is lost: a connection that lost a message and is the first to see the next one gives that
+    /// one too early a place, and those who see both are taken to be out of order.
     pub(crate) order_violations: u64,
     /// All agree, but one sender's messages are not in the order in which it sent them.
     pub(crate) sender_reorders: u64,
