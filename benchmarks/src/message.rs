@@ -83,6 +83,16 @@ pub(crate) fn write_pong(out: &mut Vec<u8>, ping: &[u8]) {
     frame::write(out, Opcode::Pong, Some(MASK), ping);
 }
 
+/// Stands for a close frame without a code (RFC 6455, 7.1.5).
+pub(crate) const NO_CODE: u16 = 1005;
+
+/// Appends a masked close frame.
+pub(crate) fn write_close(out: &mut Vec<u8>, code: u16) {
+    let code = code.to_be_bytes();
+    let payload = if code == NO_CODE.to_be_bytes() { &[][..] } else { &code[..] };
+    frame::write(out, Opcode::Close, Some(MASK), payload);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

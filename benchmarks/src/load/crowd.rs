@@ -1,51 +1,17 @@
 //! The crowd: all client connections, on one epoll.
 //!
-//! Owns the sockets, cuts what arrives into frames, answers pings, and hands the sequence number of each message to
-//! whoever reads. One scratch buffer serves everybody: it is large, because a server that coalesces deserves a client
-//! that takes it all in one read, and a connection keeps bytes of its own only while a frame is incomplete.
-//! Does not know what was sent, what is expected, or the time.
+//! Owns the sockets and hands the sequence number of each message to whoever reads. One scratch buffer serves
+//! everybody: it is large, because a server that coalesces deserves a client that takes it all in one read, and a
+//! connection keeps bytes of its own only while a frame is incomplete. A slot whose connection has ended may be taken
+//! by another one. Does not know what was sent, what is expected, or the time.
 
-use std::{
-    io::{self, Read, Write},
-    time::Duration,
-};
+use std::{io, time::Duration};
 
-use mio::{Events, Poll, Token, net::TcpStream};
+use mio::{Events, Poll, Registry, Token, net::TcpStream};
 
-use crate::{
-    frame::{self, FrameError, Opcode},
-    message,
-};
+use super::connection::{Connection, Ended, SCRATCH_BYTES};
 
-const SCRATCH_BYTES: usize = 256 * 1024;
 const EVENTS: usize = 1024;
-
-/// Why a connection ended before the run did.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Ended {
-    #[error("the server closed the socket without a close frame")]
-    Gone,
-    #[error("the server sent close code {0}")]
-    Closed(u16),
-    #[error("the server masked a frame")]
-    Masked,
-    #[error("a message without a sequence number")]
-    Unnumbered,
-    #[error(transparent)]
-    Frame(#[from] FrameError),
-    #[error(transparent)]
-    Io(#[from] io::Error),
-}
-
-/// One client.
-#[derive(Debug)]
-struct Connection {
-    stream: TcpStream,
-    /// The beginning of a frame whose end has not come.
-    partial: Vec<u8>,
-    /// What is to be sent.
-    outgoing: Vec<u8>,
-}
 
 /// All clients; the index is the token.
 #[derive(Debug)]
@@ -53,6 +19,7 @@ pub(crate) struct Crowd {
     poll: Poll,
     events: Events,
     connections: Vec<Option<Connection>>,
+    sockets: usize,
     /// Who may have something to read, last first.
     ready: Vec<usize>,
     /// Who may have something to send.
@@ -63,13 +30,20 @@ pub(crate) struct Crowd {
 impl Crowd {
     /// Takes over open WebSockets, with the bytes that came after their handshakes, registered at `poll` by index.
     pub(crate) fn new(poll: Poll, open: Vec<(TcpStream, Vec<u8>)>) -> Self {
+        Self::sparse(poll, open.into_iter().map(Some).collect())
+    }
+
+    /// Takes over those of the WebSockets that are open.
+    pub(crate) fn sparse(poll: Poll, open: Vec<Option<(TcpStream, Vec<u8>)>>) -> Self {
         // Readiness is edge-triggered and may have been used up while others connected.
         let ready = (0..open.len()).collect();
-        let connection = |(stream, partial)| Some(Connection { stream, partial, outgoing: Vec::new() });
+        let connection = |slot: Option<_>| slot.map(|(stream, partial)| Connection::new(stream, partial));
+        let connections: Vec<_> = open.into_iter().map(connection).collect();
         Self {
             poll,
             events: Events::with_capacity(EVENTS),
-            connections: open.into_iter().map(connection).collect(),
+            sockets: connections.iter().flatten().count(),
+            connections,
             ready,
             dirty: Vec::new(),
             scratch: vec![0; SCRATCH_BYTES],
@@ -80,8 +54,19 @@ impl Crowd {
         self.connections.len()
     }
 
+    /// How many sockets there are, the closing ones among them.
+    pub(crate) fn sockets(&self) -> usize {
+        self.sockets
+    }
+
+    /// Connected, and neither side closing.
     pub(crate) fn is_present(&self, index: usize) -> bool {
-        self.connections[index].is_some()
+        self.connections[index].as_ref().is_some_and(Connection::is_open)
+    }
+
+    /// Where a newcomer registers, under the index it is to have.
+    pub(crate) fn registry(&self) -> &Registry {
+        self.poll.registry()
     }
 
     /// Waits for readiness; true when there was any.
@@ -100,6 +85,9 @@ impl Crowd {
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
                 self.ready.push(index);
+            } else if self.connections[index].is_none() {
+                // A newcomer that is connected now and has to send its request.
+                self.ready.push(index);
             }
         }
         self.flush();
@@ -112,22 +100,44 @@ impl Crowd {
         self.ready.pop()
     }
 
-    /// Reads one connection empty, telling every message's number. An error is the end of the connection.
+    /// Reads one connection empty, telling every message's number. After `Ended::Closed` the socket waits for the
+    /// server to end it, which is `Ended::Parted`; any other error is the end of the connection.
     pub(crate) fn read(&mut self, index: usize, on_message: impl FnMut(u64)) -> Result<(), Ended> {
         let Some(connection) = &mut self.connections[index] else { return Ok(()) };
         let outcome = connection.read(&mut self.scratch, on_message);
-        if outcome.is_err() {
-            self.connections[index] = None;
-        } else if !connection.outgoing.is_empty() {
-            self.dirty.push(index);
+        self.conclude(index, outcome)
+    }
+
+    /// Reads at most `limit` bytes from one connection.
+    pub(crate) fn read_some(
+        &mut self,
+        index: usize,
+        limit: usize,
+        on_message: impl FnMut(u64),
+    ) -> Result<(), Ended> {
+        let Some(connection) = &mut self.connections[index] else { return Ok(()) };
+        let outcome = connection.read_some(&mut self.scratch, limit.min(SCRATCH_BYTES), on_message);
+        self.conclude(index, outcome)
+    }
+
+    fn conclude(&mut self, index: usize, outcome: Result<(), Ended>) -> Result<(), Ended> {
+        match &outcome {
+            Ok(()) => {
+                if self.connections[index].as_ref().is_some_and(Connection::has_outgoing) {
+                    self.dirty.push(index);
+                }
+            }
+            // The end may have come already, and its edge been used up.
+            Err(Ended::Closed(_)) => self.ready.push(index),
+            Err(_) => self.vacate(index),
         }
         outcome
     }
 
-    /// Lets `write` append frames to what a connection sends at the next flush.
+    /// Lets `write` append frames to what an open connection sends at the next flush.
     pub(crate) fn queue(&mut self, index: usize, write: impl FnOnce(&mut Vec<u8>)) {
-        if let Some(connection) = &mut self.connections[index] {
-            write(&mut connection.outgoing);
+        if let Some(connection) = self.connections[index].as_mut().filter(|connection| connection.is_open()) {
+            write(connection.outgoing());
             self.dirty.push(index);
         }
     }
@@ -140,102 +150,36 @@ impl Crowd {
             }
         }
     }
-}
 
-impl Connection {
-    fn read(&mut self, scratch: &mut Vec<u8>, mut on_message: impl FnMut(u64)) -> Result<(), Ended> {
-        loop {
-            let kept = self.partial.len();
-            if scratch.len() < kept + SCRATCH_BYTES {
-                scratch.resize(kept + SCRATCH_BYTES, 0);
+    /// Begins the closing handshake; its end is that of the reading.
+    pub(crate) fn close(&mut self, index: usize, code: u16) {
+        if let Some(connection) = &mut self.connections[index] {
+            connection.say_farewell(code);
+        }
+    }
+
+    /// Ends a connection at once and without a word, by a reset or by the kernel's closing of TCP.
+    pub(crate) fn abort(&mut self, index: usize, reset: bool) -> io::Result<()> {
+        if let Some(connection) = &self.connections[index] {
+            if reset {
+                connection.reset_at_drop()?;
             }
-            let read = match self.stream.read(&mut scratch[kept..]) {
-                Ok(0) => return Err(Ended::Gone),
-                Ok(read) => read,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error.into()),
-            };
-            // A short read has emptied a stream socket; a later byte raises a new edge (epoll(7)).
-            let drained = kept + read < scratch.len();
-            scratch[..kept].copy_from_slice(&self.partial);
-            self.partial.clear();
-            let filled = &scratch[..kept + read];
-            let taken = take(filled, &mut self.outgoing, &mut on_message)?;
-            self.partial.extend_from_slice(&filled[taken..]);
-            if drained {
-                return Ok(());
-            }
+            self.vacate(index);
         }
+        Ok(())
     }
 
-    fn flush(&mut self) {
-        while !self.outgoing.is_empty() {
-            match self.stream.write(&self.outgoing) {
-                Ok(sent) => drop(self.outgoing.drain(..sent)),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Full: the next writable edge continues. Broken: the next read says why.
-                Err(_) => return,
-            }
+    /// Gives an open WebSocket, registered under `index`, the vacant place there.
+    pub(crate) fn adopt(&mut self, index: usize, stream: TcpStream, received: Vec<u8>) {
+        if self.connections[index].replace(Connection::new(stream, received)).is_none() {
+            self.sockets += 1;
         }
-    }
-}
-
-/// Handles every whole frame in `bytes`; returns how many bytes they were.
-#[inline]
-fn take(bytes: &[u8], outgoing: &mut Vec<u8>, on_message: &mut impl FnMut(u64)) -> Result<usize, Ended> {
-    let mut taken = 0;
-    while let Some(frame) = frame::parse(&bytes[taken..])? {
-        if frame.mask.is_some() {
-            return Err(Ended::Masked);
-        }
-        let payload = &bytes[taken + frame.payload.start..taken + frame.payload.end];
-        taken += frame.payload.end;
-        match frame.opcode {
-            Opcode::Text | Opcode::Binary => on_message(message::seq(payload).ok_or(Ended::Unnumbered)?),
-            Opcode::Ping => message::write_pong(outgoing, payload),
-            Opcode::Pong => {}
-            // 1005 stands for a close frame without a code (RFC 6455, 7.1.5).
-            Opcode::Close => {
-                let code = payload.first_chunk().map_or(1005, |code| u16::from_be_bytes(*code));
-                return Err(Ended::Closed(code));
-            }
-        }
-    }
-    Ok(taken)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn received(bytes: &[u8], cut: usize) -> (Vec<u64>, Vec<u8>) {
-        let (mut seqs, mut outgoing) = (Vec::new(), Vec::new());
-        let taken = take(&bytes[..cut], &mut outgoing, &mut |seq| seqs.push(seq)).unwrap();
-        take(&bytes[taken..], &mut outgoing, &mut |seq| seqs.push(seq)).unwrap();
-        (seqs, outgoing)
+        self.ready.push(index);
     }
 
-    #[test]
-    fn messages_are_counted_alike_wherever_the_stream_is_cut() {
-        let mut bytes = Vec::new();
-        for text in [r#"{"t":1,"p":""}"#, r#"{"t":2,"p":""}"#] {
-            frame::write(&mut bytes, Opcode::Text, None, text.as_bytes());
-            frame::write(&mut bytes, Opcode::Ping, None, b"nonce");
+    fn vacate(&mut self, index: usize) {
+        if self.connections[index].take().is_some() {
+            self.sockets -= 1;
         }
-        for cut in 0..=bytes.len() {
-            let (seqs, outgoing) = received(&bytes, cut);
-            assert_eq!(seqs, [1, 2]);
-            let pong = frame::parse(&outgoing).unwrap().unwrap();
-            assert_eq!((pong.opcode, pong.payload.len()), (Opcode::Pong, 5));
-            assert_eq!(outgoing.len(), 2 * pong.payload.end);
-        }
-    }
-
-    #[test]
-    fn a_close_frame_ends_the_connection_with_its_code() {
-        let mut bytes = Vec::new();
-        frame::write(&mut bytes, Opcode::Close, None, &1013_u16.to_be_bytes());
-        assert!(matches!(take(&bytes, &mut Vec::new(), &mut |_| ()), Err(Ended::Closed(1013))));
     }
 }

@@ -6,11 +6,7 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    LoadError, Options,
-    connect::connect,
-    crowd::Crowd,
-    report::{Memory, Report},
-    target::Target,
+    LoadError, Options, connect::connect, crowd::Crowd, memory::Watch, report::Report, target::Target,
 };
 use crate::process::Process;
 
@@ -28,16 +24,21 @@ pub(crate) fn measure(
 ) -> Result<Report, LoadError> {
     let server = server.ok_or(LoadError::Options("idle needs --server-pid"))?;
     let mut report = Report::new(options);
-    let empty_bytes = server.resident_bytes()?;
-    let mut crowd = connect(target, options.connections)?;
-    let full_bytes = rest(&mut crowd, server, &mut report)?;
-    let bytes_per_connection = full_bytes.saturating_sub(empty_bytes) as f64 / options.connections as f64;
-    report.memory = Some(Memory { empty_bytes, full_bytes, bytes_per_connection });
+    let mut memory = Watch::new(server, target.address.port(), options.connections)?;
+    let mut crowd = connect(target, &options.cast())?;
+    rest(&mut crowd, server, &mut memory, &mut report)?;
+    memory.fill()?;
+    report.memory = Some(memory.report());
     Ok(report)
 }
 
 /// Serves the crowd until the server's memory no longer changes.
-fn rest(crowd: &mut Crowd, server: Process, report: &mut Report) -> Result<u64, LoadError> {
+fn rest(
+    crowd: &mut Crowd,
+    server: Process,
+    memory: &mut Watch,
+    report: &mut Report,
+) -> Result<(), LoadError> {
     let start = Instant::now();
     let mut level = server.resident_bytes()?;
     let mut agreeing = 0;
@@ -52,9 +53,10 @@ fn rest(crowd: &mut Crowd, server: Process, report: &mut Report) -> Result<u64, 
             }
             crowd.flush();
         }
+        memory.turn(Instant::now());
         let sample = server.resident_bytes()?;
         agreeing = if sample.abs_diff(level) <= REST_BYTES { agreeing + 1 } else { 0 };
         level = sample;
     }
-    Ok(level)
+    Ok(())
 }

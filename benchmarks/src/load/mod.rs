@@ -4,79 +4,44 @@
 //! in the same order as all others, and says when the client itself was the limit. Sequence of a run: connect,
 //! settle, warm up, measure, drain, report. Knows a server only by its address and, if told, its process id.
 
+mod candidate;
+mod churn;
 mod connect;
+mod connection;
 mod crowd;
+mod end;
 mod idle;
+mod kill;
 mod latency;
 mod ledger;
+mod memory;
+mod options;
 mod order;
 mod pace;
+mod progress;
 pub(crate) mod report;
+mod role;
+mod settle;
+mod slow;
+mod snapshot;
+mod socket;
+mod stage;
+mod storm;
 mod target;
+#[cfg(test)]
+mod tests;
+mod text;
 mod traffic;
 
-use std::{io, time::Duration};
+use std::io;
 
-use self::{
-    report::{Report, Setup},
-    target::Target,
-};
+pub(crate) use self::options::{Mode, Options};
+use self::{report::Report, target::Target};
 use crate::{
     cpu::{self, PinError},
     message::MessageError,
     process::{Process, ProcessError},
 };
-
-/// What the load generator is told.
-#[derive(Clone, Debug, clap::Args)]
-pub(crate) struct Options {
-    /// Where the server is: `ws://127.0.0.1:PORT/ws` or `…/echo`.
-    #[arg(long)]
-    url: String,
-    #[arg(long, value_enum, default_value_t = Mode::Fanout)]
-    mode: Mode,
-    #[arg(long, default_value_t = 1000)]
-    connections: usize,
-    /// How many of the connections send, spread evenly over all; as many as are in flight by default.
-    #[arg(long)]
-    senders: Option<usize>,
-    /// Closed loop: messages in flight in total.
-    #[arg(long, default_value_t = 1)]
-    in_flight: usize,
-    /// Open loop instead: messages per second, with the latency counted from the intended time of sending.
-    #[arg(long)]
-    rate: Option<f64>,
-    /// How long to measure.
-    #[arg(long, default_value_t = 3.0)]
-    seconds: f64,
-    /// How long to send before measuring.
-    #[arg(long, default_value_t = 0.5)]
-    warmup: f64,
-    /// Bytes of a whole JSON message.
-    #[arg(long, default_value_t = 64)]
-    payload: usize,
-    /// The server's process, to measure its CPU and memory.
-    #[arg(long)]
-    server_pid: Option<u32>,
-    /// The core to run on.
-    #[arg(long)]
-    cpu: Option<usize>,
-    /// One JSON object on stdout instead of text.
-    #[arg(long)]
-    json: bool,
-}
-
-/// What is measured.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, clap::ValueEnum, serde::Deserialize, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Mode {
-    /// Every message is expected at every connection.
-    Fanout,
-    /// Every message is expected back at its sender.
-    Echo,
-    /// Nothing is sent: what does a connection cost in memory?
-    Idle,
-}
 
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
@@ -91,10 +56,8 @@ pub(crate) enum LoadError {
     Target(#[from] target::TargetError),
     #[error(transparent)]
     Connect(#[from] connect::ConnectError),
-    #[error("{unseen} of {connections} connections got no probe within {}s", traffic::SETTLE_MAX.as_secs())]
+    #[error("{unseen} of {connections} connections got no probe within {}s", settle::SETTLE_MAX.as_secs())]
     Unsettled { unseen: usize, connections: usize },
-    #[error("no sender is left")]
-    NoSender,
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error("the client's loop failed")]
@@ -109,8 +72,9 @@ pub(crate) fn run(options: &Options) -> Result<bool, LoadError> {
     options.check()?;
     let target: Target = options.url.parse()?;
     let server = options.server_pid.map(Process::new);
-    let report = match options.mode {
+    let report: Report = match options.mode {
         Mode::Idle => idle::measure(options, &target, server)?,
+        Mode::Storm => storm::measure(options, &target, server)?,
         Mode::Fanout | Mode::Echo => traffic::measure(options, &target, server)?,
     };
     if options.json {
@@ -119,50 +83,4 @@ pub(crate) fn run(options: &Options) -> Result<bool, LoadError> {
         print!("{report}");
     }
     Ok(report.is_faultless())
-}
-
-impl Options {
-    fn check(&self) -> Result<(), LoadError> {
-        let positive = |number: f64| number.is_finite() && number > 0.0;
-        if self.connections == 0 || self.in_flight == 0 || self.senders == Some(0) {
-            return Err(LoadError::Options("connections, senders and in-flight must be at least 1"));
-        }
-        if !positive(self.seconds) || !self.warmup.is_finite() || self.warmup < 0.0 {
-            return Err(LoadError::Options("seconds must be above 0, and warmup not below"));
-        }
-        if self.rate.is_some_and(|rate| !positive(rate)) {
-            return Err(LoadError::Options("the rate must be above 0"));
-        }
-        if self.mode == Mode::Idle && self.server_pid.is_none() {
-            return Err(LoadError::Options("idle measures the server's memory and needs --server-pid"));
-        }
-        Ok(())
-    }
-
-    fn sender_count(&self) -> usize {
-        let wanted = self.senders.unwrap_or(if self.rate.is_some() { 64 } else { self.in_flight });
-        wanted.min(self.connections)
-    }
-
-    fn duration(&self) -> Duration {
-        Duration::from_secs_f64(self.seconds)
-    }
-
-    fn setup(&self) -> Setup {
-        Setup {
-            mode: self.mode,
-            url: self.url.clone(),
-            connections: self.connections,
-            senders: self.sender_count(),
-            in_flight: self.rate.is_none().then_some(self.in_flight),
-            rate: self.rate,
-            payload_bytes: self.payload,
-        }
-    }
-}
-
-impl Report {
-    fn new(options: &Options) -> Self {
-        Self { setup: options.setup(), traffic: None, memory: None, disconnections: 0, causes: Vec::new() }
-    }
 }

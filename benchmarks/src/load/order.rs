@@ -27,6 +27,11 @@ pub(crate) struct Cursor {
 }
 
 impl Cursor {
+    /// One that has come as far as `place`.
+    pub(crate) fn after(place: u32) -> Self {
+        Self { next: place + 1, gaps: Vec::new() }
+    }
+
     #[inline]
     pub(crate) fn pass(&mut self, place: u32) -> Verdict {
         if place == self.next {

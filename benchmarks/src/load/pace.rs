@@ -50,7 +50,7 @@ impl Pace {
     }
 }
 
-/// Those who send, spread evenly over the crowd, in turn.
+/// Those who send, in turn.
 #[derive(Debug)]
 pub(crate) struct Senders {
     indexes: Vec<usize>,
@@ -58,12 +58,8 @@ pub(crate) struct Senders {
 }
 
 impl Senders {
-    pub(crate) fn new(count: usize, connections: usize) -> Self {
-        Self { indexes: (0..count).map(|k| k * connections / count).collect(), turn: 0 }
-    }
-
-    pub(crate) fn all(&self) -> &[usize] {
-        &self.indexes
+    pub(crate) fn new(indexes: Vec<usize>) -> Self {
+        Self { indexes, turn: 0 }
     }
 
     /// The next of those who are `present`; `None` when nobody is left.
@@ -94,9 +90,8 @@ mod tests {
     }
 
     #[test]
-    fn senders_are_spread_and_take_turns_and_those_who_left_are_skipped() {
-        let mut senders = Senders::new(4, 1000);
-        assert_eq!(senders.all(), [0, 250, 500, 750]);
+    fn senders_take_turns_and_those_who_left_are_skipped() {
+        let mut senders = Senders::new(vec![0, 250, 500, 750]);
         let turns: Vec<_> = (0..4).map(|_| senders.next(|index| index != 250)).collect();
         assert_eq!(turns, [Some(0), Some(500), Some(750), Some(0)]);
         assert_eq!(senders.next(|_| false), None);

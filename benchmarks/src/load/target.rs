@@ -1,6 +1,13 @@
 //! Where the load goes: an address and a path, read from a `ws://` URL.
+//!
+//! The path may contain `{group}`, which stands for a group's number.
 
 use std::{net::SocketAddr, str::FromStr};
+
+use crate::handshake;
+
+/// What stands for a group's number in a URL.
+pub(crate) const GROUP: &str = "{group}";
 
 /// Why a URL is no target.
 #[derive(Debug, thiserror::Error)]
@@ -13,7 +20,17 @@ pub(crate) enum TargetError {
 #[derive(Clone, Debug)]
 pub(crate) struct Target {
     pub(crate) address: SocketAddr,
-    pub(crate) path: String,
+    path: String,
+}
+
+impl Target {
+    /// The handshake requests of the groups, by number.
+    pub(crate) fn requests(&self, groups: usize) -> Vec<Vec<u8>> {
+        let host = self.address.to_string();
+        (0..groups)
+            .map(|group| handshake::request(&host, &self.path.replace(GROUP, &group.to_string())))
+            .collect()
+    }
 }
 
 impl FromStr for Target {
@@ -42,5 +59,12 @@ mod tests {
         );
         assert!("http://127.0.0.1:1/".parse::<Target>().is_err());
         assert!("ws://127.0.0.1/".parse::<Target>().is_err());
+    }
+
+    #[test]
+    fn every_group_has_a_path_of_its_own() {
+        let target: Target = "ws://127.0.0.1:1/group/{group}".parse().unwrap();
+        let requests = target.requests(2);
+        assert!(requests[0].starts_with(b"GET /group/0 ") && requests[1].starts_with(b"GET /group/1 "));
     }
 }

@@ -1,59 +1,67 @@
 //! Messages through the server: settle, warm up, measure, drain.
 //!
-//! Ties the crowd (sockets), the ledger (what is owed) and the pace (when to send) together; each of them knows
-//! nothing of the others. Latency ends when the last receiver's bytes have been read, so it contains the client's own
-//! reading of all connections: compare it between servers, do not take it for the network's.
+//! Ties the stage (sockets and what they are owed) and the pace (when to send) together, and gives a turn now and
+//! then to whatever else a run is to have: slow readers, a killing, churn, an end of the server. Latency ends when the
+//! last receiver's bytes have been read, so it contains the client's own reading of all connections: compare it
+//! between servers, do not take it for the network's.
 
 use std::time::{Duration, Instant};
 
 use super::{
     LoadError, Mode, Options,
+    churn::Churn,
     connect::connect,
-    crowd::{Crowd, Ended},
+    connection::Ended,
+    end::Ends,
+    kill::Kill,
     latency::Latencies,
-    ledger::{Ledger, Tally},
+    ledger::{Landed, Leaving, Ledger, Order},
+    memory::Watch,
     pace::{Pace, Senders},
-    report::{self, Report},
+    progress::Progress,
+    report::Report,
+    role::Role,
+    settle::settle,
+    slow::SlowReaders,
+    snapshot::Snapshot,
+    stage::{Stage, Standing},
     target::Target,
 };
 use crate::{
-    message::{FIRST_SEQ, Template},
-    process::{CpuTime, Process, ProcessError},
+    message::Template,
+    process::{Process, ProcessError},
 };
 
-/// How long a server may take to adopt everybody after the last handshake.
-pub(crate) const SETTLE_MAX: Duration = Duration::from_secs(15);
-const PROBE_EVERY: Duration = Duration::from_millis(200);
 /// At the end, how long nothing may come before what is outstanding counts as lost, and how long to wait in all.
 const STALLED_AFTER: Duration = Duration::from_secs(3);
 const DRAIN_MAX: Duration = Duration::from_secs(30);
 /// How long to listen for what should not come, once all has landed.
 const QUIET: Duration = Duration::from_millis(50);
-const CAUSES_TOLD: usize = 3;
-
-/// What stood in the books at one moment.
-#[derive(Clone, Copy, Debug)]
-struct Snapshot {
-    at: Instant,
-    tally: Tally,
-    server_cpu: Option<CpuTime>,
-    client_cpu: CpuTime,
-    spun: Duration,
-}
+/// How often everything is looked after that is not a message.
+const CHORES_EVERY: Duration = Duration::from_millis(10);
+/// Where losses are allowed, a closed loop waits no longer for a message.
+const LOSSY_PATIENCE: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 struct Traffic {
-    crowd: Crowd,
-    ledger: Ledger,
+    stage: Stage,
     pace: Pace,
     senders: Senders,
     template: Template,
     echo: bool,
+    lossy: bool,
     sending: bool,
     /// Present while measuring.
     latencies: Option<Latencies>,
     /// Time spent in polling for nothing because a message was almost due: no work.
     spun: Duration,
+    chores_due: Instant,
+    slow: SlowReaders,
+    kill: Option<Kill>,
+    churn: Option<Churn>,
+    ends: Option<Ends>,
+    memory: Option<Watch>,
+    progress: Option<Progress>,
     report: Report,
 }
 
@@ -63,92 +71,101 @@ pub(crate) fn measure(
     target: &Target,
     server: Option<Process>,
 ) -> Result<Report, LoadError> {
-    let template = Template::new(options.payload)?;
-    let mut report = Report::new(options);
-    let senders = Senders::new(options.sender_count(), options.connections);
-    let mut crowd = connect(target, options.connections)?;
-    let first = settle(&mut crowd, &senders, &template, options.mode, &mut report)?;
-    let mut ledger = Ledger::new(options.mode, options.connections, first);
-    for index in (0..crowd.len()).filter(|&index| !crowd.is_present(index)) {
-        ledger.leave(index);
-    }
-    let mut traffic = Traffic {
-        crowd,
-        ledger,
-        pace: Pace::new(options.in_flight, options.rate, Instant::now()),
-        senders,
-        template,
-        echo: options.mode == Mode::Echo,
-        sending: true,
-        latencies: None,
-        spun: Duration::ZERO,
-        report,
-    };
+    let memory =
+        server.map(|server| Watch::new(server, target.address.port(), options.connections)).transpose()?;
+    let mut traffic = Traffic::open(options, target, memory)?;
     traffic.start()?;
     traffic.turn_until(Instant::now() + Duration::from_secs_f64(options.warmup), |_| false)?;
     let before = traffic.snapshot(server)?;
-    traffic.latencies = Some(Latencies::default());
-    traffic.turn_until(before.at + options.duration(), |_| false)?;
+    traffic.begin(before.at, options.duration());
+    traffic.turn_until(before.at + options.duration(), Traffic::is_ending)?;
     let after = traffic.snapshot(server)?;
     let latencies = traffic.latencies.take().unwrap_or_default();
-    traffic.drain()?;
-    Ok(traffic.conclude(before, after, latencies))
-}
-
-/// Sends probes until every receiver has got one: a server may adopt a connection after its 101.
-/// Returns the first number that is no probe.
-fn settle(
-    crowd: &mut Crowd,
-    senders: &Senders,
-    template: &Template,
-    mode: Mode,
-    report: &mut Report,
-) -> Result<u64, LoadError> {
-    let (probers, mut unseen) = match mode {
-        Mode::Echo => (senders.all(), senders.all().len()),
-        Mode::Fanout | Mode::Idle => (&senders.all()[..1], crowd.len()),
-    };
-    let mut seen = vec![false; crowd.len()];
-    let mut seq = FIRST_SEQ;
-    let deadline = Instant::now() + SETTLE_MAX;
-    while unseen > 0 {
-        if Instant::now() > deadline {
-            return Err(LoadError::Unsettled { unseen, connections: crowd.len() });
-        }
-        for &prober in probers.iter().filter(|&&prober| !seen[prober] || mode != Mode::Echo) {
-            crowd.queue(prober, |out| template.write(out, seq));
-            seq += 1;
-        }
-        crowd.flush();
-        let probe_at = Instant::now() + PROBE_EVERY;
-        while unseen > 0 && Instant::now() < probe_at {
-            crowd.wait(probe_at.saturating_duration_since(Instant::now()))?;
-            while let Some(index) = crowd.next_ready() {
-                let mut got = false;
-                let outcome = crowd.read(index, |_| got = true);
-                if let Err(ended) = &outcome {
-                    report.disconnected(index, ended);
-                }
-                if (got || outcome.is_err()) && !std::mem::replace(&mut seen[index], true) {
-                    unseen = unseen.saturating_sub(1);
-                }
-            }
-            crowd.flush();
-        }
+    traffic.weigh();
+    if traffic.is_ending() {
+        traffic.turn_until(Instant::now() + DRAIN_MAX, Traffic::is_over)?;
     }
-    Ok(seq)
+    traffic.drain()?;
+    let total = traffic.stage.ledger.tally;
+    traffic.report.traffic = Some(Snapshot::compare(&before, &after, total, latencies));
+    traffic.conclude()
 }
 
 impl Traffic {
-    fn start(&mut self) -> Result<(), LoadError> {
-        if let Pace::Closed { in_flight } = self.pace {
-            let now = Instant::now();
-            for _ in 0..in_flight {
-                self.send_in_turn(now)?;
+    /// Connects, settles and gives everybody their part.
+    fn open(options: &Options, target: &Target, mut memory: Option<Watch>) -> Result<Self, LoadError> {
+        let template = Template::new(options.payload)?;
+        let mut report = Report::new(options);
+        let cast = options.cast();
+        let mut crowd = connect(target, &cast)?;
+        let first = settle(&mut crowd, &cast, &template, options.mode, &mut report)?;
+        if let Some(memory) = &mut memory {
+            memory.fill()?;
+        }
+        let echo = options.mode == Mode::Echo;
+        let group = |index| if echo { index } else { cast.group(index) };
+        let groups: Vec<usize> = (0..cast.len()).map(group).collect();
+        let order = if echo { Order::Sending } else { Order::FirstSight };
+        let mut ledger = Ledger::new(order, &groups, first);
+        if options.churn.is_some() {
+            ledger.expect_newcomers();
+        }
+        let mut stage = Stage::new(crowd, ledger);
+        let slow = SlowReaders::new(&cast, options.slow_rate);
+        for index in slow.all() {
+            if stage.standing(index) == Standing::Member {
+                stage.leave(index, Leaving::Released, Standing::Unwatched);
             }
-            self.crowd.flush();
+        }
+        let now = Instant::now();
+        Ok(Self {
+            stage,
+            pace: Pace::new(options.in_flight, options.rate, now),
+            senders: Senders::new(cast.senders().to_vec()),
+            template,
+            echo,
+            lossy: options.lossy,
+            sending: true,
+            latencies: None,
+            spun: Duration::ZERO,
+            chores_due: now,
+            slow,
+            kill: options.kill.map(|count| Kill::new(count, cast.all(Role::Plain))),
+            churn: options.churn.map(|per_second| Churn::new(per_second, &cast, target)),
+            ends: options.expect_end.then(Ends::default),
+            memory,
+            progress: Progress::new(options.progress, options.duration()),
+            report,
+        })
+    }
+
+    fn start(&mut self) -> Result<(), LoadError> {
+        if let Some(churn) = &mut self.churn {
+            churn.begin(Instant::now());
+        }
+        if let Pace::Closed { in_flight } = self.pace {
+            self.send_in_turn(in_flight, Instant::now());
+            self.stage.crowd.flush();
         }
         Ok(())
+    }
+
+    /// The measurement begins.
+    fn begin(&mut self, now: Instant, duration: Duration) {
+        self.latencies = Some(Latencies::default());
+        self.slow.begin(now);
+        if let Some(kill) = &mut self.kill {
+            kill.set_due(now + duration / 2);
+        }
+    }
+
+    /// Reads the server's memory, which takes a while.
+    fn weigh(&mut self) {
+        let start = Instant::now();
+        self.report.memory = self.memory.take().map(|memory| memory.report());
+        if let Some(kill) = &mut self.kill {
+            kill.excuse(start.elapsed());
+        }
     }
 
     /// Turns until `deadline`, or until `enough`.
@@ -162,143 +179,204 @@ impl Traffic {
     }
 
     fn turn(&mut self, now: Instant, deadline: Instant) -> Result<(), LoadError> {
-        self.send_due()?;
+        self.send_due();
+        if now >= self.chores_due {
+            self.do_chores(now)?;
+        }
+        let deadline = deadline.min(self.chores_due);
         let patience = if self.sending {
             self.pace.patience(now, deadline)
         } else {
             deadline.saturating_duration_since(now)
         };
-        if !self.crowd.wait(patience)? && patience.is_zero() {
+        if !self.stage.crowd.wait(patience)? && patience.is_zero() {
             self.spun += now.elapsed();
         }
-        while let Some(index) = self.crowd.next_ready() {
-            let ledger = &mut self.ledger;
-            if let Err(ended) = self.crowd.read(index, |seq| ledger.arrive(index, seq)) {
-                self.ledger.leave(index);
-                self.report.disconnected(index, &ended);
-            }
-            self.follow_landed()?;
-            self.send_due()?;
+        while let Some(index) = self.stage.crowd.next_ready() {
+            self.receive(index)?;
+            self.follow_landed();
+            self.send_due();
         }
         Ok(())
     }
 
+    fn receive(&mut self, index: usize) -> Result<(), LoadError> {
+        if self.stage.standing(index) != Standing::Member {
+            return self.attend(index);
+        }
+        let Stage { crowd, ledger, .. } = &mut self.stage;
+        if let Err(ended) = crowd.read(index, |seq| ledger.arrive(index, seq)) {
+            self.lose(index, &ended);
+        }
+        Ok(())
+    }
+
+    /// Somebody who is not watched has something to read.
+    #[cold]
+    fn attend(&mut self, index: usize) -> Result<(), LoadError> {
+        match self.stage.standing(index) {
+            Standing::Unwatched => self.slow.attend(&mut self.stage, index),
+            Standing::Newcomer => {
+                if let Some(churn) = &mut self.churn {
+                    churn.attend(&mut self.stage, index)?;
+                }
+            }
+            Standing::Member | Standing::Closing | Standing::Gone => {
+                if self.stage.crowd.read(index, |_| ()).is_err() {
+                    self.stage.set_standing(index, Standing::Gone);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A member has been ended.
+    #[cold]
+    fn lose(&mut self, index: usize, ended: &Ended) {
+        let leaving = if self.ends.is_some() { Leaving::Ended } else { Leaving::Lost };
+        let told = matches!(ended, Ended::Closed(_));
+        self.stage.leave(index, leaving, if told { Standing::Closing } else { Standing::Gone });
+        if !self.ends.as_mut().is_some_and(|ends| ends.note(ended)) {
+            self.report.disconnected(index, ended);
+        }
+    }
+
     /// Notes what has landed, and in a closed loop sends as many new ones.
-    fn follow_landed(&mut self) -> Result<(), LoadError> {
-        let Some(mut landed) = self.ledger.take_landed() else {
-            self.crowd.flush();
-            return Ok(());
+    fn follow_landed(&mut self) {
+        let Some(mut landed) = self.stage.ledger.take_landed() else {
+            self.stage.crowd.flush();
+            return;
         };
         let now = Instant::now();
         loop {
-            if let Some(latencies) = &mut self.latencies {
-                latencies.record(now.saturating_duration_since(landed.sent));
-            }
-            if self.sending && matches!(self.pace, Pace::Closed { .. }) {
+            self.note(&landed, now);
+            if self.sending && !landed.late && matches!(self.pace, Pace::Closed { .. }) {
                 // An echo is followed by its own sender, or some would have several in flight and others none.
-                if self.echo && self.crowd.is_present(landed.sender) {
+                if self.echo && self.stage.crowd.is_present(landed.sender) {
                     self.send(landed.sender, now);
                 } else {
-                    self.send_in_turn(now)?;
+                    self.send_in_turn(1, now);
                 }
             }
-            match self.ledger.take_landed() {
+            match self.stage.ledger.take_landed() {
                 Some(next) => landed = next,
                 None => break,
             }
         }
-        self.crowd.flush();
-        Ok(())
+        self.stage.crowd.flush();
     }
 
-    fn send_due(&mut self) -> Result<(), LoadError> {
+    fn note(&mut self, landed: &Landed, now: Instant) {
+        if let Some(latencies) = self.latencies.as_mut().filter(|_| landed.seen) {
+            latencies.record(now.saturating_duration_since(landed.sent));
+        }
+        if let Some(kill) = &mut self.kill {
+            kill.follow(landed, now);
+        }
+    }
+
+    fn send_due(&mut self) {
         if self.sending && matches!(self.pace, Pace::Open { .. }) {
             let now = Instant::now();
             while let Some(due) = self.pace.due(now) {
-                self.send_in_turn(due)?;
+                self.send_in_turn(1, due);
             }
-            self.crowd.flush();
+            self.stage.crowd.flush();
         }
-        Ok(())
     }
 
-    fn send_in_turn(&mut self, sent: Instant) -> Result<(), LoadError> {
-        let crowd = &self.crowd;
-        let sender = self.senders.next(|index| crowd.is_present(index)).ok_or(LoadError::NoSender)?;
-        self.send(sender, sent);
-        Ok(())
+    fn send_in_turn(&mut self, count: usize, sent: Instant) {
+        for _ in 0..count {
+            let crowd = &self.stage.crowd;
+            match self.senders.next(|index| crowd.is_present(index)) {
+                Some(sender) => self.send(sender, sent),
+                // Nobody is left to send, and why is told by how they ended.
+                None => self.sending = false,
+            }
+        }
     }
 
     fn send(&mut self, sender: usize, sent: Instant) {
-        let seq = self.ledger.send(sender, sent);
-        self.crowd.queue(sender, |out| self.template.write(out, seq));
+        self.stage.send(sender, sent, |out, seq| self.template.write(out, seq));
+    }
+
+    /// Gives everything that is not a message its turn.
+    #[cold]
+    fn do_chores(&mut self, now: Instant) -> Result<(), LoadError> {
+        self.chores_due = now + CHORES_EVERY;
+        self.slow.turn(&mut self.stage, now);
+        if let Some(kill) = &mut self.kill {
+            kill.turn(&mut self.stage, now)?;
+        }
+        if let Some(churn) = &mut self.churn {
+            churn.turn(&mut self.stage, now)?;
+        }
+        if let Some(memory) = &mut self.memory {
+            memory.turn(now);
+        }
+        if let Some(progress) = &mut self.progress {
+            progress.turn(&self.stage.ledger, &self.report, now);
+        }
+        self.replace_lost(now);
+        self.follow_landed();
+        Ok(())
+    }
+
+    /// Where losses are allowed, a closed loop goes on without what is lost.
+    fn replace_lost(&mut self, now: Instant) {
+        if self.lossy
+            && self.sending
+            && matches!(self.pace, Pace::Closed { .. })
+            && let Some(deadline) = now.checked_sub(LOSSY_PATIENCE)
+        {
+            let lost = self.stage.ledger.give_up(deadline);
+            self.send_in_turn(lost, now);
+        }
+    }
+
+    /// The server has begun to end its connections: what is measured is over, what is promised is not.
+    fn is_ending(&self) -> bool {
+        self.ends.as_ref().is_some_and(Ends::any) || self.is_over()
+    }
+
+    /// Nobody is there any more, but for slow readers, who may hear of it later.
+    fn is_over(&self) -> bool {
+        self.stage.watched() == 0
+    }
+
+    fn is_settled(&self) -> bool {
+        self.stage.ledger.is_settled() && self.churn.as_ref().is_none_or(Churn::is_settled)
     }
 
     fn drain(&mut self) -> Result<(), LoadError> {
         self.sending = false;
+        if let Some(churn) = &mut self.churn {
+            churn.stop();
+        }
         let end = Instant::now() + DRAIN_MAX;
         let mut progressing = true;
         while progressing && Instant::now() < end {
-            let received = self.ledger.tally.received;
-            self.turn_until(end.min(Instant::now() + STALLED_AFTER), |traffic| traffic.ledger.is_settled())?;
-            progressing = self.ledger.tally.received > received && !self.ledger.is_settled();
+            let received = self.stage.ledger.tally.received;
+            self.turn_until(end.min(Instant::now() + STALLED_AFTER), Self::is_settled)?;
+            progressing = self.stage.ledger.tally.received > received && !self.is_settled();
         }
         self.turn_until(Instant::now() + QUIET, |_| false)
     }
 
     fn snapshot(&self, server: Option<Process>) -> Result<Snapshot, ProcessError> {
-        Ok(Snapshot {
-            server_cpu: server.map(Process::cpu_time).transpose()?,
-            client_cpu: Process::current().cpu_time()?,
-            spun: self.spun,
-            tally: self.ledger.tally,
-            at: Instant::now(),
-        })
+        Snapshot::take(server, self.stage.ledger.tally, self.spun)
     }
 
-    fn conclude(mut self, before: Snapshot, after: Snapshot, latencies: Latencies) -> Report {
-        let tally = self.ledger.tally;
-        let seconds = (after.at - before.at).as_secs_f64();
-        let deliveries = (after.tally.received - before.tally.received) as f64;
-        let messages = (after.tally.landed - before.tally.landed) as f64;
-        let server = before.server_cpu.zip(after.server_cpu).map(|(before, after)| after.since(before));
-        let server_cpu = server.map(|time| time.running.as_secs_f64());
-        let client = after.client_cpu.since(before.client_cpu);
-        let worked = client.running.saturating_sub(after.spun - before.spun).as_secs_f64();
-        let client_cpu_share = worked / seconds;
-        self.report.traffic = Some(report::Traffic {
-            seconds,
-            deliveries_per_second: deliveries / seconds,
-            messages_per_second: messages / seconds,
-            expected: tally.expected,
-            received: tally.received,
-            delivery_ratio: tally.received as f64 / tally.expected.max(1) as f64,
-            duplicates: tally.duplicates,
-            order_violations: tally.order_violations,
-            sender_reorders: tally.sender_reorders,
-            strays: tally.strays,
-            latency: latencies.summary(),
-            server_cpu_us_per_delivery: server_cpu
-                .filter(|_| deliveries > 0.0)
-                .map(|cpu| 1e6 * cpu / deliveries),
-            server_cpu_share: server_cpu.map(|cpu| cpu / seconds),
-            server_waiting_share: server.map(|time| time.waiting.as_secs_f64() / seconds),
-            client_cpu_share,
-            client_waiting_share: client.waiting.as_secs_f64() / seconds,
-            client_was_the_limit: report::Traffic::client_is_the_limit(
-                client_cpu_share,
-                server.map(|time| (time.running + time.waiting).as_secs_f64() / seconds),
-            ),
-        });
-        self.report
-    }
-}
-
-impl Report {
-    pub(super) fn disconnected(&mut self, index: usize, ended: &Ended) {
-        self.disconnections += 1;
-        if self.causes.len() < CAUSES_TOLD {
-            self.causes.push(format!("connection {index}: {ended}"));
+    fn conclude(mut self) -> Result<Report, LoadError> {
+        if !self.slow.is_empty() {
+            self.report.slow = Some(self.slow.reckon(&mut self.stage)?);
         }
+        self.report.kill = self.kill.as_ref().map(Kill::report);
+        self.report.churn = self.churn.map(Churn::report);
+        self.report.ends = self.ends.map(|ends| {
+            let count = |standing| self.stage.count(standing);
+            ends.report(count(Standing::Member), count(Standing::Closing))
+        });
+        Ok(self.report)
     }
 }
