@@ -64,8 +64,8 @@ pub(crate) struct Options {
     #[arg(long)]
     pub(crate) expect_end: bool,
     /// Losses are told but are no fault, for servers that drop by design. A closed loop waits for a message no longer
-    /// than 500 ms, and latencies are those of messages that came to all. Duplicates and another order remain faults,
-    /// though a loss can make the others' order seem another.
+    /// than 500 ms, and latencies are those of messages that came to all. Duplicates remain faults, and another order
+    /// where nothing was lost; otherwise it is told only, since a loss can make the others' order seem another.
     #[arg(long)]
     pub(crate) lossy: bool,
     /// Storm: how many handshakes at once.
