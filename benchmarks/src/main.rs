@@ -30,8 +30,8 @@ struct Cli {
 enum Command {
     /// The least possible server: one epoll thread, one send(2) per delivery.
     Floor(server::floor::Options),
-    /// The crate axum-signal, as its README uses it.
-    AxumSignal(server::axum_signal::Options),
+    #[command(flatten)]
+    Peer(server::Peer),
     /// The load generator: one thread, every delivery verified.
     Load(load::Options),
     /// Runs the load against each server in turn and prints a Markdown table.
@@ -41,7 +41,7 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Floor(options) => server::floor::run(&options).map(|()| true).map_err(boxed),
-        Command::AxumSignal(options) => server::axum_signal::run(&options).map(|()| true).map_err(boxed),
+        Command::Peer(peer) => peer.run().map(|()| true).map_err(boxed),
         Command::Load(options) => load::run(&options).map_err(boxed),
         Command::Compare(options) => compare::run(&options).map_err(boxed),
     };
