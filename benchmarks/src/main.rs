@@ -6,14 +6,19 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod chart;
 mod compare;
 mod cpu;
 mod frame;
 mod handshake;
 mod load;
+mod machine;
 mod message;
 mod process;
+mod results;
 mod server;
+mod statistic;
+mod trial;
 
 use std::process::ExitCode;
 
@@ -34,7 +39,7 @@ enum Command {
     Peer(server::Peer),
     /// The load generator: one thread, every delivery verified.
     Load(load::Options),
-    /// Runs the load against each server in turn and prints a Markdown table.
+    /// Runs the load against each server in turn; tables and charts go to benchmarks/results.
     Compare(compare::Options),
 }
 
