@@ -16,6 +16,7 @@ mod machine;
 mod message;
 mod process;
 mod results;
+mod scale;
 mod server;
 mod statistic;
 mod trial;
@@ -41,6 +42,8 @@ enum Command {
     Load(load::Options),
     /// Runs the load against each server in turn; tables and charts go to benchmarks/results.
     Compare(compare::Options),
+    /// Varies connections, shards, payload and groups; tables and charts go to benchmarks/results.
+    Scale(scale::Options),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Peer(peer) => peer.run().map(|()| true).map_err(boxed),
         Command::Load(options) => load::run(&options).map_err(boxed),
         Command::Compare(options) => compare::run(&options).map_err(boxed),
+        Command::Scale(options) => scale::run(&options).map_err(boxed),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -20,7 +20,7 @@ pub(crate) fn compact(value: f64) -> String {
         _ => (value, ""),
     };
     let digits = match scaled.abs() {
-        zero if zero == 0.0 => 0,
+        0.0 => 0,
         tiny if tiny < 0.1 => 3,
         small if small < 10.0 => 2,
         middle if middle < 100.0 => 1,
@@ -30,6 +30,16 @@ pub(crate) fn compact(value: f64) -> String {
     let text = format!("{scaled:.digits$}");
     let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
     format!("{text}{unit}")
+}
+
+/// A number in a table; a dash for none.
+pub(crate) fn cell(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
+}
+
+/// A share in a table, of a hundred; a dash for none.
+pub(crate) fn percent(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "–".to_owned(), |value| format!("{:.digits$} %", 100.0 * value))
 }
 
 #[cfg(test)]

@@ -64,8 +64,9 @@ impl LineChart {
                 let (x, y) = (x(across), y(up));
                 canvas
                     .add(format_args!("<circle class=\"s0{own}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{DOT}\"/>"));
-                // Ours above its point, the others below theirs, so that close lines stay legible.
-                let beside = if line.own { y - 10.0 } else { y + 19.0 };
+                // The highest above its point, the others below theirs, so that close lines stay legible.
+                let highest = points().all(|&(other, value)| other != across || value <= up);
+                let beside = if highest { y - 10.0 } else { y + 19.0 };
                 canvas.text(x, beside, Anchor::Middle, "soft", &compact(up));
             }
         }
@@ -105,6 +106,23 @@ mod tests {
             points.split(' ').map(|point| point.split(',').next().unwrap().parse().unwrap()).collect();
         assert_eq!(across.len(), 3);
         assert!((across[1] - across[0] - (across[2] - across[1])).abs() < 0.2, "{across:?}");
+    }
+
+    #[test]
+    fn where_lines_meet_the_numbers_of_the_higher_are_above_and_of_the_lower_below() {
+        let line = |name: &str, up| Line { name: name.into(), own: false, points: vec![(10.0, up)] };
+        let frame = Frame { title: "T".into(), subtitle: "S".into(), notes: Vec::new() };
+        let lines = vec![line("low", 600.0), line("high", 700.0)];
+        let svg = LineChart { frame, across: "x".into(), lines }.draw();
+        let height = |element: &str, key: &str| -> f64 {
+            let line = svg.lines().find(|line| line.contains(element)).unwrap();
+            line.split(key).nth(1).unwrap().split('"').next().unwrap().parse().unwrap()
+        };
+        let dots: Vec<&str> = svg.lines().filter(|line| line.contains("<circle")).collect();
+        let dot = |index: usize| -> f64 {
+            dots[index].split("cy=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap()
+        };
+        assert!(height(">600<", " y=\"") > dot(0) && height(">700<", " y=\"") < dot(1));
     }
 
     #[test]

@@ -3,16 +3,14 @@
 //! A chart is made of the same medians as the table, and marks what was faulty. Without the scenarios that it shows
 //! there is none.
 
-use super::{
-    Comparison,
-    run::Measure,
-    scenario::Scenario,
-    table::{cost, delivered, deliveries, weight},
-};
+use super::{Comparison, scenario::Scenario};
 use crate::{
     chart::{Bar, BarChart, Frame, Row},
     statistic::compact,
-    trial::Contender,
+    trial::{
+        Contender, Measure, Outcome,
+        measure::{cost, delivered, deliveries, weight},
+    },
 };
 
 /// What the bars stand for.
@@ -93,8 +91,8 @@ impl Comparison {
             Value::Median(measure) => self.runs.median(scenario, server, measure),
             Value::Ratio(measure) => self.runs.ratio(scenario, server, measure),
         }?;
-        let faulty = self.runs.of(scenario, server).any(|run| !run.is_faultless());
-        let limited = self.runs.of(scenario, server).any(|run| run.client_was_the_limit());
+        let faulty = self.runs.outcomes(scenario, server).any(|outcome| !outcome.is_faultless());
+        let limited = self.runs.outcomes(scenario, server).any(Outcome::client_was_the_limit);
         let mut label = format!("{}{unit}", compact(value));
         if faulty {
             label += match self.runs.least(scenario, server, delivered) {

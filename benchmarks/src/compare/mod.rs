@@ -21,7 +21,7 @@ use self::{
 use crate::{
     machine::Machine,
     results::{Results, ResultsError},
-    trial::{Contender, Workshop, WorkshopError},
+    trial::{Contender, Outcome, Workshop, WorkshopError},
 };
 
 /// What the comparison is told.
@@ -124,7 +124,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, CompareError> {
     for (name, figure) in comparison.figures() {
         results.write(name, &figure)?;
     }
-    Ok(!comparison.runs.0.iter().any(Run::is_unacceptable))
+    Ok(!comparison.runs.0.iter().any(|run| run.outcome.is_unacceptable(run.server)))
 }
 
 impl Options {
@@ -153,17 +153,15 @@ impl Comparison {
                 for turn in 0..options.servers.len() {
                     // Another server begins each round, so that none always comes after the same.
                     let server = options.servers[(turn + round) % options.servers.len()];
-                    let outcome = workshop.run(server, 1, &scenario.load(&extent));
-                    let error = outcome.as_ref().err().map(ToString::to_string);
-                    let run = Run { round, scenario, server, report: outcome.ok(), error };
+                    let outcome = Outcome::from(workshop.run(server, 1, &scenario.load(&extent)));
                     // A comparison takes minutes: say how it goes.
                     eprintln!(
                         "round {} of {}, {scenario}, {server}: {}",
                         round + 1,
                         extent.rounds,
-                        run.verdict()
+                        outcome.progress()
                     );
-                    runs.push(run);
+                    runs.push(Run { round, scenario, server, outcome });
                 }
             }
         }
@@ -199,22 +197,19 @@ impl Comparison {
 
 #[cfg(test)]
 mod tests {
-    use super::{run::tests::weighed, *};
+    use super::*;
+    use crate::trial::outcome::tests::{failed, faulty, weighed};
 
     /// The floor, shardcast, a peer that loses, and one that does not start; twice weighed.
     pub(super) fn comparison() -> Comparison {
         let servers =
             vec![Contender::Floor, Contender::Shardcast, Contender::Tutorial, Contender::AxumSignal];
+        let outcomes = || [weighed(300.0), weighed(150.0), faulty(weighed(40.0)), failed()];
         let mut runs = Vec::new();
         for round in 0..2 {
-            runs.push(weighed(round, Contender::Floor, 300.0));
-            runs.push(weighed(round, Contender::Shardcast, 150.0));
-            let mut lossy = weighed(round, Contender::Tutorial, 40.0);
-            lossy.report.iter_mut().for_each(|report| report.disconnections = 3);
-            runs.push(lossy);
-            let mut failed = weighed(round, Contender::AxumSignal, 1.0);
-            (failed.report, failed.error) = (None, Some("it did not start".to_owned()));
-            runs.push(failed);
+            for (&server, outcome) in servers.iter().zip(outcomes()) {
+                runs.push(Run { round, scenario: Scenario::Idle, server, outcome });
+            }
         }
         Comparison {
             machine: Machine::look(&servers),

@@ -5,14 +5,16 @@
 
 use std::fmt;
 
-use super::{
-    Comparison,
-    run::{Measure, Run},
-    scenario::Scenario,
-};
+use super::{Comparison, run::Run, scenario::Scenario};
 use crate::{
-    load::report::{Report, Traffic},
-    trial::Contender,
+    statistic::{cell, percent},
+    trial::{
+        Contender, Measure, Outcome,
+        measure::{
+            client_share, cost, delivered, deliveries, empty_mib, full_mib, p50, p99, server_share,
+            waiting_share, weight,
+        },
+    },
 };
 
 /// One number of a server, and how it is shown.
@@ -75,8 +77,8 @@ pub(crate) static LATENCY: [Column; 10] = [
 pub(crate) static MEMORY: [Column; 4] = [
     column("bytes per connection", weight, Show::Median(0)),
     column("× floor", weight, Show::Ratio(1)),
-    column("resident MiB, empty", empty, Show::Median(1)),
-    column("full", full, Show::Median(1)),
+    column("resident MiB, empty", empty_mib, Show::Median(1)),
+    column("full", full_mib, Show::Median(1)),
 ];
 
 impl Column {
@@ -103,7 +105,7 @@ impl Table<'_> {
             for column in columns {
                 write!(f, " {} |", self.cell(scenario, server, column))?;
             }
-            writeln!(f, " {} |", self.0.runs.verdict(scenario, server))?;
+            writeln!(f, " {} |", Outcome::summary(self.0.runs.outcomes(scenario, server)))?;
         }
         Ok(())
     }
@@ -122,23 +124,24 @@ impl Table<'_> {
         writeln!(
             f,
             "| scenario | round | server | deliveries/s | p99 µs | CPU µs/delivery | bytes per connection | \
-             server core | client core | verdict |"
+             server core | waited | client core | verdict |"
         )?;
-        writeln!(f, "|---|--:|---|--:|--:|--:|--:|--:|--:|---|")?;
+        writeln!(f, "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|---|")?;
         for run in &self.0.runs.0 {
-            let Run { round, scenario, server, .. } = run;
-            let value = |measure: Measure| run.report.as_ref().and_then(measure);
+            let Run { round, scenario, server, outcome } = run;
+            let value = |measure: Measure| outcome.report.as_ref().and_then(measure);
             writeln!(
                 f,
-                "| {scenario} | {} | {server} | {} | {} | {} | {} | {} | {} | {} |",
+                "| {scenario} | {} | {server} | {} | {} | {} | {} | {} | {} | {} | {} |",
                 round + 1,
                 cell(value(deliveries), 0),
                 cell(value(p99), 0),
                 cell(value(cost), 3),
                 cell(value(weight), 0),
                 percent(value(server_share), 0),
+                percent(value(waiting_share), 0),
                 percent(value(client_share), 0),
-                run.verdict(),
+                outcome.verdict(),
             )?;
         }
         Ok(())
@@ -162,66 +165,6 @@ impl fmt::Display for Table<'_> {
         writeln!(f, "\n## Every run\n")?;
         self.every_run(f)
     }
-}
-
-fn traffic(report: &Report) -> Option<&Traffic> {
-    report.traffic.as_ref()
-}
-
-pub(crate) fn deliveries(report: &Report) -> Option<f64> {
-    Some(traffic(report)?.deliveries_per_second)
-}
-
-pub(crate) fn cost(report: &Report) -> Option<f64> {
-    traffic(report)?.server_cpu_us_per_delivery
-}
-
-pub(crate) fn weight(report: &Report) -> Option<f64> {
-    Some(report.memory.as_ref()?.bytes_per_connection)
-}
-
-pub(crate) fn delivered(report: &Report) -> Option<f64> {
-    Some(traffic(report)?.delivery_ratio)
-}
-
-fn p50(report: &Report) -> Option<f64> {
-    Some(traffic(report)?.latency?.p50_us)
-}
-
-fn p99(report: &Report) -> Option<f64> {
-    Some(traffic(report)?.latency?.p99_us)
-}
-
-fn server_share(report: &Report) -> Option<f64> {
-    traffic(report)?.server_cpu_share
-}
-
-fn waiting_share(report: &Report) -> Option<f64> {
-    traffic(report)?.server_waiting_share
-}
-
-fn client_share(report: &Report) -> Option<f64> {
-    Some(traffic(report)?.client_cpu_share)
-}
-
-fn empty(report: &Report) -> Option<f64> {
-    Some(mib(report.memory.as_ref()?.empty_bytes))
-}
-
-fn full(report: &Report) -> Option<f64> {
-    Some(mib(report.memory.as_ref()?.full_bytes))
-}
-
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
-
-fn cell(value: Option<f64>, digits: usize) -> String {
-    value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
-}
-
-fn percent(value: Option<f64>, digits: usize) -> String {
-    value.map_or_else(|| "–".to_owned(), |value| format!("{:.digits$} %", 100.0 * value))
 }
 
 #[cfg(test)]

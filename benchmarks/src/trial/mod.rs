@@ -4,6 +4,8 @@
 //! servers by their command lines and results by the load generator's JSON.
 
 mod contender;
+pub(crate) mod measure;
+pub(crate) mod outcome;
 mod server_process;
 
 use std::{
@@ -12,11 +14,11 @@ use std::{
     process::{Command, Stdio},
 };
 
-pub(crate) use self::contender::Contender;
 use self::{
     contender::BuildError,
     server_process::{ServerProcess, StartError},
 };
+pub(crate) use self::{contender::Contender, measure::Measure, outcome::Outcome};
 use crate::{cpu, load::report::Report};
 
 /// Why nothing can be tried.
@@ -63,8 +65,7 @@ pub(crate) struct Workshop {
 #[derive(Debug)]
 struct Pins {
     taskset: PathBuf,
-    /// As taskset takes them.
-    server: String,
+    server: Vec<usize>,
     client: usize,
 }
 
@@ -80,7 +81,7 @@ impl Workshop {
         let pins = match cpu::server_and_client().filter(|_| !no_pin) {
             Some((server, client)) => {
                 let taskset = on_path("taskset").ok_or(WorkshopError::NoTaskset)?;
-                Some(Pins { taskset, server: server.to_string(), client })
+                Some(Pins { taskset, server: vec![server], client })
             }
             None => None,
         };
@@ -90,8 +91,7 @@ impl Workshop {
     /// The same, but with every core but the client's for the server.
     pub(crate) fn with_all_cores(mut self) -> Self {
         if let Some(pins) = &mut self.pins {
-            let others = cpu::all().into_iter().filter(|&core| core != pins.client);
-            pins.server = others.map(|core| core.to_string()).collect::<Vec<_>>().join(",");
+            pins.server = cpu::all().into_iter().filter(|&core| core != pins.client).collect();
         }
         self
     }
@@ -104,11 +104,20 @@ impl Workshop {
     /// In words, where server and client run.
     pub(crate) fn placement(&self) -> String {
         match &self.pins {
-            Some(Pins { server, client, .. }) => format!("server on core {server}, client on core {client}"),
+            Some(pins) => {
+                let cores = if pins.server.len() == 1 { "core" } else { "cores" };
+                format!("server on {cores} {}, client on core {}", pins.server_list(), pins.client)
+            }
             None => "server and client not pinned".to_owned(),
         }
     }
 
+    /// On how many cores the server runs; `None` when it is not pinned.
+    pub(crate) fn server_cores(&self) -> Option<usize> {
+        self.pins.as_ref().map(|pins| pins.server.len())
+    }
+
+    /// One server with `shards` threads, one load, one report.
     pub(crate) fn run(&self, contender: Contender, shards: usize, load: &Load) -> Result<Report, TrialError> {
         let server = ServerProcess::start(|port| contender.command(self, port, shards))?;
         let url = format!("ws://127.0.0.1:{}{}", server.port(), load.path);
@@ -131,11 +140,18 @@ impl Workshop {
             // taskset becomes what it starts, so the process id is the server's.
             Some(pins) => {
                 let mut command = Command::new(&pins.taskset);
-                command.args(["-c", &pins.server]).arg(program);
+                command.args(["-c", &pins.server_list()]).arg(program);
                 command
             }
             None => Command::new(program),
         }
+    }
+}
+
+impl Pins {
+    /// As taskset takes it.
+    fn server_list(&self) -> String {
+        self.server.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
     }
 }
 
