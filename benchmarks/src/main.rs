@@ -9,6 +9,7 @@
 mod chart;
 mod compare;
 mod cpu;
+mod dialect;
 mod frame;
 mod handshake;
 mod load;

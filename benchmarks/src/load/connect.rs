@@ -11,7 +11,10 @@ use std::{
 use mio::{Events, Interest, Poll, Token, net::TcpStream};
 
 use super::{crowd::Crowd, target::Target};
-use crate::handshake::{self, HandshakeError};
+use crate::{
+    dialect::Dialect,
+    handshake::{self, HandshakeError},
+};
 
 const AT_ONCE: usize = 100;
 const STALLED_AFTER: Duration = Duration::from_secs(10);
@@ -91,6 +94,9 @@ impl Candidate {
         let failed = |source| ConnectError::Handshake { index, source };
         if let Some(head) = handshake::head_bytes(&self.received).map_err(failed)? {
             handshake::check_response(&self.received[..head]).map_err(failed)?;
+            if !Dialect::of(request).is_open(&self.received[head..]) {
+                return Ok(false);
+            }
             self.received = self.received.split_off(head);
             self.open = true;
         }

@@ -13,6 +13,7 @@ use std::{
 use mio::{Events, Poll, Token, net::TcpStream};
 
 use crate::{
+    dialect,
     frame::{self, FrameError, Opcode},
     message,
 };
@@ -192,7 +193,11 @@ fn take(bytes: &[u8], outgoing: &mut Vec<u8>, on_message: &mut impl FnMut(u64)) 
         let payload = &bytes[taken + frame.payload.start..taken + frame.payload.end];
         taken += frame.payload.end;
         match frame.opcode {
-            Opcode::Text | Opcode::Binary => on_message(message::seq(payload).ok_or(Ended::Unnumbered)?),
+            Opcode::Text | Opcode::Binary => match message::seq(payload) {
+                Some(seq) => on_message(seq),
+                None if dialect::follow(payload, outgoing) => {}
+                None => return Err(Ended::Unnumbered),
+            },
             Opcode::Ping => message::write_pong(outgoing, payload),
             Opcode::Pong => {}
             // 1005 stands for a close frame without a code (RFC 6455, 7.1.5).

@@ -17,6 +17,7 @@ use super::{
     target::Target,
 };
 use crate::{
+    dialect::Dialect,
     message::{FIRST_SEQ, Template},
     process::{CpuTime, Process, ProcessError},
 };
@@ -63,7 +64,7 @@ pub(crate) fn measure(
     target: &Target,
     server: Option<Process>,
 ) -> Result<Report, LoadError> {
-    let template = Template::new(options.payload)?;
+    let template = Template::new(options.payload, Dialect::of(&options.url).envelope())?;
     let mut report = Report::new(options);
     let senders = Senders::new(options.sender_count(), options.connections);
     let mut crowd = connect(target, options.connections)?;

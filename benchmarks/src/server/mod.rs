@@ -8,6 +8,7 @@ mod axum_signal;
 mod fastwebsockets;
 pub(crate) mod floor;
 pub(crate) mod peer;
+mod socketioxide;
 mod tokio_websockets;
 mod tutorial;
 
@@ -23,6 +24,8 @@ pub(crate) enum Peer {
     AxumSignal(peer::Options),
     /// The crate fastwebsockets on hyper, with a broadcast channel of tokio.
     Fastwebsockets(peer::Options),
+    /// The crate socketioxide on axum: events of Socket.IO over WebSocket.
+    Socketioxide(peer::Options),
     /// The crate tokio-websockets with a broadcast channel of tokio, flushed in batches.
     TokioWebsockets(peer::Options),
     /// axum's WebSocket with a broadcast channel of tokio, as in the usual tutorial.
@@ -35,6 +38,7 @@ impl Peer {
         match self {
             Self::AxumSignal(options) => peer::run(options, axum_signal::serve),
             Self::Fastwebsockets(options) => peer::run(options, fastwebsockets::serve),
+            Self::Socketioxide(options) => peer::run(options, socketioxide::serve),
             Self::TokioWebsockets(options) => peer::run(options, tokio_websockets::serve),
             Self::Tutorial(options) => peer::run(options, tutorial::serve),
         }

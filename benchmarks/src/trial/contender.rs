@@ -18,6 +18,7 @@ pub(crate) enum Contender {
     Fastwebsockets,
     Tutorial,
     AxumSignal,
+    Socketioxide,
 }
 
 /// Why a server is not there.
@@ -30,13 +31,14 @@ pub(crate) enum BuildError {
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Floor,
         Self::Shardcast,
         Self::TokioWebsockets,
         Self::Fastwebsockets,
         Self::Tutorial,
         Self::AxumSignal,
+        Self::Socketioxide,
     ];
 
     /// Ours must be faultless; what a peer loses is a result.
@@ -53,6 +55,7 @@ impl Contender {
             Self::Fastwebsockets => "fastwebsockets",
             Self::Tutorial => "axum",
             Self::AxumSignal => "axum-signal",
+            Self::Socketioxide => "socketioxide",
         };
         Some((name, locked_version(name)?))
     }
@@ -70,6 +73,11 @@ impl Contender {
             .status()
             .map_err(BuildError::Cargo)?;
         if status.success() { Ok(()) } else { Err(BuildError::Example) }
+    }
+
+    /// What follows the path in its URLs, which also says how it is to be spoken to.
+    pub(crate) fn query(self) -> &'static str {
+        if self == Self::Socketioxide { "?EIO=4&transport=websocket" } else { "" }
     }
 
     /// The command that serves on `port`, on the server's cores, with as many shards or threads.

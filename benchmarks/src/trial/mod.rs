@@ -120,7 +120,7 @@ impl Workshop {
     /// One server with `shards` threads, one load, one report.
     pub(crate) fn run(&self, contender: Contender, shards: usize, load: &Load) -> Result<Report, TrialError> {
         let server = ServerProcess::start(|port| contender.command(self, port, shards))?;
-        let url = format!("ws://127.0.0.1:{}{}", server.port(), load.path);
+        let url = format!("ws://127.0.0.1:{}{}{}", server.port(), load.path, contender.query());
         let mut command = Command::new(&self.benchmarks);
         command.args(["load", "--json", "--url", &url, "--server-pid", &server.pid().to_string()]);
         for (name, value) in &load.flags {
