@@ -32,6 +32,18 @@ pub(crate) fn compact(value: f64) -> String {
     format!("{text}{unit}")
 }
 
+/// The same with a unit, which a letter like k joins: `292 B`, `292 kB`, `0.5 ×`.
+pub(crate) fn compact_in(value: f64, unit: &str) -> String {
+    let number = compact(value);
+    let joined = unit.is_empty() || number.ends_with(char::is_alphabetic);
+    format!("{number}{}{unit}", if joined { "" } else { " " })
+}
+
+/// How many of what: `1 round`, `5 rounds`.
+pub(crate) fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 /// A number in a table; a dash for none.
 pub(crate) fn cell(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
@@ -51,6 +63,13 @@ mod tests {
         assert_eq!(median(vec![]), None);
         assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), Some(2.5));
+    }
+
+    #[test]
+    fn units_and_plurals_read_as_they_are_spoken() {
+        assert_eq!([compact_in(292.0, "B"), compact_in(15_700.0, "B")], ["292 B", "15.7 kB"]);
+        assert_eq!([compact_in(0.5, "×"), compact_in(2e6, "")], ["0.5 ×", "2 M"]);
+        assert_eq!([counted(1, "round"), counted(5, "round")], ["1 round", "5 rounds"]);
     }
 
     #[test]

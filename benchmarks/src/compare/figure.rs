@@ -6,7 +6,7 @@
 use super::{Comparison, scenario::Scenario};
 use crate::{
     chart::{Bar, BarChart, Frame, Row},
-    statistic::compact,
+    statistic::{compact_in, counted},
     trial::{
         Contender, Measure, Outcome,
         measure::{cost, delivered, deliveries, weight},
@@ -37,14 +37,14 @@ impl Comparison {
             "Relative to the floor, a server that only calls send(2) once per delivery. Shorter is better.",
             &[(Scenario::FanoutOne, "1 in flight"), (Scenario::FanoutMany, "64 in flight")],
             Value::Ratio(cost),
-            " ×",
+            "×",
         );
         let memory = self.figure(
             &format!("Resident memory per idle connection, {} connections", connections(Scenario::Idle)),
             "Bytes in the server's process, each line ten times the one before. Shorter is better.",
             &[(Scenario::Idle, "idle")],
             Value::Median(weight),
-            " B",
+            "B",
         );
         let charts = [("deliveries.svg", deliveries), ("cpu.svg", cpu), ("memory.svg", memory)];
         charts.into_iter().filter_map(|(name, chart)| Some((name, chart?.draw()))).collect()
@@ -74,8 +74,11 @@ impl Comparison {
                 subtitle: subtitle.to_owned(),
                 notes: vec![
                     format!(
-                        "Medians of {} rounds of {} s, {}-byte JSON messages, one server thread; {}.",
-                        self.extent.rounds, self.extent.seconds, self.extent.payload_bytes, self.placement
+                        "Medians of {} of {} s, {}-byte JSON messages, one server thread; {}.",
+                        counted(self.extent.rounds, "round"),
+                        self.extent.seconds,
+                        self.extent.payload_bytes,
+                        self.placement
                     ),
                     self.machine.brief(),
                 ],
@@ -93,7 +96,7 @@ impl Comparison {
         }?;
         let faulty = self.runs.outcomes(scenario, server).any(|outcome| !outcome.is_faultless());
         let limited = self.runs.outcomes(scenario, server).any(Outcome::client_was_the_limit);
-        let mut label = format!("{}{unit}", compact(value));
+        let mut label = compact_in(value, unit);
         if faulty {
             label += match self.runs.least(scenario, server, delivered) {
                 Some(ratio) => format!(" (faulty, {:.1} % came)", 100.0 * ratio),

@@ -7,7 +7,7 @@ use std::fmt;
 
 use super::{Comparison, run::Run, scenario::Scenario};
 use crate::{
-    statistic::{cell, percent},
+    statistic::{cell, counted, percent},
     trial::{
         Contender, Measure, Outcome,
         measure::{
@@ -154,9 +154,11 @@ impl fmt::Display for Table<'_> {
         writeln!(f, "# Comparison\n\n{machine}- {placement}")?;
         writeln!(
             f,
-            "- medians of {} rounds of {} s, {}-byte JSON messages; a server has one thread, a ratio is to the \
+            "- medians of {} of {} s, {}-byte JSON messages; a server has one thread, a ratio is to the \
              floor of the same round",
-            extent.rounds, extent.seconds, extent.payload_bytes
+            counted(extent.rounds, "round"),
+            extent.seconds,
+            extent.payload_bytes
         )?;
         for &scenario in scenarios {
             writeln!(f, "\n## {scenario}, {} connections\n", scenario.connections(extent))?;

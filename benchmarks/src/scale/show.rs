@@ -6,7 +6,7 @@ use super::{Scaling, axis::Axis};
 use crate::{
     chart::{Frame, Line, LineChart},
     message,
-    statistic::{cell, percent},
+    statistic::{cell, counted, percent},
     trial::{
         Contender, Measure, Outcome,
         measure::{client_share, cost, deliveries, messages, p50, p99, server_share, waiting_share},
@@ -62,9 +62,9 @@ impl Scaling {
         let limited: Vec<_> = limited.collect();
         let mut notes = vec![
             format!(
-                "{}. Medians of {} rounds of {} s; {}.",
+                "{}. Medians of {} of {} s; {}.",
                 capitalized(&axis.held(&self.base)),
-                self.base.rounds,
+                counted(self.base.rounds, "round"),
                 self.base.seconds,
                 self.placement
             ),
@@ -90,14 +90,14 @@ impl fmt::Display for Scaling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { machine, placement, base, .. } = self;
         writeln!(f, "# Scaling\n\n{machine}- {placement}")?;
-        writeln!(f, "- medians of {} rounds of {} s", base.rounds, base.seconds)?;
+        writeln!(f, "- medians of {} of {} s", counted(base.rounds, "round"), base.seconds)?;
         writeln!(
             f,
             "- the least message has {} bytes, a JSON object with nothing but its number",
             message::BYTES_MIN
         )?;
         if let Some(cores) = self.server_cores {
-            writeln!(f, "- more shards than {cores} share the server's {cores} cores")?;
+            writeln!(f, "- the server has {}, which more shards share", counted(cores, "core"))?;
         }
         for &axis in &self.axes {
             writeln!(f, "\n## {}\n\n{}.\n", capitalized(&axis.to_string()), capitalized(&axis.held(base)))?;
