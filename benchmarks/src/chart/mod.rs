@@ -18,6 +18,8 @@ pub(crate) use self::{
 /// What all charts of a page share.
 const WIDTH: f64 = 760.0;
 const MARGIN: f64 = 24.0;
+/// What fits into a line of small text on the card, in any of the fonts.
+const NOTE_CHARACTERS: usize = 105;
 /// From one line of small text to the next.
 const LEADING: f64 = 18.0;
 
@@ -70,8 +72,8 @@ impl Frame {
         canvas.text(MARGIN, MARGIN + 12.0, Anchor::Start, "title", &self.title);
         canvas.text(MARGIN, MARGIN + 32.0, Anchor::Start, "soft", &self.subtitle);
         let mut foot = bottom + LEADING;
-        for note in &self.notes {
-            canvas.text(MARGIN, foot, Anchor::Start, "soft", note);
+        for line in self.notes.iter().flat_map(|note| wrapped(note)) {
+            canvas.text(MARGIN, foot, Anchor::Start, "soft", &line);
             foot += LEADING;
         }
         let height = foot;
@@ -119,6 +121,21 @@ impl Canvas {
     }
 }
 
+/// A note in lines that fit; SVG breaks none itself.
+fn wrapped(note: &str) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in note.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= NOTE_CHARACTERS => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
 /// Text that is neither markup nor the end of an attribute.
 #[derive(Debug)]
 struct Escaped<'a>(&'a str);
@@ -141,6 +158,15 @@ impl fmt::Display for Escaped<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_note_is_broken_into_lines_that_fit() {
+        let note = "word ".repeat(50);
+        let lines = wrapped(&note);
+        assert_eq!(lines.len(), 3);
+        assert!(lines.iter().all(|line| line.len() <= NOTE_CHARACTERS));
+        assert_eq!(lines.join(" "), note.trim());
+    }
 
     #[test]
     fn markup_in_a_name_stays_text() {

@@ -20,7 +20,7 @@ pub(crate) enum Scenario {
     #[value(name = "fanout-10k")]
     #[serde(rename = "fanout-10k")]
     FanoutCrowd,
-    /// How long does a message take when the server is not busy?
+    /// How long does a message take at a rate that leaves a server time? Its share of the core says whether it did.
     #[serde(rename = "steady")]
     Steady,
     /// What does a message cost from one socket back to the same?
