@@ -20,9 +20,14 @@ pub(crate) fn pin(cpu: Option<usize>) -> Result<(), PinError> {
     }
 }
 
+/// The cores that this process may use.
+pub(crate) fn all() -> Vec<usize> {
+    core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect()
+}
+
 /// One core for the server and another for the client, when this process may use two.
 pub(crate) fn server_and_client() -> Option<(usize, usize)> {
-    let cores = core_affinity::get_core_ids()?;
-    let (first, last) = (cores.first()?.id, cores.last()?.id);
+    let cores = all();
+    let (first, last) = (*cores.first()?, *cores.last()?);
     (first != last).then_some((first, last))
 }

@@ -5,6 +5,8 @@
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use sha1::{Digest, Sha1};
 
+use crate::{dialect::Dialect, message};
+
 /// A head that is longer is not one of ours.
 pub(crate) const HEAD_BYTES_MAX: usize = 8 * 1024;
 
@@ -31,13 +33,17 @@ pub(crate) struct Request {
     pub(crate) accept: String,
 }
 
-/// The client's request for `path` at `host`.
+/// The client's request for `path` at `host`, and what it says first in the dialect spoken there.
 pub(crate) fn request(host: &str, path: &str) -> Vec<u8> {
-    format!(
+    let mut request = format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
          Sec-WebSocket-Key: {KEY}\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
-    .into_bytes()
+    .into_bytes();
+    if let Some(opening) = Dialect::of(path).opening() {
+        message::write_text(&mut request, opening);
+    }
+    request
 }
 
 /// The server's answer.

@@ -6,14 +6,21 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod chart;
 mod compare;
 mod cpu;
+mod dialect;
 mod frame;
 mod handshake;
 mod load;
+mod machine;
 mod message;
 mod process;
+mod results;
+mod scale;
 mod server;
+mod statistic;
+mod trial;
 
 use std::process::ExitCode;
 
@@ -30,20 +37,23 @@ struct Cli {
 enum Command {
     /// The least possible server: one epoll thread, one send(2) per delivery.
     Floor(server::floor::Options),
-    /// The crate axum-signal, as its README uses it.
-    AxumSignal(server::axum_signal::Options),
+    #[command(flatten)]
+    Peer(server::Peer),
     /// The load generator: one thread, every delivery verified.
     Load(load::Options),
-    /// Runs the load against each server in turn and prints a Markdown table.
+    /// Runs the load against each server in turn; tables and charts go to benchmarks/results.
     Compare(compare::Options),
+    /// Varies connections, shards, payload and groups; tables and charts go to benchmarks/results.
+    Scale(scale::Options),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Floor(options) => server::floor::run(&options).map(|()| true).map_err(boxed),
-        Command::AxumSignal(options) => server::axum_signal::run(&options).map(|()| true).map_err(boxed),
+        Command::Peer(peer) => peer.run().map(|()| true).map_err(boxed),
         Command::Load(options) => load::run(&options).map_err(boxed),
         Command::Compare(options) => compare::run(&options).map_err(boxed),
+        Command::Scale(options) => scale::run(&options).map_err(boxed),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

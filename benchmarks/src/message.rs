@@ -33,19 +33,23 @@ pub(crate) struct Template {
     frame: Vec<u8>,
     /// Where in the frame the digits are.
     digits: usize,
+    /// Which byte of the mask is on the first digit.
+    phase: usize,
 }
 
 impl Template {
-    pub(crate) fn new(bytes: usize) -> Result<Self, MessageError> {
+    /// A frame with `bytes` of JSON, and an envelope before and after them.
+    pub(crate) fn new(bytes: usize, (before, after): (&str, &str)) -> Result<Self, MessageError> {
         if !(BYTES_MIN..=frame::PAYLOAD_BYTES_MAX).contains(&bytes) {
             return Err(MessageError::Bytes(bytes));
         }
         let filler = "x".repeat(bytes - BYTES_MIN);
-        let text = format!("{HEAD}{:0<DIGITS$}{MIDDLE}{filler}{TAIL}", "");
+        let text = format!("{before}{HEAD}{:0<DIGITS$}{MIDDLE}{filler}{TAIL}{after}", "");
         let mut frame = Vec::new();
         frame::write(&mut frame, Opcode::Text, Some(MASK), text.as_bytes());
-        let digits = frame.len() - bytes + HEAD.len();
-        Ok(Self { frame, digits })
+        let before = before.len() + HEAD.len();
+        let digits = frame.len() - text.len() + before;
+        Ok(Self { frame, digits, phase: before % MASK.len() })
     }
 
     /// Appends the frame that carries `seq`.
@@ -53,7 +57,7 @@ impl Template {
         let start = out.len() + self.digits;
         out.extend_from_slice(&self.frame);
         for (index, byte) in out[start..start + DIGITS].iter_mut().enumerate().rev() {
-            *byte = (b'0' + (seq % 10) as u8) ^ MASK[(HEAD.len() + index) % MASK.len()];
+            *byte = (b'0' + (seq % 10) as u8) ^ MASK[(self.phase + index) % MASK.len()];
             seq /= 10;
         }
     }
@@ -78,6 +82,11 @@ pub(crate) fn seq(message: &[u8]) -> Option<u64> {
     (count > 0).then_some(value)
 }
 
+/// Appends a masked text frame.
+pub(crate) fn write_text(out: &mut Vec<u8>, text: &str) {
+    frame::write(out, Opcode::Text, Some(MASK), text.as_bytes());
+}
+
 /// Appends the masked pong that answers a ping.
 pub(crate) fn write_pong(out: &mut Vec<u8>, ping: &[u8]) {
     frame::write(out, Opcode::Pong, Some(MASK), ping);
@@ -100,7 +109,7 @@ mod tests {
     #[test]
     fn a_template_makes_messages_of_the_asked_length_with_their_number() {
         for bytes in [BYTES_MIN, 64, 125, 126, 1000, 70_000] {
-            let template = Template::new(bytes).unwrap();
+            let template = Template::new(bytes, ("", "")).unwrap();
             let mut out = Vec::new();
             template.write(&mut out, FIRST_SEQ + 42);
             let frame = frame::parse(&out).unwrap().unwrap();
@@ -110,7 +119,20 @@ mod tests {
             assert_eq!(seq(payload), Some(FIRST_SEQ + 42));
             assert!(payload.starts_with(br#"{"t":1000000042,"p":""#) && payload.ends_with(br#""}"#));
         }
-        assert!(Template::new(BYTES_MIN - 1).is_err());
+        assert!(Template::new(BYTES_MIN - 1, ("", "")).is_err());
+    }
+
+    #[test]
+    fn a_template_with_an_envelope_has_it_around_the_same_message() {
+        let mut out = Vec::new();
+        Template::new(64, (r#"42["message","#, "]")).unwrap().write(&mut out, FIRST_SEQ + 7);
+        let frame = frame::parse(&out).unwrap().unwrap();
+        let payload = &mut out[frame.payload];
+        frame::apply_mask(frame.mask.unwrap(), payload);
+        assert!(
+            payload.starts_with(br#"42["message",{"t":1000000007,"p":"x"#) && payload.ends_with(br#"x"}]"#)
+        );
+        assert_eq!((payload.len(), seq(payload)), (64 + 14, Some(FIRST_SEQ + 7)));
     }
 
     #[test]

@@ -1,27 +1,28 @@
-//! The comparison: every server under every scenario, as processes of their own, in turn.
+//! The comparison: every server under every scenario, in turn, several times.
 //!
 //! Servers are interleaved within a round and each is set against the floor of the same round, so that a machine
-//! that others use as well disturbs them alike. A fresh server for every run: nothing is inherited. Knows servers by
-//! their command lines and results by the load generator's JSON.
+//! that others use as well disturbs them alike. What peers lose is shown and held against them only there; ours must
+//! not lose anything. Knows what is asked and what is shown; a trial knows how it is done.
 
-mod contender;
+mod figure;
+mod run;
 mod scenario;
-mod server_process;
 mod table;
 
-use std::{
-    env, io,
-    path::PathBuf,
-    process::{Command, Stdio},
-};
+use std::path::PathBuf;
+
+use serde::Serialize;
 
 use self::{
-    contender::{BuildError, Contender},
-    scenario::{Scale, Scenario},
-    server_process::{ServerProcess, StartError},
-    table::{Run, Table},
+    run::{Run, Runs},
+    scenario::{Extent, Scenario},
+    table::Table,
 };
-use crate::{cpu, load::report::Report};
+use crate::{
+    machine::Machine,
+    results::{Results, ResultsError},
+    trial::{Contender, Outcome, Workshop, WorkshopError},
+};
 
 /// What the comparison is told.
 #[derive(Debug, clap::Args)]
@@ -35,13 +36,16 @@ pub(crate) struct Options {
     /// Connections in fan-out.
     #[arg(long, default_value_t = 1000)]
     connections: usize,
+    /// Connections in the fan-out to a crowd.
+    #[arg(long, default_value_t = 10_000)]
+    crowd_connections: usize,
     /// Connections in echo, each with one message in flight.
     #[arg(long, default_value_t = 100)]
     echo_connections: usize,
     /// Connections whose memory is measured.
     #[arg(long, default_value_t = 10_000)]
     idle_connections: usize,
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// How long each run measures.
     #[arg(long, default_value_t = 3.0)]
@@ -49,6 +53,14 @@ pub(crate) struct Options {
     /// Bytes of a whole JSON message.
     #[arg(long, default_value_t = 64)]
     payload: usize,
+    /// One round of a moment with few connections, to see that every benchmark is whole. The numbers mean nothing.
+    #[arg(long, conflicts_with_all = [
+        "rounds", "seconds", "connections", "crowd_connections", "echo_connections", "idle_connections",
+    ])]
+    brief: bool,
+    /// Where the results are put; `benchmarks/results` by default, and `brief` in it for a brief run.
+    #[arg(long)]
+    results: Option<PathBuf>,
     /// Take shardcast's example as it was built last.
     #[arg(long)]
     no_build: bool,
@@ -60,111 +72,175 @@ pub(crate) struct Options {
 /// Why there is no comparison.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CompareError {
-    #[error("cannot find this program's own path")]
-    OwnPath(#[source] io::Error),
-    #[error("{0} is not in a target directory")]
-    NoTargetDirectory(PathBuf),
     #[error(transparent)]
-    Build(#[from] BuildError),
+    Workshop(#[from] WorkshopError),
+    #[error(transparent)]
+    Results(#[from] ResultsError),
 }
 
-/// Why one run has no report.
-#[derive(Debug, thiserror::Error)]
-enum RunError {
-    #[error(transparent)]
-    Start(#[from] StartError),
-    #[error("the load generator did not start")]
-    Load(#[source] io::Error),
-    #[error("the load generator said: {0}")]
-    NoReport(String),
-}
-
-/// Where everything is.
+/// Everything that was asked, and everything that came of it.
 #[derive(Debug)]
-struct Workshop {
-    benchmarks: PathBuf,
-    target: PathBuf,
-    /// Server and client.
-    cores: Option<(usize, usize)>,
+struct Comparison {
+    machine: Machine,
+    placement: String,
+    extent: Extent,
+    servers: Vec<Contender>,
+    scenarios: Vec<Scenario>,
+    runs: Runs,
 }
 
-/// Compares and prints; false when any run was faulty.
+/// What of it is kept for programs.
+#[derive(Debug, Serialize)]
+struct Record<'a> {
+    machine: &'a Machine,
+    placement: &'a str,
+    extent: &'a Extent,
+    medians: Vec<Median>,
+    runs: &'a [Run],
+}
+
+/// One cell of the tables.
+#[derive(Debug, Serialize)]
+struct Median {
+    scenario: Scenario,
+    server: Contender,
+    column: &'static str,
+    median: Option<f64>,
+    ratio_to_floor: Option<f64>,
+}
+
+/// Compares, prints and writes; false when a server failed, or one of ours was faulty.
 pub(crate) fn run(options: &Options) -> Result<bool, CompareError> {
     let workshop = Workshop::find(options.no_pin)?;
+    let results = Results::open(options.results.as_deref(), options.brief)?;
     if !options.no_build {
-        options.servers.iter().try_for_each(|contender| contender.build(&workshop))?;
+        workshop.build(&options.servers)?;
     }
-    let scale = Scale {
-        fanout: options.connections,
-        echo: options.echo_connections,
-        idle: options.idle_connections,
-        seconds: options.seconds,
-        payload: options.payload,
-    };
-    let mut runs = Vec::new();
-    for round in 0..options.rounds {
-        for &scenario in &options.scenarios {
-            for turn in 0..options.servers.len() {
-                // Another server begins each round, so that none always comes after the same.
-                let contender = options.servers[(turn + round) % options.servers.len()];
-                let outcome = workshop.run(contender, scenario, &scale);
-                let run =
-                    Run { round, scenario, contender, report: note(round, scenario, contender, outcome) };
-                runs.push(run);
+    let comparison = Comparison::make(options, &workshop);
+    let table = Table(&comparison).to_string();
+    print!("{table}");
+    results.write("compare.md", &table)?;
+    results.write_json("compare.json", &comparison.record())?;
+    for (name, figure) in comparison.figures() {
+        results.write(name, &figure)?;
+    }
+    Ok(!comparison.runs.0.iter().any(|run| run.outcome.is_unacceptable(run.server)))
+}
+
+impl Options {
+    fn extent(&self) -> Extent {
+        const BRIEF_CONNECTIONS: usize = 50;
+        let connections = |asked: usize| if self.brief { BRIEF_CONNECTIONS } else { asked };
+        Extent {
+            rounds: if self.brief { 1 } else { self.rounds },
+            seconds: if self.brief { 0.3 } else { self.seconds },
+            warmup_seconds: if self.brief { 0.1 } else { 0.5 },
+            payload_bytes: self.payload,
+            connections: connections(self.connections),
+            crowd_connections: connections(self.crowd_connections),
+            echo_connections: connections(self.echo_connections),
+            idle_connections: connections(self.idle_connections),
+        }
+    }
+}
+
+impl Comparison {
+    fn make(options: &Options, workshop: &Workshop) -> Self {
+        let extent = options.extent();
+        let mut runs = Vec::new();
+        for round in 0..extent.rounds {
+            for &scenario in &options.scenarios {
+                for turn in 0..options.servers.len() {
+                    // Another server begins each round, so that none always comes after the same.
+                    let server = options.servers[(turn + round) % options.servers.len()];
+                    let outcome = Outcome::from(workshop.run(server, 1, &scenario.load(&extent)));
+                    // A comparison takes minutes: say how it goes.
+                    eprintln!(
+                        "round {} of {}, {scenario}, {server}: {}",
+                        round + 1,
+                        extent.rounds,
+                        outcome.progress()
+                    );
+                    runs.push(Run { round, scenario, server, outcome });
+                }
             }
         }
-    }
-    let faultless = runs.iter().all(Run::is_faultless);
-    print!("{}", Table { options, scale: &scale, cores: workshop.cores, runs: &runs });
-    Ok(faultless)
-}
-
-/// Tells on stderr how a run went, since a comparison takes minutes.
-fn note(
-    round: usize,
-    scenario: Scenario,
-    contender: Contender,
-    outcome: Result<Report, RunError>,
-) -> Option<Report> {
-    let verdict = match &outcome {
-        Ok(report) if report.is_faultless() => "faultless".to_owned(),
-        Ok(report) => format!("FAULTY\n{report}"),
-        Err(error) => format!("FAILED: {error}"),
-    };
-    eprintln!("round {}, {scenario}, {contender}: {verdict}", round + 1);
-    outcome.ok()
-}
-
-impl Workshop {
-    fn find(no_pin: bool) -> Result<Self, CompareError> {
-        let benchmarks = env::current_exe().map_err(CompareError::OwnPath)?;
-        let target = benchmarks
-            .ancestors()
-            .nth(2)
-            .ok_or_else(|| CompareError::NoTargetDirectory(benchmarks.clone()))?
-            .to_owned();
-        let cores = if no_pin { None } else { cpu::server_and_client() };
-        Ok(Self { benchmarks, target, cores })
-    }
-
-    fn run(&self, contender: Contender, scenario: Scenario, scale: &Scale) -> Result<Report, RunError> {
-        let server = ServerProcess::start(|port| contender.command(self, port))?;
-        let mut load = Command::new(&self.benchmarks);
-        load.args([
-            "load",
-            "--json",
-            "--url",
-            &format!("ws://127.0.0.1:{}{}", server.port(), scenario.path()),
-        ])
-        .args(["--server-pid", &server.pid().to_string()])
-        .args(scenario.arguments(scale))
-        .stdin(Stdio::null());
-        if let Some((_, client)) = self.cores {
-            load.args(["--cpu", &client.to_string()]);
+        Self {
+            machine: Machine::look(&options.servers),
+            placement: workshop.placement(),
+            extent,
+            servers: options.servers.clone(),
+            scenarios: options.scenarios.clone(),
+            runs: Runs(runs),
         }
-        let output = load.output().map_err(RunError::Load)?;
-        // A faulty run exits with 1 and has a report all the same.
-        serde_json::from_slice(&output.stdout)
-            .map_err(|_| RunError::NoReport(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+    }
+
+    fn record(&self) -> Record<'_> {
+        let mut medians = Vec::new();
+        for &scenario in &self.scenarios {
+            for &server in &self.servers {
+                for column in scenario.columns().iter().filter(|column| column.is_plain()) {
+                    medians.push(Median {
+                        scenario,
+                        server,
+                        column: column.title,
+                        median: self.runs.median(scenario, server, column.measure),
+                        ratio_to_floor: self.runs.ratio(scenario, server, column.measure),
+                    });
+                }
+            }
+        }
+        let Self { machine, placement, extent, runs, .. } = self;
+        Record { machine, placement, extent, medians, runs: &runs.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trial::outcome::tests::{failed, faulty, weighed};
+
+    /// The floor, shardcast, a peer that loses, and one that does not start; twice weighed.
+    pub(super) fn comparison() -> Comparison {
+        let servers =
+            vec![Contender::Floor, Contender::Shardcast, Contender::Tutorial, Contender::AxumSignal];
+        let outcomes = || [weighed(300.0), weighed(150.0), faulty(weighed(40.0)), failed()];
+        let mut runs = Vec::new();
+        for round in 0..2 {
+            for (&server, outcome) in servers.iter().zip(outcomes()) {
+                runs.push(Run { round, scenario: Scenario::Idle, server, outcome });
+            }
+        }
+        Comparison {
+            machine: Machine::look(&servers),
+            placement: "nowhere".to_owned(),
+            extent: Extent {
+                rounds: 2,
+                seconds: 1.0,
+                warmup_seconds: 0.0,
+                payload_bytes: 64,
+                connections: 10,
+                crowd_connections: 10,
+                echo_connections: 10,
+                idle_connections: 10,
+            },
+            servers,
+            scenarios: vec![Scenario::Idle],
+            runs: Runs(runs),
+        }
+    }
+
+    #[test]
+    fn the_record_has_every_run_and_the_medians_of_the_tables() {
+        let comparison = comparison();
+        let record = serde_json::to_value(comparison.record()).unwrap();
+        assert_eq!(record["runs"].as_array().unwrap().len(), 8);
+        let medians = record["medians"].as_array().unwrap();
+        let shardcast = medians.iter().find(|median| median["server"] == "shardcast").unwrap();
+        assert_eq!(shardcast["scenario"], "idle");
+        assert_eq!(
+            (shardcast["median"].as_f64(), shardcast["ratio_to_floor"].as_f64()),
+            (Some(150.0), Some(0.5))
+        );
     }
 }

@@ -1,128 +1,147 @@
-//! The result as Markdown: one table per scenario, medians over the rounds, ratios to the floor.
+//! The result as Markdown: the machine, one table per scenario with medians and ratios to the floor, and every run.
 //!
-//! A ratio is taken within each round first, and its median shown: what disturbs the machine disturbs both sides.
 //! The shares of the two cores stand beside the rates, because a rate only tells of the server when the server, and
 //! not the client or a neighbour, was the limit.
 
 use std::fmt;
 
-use super::{
-    Options,
-    contender::Contender,
-    scenario::{Scale, Scenario},
+use super::{Comparison, run::Run, scenario::Scenario};
+use crate::{
+    statistic::{cell, counted, percent},
+    trial::{
+        Contender, Measure, Outcome,
+        measure::{
+            client_share, cost, delivered, deliveries, empty_mib, full_mib, p50, p99, server_share,
+            waiting_share, weight,
+        },
+    },
 };
-use crate::load::report::{Report, Traffic};
 
-/// One run of one server under one scenario.
-#[derive(Debug)]
-pub(crate) struct Run {
-    pub(crate) round: usize,
-    pub(crate) scenario: Scenario,
-    pub(crate) contender: Contender,
-    /// Absent when the run failed.
-    pub(crate) report: Option<Report>,
+/// One number of a server, and how it is shown.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Column {
+    pub(crate) title: &'static str,
+    pub(crate) measure: Measure,
+    show: Show,
 }
 
-/// All runs, to be shown.
-#[derive(Debug)]
-pub(crate) struct Table<'a> {
-    pub(crate) options: &'a Options,
-    pub(crate) scale: &'a Scale,
-    pub(crate) cores: Option<(usize, usize)>,
-    pub(crate) runs: &'a [Run],
+#[derive(Clone, Copy, Debug)]
+enum Show {
+    /// The median, with so many digits.
+    Median(usize),
+    /// The median of the ratios to the floor.
+    Ratio(usize),
+    /// The median, of a hundred.
+    Percent,
+    /// The least of all rounds, of a hundred: a loss must not hide behind a median.
+    LeastPercent,
 }
 
-type Measure = fn(&Report) -> Option<f64>;
+const fn column(title: &'static str, measure: Measure, show: Show) -> Column {
+    Column { title, measure, show }
+}
 
-impl Run {
-    pub(crate) fn is_faultless(&self) -> bool {
-        self.report.as_ref().is_some_and(Report::is_faultless)
+const COST: Column = column("CPU µs/delivery", cost, Show::Median(3));
+const COST_RATIO: Column = column("× floor", cost, Show::Ratio(3));
+const SERVER: Column = column("server core", server_share, Show::Percent);
+const WAITED: Column = column("waited", waiting_share, Show::Percent);
+const CLIENT: Column = column("client core", client_share, Show::Percent);
+const DELIVERED: Column = column("delivered", delivered, Show::LeastPercent);
+
+pub(crate) static TRAFFIC: [Column; 10] = [
+    column("deliveries/s", deliveries, Show::Median(0)),
+    column("× floor", deliveries, Show::Ratio(2)),
+    column("p50 µs", p50, Show::Median(0)),
+    column("p99 µs", p99, Show::Median(0)),
+    COST,
+    COST_RATIO,
+    SERVER,
+    WAITED,
+    CLIENT,
+    DELIVERED,
+];
+
+pub(crate) static LATENCY: [Column; 10] = [
+    column("p50 µs", p50, Show::Median(0)),
+    column("× floor", p50, Show::Ratio(2)),
+    column("p99 µs", p99, Show::Median(0)),
+    column("× floor", p99, Show::Ratio(2)),
+    COST,
+    COST_RATIO,
+    SERVER,
+    WAITED,
+    CLIENT,
+    DELIVERED,
+];
+
+pub(crate) static MEMORY: [Column; 4] = [
+    column("bytes per connection", weight, Show::Median(0)),
+    column("× floor", weight, Show::Ratio(1)),
+    column("resident MiB, empty", empty_mib, Show::Median(1)),
+    column("full", full_mib, Show::Median(1)),
+];
+
+impl Column {
+    /// Whether it is a value of its own, and not another's set against the floor.
+    pub(crate) fn is_plain(&self) -> bool {
+        !matches!(self.show, Show::Ratio(_))
     }
 }
+
+/// Shows a comparison.
+#[derive(Debug)]
+pub(crate) struct Table<'a>(pub(crate) &'a Comparison);
 
 impl Table<'_> {
-    fn values(&self, scenario: Scenario, contender: Contender, measure: Measure) -> Vec<(usize, f64)> {
-        self.runs
-            .iter()
-            .filter(|run| run.scenario == scenario && run.contender == contender)
-            .filter_map(|run| Some((run.round, measure(run.report.as_ref()?)?)))
-            .collect()
-    }
-
-    fn median(&self, scenario: Scenario, contender: Contender, measure: Measure) -> Option<f64> {
-        median(self.values(scenario, contender, measure).into_iter().map(|(_, value)| value).collect())
-    }
-
-    /// The median of the ratios to the floor of the same round.
-    fn ratio(&self, scenario: Scenario, contender: Contender, measure: Measure) -> Option<f64> {
-        let floor = self.values(scenario, Contender::Floor, measure);
-        let ratio = |(round, value): (usize, f64)| {
-            let (_, base) = floor.iter().find(|(other, _)| *other == round)?;
-            (*base > 0.0).then_some(value / base)
-        };
-        median(self.values(scenario, contender, measure).into_iter().filter_map(ratio).collect())
-    }
-
-    fn verdict(&self, scenario: Scenario, contender: Contender) -> &'static str {
-        let mut runs = self.runs.iter().filter(|run| run.scenario == scenario && run.contender == contender);
-        if runs.all(Run::is_faultless) { "faultless" } else { "**FAULTY**" }
-    }
-
-    fn traffic(&self, f: &mut fmt::Formatter<'_>, scenario: Scenario) -> fmt::Result {
-        writeln!(
-            f,
-            "| server | deliveries/s | × floor | p50 µs | p99 µs | CPU µs/delivery | × floor | server core | \
-             waited | client core | delivered | verdict |"
-        )?;
-        writeln!(f, "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|")?;
-        for &contender in &self.options.servers {
-            let median = |measure| self.median(scenario, contender, measure);
-            let ratio = |measure| self.ratio(scenario, contender, measure);
-            let delivered = self
-                .values(scenario, contender, |report| Some(report.traffic.as_ref()?.delivery_ratio))
-                .into_iter()
-                .map(|(_, value)| value)
-                .reduce(f64::min);
-            writeln!(
-                f,
-                "| {contender} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
-                cell(median(deliveries), 0, ""),
-                cell(ratio(deliveries), 2, ""),
-                cell(median(|report| Some(report.traffic.as_ref()?.latency?.p50_us)), 0, ""),
-                cell(median(|report| Some(report.traffic.as_ref()?.latency?.p99_us)), 0, ""),
-                cell(median(cost), 3, ""),
-                cell(ratio(cost), 3, ""),
-                percent(median(|report| report.traffic.as_ref()?.server_cpu_share), 0),
-                percent(median(|report| report.traffic.as_ref()?.server_waiting_share), 0),
-                percent(median(|report| Some(report.traffic.as_ref()?.client_cpu_share)), 0),
-                percent(delivered, 3),
-                self.verdict(scenario, contender),
-            )?;
-        }
-        let limited = |run: &&Run| {
-            let limited = |traffic: &Traffic| traffic.client_was_the_limit;
-            let traffic = run.report.as_ref().and_then(|report| report.traffic.as_ref());
-            run.scenario == scenario && traffic.is_some_and(limited)
-        };
-        for run in self.runs.iter().filter(limited) {
-            writeln!(f, "\n{} in round {}: the client was the limit.", run.contender, run.round + 1)?;
+    fn scenario(&self, f: &mut fmt::Formatter<'_>, scenario: Scenario) -> fmt::Result {
+        let columns = scenario.columns();
+        write!(f, "| server |")?;
+        columns.iter().try_for_each(|column| write!(f, " {} |", column.title))?;
+        write!(f, " verdict |\n|---|")?;
+        columns.iter().try_for_each(|_| write!(f, "--:|"))?;
+        writeln!(f, "---|")?;
+        for &server in &self.0.servers {
+            write!(f, "| {server} |")?;
+            for column in columns {
+                write!(f, " {} |", self.cell(scenario, server, column))?;
+            }
+            writeln!(f, " {} |", Outcome::summary(self.0.runs.outcomes(scenario, server)))?;
         }
         Ok(())
     }
 
-    fn memory(&self, f: &mut fmt::Formatter<'_>, scenario: Scenario) -> fmt::Result {
-        writeln!(f, "| server | bytes per connection | × floor | resident MiB, empty | full | verdict |")?;
-        writeln!(f, "|---|--:|--:|--:|--:|---|")?;
-        for &contender in &self.options.servers {
-            let median = |measure| self.median(scenario, contender, measure);
+    fn cell(&self, scenario: Scenario, server: Contender, column: &Column) -> String {
+        let runs = &self.0.runs;
+        match column.show {
+            Show::Median(digits) => cell(runs.median(scenario, server, column.measure), digits),
+            Show::Ratio(digits) => cell(runs.ratio(scenario, server, column.measure), digits),
+            Show::Percent => percent(runs.median(scenario, server, column.measure), 0),
+            Show::LeastPercent => percent(runs.least(scenario, server, column.measure), 3),
+        }
+    }
+
+    fn every_run(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "| scenario | round | server | deliveries/s | p99 µs | CPU µs/delivery | bytes per connection | \
+             server core | waited | client core | verdict |"
+        )?;
+        writeln!(f, "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|---|")?;
+        for run in &self.0.runs.0 {
+            let Run { round, scenario, server, outcome } = run;
+            let value = |measure: Measure| outcome.report.as_ref().and_then(measure);
             writeln!(
                 f,
-                "| {contender} | {} | {} | {} | {} | {} |",
-                cell(median(weight), 0, ""),
-                cell(self.ratio(scenario, contender, weight), 1, ""),
-                cell(median(|report| Some(mib(report.memory.as_ref()?.empty_bytes))), 1, ""),
-                cell(median(|report| Some(mib(report.memory.as_ref()?.full_bytes))), 1, ""),
-                self.verdict(scenario, contender),
+                "| {scenario} | {} | {server} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                round + 1,
+                cell(value(deliveries), 0),
+                cell(value(p99), 0),
+                cell(value(cost), 3),
+                cell(value(weight), 0),
+                percent(value(server_share), 0),
+                percent(value(waiting_share), 0),
+                percent(value(client_share), 0),
+                outcome.verdict(),
             )?;
         }
         Ok(())
@@ -131,69 +150,55 @@ impl Table<'_> {
 
 impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Scale { seconds, payload, .. } = self.scale;
-        write!(
+        let Comparison { machine, placement, extent, scenarios, .. } = self.0;
+        writeln!(f, "# Comparison\n\n{machine}- {placement}")?;
+        writeln!(
             f,
-            "Medians of {} rounds of {seconds} s, {payload}-byte JSON messages; ",
-            self.options.rounds
+            "- medians of {} of {} s, {}-byte JSON messages; a server has one thread, a ratio is to the \
+             floor of the same round",
+            counted(extent.rounds, "round"),
+            extent.seconds,
+            extent.payload_bytes
         )?;
-        match self.cores {
-            Some((server, client)) => writeln!(f, "server on core {server}, client on core {client}.")?,
-            None => writeln!(f, "server and client not pinned.")?,
+        for &scenario in scenarios {
+            writeln!(f, "\n## {scenario}, {} connections\n", scenario.connections(extent))?;
+            self.scenario(f, scenario)?;
         }
-        for &scenario in &self.options.scenarios {
-            writeln!(f, "\n### {scenario}, {} connections\n", scenario.connections(self.scale))?;
-            match scenario {
-                Scenario::Idle => self.memory(f, scenario)?,
-                Scenario::FanoutOne | Scenario::FanoutMany | Scenario::Echo => self.traffic(f, scenario)?,
-            }
-        }
-        Ok(())
+        writeln!(f, "\n## Every run\n")?;
+        self.every_run(f)
     }
-}
-
-fn deliveries(report: &Report) -> Option<f64> {
-    Some(report.traffic.as_ref()?.deliveries_per_second)
-}
-
-fn cost(report: &Report) -> Option<f64> {
-    report.traffic.as_ref()?.server_cpu_us_per_delivery
-}
-
-fn weight(report: &Report) -> Option<f64> {
-    Some(report.memory.as_ref()?.bytes_per_connection)
-}
-
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
-
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        odd if odd % 2 == 1 => Some(values[middle]),
-        _ => Some((values[middle - 1] + values[middle]) / 2.0),
-    }
-}
-
-fn cell(value: Option<f64>, digits: usize, unit: &str) -> String {
-    value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}{unit}"))
-}
-
-fn percent(value: Option<f64>, digits: usize) -> String {
-    cell(value.map(|value| 100.0 * value), digits, " %")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compare::tests::comparison;
 
     #[test]
-    fn a_median_is_the_middle_or_between_the_two_middles() {
-        assert_eq!(median(vec![]), None);
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), Some(2.5));
+    fn every_server_has_a_line_in_every_table_and_every_run_has_one() {
+        let comparison = comparison();
+        let text = Table(&comparison).to_string();
+        let lines = |start: &str| text.lines().filter(|line| line.starts_with(start)).count();
+        for server in &comparison.servers {
+            assert_eq!(lines(&format!("| {server} |")), comparison.scenarios.len(), "{server}");
+        }
+        assert_eq!(lines("| idle memory |"), comparison.runs.0.len());
+        assert!(text.contains("| shardcast | 150 | 0.5 | 1.0 | 2.0 | faultless |"), "{text}");
+        assert!(
+            text.contains("**FAULTY**: 3 disconnections") && text.contains("**FAILED**: it did not start")
+        );
+    }
+
+    #[test]
+    fn all_lines_of_a_table_have_the_same_columns() {
+        let text = Table(&comparison()).to_string();
+        let mut columns = None;
+        for line in text.lines() {
+            let count = line.matches('|').count();
+            match columns {
+                Some(columns) if count > 0 => assert_eq!(count, columns, "{line}"),
+                _ => columns = (count > 0).then_some(count),
+            }
+        }
     }
 }

@@ -12,7 +12,10 @@ use std::{
 use mio::{Interest, Registry, Token, net::TcpStream};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::handshake::{self, HandshakeError};
+use crate::{
+    dialect::Dialect,
+    handshake::{self, HandshakeError},
+};
 
 /// How a connection that is not to block says that it has begun (errno(3)).
 const EINPROGRESS: i32 = 115;
@@ -64,8 +67,10 @@ impl Candidate {
         let end = self.exchange(request)?;
         if let Some(head) = handshake::head_bytes(&self.received)? {
             handshake::check_response(&self.received[..head])?;
-            self.received.drain(..head);
-            return Ok(true);
+            if Dialect::of(request).is_open(&self.received[head..]) {
+                self.received.drain(..head);
+                return Ok(true);
+            }
         }
         if end { Err(CandidateError::Closed) } else { Ok(false) }
     }

@@ -9,6 +9,7 @@ use mio::net::TcpStream;
 use socket2::SockRef;
 
 use crate::{
+    dialect,
     frame::{self, FrameError, Opcode},
     message,
 };
@@ -198,7 +199,11 @@ fn take(bytes: &[u8], outgoing: &mut Vec<u8>, on_message: &mut impl FnMut(u64)) 
         let payload = &bytes[taken + frame.payload.start..taken + frame.payload.end];
         taken += frame.payload.end;
         match frame.opcode {
-            Opcode::Text | Opcode::Binary => on_message(message::seq(payload).ok_or(Ended::Unnumbered)?),
+            Opcode::Text | Opcode::Binary => match message::seq(payload) {
+                Some(seq) => on_message(seq),
+                None if dialect::follow(payload, outgoing) => {}
+                None => return Err(Ended::Unnumbered),
+            },
             Opcode::Ping => message::write_pong(outgoing, payload),
             Opcode::Pong => {}
             Opcode::Close => {

@@ -28,6 +28,7 @@ use super::{
     target::Target,
 };
 use crate::{
+    dialect::Dialect,
     message::Template,
     process::{Process, ProcessError},
 };
@@ -94,7 +95,7 @@ pub(crate) fn measure(
 impl Traffic {
     /// Connects, settles and gives everybody their part.
     fn open(options: &Options, target: &Target, mut memory: Option<Watch>) -> Result<Self, LoadError> {
-        let template = Template::new(options.payload)?;
+        let template = Template::new(options.payload, Dialect::of(&options.url).envelope())?;
         let mut report = Report::new(options);
         let cast = options.cast();
         let mut crowd = connect(target, &cast)?;

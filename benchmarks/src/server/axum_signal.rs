@@ -1,54 +1,22 @@
 //! The peer: the crate axum-signal 0.1.3, used the way its README shows.
 //!
 //! Its default configuration, typed JSON in and out, one hub type per route because its registry has one list of
-//! clients per type. The only help it gets is TCP_NODELAY, without which it would measure Nagle's algorithm.
+//! clients per type. It counts no losses and has no order between clients: the load generator says what that means.
 
-use std::{io, net::Ipv4Addr};
+use std::io;
 
 use axum::{
     Router,
     extract::ws::{WebSocket, WebSocketUpgrade},
     response::Response,
     routing::any,
-    serve::ListenerExt,
 };
 use axum_signal::{
     ConnectionRequest, DisconnectRequest, JsonCodec, MessageContext, WsHub, WsHubConfig, serve_hub,
 };
-use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 
-use crate::cpu::{self, PinError};
-
-/// What the peer is told.
-#[derive(Debug, clap::Args)]
-pub(crate) struct Options {
-    #[arg(long)]
-    port: u16,
-    /// Worker threads of the tokio runtime.
-    #[arg(long, default_value_t = 1)]
-    threads: usize,
-    /// The core to run on, for all threads.
-    #[arg(long)]
-    cpu: Option<usize>,
-}
-
-/// Why the peer did not serve.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum PeerError {
-    #[error(transparent)]
-    Pin(#[from] PinError),
-    #[error("axum-signal could not serve")]
-    Io(#[from] io::Error),
-    #[error("the accepting task failed")]
-    Join(#[from] tokio::task::JoinError),
-}
-
-#[derive(Debug, Deserialize, Serialize)]
-struct Message {
-    t: u64,
-    p: String,
-}
+use super::peer::{self, Message};
 
 struct FanOut;
 struct Echo;
@@ -80,24 +48,9 @@ impl WsHub for Echo {
 }
 
 /// Serves until it is killed.
-pub(crate) fn run(options: &Options) -> Result<(), PeerError> {
-    cpu::pin(options.cpu)?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(options.threads).enable_all().build()?;
-    let port = options.port;
-    // Spawned, because block_on would run the accept loop on one more thread than was asked for.
-    runtime.block_on(async move { tokio::spawn(serve(port)).await })??;
-    Ok(())
-}
-
-async fn serve(port: u16) -> io::Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?.tap_io(|stream| {
-        // A socket that refuses is about to fail anyway, and its own task will see it.
-        let _ = stream.set_nodelay(true);
-    });
+pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
     let router = Router::new().route("/ws", any(fan_out)).route("/echo", any(echo));
-    println!("{}", super::READY);
-    axum::serve(listener, router).await
+    axum::serve(peer::without_delay(listener), router).await
 }
 
 async fn fan_out(upgrade: WebSocketUpgrade) -> Response {

@@ -1,0 +1,80 @@
+//! The peer: axum's WebSocket with a broadcast channel of tokio, the chat of the usual tutorials.
+//!
+//! The socket is split, one task sends and one receives, and when either ends the other is aborted. The channel holds
+//! 100 messages, as in axum's own chat example. Of the two answers that tutorials have for `Lagged` — to end the
+//! loop, or to go on — this one goes on: a client that falls behind by more than the channel holds loses messages
+//! and nobody hears of it. Typed JSON in and out, encoded once per message and not once per receiver.
+
+use std::io;
+
+use axum::{
+    Router,
+    extract::{
+        State,
+        ws::{Message as Frame, WebSocket, WebSocketUpgrade},
+    },
+    response::Response,
+    routing::any,
+};
+use futures_util::{SinkExt, StreamExt};
+use tokio::{
+    net::TcpListener,
+    sync::broadcast::{self, error::RecvError},
+};
+
+use super::peer::{self, Message};
+
+const CHANNEL_MESSAGES: usize = 100;
+
+/// Serves until it is killed.
+pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
+    let (everybody, _) = broadcast::channel(CHANNEL_MESSAGES);
+    let router = Router::new().route("/ws", any(fan_out)).route("/echo", any(echo)).with_state(everybody);
+    axum::serve(peer::without_delay(listener), router).await
+}
+
+async fn fan_out(upgrade: WebSocketUpgrade, State(everybody): State<broadcast::Sender<String>>) -> Response {
+    upgrade.on_upgrade(|socket| join(socket, everybody))
+}
+
+async fn echo(upgrade: WebSocketUpgrade) -> Response {
+    upgrade.on_upgrade(repeat)
+}
+
+async fn join(socket: WebSocket, everybody: broadcast::Sender<String>) {
+    let (mut sink, mut stream) = socket.split();
+    let mut messages = everybody.subscribe();
+    let mut sending = tokio::spawn(async move {
+        loop {
+            match messages.recv().await {
+                Ok(text) => {
+                    if sink.send(Frame::text(text)).await.is_err() {
+                        return;
+                    }
+                }
+                Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => return,
+            }
+        }
+    });
+    let mut receiving = tokio::spawn(async move {
+        while let Some(Ok(Frame::Text(text))) = stream.next().await {
+            let Some(text) = Message::relay(text.as_bytes()) else { return };
+            // Fails only without receivers, and this connection is one.
+            let _ = everybody.send(text);
+        }
+    });
+    tokio::select! {
+        _ = &mut sending => receiving.abort(),
+        _ = &mut receiving => sending.abort(),
+    }
+}
+
+async fn repeat(mut socket: WebSocket) {
+    while let Some(Ok(Frame::Text(text))) = socket.recv().await {
+        let Some(text) = Message::relay(text.as_bytes()) else { return };
+        if socket.send(Frame::text(text)).await.is_err() {
+            return;
+        }
+    }
+}

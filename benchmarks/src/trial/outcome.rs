@@ -1,0 +1,196 @@
+//! The outcome of a trial, and what is said of it.
+//!
+//! What was faulty counts like the rest and is marked; what failed altogether has nothing to count.
+
+use serde::Serialize;
+
+use super::{Contender, TrialError};
+use crate::load::report::Report;
+
+/// A report, or why there is none.
+#[derive(Debug, Serialize)]
+pub(crate) struct Outcome {
+    pub(crate) report: Option<Report>,
+    pub(crate) error: Option<String>,
+}
+
+impl From<Result<Report, TrialError>> for Outcome {
+    fn from(result: Result<Report, TrialError>) -> Self {
+        match result {
+            Ok(report) => Self { report: Some(report), error: None },
+            Err(error) => Self { report: None, error: Some(one_line(&error)) },
+        }
+    }
+}
+
+impl Outcome {
+    pub(crate) fn is_faultless(&self) -> bool {
+        self.report.as_ref().is_some_and(Report::is_faultless)
+    }
+
+    /// A failure, or a loss of one of ours. What a peer loses is a result.
+    pub(crate) fn is_unacceptable(&self, server: Contender) -> bool {
+        self.report.is_none() || (server.is_ours() && !self.is_faultless())
+    }
+
+    pub(crate) fn client_was_the_limit(&self) -> bool {
+        let traffic = self.report.as_ref().and_then(|report| report.traffic.as_ref());
+        traffic.is_some_and(|traffic| traffic.client_was_the_limit)
+    }
+
+    /// What a table says of one run.
+    pub(crate) fn verdict(&self) -> String {
+        let mut verdict = match &self.report {
+            Some(report) if report.is_faultless() => "faultless".to_owned(),
+            Some(report) => format!("**FAULTY**: {}", faults(report)),
+            None => format!("**FAILED**: {}", self.error.as_deref().unwrap_or("no report")),
+        };
+        if self.client_was_the_limit() {
+            verdict += "; **the client was the limit**";
+        }
+        verdict
+    }
+
+    /// A line on how it went, for who waits.
+    pub(crate) fn progress(&self) -> String {
+        let mut line = self.verdict();
+        if let Some(traffic) = self.report.as_ref().and_then(|report| report.traffic.as_ref()) {
+            let percent = |share: f64| format!("{:.0} %", 100.0 * share);
+            let server = traffic.server_cpu_share.map_or_else(|| "–".to_owned(), percent);
+            line += &format!(
+                ", {:.0} deliveries/s, {server} of a core for the server, {} for the client",
+                traffic.deliveries_per_second,
+                percent(traffic.client_cpu_share)
+            );
+        }
+        line
+    }
+
+    /// What a table says of many runs of the same.
+    pub(crate) fn summary<'a>(outcomes: impl Iterator<Item = &'a Self>) -> String {
+        let (mut all, mut faulty, mut failed, mut limited) = (0, 0, 0, 0);
+        for outcome in outcomes {
+            all += 1;
+            failed += usize::from(outcome.report.is_none());
+            faulty += usize::from(outcome.report.is_some() && !outcome.is_faultless());
+            limited += usize::from(outcome.client_was_the_limit());
+        }
+        let mut words = Vec::new();
+        if all > 0 && failed + faulty == 0 {
+            words.push("faultless".to_owned());
+        }
+        for (count, word) in [(failed, "**FAILED**"), (faulty, "**FAULTY**"), (limited, "client the limit")] {
+            if count > 0 {
+                words.push(format!("{word} in {count} of {all}"));
+            }
+        }
+        words.join(", ")
+    }
+}
+
+/// An error and its causes, fit for a line and for a cell of a table.
+fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text.replace('|', "/").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn faults(report: &Report) -> String {
+    let disconnections = format!("{} disconnections", report.disconnections);
+    match &report.traffic {
+        Some(traffic) => format!(
+            "{:.3} % delivered, {} duplicates, {} out of order, {} strays, {disconnections}",
+            100.0 * traffic.delivery_ratio,
+            traffic.duplicates,
+            traffic.order_violations,
+            traffic.strays,
+        ),
+        None => disconnections,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::load::report::{Memory, Traffic};
+
+    const REPORT: &str = r#"{"setup":{"mode":"idle","url":"","connections":1,"senders":1,"in_flight":1,"rate":null,
+        "payload_bytes":64},"traffic":null,"memory":null,"disconnections":0,"causes":[]}"#;
+    const MEMORY: &str = r#"{"empty_bytes":1048576,"full_bytes":2097152,"bytes_per_connection":0}"#;
+    const TRAFFIC: &str = r#"{"seconds":1,"deliveries_per_second":0,"messages_per_second":1,"expected":1000,
+        "received":1000,"delivery_ratio":1,"duplicates":0,"order_violations":0,"sender_reorders":0,"strays":0,
+        "latency":null,"server_cpu_us_per_delivery":2.5,"server_cpu_share":1,"server_waiting_share":0,
+        "client_cpu_share":0.4,"client_waiting_share":0,"client_was_the_limit":false}"#;
+
+    fn outcome() -> Outcome {
+        Outcome { report: serde_json::from_str(REPORT).unwrap(), error: None }
+    }
+
+    /// A run that only weighed connections.
+    pub(crate) fn weighed(bytes: f64) -> Outcome {
+        let mut outcome = outcome();
+        let memory: Memory = serde_json::from_str(MEMORY).unwrap();
+        outcome.report.as_mut().unwrap().memory = Some(Memory { bytes_per_connection: bytes, ..memory });
+        outcome
+    }
+
+    /// A run with messages.
+    pub(crate) fn delivered(per_second: f64) -> Outcome {
+        let mut outcome = outcome();
+        let traffic: Traffic = serde_json::from_str(TRAFFIC).unwrap();
+        outcome.report.as_mut().unwrap().traffic =
+            Some(Traffic { deliveries_per_second: per_second, ..traffic });
+        outcome
+    }
+
+    /// A run whose server disconnected somebody.
+    pub(crate) fn faulty(mut outcome: Outcome) -> Outcome {
+        outcome.report.as_mut().unwrap().disconnections = 3;
+        outcome
+    }
+
+    pub(crate) fn failed() -> Outcome {
+        Outcome { report: None, error: Some("it did not start".to_owned()) }
+    }
+
+    #[test]
+    fn losses_are_told_and_only_ours_are_unacceptable() {
+        let lossy = faulty(weighed(1.0));
+        assert!(!lossy.is_faultless() && !lossy.is_unacceptable(Contender::Tutorial));
+        assert!(lossy.is_unacceptable(Contender::Shardcast) && lossy.is_unacceptable(Contender::Floor));
+        assert_eq!(lossy.verdict(), "**FAULTY**: 3 disconnections");
+        let mut short = delivered(5.0);
+        short.report.as_mut().unwrap().traffic.as_mut().unwrap().received = 999;
+        assert!(short.verdict().starts_with("**FAULTY**: 100.000 % delivered, 0 duplicates"));
+        assert_eq!(Outcome::summary([delivered(5.0), lossy, short].iter()), "**FAULTY** in 2 of 3");
+    }
+
+    #[test]
+    fn a_run_without_a_report_is_unacceptable_whoever_failed() {
+        assert!(failed().is_unacceptable(Contender::Tutorial));
+        assert_eq!(failed().verdict(), "**FAILED**: it did not start");
+        assert_eq!(Outcome::summary([failed(), weighed(1.0)].iter()), "**FAILED** in 1 of 2");
+    }
+
+    #[test]
+    fn an_error_of_several_lines_stays_in_its_cell() {
+        let said = TrialError::NoReport("no flag\n\nUsage: a | b".to_owned());
+        assert_eq!(
+            Outcome::from(Err(said)).verdict(),
+            "**FAILED**: the load generator said: no flag Usage: a / b"
+        );
+    }
+
+    #[test]
+    fn it_is_said_when_the_client_was_the_limit() {
+        let mut limited = delivered(5.0);
+        limited.report.as_mut().unwrap().traffic.as_mut().unwrap().client_was_the_limit = true;
+        assert_eq!(limited.verdict(), "faultless; **the client was the limit**");
+        assert_eq!(Outcome::summary([limited].iter()), "faultless, client the limit in 1 of 1");
+        assert!(delivered(5.0).progress().contains("100 % of a core for the server, 40 % for the client"));
+    }
+}
