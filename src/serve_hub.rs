@@ -46,7 +46,7 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig
         return;
     };
     let (sender, over) = oneshot::channel();
-    let session = Session::maker(&handle, hub, Handle::current(), Some(Box::new(sender)));
+    let session = Session::maker(&handle, hub, Handle::current(), Some(sender));
     match handle.adopt(socket, session, place).await {
         Ok(()) => drop(over.await), // an error here means that the session was dropped, which is the end, too
         Err(error) => {

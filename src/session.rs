@@ -26,26 +26,43 @@ pub(crate) struct Session<H: WsHub> {
     /// None once it is being dropped.
     hub: Option<Arc<H>>,
     peer: Arc<Peer<H::OutMessage, H::Codec>>,
-    /// The runtime of whoever served the connection: the hub's methods use its timers, sockets and tasks.
-    /// None if the shard's thread has entered it already; boxed, because that is the usual case.
-    runtime: Option<Box<Handle>>,
-    run_on: RunOn,
     /// What the handler is busy with.
     task: Option<Task>,
+    /// None where nothing of it is needed: there is one of these for each idle connection.
+    special: Option<Box<Special>>,
+}
+
+/// What most sessions do without.
+struct Special {
+    /// The runtime of whoever served the connection: the hub's methods use its timers, sockets and tasks.
+    /// None if the shard's thread has entered it already.
+    runtime: Option<Handle>,
+    run_on: RunOn,
     _over: Over,
 }
 
-/// Dropped with the session, which tells `serve_hub` that all is over. Boxed, because most sessions have none.
-pub(crate) type Over = Option<Box<oneshot::Sender<()>>>;
+/// Dropped with the session, which tells `serve_hub` that all is over.
+pub(crate) type Over = Option<oneshot::Sender<()>>;
+
+/// Makes what is freed on the shard larger than what is made there to stay. The allocator would give the one's memory
+/// to the other, and every session would lie among what its handshake has left, which then cannot be given back.
+#[derive(Default)]
+struct Apart {
+    _bytes: [u64; 10],
+}
 
 impl<H: WsHub> Session<H> {
     /// What makes the session, once the connection has an id. `over` is dropped when `on_disconnect` is over.
     pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, over: Over) -> MakeHandler {
         let (clients, run_on) = (handle.clients().clone(), handle.run_on());
-        let runtime = (handle.runtime() != Some(runtime.id())).then(|| Box::new(runtime));
+        let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
+        let is_special = runtime.is_some() || run_on != RunOn::Shard || over.is_some();
+        let special = is_special.then(|| Box::new(Special { runtime, run_on, _over: over }));
+        let apart = Apart::default();
         Box::new(move |id| {
+            let _apart = apart;
             let (hub, peer) = (Some(Arc::new(hub)), Arc::new(Peer::new(clients, id)));
-            Box::new(Self { hub, peer, runtime, run_on, task: None, _over: over })
+            Box::new(Self { hub, peer, task: None, special })
         })
     }
 
@@ -57,16 +74,21 @@ impl<H: WsHub> Session<H> {
         MessageContext::new(self.peer.clone())
     }
 
+    fn runtime(&self) -> Option<&Handle> {
+        self.special.as_ref()?.runtime.as_ref()
+    }
+
     /// Begins something, and goes on with it as far as it goes at once.
     fn begin(
         &mut self,
         future: impl Future<Output = ()> + Send + 'static,
         context: &mut Context<'_>,
     ) -> Flow {
-        self.task = Some(match self.run_on {
+        let run_on = self.special.as_ref().map_or(RunOn::Shard, |special| special.run_on);
+        self.task = Some(match run_on {
             RunOn::Shard => Box::pin(future),
             RunOn::Runtime => {
-                let task = match &self.runtime {
+                let task = match self.runtime() {
                     Some(runtime) => runtime.spawn(future),
                     None => tokio::spawn(future),
                 };
@@ -85,7 +107,7 @@ impl<H: WsHub> Session<H> {
     fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
         // Taken, so that a future that panics is not polled again.
         let Some(mut task) = self.task.take() else { return Flow::Ready };
-        let _entered = self.runtime.as_deref().map(Handle::enter);
+        let _entered = self.runtime().map(Handle::enter);
         // Most are ready at once and never use their waker, so the first poll goes without one. A future
         // that is pending is polled again with a real one, which replaces the first: that is the contract.
         if task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_ready() {
@@ -152,7 +174,7 @@ impl<H: WsHub> Handler for Session<H> {
 impl<H: WsHub> Drop for Session<H> {
     /// A hub may clean up with its runtime, and a panic at that must not take the shard's other connections along.
     fn drop(&mut self) {
-        let _entered = self.runtime.as_deref().map(Handle::enter);
+        let _entered = self.runtime().map(Handle::enter);
         let (task, hub) = (self.task.take(), self.hub.take());
         let drop_both = || {
             drop(task);

@@ -18,7 +18,6 @@ use super::{
     target::Target,
 };
 
-const AT_ONCE: usize = 100;
 const STALLED_AFTER: Duration = Duration::from_secs(10);
 
 /// Why not everybody is connected.
@@ -33,16 +32,17 @@ pub(crate) enum ConnectError {
 }
 
 /// Opens a WebSocket for every part of the cast, each at its group's path.
-pub(crate) fn connect(target: &Target, cast: &Cast) -> Result<Crowd, ConnectError> {
+/// `at_once` handshakes are on their way at any time.
+pub(crate) fn connect(target: &Target, cast: &Cast, at_once: usize) -> Result<Crowd, ConnectError> {
     let wanted = cast.len();
     let mut poll = Poll::new()?;
-    let mut events = Events::with_capacity(2 * AT_ONCE);
+    let mut events = Events::with_capacity(2 * at_once);
     let requests = target.requests(cast.groups());
     let mut candidates: Vec<(Candidate, bool)> = Vec::with_capacity(wanted);
     let mut open = 0;
     let mut progress = Instant::now();
     while open < wanted {
-        while candidates.len() < wanted && candidates.len() < open + AT_ONCE {
+        while candidates.len() < wanted && candidates.len() < open + at_once {
             let index = candidates.len();
             let buffer = slow::receive_buffer(cast.role(index));
             let candidate = Candidate::start(target.address, poll.registry(), Token(index), buffer)

@@ -25,7 +25,7 @@ pub(crate) fn measure(
     let server = server.ok_or(LoadError::Options("idle needs --server-pid"))?;
     let mut report = Report::new(options);
     let mut memory = Watch::new(server, target.address.port(), options.connections)?;
-    let mut crowd = connect(target, &options.cast())?;
+    let mut crowd = connect(target, &options.cast(), options.at_once())?;
     rest(&mut crowd, server, &mut memory, &mut report)?;
     memory.fill()?;
     report.memory = Some(memory.report());

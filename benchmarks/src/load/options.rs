@@ -68,9 +68,10 @@ pub(crate) struct Options {
     /// where nothing was lost; otherwise it is told only, since a loss can make the others' order seem another.
     #[arg(long)]
     pub(crate) lossy: bool,
-    /// Storm: how many handshakes at once.
-    #[arg(long, default_value_t = 100)]
-    pub(crate) at_once: usize,
+    /// How many handshakes at once: 100 by default; 16 when idle, where the room that a server once took for many
+    /// handshakes would else be charged to its connections.
+    #[arg(long)]
+    at_once: Option<usize>,
     /// The server's process, to measure its CPU and memory.
     #[arg(long)]
     pub(crate) server_pid: Option<u32>,
@@ -104,7 +105,8 @@ impl Options {
         let refuse = |reason| Err(LoadError::Options(reason));
         let positive = |number: f64| number.is_finite() && number > 0.0;
         let special = self.stalled + self.slow > 0 || self.kill.is_some() || self.churn.is_some();
-        if self.connections == 0 || self.in_flight == 0 || self.senders == Some(0) || self.at_once == 0 {
+        if self.connections == 0 || self.in_flight == 0 || self.senders == Some(0) || self.at_once == Some(0)
+        {
             return refuse("connections, senders, in-flight and at-once must be at least 1");
         }
         if !positive(self.seconds) || !self.warmup.is_finite() || self.warmup < 0.0 {
@@ -156,6 +158,10 @@ impl Options {
 
     pub(crate) fn cast(&self) -> Cast {
         Cast::new(self.connections, self.groups, self.sender_count(), self.stalled, self.slow)
+    }
+
+    pub(crate) fn at_once(&self) -> usize {
+        self.at_once.unwrap_or(if self.mode == Mode::Idle { 16 } else { 100 })
     }
 
     pub(crate) fn duration(&self) -> Duration {

@@ -59,7 +59,7 @@ pub(crate) fn measure(
     while books.rounds == 0 || start.elapsed() < options.duration() {
         let began = Instant::now();
         let mut round = Round::new(options.connections)?;
-        round.open(target, &request, options.at_once, &mut books)?;
+        round.open(target, &request, options.at_once(), &mut books)?;
         books.opening += began.elapsed();
         if let Some(memory) = &mut memory {
             if books.rounds == 0 {
@@ -75,7 +75,7 @@ pub(crate) fn measure(
     let mut report = Report::new(options);
     let cpu = cpu_before.zip(server.and_then(|server| server.cpu_time().ok()));
     report.storm = Some(report::Storm {
-        at_once: options.at_once,
+        at_once: options.at_once(),
         rounds: books.rounds,
         opened: books.opened,
         connections_per_second: books.opened as f64 / books.opening.as_secs_f64(),

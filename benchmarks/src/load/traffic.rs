@@ -98,7 +98,7 @@ impl Traffic {
         let template = Template::new(options.payload, Dialect::of(&options.url).envelope())?;
         let mut report = Report::new(options);
         let cast = options.cast();
-        let mut crowd = connect(target, &cast)?;
+        let mut crowd = connect(target, &cast, options.at_once())?;
         let first = settle(&mut crowd, &cast, &template, options.mode, &mut report)?;
         if let Some(memory) = &mut memory {
             memory.fill()?;
