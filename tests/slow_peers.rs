@@ -100,7 +100,11 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
 
     // Now it reads: whole frames, in order, exactly those that the receipts do not call dropped.
     let last = numbered(ROUNDS, 10);
-    office.hub.to(slow_id).try_publish(last).unwrap();
+    if policy == HIGH_RTT {
+        soon(office.hub.to_all().publish(last)).await.unwrap(); // nobody waits under this policy
+    } else {
+        office.hub.to(slow_id).try_publish(last).unwrap();
+    }
     let mut heard = Vec::new();
     while heard.last() != Some(&ROUNDS) {
         heard.push(number_of(&slow.hears_text().await));
