@@ -218,11 +218,12 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = oneshot::channel::<()>();
+    let (tell, told) = oneshot::channel();
     let (app, ending) = (desk_app(hub.clone()), engine.clone());
     let serving = tokio::spawn(async move {
         let signal = async move {
             stopped.await.unwrap();
-            assert_eq!(counts(ending.shutdown(Duration::from_secs(4)).await), [5, 0, 0]);
+            tell.send(ending.shutdown(Duration::from_secs(4)).await).unwrap();
         };
         axum::serve(listener, app).with_graceful_shutdown(signal).await.unwrap();
     });
@@ -237,6 +238,7 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
         assert_eq!((heard, close), (vec!["last words".to_owned()], Some((1001, String::new()))));
     }
     soon(serving).await.unwrap();
+    assert_eq!(counts(soon(told).await.unwrap()), [5, 0, 0]);
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
 }
 
