@@ -141,6 +141,7 @@ async fn beyond_the_budget_for_all_backlogs_the_largest_is_shed_with_1013_and_th
     assert!(others > 30 * BYTES as u64);
     let (mut number, mut most) = (0, 0);
     loop {
+        assert!(number < 10_000, "nobody is shed");
         publish(large_id, number);
         number += 1;
         pending(large_id).await; // the budget is looked at when the turn that answers this is over

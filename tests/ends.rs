@@ -130,6 +130,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
             Way::LetsTooMuchWait | Way::LetsTooMuchBeDropped | Way::KeepsTooMuch => {
                 let mut number = 0;
                 while !office.hub.is_empty() {
+                    assert!(number < 10_000, "{way:?}: nobody ends it");
                     let bytes = if way == Way::KeepsTooMuch { 50_000 } else { 2000 };
                     office.hub.to_all().try_publish(numbered(number, bytes)).unwrap();
                     soon(office.hub.inspect(id)).await.unwrap();

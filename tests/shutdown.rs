@@ -50,43 +50,36 @@ fn gone() -> CloseReason {
 async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_adds_up() {
     const CLIENTS: usize = 12;
     const PUBLISHERS: usize = 3;
+    const EACH: usize = 500;
     let mut office = Office::open(3, WsHubConfig::default()).await;
     let mut readers = Vec::new();
     for _ in 0..CLIENTS {
         readers.push(reads_to_the_end(office.visit().await.0));
     }
-    // They publish for as long as they are let; the end comes in the middle of it.
+    // The end comes when the last of it has been accepted, and much of it is still on its way.
     let publishers: Vec<_> = (0..PUBLISHERS)
         .map(|publisher| {
             let clients = office.hub.clients().clone();
             tokio::spawn(async move {
-                let mut accepted = 0;
-                loop {
-                    match clients.to_all().publish(format!("{accepted} {publisher}")).await {
-                        Ok(()) => accepted += 1,
-                        Err(SendError::Closed) => return accepted,
-                        Err(error) => panic!("{error}"),
-                    }
-                    tokio::task::yield_now().await;
+                for count in 0..EACH {
+                    clients.to_all().publish(format!("{count} {publisher}")).await.unwrap();
                 }
             })
         })
         .collect();
-    eventually(true, || office.engine.metrics().publications > 500).await;
+    for publisher in publishers {
+        soon(publisher).await.unwrap();
+    }
     let report = soon(office.engine.shutdown(Duration::from_secs(10))).await;
     assert_eq!(counts(report), [CLIENTS as u64, 0, 0]);
     assert_eq!((office.engine.connections(), office.hub.len(), office.hub.groups()), (0, 0, 0));
-    let mut accepted = Vec::new();
-    for publisher in publishers {
-        accepted.push(soon(publisher).await.unwrap());
-    }
     let mut first = None;
     for reader in readers {
         let (heard, close) = soon(reader).await.unwrap();
         assert_eq!(close, Some((1001, String::new())));
-        for (publisher, accepted) in accepted.iter().enumerate() {
+        for publisher in 0..PUBLISHERS {
             let own = heard.iter().filter(|text| text.ends_with(&format!(" {publisher}")));
-            assert!(own.map(|text| number_of(text)).eq(0..*accepted), "of {publisher}, without gaps");
+            assert!(own.map(|text| number_of(text)).eq(0..EACH), "of {publisher}, without gaps");
         }
         assert!(*first.get_or_insert_with(|| heard.clone()) == heard, "in one order");
     }
@@ -96,6 +89,8 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     assert_eq!(office.others_ended(), []);
     // Nothing more is taken, and asking again tells the same.
     assert!(matches!(office.hub.to_all().try_publish("late".to_owned()), Err(TrySendError::Closed)));
+    let refused = office.hub.to_all().send("late".to_owned()).await;
+    assert!(matches!(refused, Err(SendError::Closed)), "{refused:?}");
     assert_eq!(soon(office.engine.shutdown(LONG)).await, report);
 }
 

@@ -20,6 +20,8 @@ use tokio::task::{JoinHandle, JoinSet};
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const MESSAGE_BYTES: usize = 2000;
 const OUTBOX_FRAMES: usize = 8;
+/// More rounds than anything takes.
+const MANY: usize = 100_000;
 
 const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
@@ -175,6 +177,7 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
         office.hub.join(stalled_id, "alone").await.unwrap();
         let (mut rounds, mut losses) = (0, 0);
         while office.hub.len() == 2 {
+            assert!(rounds < MANY, "nobody ends it");
             let message = numbered(rounds, MESSAGE_BYTES);
             let target = office.hub.to_group("both");
             let hearing = all_hear(std::slice::from_mut(&mut other), &message);
@@ -407,6 +410,7 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
     }
     let mut round = 0;
     while !resets.is_empty() || office.hub.len() > 4 {
+        assert!(round < MANY, "nobody notices");
         soon(office.hub.to_all().publish(numbered(round, MESSAGE_BYTES))).await.unwrap();
         round += 1;
         while let Some(reset) = resets.try_join_next() {
