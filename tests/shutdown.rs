@@ -246,7 +246,8 @@ async fn talk(
     mut warm: Option<oneshot::Sender<()>>,
 ) -> (Vec<Value>, u16) {
     const WARM: u64 = 30;
-    let tick = |t: u64| Message::text(json!({ "t": t, "p": name.to_string() }).to_string());
+    let name = name.to_string();
+    let tick = |t: u64| Message::text(json!({ "t": t, "p": name }).to_string());
     let (mut heard, mut has_begun) = (Vec::new(), false);
     loop {
         let text = match peer.next().await {
@@ -257,7 +258,7 @@ async fn talk(
         let message: Value = serde_json::from_str(&text).unwrap();
         let is_start = message["p"] == "start";
         has_begun |= is_start;
-        let is_own = message["p"] == name.to_string();
+        let is_own = message["p"].as_str() == Some(&name);
         let said = message["t"].as_u64().unwrap();
         if has_begun {
             heard.push(message);
@@ -314,7 +315,8 @@ async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted
         assert!(heard == everything, "{} and {} messages", heard.len(), everything.len());
     }
     for talker in 0..TALKERS {
-        let own = everything.iter().filter(|tick| tick["p"] == talker.to_string());
+        let name = talker.to_string();
+        let own = everything.iter().filter(|tick| tick["p"].as_str() == Some(&name));
         let own: Vec<u64> = own.map(|tick| tick["t"].as_u64().unwrap()).collect();
         assert!(own.len() >= 30 && own.iter().copied().eq(1..=own.len() as u64), "without gaps: {own:?}");
     }
