@@ -9,6 +9,7 @@ mod fixture;
 use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
+use fixture::raw::{BINARY, CLOSE, FIN, PING, Raw, TEXT, frame};
 use fixture::{Peer, Server, engine, eventually, soon};
 use serde::{Deserialize, Serialize};
 use shardcast::{
@@ -18,32 +19,6 @@ use shardcast::{
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-
-const TEXT: u8 = 0x1;
-const BINARY: u8 = 0x2;
-const PING: u8 = 0x9;
-const CLOSE: u8 = 0x8;
-const FIN: u8 = 0x80;
-
-/// A masked client frame with this first byte.
-fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![first];
-    match payload.len() {
-        length @ 0..126 => frame.push(0x80 | length as u8),
-        length @ 126..65_536 => {
-            frame.push(0x80 | 126);
-            frame.extend((length as u16).to_be_bytes());
-        }
-        length => {
-            frame.push(0x80 | 127);
-            frame.extend((length as u64).to_be_bytes());
-        }
-    }
-    let key = [0x12, 0x34, 0x56, 0x78];
-    frame.extend(key);
-    frame.extend(payload.iter().zip(key.iter().cycle()).map(|(byte, key)| byte ^ key));
-    frame
-}
 
 #[derive(Serialize, Deserialize)]
 struct Note {
@@ -100,19 +75,8 @@ impl Scene {
         Self::set::<JsonCodec>(WsHubConfig::default()).await
     }
 
-    /// A connection behind a real handshake, on which anything can be written.
-    async fn wrongdoer(&self) -> Wrongdoer {
-        let mut stream = TcpStream::connect(self.server.address).await.unwrap();
-        stream.set_nodelay(true).unwrap();
-        let handshake = "GET /ws HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
-            sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
-        stream.write_all(handshake.as_bytes()).await.unwrap();
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(soon(stream.read_u8()).await.unwrap());
-        }
-        assert!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
-        Wrongdoer { stream }
+    async fn wrongdoer(&self) -> Raw {
+        Raw::connect(self.server.address).await
     }
 
     async fn bystander_goes_on(&mut self) {
@@ -134,40 +98,6 @@ impl Scene {
         assert_eq!(reason.close_frame().map(|(code, _)| code.0), Some(code), "{what}: {reason:?}");
         eventually(before + 1, || count(&self.engine.metrics())).await;
         self.bystander_goes_on().await;
-    }
-}
-
-struct Wrongdoer {
-    stream: TcpStream,
-}
-
-impl Wrongdoer {
-    async fn says(&mut self, bytes: &[u8]) {
-        soon(self.stream.write_all(bytes)).await.unwrap();
-    }
-
-    /// The next frame: opcode and payload. Pings are the server's own business.
-    async fn hears(&mut self) -> (u8, Vec<u8>) {
-        loop {
-            let (first, length) =
-                (soon(self.stream.read_u8()).await.unwrap(), self.stream.read_u8().await.unwrap());
-            assert!(first & 0xf0 == FIN && length < 126, "a small frame, whole and unmasked");
-            let mut payload = vec![0; length.into()];
-            soon(self.stream.read_exact(&mut payload)).await.unwrap();
-            if first & 0x0f != PING {
-                return (first & 0x0f, payload);
-            }
-        }
-    }
-
-    /// Expects a Close, and the end of the stream behind it.
-    async fn close_code(&mut self) -> Option<u16> {
-        let (opcode, payload) = self.hears().await;
-        assert_eq!(opcode, CLOSE);
-        let mut rest = Vec::new();
-        soon(self.stream.read_to_end(&mut rest)).await.unwrap();
-        assert!(rest.is_empty(), "the Close is the last word: {rest:?}");
-        payload.first_chunk().map(|code| u16::from_be_bytes(*code))
     }
 }
 

@@ -1,38 +1,19 @@
 //! Every example, started as a program of its own and used once.
 //!
-//! What is shown to newcomers must work as shown. The examples are found beside this test's own binary, where
-//! `cargo test --workspace --all-features` has built them; one that is missing is a failure, never a skip.
+//! What is shown to newcomers must work as shown. What `fanout` does on SIGTERM stands in `shutdown.rs`.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
 mod fixture;
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::process::{Output, Stdio};
+use std::process::Output;
 
+use fixture::program::{Running, fanout, program};
 use fixture::{Peer, soon};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::process::{Child, ChildStdout, Command};
 use tokio_tungstenite::tungstenite::Message;
-
-fn program(name: &str) -> Command {
-    let mut path = std::env::current_exe().unwrap();
-    path.pop();
-    path.pop();
-    path.push(format!("examples/{name}{}", std::env::consts::EXE_SUFFIX));
-    let package = if name == "echo" { "shardcast-engine" } else { "shardcast" };
-    assert!(
-        path.exists(),
-        "{} is missing: `cargo test --workspace --all-features` builds it, `cargo test --test examples` does not; \
-         run `cargo build -p {package} --all-features --example {name}` first, in the same profile",
-        path.display(),
-    );
-    let mut program = Command::new(path);
-    program.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    program
-}
 
 /// Runs it to its end.
 async fn run(name: &str, arguments: &[&str]) -> Output {
@@ -41,31 +22,6 @@ async fn run(name: &str, arguments: &[&str]) -> Output {
 
 fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
-}
-
-/// An example that serves until it is dropped.
-struct Running {
-    _process: Child,
-    lines: Lines<BufReader<ChildStdout>>,
-}
-
-impl Running {
-    fn start(name: &str, arguments: &[&str]) -> Self {
-        let mut process = program(name).args(arguments).stderr(Stdio::inherit()).spawn().unwrap();
-        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        Self { _process: process, lines }
-    }
-
-    /// Waits for the line with `prefix`; gives back what stands behind it.
-    async fn says(&mut self, prefix: &str) -> String {
-        loop {
-            let line = soon(self.lines.next_line()).await.unwrap();
-            let line = line.unwrap_or_else(|| panic!("it ended without saying {prefix:?}"));
-            if let Some((_, rest)) = line.split_once(prefix) {
-                return rest.trim().to_owned();
-            }
-        }
-    }
 }
 
 #[tokio::test]
@@ -183,20 +139,6 @@ async fn chat_serves_its_page_and_guests_of_one_room_talk() {
 }
 
 // ---- fanout
-
-/// Starts it on a port that was free a moment ago; another, should somebody have taken it since.
-async fn fanout(arguments: &[&str]) -> (Running, SocketAddr) {
-    for _ in 0..5 {
-        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
-        let port = free.port().to_string();
-        let mut fanout = Running::start("fanout", &[&["--port", &port], arguments].concat());
-        if let Some(line) = soon(fanout.lines.next_line()).await.unwrap() {
-            assert_eq!(line, "ready");
-            return (fanout, free);
-        }
-    }
-    panic!("no port is free for long");
-}
 
 #[tokio::test]
 async fn fanout_serves_its_four_routes() {

@@ -1,0 +1,312 @@
+//! How connections end over real sockets: each reason, what the peer is told, whether it may come back; and who is let in.
+//!
+//! Ends by the engine's shutdown stand in `shutdown.rs`, refused handshakes in `upgrade.rs`, a full house in `hub.rs`.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+
+mod fixture;
+
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use fixture::office::{Office, numbered};
+use fixture::raw::{BINARY, CLOSE, FIN, PING, PONG, frame, text};
+use fixture::{Peer, Server, desk_app, eventually, soon, visit};
+use shardcast::{
+    BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, Shutdown,
+    ShutdownReport, WsHubConfig,
+};
+use tokio::task::JoinHandle;
+use tokio_tungstenite::tungstenite;
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+// ---- each reason
+
+/// What brings a connection to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    SaysGoodbye,
+    LeavesThePage,
+    SaysNoCode,
+    Vanishes,
+    Resets,
+    SendsNonsense,
+    SendsTheWrongKind,
+    FallsSilent,
+    SaysNothing,
+    GrowsOld,
+    LetsTooMuchWait,
+    LetsTooMuchBeDropped,
+    AnswersLate,
+    KeepsTooMuch,
+    Floods,
+    IsSentAway,
+    IsAskedToReturn,
+    MakesTheHandlerPanic,
+    SeesTheEngineStop,
+}
+
+fn application(code: u16) -> CloseReason {
+    CloseReason::Application { code: CloseCode(code), text: "so it is".into() }
+}
+
+fn peer(code: Option<u16>) -> CloseReason {
+    CloseReason::Peer { code: code.map(CloseCode) }
+}
+
+/// For each way: the reason that the hub is told, the code that the peer reads (1005 is a Close without one), and whether
+/// the peer is invited to return.
+fn ends() -> Vec<(Way, CloseReason, Option<u16>, bool)> {
+    use CloseReason::{
+        ControlFlood, HandlerPanicked, HighRtt, IdleTimeout, MaxDuration, PongTimeout, Protocol, Shed,
+        SlowConsumer, TooManyDrops, Transport, Vanished, WrongKind,
+    };
+    vec![
+        (Way::SaysGoodbye, peer(Some(1000)), Some(1000), false),
+        (Way::LeavesThePage, peer(Some(1001)), Some(1001), true),
+        (Way::SaysNoCode, peer(None), Some(1005), true),
+        (Way::Vanishes, Vanished, None, true),
+        (Way::Resets, Transport(std::io::ErrorKind::ConnectionReset), None, true),
+        (Way::SendsNonsense, Protocol(FrameError::Unmasked), Some(1002), false),
+        (Way::SendsTheWrongKind, WrongKind, Some(1003), false),
+        (Way::FallsSilent, PongTimeout, Some(1011), true),
+        (Way::SaysNothing, IdleTimeout, Some(1001), true),
+        (Way::GrowsOld, MaxDuration, Some(1012), true),
+        (Way::LetsTooMuchWait, SlowConsumer, Some(1013), true),
+        (Way::LetsTooMuchBeDropped, TooManyDrops, Some(1013), true),
+        (Way::AnswersLate, HighRtt, Some(1013), true),
+        (Way::KeepsTooMuch, Shed, Some(1013), true),
+        (Way::Floods, ControlFlood, Some(1008), false),
+        (Way::IsSentAway, application(4000), Some(4000), false),
+        (Way::IsAskedToReturn, application(1013), Some(1013), true),
+        (Way::MakesTheHandlerPanic, HandlerPanicked, Some(1011), true),
+        (Way::SeesTheEngineStop, CloseReason::Shutdown { code: CloseCode(1012) }, Some(1012), true),
+    ]
+}
+
+fn config(way: Way) -> WsHubConfig {
+    let calm = WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() };
+    let beating = WsHubConfig { heartbeat_interval: ms(50), pong_timeout: DAY, ..calm.clone() };
+    let narrow = WsHubConfig { outbox_frames: 4, waiting_frames: 4, ..calm.clone() };
+    let (timeout, max_drops) = (Duration::ZERO, 3);
+    match way {
+        Way::FallsSilent => WsHubConfig { pong_timeout: ms(50), ..beating },
+        Way::SaysNothing => WsHubConfig { idle_timeout: Some(ms(100)), ..calm },
+        Way::GrowsOld => WsHubConfig { max_connection_duration: Some(ms(100)), ..calm },
+        Way::LetsTooMuchWait => narrow,
+        Way::LetsTooMuchBeDropped => {
+            WsHubConfig { policy: BroadcastPolicy::DropConnection { timeout, max_drops }, ..narrow }
+        }
+        Way::AnswersLate => {
+            let policy = BroadcastPolicy::DropOnHighRtt { max_rtt: ms(1), rtt_samples: 1 };
+            WsHubConfig { policy, ..beating }
+        }
+        Way::Floods => WsHubConfig { control_frames_per_second: 1, ..calm },
+        _ => calm,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_back() {
+    for (way, expected, expected_code, invites_return) in ends() {
+        let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
+        let mut office = Office::open_on(engine, config(way)).await;
+        let (mut raw, id) = office.visit_raw().await;
+        let mut shutdown: Option<JoinHandle<ShutdownReport>> = None;
+        match way {
+            Way::SaysGoodbye => raw.says(&frame(FIN | CLOSE, &1000u16.to_be_bytes())).await,
+            Way::LeavesThePage => raw.says(&frame(FIN | CLOSE, &1001u16.to_be_bytes())).await,
+            Way::SaysNoCode => raw.says(&frame(FIN | CLOSE, b"")).await,
+            Way::SendsNonsense => raw.says(b"\x81\x01x").await,
+            Way::SendsTheWrongKind => raw.says(&frame(FIN | BINARY, b"x")).await,
+            Way::Floods => raw.says(&frame(FIN | PING, b"").repeat(4)).await,
+            Way::MakesTheHandlerPanic => raw.says(&text("panic as told")).await,
+            Way::FallsSilent | Way::SaysNothing | Way::GrowsOld => {}
+            Way::LetsTooMuchWait | Way::LetsTooMuchBeDropped | Way::KeepsTooMuch => {
+                let mut number = 0;
+                while !office.hub.is_empty() {
+                    assert!(number < 10_000, "{way:?}: nobody ends it");
+                    let bytes = if way == Way::KeepsTooMuch { 50_000 } else { 2000 };
+                    office.hub.to_all().try_publish(numbered(number, bytes)).unwrap();
+                    soon(office.hub.inspect(id)).await.unwrap();
+                    number += 1;
+                }
+            }
+            Way::AnswersLate => {
+                let nonce = raw.is_pinged().await;
+                tokio::time::sleep(ms(5)).await; // this has to pass
+                raw.says(&frame(FIN | PONG, &nonce)).await;
+            }
+            Way::IsSentAway => office.hub.disconnect(id, CloseCode(4000), "so it is").await.unwrap(),
+            Way::IsAskedToReturn => office.hub.disconnect(id, CloseCode(1013), "so it is").await.unwrap(),
+            Way::SeesTheEngineStop => {
+                let engine = office.engine.clone();
+                let end = Shutdown { code: CloseCode(1012), ..Shutdown::within(ms(1000)) };
+                shutdown = Some(tokio::spawn(async move { engine.shutdown_with(end).await }));
+            }
+            Way::Vanishes | Way::Resets => {}
+        }
+        let code = match way {
+            Way::Vanishes => {
+                drop(raw);
+                None
+            }
+            Way::Resets => {
+                raw.reset();
+                None
+            }
+            _ => {
+                let code = raw.rest().await.1;
+                drop(raw); // else it would be waited for
+                code
+            }
+        };
+        assert_eq!(code, expected_code, "{way:?}");
+        let (ended, reason) = office.ended().await;
+        assert_eq!((ended, &reason), (id, &expected), "{way:?}");
+        assert_eq!(reason.invites_return(), invites_return, "{way:?}");
+        eventually((0, 0, 0), || (office.hub.len(), office.hub.groups(), office.engine.connections())).await;
+        assert_eq!(office.others_ended(), [], "{way:?}: once");
+        if let Some(shutdown) = shutdown {
+            soon(shutdown).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn pongs_are_signs_of_life_for_the_idle_timeout() {
+    let (idle, longer) = (ms(1500), ms(2000));
+    let config = WsHubConfig { heartbeat_interval: DAY, idle_timeout: Some(idle), ..WsHubConfig::default() };
+    let mut office = Office::open(1, config).await;
+    let (mut raw, id) = office.visit_raw().await;
+    let began = Instant::now();
+    while began.elapsed() < longer {
+        raw.says(&frame(FIN | PONG, b"still here")).await;
+        tokio::time::sleep(ms(50)).await;
+    }
+    assert_eq!((office.hub.len(), office.others_ended()), (1, vec![]));
+    assert_eq!(office.ended().await, (id, CloseReason::IdleTimeout));
+    assert_eq!(raw.close_code().await, Some(1001));
+}
+
+// ---- ends by the application
+
+async fn hears_then_ends(peer: Peer, texts: &[&str], code: u16, reason: &str) {
+    assert_eq!(
+        peer.rest().await,
+        (texts.iter().map(|text| (*text).to_owned()).collect(), Some((code, reason.to_owned())))
+    );
+}
+
+#[tokio::test]
+async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobody_else() {
+    let mut office = Office::open(2, WsHubConfig::default()).await;
+    let mut peers = Vec::new();
+    let mut ids: Vec<ConnectionId> = Vec::new();
+    for number in 0..8 {
+        let (peer, id) = office.visit().await;
+        for (group, members) in [("red", 0..3), ("blue", 3..5), ("green", 4..6)] {
+            if members.contains(&number) {
+                office.hub.join(id, group).await.unwrap();
+            }
+        }
+        peers.push(peer);
+        ids.push(id);
+    }
+    let [red, spared, red_too, blue, both, green, other, last] =
+        <[Peer; 8]>::try_from(peers).unwrap_or_else(|_| unreachable!());
+    let mut all_ended = Vec::new();
+
+    // A group but one; what was sent before arrives, what is sent after does not.
+    office.hub.to_all().publish("one".to_owned()).await.unwrap();
+    let but_one = [ids[1]];
+    office.hub.to_group("red").except(&but_one).disconnect(CloseCode(4001), "red is over").await.unwrap();
+    office.hub.to_all().publish("two".to_owned()).await.unwrap();
+    for peer in [red, red_too] {
+        hears_then_ends(peer, &["one"], 4001, "red is over").await;
+    }
+    all_ended.extend([office.ended().await, office.ended().await]);
+    assert_eq!((office.hub.len(), office.hub.group_len("red")), (6, 1));
+
+    // Several groups, whose common member ends once.
+    office.hub.to_groups(&["blue", "green"]).disconnect(CloseCode::NORMAL, "").await.unwrap();
+    for peer in [blue, both, green] {
+        hears_then_ends(peer, &["one", "two"], 1000, "").await;
+        all_ended.push(office.ended().await);
+    }
+    assert_eq!((office.hub.len(), office.hub.groups()), (3, 1));
+
+    // Everyone but one; then that one alone.
+    let but_last = [ids[7]];
+    office
+        .hub
+        .to_all()
+        .except(&but_last)
+        .disconnect(CloseCode::SERVICE_RESTART, "back at six")
+        .await
+        .unwrap();
+    office.hub.to_all().publish("three".to_owned()).await.unwrap();
+    for peer in [spared, other] {
+        hears_then_ends(peer, &["one", "two"], 1012, "back at six").await;
+        all_ended.push(office.ended().await);
+    }
+    assert_eq!(office.hub.len(), 1);
+    office.hub.disconnect(ids[7], CloseCode(3000), "žluťoučký").await.unwrap();
+    hears_then_ends(last, &["one", "two", "three"], 3000, "žluťoučký").await;
+    all_ended.push(office.ended().await);
+
+    // Nobody is there: nothing happens, and nothing fails.
+    office.hub.to_all().disconnect(CloseCode::NORMAL, "nobody").await.unwrap();
+    office.hub.to_group("red").disconnect(CloseCode::NORMAL, "nobody").await.unwrap();
+    let codes = [4001, 1012, 4001, 1000, 1000, 1000, 1012, 3000];
+    for (id, code) in ids.iter().zip(codes) {
+        let reasons: Vec<_> = all_ended.iter().filter(|(ended, _)| ended == id).collect();
+        assert!(
+            matches!(&reasons[..], [(_, CloseReason::Application { code: had, .. })] if had.0 == code),
+            "{reasons:?}"
+        );
+    }
+    eventually((0, 0, 0), || (office.hub.len(), office.hub.groups(), office.engine.connections())).await;
+    assert_eq!(office.others_ended(), []);
+}
+
+// ---- the door
+
+#[tokio::test]
+async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_does_it_after_a_leave() {
+    let (here, there) = (Ipv4Addr::new(127, 0, 0, 1), Ipv4Addr::new(127, 0, 0, 2));
+    let config = EngineConfig {
+        shards: Some(2),
+        pin: false,
+        max_connections_per_address: Some(2),
+        ..EngineConfig::default()
+    };
+    let engine = Engine::start(config).unwrap();
+    let server = Server::start_with_addresses(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    let (first, _) = visit(&server.url("/ws")).await;
+    let (mut second, _) = visit(&server.url("/ws")).await;
+    let refused = async |from| {
+        let error = soon(Peer::try_connect_from(from, server.address)).await.err().unwrap();
+        let tungstenite::Error::Http(response) = error else { panic!("{error:?}") };
+        assert_eq!(response.status(), 503);
+        assert_eq!(response.headers()["retry-after"], "5");
+        assert!(response.body().as_deref().is_some_and(|body| body.starts_with(b"no place")), "{response:?}");
+    };
+    refused(here).await;
+    refused(here).await;
+    let (mut stranger, _) = soon(Peer::try_connect_from(there, server.address)).await.unwrap();
+    stranger.hear().await;
+    assert_eq!(engine.connections(), 3);
+    first.leave().await;
+    eventually(2, || engine.connections()).await;
+    let (_third, _) = visit(&server.url("/ws")).await;
+    refused(here).await;
+    second.say("all still here").await;
+    second.hears(&["still here"]).await;
+    stranger.hears(&["still here"]).await;
+}

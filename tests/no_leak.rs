@@ -1,0 +1,81 @@
+//! What an engine leaves behind when it has ended: nothing.
+//!
+//! One test in a process of its own, because it counts the process's threads and file descriptors, which tests beside
+//! it would take and give back as they like.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+#![cfg(target_os = "linux")] // where `/proc` can be asked
+
+mod fixture;
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use fixture::office::{Ledger, Office};
+use fixture::raw::Raw;
+use fixture::{eventually, soon};
+use futures_util::poll;
+use shardcast::{Shutdown, WsHubConfig};
+
+const ENGINES: usize = 50;
+
+/// Threads and file descriptors of this process.
+fn in_use() -> (usize, usize) {
+    let count = |folder| std::fs::read_dir(folder).unwrap().count();
+    (count("/proc/self/task"), count("/proc/self/fd"))
+}
+
+/// An engine with connections of all kinds, ended in one of several ways; gives back what is dropped with its last hub.
+async fn one_engine(round: usize) -> Weak<Ledger> {
+    let office = Office::open(2, WsHubConfig::default()).await;
+    let mut peers = Vec::new();
+    let mut raws: Vec<Raw> = Vec::new();
+    for number in 0..3 {
+        let (peer, id) = office.visit().await;
+        office.hub.join(id, &format!("group {number}")).await.unwrap();
+        peers.push(tokio::spawn(peer.rest()));
+        raws.push(office.visit_raw().await.0);
+    }
+    soon(office.hub.to_all().publish("hello".to_owned())).await.unwrap();
+    raws.pop().unwrap().reset();
+    if round % 10 == 9 {
+        // A handler that never ends by itself, and peers that do not answer.
+        raws[0].says(&fixture::raw::text("wait")).await;
+        eventually(1, || office.engine.metrics().received).await;
+    } else {
+        raws.clear();
+    }
+    let (engine, clients, ledger) =
+        (office.engine.clone(), office.hub.clients().clone(), Arc::downgrade(&office.ledger));
+    let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(Duration::from_secs(1)) };
+    match round % 3 {
+        0 => drop(soon(engine.shutdown_with(shutdown)).await),
+        1 => {
+            let _ = poll!(Box::pin(engine.shutdown_with(shutdown))); // begun, and not waited for
+        }
+        _ => {}
+    }
+    soon(office.close()).await;
+    soon(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
+    for peer in peers {
+        let (heard, close) = soon(peer).await.unwrap();
+        assert_eq!((heard, close), (vec!["hello".to_owned()], Some((1001, String::new()))));
+    }
+    assert_eq!((clients.len(), clients.groups()), (0, 0), "round {round}");
+    ledger
+}
+
+#[test]
+fn engines_that_have_ended_leave_no_thread_no_descriptor_no_group_and_no_hub() {
+    // Threads for what blocks are let go at once, else they would be counted.
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(2).thread_keep_alive(Duration::from_millis(1)).enable_all().build();
+    runtime.unwrap().block_on(async {
+        let before = in_use();
+        for round in 0..ENGINES {
+            let ledger = one_engine(round).await;
+            eventually(0, || ledger.strong_count()).await;
+        }
+        eventually(before, in_use).await;
+    });
+}

@@ -1,0 +1,326 @@
+//! The end of an engine with real clients: what still arrives, what each client is told, and that the report adds up.
+//!
+//! What an engine leaves behind when it is dropped is counted in `no_leak.rs`, which has a process of its own for that.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+
+mod fixture;
+
+use std::time::{Duration, Instant};
+
+use fixture::office::{Office, number_of, numbered};
+use fixture::program::fanout;
+use fixture::raw::Raw;
+use fixture::{Desk, Peer, desk_app, engine, eventually, soon, visit};
+use futures_util::{SinkExt as _, poll};
+use serde_json::{Value, json};
+use shardcast::{CloseCode, CloseReason, SendError, Shutdown, ShutdownReport, TrySendError, WsHubConfig};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::process::Command;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio_tungstenite::tungstenite::{self, Message};
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// Long enough for everything on any machine; nothing waits for all of it.
+const LONG: Duration = Duration::from_secs(30);
+const SHORT: Duration = Duration::from_millis(500);
+const MESSAGE_BYTES: usize = 2000;
+
+type Heard = (Vec<String>, Option<(u16, String)>);
+
+fn at_once(within: Duration) -> Shutdown {
+    Shutdown { spread: Duration::ZERO, ..Shutdown::within(within) }
+}
+
+/// Flushed, cut off, left over.
+fn counts(report: ShutdownReport) -> [u64; 3] {
+    [report.flushed, report.cut_off, report.left_over]
+}
+
+fn reads_to_the_end(peer: Peer) -> JoinHandle<Heard> {
+    tokio::spawn(peer.rest())
+}
+
+fn gone() -> CloseReason {
+    CloseReason::Shutdown { code: CloseCode::GOING_AWAY }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_adds_up() {
+    const CLIENTS: usize = 12;
+    const PUBLISHERS: usize = 3;
+    const EACH: usize = 500;
+    let mut office = Office::open(3, WsHubConfig::default()).await;
+    let mut readers = Vec::new();
+    for _ in 0..CLIENTS {
+        readers.push(reads_to_the_end(office.visit().await.0));
+    }
+    // The end comes when the last of it has been accepted, and much of it is still on its way.
+    let publishers: Vec<_> = (0..PUBLISHERS)
+        .map(|publisher| {
+            let clients = office.hub.clients().clone();
+            tokio::spawn(async move {
+                for count in 0..EACH {
+                    clients.to_all().publish(format!("{count} {publisher}")).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for publisher in publishers {
+        soon(publisher).await.unwrap();
+    }
+    let report = soon(office.engine.shutdown(Duration::from_secs(10))).await;
+    assert_eq!(counts(report), [CLIENTS as u64, 0, 0]);
+    assert_eq!((office.engine.connections(), office.hub.len(), office.hub.groups()), (0, 0, 0));
+    let mut first = None;
+    for reader in readers {
+        let (heard, close) = soon(reader).await.unwrap();
+        assert_eq!(close, Some((1001, String::new())));
+        for publisher in 0..PUBLISHERS {
+            let own = heard.iter().filter(|text| text.ends_with(&format!(" {publisher}")));
+            assert!(own.map(|text| number_of(text)).eq(0..EACH), "of {publisher}, without gaps");
+        }
+        assert!(*first.get_or_insert_with(|| heard.clone()) == heard, "in one order");
+    }
+    for _ in 0..CLIENTS {
+        assert_eq!(office.ended().await.1, gone());
+    }
+    assert_eq!(office.others_ended(), []);
+    // Nothing more is taken, and asking again tells the same.
+    assert!(matches!(office.hub.to_all().try_publish("late".to_owned()), Err(TrySendError::Closed)));
+    let refused = office.hub.to_all().send("late".to_owned()).await;
+    assert!(matches!(refused, Err(SendError::Closed)), "{refused:?}");
+    assert_eq!(soon(office.engine.shutdown(LONG)).await, report);
+}
+
+#[tokio::test]
+async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more() {
+    let mut office = Office::open(2, WsHubConfig::default()).await;
+    let (mut busy, busy_id) = office.visit().await;
+    let (mut other, other_id) = office.visit().await;
+    busy.say("wait").await;
+    eventually(1, || office.engine.metrics().received).await;
+    let engine = office.engine.clone();
+    let ending = Shutdown { code: CloseCode::SERVICE_RESTART, ..at_once(LONG) };
+    let mut shutdown = Box::pin(engine.shutdown_with(ending));
+    assert!(poll!(&mut shutdown).is_pending());
+    let refused = soon(Peer::try_connect(office.server.url("/ws"), &[])).await.err().unwrap();
+    let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["retry-after"]),
+        (503, &"5".parse().unwrap())
+    );
+    // When a shard has answered twice, a turn is over in which it has learnt of the end.
+    for id in [busy_id, other_id] {
+        office.counted(id).await;
+        office.counted(id).await;
+    }
+    other.say("all unheard").await;
+    busy.say("all unheard").await;
+    soon(office.hub.to_all().publish("still taken".to_owned())).await.unwrap();
+    other.hears(&["still taken"]).await;
+    assert!(poll!(&mut shutdown).is_pending());
+    assert_eq!(office.others_ended(), []);
+
+    let readers = [busy, other].map(reads_to_the_end);
+    office.ledger.permits.add_permits(1);
+    assert_eq!(counts(soon(shutdown).await), [2, 0, 0]);
+    for (reader, heard_before) in readers.into_iter().zip([0, 1]) {
+        let (heard, close) = soon(reader).await.unwrap();
+        assert_eq!(heard, ["still taken", "waited"][heard_before..], "what the busy one sent at last, too");
+        assert_eq!(close, Some((1012, String::new())));
+    }
+    for _ in 0..2 {
+        let reason = CloseReason::Shutdown { code: CloseCode::SERVICE_RESTART };
+        assert_eq!(office.ended().await.1, reason);
+    }
+    assert_eq!((office.engine.metrics().received, office.engine.connections()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over() {
+    let mut office = Office::open(2, WsHubConfig::default()).await;
+    let (mut busy, _) = office.visit().await;
+    let (other, other_id) = office.visit().await;
+    busy.say("wait").await;
+    eventually(1, || office.engine.metrics().received).await;
+    let readers = [busy, other].map(reads_to_the_end);
+    let began = Instant::now();
+    let report = soon(office.engine.shutdown(SHORT)).await;
+    assert!(began.elapsed() >= SHORT, "it had all the time there was");
+    assert_eq!(counts(report), [2, 0, 1], "its client has had all that was its own");
+    for reader in readers {
+        assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
+    }
+    assert_eq!(office.ended().await, (other_id, gone()));
+    assert_eq!(office.others_ended(), [], "the busy one was dropped without a word");
+    assert_eq!(office.engine.connections(), 0);
+}
+
+/// Somebody who does not read, somebody who does, and many messages for both.
+async fn stalled_and_reading(messages: usize) -> (Office, Raw, JoinHandle<Heard>) {
+    let office = Office::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+    let (stalled, _) = office.visit_raw().await;
+    let reader = reads_to_the_end(office.visit().await.0);
+    for number in 0..messages {
+        soon(office.hub.to_all().publish(numbered(number, MESSAGE_BYTES))).await.unwrap();
+    }
+    (office, stalled, reader)
+}
+
+#[tokio::test]
+async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_else() {
+    const MESSAGES: usize = 200;
+    let (mut office, mut stalled, reader) = stalled_and_reading(MESSAGES).await;
+    let report = soon(office.engine.shutdown(SHORT)).await;
+    assert_eq!(counts(report), [1, 1, 0]);
+    let (heard, close) = soon(reader).await.unwrap();
+    assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
+    assert_eq!(close, Some((1001, String::new())));
+    // What its kernel had is in one piece, and there is no Close behind what is missing.
+    let mut heard = 0;
+    while let Some(text) = stalled.next_whole_text().await {
+        assert_eq!(number_of(&text), heard);
+        heard += 1;
+    }
+    assert!(heard < MESSAGES);
+    for _ in 0..2 {
+        assert_eq!(office.ended().await.1, gone(), "for the hub both have ended in order");
+    }
+    assert_eq!(office.engine.connections(), 0);
+}
+
+#[tokio::test]
+async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything() {
+    const MESSAGES: usize = 200;
+    let (office, mut slow, reader) = stalled_and_reading(MESSAGES).await;
+    let engine = office.engine.clone();
+    let shutdown = tokio::spawn(async move { counts(engine.shutdown_with(at_once(LONG)).await) });
+    // The other one's end does not wait for it.
+    assert_eq!(soon(reader).await.unwrap().0.len(), MESSAGES);
+    let (heard, code) = slow.rest().await;
+    assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
+    assert_eq!(code, Some(1001));
+    drop(slow);
+    assert_eq!(soon(shutdown).await.unwrap(), [2, 0, 0]);
+}
+
+#[tokio::test]
+async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() {
+    let engine = engine(2);
+    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (tell, told) = oneshot::channel();
+    let (app, ending) = (desk_app(hub.clone()), engine.clone());
+    let serving = tokio::spawn(async move {
+        let signal = async move {
+            stopped.await.unwrap();
+            tell.send(ending.shutdown(Duration::from_secs(4)).await).unwrap();
+        };
+        axum::serve(listener, app).with_graceful_shutdown(signal).await.unwrap();
+    });
+    let mut readers = Vec::new();
+    for _ in 0..5 {
+        readers.push(reads_to_the_end(visit(&format!("ws://{address}/ws")).await.0));
+    }
+    hub.to_all().publish("last words".to_owned()).await.unwrap();
+    stop.send(()).unwrap();
+    for reader in readers {
+        let (heard, close) = soon(reader).await.unwrap();
+        assert_eq!((heard, close), (vec!["last words".to_owned()], Some((1001, String::new()))));
+    }
+    soon(serving).await.unwrap();
+    assert_eq!(counts(soon(told).await.unwrap()), [5, 0, 0]);
+    assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
+}
+
+/// One of the clients of `fanout`: says its next tick when it has heard its last, and writes down what it hears from the
+/// start sign on, to the end.
+async fn talk(
+    mut peer: Peer,
+    name: usize,
+    talks: bool,
+    mut warm: Option<oneshot::Sender<()>>,
+) -> (Vec<Value>, u16) {
+    const WARM: u64 = 30;
+    let name = name.to_string();
+    let tick = |t: u64| Message::text(json!({ "t": t, "p": name }).to_string());
+    let (mut heard, mut has_begun) = (Vec::new(), false);
+    loop {
+        let text = match peer.next().await {
+            Some(Message::Text(text)) => text,
+            Some(Message::Close(Some(close))) => return (heard, close.code.into()),
+            other => panic!("{other:?}"),
+        };
+        let message: Value = serde_json::from_str(&text).unwrap();
+        let is_start = message["p"] == "start";
+        has_begun |= is_start;
+        let is_own = message["p"].as_str() == Some(&name);
+        let said = message["t"].as_u64().unwrap();
+        if has_begun {
+            heard.push(message);
+        }
+        if talks && has_begun && (is_start || is_own) {
+            if said == WARM
+                && let Some(warm) = warm.take()
+            {
+                warm.send(()).unwrap();
+            }
+            // What is said to a server that ends is not heard, which is not its fault.
+            let _ = soon(peer.socket.send(tick(said + 1))).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted_arrives() {
+    const CLIENTS: usize = 50;
+    const TALKERS: usize = 8;
+    let (mut fanout, address) = fanout(&["--shards", "2", "--no-pin"]).await;
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        // A client counts from its adoption, which its own tick proves.
+        let mut peer = Peer::connect(format!("ws://{address}/ws")).await;
+        let hello = json!({ "t": clients.len(), "p": "hello" }).to_string();
+        peer.say(hello.clone()).await;
+        while serde_json::from_str::<Value>(&peer.hear().await).unwrap()
+            != serde_json::from_str::<Value>(&hello).unwrap()
+        {}
+        clients.push(peer);
+    }
+    clients[0].say(json!({ "t": 0, "p": "start" }).to_string()).await;
+    let (mut talking, mut warming) = (Vec::new(), Vec::new());
+    for (name, peer) in clients.into_iter().enumerate() {
+        let (warm, is_warm) = oneshot::channel();
+        let talks = name < TALKERS;
+        warming.extend(talks.then_some(is_warm));
+        talking.push(tokio::spawn(talk(peer, name, talks, talks.then_some(warm))));
+    }
+    for is_warm in warming {
+        soon(is_warm).await.unwrap();
+    }
+    let process = fanout.process.id().unwrap().to_string();
+    assert!(soon(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
+
+    let mut ends = Vec::new();
+    for client in talking {
+        ends.push(soon(client).await.unwrap());
+    }
+    let everything = &ends[0].0;
+    for (heard, code) in &ends {
+        assert_eq!(*code, 1001);
+        assert!(heard == everything, "{} and {} messages", heard.len(), everything.len());
+    }
+    for talker in 0..TALKERS {
+        let name = talker.to_string();
+        let own = everything.iter().filter(|tick| tick["p"].as_str() == Some(&name));
+        let own: Vec<u64> = own.map(|tick| tick["t"].as_u64().unwrap()).collect();
+        assert!(own.len() >= 30 && own.iter().copied().eq(1..=own.len() as u64), "without gaps: {own:?}");
+    }
+    assert_eq!(fanout.says("flushed ").await, format!("{CLIENTS}, cut off 0, left over 0"));
+    assert!(soon(fanout.process.wait()).await.unwrap().success());
+    assert_eq!(soon(fanout.lines.next_line()).await.unwrap(), None);
+}

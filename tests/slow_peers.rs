@@ -1,0 +1,512 @@
+//! Slow, dead and hostile peers over real sockets: what they get, what the hub is told, what the others notice.
+//!
+//! Each policy is shown on a peer that has stopped reading and on one that reads in sips. What time has to do with it
+//! is decided in `engine/tests/slow_clients.rs`, where time can be driven; here a time only has to pass, never in time.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+
+mod fixture;
+
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
+
+use fixture::office::{Office, number_of, numbered};
+use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
+use fixture::{PATIENCE, Peer, Server, desk_app, eventually, soon, visit};
+use shardcast::{BroadcastPolicy, CloseReason, ConnectionId, Receipt, WsHubConfig};
+use socket2::SockRef;
+use tokio::task::{JoinHandle, JoinSet};
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const MESSAGE_BYTES: usize = 2000;
+const OUTBOX_FRAMES: usize = 8;
+/// More rounds than anything takes.
+const MANY: usize = 100_000;
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+const DROP: BroadcastPolicy = BroadcastPolicy::DropMessage { timeout: ms(2) };
+const DROP_AT_ONCE: BroadcastPolicy = BroadcastPolicy::DropMessage { timeout: Duration::ZERO };
+/// Ends nobody here: who drops so often has other worries.
+const DROP_LONG: BroadcastPolicy = BroadcastPolicy::DropConnection { timeout: ms(2), max_drops: 1_000_000 };
+const HIGH_RTT: BroadcastPolicy = BroadcastPolicy::DropOnHighRtt { max_rtt: ms(1000), rtt_samples: 1 };
+
+/// Small outboxes, and nobody is asked whether he lives.
+fn narrow(policy: BroadcastPolicy) -> WsHubConfig {
+    WsHubConfig { policy, outbox_frames: OUTBOX_FRAMES, heartbeat_interval: DAY, ..WsHubConfig::default() }
+}
+
+/// Pings often, and waits for ever for the answer unless told otherwise.
+fn beating(policy: BroadcastPolicy) -> WsHubConfig {
+    WsHubConfig { policy, heartbeat_interval: ms(50), pong_timeout: DAY, ..WsHubConfig::default() }
+}
+
+// ---- stalled, and reading in sips
+
+/// A slow peer and three that read, on two shards; each message reaches the three before the next is sent. The slow one
+/// takes at most `sip` bytes out of its kernel for each message. In the end it reads everything that is left.
+async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
+    const ROUNDS: usize = 120;
+    const OTHERS: usize = 3;
+    let mut office = Office::open(2, narrow(policy)).await;
+    let (mut slow, slow_id) = office.visit_raw().await;
+    let mut others = Vec::new();
+    for _ in 0..OTHERS {
+        let (peer, id) = office.visit().await;
+        office.hub.join(id, "others").await.unwrap();
+        others.push(peer);
+    }
+    let drops =
+        matches!(policy, BroadcastPolicy::DropMessage { .. } | BroadcastPolicy::DropConnection { .. });
+    let (mut receipts, mut unfinished) = (Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        let message = numbered(round, MESSAGE_BYTES);
+        if drops {
+            // Who wants a receipt waits for the slow one's time to be over; the others get the message meanwhile.
+            let target = office.hub.to_all();
+            let both = async { tokio::join!(target.send(&message), all_hear(&mut others, &message)).0 };
+            receipts.push(soon(both).await.unwrap());
+        } else {
+            // Its receipt may take until the slow one reads; the next one's ticket may not come before this one's.
+            let (hub, to_all) = (office.hub.clone(), message.clone());
+            let sending = tokio::spawn(async move { hub.to_all().send(to_all).await.unwrap() });
+            all_hear(&mut others, &message).await;
+            unfinished.push(sending);
+            // Who does not publish to the slow one is not held up by it.
+            let aside = format!("aside {round}");
+            soon(office.hub.to_group("others").publish(aside.clone())).await.unwrap();
+            all_hear(&mut others, &aside).await;
+        }
+        slow.sip(sip);
+    }
+
+    // What the connection has counted is what the receipts say and what the hub was told.
+    let counted = office.counted(slow_id).await;
+    let dropped = counted.dropped_timeout + counted.dropped_overflow;
+    assert_eq!(counted.offered, ROUNDS as u64 + 1, "with its id");
+    assert_eq!(counted.offered, counted.written + dropped + counted.pending, "{counted:?}");
+    assert_eq!(counted.discarded, 0);
+    if drops {
+        assert!(counted.pending <= OUTBOX_FRAMES as u64 && dropped > 10, "a test of something: {counted:?}");
+        let sum = |count: fn(&Receipt) -> u64| receipts.iter().map(count).sum::<u64>();
+        assert_eq!(sum(|receipt| receipt.dropped_timeout), counted.dropped_timeout);
+        assert_eq!(sum(|receipt| receipt.dropped_overflow), counted.dropped_overflow);
+        assert_eq!(sum(|receipt| receipt.disconnected), 0);
+    } else {
+        assert!(counted.pending > OUTBOX_FRAMES as u64 && dropped == 0, "a test of something: {counted:?}");
+        assert!(!unfinished.last().unwrap().is_finished(), "who awaits the slow one waits");
+    }
+    eventually(dropped, || office.ledger.drops(slow_id)).await;
+
+    // Now it reads: whole frames, in order, exactly those that the receipts do not call dropped.
+    let last = numbered(ROUNDS, 10);
+    if policy == HIGH_RTT {
+        soon(office.hub.to_all().publish(last)).await.unwrap(); // nobody waits under this policy
+    } else {
+        office.hub.to(slow_id).try_publish(last).unwrap();
+    }
+    let mut heard = Vec::new();
+    while heard.last() != Some(&ROUNDS) {
+        heard.push(number_of(&slow.hears_text().await));
+    }
+    for sending in unfinished {
+        receipts.push(soon(sending).await.unwrap());
+    }
+    let arrived = |receipt: &Receipt| receipt.dropped_timeout + receipt.dropped_overflow == 0;
+    let taken = (0..ROUNDS).filter(|round| arrived(&receipts[*round]));
+    assert_eq!(heard, taken.chain([ROUNDS]).collect::<Vec<_>>());
+    for receipt in &receipts {
+        assert_eq!(receipt.targets, OTHERS as u64 + 1);
+        assert_eq!(receipt.taken(), OTHERS as u64 + u64::from(arrived(receipt)), "{receipt:?}");
+        assert!(receipt.waited <= 1 && (arrived(receipt) || receipt.waited == 1), "{receipt:?}");
+    }
+    let counted = office.counted(slow_id).await;
+    assert_eq!((counted.written, counted.pending), (counted.offered - dropped, 0));
+    assert_eq!(office.ledger.drops(slow_id), dropped, "none was told twice");
+    assert_eq!(office.others_ended(), []);
+}
+
+async fn all_hear(peers: &mut [Peer], text: &str) {
+    for peer in peers {
+        peer.hears(&[text]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_block_who_reads_gets_all_at_once_and_a_stalled_peer_all_in_the_end() {
+    a_slow_peer_among_others(BroadcastPolicy::Block, 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_drop_message_who_reads_gets_all_and_each_loss_of_a_stalled_peer_is_told() {
+    a_slow_peer_among_others(DROP, 0).await;
+    a_slow_peer_among_others(DROP_AT_ONCE, 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_drop_connection_who_reads_gets_all_and_each_loss_of_a_stalled_peer_is_told() {
+    a_slow_peer_among_others(DROP_LONG, 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_drop_on_high_rtt_who_reads_gets_all_at_once_and_a_stalled_peer_all_in_the_end() {
+    a_slow_peer_among_others(HIGH_RTT, 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_reads_in_sips_gets_whole_frames_in_order_under_each_policy() {
+    // Odd, so that it stops in the middle of frames and of headers.
+    for policy in [BroadcastPolicy::Block, DROP, DROP_AT_ONCE, DROP_LONG, HIGH_RTT] {
+        a_slow_peer_among_others(policy, 701).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody_else() {
+    const MAX_DROPS: u32 = 5;
+    for timeout in [Duration::ZERO, ms(1)] {
+        let policy = BroadcastPolicy::DropConnection { timeout, max_drops: MAX_DROPS };
+        let mut office = Office::open(2, narrow(policy)).await;
+        let (mut stalled, stalled_id) = office.visit_raw().await;
+        let (mut other, other_id) = office.visit().await;
+        for id in [stalled_id, other_id] {
+            office.hub.join(id, "both").await.unwrap();
+        }
+        office.hub.join(stalled_id, "alone").await.unwrap();
+        let (mut rounds, mut losses) = (0, 0);
+        while office.hub.len() == 2 {
+            assert!(rounds < MANY, "nobody ends it");
+            let message = numbered(rounds, MESSAGE_BYTES);
+            let target = office.hub.to_group("both");
+            let hearing = all_hear(std::slice::from_mut(&mut other), &message);
+            let both = async { tokio::join!(target.send(&message), hearing).0 };
+            let receipt = soon(both).await.unwrap();
+            losses += receipt.dropped_timeout + receipt.dropped_overflow;
+            rounds += 1;
+        }
+        assert_eq!(losses, u64::from(MAX_DROPS), "each loss in a row counts, none before");
+        assert_eq!(office.ended().await, (stalled_id, CloseReason::TooManyDrops));
+        assert_eq!(office.ledger.drops(stalled_id), losses, "the hub was told before the end");
+        let left = (office.hub.group_len("both"), office.hub.group_len("alone"), office.hub.groups());
+        assert_eq!(left, (1, 0, 1));
+        // What the kernel had is whole and in one piece, then it is told why.
+        let (texts, code) = stalled.rest().await;
+        assert_eq!(code, Some(1013));
+        assert!(texts.iter().map(|text| number_of(text)).eq(0..texts.len()));
+        let (own, written) = (texts.len() as u64 + 1, rounds as u64 + 1);
+        drop(stalled);
+        eventually(1, || office.engine.connections()).await;
+        eventually((own + written, losses, 1, 0), || {
+            let all = office.engine.metrics();
+            (all.written, all.dropped_timeout + all.dropped_overflow, all.ended_slow, all.pending)
+        })
+        .await;
+        let all = office.engine.metrics();
+        assert!(all.discarded >= OUTBOX_FRAMES as u64 - 1, "{all:?}");
+        assert_eq!(all.offered, all.written + losses + all.discarded, "{all:?}");
+        other.say("me still here").await;
+        other.hears(&["still here"]).await;
+        assert_eq!(office.others_ended(), []);
+    }
+}
+
+// ---- round trips and silence
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_answers_is_not() {
+    let mut office = Office::open(1, beating(HIGH_RTT)).await;
+    let (mut prompt, prompt_id) = office.visit_raw().await;
+    let (mut late, late_id) = office.visit_raw().await;
+    let nonce = prompt.is_pinged().await;
+    prompt.says(&frame(FIN | PONG, &nonce)).await;
+    prompt.says(&text("me answered")).await;
+    assert_eq!(prompt.hears_text().await, "answered");
+    let nonce = late.is_pinged().await;
+    tokio::time::sleep(ms(1100)).await; // this has to pass
+    assert_eq!(office.hub.len(), 2, "no answer is no slow answer");
+    late.says(&frame(FIN | PONG, &nonce)).await;
+    assert_eq!(office.ended().await, (late_id, CloseReason::HighRtt));
+    assert_eq!(late.close_code().await, Some(1013));
+    drop(late);
+    eventually(1, || office.engine.connections()).await;
+    assert_eq!(office.engine.metrics().ended_slow, 1);
+    assert!(office.counted(prompt_id).await.rtt.last.is_some());
+    assert_eq!(office.others_ended(), []);
+}
+
+/// A hub whose peers must answer soon, and a neighbour of theirs on the same shard, at another hub that is patient.
+async fn impatient(pong_timeout: Duration) -> (Office, Server, Peer) {
+    let config = WsHubConfig {
+        pong_timeout,
+        close_timeout: ms(100),
+        outbox_frames: OUTBOX_FRAMES,
+        ..beating(BroadcastPolicy::Block)
+    };
+    let office = Office::open(1, config).await;
+    let neighbours = Server::start(desk_app(office.engine.hub(WsHubConfig::default()).unwrap())).await;
+    let (neighbour, _) = visit(&neighbours.url("/ws")).await;
+    (office, neighbours, neighbour)
+}
+
+#[tokio::test]
+async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
+    let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
+    let (mut silent, id) = office.visit_raw().await;
+    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
+    assert_eq!((office.hub.len(), office.hub.groups()), (0, 0));
+    silent.is_pinged().await;
+    assert_eq!(
+        silent.frame().await,
+        Some((CLOSE, [&1011u16.to_be_bytes()[..], b"no pong in time"].concat()))
+    );
+    assert_eq!(silent.frame().await, None);
+    eventually(1, || office.engine.connections()).await;
+    neighbour.say("undisturbed").await;
+    neighbour.hears(&["undisturbed"]).await;
+    assert_eq!(office.others_ended(), []);
+}
+
+#[tokio::test]
+async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy() {
+    let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
+    let (mut silent, id) = office.visit_raw().await;
+    silent.says(&text("wait")).await;
+    // It leaves the hub, though its handler is still at it and is told later.
+    eventually(0, || office.hub.len()).await;
+    assert_eq!(silent.close_code().await, Some(1011));
+    neighbour.say("undisturbed").await;
+    neighbour.hears(&["undisturbed"]).await;
+    assert_eq!(office.others_ended(), [], "its handler is not interrupted");
+    assert_eq!(office.engine.connections(), 2, "so something of it is still there");
+    office.ledger.permits.add_permits(1);
+    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
+    eventually(1, || office.engine.connections()).await;
+    assert_eq!(office.others_ended(), []);
+}
+
+#[tokio::test]
+async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() {
+    let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
+    let (_silent, id) = office.visit_raw().await;
+    for round in 0..60 {
+        office.hub.to_all().try_publish(numbered(round, MESSAGE_BYTES)).unwrap();
+    }
+    let waiting = {
+        let hub = office.hub.clone();
+        tokio::spawn(async move { hub.to_all().send(numbered(60, MESSAGE_BYTES)).await.unwrap() })
+    };
+    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
+    let receipt = soon(waiting).await.unwrap();
+    assert_eq!(
+        (receipt.targets, receipt.waited, receipt.disconnected),
+        (1, 1, 1),
+        "who waited for it goes on"
+    );
+    // It does not even read the Close, and is dropped after its time.
+    eventually(1, || office.engine.connections()).await;
+    eventually((62 + 1, 0), || {
+        let all = office.engine.metrics();
+        (all.written + all.discarded, all.pending)
+    })
+    .await;
+    neighbour.say("undisturbed").await;
+    neighbour.hears(&["undisturbed"]).await;
+    assert_eq!(office.others_ended(), []);
+}
+
+#[tokio::test]
+async fn pongs_that_answer_nothing_keep_no_peer_alive() {
+    // Such that no pause of a busy machine is as long: it is the wrong words that must not count.
+    let (mut office, _neighbours, _neighbour) = impatient(ms(1000)).await;
+    let (mut liar, id) = office.visit_raw().await;
+    let mut nonce = liar.is_pinged().await;
+    nonce[0] ^= 1;
+    // It talks all the time, and would live if its words counted.
+    let began = Instant::now();
+    while office.hub.len() == 1 {
+        for payload in [&nonce[..], b"", &[0; 8], &[0xff; 8], &nonce[..7]] {
+            let _ = liar.stream.try_write(&frame(FIN | PONG, payload)); // its end may have come
+        }
+        assert!(began.elapsed() < PATIENCE, "it lives on lies");
+        tokio::time::sleep(ms(50)).await;
+    }
+    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
+    assert_eq!(liar.close_code().await, Some(1011));
+}
+
+#[tokio::test]
+async fn pongs_that_answer_nothing_count_for_no_round_trip() {
+    let office = Office::open(1, beating(BroadcastPolicy::Block)).await;
+    let (mut raw, id) = office.visit_raw().await;
+    let echo = async |raw: &mut Raw| {
+        raw.says(&text("so far")).await;
+        assert_eq!(raw.hears_text().await, "so far", "and all before it was read, too");
+    };
+    let nonce = raw.is_pinged().await;
+    let mut other = nonce.clone();
+    other[7] ^= 1;
+    for payload in [&other[..], b"", &nonce[..7], &[&nonce[..], b"x"].concat()] {
+        raw.says(&frame(FIN | PONG, payload)).await;
+    }
+    echo(&mut raw).await;
+    assert_eq!(office.counted(id).await.rtt.last, None, "wrong ones do not count");
+    raw.says(&frame(FIN | PONG, &nonce)).await;
+    echo(&mut raw).await;
+    let rtt = office.counted(id).await.rtt;
+    assert!(rtt.last.is_some() && rtt.average == rtt.last);
+    for _ in 0..10 {
+        raw.says(&frame(FIN | PONG, &nonce)).await;
+    }
+    echo(&mut raw).await;
+    assert_eq!(office.counted(id).await.rtt, rtt, "the same answer once more does not count");
+}
+
+// ---- resets
+
+/// Reads numbers in the background until `last`; gives back those from the first on.
+fn until_number(mut peer: Peer, last: usize) -> JoinHandle<(Vec<usize>, Peer)> {
+    tokio::spawn(async move {
+        let mut heard = Vec::new();
+        while heard.last() != Some(&last) {
+            heard.push(number_of(&peer.hear().await));
+        }
+        (heard, peer)
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobody() {
+    const RUDE: usize = 8;
+    const LAST: usize = usize::MAX;
+    let mut office = Office::open(2, WsHubConfig::default()).await;
+    let mut readers = Vec::new();
+    for _ in 0..4 {
+        let (peer, id) = office.visit().await;
+        office.hub.join(id, "stayers").await.unwrap();
+        readers.push(until_number(peer, LAST));
+    }
+    let mut rude = Vec::new();
+    for number in 0..RUDE {
+        let (raw, id) = office.visit_raw().await;
+        office.hub.join(id, "goers").await.unwrap();
+        office.hub.join(id, &format!("alone {number}")).await.unwrap();
+        rude.push((raw, id));
+    }
+    let mut ids: Vec<ConnectionId> = rude.iter().map(|(_, id)| *id).collect();
+    // All of them at once, each in the middle of something: some have read a part, some nothing.
+    let mut resets = JoinSet::new();
+    for (number, (mut raw, _)) in rude.into_iter().enumerate() {
+        resets.spawn(async move {
+            if number % 2 == 0 {
+                for round in 0..=number * 5 {
+                    assert_eq!(number_of(&raw.hears_text().await), round);
+                }
+                raw.sip(100);
+            }
+            raw.reset();
+        });
+    }
+    let mut round = 0;
+    while !resets.is_empty() || office.hub.len() > 4 {
+        assert!(round < MANY, "nobody notices");
+        soon(office.hub.to_all().publish(numbered(round, MESSAGE_BYTES))).await.unwrap();
+        round += 1;
+        while let Some(reset) = resets.try_join_next() {
+            reset.unwrap();
+        }
+    }
+    soon(office.hub.to_all().publish(numbered(LAST, 30))).await.unwrap();
+    for reader in readers {
+        let (heard, _peer) = soon(reader).await.unwrap();
+        assert!(heard.iter().copied().eq((0..round).chain([LAST])), "everything, in order");
+    }
+    for _ in 0..RUDE {
+        let (id, reason) = office.ended().await;
+        let place = ids.iter().position(|other| *other == id).expect("it has not ended before");
+        ids.remove(place);
+        assert!(matches!(reason, CloseReason::Transport(_) | CloseReason::Vanished), "{reason:?}");
+    }
+    eventually(0, || office.hub.group_len("goers")).await;
+}
+
+// ---- floods
+
+#[tokio::test]
+async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
+    const LIMIT: usize = 20;
+    let config = WsHubConfig {
+        control_frames_per_second: LIMIT as u16,
+        heartbeat_interval: DAY,
+        ..WsHubConfig::default()
+    };
+    let mut office = Office::open(1, config).await;
+    let (mut other, _) = office.visit().await;
+    let (mut modest, _) = office.visit_raw().await;
+    modest.says(&frame(FIN | PING, b"ping").repeat(LIMIT)).await;
+    for _ in 0..LIMIT {
+        assert_eq!(modest.frame().await, Some((PONG, b"ping".to_vec())));
+    }
+    // Small enough to be read at once, so that it all falls into one second.
+    for opcode in [PING, PONG] {
+        let (mut flooder, id) = office.visit_raw().await;
+        flooder.says(&frame(FIN | opcode, b"ping").repeat(LIMIT * 3)).await;
+        let answered = if opcode == PING { LIMIT } else { 0 };
+        for _ in 0..answered {
+            assert_eq!(flooder.frame().await, Some((PONG, b"ping".to_vec())));
+        }
+        assert_eq!(flooder.close_code().await, Some(1008));
+        assert_eq!(office.ended().await, (id, CloseReason::ControlFlood));
+    }
+    modest.says(&text("me still here")).await;
+    assert_eq!(modest.hears().await, (TEXT, b"still here".to_vec()));
+    other.say("me still here").await;
+    other.hears(&["still here"]).await;
+    assert_eq!(office.others_ended(), []);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is_busy() {
+    const ATTEMPTS_IN_VAIN: usize = 50;
+    let mut office = Office::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+    let (mut other, _) = office.visit().await;
+    let mut flooder = Raw::connect(office.server.address).await;
+    let id: ConnectionId = flooder.hears_text().await.parse().unwrap();
+    SockRef::from(&flooder.stream).set_send_buffer_size(16 << 10).unwrap();
+    flooder.says(&text("wait")).await;
+    // Until nothing more goes out, although its shard has had turn after turn, as the other one shows.
+    let batch = text("me 12345678").repeat(1000);
+    let (mut sent, mut in_vain) = (0, 0);
+    while in_vain < ATTEMPTS_IN_VAIN {
+        match flooder.stream.try_write(&batch[sent % batch.len()..]) {
+            Ok(count) => (sent, in_vain) = (sent + count, 0),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                in_vain += 1;
+                other.say("me served").await;
+                other.hears(&["served"]).await;
+            }
+            Err(error) => panic!("{error}"),
+        }
+        assert!(sent < 16 << 20, "everything is read, although nothing is handled");
+    }
+    assert_eq!(office.counted(id).await.received, 1, "the one that its handler is at");
+    office.ledger.permits.add_permits(1);
+    assert_eq!(flooder.hears_text().await, "waited");
+    other.hears(&["waited"]).await;
+    // All that was sent is handled, in whole messages, none twice.
+    let message_bytes = text("me 12345678").len();
+    for _ in 0..sent / message_bytes {
+        assert_eq!(flooder.hears_text().await, "12345678");
+    }
+    let missing = sent.next_multiple_of(message_bytes) - sent;
+    flooder.says(&batch[message_bytes - missing..message_bytes]).await;
+    if missing > 0 {
+        assert_eq!(flooder.hears_text().await, "12345678");
+    }
+    flooder.says(&text("me over")).await;
+    assert_eq!(flooder.hears_text().await, "over");
+    other.say("me served").await;
+    other.hears(&["served"]).await;
+    assert_eq!(office.others_ended(), []);
+}
