@@ -117,7 +117,8 @@ impl<M, C> Clients<M, C> {
         self.to(id).disconnect(code, reason).await
     }
 
-    /// What a connection has counted, after everything that was sent before; none if it has gone.
+    /// What a connection has counted, after everything that was sent before; none if it has
+    /// gone, its closing handshake included.
     ///
     /// # Errors
     /// As for [`join`](Self::join).

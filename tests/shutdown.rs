@@ -94,6 +94,42 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     assert_eq!(soon(office.engine.shutdown(LONG)).await, report);
 }
 
+/// Whenever the end comes between the calls of those who publish: what they are told `Ok` for is heard by all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
+    const ROUNDS: u64 = 20;
+    const PUBLISHERS: usize = 8;
+    for round in 0..ROUNDS {
+        let office = Office::open(2, WsHubConfig::default()).await;
+        let mut readers = Vec::new();
+        for _ in 0..4 {
+            readers.push(reads_to_the_end(office.visit().await.0));
+        }
+        let publish = || {
+            let clients = office.hub.clients().clone();
+            std::thread::spawn(move || {
+                let mut accepted = 0;
+                loop {
+                    match clients.to_all().try_publish(String::new()) {
+                        Ok(()) => accepted += 1,
+                        Err(TrySendError::Full) => std::thread::yield_now(),
+                        Err(_) => return accepted,
+                    }
+                }
+            })
+        };
+        let publishers: Vec<_> = std::iter::repeat_with(publish).take(PUBLISHERS).collect();
+        // At another moment in each round.
+        eventually(true, || office.engine.metrics().publications > round * 50).await;
+        soon(office.engine.shutdown_with(at_once(LONG))).await;
+        let accepted: usize = publishers.into_iter().map(|publisher| publisher.join().unwrap()).sum();
+        for reader in readers {
+            let (heard, close) = soon(reader).await.unwrap();
+            assert_eq!((heard.len(), close.map(|close| close.0)), (accepted, Some(1001)), "round {round}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more() {
     let mut office = Office::open(2, WsHubConfig::default()).await;
@@ -189,6 +225,28 @@ async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_e
         assert_eq!(office.ended().await.1, gone(), "for the hub both have ended in order");
     }
     assert_eq!(office.engine.connections(), 0);
+}
+
+#[tokio::test]
+async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
+    let config = WsHubConfig { heartbeat_interval: DAY, outbox_frames: 8, ..WsHubConfig::default() };
+    let office = Office::open(1, config).await;
+    let (_stalled, id) = office.visit_raw().await;
+    office.hub.join(id, "room").await.unwrap();
+    for number in 0..100 {
+        office.hub.to_all().try_publish(numbered(number, MESSAGE_BYTES)).unwrap();
+    }
+    let hub = office.hub.clone();
+    let sending = tokio::spawn(async move { hub.to_all().send("last".to_owned()).await.unwrap() });
+    eventually(101, || office.engine.metrics().publications).await;
+    let report = soon(office.engine.shutdown_with(at_once(SHORT))).await;
+    assert_eq!(counts(report), [0, 1, 0]);
+    let receipt = soon(sending).await.unwrap();
+    assert_eq!((receipt.targets, receipt.taken(), receipt.disconnected), (1, 0, 1));
+    let after = office.engine.metrics();
+    assert_eq!((after.connections, after.pending, after.pending_bytes, after.ended), (0, 0, 0, 1));
+    assert_eq!((after.written + after.discarded, after.discarded > 0), (after.offered, true), "{after:?}");
+    assert_eq!((office.hub.len(), office.hub.groups()), (0, 0));
 }
 
 #[tokio::test]

@@ -27,7 +27,10 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use crossbeam_utils::CachePadded;
 
 use crate::sync::{AtomicU32, AtomicU64, UnsafeCell, fence};
-use crate::wait_list::WaitList;
+use crate::wait_list::{Refused, WaitList};
+
+/// In the tail: no more positions are given out.
+const CLOSED: u64 = 1 << 63;
 
 /// The cursor of a shard that has ended: it holds back nobody.
 const ENDED: u64 = u64::MAX;
@@ -83,7 +86,14 @@ impl<T> Log<T> {
     /// The position after every publication that has begun. What a caller published before is below it.
     #[inline]
     pub(crate) fn tail(&self) -> u64 {
-        self.tail.load(Acquire) // pairs with the claim in `try_push`
+        self.tail.load(Acquire) & !CLOSED // pairs with the claim in `try_push`
+    }
+
+    /// Refuses publications from now on. In one step with the claims, so that the tail that is seen afterwards is the
+    /// last, and everything that was accepted lies below it.
+    pub(crate) fn close(&self) {
+        self.tail.fetch_or(CLOSED, AcqRel); // pairs with the claim in `try_push`
+        self.waiting.wake_all();
     }
 
     /// How many publications some shard has not passed yet (never too few).
@@ -92,16 +102,19 @@ impl<T> Log<T> {
         // The gate first: it never overtakes the tail, so the difference cannot be negative.
         // Acquire: what the shards announced before they passed (congestion) is visible now.
         let gate = self.gate.load(Acquire);
-        self.tail.load(Relaxed) - gate
+        (self.tail.load(Relaxed) & !CLOSED) - gate
     }
 
-    /// Appends `value`; gives it back when the log is full. Returns its position.
+    /// Appends `value`; gives it back when the log is full or closed. Returns its position.
     ///
     /// Ends with a `SeqCst` fence, so that what the caller then finds out (who is interested, who is
     /// asleep) is not older than its claim.
-    pub(crate) fn try_push(&self, value: T) -> Result<u64, T> {
+    pub(crate) fn try_push(&self, value: T) -> Result<u64, Refused<T>> {
         let mut position = self.tail.load(Relaxed); // Relaxed: the exchange below decides
         loop {
+            if position & CLOSED != 0 {
+                return Err(Refused::Closed(value));
+            }
             // Acquire: pairs with `reclaim`; the slot's old value is gone.
             let gate = self.gate.load(Acquire);
             if position < gate {
@@ -109,7 +122,7 @@ impl<T> Log<T> {
                 continue;
             }
             if position - gate >= self.slots.len() as u64 {
-                return Err(value);
+                return Err(Refused::Full(value));
             }
             // AcqRel: a shard that sees this claim sees all that its publisher did before.
             match self.tail.compare_exchange_weak(position, position + 1, AcqRel, Relaxed) {
@@ -194,7 +207,7 @@ impl<T> Log<T> {
 impl<T> Drop for Log<T> {
     fn drop(&mut self) {
         let gate = self.gate.load(Relaxed); // Relaxed: &mut self, nobody else is here
-        for position in gate..self.tail.load(Relaxed) {
+        for position in gate..self.tail.load(Relaxed) & !CLOSED {
             let slot = self.slot(position);
             if slot.sequence.load(Relaxed) == position + 1 {
                 // SAFETY: released and not reclaimed, and `&mut self` excludes every other thread.
@@ -292,7 +305,7 @@ mod tests {
         let publish = |publisher| {
             for number in 0..PER_PUBLISHER {
                 let mut value = Value { publisher, number: Box::new(number), drops: drops.clone() };
-                while let Err(refused) = log.try_push(value) {
+                while let Err(Refused::Full(refused)) = log.try_push(value) {
                     value = refused;
                     std::thread::yield_now();
                 }
@@ -334,11 +347,13 @@ mod tests {
         let value = |number| Value { publisher: 0, number: Box::new(number), drops: drops.clone() };
         assert_eq!(log.try_push(value(0)).ok(), Some(0));
         assert_eq!(log.try_push(value(1)).ok(), Some(1));
-        assert_eq!(log.try_push(value(2)).err().map(|value| *value.number), Some(2));
+        assert!(matches!(log.try_push(value(2)), Err(Refused::Full(value)) if *value.number == 2));
         assert_eq!(log.laggards(1).collect::<Vec<_>>(), [0, 1]);
-        assert_eq!((drops.load(Relaxed), log.in_flight()), (1, 2));
+        log.close();
+        assert!(matches!(log.try_push(value(3)), Err(Refused::Closed(value)) if *value.number == 3));
+        assert_eq!((drops.load(Relaxed), log.in_flight(), log.tail()), (2, 2, 2));
         drop((readers, log));
-        assert_eq!(drops.load(Relaxed), 3);
+        assert_eq!(drops.load(Relaxed), 4);
     }
 }
 
@@ -371,7 +386,8 @@ mod models {
             for registered in [false, true] {
                 match log.try_push(value) {
                     Ok(_) => return bells.iter().for_each(|bell| bell.ring()),
-                    Err(refused) => value = refused,
+                    Err(Refused::Full(refused)) => value = refused,
+                    Err(Refused::Closed(_)) => panic!("nobody closes"),
                 }
                 if !registered {
                     assert!(log.waiting.register(&mut ticket, &waker));
@@ -453,6 +469,28 @@ mod models {
     #[test]
     fn two_publishers_and_two_readers_agree() {
         all_read_everything_in_one_order(&[&[1], &[2]], 2);
+    }
+
+    #[test]
+    fn what_is_accepted_before_the_close_lies_below_the_tail_that_is_seen_after_it() {
+        loom::model(|| {
+            let drops = Arc::new(AtomicUsize::new(0));
+            let (log, mut readers) = Log::new(4, 1, 4);
+            let publish = |number| {
+                let (log, drops) = (log.clone(), drops.clone());
+                thread::spawn(move || log.try_push(Value(number, drops)).is_ok())
+            };
+            let publishers = vec![publish(1), publish(2)];
+            log.close();
+            let tail = log.tail();
+            let accepted = join(publishers).into_iter().filter(|accepted| *accepted).count();
+            assert_eq!(tail, accepted as u64);
+            let read = std::iter::from_fn(|| {
+                let is_there = readers[0].get(0).is_some();
+                is_there.then(|| readers[0].advance(1))
+            });
+            assert_eq!((read.count(), log.tail()), (accepted, tail));
+        });
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crossbeam_utils::CachePadded;
 
 use crate::id::ConnectionId;
 use crate::sync::{ArrayQueue, AtomicBool, SegQueue, fence};
-use crate::wait_list::WaitList;
+use crate::wait_list::{Refused, WaitList};
 
 /// Interrupts the shard's poll.
 pub(crate) trait Bell {
@@ -69,14 +69,6 @@ impl Queued {
     pub(crate) fn taken(&self) {
         self.0.swap(false, AcqRel);
     }
-}
-
-/// Why a command was not taken; gives it back.
-#[derive(Debug)]
-pub(crate) enum Refused<C> {
-    Full(C),
-    /// The shard has ended.
-    Closed(C),
 }
 
 impl<C, B: Bell> Mailbox<C, B> {
@@ -158,15 +150,6 @@ impl<C, B: Bell> Mailbox<C, B> {
         fence(SeqCst); // pairs with the fence in `wake`, as `push` uses it
         while self.pop().is_some() {}
         self.waiting.wake_all();
-    }
-}
-
-impl<C> Refused<C> {
-    pub(crate) fn map<D>(self, wrap: impl FnOnce(C) -> D) -> Refused<D> {
-        match self {
-            Self::Full(command) => Refused::Full(wrap(command)),
-            Self::Closed(command) => Refused::Closed(wrap(command)),
-        }
     }
 }
 

@@ -29,13 +29,12 @@ use crate::directory::{Directory, Group};
 use crate::frame::Frame;
 use crate::handler::MakeHandler;
 use crate::id::ConnectionId;
-use crate::mailbox::Refused;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::policy::Policy;
 use crate::publisher::Shared;
 use crate::receipt::{self, Receipt, Ticket};
 use crate::socket::Socket;
-use crate::wait_list::{self, WaitList};
+use crate::wait_list::{self, Refused, WaitList};
 
 /// Whom a frame is for.
 #[derive(Debug, Clone, Copy)]
@@ -151,14 +150,14 @@ impl Namespace {
     /// # Errors
     /// [`TrySendError::Full`] if the log (for one connection: its shard's mailbox) is full.
     pub fn try_publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), TrySendError> {
+        let destination = self.resolve(to, except);
+        // Looked at last: where nobody is there any more, that may be because the end has come.
         if self.shared.stopping.is_closed() {
             return Err(TrySendError::Closed(frame));
         }
-        let refused = match self.parcel(to, except, Payload::Frame(frame), None) {
-            None => return Ok(()),
-            Some(parcel) => self.try_dispatch(parcel),
-        };
-        refused.map_err(|refused| match refused {
+        let Some(destination) = destination else { return Ok(()) };
+        let parcel = self.parcel(destination, except, Payload::Frame(frame), None);
+        self.try_dispatch(parcel).map_err(|refused| match refused {
             Refused::Full(parcel) => {
                 self.shared.wake_laggards(1);
                 TrySendError::Full(parcel.into_frame())
@@ -333,26 +332,48 @@ impl Namespace {
         payload: Payload,
         ticket: Option<Ticket>,
     ) -> Result<Option<Room<'_>>, SendError> {
+        let destination = self.resolve(to, except);
+        // Looked at last: where nobody is there any more, that may be because the end has come.
         if self.shared.stopping.is_closed() {
-            return Err(SendError::Closed); // also where nobody is there any more
+            return Err(SendError::Closed);
         }
-        self.parcel(to, except, payload, ticket).map_or(Ok(None), |parcel| self.deliver(parcel))
+        let Some(destination) = destination else { return Ok(None) };
+        self.deliver(self.parcel(destination, except, payload, ticket))
     }
 
-    /// Resolves the target; none if nobody is there.
+    /// Where a target's members are; none if nobody is there.
+    fn resolve(&self, to: To<'_>, except: &[ConnectionId]) -> Option<Destination> {
+        let occupied = |group: &Arc<Group>| !group.is_empty();
+        Some(match to {
+            To::Connection(id) => {
+                let is_here = id.shard() < self.shared.mailboxes.len();
+                Destination::Shard(Some(id).filter(|id| is_here && !except.contains(id))?)
+            }
+            To::Everyone => {
+                let everyone = Some(self.directory.everyone()).filter(|group| occupied(group))?;
+                Destination::Log(Target::One(everyone.clone()))
+            }
+            To::Group(name) => Destination::Log(Target::One(self.directory.find(name).filter(occupied)?)),
+            To::Groups(names) => {
+                let find = |name: &&str| self.directory.find(name).filter(occupied);
+                let groups: Box<[_]> = names.iter().filter_map(find).collect();
+                if groups.is_empty() {
+                    return None;
+                }
+                Destination::Log(Target::Several(groups))
+            }
+        })
+    }
+
     fn parcel(
         &self,
-        to: To<'_>,
+        destination: Destination,
         except: &[ConnectionId],
         payload: Payload,
         ticket: Option<Ticket>,
-    ) -> Option<Parcel> {
-        let occupied = |group: &Arc<Group>| !group.is_empty();
-        let target = match to {
-            To::Connection(id) => {
-                if except.contains(&id) || id.shard() >= self.shared.mailboxes.len() {
-                    return None;
-                }
+    ) -> Parcel {
+        match destination {
+            Destination::Shard(id) => {
                 let action = match payload {
                     Payload::Frame(frame) => {
                         Action::Send { frame, policy: self.policy.unwrap_or_default(), ticket }
@@ -360,23 +381,13 @@ impl Namespace {
                     Payload::End(reason) => Action::Close(reason),
                 };
                 let command = Command::For { id, namespace: self.directory.key(), action };
-                return Some(Parcel::Command(id.shard(), command));
+                Parcel::Command(id.shard(), command)
             }
-            To::Everyone => {
-                Target::One(Some(self.directory.everyone()).filter(|group| occupied(group))?.clone())
+            Destination::Log(target) => {
+                let except = SmallVec::from_slice(except);
+                Parcel::Publication(Publication { target, except, payload, policy: self.policy, ticket })
             }
-            To::Group(name) => Target::One(self.directory.find(name).filter(occupied)?),
-            To::Groups(names) => {
-                let find = |name: &&str| self.directory.find(name).filter(occupied);
-                let groups: Box<[_]> = names.iter().filter_map(find).collect();
-                if groups.is_empty() {
-                    return None;
-                }
-                Target::Several(groups)
-            }
-        };
-        let except = SmallVec::from_slice(except);
-        Some(Parcel::Publication(Publication { target, except, payload, policy: self.policy, ticket }))
+        }
     }
 
     fn try_dispatch(&self, parcel: Parcel) -> Result<(), Refused<Parcel>> {
@@ -446,6 +457,12 @@ impl Namespace {
 /// Ends when there was room for a parcel. Boxed, because it is rare and large: held by value, it would make the
 /// futures of all who publish as large.
 type Room<'a> = Pin<Box<dyn Future<Output = Result<(), SendError>> + Send + 'a>>;
+
+/// Where something is to go: to one connection's shard, or through the log.
+enum Destination {
+    Shard(ConnectionId),
+    Log(Target),
+}
 
 /// What is on its way to a shard or to all.
 enum Parcel {

@@ -15,9 +15,10 @@ use crate::config::EngineConfig;
 use crate::handler::Post;
 use crate::id::ConnectionId;
 use crate::log::Log;
-use crate::mailbox::{Mailbox, Refused};
+use crate::mailbox::Mailbox;
 use crate::metrics::PublishedMetrics;
 use crate::stopping::{Shutdown, Stopping};
+use crate::wait_list::Refused;
 
 /// Publications after which even a shard that they do not concern is woken to pass them.
 const LAG_MAX: u64 = 256;
@@ -56,12 +57,9 @@ impl Shared {
 
     /// Puts a publication into the log and wakes the shards that it concerns.
     pub(crate) fn try_publish(&self, publication: Publication) -> Result<(), Refused<Publication>> {
-        if self.stopping.is_closed() {
-            return Err(Refused::Closed(publication));
-        }
         let waited_for = publication.ticket.is_some();
         let groups: smallvec::SmallVec<[_; 1]> = publication.target.groups().iter().cloned().collect();
-        let position = self.log.try_push(publication).map_err(Refused::Full)?;
+        let position = self.log.try_push(publication)?;
         if waited_for {
             // The ticket comes back when every shard has passed, also those without members.
             self.mailboxes.iter().for_each(Mailbox::wake);
@@ -108,6 +106,7 @@ impl Shared {
 
     /// Refuses publications from now on, and tells the shards.
     pub(crate) fn close(&self) {
+        self.log.close(); // first: who sees the engine closed sees the log's last tail
         self.stopping.close();
         self.wake_all();
     }

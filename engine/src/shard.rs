@@ -237,6 +237,10 @@ impl Shard {
         self.keep_within_budget();
         self.follow_stop();
         self.crowd.metrics.turns += 1;
+        self.publish_metrics();
+    }
+
+    fn publish_metrics(&mut self) {
         self.crowd.metrics.connections = self.crowd.connections.len() as u64;
         let Metrics { offered, written, dropped_timeout, dropped_overflow, discarded, .. } =
             self.crowd.metrics;

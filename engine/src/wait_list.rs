@@ -15,6 +15,23 @@ use std::task::Waker;
 use crate::sync::{AtomicBool, Mutex, fence};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
+/// Why something was not taken; gives it back.
+#[derive(Debug)]
+pub(crate) enum Refused<T> {
+    Full(T),
+    /// Nothing is taken any more.
+    Closed(T),
+}
+
+impl<T> Refused<T> {
+    pub(crate) fn map<U>(self, wrap: impl FnOnce(T) -> U) -> Refused<U> {
+        match self {
+            Self::Full(value) => Refused::Full(wrap(value)),
+            Self::Closed(value) => Refused::Closed(wrap(value)),
+        }
+    }
+}
+
 /// Where a waiting publisher stands, so that a second poll does not count twice.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Ticket(Option<(u64, usize)>);

@@ -429,6 +429,21 @@ fn beating(policy: Policy) -> ConnectionConfig {
 }
 
 #[test]
+fn pings_come_every_interval_also_where_a_pong_may_take_longer() {
+    let interval = ms(50);
+    let config =
+        ConnectionConfig { heartbeat_interval: interval, pong_timeout: ms(8000), ..narrow(Policy::Block) };
+    let mut rig = rig(1, config);
+    let mut client = rig.connect();
+    for _ in 0..5 {
+        let before = rig.now;
+        round_trip(&mut rig, &mut client, ms(1));
+        let passed = rig.now - before;
+        assert!(passed <= interval + TWO_TICKS, "{passed:?}");
+    }
+}
+
+#[test]
 fn a_high_average_round_trip_ends_the_connection() {
     let policy = Policy::DropOnHighRtt { max_rtt: ms(100), rtt_samples: 3 };
     let mut rig = rig(1, beating(policy));

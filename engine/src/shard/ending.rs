@@ -46,9 +46,6 @@ impl Shard {
         connection.phase = Phase::Closing;
         connection.unread = None;
         let is_readable = connection.is_readable;
-        let directory = connection.directory.clone();
-        let congestion = connection.congestion();
-        connection.is_congested = false;
         self.crowd.metrics.ended += 1;
         match reason {
             CloseReason::Protocol(_) | CloseReason::ControlFlood => self.crowd.metrics.ended_protocol += 1,
@@ -82,15 +79,35 @@ impl Shard {
         if is_readable {
             self.mark_ready(slot);
         }
-        while let Some((group, left)) = self.crowd.groups.leave_any(slot) {
-            self.has_left(&directory, &group, left, congestion);
-        }
+        self.leave_groups(slot);
         if is_told {
             self.crowd.mark_dirty(slot);
         } else {
             self.drop_socket(slot);
         }
         self.tell_end(slot);
+    }
+
+    /// Takes a connection out of all its groups.
+    pub(super) fn leave_groups(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let directory = connection.directory.clone();
+        let congestion = connection.congestion();
+        connection.is_congested = false;
+        while let Some((group, left)) = self.crowd.groups.leave_any(slot) {
+            self.has_left(&directory, &group, left, congestion);
+        }
+    }
+
+    /// Gives up everything that is queued for a connection, the frame that is being written included; returns how
+    /// many frames that were.
+    pub(super) fn discard_all(&mut self, slot: u32) -> u64 {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return 0 };
+        self.crowd.backlog_bytes -= connection.outbox.backlog_bytes();
+        let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
+        connection.counts.discarded += discarded;
+        self.crowd.metrics.discarded += discarded;
+        discarded
     }
 
     /// A member is no longer in this shard's index: so the directory must not count it either.
@@ -166,10 +183,7 @@ impl Shard {
     pub(super) fn drop_socket(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         connection.socket = None;
-        self.crowd.backlog_bytes -= connection.outbox.backlog_bytes();
-        let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
-        connection.counts.discarded += discarded;
-        self.crowd.metrics.discarded += discarded;
+        let discarded = self.discard_all(slot);
         if let Some(stop) = &mut self.stop {
             match discarded {
                 0 => stop.report.flushed += 1,

@@ -157,9 +157,12 @@ impl Shard {
                 Ok(Some(Event::Pong(payload))) => {
                     connection.heartbeat.pong(self.crowd.now, payload);
                     let max_rtt = connection.config.policy.max_rtt();
-                    max_rtt
-                        .filter(|max| connection.heartbeat.is_rtt_above(*max))
-                        .map(|_| CloseReason::HighRtt)
+                    let is_high = max_rtt.is_some_and(|max| connection.heartbeat.is_rtt_above(max));
+                    // The reminder is set for the pong's timeout, and the next ping may be due before it.
+                    if connection.config.heartbeat_interval < connection.config.pong_timeout {
+                        self.beat(slot);
+                    }
+                    is_high.then_some(CloseReason::HighRtt)
                 }
                 Ok(Some(Event::Close(close))) => {
                     Some(CloseReason::Peer { code: close.map(|(code, _)| code) })

@@ -4,6 +4,7 @@
 //! the log, closes its connections over the window, counts how they went. Also what happens
 //! when a shard's thread ends in another way. Does not know what asked for it.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use crate::close_reason::CloseReason;
@@ -70,8 +71,13 @@ impl Shard {
             if now >= stop.closing_by {
                 self.shared.close();
             }
-            if !self.shared.stopping.is_closed() || !self.reader.is_at_tail() {
-                return; // what was published before goes out first
+            let mailbox = &self.shared.mailboxes[self.index];
+            let has_commands = self.held.is_some() || !mailbox.is_empty();
+            if !self.shared.stopping.is_closed()
+                || !self.reader.is_at_tail()
+                || (has_commands && now < stop.closing_by)
+            {
+                return; // what was sent before goes out first
             }
             let open =
                 self.crowd.connections.iter().filter(|(_, connection)| connection.phase == Phase::Open);
@@ -101,23 +107,42 @@ impl Shard {
     }
 }
 
+impl Shard {
+    /// What remains when the time is over: sockets are dropped with what is queued for them, handlers are abandoned.
+    fn abandon(&mut self, report: &mut ShutdownReport) {
+        let slots: Vec<u32> = self.crowd.connections.iter().map(|(slot, _)| slot as u32).collect();
+        for slot in slots {
+            self.leave_groups(slot);
+            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { continue };
+            self.crowd.metrics.ended += u64::from(connection.phase == Phase::Open);
+            report.left_over += u64::from(connection.handler.is_some());
+            let has_socket = connection.socket.is_some();
+            match self.discard_all(slot) {
+                _ if !has_socket => {}
+                0 => report.flushed += 1,
+                _ => report.cut_off += 1,
+            }
+        }
+        let connections = &mut self.crowd.connections;
+        if catch_unwind(AssertUnwindSafe(|| connections.clear())).is_err() {
+            tracing::error!("dropping a handler panicked");
+        }
+        self.keep_within_budget();
+        self.publish_metrics();
+    }
+}
+
 impl Drop for Shard {
     /// Nobody waits for a shard that has ended.
     fn drop(&mut self) {
+        self.shared.mailboxes[self.index].close();
+        let mut report = self.stop.take().map_or_else(ShutdownReport::default, |stop| stop.report);
         if std::thread::panicking() {
             // Promises cannot be kept with a part of the connections gone: the whole engine stops.
             tracing::error!(shard = self.index, "a shard panicked; the engine stops");
             self.shared.stop(Duration::ZERO, Instant::now());
-        }
-        self.shared.mailboxes[self.index].close();
-        let mut report = self.stop.take().map_or_else(ShutdownReport::default, |stop| stop.report);
-        for (_, connection) in &self.crowd.connections {
-            report.left_over += u64::from(connection.handler.is_some());
-            match connection.outbox.pending() {
-                _ if connection.socket.is_none() => {}
-                0 => report.flushed += 1,
-                _ => report.cut_off += 1,
-            }
+        } else {
+            self.abandon(&mut report);
         }
         self.shared.stopping.tell_end(report);
     }
