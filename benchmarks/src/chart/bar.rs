@@ -76,6 +76,33 @@ impl BarChart {
         self.frame.close(canvas, bottom + LEADING + 4.0)
     }
 
+    /// The same in letters, for where no image can be shown: a line for each bar.
+    pub(crate) fn sketch(&self) -> String {
+        const LETTERS: f64 = 40.0;
+        let values = || self.rows.iter().flat_map(|row| &row.bars).flatten().map(|bar| bar.value);
+        let span = if self.logarithmic { Span::log(values()) } else { Span::linear(values()) };
+        let longest = values().map(|value| span.place(value)).fold(f64::MIN_POSITIVE, f64::max);
+        let width = self.rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0);
+        let mut sketch = format!("{}\n\n", self.frame.title);
+        for row in &self.rows {
+            for (turn, bar) in row.bars.iter().enumerate() {
+                let name = if turn == 0 { row.name.as_str() } else { "" };
+                let line = match bar {
+                    // A bar that cannot be seen is still there.
+                    Some(bar) => {
+                        let letters = (span.place(bar.value) / longest * LETTERS).round().max(1.0);
+                        let which = if self.legend.len() > 1 { self.legend.get(turn) } else { None };
+                        let which = which.map_or(String::new(), |which| format!(", {which}"));
+                        format!("{} {}{which}", "█".repeat(letters as usize), bar.label)
+                    }
+                    None => "no result".to_owned(),
+                };
+                sketch += &format!("{name:<width$}  {line}\n");
+            }
+        }
+        sketch
+    }
+
     fn draw_legend(&self, canvas: &mut Canvas, left: f64, top: f64) {
         let mut x = left;
         for (turn, name) in self.legend.iter().enumerate() {
@@ -91,7 +118,7 @@ impl BarChart {
 mod tests {
     use super::*;
 
-    fn chart(logarithmic: bool) -> String {
+    fn chart(logarithmic: bool) -> BarChart {
         let bar = |value: f64, faulty| Some(Bar { value, label: format!("{value} here"), faulty });
         BarChart {
             frame: Frame { title: "T".into(), subtitle: "S".into(), notes: vec!["N".into()] },
@@ -102,7 +129,6 @@ mod tests {
             ],
             logarithmic,
         }
-        .draw()
     }
 
     fn widths(svg: &str) -> Vec<f64> {
@@ -113,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_linear_bar_is_as_long_as_its_value_and_none_is_invisible() {
-        let widths = widths(&chart(false));
+        let widths = widths(&chart(false).draw());
         assert_eq!(widths.len(), 3);
         assert!((widths[0] - 2.0 * widths[1]).abs() < 0.2, "{widths:?}");
         assert_eq!(widths[2], 1.5);
@@ -121,19 +147,29 @@ mod tests {
 
     #[test]
     fn a_logarithmic_bar_takes_nothing_for_the_beginning() {
-        let widths = widths(&chart(true));
+        let widths = widths(&chart(true).draw());
         assert!(widths[0] > widths[1] && widths[1] > widths[2]);
         assert_eq!(widths[2], 1.5);
     }
 
     #[test]
     fn every_value_its_fault_and_its_absence_is_told() {
-        let svg = chart(false);
+        let svg = chart(false).draw();
         for text in
             [">floor<", ">shardcast<", ">100 here<", ">50 here<", ">no result<", ">one<", ">many<", ">N<"]
         {
             assert!(svg.contains(text), "{text} is missing");
         }
         assert_eq!(svg.matches(" faulty\"").count(), 1);
+    }
+
+    #[test]
+    fn a_sketch_has_a_line_for_each_bar_as_long_as_its_value() {
+        let sketch = chart(false).sketch();
+        let lines: Vec<&str> = sketch.lines().skip(2).collect();
+        let lengths: Vec<usize> = lines.iter().map(|line| line.matches('█').count()).collect();
+        assert_eq!(lengths, [40, 20, 1, 0]);
+        assert!(lines[0].starts_with("floor ") && lines[0].ends_with(" 100 here, one"), "{sketch}");
+        assert!(lines[1].starts_with("   ") && lines[3].ends_with("no result"), "{sketch}");
     }
 }

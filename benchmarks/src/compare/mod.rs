@@ -117,12 +117,16 @@ pub(crate) fn run(options: &Options) -> Result<bool, CompareError> {
         workshop.build(&options.servers)?;
     }
     let comparison = Comparison::make(options, &workshop);
-    let table = Table(&comparison).to_string();
-    print!("{table}");
-    results.write("compare.md", &table)?;
+    let figures = comparison.figures();
+    let mut page = Table(&comparison).to_string();
+    for (_, figure) in &figures {
+        page += &format!("\n```text\n{}```\n", figure.sketch());
+    }
+    print!("{page}");
+    results.write("compare.md", &page)?;
     results.write_json("compare.json", &comparison.record())?;
-    for (name, figure) in comparison.figures() {
-        results.write(name, &figure)?;
+    for (name, figure) in &figures {
+        results.write(name, &figure.draw())?;
     }
     Ok(!comparison.runs.0.iter().any(|run| run.outcome.is_unacceptable(run.server)))
 }
