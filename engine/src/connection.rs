@@ -304,6 +304,7 @@ mod tests {
 
     #[test]
     fn a_connection_costs_a_known_amount_of_memory() {
+        println!("the state of a connection: {} bytes", size_of::<Connection>());
         assert!(size_of::<Connection>() <= 304, "{} bytes", size_of::<Connection>());
     }
 }

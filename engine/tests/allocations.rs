@@ -1,0 +1,104 @@
+//! What a delivery allocates: nothing, however many connections a publication reaches.
+//!
+//! A counting allocator and an engine that is driven by hand, in a process of their own. Peers are sinks, so nothing
+//! ever stays queued.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use fixture::{Rig, at_once};
+use shardcast_engine::{ConnectionConfig, Context, Flow, Frame, Handler, Message, Newcomer, Socket, To};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is handed on to the system's allocator; counting does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Relaxed);
+        // SAFETY: the caller keeps the contract of `GlobalAlloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+struct Silent;
+
+impl Handler for Silent {
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+        Flow::Ready
+    }
+}
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const PUBLICATIONS: usize = 100;
+
+fn with_sinks(count: usize) -> Rig {
+    let config =
+        ConnectionConfig { heartbeat_interval: DAY, pong_timeout: DAY, ..ConnectionConfig::default() };
+    let mut rig = Rig::with(
+        shardcast_engine::EngineConfig { shards: Some(1), ..shardcast_engine::EngineConfig::default() },
+        config,
+    );
+    for _ in 0..count {
+        let newcomer = Newcomer {
+            socket: Socket::sink(),
+            received: Default::default(),
+            handler: Box::new(|_| Box::new(Silent)),
+            config: Arc::clone(&rig.config),
+            place: rig.engine.admit(None).unwrap(),
+        };
+        at_once(rig.everyone.adopt(newcomer)).unwrap();
+        rig.settle();
+    }
+    rig
+}
+
+/// Allocations of publishing and delivering, once all buffers have the size that they need.
+fn allocations(rig: &mut Rig, at_a_time: usize) -> usize {
+    let frame = Frame::text("what everybody gets");
+    let publish = |rig: &mut Rig| {
+        for _ in 0..PUBLICATIONS / at_a_time {
+            for _ in 0..at_a_time {
+                rig.everyone.try_publish(To::Everyone, &[], frame.clone()).unwrap();
+            }
+            while rig.shards.iter().any(shardcast_engine::Shard::has_work) {
+                rig.turn();
+            }
+        }
+    };
+    publish(rig);
+    let before = ALLOCATIONS.load(Relaxed);
+    publish(rig);
+    ALLOCATIONS.load(Relaxed) - before
+}
+
+#[test]
+fn a_delivery_allocates_nothing_while_nothing_is_queued() {
+    let (mut few, mut many) = (with_sinks(1), with_sinks(1000));
+    for at_a_time in [1, 10] {
+        let (for_one, for_many) = (allocations(&mut few, at_a_time), allocations(&mut many, at_a_time));
+        println!(
+            "{PUBLICATIONS} publications, {at_a_time} at a time: {for_one} allocations for 1, {for_many} for 1000"
+        );
+        assert_eq!(for_one, for_many, "{at_a_time} at a time");
+        assert!(for_one <= 8 * PUBLICATIONS, "{for_one}");
+    }
+    let books = many.engine.metrics();
+    assert_eq!((books.offered, books.written), (4000 * PUBLICATIONS as u64, 4000 * PUBLICATIONS as u64));
+}
