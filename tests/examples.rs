@@ -188,13 +188,15 @@ async fn fanout_serves_its_four_routes() {
 
 #[tokio::test]
 async fn fanout_says_what_to_do_when_it_is_not_understood() {
-    let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--policy POLICY], where POLICY is block,";
+    let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY], \
+         where POLICY is block,";
     for (arguments, says) in [
         (&["--policy", "nonsense"][..], "`nonsense` is no policy"),
         (&["--policy"], usage),
         (&["--nonsense"], usage),
         (&["--port", "many"], usage),
         (&["--shards", "-1"], usage),
+        (&["--coalesce", "soon"], usage),
     ] {
         let output = run("fanout", arguments).await;
         assert!(!output.status.success(), "{arguments:?}: {output:?}");
