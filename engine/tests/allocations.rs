@@ -3,7 +3,7 @@
 //! A counting allocator and an engine that is driven by hand, in a process of their own. Peers are sinks, so nothing
 //! ever stays queued.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test, which tells its numbers")]
 
 mod fixture;
 
