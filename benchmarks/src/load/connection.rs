@@ -55,13 +55,15 @@ pub(crate) struct Connection {
     partial: Vec<u8>,
     /// What is to be sent.
     outgoing: Vec<u8>,
+    /// It answers something, such as a ping.
+    answers: bool,
     farewell: Farewell,
 }
 
 impl Connection {
     /// Takes over an open WebSocket, with the bytes that came after its handshake.
     pub(crate) fn new(stream: TcpStream, partial: Vec<u8>) -> Self {
-        Self { stream, partial, outgoing: Vec::new(), farewell: Farewell::None }
+        Self { stream, partial, outgoing: Vec::new(), answers: false, farewell: Farewell::None }
     }
 
     /// Neither side has begun to close.
@@ -129,7 +131,10 @@ impl Connection {
         scratch[..kept].copy_from_slice(&self.partial);
         self.partial.clear();
         let filled = &scratch[..kept + read];
-        match take(filled, &mut self.outgoing, on_message) {
+        let before = self.outgoing.len();
+        let taken = take(filled, &mut self.outgoing, on_message);
+        self.answers |= self.outgoing.len() > before;
+        match taken {
             Ok(taken) => self.partial.extend_from_slice(&filled[taken..]),
             Err(Ended::Closed(code)) => {
                 self.answer(code);
@@ -185,6 +190,17 @@ impl Connection {
                 Err(_) => return,
             }
         }
+        if std::mem::take(&mut self.answers) {
+            self.acknowledge_at_once();
+        }
+    }
+
+    /// After an answer the kernel takes this for a conversation: it no longer acknowledges what is read, but waits
+    /// for something to send, and then lets a timer do it. On the loopback that timer runs on the server's core.
+    fn acknowledge_at_once(&self) {
+        // A kernel that does not know the option has none of this to be told.
+        #[cfg(target_os = "linux")]
+        let _ = SockRef::from(&self.stream).set_tcp_quickack(true);
     }
 }
 
@@ -291,6 +307,23 @@ mod tests {
             std::iter::repeat_with(|| connection.read(&mut vec![0; 64], |_| ())).find(Result::is_err),
             Some(Err(Ended::Parted))
         ));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn answering_pings_does_not_make_the_kernel_hold_back_acknowledgements() {
+        let (mut connection, mut server) = pair();
+        let mut ping = Vec::new();
+        frame::write(&mut ping, Opcode::Ping, None, b"nonce");
+        for _ in 0..8 {
+            server.write_all(&ping).unwrap();
+            while !connection.has_outgoing() {
+                connection.read(&mut Vec::new(), |_| ()).unwrap();
+            }
+            connection.flush();
+            server.read_exact(&mut [0; 11]).unwrap();
+        }
+        assert!(SockRef::from(&connection.stream).tcp_quickack().unwrap());
     }
 
     #[test]

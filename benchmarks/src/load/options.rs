@@ -78,6 +78,10 @@ pub(crate) struct Options {
     /// The core to run on. By default any.
     #[arg(long)]
     pub(crate) cpu: Option<usize>,
+    /// Polls without sleeping while something is expected, for a client with a core of its own: on the loopback a
+    /// server pays for waking its client, some 2 µs each time that the client was quick enough to fall asleep.
+    #[arg(long)]
+    pub(crate) spin: bool,
     /// A line a second on stderr. By default only when stderr is a terminal and the measurement takes more than 5 s.
     #[arg(long)]
     pub(crate) progress: bool,

@@ -191,6 +191,8 @@ fn a_server_without_whims_is_faultless_in_every_kind_of_run() {
         "--rate=500 --kill=5",
         "--rate=500 --groups=2 --churn=60",
         "--mode=fanout --in-flight=2 --lossy",
+        "--in-flight=4 --spin",
+        "--rate=500 --kill=5 --spin",
     ] {
         let report = run(Whim::None, &format!("{SHORT} {arguments}"));
         let traffic = report.traffic.as_ref().unwrap();

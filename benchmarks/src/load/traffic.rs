@@ -51,10 +51,11 @@ struct Traffic {
     template: Template,
     echo: bool,
     lossy: bool,
+    spin: bool,
     sending: bool,
     /// Present while measuring.
     latencies: Option<Latencies>,
-    /// Time spent in polling for nothing because a message was almost due: no work.
+    /// Time spent in polling for nothing, because a message was almost due or expected: no work.
     spun: Duration,
     chores_due: Instant,
     slow: SlowReaders,
@@ -126,6 +127,7 @@ impl Traffic {
             template,
             echo,
             lossy: options.lossy,
+            spin: options.spin,
             sending: true,
             latencies: None,
             spun: Duration::ZERO,
@@ -185,7 +187,9 @@ impl Traffic {
             self.do_chores(now)?;
         }
         let deadline = deadline.min(self.chores_due);
-        let patience = if self.sending {
+        let patience = if self.spin && !self.stage.ledger.is_settled() {
+            Duration::ZERO
+        } else if self.sending {
             self.pace.patience(now, deadline)
         } else {
             deadline.saturating_duration_since(now)

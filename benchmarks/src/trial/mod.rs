@@ -127,7 +127,7 @@ impl Workshop {
             command.args([name, value.as_str()]);
         }
         if let Some(pins) = &self.pins {
-            command.args(["--cpu", &pins.client.to_string()]);
+            command.args(["--cpu", &pins.client.to_string(), "--spin"]);
         }
         let output = command.stdin(Stdio::null()).output().map_err(TrialError::Load)?;
         // A faulty run exits with 1 and has a report all the same.
