@@ -30,8 +30,9 @@ pub(crate) const CONTROL_PAYLOAD_BYTES_MAX: usize = 125;
 pub(crate) const CLOSE_REASON_BYTES_MAX: usize = CONTROL_PAYLOAD_BYTES_MAX - 2;
 /// The longest header of a server frame, in bytes: it has no mask.
 const SERVER_HEADER_BYTES_MAX: usize = 10;
-/// Unused capacity above which a built frame is moved into a buffer of its own size, in bytes.
-const SPARE_BYTES_MAX: usize = 1024;
+/// The longest frame that is moved into a buffer of its own size when it has been built, in bytes. Kept with room to
+/// spare it would need a second allocation that remembers the room, which costs more than a short copy.
+const COPIED_BYTES_MAX: usize = 1024;
 
 /// Whether a message is text (valid UTF-8) or plain bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -244,7 +245,8 @@ impl Frame {
         Self::copied(MessageKind::Binary, payload)
     }
 
-    /// A message whose payload is written straight into the frame's buffer.
+    /// A message whose payload is written straight into the frame's buffer, or, up to 1 KiB, copied from where it was
+    /// written into one of its own size.
     ///
     /// `write` appends the payload to the vector it is given and says which kind it is; it must leave the
     /// bytes that are already there alone (they become the header). If it says [`MessageKind::Text`], what it wrote
@@ -271,8 +273,11 @@ impl Frame {
         let start = SERVER_HEADER_BYTES_MAX - header_bytes;
         buffer[start..SERVER_HEADER_BYTES_MAX].copy_from_slice(&header[..header_bytes]);
 
-        // Outboxes count a frame by its length; a bad guess must not make it cost much more than that.
-        if buffer.capacity() - buffer.len() > SPARE_BYTES_MAX.max(buffer.len()) {
+        if buffer.len() <= COPIED_BYTES_MAX {
+            return Ok(Self { bytes: Bytes::copy_from_slice(&buffer[start..]) });
+        }
+        // Outboxes count a frame by its length; a bad guess must not make it cost more than twice that.
+        if buffer.capacity() > 2 * buffer.len() {
             buffer.shrink_to_fit();
         }
         let mut bytes = Bytes::from(buffer);
@@ -477,11 +482,11 @@ mod tests {
     }
 
     #[test]
-    fn building_copies_the_payload_only_once() {
+    fn a_long_payload_stays_where_it_was_written() {
         let mut written_at = std::ptr::null();
-        let frame = Frame::build(100, |buffer| {
+        let frame = Frame::build(2000, |buffer| {
             let begin = buffer.len();
-            buffer.extend_from_slice(&[7; 100]);
+            buffer.extend_from_slice(&[7; 2000]);
             written_at = &raw const buffer[begin];
             Ok::<_, Infallible>(MessageKind::Binary)
         });

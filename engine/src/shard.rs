@@ -97,6 +97,7 @@ pub(crate) struct Parts {
 #[derive(Default)]
 struct Scratch {
     read: Vec<u8>,
+    ready: Vec<u32>,
     slots: Vec<u32>,
     due: Vec<(ConnectionId, u64)>,
     late: Vec<ConnectionId>,

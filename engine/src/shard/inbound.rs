@@ -53,12 +53,15 @@ impl Shard {
             }
         }
         self.events = events;
-        for slot in std::mem::take(&mut self.ready) {
+        // Who is marked meanwhile comes in the next turn.
+        let mut ready = std::mem::replace(&mut self.ready, std::mem::take(&mut self.scratch.ready));
+        for slot in ready.drain(..) {
             if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
                 connection.is_ready = false;
             }
             self.read(slot);
         }
+        self.scratch.ready = ready;
     }
 
     pub(super) fn mark_ready(&mut self, slot: u32) {
