@@ -40,7 +40,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 10_000)]
     crowd_connections: usize,
     /// Connections in echo, each with one message in flight.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 1000)]
     echo_connections: usize,
     /// Connections whose memory is measured.
     #[arg(long, default_value_t = 10_000)]
