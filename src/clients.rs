@@ -266,6 +266,7 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
         let sent = self.namespace()?.try_publish(self.to, self.except, frame);
         sent.map_err(|error| match error {
             TryEngineError::Full(_) => TrySendError::Full,
+            TryEngineError::TooLong(_) => TrySendError::TooLong,
             _ => TrySendError::Closed,
         })
     }
@@ -311,12 +312,16 @@ pub enum SendError {
     /// `publishers_waiting_max` others wait already.
     #[error("too many publishers wait for room already")]
     Overloaded,
+    /// Encoded, it is longer than a frame can be (4 GiB − 1 B).
+    #[error("the message is longer than 4 GiB: send it in parts")]
+    TooLong,
 }
 
 impl From<EngineError> for SendError {
     fn from(error: EngineError) -> Self {
         match error {
             EngineError::Overloaded => Self::Overloaded,
+            EngineError::TooLong => Self::TooLong,
             _ => Self::Closed,
         }
     }
@@ -338,4 +343,7 @@ pub enum TrySendError {
     /// The engine has ended.
     #[error("the engine has ended")]
     Closed,
+    /// Encoded, it is longer than a frame can be (4 GiB − 1 B).
+    #[error("the message is longer than 4 GiB: send it in parts")]
+    TooLong,
 }

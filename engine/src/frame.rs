@@ -233,6 +233,9 @@ pub struct Frame {
 }
 
 impl Frame {
+    /// The longest frame that can be sent, header included, in bytes: outboxes count with 32 bits where a frame ends.
+    pub const BYTES_MAX: usize = u32::MAX as usize;
+
     /// A text message. One allocation, one copy.
     #[must_use]
     pub fn text(payload: &str) -> Self {

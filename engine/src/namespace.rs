@@ -77,6 +77,9 @@ pub enum SendError {
     /// `publishers_waiting_max` publishers wait for room already.
     #[error("too many publishers wait for room already")]
     Overloaded,
+    /// The frame is longer than [`Frame::BYTES_MAX`] (4 GiB − 1 B): send it in parts.
+    #[error("the frame is longer than {max} bytes: send it in parts", max = Frame::BYTES_MAX)]
+    TooLong,
 }
 
 /// A frame was not sent, and is given back.
@@ -89,6 +92,9 @@ pub enum TrySendError {
     /// The engine is stopping or has ended.
     #[error("the engine has ended")]
     Closed(Frame),
+    /// The frame is longer than [`Frame::BYTES_MAX`] (4 GiB − 1 B): send it in parts.
+    #[error("the frame is longer than {max} bytes: send it in parts", max = Frame::BYTES_MAX)]
+    TooLong(Frame),
 }
 
 impl Namespace {
@@ -113,7 +119,8 @@ impl Namespace {
     /// Frames sent one after the other reach every connection in that order.
     ///
     /// # Errors
-    /// [`SendError::Closed`] if the engine has ended, [`SendError::Overloaded`] if too many publishers wait.
+    /// [`SendError::Closed`] if the engine has ended, [`SendError::Overloaded`] if too many publishers wait,
+    /// [`SendError::TooLong`] for a frame that no outbox can hold.
     pub async fn publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), SendError> {
         let awaited = if self.has_room(&to, frame.len()) { None } else { Some(receipt::ticket(false)) };
         let (ticket, awaited) = awaited.unzip();
@@ -148,8 +155,12 @@ impl Namespace {
     /// gets the frame when it has room.
     ///
     /// # Errors
-    /// [`TrySendError::Full`] if the log (for one connection: its shard's mailbox) is full.
+    /// [`TrySendError::Full`] if the log (for one connection: its shard's mailbox) is full; otherwise as for
+    /// [`publish`](Self::publish).
     pub fn try_publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), TrySendError> {
+        if frame.len() > Frame::BYTES_MAX {
+            return Err(TrySendError::TooLong(frame));
+        }
         let destination = self.resolve(to, except);
         // Looked at last: where nobody is there any more, that may be because the end has come.
         if self.shared.stopping.is_closed() {
@@ -332,6 +343,9 @@ impl Namespace {
         payload: Payload,
         ticket: Option<Ticket>,
     ) -> Result<Option<Room<'_>>, SendError> {
+        if matches!(&payload, Payload::Frame(frame) if frame.len() > Frame::BYTES_MAX) {
+            return Err(SendError::TooLong);
+        }
         let destination = self.resolve(to, except);
         // Looked at last: where nobody is there any more, that may be because the end has come.
         if self.shared.stopping.is_closed() {

@@ -16,7 +16,7 @@ use std::time::Duration;
 use fixture::{Client, Heard, Peer, Rig, Task, at_once, block_on, client_frame, newcomer};
 use shardcast_engine::{
     CloseCode, CloseReason, ConnectionConfig, ConnectionId, Engine, EngineConfig, Frame, FrameError,
-    Namespace, To, TrySendError,
+    MessageKind, Namespace, SendError, To, TrySendError,
 };
 
 const EVERYONE: To<'_> = To::Everyone;
@@ -421,6 +421,33 @@ fn a_full_log_gives_the_frame_back_and_a_publisher_that_waits_is_woken() {
     assert_eq!(client.peer.hear_data(), ["0", "1", "2"]);
 }
 
+#[cfg(target_pointer_width = "64")]
+#[test]
+fn a_frame_too_long_for_any_outbox_is_refused_and_given_back() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect();
+    let (everyone, id) = (rig.everyone.clone(), client.id());
+    // Zeros that nobody touches take no memory.
+    let long = Frame::build(0, |buffer| {
+        *buffer = vec![0; Frame::BYTES_MAX + 10];
+        Ok::<_, std::convert::Infallible>(MessageKind::Binary)
+    });
+    let Ok(long) = long;
+    for to in [EVERYONE, To::Connection(id)] {
+        assert_eq!(Task::new(everyone.publish(to, &[], long.clone())).poll(), Some(Err(SendError::TooLong)));
+        assert!(matches!(
+            Task::new(everyone.send(to, &[], long.clone())).poll(),
+            Some(Err(SendError::TooLong))
+        ));
+        assert!(
+            matches!(everyone.try_publish(to, &[], long.clone()), Err(TrySendError::TooLong(back)) if back.len() == long.len())
+        );
+    }
+    publish(&rig, EVERYONE, "short");
+    rig.settle();
+    assert_eq!(client.peer.hear_data(), ["short"]);
+}
+
 #[test]
 fn a_full_mailbox_gives_the_frame_back_and_a_publisher_that_waits_is_woken() {
     let config = EngineConfig {
@@ -437,7 +464,7 @@ fn a_full_mailbox_gives_the_frame_back_and_a_publisher_that_waits_is_woken() {
     let mut waits = Task::new(everyone.publish(to, &[], frame("1")));
     assert!(waits.poll().is_none());
     let overloaded = Task::new(everyone.publish(to, &[], frame("2"))).poll();
-    assert_eq!(overloaded, Some(Err(shardcast_engine::SendError::Overloaded)));
+    assert_eq!(overloaded, Some(Err(SendError::Overloaded)));
     rig.settle();
     let first = waits.poll();
     rig.settle();
