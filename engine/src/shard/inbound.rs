@@ -6,6 +6,7 @@
 
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 use bytes::Bytes;
 use mio::Events;
@@ -16,14 +17,44 @@ use crate::decoder::Event;
 use crate::frame::ControlFrame;
 use crate::handler::{Context, Flow, Message};
 
-use super::BELL;
-use super::Shard;
+use super::{BELL, EVENTS_PER_ANSWER, EVENTS_PER_TURN, Shard};
 
 const READS_PER_SOCKET: usize = 4;
 const RESUMES_PER_TURN: usize = 4096;
 
 impl Shard {
-    pub(super) fn read_sockets(&mut self) {
+    /// Reads whoever has something: some at a time, answering in between, as long as that is all there is to do.
+    pub(super) fn read_sockets(&mut self) -> std::io::Result<()> {
+        let dirty = self.crowd.dirty.len();
+        self.read_polled();
+        for _ in 1..EVENTS_PER_TURN / EVENTS_PER_ANSWER {
+            if self.events.iter().count() < EVENTS_PER_ANSWER {
+                break;
+            }
+            if !self.answer(dirty) {
+                return self.read_rest();
+            }
+            self.poll_sockets(Some(Duration::ZERO))?;
+            self.read_polled();
+        }
+        Ok(())
+    }
+
+    /// Reads all others that have something by now.
+    fn read_rest(&mut self) -> std::io::Result<()> {
+        std::mem::swap(&mut self.events, &mut self.other_events);
+        let polled = self.poll_sockets(Some(Duration::ZERO));
+        self.read_polled();
+        std::mem::swap(&mut self.events, &mut self.other_events);
+        polled
+    }
+
+    fn read_polled(&mut self) {
+        self.note_events();
+        self.read_ready();
+    }
+
+    fn note_events(&mut self) {
         let events = std::mem::replace(&mut self.events, Events::with_capacity(0));
         for event in &events {
             if event.token() == BELL {
@@ -53,6 +84,9 @@ impl Shard {
             }
         }
         self.events = events;
+    }
+
+    fn read_ready(&mut self) {
         // Who is marked meanwhile comes in the next turn.
         let mut ready = std::mem::replace(&mut self.ready, std::mem::take(&mut self.scratch.ready));
         for slot in ready.drain(..) {

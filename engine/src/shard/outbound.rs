@@ -47,6 +47,16 @@ impl Shard {
         }
     }
 
+    /// One write for each connection that was marked when `dirty` were marked already.
+    pub(super) fn flush_since(&mut self, dirty: usize) {
+        let mut slots = std::mem::take(&mut self.scratch.slots);
+        slots.clear();
+        slots.extend(self.crowd.dirty.drain(dirty.min(self.crowd.dirty.len())..));
+        slots.iter().for_each(|slot| self.flush(*slot));
+        self.gather.clear();
+        self.scratch.slots = slots;
+    }
+
     fn flush(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         connection.is_dirty = false;

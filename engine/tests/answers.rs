@@ -1,0 +1,98 @@
+//! Answering: what goes to one connection goes out between the reads, and what goes to many is gathered all the same.
+//!
+//! Driven turn by turn; what a turn has done is looked up, not waited for.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use fixture::{Peer, Rig, at_once, newcomer_for};
+use shardcast_engine::{Context, Flow, Frame, Handler, Message, Namespace, To};
+
+/// Says what it is told: `all…` to all, `both…` to all and then `you both…` to its peer, anything else to its peer.
+struct Speaker(Namespace);
+
+impl Handler for Speaker {
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
+        let text = std::str::from_utf8(message.payload).unwrap();
+        let say = |to, text: &str| self.0.try_publish(to, &[], Frame::text(text)).unwrap();
+        let me = To::Connection(context.id());
+        match text.split(' ').next() {
+            Some("all") => say(To::Everyone, text),
+            Some("both") => {
+                say(To::Everyone, text);
+                say(me, &format!("you {text}"));
+            }
+            _ => say(me, text),
+        }
+        Flow::Ready
+    }
+}
+
+fn rig(peers: usize) -> (Rig, Vec<Peer>) {
+    let mut rig = Rig::new(1);
+    let peers = (0..peers)
+        .map(|_| {
+            let speaker = Speaker(rig.everyone.clone());
+            let (newcomer, peer) =
+                newcomer_for(&rig.engine, &rig.config, 1 << 20, Box::new(|_| Box::new(speaker)));
+            at_once(rig.everyone.adopt(newcomer)).unwrap();
+            peer
+        })
+        .collect();
+    rig.settle();
+    (rig, peers)
+}
+
+#[test]
+fn one_turn_answers_everybody_whom_it_reads() {
+    // More than a fan-out would flush in one turn.
+    let (mut rig, mut peers) = rig(1000);
+    peers.iter_mut().for_each(|peer| peer.text("me"));
+    rig.turn();
+    assert!(peers.iter_mut().all(|peer| peer.hear_data() == ["me"]));
+}
+
+#[test]
+fn what_many_say_to_all_in_one_turn_goes_out_in_one_write_each() {
+    let (mut rig, mut peers) = rig(100);
+    for (number, peer) in peers.iter_mut().enumerate() {
+        peer.text(&format!("all {number}"));
+    }
+    let before = rig.engine.metrics();
+    rig.turn();
+    let after = rig.engine.metrics();
+    assert_eq!((after.written - before.written, after.writes - before.writes), (10_000, 100));
+    let heard = peers[0].hear_data();
+    assert_eq!(heard.len(), 100);
+    assert!(peers[1..].iter_mut().all(|peer| peer.hear_data() == heard));
+}
+
+#[test]
+fn an_answer_comes_behind_what_was_said_to_all_before_it() {
+    let (mut rig, mut peers) = rig(100);
+    for (number, peer) in peers.iter_mut().enumerate() {
+        // Some only ask, so that there are answers before and behind what all are to hear.
+        peer.text(&format!("{} {number}", if number % 40 < 20 { "me" } else { "both" }));
+    }
+    rig.settle();
+    for (number, peer) in peers.iter_mut().enumerate() {
+        let heard = peer.hear_data();
+        assert_eq!(heard.len(), 40 + 1);
+        let place = |text: String| heard.iter().position(|heard| *heard == text);
+        if let Some(said) = place(format!("both {number}")) {
+            assert!(place(format!("you both {number}")) > Some(said), "{heard:?}");
+        }
+    }
+}
+
+#[test]
+fn many_questions_at_once_are_all_answered_in_order() {
+    let (mut rig, mut peers) = rig(100);
+    for peer in &mut peers {
+        (0..9).for_each(|number| peer.text(&format!("me {number}")));
+    }
+    rig.settle();
+    let expected: Vec<_> = (0..9).map(|number| format!("me {number}")).collect();
+    assert!(peers.iter_mut().all(|peer| peer.hear_data() == expected));
+}
