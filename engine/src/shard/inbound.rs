@@ -26,7 +26,7 @@ impl Shard {
     /// Reads whoever has something: some at a time, answering in between, as long as that is all there is to do.
     pub(super) fn read_sockets(&mut self) -> std::io::Result<()> {
         let dirty = self.crowd.dirty.len();
-        self.read_polled();
+        self.read_polled(0);
         for _ in 1..EVENTS_PER_TURN / EVENTS_PER_ANSWER {
             if self.events.iter().count() < EVENTS_PER_ANSWER {
                 break;
@@ -35,7 +35,7 @@ impl Shard {
                 return self.read_rest();
             }
             self.poll_sockets(Some(Duration::ZERO))?;
-            self.read_polled();
+            self.read_polled(self.ready.len());
         }
         Ok(())
     }
@@ -44,14 +44,24 @@ impl Shard {
     fn read_rest(&mut self) -> std::io::Result<()> {
         std::mem::swap(&mut self.events, &mut self.other_events);
         let polled = self.poll_sockets(Some(Duration::ZERO));
-        self.read_polled();
+        self.read_polled(self.ready.len());
         std::mem::swap(&mut self.events, &mut self.other_events);
         polled
     }
 
-    fn read_polled(&mut self) {
+    /// Reads those that the last poll told of. The first `left` of those with something left to read have had their
+    /// share of this turn.
+    fn read_polled(&mut self, left: usize) {
         self.note_events();
-        self.read_ready();
+        let mut slots = std::mem::take(&mut self.scratch.ready);
+        slots.extend(self.ready.drain(left..));
+        for slot in slots.drain(..) {
+            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+                connection.is_ready = false;
+            }
+            self.read(slot);
+        }
+        self.scratch.ready = slots;
     }
 
     fn note_events(&mut self) {
@@ -84,18 +94,6 @@ impl Shard {
             }
         }
         self.events = events;
-    }
-
-    fn read_ready(&mut self) {
-        // Who is marked meanwhile comes in the next turn.
-        let mut ready = std::mem::replace(&mut self.ready, std::mem::take(&mut self.scratch.ready));
-        for slot in ready.drain(..) {
-            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
-                connection.is_ready = false;
-            }
-            self.read(slot);
-        }
-        self.scratch.ready = ready;
     }
 
     pub(super) fn mark_ready(&mut self, slot: u32) {
