@@ -47,6 +47,8 @@ const EVENTS_PER_TURN: usize = 1024;
 /// Sockets read before what they brought is answered: as many as find what the kernel and we know of them still in
 /// the cache when they are written to.
 const EVENTS_PER_ANSWER: usize = 32;
+/// Commands that may be carried out for that.
+const COMMANDS_PER_ANSWER: usize = 128;
 /// Frames put into outboxes in one turn (some 5 ns each).
 const OFFERS_PER_TURN: u64 = 200_000;
 /// Publications run before everybody was flushed; less where outboxes are small.
@@ -247,6 +249,19 @@ impl Shard {
         self.crowd.metrics.turns += 1;
         self.publish_metrics();
         Ok(())
+    }
+
+    /// Carries out and writes what has just been read for single connections, before others are read. Not if
+    /// something is to go to many, or has been asked to be held back: then gathering is worth more. `dirty` is how
+    /// many were to be flushed before, and are left to their turn.
+    fn answer(&mut self, dirty: usize) -> bool {
+        let is_little = self.shared.mailboxes[self.index].len() <= COMMANDS_PER_ANSWER;
+        let is_alone = self.shared.config.coalesce.is_zero() && self.reader.is_at_tail();
+        let answers = is_little && is_alone && self.drain_mailbox();
+        if answers {
+            self.flush_since(dirty);
+        }
+        answers
     }
 
     fn publish_metrics(&mut self) {

@@ -17,8 +17,7 @@ use rustix::net::{RecvFlags, SendFlags};
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const NOTSENT_LOWAT_BYTES: u32 = 16 << 10;
 
-/// A peer that has gone is an error, not a signal. Where there is no such flag, the standard library has set it on the
-/// socket.
+/// A peer that has gone is an error, not a signal. Where there is no such flag, Rust's programs ignore the signal.
 #[cfg(not(target_vendor = "apple"))]
 const NO_SIGNAL: SendFlags = SendFlags::NOSIGNAL;
 #[cfg(target_vendor = "apple")]

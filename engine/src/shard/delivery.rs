@@ -25,23 +25,8 @@ use super::Shard;
 use super::golden;
 
 const COMMANDS_PER_TURN: usize = 4096;
-/// Commands that may be carried out between two reads.
-const ANSWERS_MAX: usize = 128;
 
 impl Shard {
-    /// Carries out and writes what has just been read for single connections, before others are read. Not if
-    /// something is to go to many, or has been asked to be held back: then gathering is worth more. `dirty` is how
-    /// many were to be flushed before, and are left to their turn.
-    pub(super) fn answer(&mut self, dirty: usize) -> bool {
-        let is_little = self.shared.mailboxes[self.index].len() <= ANSWERS_MAX;
-        let is_alone = self.shared.config.coalesce.is_zero() && self.reader.is_at_tail();
-        let answers = is_little && is_alone && self.drain_mailbox();
-        if answers {
-            self.flush_since(dirty);
-        }
-        answers
-    }
-
     /// Carries out what lay in the mailbox when it began; false if something of that is left.
     pub(super) fn drain_mailbox(&mut self) -> bool {
         let shared = self.shared.clone();
