@@ -15,6 +15,7 @@
 //! tail. If the mailbox was not emptied, the log goes no further in this turn.
 
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -106,6 +107,8 @@ pub(crate) struct Parts {
 #[derive(Default)]
 struct Scratch {
     read: Vec<u8>,
+    /// Who sent what, as places in `read`.
+    arrivals: Vec<(u32, Range<usize>)>,
     ready: Vec<u32>,
     slots: Vec<u32>,
     due: Vec<(ConnectionId, u64)>,

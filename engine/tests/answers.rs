@@ -7,7 +7,9 @@
 mod fixture;
 
 use fixture::{Peer, Rig, at_once, newcomer_for};
-use shardcast_engine::{Context, Flow, Frame, Handler, Message, Namespace, To};
+use shardcast_engine::{
+    ConnectionConfig, Context, EngineConfig, Flow, Frame, Handler, Message, Namespace, To,
+};
 
 /// Says what it is told: `all…` to all, `both…` to all and then `you both…` to its peer, anything else to its peer.
 struct Speaker(Namespace);
@@ -30,7 +32,12 @@ impl Handler for Speaker {
 }
 
 fn rig(peers: usize) -> (Rig, Vec<Peer>) {
-    let mut rig = Rig::new(1);
+    rig_reading(peers, EngineConfig::default().read_buffer_bytes)
+}
+
+fn rig_reading(peers: usize, read_buffer_bytes: usize) -> (Rig, Vec<Peer>) {
+    let engine = EngineConfig { shards: Some(1), read_buffer_bytes, ..EngineConfig::default() };
+    let mut rig = Rig::with(engine, ConnectionConfig::default());
     let peers = (0..peers)
         .map(|_| {
             let speaker = Speaker(rig.everyone.clone());
@@ -95,4 +102,19 @@ fn many_questions_at_once_are_all_answered_in_order() {
     rig.settle();
     let expected: Vec<_> = (0..9).map(|number| format!("me {number}")).collect();
     assert!(peers.iter_mut().all(|peer| peer.hear_data() == expected));
+}
+
+#[test]
+fn what_many_say_at_once_is_whole_where_the_read_buffer_holds_only_a_few_of_them() {
+    let (mut rig, mut peers) = rig_reading(100, 1024);
+    // From a few bytes to several buffers.
+    let said = |number: usize| format!("me {number} {}", "x".repeat(number * 37 % 3000));
+    for (number, peer) in peers.iter_mut().enumerate() {
+        peer.text(&said(number));
+        peer.text("me too");
+    }
+    rig.settle();
+    for (number, peer) in peers.iter_mut().enumerate() {
+        assert_eq!(peer.hear_data(), [said(number), "me too".to_owned()]);
+    }
 }

@@ -5,6 +5,7 @@
 //! on when the handler is resumed. Does not know the log, groups or outboxes' contents.
 
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
@@ -55,12 +56,15 @@ impl Shard {
         self.note_events();
         let mut slots = std::mem::take(&mut self.scratch.ready);
         slots.extend(self.ready.drain(left..));
-        for slot in slots.drain(..) {
-            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
-                connection.is_ready = false;
+        for slots in slots.chunks(EVENTS_PER_ANSWER) {
+            for slot in slots {
+                if let Some(connection) = self.crowd.connections.get_mut(*slot as usize) {
+                    connection.is_ready = false;
+                }
             }
-            self.read(slot);
+            self.read(slots);
         }
+        slots.clear();
         self.scratch.ready = slots;
     }
 
@@ -104,28 +108,63 @@ impl Shard {
         }
     }
 
-    /// Reads a few times; what remains is read in the next turn.
-    fn read(&mut self, slot: u32) {
-        let mut buffer = std::mem::take(&mut self.scratch.read);
+    /// Reads each socket a few times; what remains is read in the next turn.
+    fn read(&mut self, slots: &[u32]) {
         for _ in 0..READS_PER_SOCKET {
-            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { break };
-            if !connection.is_reading() {
-                break;
+            if !self.read_once(slots) {
+                return;
             }
-            match connection.read(&mut buffer) {
+        }
+        for slot in slots {
+            if self.crowd.connections.get(*slot as usize).is_some_and(Connection::is_reading) {
+                self.mark_ready(*slot);
+            }
+        }
+    }
+
+    /// Reads each socket once and then hands over what they brought: the kernel's code and ours would drive each
+    /// other out of the caches. True if there may be more.
+    fn read_once(&mut self, slots: &[u32]) -> bool {
+        let mut buffer = std::mem::take(&mut self.scratch.read);
+        let mut arrivals = std::mem::take(&mut self.scratch.arrivals);
+        let (mut free, mut has_more) = (0, false);
+        for slot in slots {
+            if buffer.len() - free < buffer.len() / 4 {
+                self.hand_over(&mut arrivals, &mut buffer);
+                free = 0;
+            }
+            let Some(connection) = self.crowd.connections.get_mut(*slot as usize) else { continue };
+            if !connection.is_reading() {
+                continue;
+            }
+            match connection.read(&mut buffer[free..]) {
                 Read::Bytes(_) if connection.phase != Phase::Open => {} // said after the end: not listened to
                 Read::Bytes(count) => {
                     connection.heartbeat.heard(self.crowd.now);
-                    self.receive(slot, &mut buffer[..count]);
+                    arrivals.push((*slot, free..free + count));
+                    free += count;
                 }
                 Read::Nothing => {}
-                Read::End => self.hang_up(slot, CloseReason::Vanished),
-                Read::Failed(kind) => self.hang_up(slot, CloseReason::Transport(kind)),
+                Read::End => {
+                    self.hang_up(*slot, CloseReason::Vanished);
+                    continue;
+                }
+                Read::Failed(kind) => {
+                    self.hang_up(*slot, CloseReason::Transport(kind));
+                    continue;
+                }
             }
+            has_more |= connection.is_reading();
         }
+        self.hand_over(&mut arrivals, &mut buffer);
         self.scratch.read = buffer;
-        if self.crowd.connections.get(slot as usize).is_some_and(Connection::is_reading) {
-            self.mark_ready(slot);
+        self.scratch.arrivals = arrivals;
+        has_more
+    }
+
+    fn hand_over(&mut self, arrivals: &mut Vec<(u32, Range<usize>)>, buffer: &mut [u8]) {
+        for (slot, bytes) in arrivals.drain(..) {
+            self.receive(slot, &mut buffer[bytes]);
         }
     }
 
@@ -255,7 +294,7 @@ impl Shard {
                 connection.unread = Some(unread); // kept as it is: copying the rest each time would cost its square
             }
         }
-        self.read(slot);
+        self.read(&[slot]);
     }
 
     /// Calls the handler; a panic ends the connection.
