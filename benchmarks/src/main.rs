@@ -10,6 +10,7 @@ mod chart;
 mod compare;
 mod cpu;
 mod dialect;
+mod duel;
 mod frame;
 mod handshake;
 mod load;
@@ -43,6 +44,8 @@ enum Command {
     Load(load::Options),
     /// Runs the load against each server in turn; tables and charts go to benchmarks/results.
     Compare(compare::Options),
+    /// Runs several servers at once and turns to each for some milliseconds: their CPU, to a percent or two.
+    Duel(duel::Options),
     /// Varies connections, shards, payload and groups; tables and charts go to benchmarks/results.
     Scale(scale::Options),
 }
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Peer(peer) => peer.run().map(|()| true).map_err(boxed),
         Command::Load(options) => load::run(&options).map_err(boxed),
         Command::Compare(options) => compare::run(&options).map_err(boxed),
+        Command::Duel(options) => duel::run(&options).map_err(boxed),
         Command::Scale(options) => scale::run(&options).map_err(boxed),
     };
     match outcome {

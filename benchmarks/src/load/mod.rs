@@ -4,6 +4,7 @@
 //! in the same order as all others, and says when the client itself was the limit. Sequence of a run: connect,
 //! settle, warm up, measure, drain, report. Knows a server only by its address and, if told, its process id.
 
+mod bout;
 mod candidate;
 mod churn;
 mod connect;
@@ -35,7 +36,10 @@ mod traffic;
 
 use std::io;
 
-pub(crate) use self::options::{Mode, Options};
+pub(crate) use self::{
+    bout::Bout,
+    options::{Mode, Options},
+};
 use self::{report::Report, target::Target};
 use crate::{
     cpu::{self, PinError},
@@ -58,6 +62,8 @@ pub(crate) enum LoadError {
     Connect(#[from] connect::ConnectError),
     #[error("{unseen} of {connections} connections got no probe within {}s", settle::SETTLE_MAX.as_secs())]
     Unsettled { unseen: usize, connections: usize },
+    #[error("a message has not landed within {}s", traffic::STALLED_AFTER.as_secs())]
+    Unlanded,
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error("the client's loop failed")]

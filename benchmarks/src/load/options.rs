@@ -105,6 +105,42 @@ pub(crate) enum Mode {
 }
 
 impl Options {
+    /// A closed loop without anything special, against the server with this process id.
+    pub(crate) fn closed_loop(
+        url: String,
+        server_pid: u32,
+        mode: Mode,
+        connections: usize,
+        in_flight: usize,
+        payload: usize,
+    ) -> Self {
+        Self {
+            url,
+            mode,
+            connections,
+            senders: None,
+            in_flight,
+            rate: None,
+            seconds: 1.0,
+            warmup: 0.0,
+            payload,
+            groups: 1,
+            stalled: 0,
+            slow: 0,
+            slow_rate: 0,
+            kill: None,
+            churn: None,
+            expect_end: false,
+            lossy: false,
+            at_once: None,
+            server_pid: Some(server_pid),
+            cpu: None,
+            spin: false,
+            progress: false,
+            json: false,
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<(), LoadError> {
         let refuse = |reason| Err(LoadError::Options(reason));
         let positive = |number: f64| number.is_finite() && number > 0.0;

@@ -10,7 +10,7 @@ use std::{
 
 use clap::Parser;
 
-use super::{Options, report::Report, storm, traffic};
+use super::{Bout, LoadError, Options, report::Report, storm, traffic};
 use crate::{
     frame::{self, Opcode},
     handshake,
@@ -279,6 +279,28 @@ fn a_newcomer_that_hears_nothing_while_its_group_does_is_deaf() {
     let churn = report.churn.as_ref().unwrap();
     assert!(churn.deaf > 0 && churn.deaf < churn.joined && churn.failed == 0, "{churn:?}");
     assert!(!report.is_faultless());
+}
+
+#[test]
+fn bouts_take_turns_and_each_is_judged_by_itself() {
+    // The server runs in this process; what is measured of it does not matter here.
+    let pid = std::process::id();
+    let slice = std::time::Duration::from_millis(100);
+    let bout = |whim| Bout::open(&options(whim, &format!("--in-flight=4 --server-pid={pid}"))).unwrap();
+    let (mut calm, mut repeating, mut losing) = (bout(Whim::None), bout(Whim::Repeat), bout(Whim::Lose));
+    let mut deliveries = [0; 2];
+    while deliveries.iter().any(|&deliveries| deliveries < 12 * (OCCASION + 2)) {
+        for (side, deliveries) in [&mut calm, &mut repeating].into_iter().zip(&mut deliveries) {
+            let slice = side.slice(slice).unwrap();
+            assert!(slice.deliveries >= 4 * 12 && slice.cost().is_some(), "{slice:?}");
+            *deliveries += slice.deliveries;
+        }
+    }
+    let calm = calm.end().unwrap();
+    assert!(calm.is_faultless() && calm.traffic.unwrap().received == deliveries[0]);
+    assert!(!repeating.end().unwrap().is_faultless());
+    let stalled = std::iter::repeat_with(|| losing.slice(slice)).find_map(Result::err);
+    assert!(matches!(stalled, Some(LoadError::Unlanded)));
 }
 
 #[test]

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// At the end, how long nothing may come before what is outstanding counts as lost, and how long to wait in all.
-const STALLED_AFTER: Duration = Duration::from_secs(3);
+pub(super) const STALLED_AFTER: Duration = Duration::from_secs(3);
 const DRAIN_MAX: Duration = Duration::from_secs(30);
 /// How long to listen for what should not come, once all has landed.
 const QUIET: Duration = Duration::from_millis(50);
@@ -43,8 +43,9 @@ const CHORES_EVERY: Duration = Duration::from_millis(10);
 /// Where losses are allowed, a closed loop waits no longer for a message.
 const LOSSY_PATIENCE: Duration = Duration::from_millis(500);
 
+/// All of it, for one server.
 #[derive(Debug)]
-struct Traffic {
+pub(super) struct Traffic {
     stage: Stage,
     pace: Pace,
     senders: Senders,
@@ -88,14 +89,16 @@ pub(crate) fn measure(
         traffic.turn_until(Instant::now() + DRAIN_MAX, Traffic::is_over)?;
     }
     traffic.drain()?;
-    let total = traffic.stage.ledger.tally;
-    traffic.report.traffic = Some(Snapshot::compare(&before, &after, total, latencies));
-    traffic.conclude()
+    traffic.conclude(&before, &after, latencies)
 }
 
 impl Traffic {
     /// Connects, settles and gives everybody their part.
-    fn open(options: &Options, target: &Target, mut memory: Option<Watch>) -> Result<Self, LoadError> {
+    pub(super) fn open(
+        options: &Options,
+        target: &Target,
+        mut memory: Option<Watch>,
+    ) -> Result<Self, LoadError> {
         let template = Template::new(options.payload, Dialect::of(&options.url).envelope())?;
         let mut report = Report::new(options);
         let cast = options.cast();
@@ -140,6 +143,27 @@ impl Traffic {
             progress: Progress::new(options.progress, options.duration()),
             report,
         })
+    }
+
+    /// Sends for `duration`, then waits until all has landed; tells how many deliveries that made.
+    pub(super) fn slice(&mut self, duration: Duration) -> Result<u64, LoadError> {
+        let before = self.stage.ledger.tally.received;
+        self.sending = true;
+        self.start()?;
+        self.turn_until(Instant::now() + duration, Self::is_over)?;
+        self.sending = false;
+        self.turn_until(Instant::now() + STALLED_AFTER, Self::is_settled)?;
+        if !self.is_settled() {
+            return Err(LoadError::Unlanded);
+        }
+        Ok(self.stage.ledger.tally.received - before)
+    }
+
+    /// Listens for what should not come, and reports on all since `before`.
+    pub(super) fn end(mut self, before: &Snapshot, server: Process) -> Result<Report, LoadError> {
+        let after = self.snapshot(Some(server))?;
+        self.drain()?;
+        self.conclude(before, &after, Latencies::default())
     }
 
     fn start(&mut self) -> Result<(), LoadError> {
@@ -368,11 +392,18 @@ impl Traffic {
         self.turn_until(Instant::now() + QUIET, |_| false)
     }
 
-    fn snapshot(&self, server: Option<Process>) -> Result<Snapshot, ProcessError> {
+    pub(super) fn snapshot(&self, server: Option<Process>) -> Result<Snapshot, ProcessError> {
         Snapshot::take(server, self.stage.ledger.tally, self.spun)
     }
 
-    fn conclude(mut self) -> Result<Report, LoadError> {
+    fn conclude(
+        mut self,
+        before: &Snapshot,
+        after: &Snapshot,
+        latencies: Latencies,
+    ) -> Result<Report, LoadError> {
+        let total = self.stage.ledger.tally;
+        self.report.traffic = Some(Snapshot::compare(before, after, total, latencies));
         if !self.slow.is_empty() {
             self.report.slow = Some(self.slow.reckon(&mut self.stage)?);
         }

@@ -82,12 +82,10 @@ impl Contender {
 
     /// The command that serves on `port`, on the server's cores, with as many shards or threads.
     pub(crate) fn command(self, workshop: &Workshop, port: u16, shards: usize) -> Command {
-        let (port, shards) = (port.to_string(), shards.to_string());
         if self == Self::Shardcast {
-            let mut command = workshop.on_server_cores(&workshop.target.join("release/examples/fanout"));
-            command.args(["--port", &port, "--shards", &shards, "--no-pin"]);
-            return command;
+            return fanout(workshop, &workshop.target.join("release/examples/fanout"), port, shards);
         }
+        let (port, shards) = (port.to_string(), shards.to_string());
         let mut command = workshop.on_server_cores(&workshop.benchmarks);
         command.args([&self.to_string(), "--port", &port]);
         if self != Self::Floor {
@@ -95,6 +93,13 @@ impl Contender {
         }
         command
     }
+}
+
+/// The command for one build of shardcast's example.
+pub(super) fn fanout(workshop: &Workshop, program: &Path, port: u16, shards: usize) -> Command {
+    let mut command = workshop.on_server_cores(program);
+    command.args(["--port", &port.to_string(), "--shards", &shards.to_string(), "--no-pin"]);
+    command
 }
 
 impl fmt::Display for Contender {

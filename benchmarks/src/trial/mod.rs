@@ -14,11 +14,13 @@ use std::{
     process::{Command, Stdio},
 };
 
-use self::{
-    contender::BuildError,
+use self::contender::BuildError;
+pub(crate) use self::{
+    contender::Contender,
+    measure::Measure,
+    outcome::Outcome,
     server_process::{ServerProcess, StartError},
 };
-pub(crate) use self::{contender::Contender, measure::Measure, outcome::Outcome};
 use crate::{cpu, load::report::Report};
 
 /// Why nothing can be tried.
@@ -117,12 +119,28 @@ impl Workshop {
         self.pins.as_ref().map(|pins| pins.server.len())
     }
 
+    /// Starts a server with `shards` threads.
+    pub(crate) fn start(&self, contender: Contender, shards: usize) -> Result<ServerProcess, StartError> {
+        ServerProcess::start(contender.query(), |port| contender.command(self, port, shards))
+    }
+
+    /// Starts another build of shardcast's example, with one shard.
+    pub(crate) fn start_build(&self, fanout: &Path) -> Result<ServerProcess, StartError> {
+        let query = Contender::Shardcast.query();
+        ServerProcess::start(query, |port| contender::fanout(self, fanout, port, 1))
+    }
+
+    /// The core for a client in this process; `None` when nothing is pinned.
+    pub(crate) fn client_core(&self) -> Option<usize> {
+        self.pins.as_ref().map(|pins| pins.client)
+    }
+
     /// One server with `shards` threads, one load, one report.
     pub(crate) fn run(&self, contender: Contender, shards: usize, load: &Load) -> Result<Report, TrialError> {
-        let server = ServerProcess::start(|port| contender.command(self, port, shards))?;
-        let url = format!("ws://127.0.0.1:{}{}{}", server.port(), load.path, contender.query());
+        let server = self.start(contender, shards)?;
+        let (url, pid) = (server.url(load.path), server.pid().to_string());
         let mut command = Command::new(&self.benchmarks);
-        command.args(["load", "--json", "--url", &url, "--server-pid", &server.pid().to_string()]);
+        command.args(["load", "--json", "--url", &url, "--server-pid", &pid]);
         for (name, value) in &load.flags {
             command.args([name, value.as_str()]);
         }

@@ -36,11 +36,15 @@ pub(crate) enum StartError {
 pub(crate) struct ServerProcess {
     child: Child,
     port: u16,
+    query: &'static str,
 }
 
 impl ServerProcess {
-    /// Starts the server that `command` makes for a free port.
-    pub(crate) fn start(command: impl FnOnce(u16) -> Command) -> Result<Self, StartError> {
+    /// Starts the server that `command` makes for a free port. `query` follows the path in its URLs.
+    pub(crate) fn start(
+        query: &'static str,
+        command: impl FnOnce(u16) -> Command,
+    ) -> Result<Self, StartError> {
         let port = free_port().ok_or(StartError::NoPort)?;
         let mut command = command(port);
         let program = command.get_program().to_string_lossy().into_owned();
@@ -50,12 +54,12 @@ impl ServerProcess {
             .spawn()
             .map_err(|source| StartError::Spawn { program: program.clone(), source })?;
         // Owned from here on, so that a server that is never ready is ended as well.
-        let mut server = Self { child, port };
+        let mut server = Self { child, port, query };
         if server.is_ready_in_time() { Ok(server) } else { Err(StartError::NotReady { program }) }
     }
 
-    pub(crate) fn port(&self) -> u16 {
-        self.port
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("ws://127.0.0.1:{}{path}{}", self.port, self.query)
     }
 
     pub(crate) fn pid(&self) -> u32 {
