@@ -1,20 +1,14 @@
-//! The duel: several servers at once, and one client that turns to one after the other for some milliseconds.
+//! The duel: several servers or builds in turn for some milliseconds each, and what the others cost beside the first.
 //!
-//! What disturbs the machine for longer than that disturbs all alike, so their ratio is known to a percent or two where
-//! runs behind each other differ by ten. For tuning: two builds of the example can be set against each other. Knows
-//! CPU per delivery and nothing else; what users feel, `compare` says. Does not know how a slice is run.
+//! For tuning: what a change brings is mostly less than what runs behind each other differ by. Knows CPU per delivery and
+//! nothing else; what users feel, `compare` says.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fmt, path::PathBuf, time::Duration};
 
 use crate::{
-    cpu,
-    load::{Bout, LoadError, Mode, Options as Load},
+    load::Mode,
     statistic::{counted, median},
-    trial::{Contender, ServerProcess, StartError, Workshop, WorkshopError},
+    trial::{Contender, Entrant, Load, TrialError, Tried, Turns, Workshop, WorkshopError},
 };
 
 /// Rounds that are run and not counted.
@@ -64,22 +58,8 @@ pub(crate) enum DuelError {
     Extent,
     #[error(transparent)]
     Workshop(#[from] WorkshopError),
-    #[error("{name} does not serve")]
-    Start { name: String, source: StartError },
-    #[error("the load on {name} failed")]
-    Load { name: String, source: LoadError },
-    #[error("the client could not be pinned")]
-    Pin(#[from] cpu::PinError),
-}
-
-/// One server and what it has cost, slice by slice.
-#[derive(Debug)]
-struct Side {
-    name: String,
-    /// Ends with it.
-    _server: ServerProcess,
-    bout: Bout,
-    costs: Vec<f64>,
+    #[error("{name} has no result")]
+    Trial { name: String, source: TrialError },
 }
 
 /// What is told of a side.
@@ -95,103 +75,76 @@ struct Score {
 
 /// Runs the duel and prints it; false when a promise of delivery was broken.
 pub(crate) fn run(options: &Options) -> Result<bool, DuelError> {
-    if !matches!(options.mode, Mode::Echo | Mode::Fanout) {
-        return Err(DuelError::Mode);
-    }
-    if options.rounds == 0 || options.slice_millis == 0 {
-        return Err(DuelError::Extent);
-    }
+    let load = options.load()?;
     let workshop = Workshop::find(options.no_pin)?;
     if !options.no_build {
         workshop.build(&options.servers)?;
     }
-    let servers = start(options, &workshop)?;
-    // Behind the start: what a process starts inherits its core.
-    cpu::pin(workshop.client_core())?;
-    let mut sides = servers
-        .into_iter()
-        .map(|(name, server)| Side::open(options, name, server))
-        .collect::<Result<Vec<_>, _>>()?;
-    fight(options, &mut sides)?;
-    let first = sides.first().map(|side| side.costs.clone()).unwrap_or_default();
+    let builds = options.build.iter().cloned().map(Entrant::Build);
+    let entrants: Vec<_> = options.servers.iter().copied().map(Entrant::Server).chain(builds).collect();
+    let turns = Turns {
+        slice: Duration::from_millis(options.slice_millis),
+        warmup: WARMUP_ROUNDS,
+        measured: options.rounds,
+    };
+    let tried = entrants.iter().zip(workshop.run_together(&entrants, &load, turns));
+    let tried: Vec<(String, Tried)> = tried
+        .map(|(entrant, tried)| match tried {
+            Ok(tried) => Ok((entrant.to_string(), tried)),
+            Err(source) => Err(DuelError::Trial { name: entrant.to_string(), source }),
+        })
+        .collect::<Result<_, _>>()?;
     println!(
-        "{:?}, {}, {} of {} ms, {}",
-        options.mode,
+        "{}, {}, {} of {} ms, {}",
+        load.path,
         counted(options.connections, "connection"),
         counted(options.rounds, "round"),
         options.slice_millis,
         workshop.placement()
     );
-    let mut faultless = true;
-    for side in sides {
-        if let Some(score) = Score::reckon(&side.name, &side.costs, &first) {
-            println!("{score}");
-        }
-        let (name, report) = (side.name, side.bout.end());
-        let report = report.map_err(|source| DuelError::Load { name: name.clone(), source })?;
-        if !report.is_faultless() {
-            faultless = false;
-            println!("{name} was faulty:\n{report}");
+    let first = tried.first().map_or(&[][..], |(_, tried)| &tried.costs);
+    for (name, Tried { costs, .. }) in &tried {
+        match Score::reckon(name, costs, first) {
+            Some(score) => println!("{score}"),
+            None => println!("  {name}: nothing was delivered"),
         }
     }
-    Ok(faultless)
+    let faulty = tried.iter().filter(|(_, tried)| !tried.report.is_faultless());
+    faulty.clone().for_each(|(name, tried)| println!("{name} was faulty:\n{}", tried.report));
+    Ok(faulty.count() == 0)
 }
 
-fn start(options: &Options, workshop: &Workshop) -> Result<Vec<(String, ServerProcess)>, DuelError> {
-    let named = |name: String, server: Result<_, _>| match server {
-        Ok(server) => Ok((name, server)),
-        Err(source) => Err(DuelError::Start { name, source }),
-    };
-    let servers = options.servers.iter().map(|server| named(server.to_string(), workshop.start(*server, 1)));
-    let build = |path: &Path| named(path.display().to_string(), workshop.start_build(path));
-    servers.chain(options.build.iter().map(|path| build(path))).collect()
-}
-
-/// Everybody's slices, each round beginning with another side: who comes first finds the caches coldest.
-fn fight(options: &Options, sides: &mut [Side]) -> Result<(), DuelError> {
-    let slice = Duration::from_millis(options.slice_millis);
-    let count = sides.len();
-    for round in 0..WARMUP_ROUNDS + options.rounds {
-        for turn in 0..count {
-            let side = &mut sides[(turn + round) % count];
-            let outcome = side.bout.slice(slice);
-            let slice = outcome.map_err(|source| DuelError::Load { name: side.name.clone(), source })?;
-            if round >= WARMUP_ROUNDS {
-                side.costs.push(slice.cost().unwrap_or(f64::NAN));
-            }
+impl Options {
+    /// What everybody is asked.
+    fn load(&self) -> Result<Load, DuelError> {
+        if self.rounds == 0 || self.slice_millis == 0 {
+            return Err(DuelError::Extent);
         }
-    }
-    Ok(())
-}
-
-impl Side {
-    fn open(options: &Options, name: String, server: ServerProcess) -> Result<Self, DuelError> {
-        let echo = options.mode == Mode::Echo;
-        let usual = if echo { options.connections } else { 1 };
-        let mut load = Load::closed_loop(
-            server.url(if echo { "/echo" } else { "/ws" }),
-            server.pid(),
-            options.mode,
-            options.connections,
-            options.in_flight.unwrap_or(usual),
-            options.payload,
-        );
-        load.spin = !options.no_pin;
-        let bout = Bout::open(&load).map_err(|source| DuelError::Load { name: name.clone(), source })?;
-        Ok(Self { name, _server: server, bout, costs: Vec::new() })
+        let (path, mode, in_flight) = match self.mode {
+            Mode::Echo => ("/echo", "echo", self.connections),
+            Mode::Fanout => ("/ws", "fanout", 1),
+            Mode::Idle | Mode::Storm => return Err(DuelError::Mode),
+        };
+        let flags = vec![
+            ("--mode", mode.to_owned()),
+            ("--connections", self.connections.to_string()),
+            ("--in-flight", self.in_flight.unwrap_or(in_flight).to_string()),
+            ("--payload", self.payload.to_string()),
+        ];
+        Ok(Load { path, flags })
     }
 }
 
 impl Score {
     /// `costs` against those of the first side; rounds in which either delivered nothing do not count.
-    fn reckon(name: &str, costs: &[f64], first: &[f64]) -> Option<Self> {
-        let mut ratios: Vec<f64> = costs.iter().zip(first).map(|(cost, first)| cost / first).collect();
-        ratios.retain(|ratio| ratio.is_finite());
+    fn reckon(name: &str, costs: &[Option<f64>], first: &[Option<f64>]) -> Option<Self> {
+        let ratio = |(cost, first): (&Option<f64>, &Option<f64>)| Some((*cost)? / (*first)?);
+        let mut ratios: Vec<f64> = costs.iter().zip(first).filter_map(ratio).collect();
         ratios.sort_by(f64::total_cmp);
         let quartile = |quarter: usize| ratios.get(ratios.len() * quarter / 4).copied();
         Some(Self {
             name: name.to_owned(),
-            cost: median(costs.iter().copied().filter(|cost| cost.is_finite()).collect())?,
+            cost: median(costs.iter().copied().flatten().collect())?,
             quartiles: (quartile(1)?, quartile(3)?),
             ratio: median(ratios)?,
         })
@@ -211,9 +164,10 @@ mod tests {
 
     #[test]
     fn a_score_is_the_median_of_the_rounds_ratios_and_leaves_out_rounds_without_deliveries() {
-        let score = Score::reckon("b", &[2.0, 3.0, 30.0, 5.0], &[1.0, 2.0, 10.0, f64::NAN]).unwrap();
+        let (costs, first) = ([2.0, 3.0, 30.0, 5.0].map(Some), [Some(1.0), Some(2.0), Some(10.0), None]);
+        let score = Score::reckon("b", &costs, &first).unwrap();
         assert_eq!((score.cost, score.ratio, score.quartiles), (4.0, 2.0, (1.5, 3.0)));
         assert!(score.to_string().contains("4.000 µs per delivery, 2.000 of the first (1.500 to 3.000)"));
-        assert!(Score::reckon("b", &[f64::NAN], &[1.0]).is_none());
+        assert!(Score::reckon("b", &[None], &first).is_none());
     }
 }

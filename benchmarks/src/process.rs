@@ -27,6 +27,10 @@ pub(crate) struct CpuTime {
 }
 
 impl CpuTime {
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self { running: self.running + other.running, waiting: self.waiting + other.waiting }
+    }
+
     /// What was added since `earlier`; nothing where a thread that ended took its time away.
     pub(crate) fn since(self, earlier: Self) -> Self {
         Self {

@@ -1,7 +1,7 @@
 //! The comparison: every server under every scenario, in turn, several times.
 //!
-//! Servers are interleaved within a round and each is set against the floor of the same round, so that a machine
-//! that others use as well disturbs them alike. What peers lose is shown and held against them only there; ours must
+//! Servers are interleaved within a round, where little is to be told apart by tenths of a second, and each is set against
+//! the floor of the same round, so that a machine that others use as well disturbs them alike. What peers lose is shown and held against them only there; ours must
 //! not lose anything. Knows what is asked and what is shown; a trial knows how it is done.
 
 mod figure;
@@ -9,7 +9,7 @@ mod run;
 mod scenario;
 mod table;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use serde::Serialize;
 
@@ -21,8 +21,12 @@ use self::{
 use crate::{
     machine::Machine,
     results::{Results, ResultsError},
-    trial::{Contender, Outcome, Workshop, WorkshopError},
+    trial::{Contender, Entrant, Outcome, Turns, Workshop, WorkshopError},
 };
+
+/// How long a turn is where servers are tried in turns: long beside what it takes to fill the caches, short beside what
+/// disturbs the machine.
+const SLICE: Duration = Duration::from_millis(100);
 
 /// What the comparison is told.
 #[derive(Debug, clap::Args)]
@@ -153,11 +157,11 @@ impl Comparison {
         let extent = options.extent();
         let mut runs = Vec::new();
         for round in 0..extent.rounds {
+            // Another server begins each round, so that none always comes after the same.
+            let mut servers = options.servers.clone();
+            servers.rotate_left(round % options.servers.len().max(1));
             for &scenario in &options.scenarios {
-                for turn in 0..options.servers.len() {
-                    // Another server begins each round, so that none always comes after the same.
-                    let server = options.servers[(turn + round) % options.servers.len()];
-                    let outcome = Outcome::from(workshop.run(server, 1, &scenario.load(&extent)));
+                let mut note = |server, outcome: Outcome| {
                     // A comparison takes minutes: say how it goes.
                     eprintln!(
                         "round {} of {}, {scenario}, {server}: {}",
@@ -166,6 +170,17 @@ impl Comparison {
                         outcome.progress()
                     );
                     runs.push(Run { round, scenario, server, outcome });
+                };
+                let load = scenario.load(&extent);
+                if scenario.is_in_turns() {
+                    let entrants: Vec<_> = servers.iter().copied().map(Entrant::Server).collect();
+                    let turns = Turns::of(SLICE, extent.warmup_seconds, extent.seconds);
+                    let tried = workshop.run_together(&entrants, &load, turns);
+                    for (&server, tried) in servers.iter().zip(tried) {
+                        note(server, Outcome::from(tried.map(|tried| tried.report)));
+                    }
+                } else {
+                    servers.iter().for_each(|&server| note(server, workshop.run(server, 1, &load).into()));
                 }
             }
         }

@@ -84,6 +84,12 @@ impl Scenario {
         Load { path, flags }
     }
 
+    /// Whether all servers are tried together, in turns: where what is to be told apart is less than what the machine does
+    /// from one minute to the next. A crowd at each server would be more sockets than a process may have.
+    pub(crate) fn is_in_turns(self) -> bool {
+        matches!(self, Self::FanoutOne | Self::Steady | Self::Echo)
+    }
+
     /// The columns of its table.
     pub(crate) fn columns(self) -> &'static [Column] {
         match self {

@@ -162,6 +162,9 @@ impl fmt::Display for Table<'_> {
         )?;
         for &scenario in scenarios {
             writeln!(f, "\n## {scenario}, {} connections\n", scenario.connections(extent))?;
+            if scenario.is_in_turns() {
+                writeln!(f, "All servers at once, in turns of {} ms.\n", super::SLICE.as_millis())?;
+            }
             self.scenario(f, scenario)?;
         }
         writeln!(f, "\n## Every run\n")?;

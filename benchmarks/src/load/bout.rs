@@ -1,34 +1,20 @@
-//! The bout: one server's part in a duel, traffic in slices with pauses between them.
+//! The bout: one server's part among several that take turns, traffic in slices with pauses between them.
 //!
-//! Between two slices nothing is on its way, so what the server's books say there belongs to the slices before. Does
-//! not know the other servers, or whose turn it is.
+//! Between two slices nothing is on its way, so what the server's books say there belongs to the slices before. What
+//! it does in its pauses (heartbeats) is charged to nobody. Does not know the other servers, or whose turn it is.
 
 use std::time::Duration;
 
-use super::{LoadError, Options, report::Report, snapshot::Snapshot, traffic::Traffic};
+use super::{LoadError, Options, report::Report, snapshot::Span, traffic::Traffic};
 use crate::process::Process;
 
-/// One server, its connections, and what stood in its books when they were open.
+/// One server and its connections.
 #[derive(Debug)]
 pub(crate) struct Bout {
     traffic: Traffic,
     server: Process,
-    before: Snapshot,
-}
-
-/// What one slice has cost.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Slice {
-    pub(crate) deliveries: u64,
-    /// The server's time on a CPU.
-    pub(crate) cpu: Duration,
-}
-
-impl Slice {
-    /// The server's CPU per delivery, in microseconds; absent if nothing was delivered.
-    pub(crate) fn cost(self) -> Option<f64> {
-        (self.deliveries > 0).then(|| 1e6 * self.cpu.as_secs_f64() / self.deliveries as f64)
-    }
+    /// All slices that were measured.
+    measured: Option<Span>,
 }
 
 impl Bout {
@@ -36,20 +22,29 @@ impl Bout {
     pub(crate) fn open(options: &Options) -> Result<Self, LoadError> {
         options.check()?;
         let server = options.server_pid.ok_or(LoadError::Options("a bout needs --server-pid"))?;
-        let server = Process::new(server);
         let traffic = Traffic::open(options, &options.url.parse()?, None)?;
-        Ok(Self { before: traffic.snapshot(Some(server))?, traffic, server })
+        Ok(Self { traffic, server: Process::new(server), measured: None })
     }
 
-    /// Keeps messages in flight for `duration`, then waits for them.
-    pub(crate) fn slice(&mut self, duration: Duration) -> Result<Slice, LoadError> {
-        let before = self.server.cpu_time()?;
-        let deliveries = self.traffic.slice(duration)?;
-        Ok(Slice { deliveries, cpu: self.server.cpu_time()?.since(before).running })
+    /// A slice that is not measured.
+    pub(crate) fn warm_up(&mut self, duration: Duration) -> Result<(), LoadError> {
+        self.traffic.slice(self.server, duration)?;
+        Ok(())
     }
 
-    /// Everything that was right or wrong.
+    /// Sends for `duration`, then waits until all has landed; tells the server's CPU per delivery in microseconds.
+    pub(crate) fn slice(&mut self, duration: Duration) -> Result<Option<f64>, LoadError> {
+        if self.measured.is_none() {
+            self.traffic.measure_slices();
+        }
+        let slice = self.traffic.slice(self.server, duration)?;
+        self.measured = Some(self.measured.map_or(slice, |before| before.and(slice)));
+        Ok(slice.cost())
+    }
+
+    /// What all slices say together, and everything that was wrong.
     pub(crate) fn end(self) -> Result<Report, LoadError> {
-        self.traffic.end(&self.before, self.server)
+        let measured = self.measured.ok_or(LoadError::Options("a bout needs a slice to be measured"))?;
+        self.traffic.end_slices(&measured)
     }
 }

@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
+use clap::{Args, FromArgMatches};
+
 use super::{LoadError, report::Setup, role::Cast, target::GROUP};
 
 /// Senders of an open loop, unless told otherwise.
 const OPEN_LOOP_SENDERS: usize = 64;
 
 /// What the load generator is told.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
     /// Where the server is: `ws://127.0.0.1:PORT/ws`, `…/echo` or, with --groups, `…/group/{group}`.
     #[arg(long)]
@@ -105,40 +107,10 @@ pub(crate) enum Mode {
 }
 
 impl Options {
-    /// A closed loop without anything special, against the server with this process id.
-    pub(crate) fn closed_loop(
-        url: String,
-        server_pid: u32,
-        mode: Mode,
-        connections: usize,
-        in_flight: usize,
-        payload: usize,
-    ) -> Self {
-        Self {
-            url,
-            mode,
-            connections,
-            senders: None,
-            in_flight,
-            rate: None,
-            seconds: 1.0,
-            warmup: 0.0,
-            payload,
-            groups: 1,
-            stalled: 0,
-            slow: 0,
-            slow_rate: 0,
-            kill: None,
-            churn: None,
-            expect_end: false,
-            lossy: false,
-            at_once: None,
-            server_pid: Some(server_pid),
-            cpu: None,
-            spin: false,
-            progress: false,
-            json: false,
-        }
+    /// What these words say, as if they stood behind `load`.
+    pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
+        let load = clap::Command::new("load").no_binary_name(true);
+        Self::from_arg_matches(&Self::augment_args(load).try_get_matches_from(words)?)
     }
 
     pub(crate) fn check(&self) -> Result<(), LoadError> {

@@ -26,6 +26,13 @@ impl Pace {
         }
     }
 
+    /// Starts the clock of an open loop.
+    pub(crate) fn begin(&mut self, now: Instant) {
+        if let Self::Open { start, sent, .. } = self {
+            (*start, *sent) = (now, 0);
+        }
+    }
+
     /// The time at which a message of the open loop was due, if one is by `now`.
     pub(crate) fn due(&mut self, now: Instant) -> Option<Instant> {
         let Self::Open { interval, start, sent } = self else { return None };

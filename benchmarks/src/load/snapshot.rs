@@ -1,4 +1,4 @@
-//! What stood in the books at one moment, and what the difference of two moments says.
+//! What stood in the books at one moment, and what the differences of moments say.
 
 use std::time::{Duration, Instant};
 
@@ -28,30 +28,65 @@ impl Snapshot {
         })
     }
 
-    /// What the messages did between two moments; the faults are those of the whole run, which ended with `total`.
-    pub(crate) fn compare(
-        before: &Self,
-        after: &Self,
-        total: Tally,
-        latencies: Latencies,
-    ) -> report::Traffic {
-        let seconds = (after.at - before.at).as_secs_f64();
-        let deliveries = (after.tally.received - before.tally.received) as f64;
-        let messages = (after.tally.landed - before.tally.landed) as f64;
+    /// What was added since `earlier`.
+    pub(crate) fn since(&self, earlier: &Self) -> Span {
         // Threads that have ended took their time with them: what is left would be no measurement.
-        let server = before
+        let server_cpu = earlier
             .server_cpu
-            .zip(after.server_cpu)
+            .zip(self.server_cpu)
             .filter(|(before, after)| after.running >= before.running)
             .map(|(before, after)| after.since(before));
-        let server_cpu = server.map(|time| time.running.as_secs_f64());
-        let client = after.client_cpu.since(before.client_cpu);
-        let worked = client.running.saturating_sub(after.spun - before.spun).as_secs_f64();
+        Span {
+            seconds: (self.at - earlier.at).as_secs_f64(),
+            deliveries: self.tally.received - earlier.tally.received,
+            messages: self.tally.landed - earlier.tally.landed,
+            server_cpu,
+            client_cpu: self.client_cpu.since(earlier.client_cpu),
+            spun: self.spun - earlier.spun,
+        }
+    }
+}
+
+/// What happened between two moments; of several it is the sum.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    seconds: f64,
+    pub(crate) deliveries: u64,
+    messages: u64,
+    /// Absent when it is not known of all that this is the sum of.
+    server_cpu: Option<CpuTime>,
+    client_cpu: CpuTime,
+    spun: Duration,
+}
+
+impl Span {
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            seconds: self.seconds + other.seconds,
+            deliveries: self.deliveries + other.deliveries,
+            messages: self.messages + other.messages,
+            server_cpu: self.server_cpu.zip(other.server_cpu).map(|(one, other)| one.and(other)),
+            client_cpu: self.client_cpu.and(other.client_cpu),
+            spun: self.spun + other.spun,
+        }
+    }
+
+    /// The server's CPU per delivery, in microseconds.
+    pub(crate) fn cost(&self) -> Option<f64> {
+        let cpu = self.server_cpu.filter(|_| self.deliveries > 0)?;
+        Some(1e6 * cpu.running.as_secs_f64() / self.deliveries as f64)
+    }
+
+    /// As it is told; the faults are those of the whole run, which ended with `total`.
+    pub(crate) fn report(&self, total: Tally, latencies: Latencies) -> report::Traffic {
+        let seconds = self.seconds;
+        let worked = self.client_cpu.running.saturating_sub(self.spun).as_secs_f64();
         let client_cpu_share = worked / seconds;
+        let server = self.server_cpu;
         report::Traffic {
             seconds,
-            deliveries_per_second: deliveries / seconds,
-            messages_per_second: messages / seconds,
+            deliveries_per_second: self.deliveries as f64 / seconds,
+            messages_per_second: self.messages as f64 / seconds,
             expected: total.expected,
             received: total.received,
             delivery_ratio: total.received as f64 / total.expected.max(1) as f64,
@@ -61,13 +96,11 @@ impl Snapshot {
             strays: total.strays,
             unseen: total.unseen,
             latency: latencies.summary(),
-            server_cpu_us_per_delivery: server_cpu
-                .filter(|_| deliveries > 0.0)
-                .map(|cpu| 1e6 * cpu / deliveries),
-            server_cpu_share: server_cpu.map(|cpu| cpu / seconds),
+            server_cpu_us_per_delivery: self.cost(),
+            server_cpu_share: server.map(|time| time.running.as_secs_f64() / seconds),
             server_waiting_share: server.map(|time| time.waiting.as_secs_f64() / seconds),
             client_cpu_share,
-            client_waiting_share: client.waiting.as_secs_f64() / seconds,
+            client_waiting_share: self.client_cpu.waiting.as_secs_f64() / seconds,
             client_was_the_limit: report::Traffic::client_is_the_limit(
                 client_cpu_share,
                 server.map(|time| (time.running + time.waiting).as_secs_f64() / seconds),

@@ -23,7 +23,7 @@ use super::{
     role::Role,
     settle::settle,
     slow::SlowReaders,
-    snapshot::Snapshot,
+    snapshot::{Snapshot, Span},
     stage::{Stage, Standing},
     target::Target,
 };
@@ -89,7 +89,7 @@ pub(crate) fn measure(
         traffic.turn_until(Instant::now() + DRAIN_MAX, Traffic::is_over)?;
     }
     traffic.drain()?;
-    traffic.conclude(&before, &after, latencies)
+    traffic.conclude(&after.since(&before), latencies)
 }
 
 impl Traffic {
@@ -145,25 +145,31 @@ impl Traffic {
         })
     }
 
-    /// Sends for `duration`, then waits until all has landed; tells how many deliveries that made.
-    pub(super) fn slice(&mut self, duration: Duration) -> Result<u64, LoadError> {
-        let before = self.stage.ledger.tally.received;
+    /// Sends for `duration`, then waits until all has landed.
+    pub(super) fn slice(&mut self, server: Process, duration: Duration) -> Result<Span, LoadError> {
+        let before = self.snapshot(Some(server))?;
         self.sending = true;
+        self.pace.begin(before.at);
         self.start()?;
-        self.turn_until(Instant::now() + duration, Self::is_over)?;
+        self.turn_until(before.at + duration, Self::is_over)?;
         self.sending = false;
         self.turn_until(Instant::now() + STALLED_AFTER, Self::is_settled)?;
         if !self.is_settled() {
             return Err(LoadError::Unlanded);
         }
-        Ok(self.stage.ledger.tally.received - before)
+        Ok(self.snapshot(Some(server))?.since(&before))
     }
 
-    /// Listens for what should not come, and reports on all since `before`.
-    pub(super) fn end(mut self, before: &Snapshot, server: Process) -> Result<Report, LoadError> {
-        let after = self.snapshot(Some(server))?;
+    /// The slices from now on are measured.
+    pub(super) fn measure_slices(&mut self) {
+        self.latencies = Some(Latencies::default());
+    }
+
+    /// Listens for what should not come, and reports on the slices.
+    pub(super) fn end_slices(mut self, slices: &Span) -> Result<Report, LoadError> {
+        let latencies = self.latencies.take().unwrap_or_default();
         self.drain()?;
-        self.conclude(before, &after, Latencies::default())
+        self.conclude(slices, latencies)
     }
 
     fn start(&mut self) -> Result<(), LoadError> {
@@ -392,18 +398,12 @@ impl Traffic {
         self.turn_until(Instant::now() + QUIET, |_| false)
     }
 
-    pub(super) fn snapshot(&self, server: Option<Process>) -> Result<Snapshot, ProcessError> {
+    fn snapshot(&self, server: Option<Process>) -> Result<Snapshot, ProcessError> {
         Snapshot::take(server, self.stage.ledger.tally, self.spun)
     }
 
-    fn conclude(
-        mut self,
-        before: &Snapshot,
-        after: &Snapshot,
-        latencies: Latencies,
-    ) -> Result<Report, LoadError> {
-        let total = self.stage.ledger.tally;
-        self.report.traffic = Some(Snapshot::compare(before, after, total, latencies));
+    fn conclude(mut self, measured: &Span, latencies: Latencies) -> Result<Report, LoadError> {
+        self.report.traffic = Some(measured.report(self.stage.ledger.tally, latencies));
         if !self.slow.is_empty() {
             self.report.slow = Some(self.slow.reckon(&mut self.stage)?);
         }

@@ -1,12 +1,14 @@
-//! A trial: one server and one load against it, as two processes, and the report that comes of it.
+//! A trial: a server and a load against it, as two processes, and the report that comes of it.
 //!
-//! A fresh server each time, so that nothing is inherited, and a core for the client that no server shares. Knows
-//! servers by their command lines and results by the load generator's JSON.
+//! A fresh server each time, so that nothing is inherited, and a core for the client that no server shares. Several
+//! servers can be tried together, in turns. Knows servers by their command lines and results by the load generator's
+//! JSON.
 
 mod contender;
 pub(crate) mod measure;
 pub(crate) mod outcome;
 mod server_process;
+mod together;
 
 use std::{
     env, io,
@@ -14,14 +16,20 @@ use std::{
     process::{Command, Stdio},
 };
 
-use self::contender::BuildError;
+use self::{
+    contender::BuildError,
+    server_process::{ServerProcess, StartError},
+};
 pub(crate) use self::{
     contender::Contender,
     measure::Measure,
     outcome::Outcome,
-    server_process::{ServerProcess, StartError},
+    together::{Entrant, Tried, Turns},
 };
-use crate::{cpu, load::report::Report};
+use crate::{
+    cpu::{self, PinError},
+    load::{LoadError, report::Report},
+};
 
 /// Why nothing can be tried.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +53,12 @@ pub(crate) enum TrialError {
     Load(#[source] io::Error),
     #[error("the load generator said: {0}")]
     NoReport(String),
+    #[error("the load generator does not take its flags")]
+    Flags(#[from] clap::Error),
+    #[error(transparent)]
+    Bout(#[from] LoadError),
+    #[error("the client could not be pinned")]
+    Pin(#[from] PinError),
 }
 
 /// What the load generator is told: a route of the server, and flags.
@@ -119,38 +133,34 @@ impl Workshop {
         self.pins.as_ref().map(|pins| pins.server.len())
     }
 
-    /// Starts a server with `shards` threads.
-    pub(crate) fn start(&self, contender: Contender, shards: usize) -> Result<ServerProcess, StartError> {
-        ServerProcess::start(contender.query(), |port| contender.command(self, port, shards))
-    }
-
-    /// Starts another build of shardcast's example, with one shard.
-    pub(crate) fn start_build(&self, fanout: &Path) -> Result<ServerProcess, StartError> {
-        let query = Contender::Shardcast.query();
-        ServerProcess::start(query, |port| contender::fanout(self, fanout, port, 1))
-    }
-
-    /// The core for a client in this process; `None` when nothing is pinned.
-    pub(crate) fn client_core(&self) -> Option<usize> {
-        self.pins.as_ref().map(|pins| pins.client)
-    }
-
     /// One server with `shards` threads, one load, one report.
     pub(crate) fn run(&self, contender: Contender, shards: usize, load: &Load) -> Result<Report, TrialError> {
         let server = self.start(contender, shards)?;
-        let (url, pid) = (server.url(load.path), server.pid().to_string());
         let mut command = Command::new(&self.benchmarks);
-        command.args(["load", "--json", "--url", &url, "--server-pid", &pid]);
-        for (name, value) in &load.flags {
-            command.args([name, value.as_str()]);
-        }
+        command.args(["load", "--json"]).args(self.words(&server, load));
         if let Some(pins) = &self.pins {
-            command.args(["--cpu", &pins.client.to_string(), "--spin"]);
+            command.args(["--cpu", &pins.client.to_string()]);
         }
         let output = command.stdin(Stdio::null()).output().map_err(TrialError::Load)?;
         // A faulty run exits with 1 and has a report all the same.
         serde_json::from_slice(&output.stdout)
             .map_err(|_| TrialError::NoReport(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+    }
+
+    fn start(&self, contender: Contender, shards: usize) -> Result<ServerProcess, StartError> {
+        ServerProcess::start(contender.query(), |port| contender.command(self, port, shards))
+    }
+
+    /// What the load generator is told about a server.
+    fn words(&self, server: &ServerProcess, load: &Load) -> Vec<String> {
+        let mut words = vec!["--url".to_owned(), server.url(load.path)];
+        words.extend(["--server-pid".to_owned(), server.pid().to_string()]);
+        for (name, value) in &load.flags {
+            words.extend([(*name).to_owned(), value.clone()]);
+        }
+        // Only a client with a core of its own may keep it.
+        words.extend(self.pins.is_some().then(|| "--spin".to_owned()));
+        words
     }
 
     fn on_server_cores(&self, program: &Path) -> Command {
