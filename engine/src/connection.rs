@@ -231,7 +231,6 @@ impl Connection {
 
     /// Writes what is queued, one system call for as much as can be gathered.
     pub(crate) fn flush(&mut self, gather: &mut Gather, totals: &mut Metrics) -> Flushed {
-        let bounds = self.bounds();
         for _ in 0..WRITES_PER_FLUSH {
             if !self.is_writable || self.phase == Phase::Lingering {
                 return Flushed::Rests;
@@ -261,7 +260,7 @@ impl Connection {
                     if is_control {
                         self.outbox.wrote_control(count);
                     } else {
-                        let waiting = self.outbox.waiting();
+                        let (waiting, bounds) = (self.outbox.waiting(), self.bounds());
                         let frames = u64::from(self.outbox.wrote(count, &bounds));
                         if self.outbox.waiting() < waiting {
                             self.drops_in_a_row = 0; // something that had waited was taken

@@ -127,6 +127,27 @@ impl Crowd {
         let frames = u64::from(chunk.frames());
         connection.counts.offered += frames;
         self.metrics.offered += frames;
+        if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
+            self.dirty.push_back(slot);
+        }
+        if connection.outbox.begin(chunk, &bounds) {
+            self.backlog_bytes += chunk.bytes();
+            connection.drops_in_a_row = 0;
+            return false;
+        }
+        self.offer_more(slot, chunk, policy, ticket)
+    }
+
+    /// Puts the chunk into an outbox that has something already, or that it fills; true if something of it did not fit.
+    fn offer_more(
+        &mut self,
+        slot: u32,
+        chunk: &Rc<Chunk>,
+        policy: Option<Policy>,
+        ticket: Option<&Ticket>,
+    ) -> bool {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return false };
+        let bounds = connection.bounds();
         let policy = policy.unwrap_or(connection.config.policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
         let patience = Patience { until, max_drops: policy.max_drops() };
@@ -134,9 +155,6 @@ impl Crowd {
         let (before, queued) = (connection.outbox.backlog_bytes(), connection.outbox.queued());
         let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, held.cloned());
         self.backlog_bytes += connection.outbox.backlog_bytes() - before;
-        if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
-            self.dirty.push_back(slot);
-        }
         if !connection.is_congested && connection.outbox.is_congested(&bounds) {
             connection.is_congested = true;
             let blocks = connection.config.policy.blocks();

@@ -45,6 +45,10 @@ impl Chunk {
         self.ends.len() as u32
     }
 
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     fn start(&self, frame: u32) -> u32 {
         if frame == 0 { 0 } else { self.ends[frame as usize - 1] }
     }
@@ -213,6 +217,19 @@ impl<T> Outbox<T> {
         self.bytes + self.more.as_ref().map_or(0, |more| more.waiting_bytes)
     }
 
+    /// Appends all frames of `chunk` if nothing is queued and they take at most half of the bounds. That is what happens
+    /// mostly, and it is all that is to be done then: nobody waits, nothing becomes congested. False if it is not so.
+    #[inline]
+    pub(crate) fn begin(&mut self, chunk: &Rc<Chunk>, bounds: &Bounds) -> bool {
+        let (frames, bytes) = (chunk.frames(), chunk.bytes.len());
+        if !self.is_empty() || frames as usize > bounds.frames / 2 || bytes > bounds.bytes / 2 {
+            return false;
+        }
+        self.front = Some(Segment { chunk: chunk.clone(), next: 0, end: frames });
+        (self.offset, self.frames, self.bytes) = (0, frames, bytes);
+        true
+    }
+
     /// Appends all frames of `chunk`, as far as the bounds allow; what does not fit waits with `ticket`, or is
     /// dropped at once if `patience` ends `now`.
     pub(crate) fn offer(
@@ -355,7 +372,19 @@ impl<T> Outbox<T> {
         more.control.extend_from_slice(frame);
     }
 
+    #[inline]
     pub(crate) fn next(&self) -> Next<'_> {
+        match &self.front {
+            Some(front) if self.more.is_none() => {
+                let (from, end) = (self.offset as usize, front.chunk.end(front.end) as usize);
+                Next::Data(&front.chunk.bytes[from..end])
+            }
+            None if self.more.is_none() => Next::Nothing,
+            _ => self.next_of_several(),
+        }
+    }
+
+    fn next_of_several(&self) -> Next<'_> {
         let control = self.more.as_ref().map_or(&[][..], |more| &more.control[more.control_written..]);
         let Some(front) = &self.front else {
             return if control.is_empty() { Next::Nothing } else { Next::Control(control) };
@@ -394,7 +423,16 @@ impl<T> Outbox<T> {
     }
 
     /// `count` bytes of data were written; returns how many frames that completed.
-    pub(crate) fn wrote(&mut self, mut count: usize, bounds: &Bounds) -> u32 {
+    #[inline]
+    pub(crate) fn wrote(&mut self, count: usize, bounds: &Bounds) -> u32 {
+        if self.more.is_none() && count == self.bytes {
+            (self.front, self.bytes) = (None, 0);
+            return std::mem::take(&mut self.frames);
+        }
+        self.wrote_some(count, bounds)
+    }
+
+    fn wrote_some(&mut self, mut count: usize, bounds: &Bounds) -> u32 {
         self.bytes -= count;
         let mut whole = 0;
         while count > 0 {
