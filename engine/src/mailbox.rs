@@ -132,6 +132,9 @@ impl<C, B: Bell> Mailbox<C, B> {
     }
 
     pub(crate) fn pop_resume(&self) -> Option<ConnectionId> {
+        if self.resumes.is_empty() {
+            return None; // the usual case, and cheaper to see than to try: that takes a fence
+        }
         self.resumes.pop()
     }
 

@@ -27,7 +27,7 @@ use crate::crowd::Crowd;
 use crate::handler::Post;
 use crate::id::ConnectionId;
 use crate::log::Reader;
-use crate::mailbox::Entry;
+use crate::mailbox::{Entry, Mailbox};
 use crate::metrics::Metrics;
 use crate::outbox::Gather;
 use crate::publisher::Shared;
@@ -173,7 +173,7 @@ impl Shard {
             || (self.flush_due.is_none() && !self.crowd.dirty.is_empty())
             || !self.ready.is_empty()
             || self.held.is_some()
-            || !self.shared.mailboxes[self.index].is_empty()
+            || !self.mailbox().is_empty()
             || !self.reader.is_at_tail()
     }
 
@@ -187,8 +187,9 @@ impl Shard {
     /// Turns until the engine stops and the connections have ended.
     pub(crate) fn run(mut self) {
         tracing::debug!(shard = self.index, "shard started");
+        let mut ended = Instant::now();
         loop {
-            let wait = self.sleep_bound(Instant::now());
+            let wait = self.sleep_bound(ended);
             let polled = self.poll_sockets(wait);
             let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
             let began = Instant::now();
@@ -196,7 +197,8 @@ impl Shard {
                 tracing::error!(shard = self.index, %error, "polling failed; the shard ends");
                 break;
             }
-            self.measure_lag(began.elapsed());
+            ended = Instant::now();
+            self.measure_lag(ended - began);
             if spins && !self.reader.is_at_tail() && self.reader.get(0).is_none() {
                 std::thread::yield_now(); // a publisher was stopped between claim and release: let it run
             }
@@ -209,9 +211,8 @@ impl Shard {
 
     /// How long the poll may block: not at all while there is work, else until the next timer or the bell.
     fn sleep_bound(&self, now: Instant) -> Option<Duration> {
-        let mailbox = &self.shared.mailboxes[self.index];
         let is_idle = || !self.has_work() && !self.has_news_of_stopping();
-        if self.has_work() || !mailbox.fall_asleep(is_idle) {
+        if self.has_work() || !self.mailbox().fall_asleep(is_idle) {
             return Some(Duration::ZERO);
         }
         let stop = self.stop.as_ref().map(|stop| self.started + stop.next_due());
@@ -227,7 +228,7 @@ impl Shard {
 
     fn poll_sockets(&mut self, wait: Option<Duration>) -> std::io::Result<()> {
         let polled = self.poll.poll(&mut self.events, wait);
-        self.shared.mailboxes[self.index].wake_up();
+        self.mailbox().wake_up();
         match polled {
             Err(error) if error.kind() != ErrorKind::Interrupted => Err(error),
             _ => Ok(()),
@@ -258,7 +259,7 @@ impl Shard {
     /// something is to go to many, or has been asked to be held back: then gathering is worth more. `dirty` is how
     /// many were to be flushed before, and are left to their turn.
     fn answer(&mut self, dirty: usize) -> bool {
-        let is_little = self.shared.mailboxes[self.index].len() <= COMMANDS_PER_ANSWER;
+        let is_little = self.mailbox().len() <= COMMANDS_PER_ANSWER;
         let is_alone = self.shared.config.coalesce.is_zero() && self.reader.is_at_tail();
         let answers = is_little && is_alone && self.drain_mailbox();
         if answers {
@@ -274,6 +275,10 @@ impl Shard {
         self.crowd.metrics.pending = offered - written - dropped_timeout - dropped_overflow - discarded;
         self.crowd.metrics.pending_bytes = self.crowd.backlog_bytes as u64;
         self.shared.metrics[self.index].publish(&self.crowd.metrics);
+    }
+
+    fn mailbox(&self) -> &Mailbox<Command, mio::Waker> {
+        &self.shared.mailboxes[self.index]
     }
 
     fn find(&self, id: ConnectionId) -> Option<&Connection> {

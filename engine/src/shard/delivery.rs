@@ -29,16 +29,14 @@ const COMMANDS_PER_TURN: usize = 4096;
 impl Shard {
     /// Carries out what lay in the mailbox when it began; false if something of that is left.
     pub(super) fn drain_mailbox(&mut self) -> bool {
-        let shared = self.shared.clone();
-        let mailbox = &shared.mailboxes[self.index];
-        let lying = mailbox.len();
+        let lying = self.mailbox().len();
         let mut left = lying.min(COMMANDS_PER_TURN);
         let mut made_room = false;
         loop {
             let entry = match self.held.take() {
                 Some(entry) => entry,
                 None if left == 0 => break,
-                None => match mailbox.pop() {
+                None => match self.mailbox().pop() {
                     Some(entry) => {
                         left -= 1;
                         made_room = true;
@@ -69,7 +67,7 @@ impl Shard {
             }
         }
         if made_room {
-            mailbox.waiting.wake_all();
+            self.mailbox().waiting.wake_all();
         }
         self.held.is_none() && lying <= COMMANDS_PER_TURN
     }

@@ -255,7 +255,7 @@ impl Shard {
 
     pub(super) fn resume_handlers(&mut self) {
         for _ in 0..RESUMES_PER_TURN {
-            let Some(id) = self.shared.mailboxes[self.index].pop_resume() else { return };
+            let Some(id) = self.mailbox().pop_resume() else { return };
             let Some(connection) = self.find(id) else { continue };
             if let Some(resume) = &connection.resume {
                 resume.taken();

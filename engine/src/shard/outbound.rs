@@ -91,9 +91,10 @@ impl Shard {
     /// as many as are this shard's part of the excess.
     pub(super) fn keep_within_budget(&mut self) {
         let (shared, told) = (&self.shared, self.backlog_told);
-        if self.crowd.backlog_bytes >= told {
-            shared.backlog_bytes.fetch_add(self.crowd.backlog_bytes - told, Relaxed); // Relaxed: a sum, nothing hangs on it
-        } else {
+        // Relaxed: a sum, nothing hangs on it. Left alone where nothing has changed: all shards share it.
+        if self.crowd.backlog_bytes > told {
+            shared.backlog_bytes.fetch_add(self.crowd.backlog_bytes - told, Relaxed);
+        } else if self.crowd.backlog_bytes < told {
             shared.backlog_bytes.fetch_sub(told - self.crowd.backlog_bytes, Relaxed);
         }
         self.backlog_told = self.crowd.backlog_bytes;

@@ -71,8 +71,7 @@ impl Shard {
             if now >= stop.closing_by {
                 self.shared.close();
             }
-            let mailbox = &self.shared.mailboxes[self.index];
-            let has_commands = self.held.is_some() || !mailbox.is_empty();
+            let has_commands = self.held.is_some() || !self.shared.mailboxes[self.index].is_empty();
             if !self.shared.stopping.is_closed()
                 || !self.reader.is_at_tail()
                 || (has_commands && now < stop.closing_by)
@@ -135,7 +134,7 @@ impl Shard {
 impl Drop for Shard {
     /// Nobody waits for a shard that has ended.
     fn drop(&mut self) {
-        self.shared.mailboxes[self.index].close();
+        self.mailbox().close();
         let mut report = self.stop.take().map_or_else(ShutdownReport::default, |stop| stop.report);
         if std::thread::panicking() {
             // Promises cannot be kept with a part of the connections gone: the whole engine stops.
