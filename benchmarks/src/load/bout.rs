@@ -26,9 +26,10 @@ impl Bout {
         Ok(Self { traffic, server: Process::new(server), measured: None })
     }
 
-    /// A slice that is not measured.
+    /// A slice that is not measured, unless something is lost in it.
     pub(crate) fn warm_up(&mut self, duration: Duration) -> Result<(), LoadError> {
-        self.traffic.slice(self.server, duration)?;
+        let slice = self.traffic.slice(self.server, duration)?;
+        self.measured = self.is_stuck().then_some(slice);
         Ok(())
     }
 
@@ -40,6 +41,11 @@ impl Bout {
         let slice = self.traffic.slice(self.server, duration)?;
         self.measured = Some(self.measured.map_or(slice, |before| before.and(slice)));
         Ok(slice.cost())
+    }
+
+    /// Something has not landed in some seconds: what is lost is to be reported, and more slices tell nothing.
+    pub(crate) fn is_stuck(&self) -> bool {
+        !self.traffic.is_settled()
     }
 
     /// What all slices say together, and everything that was wrong.

@@ -62,8 +62,6 @@ pub(crate) enum LoadError {
     Connect(#[from] connect::ConnectError),
     #[error("{unseen} of {connections} connections got no probe within {}s", settle::SETTLE_MAX.as_secs())]
     Unsettled { unseen: usize, connections: usize },
-    #[error("a message has not landed within {}s", traffic::STALLED_AFTER.as_secs())]
-    Unlanded,
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error("the client's loop failed")]

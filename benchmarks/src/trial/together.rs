@@ -86,13 +86,13 @@ impl Workshop {
 }
 
 /// Each round begins with another side: who comes behind the same one always would find the same in the caches. Who
-/// fails has no more turns.
+/// fails or loses something has no more turns.
 fn take_turns(sides: &mut [Result<Side, TrialError>], turns: Turns) {
     let count = sides.len();
     for round in 0..turns.warmup + turns.measured {
         for turn in 0..count {
             let side = &mut sides[(turn + round) % count];
-            let Ok(present) = side else { continue };
+            let Some(present) = side.as_mut().ok().filter(|side| !side.bout.is_stuck()) else { continue };
             let taken = match round < turns.warmup {
                 true => present.bout.warm_up(turns.slice),
                 false => present.bout.slice(turns.slice).map(|cost| present.costs.push(cost)),

@@ -1,8 +1,9 @@
 //! What comes in: from the sockets to the handlers.
 //!
-//! A socket that is readable is read a few times a turn; what it brought is decoded and
-//! handed over message by message, until the handler is busy. Then reading stops, and goes
-//! on when the handler is resumed. Does not know the log, groups or outboxes' contents.
+//! A socket that is readable is read a few times a turn, some sockets after each other; what
+//! they brought is decoded and handed over message by message, until the handler is busy.
+//! Then reading stops, and goes on when the handler is resumed. Does not know the log, groups
+//! or outboxes' contents.
 
 use std::io::ErrorKind;
 use std::ops::Range;
