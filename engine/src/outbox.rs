@@ -698,7 +698,7 @@ mod tests {
                         tickets.push(ticket.clone());
                         let (chunk, was_empty) = (chunk(&frames), outbox.is_empty());
                         // The short way in is taken for every second offer, where it is open.
-                        let offer = if tickets.len() % 2 == 0 && outbox.begin(&chunk, &BOUNDS) {
+                        let offer = if tickets.len().is_multiple_of(2) && outbox.begin(&chunk, &BOUNDS) {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
                             Offer::Queued
                         } else {

@@ -155,6 +155,8 @@ impl Options {
 impl Comparison {
     fn make(options: &Options, workshop: &Workshop) -> Self {
         let extent = options.extent();
+        // Before the runs: sources that are edited meanwhile are not what is measured.
+        let machine = Machine::look(&options.servers);
         let mut runs = Vec::new();
         for round in 0..extent.rounds {
             // Another server begins each round, so that none always comes after the same.
@@ -185,7 +187,7 @@ impl Comparison {
             }
         }
         Self {
-            machine: Machine::look(&options.servers),
+            machine,
             placement: workshop.placement(),
             extent,
             servers: options.servers.clone(),

@@ -117,6 +117,8 @@ impl Options {
 impl Scaling {
     fn make(options: &Options, workshop: &Workshop) -> Self {
         let base = options.base();
+        // Before the runs: sources that are edited meanwhile are not what is measured.
+        let machine = Machine::look(&[Contender::Shardcast]);
         let mut runs = Vec::new();
         for round in 0..base.rounds {
             for &axis in &options.axes {
@@ -137,7 +139,7 @@ impl Scaling {
             }
         }
         Self {
-            machine: Machine::look(&[Contender::Shardcast]),
+            machine,
             placement: workshop.placement(),
             server_cores: workshop.server_cores(),
             base,
