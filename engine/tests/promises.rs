@@ -657,6 +657,23 @@ fn a_flooding_peer_is_read_no_more_in_one_turn_than_its_share() {
     }
 }
 
+#[test]
+fn who_comes_in_the_place_of_one_that_has_gone_is_heard_out_though_it_has_gone_as_well() {
+    let mut rig = Rig::new(1);
+    drop(rig.connect().peer);
+    let (newcomer, mut second) = fixture::newcomer(&rig.engine, &rig.config, 4096);
+    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    second.peer.text("last words");
+    second.peer.close(1000);
+    second.peer.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    // In one turn the first one's end is noticed and the second takes its place, in the next it is read.
+    rig.turn();
+    rig.settle();
+    let record = second.record();
+    assert_eq!(record.messages, ["last words"]);
+    assert_eq!(record.ends, [CloseReason::Peer { code: Some(CloseCode(1000)) }]);
+}
+
 // ---- Promise 7 --------------------------------------------------------------------------------------------------
 
 #[test]

@@ -57,12 +57,12 @@ impl Shard {
         self.note_events();
         let mut slots = std::mem::take(&mut self.scratch.ready);
         slots.extend(self.ready.drain(left..));
+        // A slot may stand here twice, once for a connection that has gone.
+        slots.retain(|slot| {
+            let connection = self.crowd.connections.get_mut(*slot as usize);
+            connection.is_some_and(|connection| std::mem::take(&mut connection.is_ready))
+        });
         for slots in slots.chunks(EVENTS_PER_ANSWER) {
-            for slot in slots {
-                if let Some(connection) = self.crowd.connections.get_mut(*slot as usize) {
-                    connection.is_ready = false;
-                }
-            }
             self.read(slots);
         }
         slots.clear();
