@@ -1,7 +1,7 @@
 //! Which core a process runs on.
 //!
-//! The main thread pins itself before it starts any other, and threads inherit the mask, so one call pins the
-//! whole process. Knows nothing of what runs there.
+//! A thread that pins itself before it starts others or processes passes the mask on to them, so one call pins the
+//! whole process where the main thread makes it first. Knows nothing of what runs there.
 
 use core_affinity::CoreId;
 

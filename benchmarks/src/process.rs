@@ -6,7 +6,11 @@
 //! with it, so servers are expected to keep their threads. Kernel memory (socket buffers) is not in the resident
 //! size. Knows nothing of what the process does.
 
-use std::{fs, io, path::PathBuf, time::Duration};
+use std::{
+    fs, io,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 /// Why the books of a process could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +77,24 @@ impl Process {
             waiting += waited;
         }
         Ok(CpuTime { running: Duration::from_nanos(running), waiting: Duration::from_nanos(waiting) })
+    }
+
+    /// Waits until no thread runs or wants to, but at most `within`. Only then are the times exact: those of a thread that
+    /// runs on another core stand still between the scheduler's ticks.
+    pub(crate) fn await_sleep(self, within: Duration) {
+        let end = Instant::now() + within;
+        while self.is_running() && Instant::now() < end {
+            std::thread::yield_now();
+        }
+    }
+
+    fn is_running(self) -> bool {
+        let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.pid)) else { return false };
+        tasks.flatten().any(|task| {
+            // The state follows the name, which stands in parentheses and may contain any.
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('R'))
+        })
     }
 
     /// The resident set, in bytes, to the page. Walks all of the process's pages: not for a measured moment.

@@ -159,7 +159,7 @@ impl Comparison {
         let machine = Machine::look(&options.servers);
         let mut runs = Vec::new();
         for round in 0..extent.rounds {
-            // Another server begins each round, so that none always comes after the same.
+            // Another server begins each round.
             let mut servers = options.servers.clone();
             servers.rotate_left(round % options.servers.len().max(1));
             for &scenario in &options.scenarios {

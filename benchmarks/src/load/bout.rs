@@ -1,7 +1,7 @@
 //! The bout: one server's part among several that take turns, traffic in slices with pauses between them.
 //!
 //! Between two slices nothing is on its way, so what the server's books say there belongs to the slices before. What
-//! it does in its pauses (heartbeats) is charged to nobody. Does not know the other servers, or whose turn it is.
+//! it does in its pauses (sending pings) is charged to nobody. Does not know the other servers, or whose turn it is.
 
 use std::time::Duration;
 

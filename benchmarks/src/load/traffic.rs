@@ -36,6 +36,8 @@ use crate::{
 /// At the end, how long nothing may come before what is outstanding counts as lost, and how long to wait in all.
 const STALLED_AFTER: Duration = Duration::from_secs(3);
 const DRAIN_MAX: Duration = Duration::from_secs(30);
+/// How long a server may go on working when its last message has landed, before its CPU time is read all the same.
+const SLEEPS_WITHIN: Duration = Duration::from_millis(20);
 /// How long to listen for what should not come, once all has landed.
 const QUIET: Duration = Duration::from_millis(50);
 /// How often everything is looked after that is not a message.
@@ -153,12 +155,14 @@ impl Traffic {
         self.start()?;
         self.turn_until(before.at + duration, Self::is_over)?;
         self.sending = false;
-        self.turn_until(Instant::now() + STALLED_AFTER, Self::is_settled)?;
+        self.await_landed()?;
+        server.await_sleep(SLEEPS_WITHIN);
         Ok(self.snapshot(Some(server))?.since(&before))
     }
 
-    /// The slices from now on are measured.
+    /// The slices from now on are measured; there is no second in them that a line could tell of.
     pub(super) fn measure_slices(&mut self) {
+        self.progress = None;
         self.latencies = Some(Latencies::default());
     }
 
@@ -386,6 +390,12 @@ impl Traffic {
         if let Some(churn) = &mut self.churn {
             churn.stop();
         }
+        self.await_landed()?;
+        self.turn_until(Instant::now() + QUIET, |_| false)
+    }
+
+    /// Waits for what is on its way, as long as something of it comes.
+    fn await_landed(&mut self) -> Result<(), LoadError> {
         let end = Instant::now() + DRAIN_MAX;
         let mut progressing = true;
         while progressing && Instant::now() < end {
@@ -393,7 +403,7 @@ impl Traffic {
             self.turn_until(end.min(Instant::now() + STALLED_AFTER), Self::is_settled)?;
             progressing = self.stage.ledger.tally.received > received && !self.is_settled();
         }
-        self.turn_until(Instant::now() + QUIET, |_| false)
+        Ok(())
     }
 
     fn snapshot(&self, server: Option<Process>) -> Result<Snapshot, ProcessError> {

@@ -46,6 +46,13 @@ struct Side {
     _server: ServerProcess,
 }
 
+/// An entrant from its start to its result.
+#[derive(Debug)]
+enum Part {
+    Present(Box<Side>),
+    Over(Result<Tried, TrialError>),
+}
+
 impl Turns {
     /// As many as make up these seconds, at least one that is measured.
     pub(crate) fn of(slice: Duration, warmup_seconds: f64, seconds: f64) -> Self {
@@ -63,16 +70,23 @@ impl Workshop {
         turns: Turns,
     ) -> Vec<Result<Tried, TrialError>> {
         let client = || {
-            let mut sides: Vec<_> = entrants.iter().map(|entrant| self.enter(entrant, load)).collect();
-            take_turns(&mut sides, turns);
-            sides.into_iter().map(|side| side.and_then(Side::end)).collect()
+            let mut parts: Vec<_> = entrants.iter().map(|entrant| Some(self.enter(entrant, load))).collect();
+            take_turns(&mut parts, turns);
+            parts.into_iter().flatten().map(Part::end).collect()
         };
         // A thread of its own, because it is pinned: nothing that is run later is to inherit that.
         let client = thread::scope(|scope| scope.spawn(client).join());
         client.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    fn enter(&self, entrant: &Entrant, load: &Load) -> Result<Side, TrialError> {
+    fn enter(&self, entrant: &Entrant, load: &Load) -> Part {
+        match self.try_enter(entrant, load) {
+            Ok(side) => Part::Present(Box::new(side)),
+            Err(error) => Part::Over(Err(error)),
+        }
+    }
+
+    fn try_enter(&self, entrant: &Entrant, load: &Load) -> Result<Side, TrialError> {
         let server = match entrant {
             Entrant::Server(contender) => self.start(*contender, 1)?,
             Entrant::Build(fanout) => ServerProcess::start(Contender::Shardcast.query(), |port| {
@@ -85,21 +99,35 @@ impl Workshop {
     }
 }
 
-/// Each round begins with another side: who comes behind the same one always would find the same in the caches. Who
-/// fails or loses something has no more turns.
-fn take_turns(sides: &mut [Result<Side, TrialError>], turns: Turns) {
-    let count = sides.len();
+fn take_turns(parts: &mut [Option<Part>], turns: Turns) {
+    let mut order = Order::of(parts.len());
     for round in 0..turns.warmup + turns.measured {
-        for turn in 0..count {
-            let side = &mut sides[(turn + round) % count];
-            let Some(present) = side.as_mut().ok().filter(|side| !side.bout.is_stuck()) else { continue };
-            let taken = match round < turns.warmup {
-                true => present.bout.warm_up(turns.slice),
-                false => present.bout.slice(turns.slice).map(|cost| present.costs.push(cost)),
-            };
-            if let Err(error) = taken {
-                *side = Err(error.into());
-            }
+        for &place in order.next_round() {
+            let part = parts[place].take();
+            parts[place] = part.map(|part| part.take_turn(turns.slice, round >= turns.warmup));
+        }
+    }
+}
+
+impl Part {
+    /// Who fails or loses something is over then: its connections would be read by nobody from there on.
+    fn take_turn(self, slice: Duration, is_measured: bool) -> Self {
+        let Self::Present(mut side) = self else { return self };
+        let taken = match is_measured {
+            true => side.bout.slice(slice).map(|cost| side.costs.push(cost)),
+            false => side.bout.warm_up(slice),
+        };
+        match taken {
+            Ok(()) if side.bout.is_stuck() => Self::Over(side.end()),
+            Ok(()) => Self::Present(side),
+            Err(error) => Self::Over(Err(error.into())),
+        }
+    }
+
+    fn end(self) -> Result<Tried, TrialError> {
+        match self {
+            Self::Present(side) => side.end(),
+            Self::Over(outcome) => outcome,
         }
     }
 }
@@ -107,6 +135,31 @@ fn take_turns(sides: &mut [Result<Side, TrialError>], turns: Turns) {
 impl Side {
     fn end(self) -> Result<Tried, TrialError> {
         Ok(Tried { report: self.bout.end()?, costs: self.costs })
+    }
+}
+
+/// Who has a turn behind whom: by chance, and anew each round, because a server finds in the caches what the one before
+/// it has left there. Never the same twice in a row, who would find its own. Of two, each always comes behind the other.
+#[derive(Debug)]
+struct Order {
+    places: Vec<usize>,
+    chance: fastrand::Rng,
+}
+
+impl Order {
+    fn of(count: usize) -> Self {
+        Self { places: (0..count).collect(), chance: fastrand::Rng::with_seed(count as u64) }
+    }
+
+    fn next_round(&mut self) -> &[usize] {
+        if self.places.len() > 2 {
+            let last = self.places.last().copied();
+            self.chance.shuffle(&mut self.places);
+            if self.places.first().copied() == last {
+                self.places.rotate_left(1);
+            }
+        }
+        &self.places
     }
 }
 
@@ -130,5 +183,23 @@ mod tests {
             (turns.warmup, turns.measured)
         };
         assert_eq!([turns(0.5, 3.0), turns(0.0, 0.01)], [(5, 30), (0, 1)]);
+    }
+
+    #[test]
+    fn everybody_comes_behind_everybody_else_about_as_often_and_never_behind_itself() {
+        for count in [1, 2, 3, 7_usize] {
+            let (mut order, rounds) = (Order::of(count), 1000);
+            let turns: Vec<usize> = (0..rounds).flat_map(|_| order.next_round().to_vec()).collect();
+            let mut behind = vec![vec![0; count]; count];
+            turns.windows(2).for_each(|pair| behind[pair[1]][pair[0]] += 1);
+            for place in 0..count {
+                assert_eq!(turns.iter().filter(|&&turn| turn == place).count(), rounds);
+                for other in (0..count).filter(|&other| other != place) {
+                    let share = behind[place][other] as f64 * (count - 1) as f64 / rounds as f64;
+                    assert!((0.8..1.2).contains(&share), "of {count}, {place} behind {other}: {share}");
+                }
+                assert!(count == 1 || behind[place][place] == 0);
+            }
+        }
     }
 }
