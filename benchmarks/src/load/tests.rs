@@ -306,6 +306,7 @@ fn bouts_take_turns_and_each_is_judged_by_itself() {
             losing.slice(slice).unwrap();
         }
     }
+    assert!(losing.is_stuck());
     let losing = losing.end().unwrap();
     let traffic = losing.traffic.as_ref().unwrap();
     assert!(!losing.is_faultless() && traffic.expected - traffic.received == 1, "{losing}");
