@@ -47,6 +47,17 @@ impl<T: Copy + Ord + Hash> Deadlines<T> {
         }
     }
 
+    #[cfg(feature = "audit")]
+    pub(crate) fn is_reminded(&self, item: T, by: Duration) -> bool {
+        self.due.get(&item).is_some_and(|due| *due <= by && self.queue.contains(&(*due, item)))
+    }
+
+    #[cfg(feature = "audit")]
+    pub(crate) fn audit_len(&self) -> usize {
+        assert_eq!(self.queue.len(), self.due.len());
+        self.queue.len()
+    }
+
     /// When the next one is due.
     pub(crate) fn next(&self) -> Option<Duration> {
         self.queue.first().map(|(due, _)| *due)

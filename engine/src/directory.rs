@@ -87,6 +87,17 @@ impl Group {
         }
     }
 
+    #[cfg(feature = "audit")]
+    pub(crate) fn audit_counts(&self) -> (u64, u64, u64) {
+        let (congested, blocking) = (self.congested.load(Relaxed), self.blocking.load(Relaxed));
+        (self.members.load(Relaxed), congested.into(), blocking.into())
+    }
+
+    #[cfg(feature = "audit")]
+    pub(crate) fn audit_interest(&self, shard: usize) -> bool {
+        self.interest[shard / 64].load(SeqCst) & (1 << (shard % 64)) != 0
+    }
+
     /// Whether some member is behind.
     pub(crate) fn is_congested(&self) -> bool {
         self.congested.load(Relaxed) > 0 // Relaxed: ordered by the log's cursors, see `Log::in_flight`

@@ -181,6 +181,11 @@ impl Engine {
         })
     }
 
+    #[cfg(feature = "audit")]
+    pub(crate) fn audit_shared(&self) -> &Arc<Shared> {
+        &self.owner.shared
+    }
+
     fn lock_threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.owner.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -165,6 +165,13 @@ impl<G> GroupIndex<G> {
         }
     }
 
+    #[cfg(feature = "audit")]
+    pub(crate) fn audit(&self) -> impl Iterator<Item = (&G, Vec<u32>)> {
+        self.groups
+            .iter()
+            .map(|(_, group)| (&group.shared, group.members.iter().map(|member| member.slot).collect()))
+    }
+
     fn remove(&mut self, slot: u32, place: u32) -> Left {
         let own = &mut self.slots[slot as usize].own;
         let Membership { group, position } = own.swap_remove(place as usize);

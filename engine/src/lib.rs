@@ -118,6 +118,9 @@ pub use namespace::{AdoptError, Namespace, Newcomer, SendError, To, TrySendError
 pub use policy::Policy;
 pub use receipt::Receipt;
 pub use shard::Shard;
+#[cfg(feature = "audit")]
+#[doc(hidden)]
+pub use shard::audit::{Audit, AuditConn, AuditGroup};
 pub use socket::Socket;
 pub use stopping::{Shutdown, ShutdownReport};
 pub use utf8::{InvalidUtf8, Utf8Checker};

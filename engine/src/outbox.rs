@@ -207,6 +207,17 @@ impl<T> Outbox<T> {
         u64::from(self.frames) + self.waiting() as u64
     }
 
+    #[cfg(feature = "audit")]
+    pub(crate) fn audit_bytes(&self) -> (usize, usize) {
+        (self.bytes, self.more.as_ref().map_or(0, |more| more.waiting_bytes))
+    }
+
+    #[cfg(feature = "audit")]
+    pub(crate) fn earliest_until(&self) -> Option<Duration> {
+        let more = self.more.as_ref()?;
+        more.waiting.iter().filter_map(|waiting| waiting.patience.until).min()
+    }
+
     /// Frames within the bound that are not wholly written.
     pub(crate) fn queued(&self) -> u32 {
         self.frames

@@ -33,6 +33,8 @@ use crate::outbox::Gather;
 use crate::publisher::Shared;
 use crate::wheel::Wheel;
 
+#[cfg(feature = "audit")]
+pub(crate) mod audit;
 mod delivery;
 mod ending;
 mod inbound;

@@ -51,6 +51,19 @@ impl<T> Wheel<T> {
         self.next = self.next.max(last + 1);
     }
 
+    #[cfg(feature = "audit")]
+    pub(crate) fn audit_len(&self) -> usize {
+        self.armed
+    }
+
+    #[cfg(feature = "audit")]
+    pub(crate) fn has(&self, item: T, tick: u64) -> bool
+    where
+        T: PartialEq,
+    {
+        tick >= self.next && self.buckets[(tick % BUCKETS) as usize].contains(&item)
+    }
+
     /// When the next reminder is due.
     pub(crate) fn next(&self) -> Option<Duration> {
         if self.armed == 0 {

@@ -1,0 +1,225 @@
+//! Only for `tests/histories.rs`: what a shard looks like from inside, between two turns.
+
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use crate::connection::{Phase, Work};
+use crate::id::ConnectionId;
+
+use super::Shard;
+
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct AuditConn {
+    pub id: ConnectionId,
+    pub open: bool,
+    pub has_socket: bool,
+    pub offered: u64,
+    pub written: u64,
+    pub dropped: u64,
+    pub discarded: u64,
+    pub pending: u64,
+    pub queued: u64,
+    pub queued_bytes: usize,
+    pub waiting: u64,
+    pub waiting_bytes: usize,
+    pub outbox_frames: usize,
+    pub outbox_bytes: usize,
+    pub waiting_frames_max: usize,
+    pub waiting_bytes_max: usize,
+    pub heap: usize,
+}
+
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct AuditGroup {
+    pub ptr: usize,
+    pub members: u64,
+    pub congested: u64,
+    pub blocking: u64,
+    pub shared_members: u64,
+    pub shared_congested: u64,
+    pub shared_blocking: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+#[allow(missing_docs)]
+pub struct Audit {
+    pub conns: Vec<AuditConn>,
+    pub groups: Vec<AuditGroup>,
+    pub errors: Vec<String>,
+    pub deadlines: usize,
+    pub reminders: usize,
+}
+
+#[allow(missing_docs)]
+impl Shard {
+    /// As `run` does it before it polls: none is for ever.
+    pub fn doze(&self, now: Instant) -> Option<Duration> {
+        self.sleep_bound(now)
+    }
+
+    pub fn poll_fd(&self) -> i32 {
+        self.poll.as_raw_fd()
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.has_stopped()
+    }
+
+    pub fn audit(&self) -> Audit {
+        let mut audit = Audit::default();
+        let mut wrong = |text: String| audit.errors.push(format!("shard {}: {text}", self.index));
+        let mut sum = 0;
+        let (mut dirty, mut ready) = (0, 0);
+        for (slot, connection) in &self.crowd.connections {
+            let metrics = connection.metrics();
+            let bounds = connection.bounds();
+            let outbox = &connection.outbox;
+            sum += outbox.backlog_bytes();
+            let accounted = metrics.written
+                + metrics.dropped_timeout
+                + metrics.dropped_overflow
+                + metrics.discarded
+                + metrics.pending;
+            if metrics.offered != accounted {
+                wrong(format!("books of {}: {metrics:?}", connection.id));
+            }
+            if connection.is_dirty {
+                dirty += 1;
+                if !self.crowd.dirty.contains(&(slot as u32)) {
+                    wrong(format!("{} is dirty but not in the list", connection.id));
+                }
+            } else if connection.is_writable
+                && connection.socket.is_some()
+                && connection.phase != Phase::Lingering
+                && (!outbox.is_empty() || connection.owes_close)
+            {
+                wrong(format!("{} has something to write, may write, and is not dirty", connection.id));
+            }
+            if connection.is_ready {
+                ready += 1;
+                if !self.ready.contains(&(slot as u32)) {
+                    wrong(format!("{} is ready but not in the list", connection.id));
+                }
+            } else if connection.is_reading() {
+                wrong(format!("{} has something to read, may read, and is not ready", connection.id));
+            }
+            if connection.phase == Phase::Open
+                && connection.work == Work::Idle
+                && connection.unread.is_some()
+                && !connection.is_deaf
+                && !connection.is_paused
+            {
+                wrong(format!("{} has unread and an idle handler", connection.id));
+            }
+            if connection.phase == Phase::Open && connection.work == Work::Idle && connection.drops_untold > 0
+            {
+                wrong(format!("{} has untold drops and an idle handler", connection.id));
+            }
+            if let Some(until) = outbox.earliest_until()
+                && !self.crowd.deadlines.is_reminded(connection.id, until)
+            {
+                wrong(format!("{} has a frame until {until:?} and no reminder", connection.id));
+            }
+            if connection.socket.is_some() && !self.wheel.has(connection.id, connection.armed) {
+                wrong(format!("{} has a socket and nothing in the wheel", connection.id));
+            }
+            if outbox.is_congested(&bounds) && !connection.is_congested && connection.phase == Phase::Open {
+                wrong(format!("{} is congested and not counted", connection.id));
+            }
+            if std::env::var_os("HIST_STRICT").is_some()
+                && connection.is_congested
+                && outbox.is_relieved(&bounds)
+            {
+                wrong(format!("{} is counted as congested and relieved", connection.id));
+            }
+            let groups = self.crowd.groups.groups_of(slot as u32).count();
+            if (connection.phase == Phase::Open) != (groups > 0) {
+                wrong(format!("{} is {:?} in {groups} groups", connection.id, connection.phase));
+            }
+            if connection.socket.is_none() && connection.handler.is_none() {
+                wrong(format!("{} has neither socket nor handler", connection.id));
+            }
+            if connection.socket.is_none() && metrics.pending > 0 {
+                wrong(format!("{} has no socket and something pending", connection.id));
+            }
+            if connection.phase != Phase::Open
+                && connection.handler.is_some()
+                && connection.work == Work::Idle
+            {
+                wrong(format!("{} has ended, its handler is idle and was not let go", connection.id));
+            }
+            let (queued_bytes, waiting_bytes) = outbox.audit_bytes();
+            audit.conns.push(AuditConn {
+                id: connection.id,
+                open: connection.phase == Phase::Open,
+                has_socket: connection.socket.is_some(),
+                offered: metrics.offered,
+                written: metrics.written,
+                dropped: metrics.dropped_timeout + metrics.dropped_overflow,
+                discarded: metrics.discarded,
+                pending: metrics.pending,
+                queued: outbox.queued().into(),
+                queued_bytes,
+                waiting: outbox.waiting() as u64,
+                waiting_bytes,
+                outbox_frames: bounds.frames,
+                outbox_bytes: bounds.bytes,
+                waiting_frames_max: bounds.waiting,
+                waiting_bytes_max: bounds.waiting_bytes,
+                heap: connection.decoder.heap_bytes(),
+            });
+        }
+        if sum != self.crowd.backlog_bytes {
+            wrong(format!("backlog is {} but counted as {}", sum, self.crowd.backlog_bytes));
+        }
+        if dirty > self.crowd.dirty.len() || ready > self.ready.len() {
+            wrong("lists are shorter than their flags".to_owned());
+        }
+        if !self.crowd.ends.is_empty() || !self.crowd.drops.is_empty() {
+            wrong("ends or drops are left over".to_owned());
+        }
+        for (group, slots) in self.crowd.groups.audit() {
+            let (mut congested, mut blocking) = (0, 0);
+            for slot in &slots {
+                match self.crowd.connections.get(*slot as usize) {
+                    Some(connection) => {
+                        congested += u64::from(connection.is_congested);
+                        blocking += u64::from(connection.is_congested && connection.config.policy.blocks());
+                    }
+                    None => wrong(format!("slot {slot} is a member and empty")),
+                }
+            }
+            if !group.audit_interest(self.index) {
+                wrong("members but no interest".to_owned());
+            }
+            let (shared_members, shared_congested, shared_blocking) = group.audit_counts();
+            audit.groups.push(AuditGroup {
+                ptr: std::sync::Arc::as_ptr(group) as usize,
+                members: slots.len() as u64,
+                congested,
+                blocking,
+                shared_members,
+                shared_congested,
+                shared_blocking,
+            });
+        }
+        audit.reminders = self.wheel.audit_len();
+        audit.deadlines = self.crowd.deadlines.audit_len();
+        audit
+    }
+}
+
+#[allow(missing_docs)]
+impl crate::engine::Engine {
+    /// Grows by one with each publication or command that is taken, as long as no shard takes a turn.
+    pub fn audit_accepted(&self) -> u64 {
+        let shared = self.audit_shared();
+        shared.log.tail() + shared.mailboxes.iter().map(|mailbox| mailbox.len() as u64).sum::<u64>()
+    }
+
+    pub fn audit_stopping_closed(&self) -> bool {
+        self.audit_shared().stopping.is_closed()
+    }
+}
