@@ -22,6 +22,8 @@ impl CloseCode {
     pub const PROTOCOL_ERROR: Self = Self(1002);
     /// 1003: a kind of message that is not accepted here (text instead of binary, for example).
     pub const UNSUPPORTED_DATA: Self = Self(1003);
+    /// 1005: the Close frame carried no code. Only reported, never sent (RFC 6455, section 7.1.5).
+    pub const NO_STATUS: Self = Self(1005);
     /// 1007: a payload that contradicts its kind, such as text that is not UTF-8.
     pub const INVALID_PAYLOAD: Self = Self(1007);
     /// 1008: a rule of this server was broken.

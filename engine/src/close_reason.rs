@@ -13,14 +13,16 @@ use crate::frame::FrameError;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CloseReason {
-    /// The peer began the closing handshake, with this code (none if its Close frame was empty).
-    #[error("the peer closed the connection")]
+    /// The peer began the closing handshake.
+    #[error("the peer closed the connection with {}: {text:?}", code.unwrap_or(CloseCode::NO_STATUS))]
     Peer {
-        /// The code in the peer's Close frame.
+        /// The code in the peer's Close frame; none if the frame was empty.
         code: Option<CloseCode>,
+        /// The reason in the peer's Close frame, at most 123 bytes; often empty.
+        text: Box<str>,
     },
     /// The peer's end of the stream came without a Close frame.
-    #[error("the peer vanished without a close frame")]
+    #[error("the peer ended the stream without a Close frame")]
     Vanished,
     /// The socket failed.
     #[error("the socket failed: {0}")]
@@ -43,8 +45,8 @@ pub enum CloseReason {
     /// The connection reached its maximum duration.
     #[error("the maximum duration was reached")]
     MaxDuration,
-    /// More frames waited for this peer than may wait.
-    #[error("too many frames waited for a slow consumer")]
+    /// The peer took nothing for `stall_timeout` while something waited for it, or more waited for it than may.
+    #[error("a slow consumer: it took nothing for too long, or too much waited for it")]
     SlowConsumer,
     /// Too many frames in a row had to be dropped for this peer.
     #[error("too many frames in a row were dropped for a slow consumer")]
@@ -55,6 +57,12 @@ pub enum CloseReason {
     /// All backlogs together had grown too large, and this one was among the largest.
     #[error("shed for its large backlog")]
     Shed,
+    /// All unfinished messages together had grown too large, and this connection's was among the largest.
+    #[error("shed for its large unfinished message")]
+    UnfinishedShed,
+    /// The connection joined more groups than one may be in.
+    #[error("the connection joined too many groups")]
+    TooManyGroups,
     /// The peer sent too many control frames.
     #[error("too many control frames within a second")]
     ControlFlood,
@@ -79,11 +87,12 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// What the Close frame says, or `None` where no Close frame is sent: the peer is not there to read it.
-    pub fn close_frame(&self) -> Option<(CloseCode, &str)> {
-        Some(match self {
+    /// [`CloseCode::NO_STATUS`] stands for a Close frame without a code, which answers a peer's that had none.
+    pub fn close_frame(&self) -> Option<(CloseCode, Cow<'_, str>)> {
+        let (code, text) = match self {
             Self::Vanished | Self::Transport(_) => return None,
-            Self::Peer { code } => (code.unwrap_or(CloseCode::NORMAL), ""),
-            Self::Protocol(error) => (error.close_code(), ""),
+            Self::Peer { code, .. } => (code.unwrap_or(CloseCode::NO_STATUS), ""),
+            Self::Protocol(error) => return Some((error.close_code(), error.to_string().into())),
             Self::Undecodable => (CloseCode::INVALID_PAYLOAD, "undecodable message"),
             Self::WrongKind => (CloseCode::UNSUPPORTED_DATA, "wrong kind of message"),
             Self::PongTimeout => (CloseCode::INTERNAL_ERROR, "no pong in time"),
@@ -93,30 +102,43 @@ impl CloseReason {
                 (CloseCode::TRY_AGAIN_LATER, "slow consumer")
             }
             Self::HighRtt => (CloseCode::TRY_AGAIN_LATER, "round trips too slow"),
+            Self::UnfinishedShed => (CloseCode::TRY_AGAIN_LATER, "overloaded by unfinished messages"),
+            Self::TooManyGroups => (CloseCode::POLICY_VIOLATION, "too many groups"),
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
-            Self::Application { code, text } => (*code, text),
+            Self::Application { code, text } => (*code, &**text),
             Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
             Self::Shutdown { code } => (*code, ""),
-        })
+        };
+        Some((code, text.into()))
     }
 
     /// Whether the peer may sensibly come back, at once or after a while: the end was the network's, the
     /// server's or the hour's doing, not a fault in what the peer says.
     pub fn invites_return(&self) -> bool {
         match self {
-            Self::Protocol(_) | Self::Undecodable | Self::WrongKind | Self::ControlFlood => false,
-            Self::Peer { code } => code.is_none_or(|code| code != CloseCode::NORMAL),
+            Self::Protocol(_) | Self::Undecodable | Self::WrongKind => false,
+            Self::ControlFlood | Self::TooManyGroups => false,
+            Self::Peer { code, .. } => code.is_none_or(|code| code != CloseCode::NORMAL),
             Self::Application { code, .. } => code.invites_return(),
             _ => true,
         }
     }
 
-    /// Whether what is already queued for the peer goes out before the Close frame.
+    /// Whether what is already queued for the peer goes out before the end.
     ///
     /// Not where the peer has been slow or silent: it would only delay the end.
     pub(crate) fn flushes_first(&self) -> bool {
         let is_slow = matches!(self, Self::SlowConsumer | Self::TooManyDrops | Self::HighRtt | Self::Shed);
-        let is_silent = matches!(self, Self::PongTimeout | Self::Vanished | Self::Transport(_));
+        let is_silent = matches!(self, Self::PongTimeout | Self::Transport(_));
         !is_slow && !is_silent
+    }
+
+    /// Whether the end lies in what the peer has sent: then what it sent before is still handled.
+    pub(crate) fn is_in_input(&self) -> bool {
+        match self {
+            Self::Peer { .. } | Self::Vanished | Self::Transport(_) => true,
+            Self::Protocol(_) | Self::ControlFlood => true,
+            _ => false,
+        }
     }
 }

@@ -11,10 +11,11 @@ use smallvec::SmallVec;
 use crate::admission::Place;
 use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
-use crate::directory::{Directory, Entrance, Group};
+use crate::directory::{Directory, Entrance, Group, Oversized};
 use crate::frame::Frame;
 use crate::handler::MakeHandler;
 use crate::id::{ConnectionId, GroupKey};
+use crate::log::Weigh;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::policy::Policy;
 use crate::receipt::Ticket;
@@ -43,14 +44,50 @@ pub(crate) enum Payload {
 pub(crate) enum Target {
     One(Arc<Group>),
     /// Each connection once.
-    Several(Box<[Arc<Group>]>),
+    Several(Box<[Named]>),
 }
 
-impl Target {
-    pub(crate) fn groups(&self) -> &[Arc<Group>] {
+/// One of several groups.
+#[derive(Debug, Clone)]
+pub(crate) enum Named {
+    Group(Arc<Group>),
+    /// It had no members when it was looked for, but may have some by the time that the log takes the publication.
+    Absent {
+        directory: Arc<Directory>,
+        name: Box<str>,
+    },
+}
+
+impl Named {
+    /// The group's entry as of now, if it has one.
+    pub(crate) fn find(&self) -> Option<Arc<Group>> {
         match self {
-            Self::One(group) => std::slice::from_ref(group),
-            Self::Several(groups) => groups,
+            Self::Group(group) => Some(group.clone()),
+            Self::Absent { directory, name } => directory.find(name),
+        }
+    }
+
+    /// The key under which a shard has the group's members now.
+    pub(crate) fn current_key(&self) -> Option<GroupKey> {
+        match self {
+            Self::Group(group) => group.current_key(),
+            Self::Absent { .. } => self.find().map(|group| group.key),
+        }
+    }
+}
+
+impl Weigh for Publication {
+    fn bytes(&self) -> u64 {
+        self.payload.bytes()
+    }
+}
+
+impl Payload {
+    /// What it takes in an outbox.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Self::Frame(frame) => frame.len() as u64,
+            Self::End(_) => 0,
         }
     }
 }
@@ -111,7 +148,7 @@ impl std::fmt::Debug for Survey {
 }
 
 pub(crate) enum Action {
-    Send { frame: Frame, policy: Policy, ticket: Option<Ticket> },
+    Send { frame: Frame, policy: Policy, ticket: Option<Ticket>, oversized: Option<Oversized> },
     Join(Entrance),
     Leave { group: Arc<Group> },
     Close(CloseReason),

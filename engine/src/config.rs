@@ -39,9 +39,13 @@ pub struct EngineConfig {
     pub coalesce: Duration,
     /// Bytes that a shard reads at once: 1 KiB to 16 MiB. Default: 65,536. One buffer per shard, not per connection.
     pub read_buffer_bytes: usize,
-    /// Bytes that all outboxes together may keep: 1 MiB to 1 TiB. Default: 1 GiB. A frame counts once for each
-    /// connection that it is kept for. Beyond it the connections with the largest backlogs are ended (1013).
+    /// Bytes that all outboxes together may keep in memory: 1 MiB to 1 TiB. Default: 1 GiB. What is sent to many
+    /// counts once for each shard. Beyond it, of the connections whose sockets take no more for now, those with the
+    /// largest backlogs are ended (1013).
     pub backlog_bytes_max: usize,
+    /// Bytes that messages may take which have not arrived whole, or wait for their handler, of all connections
+    /// together: 1 MiB to 1 TiB. Default: 1 GiB. Beyond it the connections that hold most of them are ended (1013).
+    pub unfinished_bytes_max: usize,
     /// Connections from one peer address: 1 to 1,073,741,824, or none. Default: none. At the limit no more from there
     /// are admitted; the face answers the upgrade with 503. Peers whose address is not known are not counted.
     pub max_connections_per_address: Option<usize>,
@@ -61,6 +65,7 @@ impl Default for EngineConfig {
             coalesce: Duration::ZERO,
             read_buffer_bytes: 65_536,
             backlog_bytes_max: 1 << 30,
+            unfinished_bytes_max: 1 << 30,
             max_connections_per_address: None,
             max_connections: 1 << 20,
         }
@@ -81,8 +86,20 @@ impl EngineConfig {
         within("coalesce", self.coalesce, Duration::ZERO, Duration::from_secs(1))?;
         within("read_buffer_bytes", self.read_buffer_bytes, 1024, 16 << 20)?;
         within("backlog_bytes_max", self.backlog_bytes_max, 1 << 20, 1 << 40)?;
-        within("max_connections_per_address", self.max_connections_per_address.unwrap_or(1), 1, 1 << 30)?;
-        within("max_connections", self.max_connections, 1, 1 << 30)
+        within("unfinished_bytes_max", self.unfinished_bytes_max, 1 << 20, 1 << 40)?;
+        within("max_connections", self.max_connections, 1, 1 << 30)?;
+        // More for one address than for all would never be reached.
+        let per_address = self.max_connections_per_address.unwrap_or(1);
+        within("max_connections_per_address", per_address, 1, self.max_connections)
+    }
+
+    /// Checks the settings of connections against these: what one of them may hold must fit into what all may.
+    ///
+    /// # Errors
+    /// The first field that is out of range, by name.
+    pub(crate) fn validate_with(&self, connection: &ConnectionConfig) -> Result<(), ConfigError> {
+        connection.validate()?;
+        within("max_message_bytes", connection.max_message_bytes, 1, self.unfinished_bytes_max)
     }
 }
 
@@ -97,8 +114,13 @@ pub struct ConnectionConfig {
     /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit frames that
     /// may be dropped are dropped at once; where none may, the connection is ended as a slow consumer (1013).
     pub waiting_frames: usize,
-    /// Bytes that may wait for room, likewise: 0 to 16 GiB. Default: 16 MiB. The same happens at the limit.
+    /// Bytes that may wait for room, likewise: 0 to 16 GiB. Default: 16 MiB. The same happens at the limit. Where
+    /// nothing waits, one frame of any size may.
     pub waiting_bytes: usize,
+    /// How long a peer may take nothing while something waits for it: 10 ms to 1 hour, or none. Default: 10 s. After
+    /// it the connection is ended as a slow consumer (1013), whatever the peer sends and whatever its handler does.
+    /// Who takes a byte in time makes progress, however slow.
+    pub stall_timeout: Option<Duration>,
     /// What happens to frames that find the outbox full. Default: [`Policy::Block`].
     pub policy: Policy,
     /// Bytes of one message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one
@@ -110,14 +132,26 @@ pub struct ConnectionConfig {
     pub control_frames_per_second: u16,
     /// Time between two pings: 10 ms to 1 day. Default: 15 s.
     pub heartbeat_interval: Duration,
-    /// Time within which a ping must be answered: 10 ms to 1 day. Default: 10 s. After it the peer counts as dead.
+    /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s. After it
+    /// the peer counts as dead (1011). Every whole frame of the peer is an answer. The wait is prolonged, up to 250
+    /// times, while the peer still takes what lies before the ping, or sends at least 256 bytes of a frame that is
+    /// not whole.
     pub pong_timeout: Duration,
-    /// Time without any frame from the peer (pongs count): 10 ms to 1 year, or none. Default: none. After it
+    /// Time without a byte from the peer (pongs count): 10 ms to 1 year, or none. Default: none. After it
     /// the connection ends (1001).
     pub idle_timeout: Option<Duration>,
+    /// Time without a message from the peer (pings and pongs do not count): 10 ms to 1 year, or none. Default: none.
+    /// After it the connection ends (1001).
+    pub message_timeout: Option<Duration>,
     /// How long a connection may live: 10 ms to 1 year, or none. Default: none. After it the connection ends (1012).
+    /// Connections of one age end over the last tenth of it, so that they do not come back all at once.
     pub max_connection_duration: Option<Duration>,
-    /// Time for the closing handshake, flushing included: 10 ms to 1 hour. Default: 5 s. After it the socket is dropped.
+    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. Who joins one more is ended
+    /// (1008).
+    pub max_groups: usize,
+    /// Time for the closing handshake, flushing included: 10 ms to 1 hour. Default: 5 s. After half of it what has not
+    /// been begun to be written is discarded, so that the Close frame still gets through; after all of it the socket
+    /// is dropped.
     pub close_timeout: Duration,
 }
 
@@ -128,6 +162,7 @@ impl Default for ConnectionConfig {
             outbox_bytes: 1 << 20,
             waiting_frames: 65_536,
             waiting_bytes: 16 << 20,
+            stall_timeout: Some(Duration::from_secs(10)),
             policy: Policy::Block,
             max_message_bytes: 64 << 10,
             max_fragments: 1024,
@@ -135,7 +170,9 @@ impl Default for ConnectionConfig {
             heartbeat_interval: Duration::from_secs(15),
             pong_timeout: Duration::from_secs(10),
             idle_timeout: None,
+            message_timeout: None,
             max_connection_duration: None,
+            max_groups: 10_000,
             close_timeout: Duration::from_secs(5),
         }
     }
@@ -160,9 +197,19 @@ impl ConnectionConfig {
         self.policy.validate()?;
         within("heartbeat_interval", self.heartbeat_interval, SHORTEST, DAY)?;
         within("pong_timeout", self.pong_timeout, SHORTEST, DAY)?;
+        if let Some(max) = self.policy.max_rtt() {
+            // A round trip that takes longer ends the connection before it is measured.
+            within("max_rtt", max, Duration::from_millis(1), self.pong_timeout)?;
+        }
         within("close_timeout", self.close_timeout, SHORTEST, Duration::from_secs(3600))?;
-        if let Some(timeout) = self.idle_timeout {
-            within("idle_timeout", timeout, SHORTEST, YEAR)?;
+        within("max_groups", self.max_groups, 1, 1 << 20)?;
+        if let Some(timeout) = self.stall_timeout {
+            within("stall_timeout", timeout, SHORTEST, Duration::from_secs(3600))?;
+        }
+        for (field, timeout) in [("idle_timeout", self.idle_timeout), ("message_timeout", self.message_timeout)] {
+            if let Some(timeout) = timeout {
+                within(field, timeout, SHORTEST, YEAR)?;
+            }
         }
         if let Some(duration) = self.max_connection_duration {
             within("max_connection_duration", duration, SHORTEST, YEAR)?;

@@ -5,23 +5,29 @@
 //! the log: what concerns them is told to the shard as a verdict.
 //!
 //! Its life, in `Phase`: *Open*; *Closing*, from the moment that its end is decided until
-//! the Close frame is with the kernel (no message is handled, nothing is offered any
-//! more); *Lingering*, until the peer's end of the stream comes, so that closing the
-//! socket does not destroy the Close frame on its way; then the socket is dropped. The
-//! handler may outlive the socket: it is let finish what it is doing, then told the end.
+//! the Close frame is with the kernel (nothing is offered any more; what the peer had said
+//! before it ended is still handled); *Lingering*, until the peer's end of the stream
+//! comes, so that closing the socket does not destroy the Close frame on its way; then the
+//! socket is dropped. The handler may outlive the socket: it is let finish what it is
+//! doing, then told the end.
+//!
+//! While it is open it is first *opening*, until its handler's `on_open` is done: before
+//! that it is in no group, and hears only what is sent to it alone.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::admission::Place;
+use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
 use crate::decoder::{Decoder, Limits};
-use crate::directory::Directory;
+use crate::directory::{Directory, Entrance};
 use crate::frame::ControlFrame;
 use crate::handler::{Handler, Resume};
 use crate::heartbeat::Heartbeat;
+use crate::held::Held;
 use crate::id::ConnectionId;
 use crate::metrics::{ConnectionMetrics, Counts, Metrics};
 use crate::outbox::{Bounds, Gather, Next, Outbox};
@@ -31,8 +37,9 @@ use crate::socket::Socket;
 /// Bytes that are gathered into one write, and given to one connection before the next one's turn.
 pub(crate) const WRITE_BYTES_MAX: usize = 64 << 10;
 const WRITES_PER_FLUSH: usize = 16;
-/// Unread bytes from which on a socket may be taking no more. Kernels start with room for some 64 KiB.
-const UNREAD_BYTES_FULL: usize = 32 << 10;
+/// Bytes that are read ahead of a busy handler: what a peer has said behind this is not seen before the handler is
+/// done, its pings and its Close included.
+const HELD_BYTES_MAX: usize = 16 << 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
@@ -62,13 +69,23 @@ pub(crate) struct Connection {
     /// None when it has parted.
     pub(crate) handler: Option<Box<dyn Handler>>,
     pub(crate) resume: Option<Arc<Resume>>,
-    /// Read, but not decoded: the handler was busy.
-    pub(crate) unread: Option<Box<Unread>>,
+    /// What came while the handler was busy.
+    pub(crate) held: Option<Box<Held>>,
+    /// What it joins when it has opened; there until then.
+    pub(crate) opening: Option<Box<Opening>>,
     /// How it ends, once that is decided.
     pub(crate) ending: Option<Box<Ending>>,
     pub(crate) heartbeat: Heartbeat,
-    /// The tick of the wheel that counts; earlier reminders are stale.
+    /// The tick of the wheel at which it is looked at next; other reminders are stale.
     pub(crate) armed: u64,
+    /// Since when the kernel takes nothing more for the peer, in microseconds; 0 while it does.
+    pub(crate) refused_since: u64,
+    /// Bytes that the kernel has taken; wraps, and is only compared.
+    pub(crate) written: u32,
+    /// What the peer had taken of them at the last look.
+    pub(crate) taken: u32,
+    /// Where the last ping ends among them.
+    pub(crate) ping_end: u32,
     pub(crate) counts: Counts,
     /// Frames dropped since one was last taken.
     pub(crate) drops_in_a_row: u32,
@@ -87,6 +104,8 @@ pub(crate) struct Connection {
     pub(crate) is_readable: bool,
     /// The kernel's end of the stream was announced, so a short read does not mean that it is empty.
     pub(crate) is_read_closed: bool,
+    /// The end of the stream was read.
+    pub(crate) is_input_over: bool,
     /// The kernel has not refused a write since it last announced room.
     pub(crate) is_writable: bool,
     /// Is in the shard's list of connections to be flushed.
@@ -104,20 +123,25 @@ pub(crate) struct Ending {
     pub(crate) reason: CloseReason,
     /// When the closing handshake must be over.
     pub(crate) by: Duration,
+    /// When what is queued is discarded, so that the Close frame gets through; none once that is done.
+    pub(crate) flush_by: Option<Duration>,
+    /// Something was discarded.
+    pub(crate) is_cut: bool,
 }
 
-/// Bytes that were read while the handler was busy; `bytes[from..]` is to be decoded.
-#[derive(Debug)]
-pub(crate) struct Unread {
-    pub(crate) bytes: Vec<u8>,
-    pub(crate) from: usize,
+/// What a connection is to be a member of when its handler has opened.
+#[derive(Debug, Default)]
+pub(crate) struct Opening {
+    pub(crate) entrances: Vec<Entrance>,
+    /// `on_open` is done, and the rest is on its way behind what it has sent.
+    pub(crate) is_done: bool,
 }
 
 /// Control frames of the peer in the current second.
 #[derive(Debug, Default)]
 pub(crate) struct ControlRate {
     second: u32,
-    frames: u16,
+    frames: u32,
 }
 
 impl ControlRate {
@@ -128,7 +152,7 @@ impl ControlRate {
             (self.second, self.frames) = (second, 0);
         }
         self.frames = self.frames.saturating_add(1);
-        self.frames <= max
+        self.frames <= max.into()
     }
 }
 
@@ -136,8 +160,10 @@ impl ControlRate {
 #[must_use]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flushed {
-    /// Nothing is left, or the kernel takes no more for now.
+    /// Nothing is left, or nothing can be written.
     Rests,
+    /// The kernel takes no more for now.
+    Refused,
     /// More could be written, but others come first.
     HasMore,
     /// The Close frame is with the kernel, and our end of the stream is finished.
@@ -172,19 +198,130 @@ impl Connection {
 
     /// Whether the next message may be handed over.
     pub(crate) fn is_listening(&self) -> bool {
-        self.phase == Phase::Open && self.work == Work::Idle && !self.is_deaf && !self.is_paused
+        self.phase == Phase::Open
+            && self.work == Work::Idle
+            && self.opening.is_none()
+            && !self.is_deaf
+            && !self.is_paused
     }
 
-    /// Whether the socket is to be read: for messages, or after the end for what is left in the kernel.
+    /// Whether the handler may be given what was held for it. What the peer said before it ended is still handled.
+    pub(crate) fn takes_held(&self) -> bool {
+        let is_after_end = self.phase != Phase::Open && self.handler.is_some() && !self.is_paused;
+        self.is_listening() || (is_after_end && self.work == Work::Idle)
+    }
+
+    /// Bytes that may be read at a time: for the handler; ahead of it, while it is busy; or after the end, for what is
+    /// left in the kernel.
+    pub(crate) fn read_limit(&self) -> usize {
+        if self.phase != Phase::Open || self.is_listening() {
+            return usize::MAX;
+        }
+        let held = self.held.as_ref().map_or(0, |held| held.len());
+        if self.is_deaf { 0 } else { HELD_BYTES_MAX.saturating_sub(held) }
+    }
+
+    /// Whether the socket is to be read.
     pub(crate) fn is_reading(&self) -> bool {
-        self.socket.is_some() && self.is_readable && (self.is_listening() || self.phase != Phase::Open)
+        self.socket.is_some() && self.is_readable && !self.is_input_over && self.read_limit() > 0
     }
 
-    /// Whether an answer of the peer may be stuck because nobody reads: the handler is busy, and the peer has sent
-    /// so much meanwhile that the kernel may take no more.
-    pub(crate) fn may_be_stuck(&self) -> bool {
-        self.work != Work::Idle
-            && self.socket.as_ref().is_some_and(|socket| socket.has_unread(UNREAD_BYTES_FULL))
+    /// Bytes of memory that are held for what has not arrived whole, or waits for the handler.
+    pub(crate) fn unfinished_bytes(&self) -> usize {
+        self.decoder.heap_bytes() + self.held.as_ref().map_or(0, |held| held.heap_bytes())
+    }
+
+    /// Bytes that the peer has taken of what the kernel was given; none where the system does not say.
+    fn taken(&self) -> Option<u32> {
+        Some(self.written.wrapping_sub(self.socket.as_ref()?.unacknowledged()?))
+    }
+
+    /// Looks whether the peer has taken something since the last look. If our ping was among it, its time begins now.
+    pub(crate) fn makes_progress(&mut self, now: Duration) -> bool {
+        let Some(taken) = self.taken() else { return false };
+        let had_ping = self.has_ping(self.taken);
+        let before = std::mem::replace(&mut self.taken, taken);
+        if self.heartbeat.awaits_answer() && !had_ping && self.has_ping(taken) {
+            self.heartbeat.restart(now);
+        }
+        before != taken
+    }
+
+    fn has_ping(&self, taken: u32) -> bool {
+        taken.wrapping_sub(self.ping_end) as i32 >= 0
+    }
+
+    /// When the peer is given up if it takes nothing until then, while the kernel takes no more for it.
+    pub(crate) fn stalled_at(&self) -> Option<Duration> {
+        if self.is_writable || self.refused_since == 0 {
+            return None;
+        }
+        let since = Duration::from_micros(self.refused_since);
+        let stalled = self.config.stall_timeout.map(|timeout| since + timeout);
+        // A ping that cannot be written cannot be answered.
+        let is_queued = self.heartbeat.has_queued_ping();
+        let unanswered =
+            is_queued.then(|| since.max(self.heartbeat.queued_since()) + self.config.pong_timeout);
+        stalled.into_iter().chain(unanswered).min()
+    }
+
+    /// Whether the peer has taken nothing for too long: why it is given up.
+    pub(crate) fn judge_stall(&mut self, now: Duration, listened: Duration) -> Option<CloseReason> {
+        let end = self.stalled_at().filter(|end| now >= *end)?;
+        let since = Duration::from_micros(self.refused_since);
+        if self.makes_progress(now) {
+            self.refused_since = now.as_micros() as u64;
+            return None;
+        }
+        if listened < end {
+            return None; // the kernel may have announced room, and nobody has looked
+        }
+        let is_stalled = self.config.stall_timeout.is_some_and(|timeout| now >= since + timeout);
+        Some(if is_stalled { CloseReason::SlowConsumer } else { CloseReason::PongTimeout })
+    }
+
+    /// Whether something lies before a ping that is written now.
+    pub(crate) fn has_unacknowledged(&self) -> bool {
+        let socket = self.socket.as_ref();
+        self.outbox.is_in_frame()
+            || socket.and_then(Socket::unacknowledged).is_some_and(|bytes| bytes > 0)
+    }
+
+    /// The ping is with the kernel; `is_ahead`: something lies before it that the peer has not taken.
+    pub(crate) fn ping_sent(&mut self, now: Duration, is_ahead: bool) {
+        self.heartbeat.sent(now);
+        self.ping_end = self.written;
+        if !is_ahead {
+            self.taken = self.ping_end;
+        } else {
+            let _ = self.makes_progress(now);
+        }
+    }
+
+    /// Whether there is a reason other than the peer's death that our ping has not been answered: it may not have
+    /// come to the peer yet, or just now, or the answer may not have come to us.
+    pub(crate) fn excuses_silence(&mut self, now: Duration) -> bool {
+        if self.heartbeat.takes_input() {
+            return true;
+        }
+        if self.taken().is_none() {
+            return false;
+        }
+        let had_ping = self.has_ping(self.taken);
+        let progress = self.makes_progress(now);
+        // While nobody reads here, the answer may be stuck behind what we do not take.
+        if had_ping { self.read_limit() == 0 && self.is_readable } else { progress }
+    }
+
+    /// Whether everything that was the peer's is with it, as far as can be told.
+    pub(crate) fn is_delivered(&self) -> bool {
+        let is_told = self.ending.as_ref().is_none_or(|ending| ending.reason.close_frame().is_some());
+        match &self.socket {
+            _ if self.ending.as_ref().is_some_and(|ending| ending.is_cut) => false,
+            _ if !is_told || self.is_input_over => true,
+            Some(socket) => socket.is_direct() && socket.unacknowledged().is_none_or(|bytes| bytes == 0),
+            None => true,
+        }
     }
 
     pub(crate) fn limits(&self) -> Limits {
@@ -196,8 +333,8 @@ impl Connection {
         ConnectionMetrics {
             offered,
             written,
-            dropped_timeout: dropped_timeout.into(),
-            dropped_overflow: dropped_overflow.into(),
+            dropped_timeout,
+            dropped_overflow,
             discarded,
             pending: self.outbox.pending(),
             pending_bytes: self.outbox.backlog_bytes() as u64,
@@ -206,9 +343,10 @@ impl Connection {
         }
     }
 
-    /// Reads once.
+    /// Reads once, at most what may be read.
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Read {
-        let Some(socket) = &self.socket else { return Read::Nothing };
+        let max = self.read_limit().min(buffer.len());
+        let (Some(socket), buffer) = (&self.socket, &mut buffer[..max]) else { return Read::Nothing };
         loop {
             match socket.read(buffer) {
                 Ok(0) => return Read::End,
@@ -230,7 +368,8 @@ impl Connection {
     }
 
     /// Writes what is queued, one system call for as much as can be gathered.
-    pub(crate) fn flush(&mut self, gather: &mut Gather, totals: &mut Metrics) -> Flushed {
+    /// `now` is the time of the turn: refusals are counted from it.
+    pub(crate) fn flush(&mut self, gather: &mut Gather, totals: &mut Metrics, now: Duration) -> Flushed {
         for _ in 0..WRITES_PER_FLUSH {
             if !self.is_writable || self.phase == Phase::Lingering {
                 return Flushed::Rests;
@@ -257,6 +396,7 @@ impl Connection {
                 Ok(count) => {
                     totals.writes += 1;
                     totals.bytes_written += count as u64;
+                    self.written = self.written.wrapping_add(count as u32); // only compared
                     if is_control {
                         self.outbox.wrote_control(count);
                     } else {
@@ -273,7 +413,9 @@ impl Connection {
                     ErrorKind::Interrupted => {}
                     ErrorKind::WouldBlock => {
                         self.is_writable = false;
-                        return Flushed::Rests;
+                        self.refused_since = (now.as_micros() as u64).max(1);
+                        let _ = self.makes_progress(now);
+                        return Flushed::Refused;
                     }
                     kind => return Flushed::Failed(kind),
                 },
@@ -287,12 +429,9 @@ impl Connection {
     }
 
     fn close_frame(&self) -> ControlFrame {
-        match self.ending.as_deref().map(|ending| &ending.reason) {
-            Some(CloseReason::Peer { code: None }) | None => ControlFrame::close_empty(),
-            Some(reason) => match reason.close_frame() {
-                Some((code, text)) => ControlFrame::close(code, text),
-                None => ControlFrame::close_empty(),
-            },
+        match self.ending.as_ref().and_then(|ending| ending.reason.close_frame()) {
+            Some((code, text)) if code != CloseCode::NO_STATUS => ControlFrame::close(code, &text),
+            _ => ControlFrame::close_empty(),
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::frame::Frame;
 use crate::group::{GroupIndex, LocalKey};
 use crate::id::ConnectionId;
 use crate::metrics::{GroupMetrics, Metrics};
-use crate::outbox::{Chunk, Dropped, Offer, Patience};
+use crate::outbox::{Chunk, Dropped, Offer, Patience, Retained};
 use crate::policy::Policy;
 use crate::receipt::Ticket;
 
@@ -36,11 +36,19 @@ pub(crate) struct Crowd {
     pub(crate) drops: Vec<ConnectionId>,
     /// When frames that wait are to be dropped.
     pub(crate) deadlines: Deadlines<ConnectionId>,
-    /// Bytes in all outboxes.
+    /// Bytes in all outboxes, counted for each.
     pub(crate) backlog_bytes: usize,
+    /// What they keep in memory.
+    pub(crate) retained: Retained,
+    /// Bytes of messages that have not arrived whole or wait for their handler.
+    pub(crate) unfinished_bytes: usize,
     pub(crate) metrics: Metrics,
     /// The time of this turn, since the shard's start.
     pub(crate) now: Duration,
+    /// What has come before this has been read.
+    pub(crate) listened: Duration,
+    /// When what is read now arrived at the earliest.
+    pub(crate) arrived: Duration,
 }
 
 impl Crowd {
@@ -53,8 +61,12 @@ impl Crowd {
             drops: Vec::new(),
             deadlines: Deadlines::new(),
             backlog_bytes: 0,
+            retained: Retained::default(),
+            unfinished_bytes: 0,
             metrics: Metrics::default(),
             now: Duration::ZERO,
+            listened: Duration::ZERO,
+            arrived: Duration::ZERO,
         }
     }
 
@@ -71,7 +83,7 @@ impl Crowd {
 
     /// Offers the publication's frame to each slot; returns how many there were.
     pub(crate) fn fan_out_to(&mut self, slots: &[u32], frame: &Frame, publication: &Publication) -> u64 {
-        let chunk = Rc::new(Chunk::single(frame.bytes()));
+        let chunk = Rc::new(Chunk::single(frame.bytes(), &self.retained));
         let (mut targets, mut waited) = (0, 0);
         for slot in slots {
             self.offer_unless(*slot, &chunk, publication, &mut targets, &mut waited);
@@ -130,6 +142,11 @@ impl Crowd {
         if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
             self.dirty.push_back(slot);
         }
+        if let Some((max, samples)) = policy.and_then(|policy| policy.rtt_limit())
+            && connection.heartbeat.is_rtt_above(max, samples)
+        {
+            self.ends.push((connection.id, CloseReason::HighRtt));
+        }
         if connection.outbox.begin(chunk, &bounds) {
             self.backlog_bytes += chunk.bytes();
             connection.drops_in_a_row = 0;
@@ -184,7 +201,7 @@ impl Crowd {
         match offer {
             Offer::Queued | Offer::Waits => {}
             Offer::Drops(frames) => {
-                connection.counts.dropped_overflow += frames;
+                connection.counts.dropped_overflow += u64::from(frames);
                 self.metrics.dropped_overflow += u64::from(frames);
                 if let Some(ticket) = ticket {
                     ticket.count_overflow();
@@ -199,7 +216,7 @@ impl Crowd {
         {
             self.deadlines.push(until, connection.id);
         }
-        if policy.max_rtt().is_some_and(|max| connection.heartbeat.is_rtt_above(max)) {
+        if policy.rtt_limit().is_some_and(|(max, samples)| connection.heartbeat.is_rtt_above(max, samples)) {
             self.ends.push((connection.id, CloseReason::HighRtt));
         }
     }
@@ -221,7 +238,7 @@ impl Crowd {
         });
         self.backlog_bytes -= before - connection.outbox.backlog_bytes();
         for dropped in drops {
-            connection.counts.dropped_timeout += dropped.frames;
+            connection.counts.dropped_timeout += u64::from(dropped.frames);
             self.metrics.dropped_timeout += u64::from(dropped.frames);
             note_drop(connection, dropped, &mut self.drops, &mut self.ends);
         }
@@ -230,6 +247,17 @@ impl Crowd {
         }
         if let Some(until) = next {
             self.deadlines.push(until, id);
+        }
+        self.relieve(id.slot() as u32);
+    }
+
+    /// No longer counts a connection as congested that has recovered. To be called after whatever takes frames out.
+    pub(crate) fn relieve(&mut self, slot: u32) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
+            connection.is_congested = false;
+            let blocks = connection.config.policy.blocks();
+            self.groups.groups_of(slot).for_each(|group| group.remove_congested(blocks));
         }
     }
 
@@ -260,20 +288,24 @@ impl Crowd {
         sum
     }
 
-    /// The connections with the largest backlogs, until without them at most `target` bytes were left.
-    pub(crate) fn largest_backlogs(&self, target: usize) -> Vec<ConnectionId> {
-        let backlog =
-            |(_, connection): (usize, &Connection)| (connection.outbox.backlog_bytes(), connection.id);
-        let mut backlogs: Vec<_> =
-            self.connections.iter().map(backlog).filter(|(bytes, _)| *bytes > 0).collect();
-        backlogs.sort_unstable_by(|a, b| b.cmp(a));
-        let mut left = self.backlog_bytes;
-        let is_needed = |(bytes, _): &(usize, ConnectionId)| {
-            let needed = left > target;
-            left = left.saturating_sub(*bytes);
-            needed
-        };
-        backlogs.into_iter().take_while(is_needed).map(|(_, id)| id).collect()
+    /// The connections whose sockets take no more for now, the largest backlog first.
+    pub(crate) fn refused_by_backlog(&self) -> Vec<ConnectionId> {
+        let is_refused = |connection: &Connection| !connection.is_writable;
+        self.largest(|connection| {
+            if is_refused(connection) { connection.outbox.backlog_bytes() } else { 0 }
+        })
+    }
+
+    /// The connections that hold something unfinished, the most first.
+    pub(crate) fn largest_unfinished(&self) -> Vec<ConnectionId> {
+        self.largest(Connection::unfinished_bytes)
+    }
+
+    fn largest(&self, bytes: impl Fn(&Connection) -> usize) -> Vec<ConnectionId> {
+        let sizes = self.connections.iter().map(|(_, connection)| (bytes(connection), connection.id));
+        let mut sizes: Vec<_> = sizes.filter(|(bytes, _)| *bytes > 0).collect();
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        sizes.into_iter().map(|(_, id)| id).collect()
     }
 
     pub(crate) fn mark_dirty(&mut self, slot: u32) {

@@ -9,7 +9,7 @@
 //! is decided by the member count: 0 turns into `CLOSED` once, and who finds an entry
 //! closed makes a new one. So a member never hides in an entry that nobody finds.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -24,6 +24,8 @@ pub(crate) struct Group {
     pub(crate) key: GroupKey,
     /// None for everyone, which is in no map and never closed.
     name: Option<Arc<str>>,
+    /// Whose entry it is, to find what has taken its place.
+    directory: Weak<Directory>,
     /// Members on all shards, those on their way included; or `CLOSED`.
     members: AtomicU64,
     /// Members whose outbox is more than half full; and of these, those whose policy is `Block`.
@@ -37,11 +39,12 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    fn new(key: GroupKey, name: Option<Arc<str>>, shards: usize) -> Self {
+    fn new(key: GroupKey, name: Option<Arc<str>>, directory: Weak<Directory>, shards: usize) -> Self {
         let interest = (0..shards.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self {
             key,
             name,
+            directory,
             members: AtomicU64::new(0),
             congested: AtomicU32::new(0),
             blocking: AtomicU32::new(0),
@@ -52,6 +55,23 @@ impl Group {
     fn try_enter(&self) -> bool {
         // AcqRel/Acquire: whoever comes later sees the count; partner is `exit`.
         self.members.fetch_update(AcqRel, Acquire, |count| (count != CLOSED).then(|| count + 1)).is_ok()
+    }
+
+    /// The entry that has taken the place of this one, if this one was closed and there is another. A group's members
+    /// are all in the one entry that is not closed.
+    #[cold]
+    fn successor(&self) -> Option<Arc<Group>> {
+        self.directory.upgrade()?.find(self.name.as_deref()?)
+    }
+
+    /// Whether it has ended. Members that the group has had since are in another entry.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.members.load(Acquire) == CLOSED
+    }
+
+    /// The key under which a shard has the group's members now.
+    pub(crate) fn current_key(&self) -> Option<GroupKey> {
+        if self.is_closed() { self.successor().map(|group| group.key) } else { Some(self.key) }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -125,6 +145,8 @@ pub(crate) struct Directory {
     everyone: Arc<Group>,
     groups: papaya::HashMap<Arc<str>, Arc<Group>>,
     next_key: Arc<AtomicU64>,
+    /// Frames to single connections that are on their way and larger than what outboxes surely have room for.
+    oversized: AtomicU32,
     /// For each shard, which alone uses it: what connections of the namespace counted that have ended there.
     ended: Box<[EndedCounts]>,
 }
@@ -132,9 +154,9 @@ pub(crate) struct Directory {
 impl Directory {
     /// `next_key` is shared by all directories of an engine, so that keys are unique there.
     pub(crate) fn new(shards: usize, next_key: Arc<AtomicU64>) -> Self {
-        let everyone = Arc::new(Group::new(new_key(&next_key), None, shards));
+        let everyone = Arc::new(Group::new(new_key(&next_key), None, Weak::new(), shards));
         let ended = (0..shards).map(|_| EndedCounts::default()).collect();
-        Self { everyone, groups: papaya::HashMap::new(), next_key, ended }
+        Self { everyone, groups: papaya::HashMap::new(), next_key, oversized: AtomicU32::new(0), ended }
     }
 
     /// The group of all connections; its key also names the namespace.
@@ -148,6 +170,11 @@ impl Directory {
 
     pub(crate) fn ended(&self, shard: usize) -> &EndedCounts {
         &self.ended[shard]
+    }
+
+    /// Whether frames are on their way that may fill some outbox beyond half.
+    pub(crate) fn has_oversized(&self) -> bool {
+        self.oversized.load(Acquire) > 0 // pairs with the drop of `Oversized`
     }
 
     /// One more connection, on `shard`.
@@ -173,7 +200,8 @@ impl Directory {
                 Some(group) => group.clone(),
                 None => {
                     let name: Arc<str> = name.into();
-                    let fresh = Group::new(new_key(&self.next_key), Some(name.clone()), self.ended.len());
+                    let (key, shards) = (new_key(&self.next_key), self.ended.len());
+                    let fresh = Group::new(key, Some(name.clone()), Arc::downgrade(self), shards);
                     let fresh = Arc::new(fresh);
                     groups.get_or_insert(name, fresh).clone()
                 }
@@ -199,6 +227,23 @@ impl Directory {
         if let Some(name) = &group.name {
             let _ = self.groups.pin().remove_if(name, |_, found| Arc::ptr_eq(found, group));
         }
+    }
+}
+
+/// Held by a frame to one connection that takes more room than is surely there, until it is in the outbox.
+#[derive(Debug)]
+pub(crate) struct Oversized(Arc<Directory>);
+
+impl Oversized {
+    pub(crate) fn new(directory: Arc<Directory>) -> Self {
+        directory.oversized.fetch_add(1, AcqRel);
+        Self(directory)
+    }
+}
+
+impl Drop for Oversized {
+    fn drop(&mut self) {
+        self.0.oversized.fetch_sub(1, AcqRel); // pairs with `has_oversized`: its outbox has announced itself before
     }
 }
 

@@ -165,6 +165,11 @@ impl<G> GroupIndex<G> {
         }
     }
 
+    /// How many groups the slot is in.
+    pub(crate) fn count(&self, slot: u32) -> usize {
+        self.slots.get(slot as usize).map_or(0, |groups| groups.own.len())
+    }
+
     #[cfg(feature = "audit")]
     pub(crate) fn audit(&self) -> impl Iterator<Item = (&G, Vec<u32>)> {
         self.groups

@@ -1,10 +1,12 @@
-//! The signs of life of one connection: pings, pongs, round trips, silence.
+//! The signs of life of one connection: pings, answers, round trips, silence.
 //!
-//! Pure: it is told what happened and when, and answers what to do. A ping carries a
-//! nonce, and only the answer with that nonce counts. While a handler is busy nobody reads
-//! answers; then anything that arrives after the ping is one. A full socket that drains
-//! answers nothing, but prolongs the wait for the pong, which may be stuck behind it.
-//! Does not know sockets or frames.
+//! Pure: it is told what happened and when, and says what to do. What counts is what the
+//! peer does, never what we do: the time for an answer runs from the moment that the ping
+//! was written, is judged by what had arrived and not by when we came to read it, and every
+//! whole frame of the peer is an answer, for who speaks is alive. Only a pong with the
+//! ping's nonce gives a round trip. Whether a wait may be prolonged, because an answer is on
+//! its way, the connection knows; how often it may, is bounded here. Does not know sockets
+//! or frames.
 
 use std::collections::VecDeque;
 use std::num::{NonZeroU32, NonZeroU64};
@@ -12,28 +14,58 @@ use std::time::Duration;
 
 use crate::config::ConnectionConfig;
 
+/// How often in a row the wait for an answer is prolonged, at most: with the default timeout some 40 minutes.
+const EXTENSIONS_MAX: u8 = 250;
+/// Bytes of an unfinished frame that prolong the wait by a timeout. Fewer do not: a peer that sends a byte now and
+/// then would hold its connection for days.
+const EXTENSION_BYTES: u32 = 256;
+/// The part of `max_connection_duration` over which connections of the same age are ended.
+const DURATION_JITTER: f32 = 0.1;
+
 /// Times are measured from the shard's start, and kept in microseconds: there is one of these per connection.
 #[derive(Debug)]
 pub(crate) struct Heartbeat {
-    opened: u64,
-    /// When the last frame arrived.
+    /// When something last arrived.
     heard: u64,
-    /// When the last ping went out, and its nonce while it is unanswered.
+    /// When the last ping was due; once it is written, when it was.
     pinged: u64,
+    /// What the wait for the answer runs from: the writing of the ping, or its last extension.
+    waits_from: u64,
+    /// Of the last ping, until its pong has come.
     nonce: Option<NonZeroU64>,
-    /// The last sign of life that is not an answer.
-    stirred: u64,
     rtt_last: Option<NonZeroU32>,
     rtt_average: Option<NonZeroU32>,
-    /// Where a policy asks for their average; boxed, because most do not.
-    samples: Option<Box<Samples>>,
+    /// Boxed, because most connections need none of it.
+    special: Option<Box<Special>>,
+    /// Bytes that arrived since the last whole frame or extension.
+    bytes: u32,
+    extensions: u8,
+    ping: Ping,
+    /// Reading paused while the pong was awaited: its time says nothing about the network.
+    is_unmeasured: bool,
 }
 
-/// The last round trips in microseconds, the oldest first.
-#[derive(Debug)]
-struct Samples(VecDeque<u32>);
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ping {
+    Answered,
+    /// Due, but not with the kernel yet.
+    Queued,
+    Sent,
+}
 
-/// Round-trip times of a connection, from pings to their pongs.
+#[derive(Debug, Default)]
+struct Special {
+    /// When the connection began, less its jitter.
+    opened: u64,
+    /// When the last message came.
+    message: u64,
+    /// The last round trips in microseconds, the oldest first.
+    samples: VecDeque<u32>,
+    samples_max: usize,
+}
+
+/// Round-trip times of a connection, from pings to their pongs. They contain the network and the peer, but not the
+/// time for which this side was busy: a pong that was read late counts as of when it can have arrived at the earliest.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Rtt {
     /// The last one; none before the first pong.
@@ -48,69 +80,150 @@ pub(crate) enum Beat {
     Wait(Duration),
     /// Send a ping with this payload.
     Ping([u8; 8]),
-    NoPong,
+    /// The ping's time is over.
+    Unanswered,
     Idle,
     TooOld,
 }
 
 impl Heartbeat {
-    /// `stagger`, in [0, 1), spreads first pings over the interval: 0 is a whole interval from now.
+    /// `stagger`, in [0, 1), spreads first pings over the interval, 0 being a whole interval from now; and the ends
+    /// of connections that reach their maximum duration.
     pub(crate) fn new(now: Duration, stagger: f32, config: &ConnectionConfig) -> Self {
         let lead = micros(config.heartbeat_interval.mul_f32(stagger));
         let now = micros(now);
         let pinged = now.wrapping_sub(lead); // may lie before the shard's start
-        let (nonce, rtt_last, rtt_average) = (None, None, None);
-        let samples =
-            config.policy.rtt_samples().map(|count| Box::new(Samples(VecDeque::with_capacity(count))));
-        Self { opened: now, heard: now, pinged, nonce, stirred: now, rtt_last, rtt_average, samples }
+        let (samples_max, duration) = (config.policy.rtt_samples(), config.max_connection_duration);
+        let is_special = samples_max.is_some() || duration.is_some() || config.message_timeout.is_some();
+        let jitter = duration.map_or(0, |max| micros(max.mul_f32(stagger * DURATION_JITTER)));
+        let special = || {
+            let (opened, samples_max) = (now.wrapping_sub(jitter), samples_max.unwrap_or(0));
+            Box::new(Special { opened, message: now, samples: VecDeque::new(), samples_max })
+        };
+        Self {
+            heard: now,
+            pinged,
+            waits_from: now,
+            nonce: None,
+            rtt_last: None,
+            rtt_average: None,
+            special: is_special.then(special),
+            bytes: 0,
+            extensions: 0,
+            ping: Ping::Answered,
+            is_unmeasured: false,
+        }
     }
 
-    /// Something has arrived and was read.
-    pub(crate) fn heard(&mut self, now: Duration) {
+    /// Bytes have arrived.
+    #[inline]
+    pub(crate) fn heard(&mut self, now: Duration, bytes: usize) {
         self.heard = micros(now);
+        self.bytes = self.bytes.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 
-    /// Something has arrived, but the handler is busy and nobody reads it: it may be the pong, and whoever sends is
-    /// not dead. The ping counts as answered, though its round trip was not measured.
-    pub(crate) fn heard_unread(&mut self, now: Duration) {
-        self.heard = micros(now);
-        self.nonce = None;
+    /// A whole frame has arrived: whatever it says, the peer is alive.
+    #[inline]
+    pub(crate) fn answered(&mut self) {
+        if self.ping == Ping::Sent {
+            self.ping = Ping::Answered;
+        }
+        (self.bytes, self.extensions) = (0, 0);
     }
 
-    /// The peer's kernel is alive, whatever the peer is.
-    pub(crate) fn stirred(&mut self, now: Duration) {
-        self.stirred = micros(now);
+    /// A whole message has arrived.
+    #[inline]
+    pub(crate) fn heard_message(&mut self, now: Duration) {
+        if let Some(special) = &mut self.special {
+            special.message = micros(now);
+        }
     }
 
-    pub(crate) fn pong(&mut self, now: Duration, payload: &[u8]) {
-        if self.nonce.is_none_or(|nonce| nonce.get().to_be_bytes() != payload) {
-            return;
+    /// Nothing is read for now, so that a pong may be read later than it arrives.
+    pub(crate) fn paused(&mut self) {
+        self.is_unmeasured = true;
+    }
+
+    pub(crate) fn has_queued_ping(&self) -> bool {
+        self.ping == Ping::Queued
+    }
+
+    pub(crate) fn awaits_answer(&self) -> bool {
+        self.ping == Ping::Sent
+    }
+
+    /// Since when the ping waits to be written.
+    pub(crate) fn queued_since(&self) -> Duration {
+        Duration::from_micros(self.pinged)
+    }
+
+    /// The queued ping is with the kernel.
+    pub(crate) fn sent(&mut self, now: Duration) {
+        self.ping = Ping::Sent;
+        self.pinged = micros(now);
+        self.waits_from = self.pinged;
+        self.is_unmeasured = false;
+        (self.bytes, self.extensions) = (0, 0);
+    }
+
+    /// Whether enough of an unfinished frame has arrived since the last look to wait for its end.
+    pub(crate) fn takes_input(&mut self) -> bool {
+        let is_enough = self.bytes >= EXTENSION_BYTES;
+        self.bytes = 0;
+        is_enough
+    }
+
+    /// The peer has the ping only now.
+    pub(crate) fn restart(&mut self, now: Duration) {
+        self.waits_from = micros(now);
+    }
+
+    /// Waits for the answer once more; false if that has been done too often.
+    pub(crate) fn prolong(&mut self, now: Duration) -> bool {
+        self.waits_from = micros(now);
+        self.extensions = self.extensions.saturating_add(1);
+        self.extensions <= EXTENSIONS_MAX
+    }
+
+    /// A pong that arrived at `arrived`; whether it answers our ping.
+    pub(crate) fn pong(&mut self, arrived: Duration, payload: &[u8]) -> bool {
+        if self.ping == Ping::Queued
+            || self.nonce.is_none_or(|nonce| nonce.get().to_be_bytes() != payload)
+        {
+            return false;
         }
         self.nonce = None;
-        let rtt = u32::try_from(micros(now).saturating_sub(self.pinged)).unwrap_or(u32::MAX);
+        if std::mem::take(&mut self.is_unmeasured) {
+            return true;
+        }
+        let rtt = u32::try_from(micros(arrived).saturating_sub(self.pinged)).unwrap_or(u32::MAX);
         let average = self.rtt_average.map_or(rtt, |average| {
             let weighted = u64::from(average.get()) * 7 + u64::from(rtt);
             (weighted / 8) as u32 // an average of two u32
         });
-        if let Some(Samples(samples)) = self.samples.as_deref_mut() {
-            if samples.len() == samples.capacity() {
-                samples.pop_front();
-            }
-            samples.push_back(rtt);
-        }
         self.rtt_last = Some(NonZeroU32::new(rtt).unwrap_or(NonZeroU32::MIN));
         self.rtt_average = Some(NonZeroU32::new(average).unwrap_or(NonZeroU32::MIN));
+        if let Some(special) = self.special.as_deref_mut().filter(|special| special.samples_max > 0) {
+            if special.samples.len() >= special.samples_max {
+                special.samples.pop_front();
+            }
+            special.samples.push_back(rtt);
+        }
+        true
     }
 
-    /// Whether the average over the policy's window is above `max`; false before the first pong.
-    pub(crate) fn is_rtt_above(&self, max: Duration) -> bool {
-        match self.samples.as_deref() {
-            Some(Samples(samples)) if !samples.is_empty() => {
-                let sum: u64 = samples.iter().map(|sample| u64::from(*sample)).sum();
-                Duration::from_micros(sum / samples.len() as u64) > max
-            }
-            _ => self.rtt().average.is_some_and(|average| average > max),
+    /// Whether the average over the last `samples` round trips is above `max`; false before the first pong. A window
+    /// that was not asked for before is kept from now on, and begins with the last round trip.
+    pub(crate) fn is_rtt_above(&mut self, max: Duration, samples: usize) -> bool {
+        let Some(last) = self.rtt_last else { return false };
+        let special = self.special.get_or_insert_default();
+        special.samples_max = special.samples_max.max(samples);
+        if special.samples.is_empty() {
+            special.samples.push_back(last.get());
         }
+        let count = special.samples.len().min(samples).max(1);
+        let sum: u64 = special.samples.iter().rev().take(count).map(|sample| u64::from(*sample)).sum();
+        Duration::from_micros(sum / count as u64) > max
     }
 
     pub(crate) fn rtt(&self) -> Rtt {
@@ -118,44 +231,65 @@ impl Heartbeat {
         Rtt { last: self.rtt_last.map(duration), average: self.rtt_average.map(duration) }
     }
 
-    /// What is due now. `nonce` is called if a ping is.
+    /// What is due at `now`, when everything that had arrived by `listened` has been heard. `nonce` is called if a
+    /// ping is due.
     pub(crate) fn beat(
         &mut self,
         now: Duration,
+        listened: Duration,
         config: &ConnectionConfig,
         nonce: impl FnOnce() -> u64,
     ) -> Beat {
         let since = |start: u64, wait: Duration| Duration::from_micros(start) + wait;
         let mut next = Duration::MAX;
-        if let Some(max) = config.max_connection_duration {
-            let end = since(self.opened, max);
-            if now >= end {
-                return Beat::TooOld;
+        if let Some(special) = &self.special {
+            if let Some(max) = config.max_connection_duration {
+                // A jitter may reach back before the shard's start.
+                let age = micros(now).wrapping_sub(special.opened);
+                let left = micros(max).saturating_sub(age);
+                if left == 0 {
+                    return Beat::TooOld;
+                }
+                next = next.min(now + Duration::from_micros(left));
             }
-            next = next.min(end);
+            if let Some(timeout) = config.message_timeout {
+                let end = since(special.message, timeout);
+                if listened >= end {
+                    return Beat::Idle;
+                }
+                next = next.min(end);
+            }
         }
         if let Some(timeout) = config.idle_timeout {
             let end = since(self.heard, timeout);
-            if now >= end {
+            if listened >= end {
                 return Beat::Idle;
             }
             next = next.min(end);
         }
-        if self.nonce.is_some() {
-            let end = since(self.pinged.max(self.stirred), config.pong_timeout);
-            if now >= end {
-                return Beat::NoPong;
-            }
-            return Beat::Wait(next.min(end));
-        }
         let due = Duration::from_micros(self.pinged.wrapping_add(micros(config.heartbeat_interval)));
-        if now < due {
-            return Beat::Wait(next.min(due));
+        match self.ping {
+            Ping::Answered if now < due => Beat::Wait(next.min(due)),
+            Ping::Answered => {
+                let nonce = NonZeroU64::new(nonce()).unwrap_or(NonZeroU64::MIN);
+                self.nonce = Some(nonce);
+                self.pinged = micros(now);
+                self.ping = Ping::Queued;
+                Beat::Ping(nonce.get().to_be_bytes())
+            }
+            Ping::Queued => {
+                let next = next.min(now + config.pong_timeout);
+                Beat::Wait(if now < due { next.min(due) } else { next })
+            }
+            Ping::Sent => {
+                let end = since(self.waits_from, config.pong_timeout);
+                if listened >= end {
+                    return Beat::Unanswered;
+                }
+                // If it has been answered by the time that the next one is due, that one is sent in time.
+                Beat::Wait(if now < due { next.min(end).min(due) } else { next.min(end) })
+            }
         }
-        let nonce = NonZeroU64::new(nonce()).unwrap_or(NonZeroU64::MIN);
-        self.nonce = Some(nonce);
-        self.pinged = micros(now);
-        Beat::Ping(nonce.get().to_be_bytes())
     }
 }
 
@@ -166,6 +300,7 @@ fn micros(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Policy;
 
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
@@ -174,27 +309,34 @@ mod tests {
         ConnectionConfig { heartbeat_interval, pong_timeout, ..ConnectionConfig::default() }
     }
 
+    fn beat(beats: &mut Heartbeat, now: u64) -> Beat {
+        beats.beat(MS(now), MS(now), &config(), || 7)
+    }
+
+    /// A heartbeat whose first ping was written at `now`.
+    fn pinged(now: u64) -> Heartbeat {
+        let mut beats = Heartbeat::new(MS(now - 1000), 0.0, &config());
+        assert_eq!(beat(&mut beats, now), Beat::Ping(7u64.to_be_bytes()));
+        beats.sent(MS(now));
+        beats
+    }
+
     #[test]
-    fn only_the_answer_to_the_last_ping_counts() {
-        let (config, mut beats) = (config(), Heartbeat::new(MS(5000), 0.5, &config()));
-        assert_eq!(beats.beat(MS(5000), &config, || 7), Beat::Wait(MS(5500)));
-        assert_eq!(beats.beat(MS(5500), &config, || 7), Beat::Ping(7u64.to_be_bytes()));
-        beats.pong(MS(5510), b"");
-        beats.pong(MS(5510), &8u64.to_be_bytes());
-        assert_eq!(
-            (beats.rtt(), beats.beat(MS(5799), &config, || 9)),
-            (Rtt::default(), Beat::Wait(MS(5800)))
-        );
-        beats.pong(MS(5540), &7u64.to_be_bytes());
+    fn only_the_pong_of_the_last_ping_is_a_round_trip() {
+        let mut beats = pinged(5500);
+        assert!(!beats.pong(MS(5510), b"") && !beats.pong(MS(5510), &8u64.to_be_bytes()));
+        assert_eq!((beats.rtt(), beat(&mut beats, 5799)), (Rtt::default(), Beat::Wait(MS(5800))));
+        assert!(beats.pong(MS(5540), &7u64.to_be_bytes()));
+        beats.answered();
         assert_eq!(beats.rtt().last, Some(MS(40)));
-        assert_eq!(beats.beat(MS(5800), &config, || 9), Beat::Wait(MS(6500)));
-        beats.pong(MS(5850), &7u64.to_be_bytes());
+        assert_eq!(beat(&mut beats, 5800), Beat::Wait(MS(6500)));
+        assert!(!beats.pong(MS(5850), &7u64.to_be_bytes()));
         assert_eq!(beats.rtt().last, Some(MS(40)));
     }
 
     #[test]
     fn first_pings_are_spread_over_the_interval_from_the_first_moment_on() {
-        let first = |stagger| match Heartbeat::new(MS(0), stagger, &config()).beat(MS(0), &config(), || 7) {
+        let first = |stagger| match beat(&mut Heartbeat::new(MS(0), stagger, &config()), 0) {
             Beat::Wait(due) => due,
             other => panic!("{other:?}"),
         };
@@ -202,25 +344,74 @@ mod tests {
     }
 
     #[test]
-    fn silence_after_a_ping_means_dead_and_a_stir_prolongs_the_wait() {
-        let (config, mut beats) = (config(), Heartbeat::new(MS(4000), 0.0, &config()));
-        assert_eq!(beats.beat(MS(5000), &config, || 7), Beat::Ping(7u64.to_be_bytes()));
-        beats.stirred(MS(5200));
-        assert_eq!(beats.beat(MS(5300), &config, || 7), Beat::Wait(MS(5500)));
-        assert_eq!(beats.beat(MS(5500), &config, || 7), Beat::NoPong);
+    fn the_time_for_an_answer_runs_from_the_writing_of_the_ping() {
+        let mut beats = Heartbeat::new(MS(4000), 0.0, &config());
+        assert!(matches!(beat(&mut beats, 5000), Beat::Ping(_)));
+        assert!(matches!(beat(&mut beats, 5400), Beat::Wait(_)), "it is queued still");
+        beats.sent(MS(5400));
+        assert_eq!(beat(&mut beats, 5699), Beat::Wait(MS(5700)));
+        assert_eq!(beat(&mut beats, 5700), Beat::Unanswered);
     }
 
     #[test]
-    fn a_peer_that_is_not_read_lives_as_long_as_it_answers() {
-        let (config, mut beats) = (config(), Heartbeat::new(MS(4000), 0.0, &config()));
-        for round in 0..10 {
-            let at = 5000 + round * 1000;
-            assert!(matches!(beats.beat(MS(at), &config, || 7), Beat::Ping(_)));
-            beats.heard_unread(MS(at + 100));
-            assert_eq!(beats.beat(MS(at + 300), &config, || 7), Beat::Wait(MS(at + 1000)));
+    fn who_has_not_been_listened_to_is_not_called_silent() {
+        let mut beats = pinged(5000);
+        assert_eq!(beats.beat(MS(9000), MS(5299), &config(), || 7), Beat::Wait(MS(5300)));
+        assert_eq!(beats.beat(MS(9000), MS(5300), &config(), || 7), Beat::Unanswered);
+        let config = ConnectionConfig { idle_timeout: Some(MS(500)), ..config() };
+        beats.heard(MS(8000), 1);
+        assert_eq!(beats.beat(MS(9000), MS(5299), &config, || 7), Beat::Wait(MS(5300)));
+        beats.answered();
+        assert_eq!(beats.beat(MS(9000), MS(8500), &config, || 7), Beat::Idle);
+    }
+
+    #[test]
+    fn whoever_speaks_has_answered_and_a_late_pong_is_still_a_round_trip() {
+        let mut beats = pinged(5000);
+        beats.heard(MS(5200), 6);
+        beats.answered();
+        assert_eq!(beat(&mut beats, 5300), Beat::Wait(MS(6000)));
+        assert!(beats.pong(MS(5900), &7u64.to_be_bytes()));
+        assert_eq!(beats.rtt().last, Some(MS(900)));
+    }
+
+    #[test]
+    fn a_wait_is_prolonged_a_bounded_number_of_times_and_by_enough_bytes_only() {
+        let mut beats = pinged(5000);
+        for round in 1..=u64::from(EXTENSIONS_MAX) {
+            assert_eq!(beat(&mut beats, 5000 + 300 * round), Beat::Unanswered);
+            beats.heard(MS(5000), EXTENSION_BYTES as usize);
+            assert!(beats.takes_input() && beats.prolong(MS(5000 + 300 * round)));
         }
-        assert!(matches!(beats.beat(MS(15_000), &config, || 7), Beat::Ping(_)));
-        assert_eq!(beats.beat(MS(15_300), &config, || 7), Beat::NoPong);
+        beats.heard(MS(5000), EXTENSION_BYTES as usize - 1);
+        assert!(!beats.takes_input() && !beats.prolong(MS(90_000)));
+        beats.answered();
+        assert!(beats.prolong(MS(90_000)), "an answer begins anew");
+    }
+
+    #[test]
+    fn a_pong_that_was_read_late_is_no_round_trip() {
+        let mut beats = pinged(5000);
+        beats.paused();
+        assert!(beats.pong(MS(5900), &7u64.to_be_bytes()));
+        assert_eq!(beats.rtt(), Rtt::default());
+    }
+
+    #[test]
+    fn a_window_of_round_trips_is_kept_for_whoever_asks() {
+        let mut beats = pinged(5000);
+        assert!(!beats.is_rtt_above(MS(1), 2), "none before the first pong");
+        for (at, rtt) in [(5000, 10), (6000, 100), (7000, 200)] {
+            if at > 5000 {
+                assert!(matches!(beat(&mut beats, at), Beat::Ping(_)));
+                beats.sent(MS(at));
+            }
+            beats.pong(MS(at + rtt), &7u64.to_be_bytes());
+            beats.answered();
+            beats.is_rtt_above(MS(1), 2);
+        }
+        assert!(beats.is_rtt_above(MS(149), 2) && !beats.is_rtt_above(MS(150), 2), "(100 + 200) / 2");
+        assert!(beats.is_rtt_above(MS(199), 1) && !beats.is_rtt_above(MS(200), 1));
     }
 
     #[test]
@@ -230,12 +421,53 @@ mod tests {
             max_connection_duration: Some(MS(900)),
             ..config()
         };
-        let mut beats = Heartbeat::new(MS(5000), 0.1, &config);
-        assert_eq!(beats.beat(MS(5000), &config, || 7), Beat::Wait(MS(5400)));
-        beats.heard(MS(5300));
-        assert_eq!(beats.beat(MS(5400), &config, || 7), Beat::Wait(MS(5700)));
-        assert_eq!(beats.beat(MS(5700), &config, || 7), Beat::Idle);
-        beats.heard(MS(5899));
-        assert_eq!(beats.beat(MS(5900), &config, || 7), Beat::TooOld);
+        let mut beats = Heartbeat::new(MS(5000), 0.0, &config);
+        let beat = |beats: &mut Heartbeat, now| beats.beat(MS(now), MS(now), &config, || 7);
+        assert_eq!(beat(&mut beats, 5000), Beat::Wait(MS(5400)));
+        beats.heard(MS(5300), 1);
+        assert_eq!(beat(&mut beats, 5400), Beat::Wait(MS(5700)));
+        assert_eq!(beat(&mut beats, 5700), Beat::Idle);
+        beats.heard(MS(5899), 1);
+        assert_eq!(beat(&mut beats, 5900), Beat::TooOld);
+    }
+
+    #[test]
+    fn connections_of_one_age_reach_their_end_over_a_tenth_of_it() {
+        let config = ConnectionConfig { max_connection_duration: Some(MS(1000)), ..config() };
+        let end = |stagger| {
+            let mut beats = Heartbeat::new(MS(50), stagger, &config);
+            let is_over = |now: &u64| beats.beat(MS(*now), MS(*now), &config, || 7) == Beat::TooOld;
+            (50..2000).find(is_over).expect("it ends")
+        };
+        assert_eq!([0.0, 0.5].map(end), [1050, 1000]);
+        assert!((951..960).contains(&end(0.98)));
+    }
+
+    #[test]
+    fn a_client_that_only_answers_pings_ends_where_messages_are_asked_for() {
+        let config = ConnectionConfig { message_timeout: Some(MS(1500)), ..config() };
+        let mut beats = Heartbeat::new(MS(0), 0.0, &config);
+        beats.heard(MS(1400), 6);
+        beats.answered();
+        assert_eq!(beats.beat(MS(1499), MS(1499), &config, || 7), Beat::Ping(7u64.to_be_bytes()));
+        assert_eq!(beats.beat(MS(1500), MS(1500), &config, || 7), Beat::Idle);
+        beats.heard_message(MS(1500));
+        assert_eq!(beats.beat(MS(1500), MS(1500), &config, || 7), Beat::Wait(MS(1800)));
+    }
+
+    #[test]
+    fn the_window_of_a_policy_covers_its_samples() {
+        let policy = Policy::DropOnHighRtt { max_rtt: MS(50), rtt_samples: 3 };
+        let config = ConnectionConfig { policy, ..config() };
+        let mut beats = Heartbeat::new(MS(0), 0.0, &config);
+        for (round, rtt) in [30, 30, 30, 120, 120].into_iter().enumerate() {
+            let at = 1000 * (round as u64 + 1);
+            assert!(matches!(beats.beat(MS(at), MS(at), &config, || 7), Beat::Ping(_)));
+            beats.sent(MS(at));
+            beats.pong(MS(at + rtt), &7u64.to_be_bytes());
+            beats.answered();
+            // 30, 30, 30; then (30 + 30 + 120) / 3 = 60
+            assert_eq!(beats.is_rtt_above(MS(50), 3), round >= 3);
+        }
     }
 }

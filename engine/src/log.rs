@@ -35,13 +35,23 @@ const CLOSED: u64 = 1 << 63;
 /// The cursor of a shard that has ended: it holds back nobody.
 const ENDED: u64 = u64::MAX;
 
+/// How many bytes an entry weighs, for those who must not publish more than readers can hold.
+pub(crate) trait Weigh {
+    fn bytes(&self) -> u64 {
+        0
+    }
+}
+
 #[derive(Debug)]
-pub(crate) struct Log<T> {
+pub(crate) struct Log<T: Weigh> {
     slots: Box<[Slot<T>]>,
     /// The next position to claim.
     tail: CachePadded<AtomicU64>,
     /// Positions below are passed by every shard, and their values dropped.
     gate: CachePadded<AtomicU64>,
+    /// Bytes reserved by publishers, and those of values that every shard has passed, since the start.
+    reserved: CachePadded<std::sync::atomic::AtomicU64>,
+    passed: CachePadded<std::sync::atomic::AtomicU64>,
     cursors: Box<[CachePadded<AtomicU64>]>,
     /// Readers that have not ended. Without any, publishers reclaim what they push: nothing is kept, nobody waits.
     readers: AtomicU32,
@@ -60,11 +70,11 @@ struct Slot<T> {
 // shards only between release and pass, and dropped by the one thread inside `reclaim`
 // after every shard has passed. Reads happen in place from several threads (`T: Sync`)
 // and values move between threads (`T: Send`). Witness: the loom models below.
-unsafe impl<T: Send + Sync> Send for Log<T> {}
+unsafe impl<T: Weigh + Send + Sync> Send for Log<T> {}
 // SAFETY: as above.
-unsafe impl<T: Send + Sync> Sync for Log<T> {}
+unsafe impl<T: Weigh + Send + Sync> Sync for Log<T> {}
 
-impl<T> Log<T> {
+impl<T: Weigh> Log<T> {
     /// A log of at least `capacity` positions (rounded up to a power of two), read by `shards` shards.
     pub(crate) fn new(capacity: usize, shards: usize, waiting_max: usize) -> (Arc<Self>, Vec<Reader<T>>) {
         let capacity = capacity.next_power_of_two();
@@ -74,6 +84,8 @@ impl<T> Log<T> {
             slots: (0..capacity).map(slot).collect(),
             tail: counter(0),
             gate: counter(0),
+            reserved: CachePadded::default(),
+            passed: CachePadded::default(),
             cursors: (0..shards).map(counter).collect(),
             readers: AtomicU32::new(shards as u32),
             reclaiming: CachePadded::new(AtomicU32::new(0)),
@@ -103,6 +115,23 @@ impl<T> Log<T> {
         // Acquire: what the shards announced before they passed (congestion) is visible now.
         let gate = self.gate.load(Acquire);
         (self.tail.load(Relaxed) & !CLOSED) - gate
+    }
+
+    /// Announces a value of so many bytes, before anything is decided by [`bytes_in_flight`](Self::bytes_in_flight).
+    /// To be taken back where it is not pushed after all.
+    pub(crate) fn reserve(&self, bytes: u64) {
+        self.reserved.fetch_add(bytes, AcqRel); // of two who reserve at once, one sees the other
+    }
+
+    pub(crate) fn unreserve(&self, bytes: u64) {
+        self.reserved.fetch_sub(bytes, Relaxed); // Relaxed: seen late it is only too much
+    }
+
+    /// Bytes that were reserved and that some shard has not passed yet (never too few).
+    pub(crate) fn bytes_in_flight(&self) -> u64 {
+        // What has been passed first, as above. Acquire: what the shards announced before they passed is visible now.
+        let passed = self.passed.load(Acquire);
+        self.reserved.load(Acquire).saturating_sub(passed)
     }
 
     /// Appends `value`; gives it back when the log is full or closed. Returns its position.
@@ -167,12 +196,17 @@ impl<T> Log<T> {
         // Acquire: pairs with the store in `Reader::advance`; the shards' reads are over.
         let cursors = self.cursors.iter().map(|cursor| cursor.load(Acquire));
         let passed = cursors.filter(|cursor| *cursor != ENDED).min().unwrap_or_else(|| self.released(gate));
+        let mut bytes = 0;
         for position in gate..passed {
             // SAFETY: state 4: every shard has passed (or ended), no publisher can claim the slot
             // before the gate moves, and the counter admits one thread to `reclaim`.
-            self.slot(position).value.with_mut(|cell| unsafe { (*cell).assume_init_drop() });
+            self.slot(position).value.with_mut(|cell| unsafe {
+                bytes += (*cell).assume_init_ref().bytes();
+                (*cell).assume_init_drop();
+            });
         }
         if passed > gate {
+            self.passed.fetch_add(bytes, Release); // pairs with the load in `bytes_in_flight`
             self.gate.store(passed, Release); // pairs with the load in `try_push`
             self.waiting.wake_all();
         }
@@ -198,13 +232,14 @@ impl<T> Log<T> {
         self.slots.len() as u64
     }
 
+
     #[inline]
     fn slot(&self, position: u64) -> &Slot<T> {
         &self.slots[position as usize & (self.slots.len() - 1)]
     }
 }
 
-impl<T> Drop for Log<T> {
+impl<T: Weigh> Drop for Log<T> {
     fn drop(&mut self) {
         let gate = self.gate.load(Relaxed); // Relaxed: &mut self, nobody else is here
         for position in gate..self.tail.load(Relaxed) & !CLOSED {
@@ -219,13 +254,13 @@ impl<T> Drop for Log<T> {
 
 /// One shard's cursor. There is exactly one per shard, and it is not `Clone`.
 #[derive(Debug)]
-pub(crate) struct Reader<T> {
+pub(crate) struct Reader<T: Weigh> {
     log: Arc<Log<T>>,
     shard: usize,
     next: u64,
 }
 
-impl<T> Reader<T> {
+impl<T: Weigh> Reader<T> {
     /// The position that this shard reads next.
     #[inline]
     pub(crate) fn position(&self) -> u64 {
@@ -264,7 +299,7 @@ impl<T> Reader<T> {
     }
 }
 
-impl<T> Drop for Reader<T> {
+impl<T: Weigh> Drop for Reader<T> {
     /// A shard that ends must not hold back publishers for ever.
     fn drop(&mut self) {
         self.log.cursors[self.shard].store(ENDED, Release);
@@ -290,6 +325,8 @@ mod tests {
         number: Box<u32>,
         drops: Arc<AtomicUsize>,
     }
+
+    impl Weigh for Value {}
 
     impl Drop for Value {
         fn drop(&mut self) {
@@ -366,10 +403,12 @@ mod models {
 
     use super::*;
     use crate::sync::sleeper::Sleeper;
-    use crate::wait_list::Ticket;
+    use crate::wait_list::Registration;
 
     /// Counts its drops, without telling loom: nothing is ordered by it.
     struct Value(u32, Arc<AtomicUsize>);
+
+    impl Weigh for Value {}
 
     impl Drop for Value {
         fn drop(&mut self) {
@@ -382,7 +421,7 @@ mod models {
         let sleeper = Sleeper::new();
         let waker = Waker::from(sleeper.clone());
         loop {
-            let mut ticket = Ticket::default();
+            let mut registration = Registration::default();
             for registered in [false, true] {
                 match log.try_push(value) {
                     Ok(_) => return bells.iter().for_each(|bell| bell.ring()),
@@ -390,7 +429,7 @@ mod models {
                     Err(Refused::Closed(_)) => panic!("nobody closes"),
                 }
                 if !registered {
-                    assert!(log.waiting.register(&mut ticket, &waker));
+                    assert!(log.waiting.register(&mut registration, &waker));
                 }
             }
             sleeper.sleep();

@@ -11,6 +11,7 @@
 //! never lies beside a sleeping shard. Ringing costs a system call and happens at most
 //! once per sleep.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
 
 use crossbeam_utils::CachePadded;
@@ -46,6 +47,8 @@ pub(crate) struct Mailbox<C, B> {
     resumes: SegQueue<ConnectionId>,
     asleep: CachePadded<AtomicBool>,
     closed: AtomicBool,
+    /// Bytes of the frames that lie here or are about to.
+    bytes: CachePadded<AtomicU64>,
     bell: B,
     pub(crate) waiting: WaitList,
 }
@@ -78,9 +81,21 @@ impl<C, B: Bell> Mailbox<C, B> {
             resumes: SegQueue::new(),
             asleep: CachePadded::new(AtomicBool::new(false)),
             closed: AtomicBool::new(false),
+            bytes: CachePadded::new(AtomicU64::new(0)),
             bell,
             waiting: WaitList::new(waiting_max),
         }
+    }
+
+    /// Announces a frame of so many bytes and says how many there are with it (never too few). To be taken back where
+    /// it is not pushed after all, and when it has been dealt with.
+    pub(crate) fn reserve(&self, bytes: u64) -> u64 {
+        self.bytes.fetch_add(bytes, AcqRel) + bytes // pairs with `release`; of two at once, one sees the other
+    }
+
+    /// These bytes lie here no more, and what followed from them has been announced.
+    pub(crate) fn release(&self, bytes: u64) {
+        self.bytes.fetch_sub(bytes, AcqRel); // pairs with `reserve`
     }
 
     pub(crate) fn push(&self, stamp: u64, command: C) -> Result<(), Refused<C>> {
@@ -164,9 +179,11 @@ mod models {
     use loom::thread;
 
     use super::*;
-    use crate::log::Log;
+    use crate::log::{Log, Weigh};
     use crate::sync::sleeper::Sleeper;
-    use crate::wait_list::Ticket;
+    use crate::wait_list::Registration;
+
+    impl Weigh for u32 {}
 
     impl Bell for Arc<Sleeper> {
         fn ring(&self) {
@@ -303,7 +320,7 @@ mod models {
                     let waker = Waker::from(sleeper.clone());
                     for command in [1, 2] {
                         while matches!(sender.push(0, command), Err(Refused::Full(_))) {
-                            assert!(sender.waiting.register(&mut Ticket::default(), &waker));
+                            assert!(sender.waiting.register(&mut Registration::default(), &waker));
                             if !matches!(sender.push(0, command), Err(Refused::Full(_))) {
                                 break;
                             }

@@ -74,6 +74,10 @@ counters! {
     pending,
     /// Bytes that wait in outboxes now; a frame counts once for each connection.
     pending_bytes,
+    /// Bytes that outboxes keep in memory now: what is sent to many counts once for each shard.
+    retained_bytes,
+    /// Bytes of messages that have not arrived whole or wait for their handler now.
+    unfinished_bytes,
     /// Writes to sockets.
     writes,
     /// Bytes given to the kernel.
@@ -212,8 +216,8 @@ impl EndedCounts {
         let Counts { offered, written, dropped_timeout, dropped_overflow, discarded, received } = *counts;
         add(&self.0.offered, offered);
         add(&self.0.written, written);
-        add(&self.0.dropped_timeout, dropped_timeout.into());
-        add(&self.0.dropped_overflow, dropped_overflow.into());
+        add(&self.0.dropped_timeout, dropped_timeout);
+        add(&self.0.dropped_overflow, dropped_overflow);
         add(&self.0.discarded, discarded);
         add(&self.0.received, received);
     }
@@ -238,8 +242,8 @@ impl EndedCounts {
 pub(crate) struct Counts {
     pub(crate) offered: u64,
     pub(crate) written: u64,
-    pub(crate) dropped_timeout: u32,
-    pub(crate) dropped_overflow: u32,
+    pub(crate) dropped_timeout: u64,
+    pub(crate) dropped_overflow: u64,
     pub(crate) discarded: u64,
     pub(crate) received: u64,
 }

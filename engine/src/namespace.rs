@@ -3,12 +3,18 @@
 //! The handle through which everything is sent. Cloneable, usable from any thread and
 //! any task; needs no particular runtime. There is one path: a target is resolved to
 //! groups, the frame goes through the log (or, for one connection, through its shard's
-//! mailbox), and who must wait waits here. Does not know sockets, nor what payloads mean.
+//! mailbox), and who must wait waits here. Who waits for room in the log resolves its
+//! target anew with each try, because members come and go meanwhile. Does not know
+//! sockets, nor what payloads mean.
 //!
-//! When a publisher waits: only for members whose policy is `Block`, or for a receipt. While no member of the target is more than
-//! half behind its bound and fewer than `window` publications are on their way, every
-//! member surely has room, so publishing ends when the log has taken the frame. Else the
-//! publication carries a ticket and ends when every target has taken it or has gone.
+//! When a publisher waits: only for members whose policy is `Block`, or for a receipt.
+//! While no outbox of the target is more than a quarter full, and what is on its way takes
+//! at most half of the smallest outbox in the log and a quarter in its shard's mailbox
+//! (the *window*), every member has room, so publishing ends when the log has taken the
+//! frame. Else the publication carries a ticket and ends when every target has taken it or
+//! has gone. What is on its way is counted before it is looked at, so two publishers that
+//! act at once do not both take the last of the window. What they push behind that look,
+//! in the same instant, is not seen: then a frame may wait whose publisher has been let go.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -23,18 +29,18 @@ use smallvec::SmallVec;
 use crate::admission::Place;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Command, Payload, Publication, Survey, Target};
+use crate::command::{Action, Adoption, Command, Named, Payload, Publication, Survey, Target};
 use crate::config::{ConfigError, ConnectionConfig};
-use crate::directory::{Directory, Group};
+use crate::directory::{Directory, Group, Oversized};
 use crate::frame::Frame;
 use crate::handler::MakeHandler;
 use crate::id::ConnectionId;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::policy::Policy;
 use crate::publisher::Shared;
-use crate::receipt::{self, Receipt, Ticket};
+use crate::receipt::{self, Awaited, Receipt, Ticket};
 use crate::socket::Socket;
-use crate::wait_list::{self, Refused, WaitList};
+use crate::wait_list::{Refused, Registration, WaitList};
 
 /// Whom a frame is for.
 #[derive(Debug, Clone, Copy)]
@@ -59,8 +65,8 @@ pub struct Namespace {
     policy: Option<Policy>,
 }
 
-/// How much may be on its way without anybody asking whether there is room: half of the
-/// smallest outbox that a connection of the namespace was adopted with.
+/// How much may be on its way without anybody asking whether there is room, by the smallest
+/// outbox that a connection of the namespace was adopted with.
 #[derive(Debug)]
 struct Window {
     frames: AtomicU64,
@@ -80,7 +86,16 @@ pub enum SendError {
     /// The frame is longer than [`Frame::BYTES_MAX`] (4 GiB − 1 B): send it in parts.
     #[error("the frame is longer than {max} bytes: send it in parts", max = Frame::BYTES_MAX)]
     TooLong,
+    /// The group's name is longer than [`GROUP_NAME_BYTES_MAX`].
+    #[error("the group's name is longer than {GROUP_NAME_BYTES_MAX} bytes")]
+    GroupNameTooLong,
+    /// The close code may not stand in a Close frame, see [`CloseCode::is_valid_on_wire`].
+    #[error("the close code {0} cannot be sent: take one of 1000-1003, 1007-1014 or 3000-4999")]
+    InvalidCloseCode(CloseCode),
 }
+
+/// The longest name of a group, in bytes. A name is kept once, however many members the group has.
+pub const GROUP_NAME_BYTES_MAX: usize = 1024;
 
 /// A frame was not sent, and is given back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -116,21 +131,15 @@ impl Namespace {
     /// Sends `frame` to all of `to` but `except`. Ends when every target has taken it or has gone; while
     /// nobody is behind whose policy is `Block`, that is as soon as the log has it.
     ///
-    /// Frames sent one after the other reach every connection in that order.
+    /// Frames sent one after the other reach every connection in that order. A frame that was accepted is delivered
+    /// though nobody waits for it any more: who drops this future after it was polled, as a timeout around it does,
+    /// does not know whether it was, and sends twice by sending again.
     ///
     /// # Errors
     /// [`SendError::Closed`] if the engine has ended, [`SendError::Overloaded`] if too many publishers wait,
     /// [`SendError::TooLong`] for a frame that no outbox can hold.
     pub async fn publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), SendError> {
-        let awaited = if self.has_room(&to, frame.len()) { None } else { Some(receipt::ticket(false)) };
-        let (ticket, awaited) = awaited.unzip();
-        if let Some(room) = self.dispatch(to, except, Payload::Frame(frame), ticket)? {
-            room.await?;
-        }
-        if let Some(awaited) = awaited {
-            let _ = poll_fn(|context| awaited.poll(context.waker())).await;
-        }
-        Ok(())
+        self.dispatch(to, except, Payload::Frame(frame), Wants::Room).await.map(drop)
     }
 
     /// Like [`publish`](Self::publish), but always ends only when every target has taken the frame or has gone,
@@ -144,11 +153,7 @@ impl Namespace {
         except: &[ConnectionId],
         frame: Frame,
     ) -> Result<Receipt, SendError> {
-        let (ticket, awaited) = receipt::ticket(true);
-        if let Some(room) = self.dispatch(to, except, Payload::Frame(frame), Some(ticket))? {
-            room.await?;
-        }
-        Ok(poll_fn(|context| awaited.poll(context.waker())).await)
+        self.dispatch(to, except, Payload::Frame(frame), Wants::Outcome).await
     }
 
     /// Like [`publish`](Self::publish), but never waits: for code that is not async. A peer that is behind
@@ -161,28 +166,29 @@ impl Namespace {
         if frame.len() > Frame::BYTES_MAX {
             return Err(TrySendError::TooLong(frame));
         }
-        let destination = self.resolve(to, except);
-        // Looked at last: where nobody is there any more, that may be because the end has come.
-        if self.shared.stopping.is_closed() {
-            return Err(TrySendError::Closed(frame));
-        }
-        let Some(destination) = destination else { return Ok(()) };
-        let parcel = self.parcel(destination, except, Payload::Frame(frame), None);
-        self.try_dispatch(parcel).map_err(|refused| match refused {
-            Refused::Full(parcel) => {
-                self.shared.wake_laggards(1);
-                TrySendError::Full(parcel.into_frame())
+        self.attempt(to, except, Payload::Frame(frame), Wants::Nothing).map(drop).map_err(|refused| {
+            match refused.map(Payload::into_frame) {
+                Refused::Full(frame) => {
+                    self.shared.wake_laggards(1);
+                    TrySendError::Full(frame)
+                }
+                Refused::Closed(frame) => TrySendError::Closed(frame),
             }
-            Refused::Closed(parcel) => TrySendError::Closed(parcel.into_frame()),
         })
     }
 
     /// Makes the connection a member of the group. When this has returned, the next publication by anyone
     /// includes it; earlier ones do not. Joining twice is joining once; a connection that has gone joins nothing.
+    /// One whose [`on_open`](crate::Handler::on_open) is not done yet is a member from when it is, behind everything
+    /// that was published until then. One that is in
+    /// [`max_groups`](ConnectionConfig::max_groups) groups is ended.
     ///
     /// # Errors
-    /// As for [`publish`](Self::publish).
+    /// As for [`publish`](Self::publish), and [`SendError::GroupNameTooLong`].
     pub async fn join(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
+        if group.len() > GROUP_NAME_BYTES_MAX {
+            return Err(SendError::GroupNameTooLong);
+        }
         if id.shard() >= self.shared.mailboxes.len() {
             return Ok(());
         }
@@ -203,7 +209,7 @@ impl Namespace {
     /// Ends all connections of `to` but `except` with a close code and reason, after what was sent to them before.
     ///
     /// # Errors
-    /// As for [`publish`](Self::publish).
+    /// As for [`publish`](Self::publish), and [`SendError::InvalidCloseCode`]: then nobody is ended.
     pub async fn close(
         &self,
         to: To<'_>,
@@ -211,11 +217,11 @@ impl Namespace {
         code: CloseCode,
         text: impl Into<std::borrow::Cow<'static, str>>,
     ) -> Result<(), SendError> {
-        let reason = CloseReason::Application { code, text: text.into() };
-        match self.dispatch(to, except, Payload::End(reason), None)? {
-            Some(room) => room.await,
-            None => Ok(()),
+        if !code.is_valid_on_wire() {
+            return Err(SendError::InvalidCloseCode(code));
         }
+        let reason = CloseReason::Application { code, text: text.into() };
+        self.dispatch(to, except, Payload::End(reason), Wants::Nothing).await.map(drop)
     }
 
     /// What a connection has counted, after everything that was sent before; `on_metrics` is called on its
@@ -259,9 +265,7 @@ impl Namespace {
                 except: SmallVec::from_slice(except),
                 on_metrics: on_metrics.clone(),
             };
-            if let Some(room) = self.deliver(Parcel::Command(shard, Command::Survey(Box::new(survey))))? {
-                room.await?;
-            }
+            self.deliver(shard, Command::Survey(Box::new(survey))).await?;
         }
         Ok(())
     }
@@ -293,66 +297,134 @@ impl Namespace {
     /// A setting out of range, a socket that cannot be prepared, an engine that has ended, too many waiting.
     pub async fn adopt(&self, newcomer: Newcomer) -> Result<(), AdoptError> {
         let Newcomer { socket, received, handler, config, mut place } = newcomer;
-        config.validate()?;
+        self.shared.config.validate_with(&config)?;
         socket.prepare()?;
-        self.window.frames.fetch_min(config.outbox_frames as u64 / 2, Relaxed); // Relaxed: a hint
-        self.window.bytes.fetch_min(config.outbox_bytes as u64 / 2, Relaxed);
+        // Relaxed: before the connection can be a target, its mailbox makes this visible.
+        self.window.frames.fetch_min(config.outbox_frames as u64, Relaxed);
+        self.window.bytes.fetch_min(config.outbox_bytes as u64, Relaxed);
         let shard = place.choose_shard();
         let entrance = self.directory.enter_everyone(shard);
         let directory = self.directory.clone();
         let adoption = Adoption { socket, received, handler, config, directory, place, entrance };
-        let parcel = Parcel::Command(shard, Command::Adopt(Box::new(adoption)));
-        match self.deliver(parcel)? {
-            Some(room) => Ok(room.await?),
-            None => Ok(()),
-        }
+        Ok(self.deliver(shard, Command::Adopt(Box::new(adoption))).await?)
     }
 
-    /// Whether every target surely has room for one more frame of `bytes`.
-    fn has_room(&self, to: &To<'_>, bytes: usize) -> bool {
-        let on_their_way = match to {
-            To::Connection(id) => {
-                self.shared.mailboxes.get(id.shard()).map_or(0, |mailbox| mailbox.len() as u64)
-            }
-            _ => self.shared.log.in_flight(),
-        };
-        // Relaxed: a hint; a connection with a smaller outbox than all before is just being adopted.
-        let within = on_their_way < self.window.frames.load(Relaxed)
-            && (on_their_way + 1).saturating_mul(bytes as u64) <= self.window.bytes.load(Relaxed);
-        let find = |name: &&str| self.directory.find(name);
-        // For one connection `Block` holds, whatever its own policy is.
-        let (waits, for_any) = match (self.policy, to) {
-            (Some(policy), _) => (policy.blocks(), true),
-            (None, To::Connection(_)) => (true, true),
-            (None, _) => (true, false),
-        };
-        let is_behind = |group: &Group| if for_any { group.is_congested() } else { group.is_blocking() };
-        let is_waited_for = match to {
-            To::Everyone | To::Connection(_) => is_behind(self.directory.everyone()),
-            To::Group(name) => find(name).is_some_and(|group| is_behind(&group)),
-            To::Groups(names) => names.iter().filter_map(find).any(|group| is_behind(&group)),
-        };
-        within && !(waits && is_waited_for)
-    }
-
-    /// Sends to a target, if there is room; otherwise gives the future that does it as soon as there is.
-    fn dispatch(
+    /// Sends to a target as soon as there is room in the log or the mailbox, and waits for what it `wants` to know.
+    async fn dispatch(
         &self,
         to: To<'_>,
         except: &[ConnectionId],
         payload: Payload,
-        ticket: Option<Ticket>,
-    ) -> Result<Option<Room<'_>>, SendError> {
+        wants: Wants,
+    ) -> Result<Receipt, SendError> {
         if matches!(&payload, Payload::Frame(frame) if frame.len() > Frame::BYTES_MAX) {
             return Err(SendError::TooLong);
         }
+        let awaited = match self.attempt(to, except, payload, wants) {
+            Ok(awaited) => awaited,
+            Err(Refused::Closed(_)) => return Err(SendError::Closed),
+            Err(Refused::Full(payload)) => {
+                let list = match to {
+                    To::Connection(id) => &self.shared.mailboxes[id.shard()].waiting,
+                    _ => &self.shared.log.waiting,
+                };
+                let attempt = move |payload| self.attempt(to, except, payload, wants);
+                let room: Room<'_, _> = Box::pin(self.wait_for_room(list, payload, attempt));
+                room.await?
+            }
+        };
+        match awaited {
+            Some(awaited) => Ok(poll_fn(|context| awaited.poll(context.waker())).await),
+            None => Ok(Receipt::default()),
+        }
+    }
+
+    /// Tries once: resolves the target as it is now, decides whether anybody must be waited for, and hands the payload
+    /// over. Nothing comes back where nobody is there, or nobody is to be waited for.
+    fn attempt(
+        &self,
+        to: To<'_>,
+        except: &[ConnectionId],
+        payload: Payload,
+        wants: Wants,
+    ) -> Result<Option<Awaited>, Refused<Payload>> {
         let destination = self.resolve(to, except);
         // Looked at last: where nobody is there any more, that may be because the end has come.
         if self.shared.stopping.is_closed() {
-            return Err(SendError::Closed);
+            return Err(Refused::Closed(payload));
         }
-        let Some(destination) = destination else { return Ok(None) };
-        self.deliver(self.parcel(destination, except, payload, ticket))
+        match destination {
+            None => Ok(None),
+            Some(Destination::Shard(id)) => self.attempt_one(id, payload, wants),
+            Some(Destination::Log(target)) => self.attempt_many(target, except, payload, wants),
+        }
+    }
+
+    fn attempt_one(
+        &self,
+        id: ConnectionId,
+        payload: Payload,
+        wants: Wants,
+    ) -> Result<Option<Awaited>, Refused<Payload>> {
+        let (shard, mailbox, bytes) = (id.shard(), &self.shared.mailboxes[id.shard()], payload.bytes());
+        let (action, awaited) = match payload {
+            Payload::End(reason) => (Action::Close(reason), None),
+            Payload::Frame(frame) => {
+                let is_within = self.window.holds(4, mailbox.len() as u64 + 1, mailbox.reserve(bytes))
+                    && self.window.holds(2, self.shared.log.in_flight(), self.shared.log.bytes_in_flight());
+                let oversized = (!is_within).then(|| Oversized::new(self.directory.clone()));
+                // For one connection `Block` holds, whatever its own policy is.
+                let policy = self.policy.unwrap_or_default();
+                let has_room = is_within && !self.directory.everyone().is_congested();
+                let (ticket, awaited) = wants.ticket(has_room || !policy.blocks());
+                (Action::Send { frame, policy, ticket, oversized }, awaited)
+            }
+        };
+        let command = Command::For { id, namespace: self.directory.key(), action };
+        self.shared.try_command(shard, command).map(|()| awaited).map_err(|refused| {
+            mailbox.release(bytes);
+            refused.map(|command| match command {
+                Command::For { action: Action::Send { frame, .. }, .. } => Payload::Frame(frame),
+                Command::For { action: Action::Close(reason), .. } => Payload::End(reason),
+                _ => unreachable!("what is refused is given back"),
+            })
+        })
+    }
+
+    fn attempt_many(
+        &self,
+        target: Target,
+        except: &[ConnectionId],
+        payload: Payload,
+        wants: Wants,
+    ) -> Result<Option<Awaited>, Refused<Payload>> {
+        let (log, bytes) = (&self.shared.log, payload.bytes());
+        log.reserve(bytes);
+        let has_room = || {
+            self.window.holds(2, log.in_flight() + 1, log.bytes_in_flight())
+                && !self.directory.has_oversized()
+                && !self.must_be_waited_for(&target)
+        };
+        let blocks = self.policy.is_none_or(|policy| policy.blocks());
+        let (ticket, awaited) = wants.ticket(!blocks || wants == Wants::Room && has_room());
+        let except = SmallVec::from_slice(except);
+        let publication = Publication { target, except, payload, policy: self.policy, ticket };
+        self.shared.try_publish(publication).map(|()| awaited).map_err(|refused| {
+            log.unreserve(bytes);
+            refused.map(|publication| publication.payload)
+        })
+    }
+
+    /// Whether a member of the target is behind for which publishers wait.
+    fn must_be_waited_for(&self, target: &Target) -> bool {
+        let for_any = self.policy.is_some();
+        let is_behind = |group: &Group| if for_any { group.is_congested() } else { group.is_blocking() };
+        match target {
+            Target::One(group) => is_behind(group),
+            Target::Several(groups) => {
+                groups.iter().filter_map(Named::find).any(|group| is_behind(&group))
+            }
+        }
     }
 
     /// Where a target's members are; none if nobody is there.
@@ -369,9 +441,12 @@ impl Namespace {
             }
             To::Group(name) => Destination::Log(Target::One(self.directory.find(name).filter(occupied)?)),
             To::Groups(names) => {
-                let find = |name: &&str| self.directory.find(name).filter(occupied);
-                let groups: Box<[_]> = names.iter().filter_map(find).collect();
-                if groups.is_empty() {
+                let find = |name: &&str| match self.directory.find(name).filter(occupied) {
+                    Some(group) => Named::Group(group),
+                    None => Named::Absent { directory: self.directory.clone(), name: (*name).into() },
+                };
+                let groups: Box<[_]> = names.iter().map(find).collect();
+                if !groups.iter().any(|named| matches!(named, Named::Group(_))) {
                     return None;
                 }
                 Destination::Log(Target::Several(groups))
@@ -379,79 +454,53 @@ impl Namespace {
         })
     }
 
-    fn parcel(
-        &self,
-        destination: Destination,
-        except: &[ConnectionId],
-        payload: Payload,
-        ticket: Option<Ticket>,
-    ) -> Parcel {
-        match destination {
-            Destination::Shard(id) => {
-                let action = match payload {
-                    Payload::Frame(frame) => {
-                        Action::Send { frame, policy: self.policy.unwrap_or_default(), ticket }
-                    }
-                    Payload::End(reason) => Action::Close(reason),
-                };
-                let command = Command::For { id, namespace: self.directory.key(), action };
-                Parcel::Command(id.shard(), command)
-            }
-            Destination::Log(target) => {
-                let except = SmallVec::from_slice(except);
-                Parcel::Publication(Publication { target, except, payload, policy: self.policy, ticket })
-            }
-        }
-    }
-
-    fn try_dispatch(&self, parcel: Parcel) -> Result<(), Refused<Parcel>> {
-        match parcel {
-            Parcel::Publication(publication) => {
-                self.shared.try_publish(publication).map_err(|refused| refused.map(Parcel::Publication))
-            }
-            Parcel::Command(shard, command) => self
-                .shared
-                .try_command(shard, command)
-                .map_err(|refused| refused.map(|command| Parcel::Command(shard, command))),
-        }
-    }
-
     async fn command(&self, id: ConnectionId, action: Action) -> Result<(), SendError> {
         if id.shard() >= self.shared.mailboxes.len() {
             return Ok(()); // an id of another engine: nobody here has it
         }
         let command = Command::For { id, namespace: self.directory.key(), action };
-        match self.deliver(Parcel::Command(id.shard(), command))? {
-            Some(room) => room.await,
-            None => Ok(()),
-        }
+        self.deliver(id.shard(), command).await
     }
 
-    fn deliver(&self, parcel: Parcel) -> Result<Option<Room<'_>>, SendError> {
-        match self.try_dispatch(parcel) {
-            Ok(()) => Ok(None),
-            Err(Refused::Full(parcel)) => Ok(Some(Box::pin(self.wait_for_room(parcel)))),
+    /// Puts a command into a shard's mailbox, as soon as there is room.
+    async fn deliver(&self, shard: usize, command: Command) -> Result<(), SendError> {
+        let attempt = move |command| {
+            if self.shared.stopping.is_closed() {
+                return Err(Refused::Closed(command));
+            }
+            self.shared.try_command(shard, command)
+        };
+        match attempt(command) {
+            Ok(()) => Ok(()),
             Err(Refused::Closed(_)) => Err(SendError::Closed),
+            Err(Refused::Full(command)) => {
+                let list = &self.shared.mailboxes[shard].waiting;
+                let room: Room<'_, _> = Box::pin(self.wait_for_room(list, command, attempt));
+                room.await
+            }
         }
     }
 
-    async fn wait_for_room(&self, parcel: Parcel) -> Result<(), SendError> {
-        let mut parcel = Some(parcel);
-        let mut place = wait_list::Ticket::default();
+    /// Tries again each time that there may be room.
+    async fn wait_for_room<T, U>(
+        &self,
+        list: &WaitList,
+        value: T,
+        mut attempt: impl FnMut(T) -> Result<U, Refused<T>>,
+    ) -> Result<U, SendError> {
+        let mut value = Some(value);
+        let mut registration = Registration::default();
         poll_fn(|context| {
             // Twice: what makes room between the first try and the registration wakes nobody.
             for registered in [false, true] {
-                let Some(taken) = parcel.take() else { return Poll::Ready(Ok(())) };
-                match self.try_dispatch(taken) {
-                    Ok(()) => return Poll::Ready(Ok(())),
+                let Some(taken) = value.take() else { return Poll::Ready(Err(SendError::Closed)) };
+                match attempt(taken) {
+                    Ok(done) => return Poll::Ready(Ok(done)),
                     Err(Refused::Closed(_)) => return Poll::Ready(Err(SendError::Closed)),
-                    Err(Refused::Full(refused)) => {
-                        let full = self.wait_list(&refused);
-                        parcel = Some(refused);
-                        if !registered && !full.register(&mut place, context.waker()) {
-                            return Poll::Ready(Err(SendError::Overloaded));
-                        }
-                    }
+                    Err(Refused::Full(refused)) => value = Some(refused),
+                }
+                if !registered && !list.register(&mut registration, context.waker()) {
+                    return Poll::Ready(Err(SendError::Overloaded));
                 }
             }
             self.shared.wake_laggards(1);
@@ -459,18 +508,11 @@ impl Namespace {
         })
         .await
     }
-
-    fn wait_list(&self, parcel: &Parcel) -> &WaitList {
-        match parcel {
-            Parcel::Publication(_) => &self.shared.log.waiting,
-            Parcel::Command(shard, _) => &self.shared.mailboxes[*shard].waiting,
-        }
-    }
 }
 
-/// Ends when there was room for a parcel. Boxed, because it is rare and large: held by value, it would make the
+/// Ends when there was room. Boxed, because it is rare and large: held by value, it would make the
 /// futures of all who publish as large.
-type Room<'a> = Pin<Box<dyn Future<Output = Result<(), SendError>> + Send + 'a>>;
+type Room<'a, T> = Pin<Box<dyn Future<Output = Result<T, SendError>> + Send + 'a>>;
 
 /// Where something is to go: to one connection's shard, or through the log.
 enum Destination {
@@ -478,18 +520,41 @@ enum Destination {
     Log(Target),
 }
 
-/// What is on its way to a shard or to all.
-enum Parcel {
-    Publication(Publication),
-    Command(usize, Command),
+/// What who publishes waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wants {
+    Nothing,
+    /// That every target has room, which may be so already.
+    Room,
+    /// What became of it.
+    Outcome,
 }
 
-impl Parcel {
+impl Wants {
+    /// The ticket that the frame takes along, if it is to be waited for.
+    fn ticket(self, has_room: bool) -> (Option<Ticket>, Option<Awaited>) {
+        match self {
+            Self::Nothing => None,
+            Self::Room => (!has_room).then(|| receipt::ticket(false)),
+            Self::Outcome => Some(receipt::ticket(true)),
+        }
+        .unzip()
+    }
+}
+
+impl Window {
+    /// Whether so much takes at most this part of every outbox.
+    fn holds(&self, part: u64, frames: u64, bytes: u64) -> bool {
+        // Relaxed: see `adopt`.
+        frames <= self.frames.load(Relaxed) / part && bytes <= self.bytes.load(Relaxed) / part
+    }
+}
+
+impl Payload {
     fn into_frame(self) -> Frame {
         match self {
-            Self::Publication(Publication { payload: Payload::Frame(frame), .. })
-            | Self::Command(_, Command::For { action: Action::Send { frame, .. }, .. }) => frame,
-            Self::Publication(_) | Self::Command(..) => unreachable!("only frames are given back"),
+            Self::Frame(frame) => frame,
+            Self::End(_) => unreachable!("a frame was tried to be sent"),
         }
     }
 }

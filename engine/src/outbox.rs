@@ -6,6 +6,7 @@
 //! tickets of those who await them. Control frames go first, never inside a frame.
 //! Knows frames. Does not know sockets, time, groups or other connections.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
@@ -15,6 +16,16 @@ use smallvec::SmallVec;
 
 use crate::frame::Opcode;
 
+/// Bytes that the outboxes of one shard keep in memory: what many share counts once.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Retained(Rc<Cell<usize>>);
+
+impl Retained {
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.get()
+    }
+}
+
 /// One or more whole frames behind each other in one piece of memory, shared by every
 /// connection of a shard that gets them.
 #[derive(Debug)]
@@ -22,15 +33,32 @@ pub(crate) struct Chunk {
     bytes: Bytes,
     /// Where each frame ends.
     ends: SmallVec<[u32; 2]>,
+    /// What its bytes are counted in for as long as somebody keeps it.
+    retained: Retained,
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        self.retained.0.set(self.retained.0.get() - self.bytes.len());
+    }
 }
 
 impl Chunk {
-    pub(crate) fn single(frame: Bytes) -> Self {
+    pub(crate) fn single(frame: Bytes, retained: &Retained) -> Self {
         let ends = SmallVec::from_slice(&[frame.len() as u32]);
-        Self { bytes: frame, ends }
+        Self::new(frame, ends, retained)
     }
 
-    pub(crate) fn joined<'a>(frames: impl Iterator<Item = &'a [u8]>, bytes: usize) -> Self {
+    fn new(bytes: Bytes, ends: SmallVec<[u32; 2]>, retained: &Retained) -> Self {
+        retained.0.set(retained.0.get() + bytes.len());
+        Self { bytes, ends, retained: retained.clone() }
+    }
+
+    pub(crate) fn joined<'a>(
+        frames: impl Iterator<Item = &'a [u8]>,
+        bytes: usize,
+        retained: &Retained,
+    ) -> Self {
         let mut all = Vec::with_capacity(bytes);
         let ends = frames
             .map(|frame| {
@@ -38,7 +66,7 @@ impl Chunk {
                 all.len() as u32
             })
             .collect();
-        Self { bytes: all.into(), ends }
+        Self::new(all.into(), ends, retained)
     }
 
     pub(crate) fn frames(&self) -> u32 {
@@ -228,12 +256,12 @@ impl<T> Outbox<T> {
         self.bytes + self.more.as_ref().map_or(0, |more| more.waiting_bytes)
     }
 
-    /// Appends all frames of `chunk` if nothing is queued and they take at most half of the bounds. That is what happens
+    /// Appends all frames of `chunk` if nothing is queued and they take at most a quarter of the bounds. That is what happens
     /// mostly, and it is all that is to be done then: nobody waits, nothing becomes congested. False if it is not so.
     #[inline]
     pub(crate) fn begin(&mut self, chunk: &Rc<Chunk>, bounds: &Bounds) -> bool {
         let (frames, bytes) = (chunk.frames(), chunk.bytes.len());
-        if !self.is_empty() || frames as usize > bounds.frames / 2 || bytes > bounds.bytes / 2 {
+        if !self.is_empty() || frames as usize > bounds.frames / 4 || bytes > bounds.bytes / 4 {
             return false;
         }
         self.front = Some(Segment { chunk: chunk.clone(), next: 0, end: frames });
@@ -280,6 +308,10 @@ impl<T> Outbox<T> {
         let start = segment.chunk.start(segment.next);
         while room > 0 && (segment.chunk.end(segment.next + room) - start) as usize > bytes {
             room -= 1;
+        }
+        // Where nothing waits, a frame of any size may, as an empty outbox takes one.
+        if room == 0 && bounds.waiting > 0 && !self.has_waiting() {
+            room = 1;
         }
         let may_wait = match patience.until {
             None => frames, // beyond the room it overflows
@@ -364,14 +396,24 @@ impl<T> Outbox<T> {
         self.more.as_ref().is_some_and(|more| !more.waiting.is_empty())
     }
 
-    /// Whether a publisher should wait for this peer: more than half full.
-    pub(crate) fn is_congested(&self, bounds: &Bounds) -> bool {
-        self.frames as usize > bounds.frames / 2 || self.bytes > bounds.bytes / 2 || self.has_waiting()
+    /// Whether a frame is being written.
+    pub(crate) fn is_in_frame(&self) -> bool {
+        self.front.as_ref().is_some_and(|front| self.offset > front.chunk.start(front.next))
     }
 
-    /// Whether a congested outbox has recovered: at most a quarter full.
+    /// Whether no control frame is left to be written.
+    pub(crate) fn has_no_control(&self) -> bool {
+        self.more.as_ref().is_none_or(|more| more.control.is_empty())
+    }
+
+    /// Whether a publisher should wait for this peer: more than a quarter full.
+    pub(crate) fn is_congested(&self, bounds: &Bounds) -> bool {
+        self.frames as usize > bounds.frames / 4 || self.bytes > bounds.bytes / 4 || self.has_waiting()
+    }
+
+    /// Whether a congested outbox has recovered: at most an eighth full.
     pub(crate) fn is_relieved(&self, bounds: &Bounds) -> bool {
-        self.frames as usize <= bounds.frames / 4 && self.bytes <= bounds.bytes / 4 && !self.has_waiting()
+        self.frames as usize <= bounds.frames / 8 && self.bytes <= bounds.bytes / 8 && !self.has_waiting()
     }
 
     /// Queues a control frame before all data, but behind the frame that is being written.
@@ -614,7 +656,7 @@ mod tests {
 
     fn chunk(frames: &[Vec<u8>]) -> Rc<Chunk> {
         let bytes = frames.iter().map(Vec::len).sum();
-        Rc::new(Chunk::joined(frames.iter().map(Vec::as_slice), bytes))
+        Rc::new(Chunk::joined(frames.iter().map(Vec::as_slice), bytes, &Retained::default()))
     }
 
     /// What has reached the peer: whole frames, and the beginning of one.

@@ -24,8 +24,10 @@ pub enum Policy {
         /// How many consecutive drops end the connection.
         max_drops: u32,
     },
-    /// It waits, though nobody waits for it; and an average round-trip time above `max_rtt` (1 ms to 1 hour) over the last
-    /// `rtt_samples` (1 to 1024) pongs ends the connection (1013). Before the first pong it counts as healthy.
+    /// It waits, though nobody waits for it; and an average round-trip time above `max_rtt` (1 ms to 1 hour, and not
+    /// above the connection's `pong_timeout`) over the last `rtt_samples` (1 to 1024) pongs ends the connection (1013).
+    /// Before the first pong it counts as healthy. As a connection's own policy it is looked at with each pong and
+    /// where a frame has to wait; as that of one message, when that message reaches the connection.
     DropOnHighRtt {
         /// The highest average allowed.
         max_rtt: Duration,
@@ -62,6 +64,11 @@ impl Policy {
             Self::DropOnHighRtt { max_rtt, .. } => Some(*max_rtt),
             _ => None,
         }
+    }
+
+    /// The highest average round trip allowed, and how many are averaged.
+    pub(crate) fn rtt_limit(&self) -> Option<(Duration, usize)> {
+        Some((self.max_rtt()?, self.rtt_samples()?))
     }
 
     /// How many round trips are averaged.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::admission::Admission;
 use crate::close_code::CloseCode;
-use crate::command::{Command, Publication};
+use crate::command::{Command, Named, Publication, Target};
 use crate::config::EngineConfig;
 use crate::handler::Post;
 use crate::id::ConnectionId;
@@ -31,8 +31,9 @@ pub(crate) struct Shared {
     pub(crate) metrics: Box<[PublishedMetrics]>,
     pub(crate) admission: Arc<Admission>,
     pub(crate) next_group: Arc<AtomicU64>,
-    /// Bytes in all outboxes, as of the shards' last turns.
-    pub(crate) backlog_bytes: AtomicUsize,
+    /// Bytes that all outboxes keep in memory, and those of unfinished messages, as of the shards' last turns.
+    pub(crate) retained_bytes: AtomicUsize,
+    pub(crate) unfinished_bytes: AtomicUsize,
     pub(crate) stopping: Stopping,
 }
 
@@ -48,26 +49,28 @@ impl Shared {
             metrics: (0..shards).map(|_| PublishedMetrics::default()).collect(),
             admission: Admission::new(config.max_connections, config.max_connections_per_address, shards),
             next_group: Arc::new(AtomicU64::new(0)),
-            backlog_bytes: AtomicUsize::new(0),
+            retained_bytes: AtomicUsize::new(0),
+            unfinished_bytes: AtomicUsize::new(0),
             stopping: Stopping::new(shards),
             mailboxes,
             config,
         }
     }
 
-    /// Puts a publication into the log and wakes the shards that it concerns.
+    /// Puts a publication into the log and wakes the shards that it concerns. Its bytes have been reserved.
     pub(crate) fn try_publish(&self, publication: Publication) -> Result<(), Refused<Publication>> {
         let waited_for = publication.ticket.is_some();
-        let groups: smallvec::SmallVec<[_; 1]> = publication.target.groups().iter().cloned().collect();
+        let concerned = match &publication.target {
+            Target::One(group) => smallvec::smallvec![Named::Group(group.clone())],
+            Target::Several(groups) => smallvec::SmallVec::<[Named; 1]>::from(groups.as_ref()),
+        };
         let position = self.log.try_push(publication)?;
         if waited_for {
             // The ticket comes back when every shard has passed, also those without members.
             self.mailboxes.iter().for_each(Mailbox::wake);
             self.log.reclaim(); // for the case that all shards have just ended
         } else {
-            for group in groups {
-                group.interested(|shard| self.mailboxes[shard].wake());
-            }
+            concerned.iter().for_each(|named| self.wake_concerned(named));
         }
         // Shards that sleep because nothing concerns them hold back the gate: wake them in good time.
         let distance = (self.log.capacity() / 4).clamp(1, LAG_MAX);
@@ -75,6 +78,16 @@ impl Shared {
             self.wake_laggards(distance);
         }
         Ok(())
+    }
+
+    /// Wakes the shards that may have members, as of now: a join that has returned before the claim is seen.
+    fn wake_concerned(&self, named: &Named) {
+        match named.find() {
+            // Its members since are in another entry, which the shards find.
+            Some(group) if group.is_closed() => self.mailboxes.iter().for_each(Mailbox::wake),
+            Some(group) => group.interested(|shard| self.mailboxes[shard].wake()),
+            None => {}
+        }
     }
 
     pub(crate) fn wake_laggards(&self, distance: u64) {

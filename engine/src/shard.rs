@@ -12,8 +12,15 @@
 //! carries the log position that it must come after, and the log is run up to there
 //! first. A publication may come after a command that its publisher sent before: so the
 //! log's tail is read first, then the mailbox is emptied, then the log is run up to that
-//! tail. If the mailbox was not emptied, the log goes no further in this turn.
+//! tail. If the mailbox was not emptied, the log goes no further in this turn. What the
+//! shard itself must do behind all that a handler has sent (end its connection, let it
+//! into its groups) waits in a list of its own, with the position in the log and the
+//! number of commands that it comes after: so it keeps its place whatever is full.
+//!
+//! Time. What a peer does is judged by what had arrived when everything was last read
+//! (`listened`), not by the clock: a shard that was held up has not heard anybody.
 
+use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use mio::{Events, Poll, Token};
 
+use crate::close_reason::CloseReason;
 use crate::command::{Command, Publication};
 use crate::connection::Connection;
 use crate::crowd::Crowd;
@@ -56,6 +64,8 @@ const COMMANDS_PER_ANSWER: usize = 128;
 const OFFERS_PER_TURN: u64 = 200_000;
 /// Publications run before everybody was flushed; less where outboxes are small.
 const BURST_MAX: u64 = 256;
+/// A poll that took longer has waited for something.
+const SLEPT: Duration = Duration::from_micros(20);
 
 /// One thread's worth of connections; see [`Engine::driven`](crate::Engine::driven) for how to drive it by hand.
 pub struct Shard {
@@ -78,6 +88,10 @@ pub struct Shard {
     nonces: u64,
     /// A command whose stamp the log has not reached.
     held: Option<Entry<Command>>,
+    /// Commands taken out of the mailbox so far.
+    commands: u64,
+    /// What is to be done behind what handlers have sent.
+    later: VecDeque<Later>,
     /// Slots with something left to read.
     ready: Vec<u32>,
     offers_left: u64,
@@ -91,10 +105,41 @@ pub struct Shard {
     flush_ripe: usize,
     /// How many of the first in the list of those to be flushed have had no turn since.
     round_left: usize,
-    /// What all threads have been told of the bytes in this shard's outboxes.
-    backlog_told: usize,
+    /// What all threads have been told of the bytes that outboxes keep here, and of unfinished messages.
+    retained_told: usize,
+    unfinished_told: usize,
+    /// Writes refused since the budget was last looked at.
+    refusals: u64,
+    /// Ends that an operator has not been told of.
+    untold: Untold,
+    /// When the last turn began, and whether time is real.
+    before: Duration,
+    is_driven: bool,
     stop: Option<Stop>,
     scratch: Scratch,
+}
+
+/// Something to be done when the log has been run up to `stamp` and so many commands have been carried out.
+struct Later {
+    stamp: u64,
+    commands: u64,
+    id: ConnectionId,
+    step: Step,
+}
+
+enum Step {
+    /// Its handler has opened: it becomes a member of what it has joined.
+    Enter,
+    End(CloseReason),
+}
+
+/// Clients that were ended for what they did, since an operator was last told.
+#[derive(Debug, Default)]
+struct Untold {
+    since: Duration,
+    slow: u64,
+    flooding: u64,
+    undecodable: u64,
 }
 
 /// What a shard is made of, on its own thread: it shares frames there by `Rc`.
@@ -142,12 +187,19 @@ impl Shard {
             reader,
             crowd: Crowd::new(),
             wheel: Wheel::new(),
-            backlog_told: 0,
+            retained_told: 0,
+            unfinished_told: 0,
+            refusals: 0,
+            untold: Untold::default(),
+            before: Duration::ZERO,
+            is_driven: true,
             gather: Gather::default(),
             started: now,
             tenants: 0,
             nonces: seed,
             held: None,
+            commands: 0,
+            later: VecDeque::new(),
             ready: Vec::new(),
             offers_left: 0,
             burst: 0,
@@ -166,6 +218,7 @@ impl Shard {
     /// The poll failed, which does not happen while the process has its file descriptors.
     pub fn turn(&mut self, now: Instant) -> std::io::Result<()> {
         self.poll_sockets(Some(Duration::ZERO))?;
+        self.crowd.arrived = now.saturating_duration_since(self.started);
         self.work(now)
     }
 
@@ -175,6 +228,7 @@ impl Shard {
             || (self.flush_due.is_none() && !self.crowd.dirty.is_empty())
             || !self.ready.is_empty()
             || self.held.is_some()
+            || !self.later.is_empty()
             || !self.mailbox().is_empty()
             || !self.reader.is_at_tail()
     }
@@ -189,12 +243,19 @@ impl Shard {
     /// Turns until the engine stops and the connections have ended.
     pub(crate) fn run(mut self) {
         tracing::debug!(shard = self.index, "shard started");
+        self.is_driven = false;
         let mut ended = Instant::now();
         loop {
             let wait = self.sleep_bound(ended);
             let polled = self.poll_sockets(wait);
             let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
             let began = Instant::now();
+            // What a poll that slept brought has just come. What was there already may have come during the last turn,
+            // which is no fault of the peer's.
+            let slept = began - ended > SLEPT;
+            let arrived = began.saturating_duration_since(self.started);
+            self.crowd.arrived = if slept { arrived } else { self.before };
+            self.before = arrived;
             if let Err(error) = polled.and_then(|()| self.work(began)) {
                 tracing::error!(shard = self.index, %error, "polling failed; the shard ends");
                 break;
@@ -270,12 +331,19 @@ impl Shard {
         answers
     }
 
+    /// The time now, for what must not contain how long the turn takes. Where shards are driven, the turn's.
+    fn clock(&self) -> Duration {
+        if self.is_driven { self.crowd.now } else { self.started.elapsed().max(self.crowd.now) }
+    }
+
     fn publish_metrics(&mut self) {
         self.crowd.metrics.connections = self.crowd.connections.len() as u64;
         let Metrics { offered, written, dropped_timeout, dropped_overflow, discarded, .. } =
             self.crowd.metrics;
         self.crowd.metrics.pending = offered - written - dropped_timeout - dropped_overflow - discarded;
         self.crowd.metrics.pending_bytes = self.crowd.backlog_bytes as u64;
+        self.crowd.metrics.retained_bytes = self.crowd.retained.bytes() as u64;
+        self.crowd.metrics.unfinished_bytes = self.crowd.unfinished_bytes as u64;
         self.shared.metrics[self.index].publish(&self.crowd.metrics);
     }
 

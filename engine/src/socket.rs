@@ -12,6 +12,8 @@ use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use rustix::net::{RecvFlags, SendFlags};
 
+use crate::outq;
+
 /// Unsent bytes after which the kernel refuses more: a peer that stops reading costs it
 /// some 36 KB instead of 4 MB.
 #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -32,6 +34,8 @@ pub struct Socket(Kind);
 enum Kind {
     Tcp(mio::net::TcpStream),
     Unix(mio::net::UnixStream),
+    /// The other end is a task that carries the bytes on.
+    Bridge(mio::net::UnixStream),
     Sink,
 }
 
@@ -48,6 +52,12 @@ impl From<std::os::unix::net::UnixStream> for Socket {
 }
 
 impl Socket {
+    /// The near end of a bridge: whoever holds the other end carries the bytes to and from the peer. What has left
+    /// this end counts as delivered only when the far end has ended the stream.
+    pub fn bridge(stream: std::os::unix::net::UnixStream) -> Self {
+        Self(Kind::Bridge(mio::net::UnixStream::from_std(stream)))
+    }
+
     /// A peer that takes everything at once and never says a word, without a file descriptor: what a fan-out costs
     /// by itself can be measured with a million of them. It answers no pings, so its connection ends after
     /// `heartbeat_interval` and `pong_timeout`.
@@ -66,7 +76,7 @@ impl Socket {
                 socket.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)?;
                 Ok(())
             }
-            Kind::Unix(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
+            Kind::Unix(stream) | Kind::Bridge(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
             Kind::Sink => Ok(()),
         }
     }
@@ -76,7 +86,7 @@ impl Socket {
         let interest = Interest::READABLE | Interest::WRITABLE;
         match &mut self.0 {
             Kind::Tcp(stream) => stream.register(registry, token, interest),
-            Kind::Unix(stream) => stream.register(registry, token, interest),
+            Kind::Unix(stream) | Kind::Bridge(stream) => stream.register(registry, token, interest),
             Kind::Sink => Ok(()),
         }
     }
@@ -85,7 +95,7 @@ impl Socket {
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match &self.0 {
             Kind::Tcp(stream) => receive(stream, buffer),
-            Kind::Unix(stream) => receive(stream, buffer),
+            Kind::Unix(stream) | Kind::Bridge(stream) => receive(stream, buffer),
             Kind::Sink => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
@@ -94,21 +104,23 @@ impl Socket {
     pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         match &self.0 {
             Kind::Tcp(stream) => send(stream, bytes),
-            Kind::Unix(stream) => send(stream, bytes),
+            Kind::Unix(stream) | Kind::Bridge(stream) => send(stream, bytes),
             Kind::Sink => Ok(bytes.len()),
         }
     }
 
-    /// Whether at least `count` bytes lie in the kernel, unread. Where that is as much as it takes, the peer cannot
-    /// send more, were it alive or not.
-    pub(crate) fn has_unread(&self, count: usize) -> bool {
-        let mut buffer = Vec::with_capacity(count);
-        let peeked = match &self.0 {
-            Kind::Tcp(stream) => socket2::SockRef::from(stream).peek(buffer.spare_capacity_mut()),
-            Kind::Unix(stream) => socket2::SockRef::from(stream).peek(buffer.spare_capacity_mut()),
-            Kind::Sink => Ok(0),
-        };
-        peeked.is_ok_and(|peeked| peeked >= count)
+    /// Bytes that the peer has not taken of what the kernel was given; none where the system does not say.
+    pub(crate) fn unacknowledged(&self) -> Option<u32> {
+        match &self.0 {
+            Kind::Tcp(stream) => outq::unacknowledged(stream),
+            Kind::Unix(stream) | Kind::Bridge(stream) => outq::unacknowledged(stream),
+            Kind::Sink => Some(0),
+        }
+    }
+
+    /// Whether the other end is the peer itself.
+    pub(crate) fn is_direct(&self) -> bool {
+        !matches!(self.0, Kind::Bridge(_))
     }
 
     /// Nothing more will be written; the peer reads to the end.
@@ -116,7 +128,7 @@ impl Socket {
         // Fails only if the peer has gone, which the next read tells.
         let _ = match &self.0 {
             Kind::Tcp(stream) => stream.shutdown(Shutdown::Write),
-            Kind::Unix(stream) => stream.shutdown(Shutdown::Write),
+            Kind::Unix(stream) | Kind::Bridge(stream) => stream.shutdown(Shutdown::Write),
             Kind::Sink => Ok(()),
         };
     }

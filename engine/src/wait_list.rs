@@ -12,6 +12,8 @@
 
 use std::task::Waker;
 
+use slab::Slab;
+
 use crate::sync::{AtomicBool, Mutex, fence};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
@@ -32,9 +34,16 @@ impl<T> Refused<T> {
     }
 }
 
-/// Where a waiting publisher stands, so that a second poll does not count twice.
-#[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct Ticket(Option<(u64, usize)>);
+/// A waiting publisher's entry, so that a second poll does not count twice; dropped, it leaves the list.
+#[derive(Debug, Default)]
+pub(crate) struct Registration<'a>(Option<Entry<'a>>);
+
+#[derive(Debug)]
+struct Entry<'a> {
+    list: &'a WaitList,
+    round: u64,
+    key: usize,
+}
 
 #[derive(Debug)]
 pub(crate) struct WaitList {
@@ -45,9 +54,9 @@ pub(crate) struct WaitList {
 
 #[derive(Debug)]
 struct Queue {
-    /// Counts how often the list was emptied: a ticket of an earlier round is void.
+    /// Counts how often the list was emptied: a registration of an earlier round is void.
     round: u64,
-    wakers: Vec<Waker>,
+    wakers: Slab<Waker>,
 }
 
 impl WaitList {
@@ -55,20 +64,24 @@ impl WaitList {
         Self {
             capacity,
             occupied: AtomicBool::new(false),
-            queue: Mutex::new(Queue { round: 0, wakers: Vec::new() }),
+            queue: Mutex::new(Queue { round: 0, wakers: Slab::new() }),
         }
     }
 
     /// Parks `waker` until room is made; false when the list itself is full.
     /// After true the caller must look for room once more.
-    pub(crate) fn register(&self, ticket: &mut Ticket, waker: &Waker) -> bool {
+    pub(crate) fn register<'a>(&'a self, registration: &mut Registration<'a>, waker: &Waker) -> bool {
         let mut queue = lock(&self.queue);
-        match ticket.0 {
-            Some((round, place)) if round == queue.round => queue.wakers[place].clone_from(waker),
+        match &registration.0 {
+            Some(entry) if std::ptr::eq(entry.list, self) && entry.round == queue.round => {
+                queue.wakers[entry.key].clone_from(waker);
+            }
             _ if queue.wakers.len() >= self.capacity => return false,
             _ => {
-                ticket.0 = Some((queue.round, queue.wakers.len()));
-                queue.wakers.push(waker.clone());
+                let (round, key) = (queue.round, queue.wakers.insert(waker.clone()));
+                // What it replaces is of an earlier round, and takes nothing out when it is dropped.
+                let former = registration.0.replace(Entry { list: self, round, key });
+                debug_assert!(former.is_none_or(|former| former.round < round));
             }
         }
         // Relaxed: the fence below orders it before the caller's second look.
@@ -95,9 +108,21 @@ impl WaitList {
             queue.round += 1;
             std::mem::take(&mut queue.wakers)
         };
-        for waker in wakers {
+        for (_, waker) in wakers {
             waker.wake();
         }
+    }
+}
+
+impl Drop for Registration<'_> {
+    /// Who gives up waiting makes room for the next.
+    fn drop(&mut self) {
+        let Some(Entry { list, round, key }) = self.0.take() else { return };
+        let removed = {
+            let mut queue = lock(&list.queue);
+            (queue.round == round).then(|| queue.wakers.try_remove(key))
+        };
+        drop(removed); // outside the lock: a waker may do anything when it is dropped
     }
 }
 

@@ -12,6 +12,9 @@ const BUCKETS: u64 = 1024;
 /// later times are reminded of at the horizon, and again.
 const TICK: Duration = Duration::from_millis(25);
 
+/// Instead of a tick: not armed.
+pub(crate) const UNARMED: u64 = u64::MAX;
+
 #[derive(Debug)]
 pub(crate) struct Wheel<T> {
     buckets: Box<[Vec<T>]>,
@@ -28,10 +31,21 @@ impl<T> Wheel<T> {
     /// Reminds of `item` at `due` or up to a tick later. Returns the tick, by which the reminder can be told
     /// from an older one.
     pub(crate) fn arm(&mut self, item: T, due: Duration) -> u64 {
-        let tick = tick_after(due).clamp(self.next, self.next + BUCKETS - 1);
+        let tick = self.tick(due);
         self.buckets[(tick % BUCKETS) as usize].push(item);
         self.armed += 1;
         tick
+    }
+
+    /// Reminds of `item` at `due` unless that is done earlier, at the tick `armed`, which is set to the earlier of both.
+    pub(crate) fn arm_earlier(&mut self, item: T, due: Duration, armed: &mut u64) {
+        if self.tick(due) < *armed {
+            *armed = self.arm(item, due);
+        }
+    }
+
+    fn tick(&self, due: Duration) -> u64 {
+        tick_after(due).clamp(self.next, self.next + BUCKETS - 1)
     }
 
     /// Moves everything due by `now` to `due`, each with its tick.

@@ -63,8 +63,8 @@ enum Target {
 #[derive(Debug, Default)]
 struct ModelConn {
     space: usize,
-    /// The engine has taken the adoption.
-    adopted: bool,
+    /// It is a member of everyone and of what it has joined: the engine has taken the adoption, and `on_open` is done.
+    has_entered: bool,
     id: Option<ConnectionId>,
     groups: BTreeSet<usize>,
     /// Frames for it, in the order in which they were accepted.
@@ -101,9 +101,10 @@ struct Model {
 impl Model {
     fn targets(&self, space: usize, target: &Target, except: &[usize]) -> Vec<usize> {
         let is_target = |index: usize, conn: &ModelConn| match target {
-            Target::Everyone => conn.space == space && conn.adopted,
+            Target::Everyone => conn.space == space && conn.has_entered,
             Target::Groups(groups) => {
-                conn.space == space && groups.iter().any(|group| conn.groups.contains(group))
+                let is_member = groups.iter().any(|group| conn.groups.contains(group));
+                conn.space == space && conn.has_entered && is_member
             }
             Target::One(one) => *one == index && conn.space == space,
         };
@@ -158,6 +159,7 @@ struct Rec {
     waits_at_drop: bool,
     waits_at_close: bool,
     wakes_early: bool,
+    is_opening: bool,
 }
 
 struct Actor {
@@ -210,6 +212,7 @@ impl Handler for Actor {
         self.called("on_open");
         lock(&self.model).conns[self.tag].id = Some(context.id());
         let waits = lock(&self.rec).waits_at_open;
+        lock(&self.rec).is_opening = waits;
         if waits { self.wait(context) } else { Flow::Ready }
     }
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
@@ -258,6 +261,9 @@ impl Handler for Actor {
             lock(&self.model).wrong.push(format!("on_resume of {} while it is not busy", self.tag));
         }
         rec.busy = false;
+        if std::mem::take(&mut rec.is_opening) {
+            lock(&self.model).conns[self.tag].has_entered = true;
+        }
         Flow::Ready
     }
     fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
@@ -517,6 +523,7 @@ impl World {
             coalesce: chance.of(&[Duration::ZERO, Duration::ZERO, Duration::ZERO, Duration::from_millis(3)]),
             read_buffer_bytes: chance.of(&[1024, 1024, 4096]),
             backlog_bytes_max: chance.of(&[1 << 20, 1 << 30, 1 << 30]),
+            unfinished_bytes_max: chance.of(&[1 << 20, 1 << 30, 1 << 30]),
             max_connections_per_address: None,
             max_connections: chance.of(&[4, 1 << 20, 1 << 20]),
         };
@@ -569,7 +576,7 @@ impl World {
                 max_drops: self.chance.of(&[1, 3, 10]),
             },
             6 => Policy::DropOnHighRtt {
-                max_rtt: ms(self.chance.of(&[5, 50])),
+                max_rtt: ms(self.chance.of(&[5, 15])),
                 rtt_samples: self.chance.of(&[1, 3]),
             },
             _ => Policy::DropMessage { timeout: ms(1000) },
@@ -603,6 +610,7 @@ impl World {
             idle_timeout: if calm { None } else { c.of(&[None, Some(ms(60)), Some(ms(400))]) },
             max_connection_duration: if calm { None } else { c.of(&[None, None, Some(ms(250))]) },
             close_timeout: c.of(&[ms(10), ms(60), ms(5000)]),
+            ..ConnectionConfig::default()
         };
         let (ours, theirs) = UnixStream::pair().unwrap();
         self.send_buffer = self.chance.of(&[4096, 4096, 16_384, 65_536]);
@@ -705,7 +713,9 @@ impl World {
             Effect::Join { conn, group } => drop(model.conns[*conn].groups.insert(*group)),
             Effect::Leave { conn, group } => drop(model.conns[*conn].groups.remove(group)),
             Effect::Close { space, target, except } => model.close_accepted(*space, target, except),
-            Effect::Adopt { conn } => model.conns[*conn].adopted = true,
+            Effect::Adopt { conn } => {
+                model.conns[*conn].has_entered = !lock(&self.recs[*conn]).waits_at_open;
+            }
             Effect::Nothing | Effect::Shutdown => {}
         }
         drop(model);
@@ -1118,7 +1128,7 @@ impl World {
             let within = conn.queued as usize <= conn.outbox_frames
                 && (conn.queued_bytes <= conn.outbox_bytes || conn.queued == 1);
             let waits_within = conn.waiting as usize <= conn.waiting_frames_max
-                && conn.waiting_bytes <= conn.waiting_bytes_max;
+                && (conn.waiting_bytes <= conn.waiting_bytes_max || conn.waiting == 1);
             if !within || !waits_within {
                 model.wrong.push(format!("beyond the bounds: {conn:?}"));
             }
@@ -1412,7 +1422,7 @@ impl World {
             // A Close frame comes behind all that was sent before the end.
             if let (Some(code), Some(reason)) = (peer.closes.first(), rec.ends.first()) {
                 let want = reason.close_frame().map(|(code, _)| code.0);
-                let is_empty = matches!(reason, CloseReason::Peer { code: None });
+                let is_empty = matches!(reason, CloseReason::Peer { code: None, .. });
                 if *code != want && !(is_empty && code.is_none()) {
                     wrong.push(format!("{tag} ended by {reason:?} and heard {code:?}"));
                 }

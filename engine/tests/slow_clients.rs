@@ -47,6 +47,7 @@ fn narrow(policy: Policy) -> ConnectionConfig {
     ConnectionConfig {
         outbox_frames: OUTBOX_FRAMES,
         waiting_frames: 100,
+        stall_timeout: None,
         policy,
         heartbeat_interval: DAY,
         pong_timeout: DAY,

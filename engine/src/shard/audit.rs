@@ -70,13 +70,14 @@ impl Shard {
     pub fn audit(&self) -> Audit {
         let mut audit = Audit::default();
         let mut wrong = |text: String| audit.errors.push(format!("shard {}: {text}", self.index));
-        let mut sum = 0;
+        let (mut sum, mut unfinished) = (0, 0);
         let (mut dirty, mut ready) = (0, 0);
         for (slot, connection) in &self.crowd.connections {
             let metrics = connection.metrics();
             let bounds = connection.bounds();
             let outbox = &connection.outbox;
             sum += outbox.backlog_bytes();
+            unfinished += connection.unfinished_bytes();
             let accounted = metrics.written
                 + metrics.dropped_timeout
                 + metrics.dropped_overflow
@@ -107,11 +108,12 @@ impl Shard {
             }
             if connection.phase == Phase::Open
                 && connection.work == Work::Idle
-                && connection.unread.is_some()
+                && connection.held.is_some()
+                && connection.opening.is_none()
                 && !connection.is_deaf
                 && !connection.is_paused
             {
-                wrong(format!("{} has unread and an idle handler", connection.id));
+                wrong(format!("{} has messages held and an idle handler", connection.id));
             }
             if connection.phase == Phase::Open && connection.work == Work::Idle && connection.drops_untold > 0
             {
@@ -135,7 +137,8 @@ impl Shard {
                 wrong(format!("{} is counted as congested and relieved", connection.id));
             }
             let groups = self.crowd.groups.groups_of(slot as u32).count();
-            if (connection.phase == Phase::Open) != (groups > 0) {
+            let is_member = connection.phase == Phase::Open && connection.opening.is_none();
+            if is_member != (groups > 0) && !connection.is_deaf {
                 wrong(format!("{} is {:?} in {groups} groups", connection.id, connection.phase));
             }
             if connection.socket.is_none() && connection.handler.is_none() {
@@ -171,11 +174,17 @@ impl Shard {
                 heap: connection.decoder.heap_bytes(),
             });
         }
+        if unfinished != self.crowd.unfinished_bytes {
+            wrong(format!("{unfinished} bytes are unfinished but counted as {}", self.crowd.unfinished_bytes));
+        }
         if sum != self.crowd.backlog_bytes {
             wrong(format!("backlog is {} but counted as {}", sum, self.crowd.backlog_bytes));
         }
         if dirty > self.crowd.dirty.len() || ready > self.ready.len() {
             wrong("lists are shorter than their flags".to_owned());
+        }
+        if sum == 0 && self.crowd.retained.bytes() > 0 {
+            wrong(format!("{} bytes are retained by nobody", self.crowd.retained.bytes()));
         }
         if !self.crowd.ends.is_empty() || !self.crowd.drops.is_empty() {
             wrong("ends or drops are left over".to_owned());

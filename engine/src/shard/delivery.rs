@@ -5,24 +5,27 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use mio::Token;
 
-use crate::command::{Action, Adoption, Command, Payload, Publication, Target};
-use crate::connection::{Connection, ControlRate, Phase, WRITE_BYTES_MAX, Work};
+use crate::close_reason::CloseReason;
+use crate::command::{Action, Adoption, Command, Named, Payload, Publication, Target};
+use crate::connection::{Connection, ControlRate, Opening, Phase, WRITE_BYTES_MAX, Work};
 use crate::decoder::Decoder;
 use crate::directory::Entrance;
 use crate::frame::Frame;
+use crate::handler::Flow;
 use crate::heartbeat::Heartbeat;
 use crate::id::{ConnectionId, SLOTS_MAX};
 use crate::log::Reader;
 use crate::metrics::Counts;
-use crate::outbox::{Chunk, Outbox};
+use crate::outbox::{Chunk, Outbox, Retained};
 use crate::policy::Policy;
 use crate::receipt::Ticket;
+use crate::wheel::UNARMED;
 
-use super::Shard;
-use super::golden;
+use super::{Later, Shard, Step, golden};
 
 const COMMANDS_PER_TURN: usize = 4096;
 
@@ -31,23 +34,27 @@ impl Shard {
     pub(super) fn drain_mailbox(&mut self) -> bool {
         let lying = self.mailbox().len();
         let mut left = lying.min(COMMANDS_PER_TURN);
-        let mut made_room = false;
-        loop {
+        let (mut made_room, mut bytes) = (false, 0);
+        let is_held_up = loop {
+            if self.held.is_none() && self.later.front().is_some_and(|later| later.commands <= self.commands) {
+                if self.carry_out_later() { continue } else { break true }
+            }
             let entry = match self.held.take() {
                 Some(entry) => entry,
-                None if left == 0 => break,
+                None if left == 0 => break false,
                 None => match self.mailbox().pop() {
                     Some(entry) => {
                         left -= 1;
                         made_room = true;
+                        self.commands += 1;
                         entry
                     }
-                    None => break,
+                    None => break false,
                 },
             };
             if !self.run_log(entry.stamp) {
                 self.held = Some(entry);
-                break;
+                break true;
             }
             match entry.command {
                 Command::Adopt(adoption) => self.adopt(*adoption),
@@ -58,6 +65,9 @@ impl Shard {
                     }
                 }
                 Command::For { id, namespace, action } => {
+                    if let Action::Send { frame, .. } = &action {
+                        bytes += frame.len() as u64;
+                    }
                     let found =
                         self.find(id).is_some_and(|connection| connection.directory.key() == namespace);
                     if found {
@@ -65,11 +75,36 @@ impl Shard {
                     }
                 }
             }
+        };
+        if bytes > 0 {
+            self.mailbox().release(bytes);
         }
         if made_room {
             self.mailbox().waiting.wake_all();
         }
-        self.held.is_none() && lying <= COMMANDS_PER_TURN
+        !is_held_up && lying <= COMMANDS_PER_TURN
+    }
+
+    /// Notes what is to be done behind everything that has been sent by now.
+    pub(super) fn do_later(&mut self, id: ConnectionId, step: Step) {
+        let (stamp, commands) = (self.shared.log.tail(), self.commands + self.mailbox().len() as u64);
+        self.later.push_back(Later { stamp, commands, id, step });
+    }
+
+    /// Does what is first in the list; false if the log has not come so far.
+    fn carry_out_later(&mut self) -> bool {
+        let Some(stamp) = self.later.front().map(|later| later.stamp) else { return true };
+        if !self.run_log(stamp) {
+            return false;
+        }
+        let Some(Later { id, step, .. }) = self.later.pop_front() else { return true };
+        if self.find(id).is_some() {
+            match step {
+                Step::Enter => self.enter(id.slot() as u32),
+                Step::End(reason) => self.end(id.slot() as u32, reason),
+            }
+        }
+        true
     }
 
     fn act(&mut self, id: ConnectionId, action: Action) {
@@ -77,11 +112,17 @@ impl Shard {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let is_open = connection.phase == Phase::Open;
         match action {
-            Action::Send { frame, policy, ticket } if is_open => {
-                let chunk = Rc::new(Chunk::single(frame.into()));
+            Action::Send { frame, policy, ticket, oversized } if is_open => {
+                let chunk = Rc::new(Chunk::single(frame.into(), &self.crowd.retained));
                 self.offer_one(slot, &chunk, policy, ticket);
+                drop(oversized); // its outbox has announced itself
             }
             Action::Join(entrance) if is_open => self.join(slot, entrance),
+            Action::Leave { group } if connection.opening.is_some() => {
+                if let Some(opening) = &mut connection.opening {
+                    opening.entrances.retain(|entrance| !Arc::ptr_eq(entrance.group(), &group));
+                }
+            }
             Action::Leave { group } => {
                 let congestion = connection.congestion();
                 let directory = connection.directory.clone();
@@ -100,13 +141,56 @@ impl Shard {
     }
 
     fn join(&mut self, slot: u32, entrance: Entrance) {
-        let group = entrance.group().clone();
-        group.add_interest(self.index); // it may have been cleared while this join was on its way
-        if self.crowd.groups.join(group.key, group.clone(), slot) {
-            if let Some(blocks) = self.crowd.connections[slot as usize].congestion() {
-                group.add_congested(blocks);
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let max = connection.config.max_groups;
+        // Everyone is not counted.
+        let joined = match &mut connection.opening {
+            Some(opening) => {
+                opening.entrances.push(entrance);
+                opening.entrances.len() - 1
             }
-            entrance.arrive();
+            None => {
+                let (group, congestion) = (entrance.group().clone(), connection.congestion());
+                group.add_interest(self.index); // it may have been cleared while this join was on its way
+                if self.crowd.groups.join(group.key, group.clone(), slot) {
+                    if let Some(blocks) = congestion {
+                        group.add_congested(blocks);
+                    }
+                    entrance.arrive();
+                }
+                self.crowd.groups.count(slot) - 1
+            }
+        };
+        if joined > max {
+            self.end(slot, CloseReason::TooManyGroups);
+        }
+    }
+
+    /// The handler is done with `on_open`: the connection enters its groups behind all that was sent meanwhile.
+    pub(super) fn enter_in_order(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        if let Some(opening) = &mut connection.opening {
+            opening.is_done = true;
+            let id = connection.id;
+            self.do_later(id, Step::Enter);
+        }
+    }
+
+    fn enter(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(opening) = connection.opening.take() else { return };
+        if connection.is_deaf {
+            return; // turned away by its handler
+        }
+        for entrance in opening.entrances {
+            let is_open =
+                self.crowd.connections.get(slot as usize).is_some_and(|connection| connection.phase == Phase::Open);
+            if is_open {
+                self.join(slot, entrance);
+            }
+        }
+        if self.crowd.connections.get(slot as usize).is_some_and(|connection| connection.work == Work::Idle) {
+            self.go_on(slot);
         }
     }
 
@@ -143,9 +227,14 @@ impl Shard {
             outbox: Outbox::new(),
             handler: Some(handler),
             resume: None,
-            unread: None,
+            held: None,
+            opening: None,
             ending: None,
-            armed: 0,
+            armed: UNARMED,
+            refused_since: 0,
+            written: 0,
+            taken: 0,
+            ping_end: 0,
             counts: Counts::default(),
             drops_in_a_row: 0,
             drops_untold: 0,
@@ -157,6 +246,7 @@ impl Shard {
             owes_close: false,
             is_readable: false,
             is_read_closed: false,
+            is_input_over: false,
             is_writable: true,
             is_dirty: false,
             is_ready: false,
@@ -167,9 +257,22 @@ impl Shard {
         self.burst_max =
             self.burst_max.min(self.crowd.connections[slot].config.outbox_frames as u64 / 4).max(1);
         let slot = slot as u32;
-        self.join(slot, entrance);
         self.beat(slot);
-        let _ = self.call(slot, |handler, context| handler.on_open(context));
+        let sent = |shard: &Self| (shard.shared.log.tail(), shard.mailbox().len());
+        let before = sent(self);
+        let flow = self.call(slot, |handler, context| handler.on_open(context));
+        if flow == Flow::Ready && sent(self) == before {
+            // Nothing was sent meanwhile that it must not hear.
+            if !self.crowd.connections[slot as usize].is_deaf {
+                self.join(slot, entrance);
+            }
+        } else {
+            let opening = Opening { entrances: vec![entrance], is_done: false };
+            self.crowd.connections[slot as usize].opening = Some(Box::new(opening));
+            if flow == Flow::Ready {
+                self.enter_in_order(slot);
+            }
+        }
         if !received.is_empty() {
             self.receive_early(slot, received);
         }
@@ -184,17 +287,30 @@ impl Shard {
             let Some(first) = self.reader.get(0) else { return false };
             let mut count = 1;
             let offers = match (&first.payload, &first.target) {
-                (Payload::Frame(frame), Target::One(group)) => match self.crowd.groups.find(group.key) {
-                    None => 0,
-                    Some(group) => {
-                        let room = limit.min(self.reader.position() + self.burst_max - self.burst);
-                        let chunk = join(&self.reader, first, frame, room, &mut count);
-                        self.crowd.fan_out(group, chunk, first)
+                (Payload::Frame(frame), Target::One(group)) => {
+                    let members = self.crowd.groups.find(group.key).or_else(|| {
+                        // Since the publisher has looked, the group may have ended and begun anew.
+                        group.is_closed().then(|| self.crowd.groups.find(group.current_key()?)).flatten()
+                    });
+                    match members {
+                        None => 0,
+                        Some(group) => {
+                            let room = limit.min(self.reader.position() + self.burst_max - self.burst);
+                            let retained = &self.crowd.retained;
+                            let chunk = join(&self.reader, first, frame, room, &mut count, retained);
+                            self.crowd.fan_out(group, chunk, first)
+                        }
                     }
-                },
+                }
                 (payload, target) => {
                     let mut slots = std::mem::take(&mut self.scratch.slots);
-                    self.crowd.groups.union(target.groups().iter().map(|group| group.key), &mut slots);
+                    match target {
+                        Target::One(group) => self.crowd.groups.union(group.current_key().into_iter(), &mut slots),
+                        Target::Several(groups) => {
+                            let keys = groups.iter().filter_map(Named::current_key);
+                            self.crowd.groups.union(keys, &mut slots);
+                        }
+                    }
                     let offers = match payload {
                         Payload::Frame(frame) => self.crowd.fan_out_to(&slots, frame, first),
                         Payload::End(reason) => self.crowd.note_ends(&slots, reason, first),
@@ -243,6 +359,7 @@ fn join(
     frame: &Frame,
     limit: u64,
     count: &mut u64,
+    retained: &Retained,
 ) -> Chunk {
     let mut bytes = frame.len();
     let ahead = limit - reader.position();
@@ -256,8 +373,8 @@ fn join(
         *count += 1;
     }
     if *count == 1 {
-        return Chunk::single(frame.bytes());
+        return Chunk::single(frame.bytes(), retained);
     }
     let frames = (0..*count).filter_map(|ahead| reader.get(ahead)?.frame());
-    Chunk::joined(frames.map(Frame::as_bytes), bytes)
+    Chunk::joined(frames.map(Frame::as_bytes), bytes, retained)
 }

@@ -8,13 +8,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Command};
 use crate::connection::{Ending, Phase, Work};
 use crate::directory::{Directory, Group};
 use crate::group::Left;
 use crate::handler::Flow;
 
-use super::Shard;
+use super::{Shard, Step};
 
 impl Shard {
     /// The stream is over: without a closing handshake if none has begun.
@@ -29,11 +28,8 @@ impl Shard {
         if connection.phase != Phase::Open || std::mem::replace(&mut connection.is_deaf, true) {
             return;
         }
-        let (id, namespace) = (connection.id, connection.directory.key());
-        let command = Command::For { id, namespace, action: Action::Close(reason.clone()) };
-        if self.shared.try_command(self.index, command).is_err() {
-            self.crowd.ends.push((id, reason)); // the mailbox is full: not in order, but not lost
-        }
+        let id = connection.id;
+        self.do_later(id, Step::End(reason));
     }
 
     /// Decides the end of an open connection: it leaves every index at once, its peer is told, its handler too.
@@ -44,48 +40,72 @@ impl Shard {
         }
         tracing::debug!(id = %connection.id, %reason, "connection ended");
         connection.phase = Phase::Closing;
-        connection.unread = None;
-        let is_readable = connection.is_readable;
-        self.crowd.metrics.ended += 1;
-        match reason {
-            CloseReason::Protocol(_) | CloseReason::ControlFlood => self.crowd.metrics.ended_protocol += 1,
-            CloseReason::Undecodable | CloseReason::WrongKind => self.crowd.metrics.ended_undecodable += 1,
-            CloseReason::PongTimeout | CloseReason::IdleTimeout | CloseReason::MaxDuration => {
-                self.crowd.metrics.ended_timeout += 1;
-            }
-            CloseReason::SlowConsumer
-            | CloseReason::TooManyDrops
-            | CloseReason::HighRtt
-            | CloseReason::Shed => {
-                self.crowd.metrics.ended_slow += 1;
-            }
-            CloseReason::HandlerPanicked => self.crowd.metrics.ended_panic += 1,
-            _ => {}
+        connection.opening = None;
+        if !reason.is_in_input() {
+            self.crowd.unfinished_bytes -= connection.unfinished_bytes();
+            connection.held = None;
+            self.crowd.unfinished_bytes += connection.unfinished_bytes();
         }
+        let is_readable = connection.is_readable;
+        self.count_end(&reason);
         let is_told = reason.close_frame().is_some();
         if !reason.flushes_first() {
             self.discard(slot);
         }
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let now = self.crowd.now;
+        let (by, close_timeout) = (now + self.shared.config.coalesce, connection.config.close_timeout);
         let by = match (&reason, &self.stop) {
             (CloseReason::Shutdown { .. }, Some(stop)) => stop.by,
-            _ => self.crowd.now + connection.config.close_timeout,
+            _ => by + close_timeout,
         };
-        connection.ending = Some(Box::new(Ending { reason, by }));
-        if is_told {
-            connection.owes_close = true;
-            connection.armed = self.wheel.arm(connection.id, by);
-        }
+        // The Close frame is not held up by a backlog for longer than leaves it time to get through.
+        let flush_by = by - close_timeout.min(by.saturating_sub(now) / 2);
+        // Who has ended the stream may still read: what is queued goes out, though no Close frame follows.
+        let is_flushed = is_told || (reason == CloseReason::Vanished && !connection.outbox.is_empty());
+        let ending = Ending { reason, by, flush_by: Some(flush_by), is_cut: false };
+        connection.ending = Some(Box::new(ending));
+        connection.owes_close = is_told;
         if is_readable {
             self.mark_ready(slot);
         }
         self.leave_groups(slot);
-        if is_told {
+        if is_flushed {
+            self.arm_ending(slot);
             self.crowd.mark_dirty(slot);
         } else {
             self.drop_socket(slot);
         }
         self.tell_end(slot);
+    }
+
+    fn count_end(&mut self, reason: &CloseReason) {
+        let (metrics, untold) = (&mut self.crowd.metrics, &mut self.untold);
+        metrics.ended += 1;
+        match reason {
+            CloseReason::Protocol(_) => metrics.ended_protocol += 1,
+            CloseReason::ControlFlood | CloseReason::TooManyGroups => {
+                metrics.ended_protocol += 1;
+                untold.flooding += 1;
+            }
+            CloseReason::Undecodable | CloseReason::WrongKind => {
+                metrics.ended_undecodable += 1;
+                untold.undecodable += 1;
+            }
+            CloseReason::PongTimeout | CloseReason::IdleTimeout | CloseReason::MaxDuration => {
+                metrics.ended_timeout += 1;
+            }
+            CloseReason::SlowConsumer
+            | CloseReason::TooManyDrops
+            | CloseReason::HighRtt
+            | CloseReason::Shed
+            | CloseReason::UnfinishedShed => {
+                metrics.ended_slow += 1;
+                untold.slow += 1;
+            }
+            CloseReason::HandlerPanicked => metrics.ended_panic += 1,
+            _ => {}
+        }
     }
 
     /// Takes a connection out of all its groups.
@@ -130,14 +150,16 @@ impl Shard {
         directory.exit(group);
     }
 
-    /// Gives up what is queued for a connection, but for the frame that is being written.
-    pub(super) fn discard(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    /// Gives up what is queued for a connection, but for the frame that is being written; returns how many frames that
+    /// were.
+    pub(super) fn discard(&mut self, slot: u32) -> u64 {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return 0 };
         let before = connection.outbox.backlog_bytes();
         let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
         self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
         connection.counts.discarded += discarded;
         self.crowd.metrics.discarded += discarded;
+        discarded
     }
 
     /// Tells the handler of drops, if there were any; whether it is done with that.
@@ -155,7 +177,7 @@ impl Shard {
         if connection.work != Work::Idle || connection.handler.is_none() {
             return;
         }
-        if self.tell_drops(slot) == Flow::Pending {
+        if self.tell_drops(slot) == Flow::Pending || !self.hand_held(slot) {
             return; // and again when it is done
         }
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
@@ -182,13 +204,14 @@ impl Shard {
 
     pub(super) fn drop_socket(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        if connection.socket.is_none() {
+            return;
+        }
+        let is_delivered = connection.is_delivered();
         connection.socket = None;
         let discarded = self.discard_all(slot);
         if let Some(stop) = &mut self.stop {
-            match discarded {
-                0 => stop.report.flushed += 1,
-                _ => stop.report.cut_off += 1,
-            }
+            stop.count(discarded == 0 && is_delivered);
         }
         self.remove_if_over(slot);
     }
@@ -199,6 +222,7 @@ impl Shard {
         });
         if is_over {
             let connection = self.crowd.connections.remove(slot as usize);
+            self.crowd.unfinished_bytes -= connection.unfinished_bytes();
             connection.directory.ended(self.index).add(&connection.counts);
         }
     }

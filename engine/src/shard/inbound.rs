@@ -1,9 +1,10 @@
 //! What comes in: from the sockets to the handlers.
 //!
 //! A socket that is readable is read a few times a turn, some sockets after each other; what
-//! they brought is decoded and handed over message by message, until the handler is busy.
-//! Then reading stops, and goes on when the handler is resumed. Does not know the log, groups
-//! or outboxes' contents.
+//! they brought is decoded. Control frames are answered at once. Messages are handed over
+//! one by one; while the handler is busy they are held for it, and reading goes on until
+//! enough is held: so a ping is answered and a Close is seen whatever a handler does. Does
+//! not know the log, groups or outboxes' contents.
 
 use std::io::ErrorKind;
 use std::ops::Range;
@@ -14,7 +15,7 @@ use bytes::Bytes;
 use mio::Events;
 
 use crate::close_reason::CloseReason;
-use crate::connection::{Connection, Phase, Read, Unread, Work};
+use crate::connection::{Connection, Phase, Read, Work};
 use crate::decoder::Event;
 use crate::frame::ControlFrame;
 use crate::handler::{Context, Flow, Message};
@@ -31,6 +32,7 @@ impl Shard {
         self.read_polled(0);
         for _ in 1..EVENTS_PER_TURN / EVENTS_PER_ANSWER {
             if self.events.iter().count() < EVENTS_PER_ANSWER {
+                self.crowd.listened = self.crowd.now;
                 break;
             }
             if !self.answer(dirty) {
@@ -46,6 +48,9 @@ impl Shard {
     fn read_rest(&mut self) -> std::io::Result<()> {
         std::mem::swap(&mut self.events, &mut self.other_events);
         let polled = self.poll_sockets(Some(Duration::ZERO));
+        if self.events.iter().count() < EVENTS_PER_TURN - EVENTS_PER_ANSWER {
+            self.crowd.listened = self.crowd.now;
+        }
         self.read_polled(self.ready.len());
         std::mem::swap(&mut self.events, &mut self.other_events);
         polled
@@ -79,7 +84,7 @@ impl Shard {
             let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
             if event.is_writable() && !connection.is_writable {
                 connection.is_writable = true;
-                connection.heartbeat.stirred(self.crowd.now);
+                connection.refused_since = 0;
                 self.crowd.mark_dirty(slot as u32);
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
@@ -89,7 +94,7 @@ impl Shard {
                 if connection.is_reading() {
                     self.mark_ready(slot as u32);
                 } else {
-                    connection.heartbeat.heard_unread(self.crowd.now);
+                    connection.heartbeat.heard(self.crowd.now, 0);
                     // Nobody reads now, but a socket that has failed need not be waited for. One that was
                     // closed may: what was said before is still to be read.
                     if event.is_error() {
@@ -141,13 +146,16 @@ impl Shard {
             match connection.read(&mut buffer[free..]) {
                 Read::Bytes(_) if connection.phase != Phase::Open => {} // said after the end: not listened to
                 Read::Bytes(count) => {
-                    connection.heartbeat.heard(self.crowd.now);
+                    connection.heartbeat.heard(self.crowd.now, count);
                     arrivals.push((*slot, free..free + count));
                     free += count;
                 }
                 Read::Nothing => {}
                 Read::End => {
-                    self.hang_up(*slot, CloseReason::Vanished);
+                    connection.is_input_over = true;
+                    self.hand_over(&mut arrivals, &mut buffer); // what it said before it ended
+                    free = 0;
+                    self.end_of_input(*slot);
                     continue;
                 }
                 Read::Failed(kind) => {
@@ -169,13 +177,16 @@ impl Shard {
         }
     }
 
-    /// Hands over what `input` contains, and keeps what a busy handler leaves of it.
-    fn receive(&mut self, slot: u32, input: &mut [u8]) {
-        let consumed = self.decode(slot, input);
-        if consumed < input.len()
-            && let Some(connection) = self.crowd.connections.get_mut(slot as usize)
-        {
-            connection.unread = Some(Box::new(Unread { bytes: input[consumed..].to_vec(), from: 0 }));
+    /// The peer will say no more. It may still listen, so what is on its way to it goes out first.
+    fn end_of_input(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        match connection.phase {
+            // A busy handler, or what is held for it, may still have an answer.
+            Phase::Open if connection.is_listening() && connection.held.is_none() => {
+                self.end_in_order(slot, CloseReason::Vanished);
+            }
+            Phase::Open | Phase::Closing => {}
+            Phase::Lingering => self.drop_socket(slot),
         }
     }
 
@@ -185,62 +196,90 @@ impl Shard {
         self.receive(slot, &mut received);
     }
 
-    /// Hands over what `input` contains, as long as the handler keeps up; returns how much it took.
-    fn decode(&mut self, slot: u32, input: &mut [u8]) -> usize {
+    /// Takes what `input` contains: control frames at once, messages as far as the handler keeps up.
+    fn receive(&mut self, slot: u32, input: &mut [u8]) {
+        let Some(connection) = self.crowd.connections.get(slot as usize) else { return };
+        let before = connection.unfinished_bytes();
+        self.decode(slot, input);
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        if connection.read_limit() == 0 && connection.heartbeat.awaits_answer() {
+            connection.heartbeat.paused();
+        }
+        self.count_unfinished(slot, before);
+    }
+
+    /// Counts what has changed in what a connection has not finished, which was `before`.
+    pub(super) fn count_unfinished(&mut self, slot: u32, before: usize) {
+        let Some(connection) = self.crowd.connections.get(slot as usize) else { return };
+        self.crowd.unfinished_bytes = self.crowd.unfinished_bytes + connection.unfinished_bytes() - before;
+    }
+
+    fn decode(&mut self, slot: u32, input: &mut [u8]) {
         let mut consumed = 0;
         while consumed < input.len() {
-            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return input.len() };
+            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
             if connection.phase != Phase::Open || connection.is_deaf {
-                return input.len(); // said after the end: not listened to
-            }
-            if !connection.is_listening() {
-                return consumed;
+                return; // said after the end: not listened to
             }
             let limits = connection.limits();
+            let is_direct = connection.is_listening() && connection.held.is_none();
             let from = consumed;
             let end = match connection.decoder.decode(&mut input[from..], &mut consumed, &limits) {
                 Ok(None) => None,
                 Ok(Some(Event::Message { kind, payload })) => {
-                    connection.counts.received += 1;
-                    self.crowd.metrics.received += 1;
-                    let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
-                    let message = Message { kind, payload };
-                    let handler = &mut connection.handler;
-                    let call = || handler.as_mut().map(|handler| handler.on_message(message, &mut context));
-                    match catch_unwind(AssertUnwindSafe(call)) {
-                        Ok(flow) => {
-                            if flow == Some(Flow::Pending) {
-                                connection.work = Work::Busy;
+                    connection.heartbeat.answered();
+                    connection.heartbeat.heard_message(self.crowd.now);
+                    if is_direct {
+                        connection.counts.received += 1;
+                        self.crowd.metrics.received += 1;
+                        let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
+                        let message = Message { kind, payload };
+                        let handler = &mut connection.handler;
+                        let call =
+                            || handler.as_mut().map(|handler| handler.on_message(message, &mut context));
+                        match catch_unwind(AssertUnwindSafe(call)) {
+                            Ok(flow) => {
+                                if flow == Some(Flow::Pending) {
+                                    connection.work = Work::Busy;
+                                }
+                                context.into_close()
                             }
-                            context.into_close()
+                            Err(_) => Some(CloseReason::HandlerPanicked),
                         }
-                        Err(_) => Some(CloseReason::HandlerPanicked),
+                    } else {
+                        connection.held.get_or_insert_default().push(kind, payload);
+                        None
                     }
-                }
-                Ok(Some(Event::Ping(_) | Event::Pong(_)))
-                    if !connection
-                        .control_rate
-                        .admits(self.crowd.now, connection.config.control_frames_per_second) =>
-                {
-                    Some(CloseReason::ControlFlood)
                 }
                 Ok(Some(Event::Ping(payload))) => {
-                    connection.outbox.push_control(ControlFrame::pong(payload).as_bytes());
-                    self.crowd.mark_dirty(slot);
-                    None
+                    connection.heartbeat.answered();
+                    let max = connection.config.control_frames_per_second;
+                    if connection.control_rate.admits(self.crowd.now, max) {
+                        connection.outbox.push_control(ControlFrame::pong(payload).as_bytes());
+                        self.crowd.mark_dirty(slot);
+                        None
+                    } else {
+                        Some(CloseReason::ControlFlood)
+                    }
                 }
                 Ok(Some(Event::Pong(payload))) => {
-                    connection.heartbeat.pong(self.crowd.now, payload);
-                    let max_rtt = connection.config.policy.max_rtt();
-                    let is_high = max_rtt.is_some_and(|max| connection.heartbeat.is_rtt_above(max));
-                    // The reminder is set for the pong's timeout, and the next ping may be due before it.
-                    if connection.config.heartbeat_interval < connection.config.pong_timeout {
-                        self.beat(slot);
+                    let is_ours = connection.heartbeat.pong(self.crowd.arrived, payload);
+                    if is_ours {
+                        connection.heartbeat.answered();
                     }
-                    is_high.then_some(CloseReason::HighRtt)
+                    let limit = connection.config.policy.rtt_limit().filter(|_| is_ours);
+                    let max = connection.config.control_frames_per_second;
+                    if limit.is_some_and(|(max, samples)| connection.heartbeat.is_rtt_above(max, samples)) {
+                        Some(CloseReason::HighRtt)
+                    } else if is_ours || connection.control_rate.admits(self.crowd.now, max) {
+                        None // what answers us is no flood
+                    } else {
+                        Some(CloseReason::ControlFlood)
+                    }
                 }
                 Ok(Some(Event::Close(close))) => {
-                    Some(CloseReason::Peer { code: close.map(|(code, _)| code) })
+                    let (code, text) = close.unzip();
+                    Some(CloseReason::Peer { code, text: text.unwrap_or_default().into() })
                 }
                 Err(error) => Some(CloseReason::Protocol(error)),
             };
@@ -251,7 +290,32 @@ impl Shard {
                 self.end_in_order(slot, reason);
             }
         }
-        consumed
+    }
+
+    /// Gives the handler what was held for it, until it is busy; whether it is idle then.
+    pub(super) fn hand_held(&mut self, slot: u32) -> bool {
+        loop {
+            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return false };
+            if !connection.takes_held() {
+                return connection.work == Work::Idle;
+            }
+            let before = connection.unfinished_bytes();
+            let Some(mut held) = connection.held.take() else { return true };
+            let message = held.pop();
+            if message.is_some() {
+                connection.counts.received += 1;
+                self.crowd.metrics.received += 1;
+            }
+            if let Some((kind, payload)) = message {
+                let _ = self.call(slot, |handler, context| {
+                    handler.on_message(Message { kind, payload }, context)
+                });
+            }
+            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+                connection.held = Some(held).filter(|held| !held.is_empty());
+            }
+            self.count_unfinished(slot, before);
+        }
     }
 
     pub(super) fn resume_handlers(&mut self) {
@@ -279,23 +343,28 @@ impl Shard {
             self.part(slot);
             return;
         }
+        if connection.opening.as_ref().is_some_and(|opening| !opening.is_done) {
+            self.enter_in_order(slot);
+        }
+        self.go_on(slot);
+    }
+
+    /// Goes on with a handler that is idle: with what it has missed, what was held for it, and what comes.
+    pub(super) fn go_on(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         if connection.phase != Phase::Open || connection.socket.is_none() {
             self.tell_end(slot);
             return;
         }
-        if self.tell_drops(slot) == Flow::Pending {
+        if self.tell_drops(slot) == Flow::Pending || !self.hand_held(slot) {
             return;
         }
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        if let Some(mut unread) = connection.unread.take() {
-            unread.from += self.decode(slot, &mut unread.bytes[unread.from..]);
-            if unread.from < unread.bytes.len()
-                && let Some(connection) = self.crowd.connections.get_mut(slot as usize)
-            {
-                connection.unread = Some(unread); // kept as it is: copying the rest each time would cost its square
-            }
+        if connection.is_input_over {
+            self.end_of_input(slot);
+        } else {
+            self.read(&[slot]);
         }
-        self.read(&[slot]);
     }
 
     /// Calls the handler; a panic ends the connection.

@@ -3,10 +3,12 @@
 //! One write for each connection with something queued, a bounded number of connections a
 //! turn. Does not know where frames come from.
 
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Flushed, Phase};
+use crate::id::ConnectionId;
 
 use super::Shard;
 
@@ -61,20 +63,44 @@ impl Shard {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         connection.is_dirty = false;
         let before = connection.outbox.backlog_bytes();
-        let flushed = connection.flush(&mut self.gather, &mut self.crowd.metrics);
+        let has_ping = connection.heartbeat.has_queued_ping() && connection.is_writable;
+        let is_ahead = has_ping && connection.has_unacknowledged();
+        let flushed = connection.flush(&mut self.gather, &mut self.crowd.metrics, self.crowd.now);
         self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
-        if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
-            connection.is_congested = false;
-            let blocks = connection.config.policy.blocks();
-            self.crowd.groups.groups_of(slot).for_each(|group| group.remove_congested(blocks));
+        if has_ping && connection.outbox.has_no_control() {
+            self.note_ping(slot, is_ahead);
         }
+        self.crowd.relieve(slot);
         match flushed {
             Flushed::Rests => {}
+            Flushed::Refused => {
+                self.refusals += 1;
+                let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+                if let Some(due) = connection.stalled_at() {
+                    self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
+                }
+            }
             Flushed::HasMore => self.crowd.mark_dirty(slot),
-            Flushed::Finished if connection.is_read_closed => self.drop_socket(slot),
-            Flushed::Finished => self.linger(slot),
+            Flushed::Finished => {
+                let connection = self.crowd.connections.get(slot as usize);
+                if connection.is_some_and(|connection| connection.is_input_over) {
+                    self.drop_socket(slot);
+                } else {
+                    self.linger(slot);
+                }
+            }
             Flushed::Failed(kind) => self.hang_up(slot, CloseReason::Transport(kind)),
         }
+    }
+
+    /// A ping has been written: its time runs from now.
+    #[cold]
+    fn note_ping(&mut self, slot: u32, is_ahead: bool) {
+        let now = self.clock();
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        connection.ping_sent(now, is_ahead);
+        let due = now + connection.config.pong_timeout;
+        self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
     }
 
     /// Everything has been written: what is left is the peer's to do, and it has the usual time for it.
@@ -83,33 +109,63 @@ impl Shard {
         let by = self.crowd.now + connection.config.close_timeout;
         if let Some(ending) = connection.ending.as_mut().filter(|ending| ending.by > by) {
             ending.by = by;
-            connection.armed = self.wheel.arm(connection.id, by);
+            self.wheel.arm_earlier(connection.id, by, &mut connection.armed);
         }
     }
 
-    /// Tells all threads how much waits here; while it is too much in all, sheds the largest backlogs first,
-    /// as many as are this shard's part of the excess.
+    /// Tells all threads how much memory is held here; while it is too much in all, ends those that hold most of it,
+    /// as many as are this shard's part of the excess. Only sockets that have refused a write can be too slow: what is
+    /// queued for others has only not had its turn.
     pub(super) fn keep_within_budget(&mut self) {
-        let (shared, told) = (&self.shared, self.backlog_told);
-        // Relaxed: a sum, nothing hangs on it. Left alone where nothing has changed: all shards share it.
-        if self.crowd.backlog_bytes > told {
-            shared.backlog_bytes.fetch_add(self.crowd.backlog_bytes - told, Relaxed);
-        } else if self.crowd.backlog_bytes < told {
-            shared.backlog_bytes.fetch_sub(told - self.crowd.backlog_bytes, Relaxed);
+        let (max, held) = (self.shared.config.backlog_bytes_max, self.crowd.retained.bytes());
+        let excess = excess(&self.shared.retained_bytes, &mut self.retained_told, held, max);
+        if excess > 0 && std::mem::take(&mut self.refusals) > 0 {
+            self.shed(held - excess, CloseReason::Shed, self.crowd.refused_by_backlog(), |shard| {
+                shard.crowd.retained.bytes()
+            });
         }
-        self.backlog_told = self.crowd.backlog_bytes;
-        let (all, max) = (shared.backlog_bytes.load(Relaxed), shared.config.backlog_bytes_max);
-        if all <= max || self.crowd.backlog_bytes == 0 {
-            return;
+        let (max, held) = (self.shared.config.unfinished_bytes_max, self.crowd.unfinished_bytes);
+        let excess = self::excess(&self.shared.unfinished_bytes, &mut self.unfinished_told, held, max);
+        if excess > 0 {
+            let largest = self.crowd.largest_unfinished();
+            self.shed(held - excess, CloseReason::UnfinishedShed, largest, |shard| {
+                shard.crowd.unfinished_bytes
+            });
         }
-        let share = (all - max) as u128 * self.crowd.backlog_bytes as u128 / all as u128;
-        let target = self.crowd.backlog_bytes - share as usize;
-        for id in self.crowd.largest_backlogs(target) {
+    }
+
+    fn shed(
+        &mut self,
+        target: usize,
+        reason: CloseReason,
+        largest: Vec<ConnectionId>,
+        held: impl Fn(&Self) -> usize,
+    ) {
+        for id in largest {
+            if held(self) <= target {
+                return;
+            }
             if self.find(id).is_some_and(|connection| connection.phase != Phase::Open) {
                 self.discard(id.slot() as u32); // it has its reason already
             } else {
-                self.end(id.slot() as u32, CloseReason::Shed);
+                self.end(id.slot() as u32, reason.clone());
             }
         }
     }
+}
+
+/// Tells all threads what is `held` here, and says what this shard is to give up of what all together have beyond `max`.
+fn excess(all: &AtomicUsize, told: &mut usize, held: usize, max: usize) -> usize {
+    // Relaxed: a sum, nothing hangs on it. Left alone where nothing has changed: all shards share it.
+    if held > *told {
+        all.fetch_add(held - *told, Relaxed);
+    } else if held < *told {
+        all.fetch_sub(*told - held, Relaxed);
+    }
+    *told = held;
+    let all = all.load(Relaxed);
+    if all <= max {
+        return 0;
+    }
+    ((all - max) as u128 * held as u128 / all as u128) as usize
 }

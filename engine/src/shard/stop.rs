@@ -29,6 +29,15 @@ pub(super) struct Stop {
 }
 
 impl Stop {
+    /// A connection's socket is gone; whether everything that was its peer's is with it.
+    pub(super) fn count(&mut self, is_flushed: bool) {
+        if is_flushed {
+            self.report.flushed += 1;
+        } else {
+            self.report.cut_off += 1;
+        }
+    }
+
     pub(super) fn next_due(&self) -> Duration {
         match &self.closings {
             None => self.closing_by,
@@ -71,7 +80,8 @@ impl Shard {
             if now >= stop.closing_by {
                 self.shared.close();
             }
-            let has_commands = self.held.is_some() || !self.shared.mailboxes[self.index].is_empty();
+            let mailbox = &self.shared.mailboxes[self.index];
+            let has_commands = self.held.is_some() || !self.later.is_empty() || !mailbox.is_empty();
             if !self.shared.stopping.is_closed()
                 || !self.reader.is_at_tail()
                 || (has_commands && now < stop.closing_by)
@@ -115,13 +125,14 @@ impl Shard {
             let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { continue };
             self.crowd.metrics.ended += u64::from(connection.phase == Phase::Open);
             report.left_over += u64::from(connection.handler.is_some());
-            let has_socket = connection.socket.is_some();
+            let (has_socket, is_delivered) = (connection.socket.is_some(), connection.is_delivered());
             match self.discard_all(slot) {
                 _ if !has_socket => {}
-                0 => report.flushed += 1,
+                0 if is_delivered => report.flushed += 1,
                 _ => report.cut_off += 1,
             }
         }
+        self.crowd.unfinished_bytes = 0;
         let connections = &mut self.crowd.connections;
         if catch_unwind(AssertUnwindSafe(|| connections.clear())).is_err() {
             tracing::error!("dropping a handler panicked");

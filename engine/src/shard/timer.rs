@@ -3,11 +3,14 @@
 //! The wheel and the deadlines only remind; what is to be done, each connection's own times
 //! say. Does not know why a connection ends beyond the reason it is given.
 
+use std::time::Duration;
+
 use crate::close_reason::CloseReason;
 use crate::frame::ControlFrame;
 use crate::heartbeat::Beat;
+use crate::wheel::UNARMED;
 
-use super::Shard;
+use super::{Shard, Untold};
 
 impl Shard {
     /// Drops frames that have waited as long as they may.
@@ -25,34 +28,37 @@ impl Shard {
         let mut due = std::mem::take(&mut self.scratch.due);
         self.wheel.expire(self.crowd.now, &mut due);
         for (id, tick) in due.drain(..) {
-            if self.find(id).is_some_and(|connection| connection.armed == tick) {
-                self.beat(id.slot() as u32);
+            let slot = id.slot() as u32;
+            if let Some(connection) = self.crowd.connections.get_mut(slot as usize)
+                && connection.id == id
+                && connection.armed == tick
+            {
+                connection.armed = UNARMED;
+                self.beat(slot);
             }
         }
         self.scratch.due = due;
+        self.tell_operator();
     }
 
     /// Does what is due for a connection and arms its next reminder.
     pub(super) fn beat(&mut self, slot: u32) {
+        let (now, listened) = (self.crowd.now, self.crowd.listened);
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let id = connection.id;
-        if let Some(by) = connection.ending.as_ref().map(|ending| ending.by) {
-            if connection.socket.is_none() {
-                return; // only the handler is left, and it has the time it needs
-            }
-            if self.crowd.now >= by {
-                self.drop_socket(slot);
-            } else {
-                connection.armed = self.wheel.arm(id, by);
-            }
-            return;
+        if connection.ending.is_some() {
+            return self.beat_ending(slot);
         }
         let config = connection.config.clone();
         let nonces = &mut self.nonces;
         loop {
-            let end = match connection.heartbeat.beat(self.crowd.now, &config, || next_nonce(nonces)) {
+            if let Some(reason) = connection.judge_stall(now, listened) {
+                return self.end(slot, reason);
+            }
+            let end = match connection.heartbeat.beat(now, listened, &config, || next_nonce(nonces)) {
                 Beat::Wait(due) => {
-                    connection.armed = self.wheel.arm(id, due);
+                    let due = connection.stalled_at().map_or(due, |stalled| stalled.min(due));
+                    self.wheel.arm_earlier(id, due, &mut connection.armed);
                     return;
                 }
                 Beat::Ping(payload) => {
@@ -62,18 +68,62 @@ impl Shard {
                     }
                     continue;
                 }
-                Beat::NoPong if connection.may_be_stuck() => {
-                    connection.heartbeat.stirred(self.crowd.now);
+                // It has said something that nobody has read.
+                Beat::Unanswered if connection.is_ready => {
+                    self.wheel.arm_earlier(id, now, &mut connection.armed);
+                    return;
+                }
+                Beat::Unanswered if connection.excuses_silence(now) && connection.heartbeat.prolong(now) => {
                     continue;
                 }
-                Beat::NoPong => CloseReason::PongTimeout,
+                Beat::Unanswered => CloseReason::PongTimeout,
                 Beat::Idle => CloseReason::IdleTimeout,
                 Beat::TooOld => CloseReason::MaxDuration,
             };
             return self.end(slot, end);
         }
     }
+
+    /// Watches over the closing handshake: the Close frame must get through before its time is over.
+    fn beat_ending(&mut self, slot: u32) {
+        let now = self.crowd.now;
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(ending) = connection.ending.as_mut().filter(|_| connection.socket.is_some()) else {
+            return; // only the handler is left, and it has the time it needs
+        };
+        if now >= ending.by {
+            return self.drop_socket(slot);
+        }
+        if ending.flush_by.take_if(|by| now >= *by).is_some() && self.discard(slot) > 0 {
+            if let Some(ending) = self.crowd.connections[slot as usize].ending.as_mut() {
+                ending.is_cut = true;
+            }
+            self.crowd.mark_dirty(slot);
+        }
+        self.arm_ending(slot);
+    }
+
+    /// Reminds of what an ending waits for next.
+    pub(super) fn arm_ending(&mut self, slot: u32) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(ending) = &connection.ending else { return };
+        let due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
+        self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
+    }
+
+    /// Says now and then how many clients were ended for what they did: each one is only told at `debug`.
+    fn tell_operator(&mut self) {
+        let Untold { since, slow, flooding, undecodable } = self.untold;
+        let is_due = since.is_zero() || self.crowd.now >= since + TELL_INTERVAL;
+        if slow + flooding + undecodable > 0 && is_due {
+            tracing::info!(shard = self.index, slow, flooding, undecodable, "clients were ended for what they did");
+            self.untold = Untold { since: self.crowd.now, ..Untold::default() };
+        }
+    }
 }
+
+/// How often an operator is told.
+const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
 /// SplitMix64: unpredictable enough that a peer cannot answer a ping that it has not seen.
 fn next_nonce(state: &mut u64) -> u64 {
