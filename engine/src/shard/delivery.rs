@@ -146,7 +146,10 @@ impl Shard {
         // Everyone is not counted.
         let joined = match &mut connection.opening {
             Some(opening) => {
-                opening.entrances.push(entrance);
+                let is_same = |known: &Entrance| Arc::ptr_eq(known.group(), entrance.group());
+                if !opening.entrances.iter().any(is_same) {
+                    opening.entrances.push(entrance);
+                }
                 opening.entrances.len() - 1
             }
             None => {
