@@ -23,7 +23,7 @@ use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
 use crate::decoder::{Decoder, Limits};
-use crate::directory::{Directory, Entrance};
+use crate::directory::{Directory, Entrance, Group};
 use crate::frame::ControlFrame;
 use crate::handler::{Handler, Resume};
 use crate::heartbeat::Heartbeat;
@@ -189,6 +189,19 @@ impl Connection {
             waiting: self.config.waiting_frames,
             waiting_bytes: self.config.waiting_bytes,
         }
+    }
+
+    /// Where it is counted as congested while it is in no group: it may be sent to, and publishers wait for it.
+    pub(crate) fn provisional_group(&self) -> Option<&Group> {
+        self.opening.as_ref().map(|_| &**self.directory.everyone())
+    }
+
+    /// Ends its opening. Not counted in any group now, until it enters them.
+    pub(crate) fn take_opening(&mut self) -> Option<Box<Opening>> {
+        if let (Some(group), Some(blocks)) = (self.provisional_group(), self.congestion()) {
+            group.remove_congested(blocks);
+        }
+        self.opening.take()
     }
 
     /// If it is counted as congested: whether as one that publishers wait for.

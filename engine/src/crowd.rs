@@ -175,6 +175,7 @@ impl Crowd {
         if !connection.is_congested && connection.outbox.is_congested(&bounds) {
             connection.is_congested = true;
             let blocks = connection.config.policy.blocks();
+            connection.provisional_group().into_iter().for_each(|group| group.add_congested(blocks));
             self.groups.groups_of(slot).for_each(|group| group.add_congested(blocks));
         }
         if connection.outbox.queued() > queued {
@@ -257,6 +258,7 @@ impl Crowd {
         if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
             connection.is_congested = false;
             let blocks = connection.config.policy.blocks();
+            connection.provisional_group().into_iter().for_each(|group| group.remove_congested(blocks));
             self.groups.groups_of(slot).for_each(|group| group.remove_congested(blocks));
         }
     }

@@ -214,6 +214,21 @@ impl Shard {
                 shared_blocking,
             });
         }
+        for (_, connection) in &self.crowd.connections {
+            if let (Some(group), Some(blocks)) = (connection.provisional_group(), connection.congestion()) {
+                let (ptr, (shared_members, shared_congested, shared_blocking)) =
+                    (std::ptr::from_ref(group) as usize, group.audit_counts());
+                audit.groups.push(AuditGroup {
+                    ptr,
+                    members: 0,
+                    congested: 1,
+                    blocking: blocks.into(),
+                    shared_members,
+                    shared_congested,
+                    shared_blocking,
+                });
+            }
+        }
         audit.reminders = self.wheel.audit_len();
         audit.deadlines = self.crowd.deadlines.audit_len();
         audit

@@ -181,7 +181,7 @@ impl Shard {
 
     fn enter(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        let Some(opening) = connection.opening.take() else { return };
+        let Some(opening) = connection.take_opening() else { return };
         if connection.is_deaf {
             return; // turned away by its handler
         }

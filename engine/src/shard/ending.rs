@@ -40,7 +40,7 @@ impl Shard {
         }
         tracing::debug!(id = %connection.id, %reason, "connection ended");
         connection.phase = Phase::Closing;
-        connection.opening = None;
+        drop(connection.take_opening());
         if !reason.is_in_input() {
             self.crowd.unfinished_bytes -= connection.unfinished_bytes();
             connection.held = None;
