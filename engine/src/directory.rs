@@ -28,9 +28,12 @@ pub(crate) struct Group {
     directory: Weak<Directory>,
     /// Members on all shards, those on their way included; or `CLOSED`.
     members: AtomicU64,
-    /// Members whose outbox is more than half full; and of these, those whose policy is `Block`.
+    /// Members whose outbox is more than a quarter full; and of these, those whose policy is `Block`.
     congested: AtomicU32,
     blocking: AtomicU32,
+    /// Members on their way to their shard's index, who may be congested and are not counted as such yet. Not counted
+    /// for everyone, which connections come to with an empty outbox.
+    arriving: AtomicU32,
     /// One bit per shard: set before a join returns, cleared only by the shard itself.
     ///
     /// A shard may clear the bit while a join is on its way to it. That is safe, because
@@ -48,6 +51,7 @@ impl Group {
             members: AtomicU64::new(0),
             congested: AtomicU32::new(0),
             blocking: AtomicU32::new(0),
+            arriving: AtomicU32::new(0),
             interest,
         }
     }
@@ -120,12 +124,20 @@ impl Group {
 
     /// Whether some member is behind.
     pub(crate) fn is_congested(&self) -> bool {
-        self.congested.load(Relaxed) > 0 // Relaxed: ordered by the log's cursors, see `Log::in_flight`
+        // Relaxed: ordered by the log's cursors, see `Log::in_flight`.
+        self.congested.load(Relaxed) > 0 || self.arriving.load(Acquire) > 0
     }
 
     /// Whether some member is behind for which publishers are to wait.
     pub(crate) fn is_blocking(&self) -> bool {
-        self.blocking.load(Relaxed) > 0 // Relaxed: as above
+        self.blocking.load(Relaxed) > 0 || self.arriving.load(Acquire) > 0 // Relaxed: as above
+    }
+
+    /// A member is in its shard's index, and counted as congested if it is, or has gone on the way.
+    fn has_arrived(&self) {
+        if self.name.is_some() {
+            self.arriving.fetch_sub(1, Release); // pairs with the loads above
+        }
     }
 
     pub(crate) fn add_congested(&self, blocks: bool) {
@@ -207,6 +219,7 @@ impl Directory {
                 }
             };
             if group.try_enter() {
+                group.arriving.fetch_add(1, Relaxed); // Relaxed: seen by whoever sees that the join has returned
                 group.add_interest(shard);
                 return Entrance { directory: self.clone(), group, arrived: false };
             }
@@ -263,12 +276,14 @@ impl Entrance {
     /// The member is in its shard's index now, and `exit` is called when it leaves.
     pub(crate) fn arrive(mut self) {
         self.arrived = true;
+        self.group.has_arrived();
     }
 }
 
 impl Drop for Entrance {
     fn drop(&mut self) {
         if !self.arrived {
+            self.group.has_arrived();
             self.directory.exit(&self.group);
         }
     }

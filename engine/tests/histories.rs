@@ -404,7 +404,7 @@ impl Peer {
     }
     fn answer_pings(&mut self) {
         for ping in std::mem::take(&mut self.pings) {
-            if !self.has_said_close && self.said_in_fragments.is_none() {
+            if !self.has_said_close {
                 self.say(0x8A, &ping);
             }
         }
