@@ -87,10 +87,12 @@ impl<M, C> Clients<M, C> {
     }
 
     /// Makes a client a member of a group. When this has returned, the next message to the group by anyone reaches
-    /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing.
+    /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing. One whose
+    /// [`on_open`](crate::WsHub::on_open) is not done yet is a member from when it is, behind everything that was sent
+    /// until then. One that is in [`max_groups`](crate::WsHubConfig::max_groups) groups is ended (1008).
     ///
     /// # Errors
-    /// The engine has ended, or too many wait for the client's shard.
+    /// The engine has ended, too many wait for the client's shard, or the group's name is too long.
     pub async fn join(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
         Ok(self.inner.namespace.join(id, group).await?)
     }
@@ -107,7 +109,7 @@ impl<M, C> Clients<M, C> {
     /// 123 bytes of `reason`.
     ///
     /// # Errors
-    /// As for [`join`](Self::join).
+    /// A close code that cannot be sent, an engine that has ended, too many who wait for the client's shard.
     pub async fn disconnect(
         &self,
         id: ConnectionId,
@@ -199,7 +201,7 @@ impl<'a, M, C> Target<'a, M, C> {
     /// `code` and at most 123 bytes of `reason`.
     ///
     /// # Errors
-    /// An engine that has ended, too many who wait already.
+    /// A close code that cannot be sent, an engine that has ended, too many who wait already.
     pub async fn disconnect(
         &self,
         code: CloseCode,
@@ -235,7 +237,12 @@ impl<'a, M, C> Target<'a, M, C> {
 
 impl<M, C: Encode<M>> Target<'_, M, C> {
     /// Sends the message. Ends when every client of the target has taken it or has gone; while none is behind,
-    /// and under every policy but `Block`, that is as soon as the engine has it. What one task sends one after the other, every client gets in that order.
+    /// and under every policy but `Block`, that is as soon as the engine has it. What one task sends one after the
+    /// other, every client gets in that order.
+    ///
+    /// A message that the engine has is delivered though nobody waits for it any more. Who drops this future, as
+    /// `tokio::time::timeout` around it does, does not know whether it was: sending again may send it twice. To give
+    /// up on a slow client without that, use a policy with a timeout.
     ///
     /// # Errors
     /// A message that cannot be encoded, an engine that has ended, too many who wait already.
@@ -315,6 +322,12 @@ pub enum SendError {
     /// Encoded, it is longer than a frame can be (4 GiB − 1 B).
     #[error("the message is longer than 4 GiB: send it in parts")]
     TooLong,
+    /// The name of the group to be joined is longer than [`GROUP_NAME_BYTES_MAX`](crate::GROUP_NAME_BYTES_MAX).
+    #[error("the group's name is longer than {} bytes", shardcast_engine::GROUP_NAME_BYTES_MAX)]
+    GroupNameTooLong,
+    /// The close code may not stand in a Close frame, see [`CloseCode::is_valid_on_wire`]. Nobody was disconnected.
+    #[error("the close code {0} cannot be sent: take one of 1000-1003, 1007-1014 or 3000-4999")]
+    InvalidCloseCode(CloseCode),
 }
 
 impl From<EngineError> for SendError {
@@ -322,6 +335,8 @@ impl From<EngineError> for SendError {
         match error {
             EngineError::Overloaded => Self::Overloaded,
             EngineError::TooLong => Self::TooLong,
+            EngineError::GroupNameTooLong => Self::GroupNameTooLong,
+            EngineError::InvalidCloseCode(code) => Self::InvalidCloseCode(code),
             _ => Self::Closed,
         }
     }

@@ -27,8 +27,13 @@ pub struct WsHubConfig {
     /// Frames that may wait for room there: 0 to 16,777,216. Default: 65,536. At the limit frames that may be
     /// dropped are dropped at once; where none may, the connection ends as a slow consumer (1013).
     pub waiting_frames: usize,
-    /// Bytes that may wait for room there, likewise: 0 to 16 GiB. Default: 16 MiB.
+    /// Bytes that may wait for room there, likewise: 0 to 16 GiB. Default: 16 MiB. Where nothing waits, one frame of
+    /// any size may.
     pub waiting_bytes: usize,
+    /// How long a client may take nothing while something waits for it: 10 ms to 1 hour, or none. Default: 10 s. After
+    /// it the client is ended as a slow consumer (1013), whatever it sends and whatever its method does. Who takes a
+    /// byte in time makes progress, however slow.
+    pub stall_timeout: Option<Duration>,
     /// Bytes of one incoming message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one ends
     /// the connection (1009).
     pub max_message_bytes: usize,
@@ -38,16 +43,27 @@ pub struct WsHubConfig {
     pub control_frames_per_second: u16,
     /// Time between two pings: 10 ms to 1 day. Default: 15 s.
     pub heartbeat_interval: Duration,
-    /// Time within which a ping must be answered: 10 ms to 1 day. Default: 10 s. After it the client counts as
-    /// dead (1011).
+    /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s. After it
+    /// the client counts as dead (1011). Every whole frame of the client is an answer. The wait is prolonged, up to 250
+    /// times, while the client still takes what lies before the ping, or sends at least 256 bytes of a frame that is
+    /// not whole.
     pub pong_timeout: Duration,
-    /// Time without any frame from the client, pongs included: 10 ms to 1 year, or none. Default: none. After it the
-    /// connection ends (1001).
+    /// Time without a byte from the client, pongs included: 10 ms to 1 year, or none. Default: none. After it the
+    /// connection ends (1001). Browsers answer pings whatever their page does: to end those that say nothing, see
+    /// [`message_timeout`](Self::message_timeout).
     pub idle_timeout: Option<Duration>,
+    /// Time without a message from the client, for which pings and pongs do not count: 10 ms to 1 year, or none.
+    /// Default: none. After it the connection ends (1001).
+    pub message_timeout: Option<Duration>,
     /// How long a connection may live: 10 ms to 1 year, or none. Default: none. After it the connection ends (1012).
+    /// Connections of one age end over the last tenth of it, so that their clients do not come back all at once.
     pub max_connection_duration: Option<Duration>,
-    /// Time for the closing handshake, what is still to be sent included: 10 ms to 1 hour. Default: 5 s. After it the
-    /// socket is dropped.
+    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. Who joins one more is ended
+    /// (1008).
+    pub max_groups: usize,
+    /// Time for the closing handshake, what is still to be sent included: 10 ms to 1 hour. Default: 5 s. After half of
+    /// it what has not been begun to be written is discarded, so that the Close frame still gets through; after all of
+    /// it the socket is dropped.
     pub close_timeout: Duration,
     /// Where the hub's methods run. Default: [`RunOn::Shard`].
     pub run_on: RunOn,
@@ -74,12 +90,15 @@ impl Default for WsHubConfig {
             outbox_bytes: engine.outbox_bytes,
             waiting_frames: engine.waiting_frames,
             waiting_bytes: engine.waiting_bytes,
+            stall_timeout: engine.stall_timeout,
             control_frames_per_second: engine.control_frames_per_second,
             max_message_bytes: engine.max_message_bytes,
             max_fragments: engine.max_fragments,
             heartbeat_interval: engine.heartbeat_interval,
             pong_timeout: engine.pong_timeout,
             idle_timeout: engine.idle_timeout,
+            message_timeout: engine.message_timeout,
+            max_groups: engine.max_groups,
             max_connection_duration: engine.max_connection_duration,
             close_timeout: engine.close_timeout,
             run_on: RunOn::Shard,
@@ -103,6 +122,7 @@ impl WsHubConfig {
             outbox_bytes: self.outbox_bytes,
             waiting_frames: self.waiting_frames,
             waiting_bytes: self.waiting_bytes,
+            stall_timeout: self.stall_timeout,
             policy: self.policy,
             control_frames_per_second: self.control_frames_per_second,
             max_message_bytes: self.max_message_bytes,
@@ -110,6 +130,8 @@ impl WsHubConfig {
             heartbeat_interval: self.heartbeat_interval,
             pong_timeout: self.pong_timeout,
             idle_timeout: self.idle_timeout,
+            message_timeout: self.message_timeout,
+            max_groups: self.max_groups,
             max_connection_duration: self.max_connection_duration,
             close_timeout: self.close_timeout,
         };

@@ -422,7 +422,7 @@ async fn methods_use_all_of_tokio_in_order(run_on: RunOn) {
     for peer in peers {
         peer.leave().await;
         let end = soon(ended.recv()).await.unwrap();
-        assert_eq!(end.reason, CloseReason::Peer { code: Some(CloseCode::NORMAL) });
+        assert_eq!(end.reason, CloseReason::Peer { code: Some(CloseCode::NORMAL), text: "".into() });
     }
     eventually(0, || hub.len()).await;
 }

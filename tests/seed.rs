@@ -641,7 +641,7 @@ mod client {
         let run = || to_the_test::main().map_err(|error| error.to_string());
         soon(tokio::task::spawn_blocking(run)).await.unwrap().unwrap();
         listener.hears(&[r#"{"Ok":"hello"}"#]).await;
-        let polite = CloseReason::Peer { code: Some(CloseCode::NORMAL) };
+        let polite = CloseReason::Peer { code: Some(CloseCode::NORMAL), text: "".into() };
         assert_eq!(soon(ended.recv()).await, Some(polite));
     }
 }

@@ -206,7 +206,9 @@ impl ConnectionConfig {
         if let Some(timeout) = self.stall_timeout {
             within("stall_timeout", timeout, SHORTEST, Duration::from_secs(3600))?;
         }
-        for (field, timeout) in [("idle_timeout", self.idle_timeout), ("message_timeout", self.message_timeout)] {
+        for (field, timeout) in
+            [("idle_timeout", self.idle_timeout), ("message_timeout", self.message_timeout)]
+        {
             if let Some(timeout) = timeout {
                 within(field, timeout, SHORTEST, YEAR)?;
             }

@@ -296,8 +296,7 @@ impl Connection {
     /// Whether something lies before a ping that is written now.
     pub(crate) fn has_unacknowledged(&self) -> bool {
         let socket = self.socket.as_ref();
-        self.outbox.is_in_frame()
-            || socket.and_then(Socket::unacknowledged).is_some_and(|bytes| bytes > 0)
+        self.outbox.is_in_frame() || socket.and_then(Socket::unacknowledged).is_some_and(|bytes| bytes > 0)
     }
 
     /// The ping is with the kernel; `is_ahead`: something lies before it that the peer has not taken.

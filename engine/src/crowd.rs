@@ -293,9 +293,7 @@ impl Crowd {
     /// The connections whose sockets take no more for now, the largest backlog first.
     pub(crate) fn refused_by_backlog(&self) -> Vec<ConnectionId> {
         let is_refused = |connection: &Connection| !connection.is_writable;
-        self.largest(|connection| {
-            if is_refused(connection) { connection.outbox.backlog_bytes() } else { 0 }
-        })
+        self.largest(|connection| if is_refused(connection) { connection.outbox.backlog_bytes() } else { 0 })
     }
 
     /// The connections that hold something unfinished, the most first.

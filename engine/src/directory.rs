@@ -9,9 +9,9 @@
 //! is decided by the member count: 0 turns into `CLOSED` once, and who finds an entry
 //! closed makes a new one. So a member never hides in an entry that nobody finds.
 
-use std::sync::{Arc, Weak};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Arc, Weak};
 
 use crate::id::GroupKey;
 use crate::metrics::EndedCounts;

@@ -187,9 +187,7 @@ impl Heartbeat {
 
     /// A pong that arrived at `arrived`; whether it answers our ping.
     pub(crate) fn pong(&mut self, arrived: Duration, payload: &[u8]) -> bool {
-        if self.ping == Ping::Queued
-            || self.nonce.is_none_or(|nonce| nonce.get().to_be_bytes() != payload)
-        {
+        if self.ping == Ping::Queued || self.nonce.is_none_or(|nonce| nonce.get().to_be_bytes() != payload) {
             return false;
         }
         self.nonce = None;

@@ -232,7 +232,6 @@ impl<T: Weigh> Log<T> {
         self.slots.len() as u64
     }
 
-
     #[inline]
     fn slot(&self, position: u64) -> &Slot<T> {
         &self.slots[position as usize & (self.slots.len() - 1)]

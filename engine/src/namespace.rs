@@ -421,9 +421,7 @@ impl Namespace {
         let is_behind = |group: &Group| if for_any { group.is_congested() } else { group.is_blocking() };
         match target {
             Target::One(group) => is_behind(group),
-            Target::Several(groups) => {
-                groups.iter().filter_map(Named::find).any(|group| is_behind(&group))
-            }
+            Target::Several(groups) => groups.iter().filter_map(Named::find).any(|group| is_behind(&group)),
         }
     }
 

@@ -466,7 +466,6 @@ struct Job {
     has_waited: bool,
 }
 
-
 // ---- The world --------------------------------------------------------------------------------------------------
 
 struct World {
@@ -1268,9 +1267,7 @@ impl World {
             let (peer, rec, config) = (&self.peers[tag], lock(rec), &self.configs[tag]);
             let Some(reason) = rec.ends.first() else { continue };
             let is_justified = match reason {
-                CloseReason::PongTimeout => {
-                    !peer.is_good || peer.is_broken
-                }
+                CloseReason::PongTimeout => !peer.is_good || peer.is_broken,
                 CloseReason::IdleTimeout => config.idle_timeout.is_some() || config.message_timeout.is_some(),
                 CloseReason::MaxDuration => config.max_connection_duration.is_some(),
                 CloseReason::Peer { .. } => peer.has_said_close,
@@ -1408,9 +1405,7 @@ impl World {
                 if !conn.may_drop && !self.hurried_stop && has_time {
                     let all = match reason {
                         CloseReason::Application { text, .. } if text == "cmd" => conn.closed_at,
-                        CloseReason::Application { text, .. } if text == "handler" => {
-                            conn.soft_closed_at
-                        }
+                        CloseReason::Application { text, .. } if text == "handler" => conn.soft_closed_at,
                         CloseReason::Shutdown { .. } => Some(expected.len()),
                         _ => None,
                     };
@@ -1420,9 +1415,7 @@ impl World {
                         ));
                     }
                     let is_peer = matches!(reason, CloseReason::Peer { .. });
-                    if is_peer
-                        && heard.len() < peer.expected_at_close
-                    {
+                    if is_peer && heard.len() < peer.expected_at_close {
                         wrong.push(format!(
                             "{tag} closed, heard {heard:?} of {expected:?}: {}",
                             peer.expected_at_close

@@ -766,7 +766,10 @@ fn a_busy_handler_is_not_taken_for_a_dead_peer() {
     }
     assert_eq!((rig.everyone.len(), client.record().ends.len()), (1, 0));
     let rtt = rig.metrics_of(client.id()).unwrap().rtt.last;
-    assert!(rtt.is_some_and(|rtt| rtt <= Duration::from_secs(1)), "the handler's time is no round trip: {rtt:?}");
+    assert!(
+        rtt.is_some_and(|rtt| rtt <= Duration::from_secs(1)),
+        "the handler's time is no round trip: {rtt:?}"
+    );
 }
 
 // ---- Promise 8 --------------------------------------------------------------------------------------------------

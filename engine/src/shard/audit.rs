@@ -175,7 +175,10 @@ impl Shard {
             });
         }
         if unfinished != self.crowd.unfinished_bytes {
-            wrong(format!("{unfinished} bytes are unfinished but counted as {}", self.crowd.unfinished_bytes));
+            wrong(format!(
+                "{unfinished} bytes are unfinished but counted as {}",
+                self.crowd.unfinished_bytes
+            ));
         }
         if sum != self.crowd.backlog_bytes {
             wrong(format!("backlog is {} but counted as {}", sum, self.crowd.backlog_bytes));

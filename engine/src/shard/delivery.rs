@@ -36,7 +36,8 @@ impl Shard {
         let mut left = lying.min(COMMANDS_PER_TURN);
         let (mut made_room, mut bytes) = (false, 0);
         let is_held_up = loop {
-            if self.held.is_none() && self.later.front().is_some_and(|later| later.commands <= self.commands) {
+            if self.held.is_none() && self.later.front().is_some_and(|later| later.commands <= self.commands)
+            {
                 if self.carry_out_later() { continue } else { break true }
             }
             let entry = match self.held.take() {
@@ -172,22 +173,24 @@ impl Shard {
     /// The handler is done with `on_open`: the connection enters its groups behind all that was sent meanwhile.
     pub(super) fn enter_in_order(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let (id, is_turned_away) = (connection.id, connection.is_deaf);
         if let Some(opening) = &mut connection.opening {
             opening.is_done = true;
-            let id = connection.id;
-            self.do_later(id, Step::Enter);
+            if !is_turned_away {
+                self.do_later(id, Step::Enter);
+            }
         }
     }
 
     fn enter(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let Some(opening) = connection.take_opening() else { return };
-        if connection.is_deaf {
-            return; // turned away by its handler
-        }
         for entrance in opening.entrances {
-            let is_open =
-                self.crowd.connections.get(slot as usize).is_some_and(|connection| connection.phase == Phase::Open);
+            let is_open = self
+                .crowd
+                .connections
+                .get(slot as usize)
+                .is_some_and(|connection| connection.phase == Phase::Open);
             if is_open {
                 self.join(slot, entrance);
             }
@@ -308,7 +311,9 @@ impl Shard {
                 (payload, target) => {
                     let mut slots = std::mem::take(&mut self.scratch.slots);
                     match target {
-                        Target::One(group) => self.crowd.groups.union(group.current_key().into_iter(), &mut slots),
+                        Target::One(group) => {
+                            self.crowd.groups.union(group.current_key().into_iter(), &mut slots)
+                        }
                         Target::Several(groups) => {
                             let keys = groups.iter().filter_map(Named::current_key);
                             self.crowd.groups.union(keys, &mut slots);

@@ -307,9 +307,8 @@ impl Shard {
                 self.crowd.metrics.received += 1;
             }
             if let Some((kind, payload)) = message {
-                let _ = self.call(slot, |handler, context| {
-                    handler.on_message(Message { kind, payload }, context)
-                });
+                let _ = self
+                    .call(slot, |handler, context| handler.on_message(Message { kind, payload }, context));
             }
             if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
                 connection.held = Some(held).filter(|held| !held.is_empty());

@@ -49,6 +49,11 @@ impl Shard {
         if connection.ending.is_some() {
             return self.beat_ending(slot);
         }
+        if connection.is_deaf {
+            // Its end is decided and on its way.
+            let due = now + connection.config.close_timeout;
+            return self.wheel.arm_earlier(id, due, &mut connection.armed);
+        }
         let config = connection.config.clone();
         let nonces = &mut self.nonces;
         loop {
@@ -116,7 +121,13 @@ impl Shard {
         let Untold { since, slow, flooding, undecodable } = self.untold;
         let is_due = since.is_zero() || self.crowd.now >= since + TELL_INTERVAL;
         if slow + flooding + undecodable > 0 && is_due {
-            tracing::info!(shard = self.index, slow, flooding, undecodable, "clients were ended for what they did");
+            tracing::info!(
+                shard = self.index,
+                slow,
+                flooding,
+                undecodable,
+                "clients were ended for what they did"
+            );
             self.untold = Untold { since: self.crowd.now, ..Untold::default() };
         }
     }
