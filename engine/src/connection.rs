@@ -71,10 +71,7 @@ pub(crate) struct Connection {
     pub(crate) resume: Option<Arc<Resume>>,
     /// What came while the handler was busy.
     pub(crate) held: Option<Box<Held>>,
-    /// What it joins when it has opened; there until then.
-    pub(crate) opening: Option<Box<Opening>>,
-    /// How it ends, once that is decided.
-    pub(crate) ending: Option<Box<Ending>>,
+    pub(crate) passage: Option<Box<Passage>>,
     pub(crate) heartbeat: Heartbeat,
     /// The tick of the wheel at which it is looked at next; other reminders are stale.
     pub(crate) armed: u64,
@@ -87,10 +84,6 @@ pub(crate) struct Connection {
     /// Where the last ping ends among them.
     pub(crate) ping_end: u32,
     pub(crate) counts: Counts,
-    /// Frames dropped since one was last taken.
-    pub(crate) drops_in_a_row: u32,
-    /// Frames dropped that the handler has not been told of.
-    pub(crate) drops_untold: u32,
     pub(crate) control_rate: ControlRate,
     pub(crate) phase: Phase,
     pub(crate) work: Work,
@@ -115,6 +108,13 @@ pub(crate) struct Connection {
     /// Is counted as congested in its groups.
     pub(crate) is_congested: bool,
     pub(crate) _place: Place,
+}
+
+/// What a connection has only at its beginning, or only at its end.
+#[derive(Debug)]
+pub(crate) enum Passage {
+    Opening(Opening),
+    Ending(Ending),
 }
 
 /// How a connection ends.
@@ -193,15 +193,56 @@ impl Connection {
 
     /// Where it is counted as congested while it is in no group: it may be sent to, and publishers wait for it.
     pub(crate) fn provisional_group(&self) -> Option<&Group> {
-        self.opening.as_ref().map(|_| &**self.directory.everyone())
+        self.opening().map(|_| &**self.directory.everyone())
     }
 
     /// Ends its opening. Not counted in any group now, until it enters them.
-    pub(crate) fn take_opening(&mut self) -> Option<Box<Opening>> {
+    pub(crate) fn take_opening(&mut self) -> Option<Opening> {
         if let (Some(group), Some(blocks)) = (self.provisional_group(), self.congestion()) {
             group.remove_congested(blocks);
         }
-        self.opening.take()
+        match self.passage.take_if(|passage| matches!(**passage, Passage::Opening(_))).map(|passage| *passage) {
+            Some(Passage::Opening(opening)) => Some(opening),
+            _ => None,
+        }
+    }
+
+    /// What it is to join when it has opened; there until then.
+    pub(crate) fn opening(&self) -> Option<&Opening> {
+        match self.passage.as_deref() {
+            Some(Passage::Opening(opening)) => Some(opening),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn opening_mut(&mut self) -> Option<&mut Opening> {
+        match self.passage.as_deref_mut() {
+            Some(Passage::Opening(opening)) => Some(opening),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn begin_opening(&mut self, opening: Opening) {
+        self.passage = Some(Box::new(Passage::Opening(opening)));
+    }
+
+    /// How it ends, once that is decided.
+    pub(crate) fn ending(&self) -> Option<&Ending> {
+        match self.passage.as_deref() {
+            Some(Passage::Ending(ending)) => Some(ending),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn ending_mut(&mut self) -> Option<&mut Ending> {
+        match self.passage.as_deref_mut() {
+            Some(Passage::Ending(ending)) => Some(ending),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn begin_ending(&mut self, ending: Ending) {
+        self.passage = Some(Box::new(Passage::Ending(ending)));
     }
 
     /// If it is counted as congested: whether as one that publishers wait for.
@@ -213,7 +254,7 @@ impl Connection {
     pub(crate) fn is_listening(&self) -> bool {
         self.phase == Phase::Open
             && self.work == Work::Idle
-            && self.opening.is_none()
+            && self.opening().is_none()
             && !self.is_deaf
             && !self.is_paused
     }
@@ -327,9 +368,9 @@ impl Connection {
 
     /// Whether everything that was the peer's is with it, as far as can be told.
     pub(crate) fn is_delivered(&self) -> bool {
-        let is_told = self.ending.as_ref().is_none_or(|ending| ending.reason.close_frame().is_some());
+        let is_told = self.ending().is_none_or(|ending| ending.reason.close_frame().is_some());
         match &self.socket {
-            _ if self.ending.as_ref().is_some_and(|ending| ending.is_cut) => false,
+            _ if self.ending().is_some_and(|ending| ending.is_cut) => false,
             _ if !is_told || self.is_input_over => true,
             Some(socket) => socket.is_direct() && socket.unacknowledged().is_none_or(|bytes| bytes == 0),
             None => true,
@@ -341,16 +382,16 @@ impl Connection {
     }
 
     pub(crate) fn metrics(&self) -> ConnectionMetrics {
-        let Counts { offered, written, dropped_timeout, dropped_overflow, discarded, received } = self.counts;
+        let (Counts { offered, written, received, .. }, losses) = (&self.counts, self.counts.losses());
         ConnectionMetrics {
-            offered,
-            written,
-            dropped_timeout,
-            dropped_overflow,
-            discarded,
+            offered: *offered,
+            written: *written,
+            dropped_timeout: losses.dropped_timeout,
+            dropped_overflow: losses.dropped_overflow,
+            discarded: losses.discarded,
             pending: self.outbox.pending(),
             pending_bytes: self.outbox.backlog_bytes() as u64,
-            received,
+            received: *received,
             rtt: self.heartbeat.rtt(),
         }
     }
@@ -415,7 +456,7 @@ impl Connection {
                         let (waiting, bounds) = (self.outbox.waiting(), self.bounds());
                         let frames = u64::from(self.outbox.wrote(count, &bounds));
                         if self.outbox.waiting() < waiting {
-                            self.drops_in_a_row = 0; // something that had waited was taken
+                            self.counts.took(); // something that had waited was taken
                         }
                         self.counts.written += frames;
                         totals.written += frames;
@@ -441,7 +482,7 @@ impl Connection {
     }
 
     fn close_frame(&self) -> ControlFrame {
-        match self.ending.as_ref().and_then(|ending| ending.reason.close_frame()) {
+        match self.ending().and_then(|ending| ending.reason.close_frame()) {
             Some((code, text)) if code != CloseCode::NO_STATUS => ControlFrame::close(code, &text),
             _ => ControlFrame::close_empty(),
         }

@@ -149,7 +149,7 @@ impl Crowd {
         }
         if connection.outbox.begin(chunk, &bounds) {
             self.backlog_bytes += chunk.bytes();
-            connection.drops_in_a_row = 0;
+            connection.counts.took();
             return false;
         }
         self.offer_more(slot, chunk, policy, ticket)
@@ -179,7 +179,7 @@ impl Crowd {
             self.groups.groups_of(slot).for_each(|group| group.add_congested(blocks));
         }
         if connection.outbox.queued() > queued {
-            connection.drops_in_a_row = 0; // some of it was taken, whatever becomes of the rest
+            connection.counts.took(); // some of it was taken, whatever becomes of the rest
         }
         if offer == Offer::Queued {
             return false;
@@ -202,7 +202,7 @@ impl Crowd {
         match offer {
             Offer::Queued | Offer::Waits => {}
             Offer::Drops(frames) => {
-                connection.counts.dropped_overflow += u64::from(frames);
+                connection.counts.lose().dropped_overflow += u64::from(frames);
                 self.metrics.dropped_overflow += u64::from(frames);
                 if let Some(ticket) = ticket {
                     ticket.count_overflow();
@@ -239,12 +239,12 @@ impl Crowd {
         });
         self.backlog_bytes -= before - connection.outbox.backlog_bytes();
         for dropped in drops {
-            connection.counts.dropped_timeout += u64::from(dropped.frames);
+            connection.counts.lose().dropped_timeout += u64::from(dropped.frames);
             self.metrics.dropped_timeout += u64::from(dropped.frames);
             note_drop(connection, dropped, &mut self.drops, &mut self.ends);
         }
         if connection.outbox.queued() > queued {
-            connection.drops_in_a_row = 0; // what waited behind was taken
+            connection.counts.took(); // what waited behind was taken
         }
         if let Some(until) = next {
             self.deadlines.push(until, id);
@@ -332,12 +332,13 @@ fn note_drop(
     drops: &mut Vec<ConnectionId>,
     ends: &mut Vec<(ConnectionId, CloseReason)>,
 ) {
-    if connection.drops_untold == 0 {
+    let losses = connection.counts.lose();
+    if losses.untold == 0 {
         drops.push(connection.id);
     }
-    connection.drops_untold = connection.drops_untold.saturating_add(dropped.frames);
-    connection.drops_in_a_row = connection.drops_in_a_row.saturating_add(dropped.frames);
-    if dropped.max_drops > 0 && connection.drops_in_a_row >= dropped.max_drops {
+    losses.untold = losses.untold.saturating_add(dropped.frames);
+    losses.in_a_row = losses.in_a_row.saturating_add(dropped.frames);
+    if dropped.max_drops > 0 && losses.in_a_row >= dropped.max_drops {
         ends.push((connection.id, CloseReason::TooManyDrops));
     }
 }

@@ -213,13 +213,13 @@ impl EndedCounts {
     pub(crate) fn add(&self, counts: &Counts) {
         // Relaxed, load and store: written by one thread, and read by the same.
         let add = |sum: &AtomicU64, count: u64| sum.store(sum.load(Relaxed) + count, Relaxed);
-        let Counts { offered, written, dropped_timeout, dropped_overflow, discarded, received } = *counts;
-        add(&self.0.offered, offered);
-        add(&self.0.written, written);
+        let Losses { dropped_timeout, dropped_overflow, discarded, .. } = counts.losses();
+        add(&self.0.offered, counts.offered);
+        add(&self.0.written, counts.written);
         add(&self.0.dropped_timeout, dropped_timeout);
         add(&self.0.dropped_overflow, dropped_overflow);
         add(&self.0.discarded, discarded);
-        add(&self.0.received, received);
+        add(&self.0.received, counts.received);
     }
 
     /// Called by the shard only.
@@ -238,12 +238,53 @@ impl EndedCounts {
 }
 
 /// What one connection counts while it lives.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) offered: u64,
     pub(crate) written: u64,
+    pub(crate) received: u64,
+    /// Boxed, because most connections lose nothing.
+    losses: Option<Box<Losses>>,
+}
+
+/// What one connection has lost.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Losses {
     pub(crate) dropped_timeout: u64,
     pub(crate) dropped_overflow: u64,
     pub(crate) discarded: u64,
-    pub(crate) received: u64,
+    /// Frames dropped since one was last taken.
+    pub(crate) in_a_row: u32,
+    /// Frames dropped that the handler has not been told of.
+    pub(crate) untold: u32,
+}
+
+impl Counts {
+    pub(crate) fn losses(&self) -> Losses {
+        self.losses.as_deref().copied().unwrap_or_default()
+    }
+
+    pub(crate) fn lose(&mut self) -> &mut Losses {
+        self.losses.get_or_insert_default()
+    }
+
+    /// Frames were discarded, if there were any.
+    pub(crate) fn discard(&mut self, frames: u64) {
+        if frames > 0 {
+            self.lose().discarded += frames;
+        }
+    }
+
+    /// Something was taken: drops are not in a row any more.
+    #[inline]
+    pub(crate) fn took(&mut self) {
+        if let Some(losses) = &mut self.losses {
+            losses.in_a_row = 0;
+        }
+    }
+
+    /// How many frames were dropped that the handler is told of now.
+    pub(crate) fn tell_drops(&mut self) -> u32 {
+        self.losses.as_mut().map_or(0, |losses| std::mem::take(&mut losses.untold))
+    }
 }

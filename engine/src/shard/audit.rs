@@ -109,13 +109,13 @@ impl Shard {
             if connection.phase == Phase::Open
                 && connection.work == Work::Idle
                 && connection.held.is_some()
-                && connection.opening.is_none()
+                && connection.opening().is_none()
                 && !connection.is_deaf
                 && !connection.is_paused
             {
                 wrong(format!("{} has messages held and an idle handler", connection.id));
             }
-            if connection.phase == Phase::Open && connection.work == Work::Idle && connection.drops_untold > 0
+            if connection.phase == Phase::Open && connection.work == Work::Idle && connection.counts.losses().untold > 0
             {
                 wrong(format!("{} has untold drops and an idle handler", connection.id));
             }
@@ -137,7 +137,7 @@ impl Shard {
                 wrong(format!("{} is counted as congested and relieved", connection.id));
             }
             let groups = self.crowd.groups.groups_of(slot as u32).count();
-            let is_member = connection.phase == Phase::Open && connection.opening.is_none();
+            let is_member = connection.phase == Phase::Open && connection.opening().is_none();
             if is_member != (groups > 0) && !connection.is_deaf {
                 wrong(format!("{} is {:?} in {groups} groups", connection.id, connection.phase));
             }

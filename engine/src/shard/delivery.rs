@@ -119,8 +119,8 @@ impl Shard {
                 drop(oversized); // its outbox has announced itself
             }
             Action::Join(entrance) if is_open => self.join(slot, entrance),
-            Action::Leave { group } if connection.opening.is_some() => {
-                if let Some(opening) = &mut connection.opening {
+            Action::Leave { group } if connection.opening().is_some() => {
+                if let Some(opening) = connection.opening_mut() {
                     opening.entrances.retain(|entrance| !Arc::ptr_eq(entrance.group(), &group));
                 }
             }
@@ -145,7 +145,8 @@ impl Shard {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let max = connection.config.max_groups;
         // Everyone is not counted.
-        let joined = match &mut connection.opening {
+        let congestion = connection.congestion();
+        let joined = match connection.opening_mut() {
             Some(opening) => {
                 let is_same = |known: &Entrance| Arc::ptr_eq(known.group(), entrance.group());
                 if !opening.entrances.iter().any(is_same) {
@@ -154,7 +155,7 @@ impl Shard {
                 opening.entrances.len() - 1
             }
             None => {
-                let (group, congestion) = (entrance.group().clone(), connection.congestion());
+                let group = entrance.group().clone();
                 group.add_interest(self.index); // it may have been cleared while this join was on its way
                 if self.crowd.groups.join(group.key, group.clone(), slot) {
                     if let Some(blocks) = congestion {
@@ -174,7 +175,7 @@ impl Shard {
     pub(super) fn enter_in_order(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let (id, is_turned_away) = (connection.id, connection.is_deaf);
-        if let Some(opening) = &mut connection.opening {
+        if let Some(opening) = connection.opening_mut() {
             opening.is_done = true;
             if !is_turned_away {
                 self.do_later(id, Step::Enter);
@@ -234,16 +235,13 @@ impl Shard {
             handler: Some(handler),
             resume: None,
             held: None,
-            opening: None,
-            ending: None,
+            passage: None,
             armed: UNARMED,
             refused_since: 0,
             written: 0,
             taken: 0,
             ping_end: 0,
             counts: Counts::default(),
-            drops_in_a_row: 0,
-            drops_untold: 0,
             control_rate: ControlRate::default(),
             phase: Phase::Open,
             work: Work::Idle,
@@ -274,7 +272,7 @@ impl Shard {
             }
         } else {
             let opening = Opening { entrances: vec![entrance], is_done: false };
-            self.crowd.connections[slot as usize].opening = Some(Box::new(opening));
+            self.crowd.connections[slot as usize].begin_opening(opening);
             if flow == Flow::Ready {
                 self.enter_in_order(slot);
             }

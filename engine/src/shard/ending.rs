@@ -64,7 +64,7 @@ impl Shard {
         // Who has ended the stream may still read: what is queued goes out, though no Close frame follows.
         let is_flushed = is_told || (reason == CloseReason::Vanished && !connection.outbox.is_empty());
         let ending = Ending { reason, by, flush_by: Some(flush_by), is_cut: false };
-        connection.ending = Some(Box::new(ending));
+        connection.begin_ending(ending);
         connection.owes_close = is_told;
         if is_readable {
             self.mark_ready(slot);
@@ -125,7 +125,7 @@ impl Shard {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return 0 };
         self.crowd.backlog_bytes -= connection.outbox.backlog_bytes();
         let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
-        connection.counts.discarded += discarded;
+        connection.counts.discard(discarded);
         self.crowd.metrics.discarded += discarded;
         discarded
     }
@@ -157,7 +157,7 @@ impl Shard {
         let before = connection.outbox.backlog_bytes();
         let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
         self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
-        connection.counts.discarded += discarded;
+        connection.counts.discard(discarded);
         self.crowd.metrics.discarded += discarded;
         discarded
     }
@@ -165,7 +165,7 @@ impl Shard {
     /// Tells the handler of drops, if there were any; whether it is done with that.
     pub(super) fn tell_drops(&mut self, slot: u32) -> Flow {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return Flow::Ready };
-        match std::mem::take(&mut connection.drops_untold) {
+        match connection.counts.tell_drops() {
             0 => Flow::Ready,
             frames => self.call(slot, |handler, context| handler.on_drop(frames, context)),
         }
@@ -181,7 +181,7 @@ impl Shard {
             return; // and again when it is done
         }
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        let Some(reason) = connection.ending.as_ref().map(|ending| ending.reason.clone()) else { return };
+        let Some(reason) = connection.ending().map(|ending| ending.reason.clone()) else { return };
         match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
             Flow::Pending => {
                 if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {

@@ -342,7 +342,7 @@ impl Shard {
             self.part(slot);
             return;
         }
-        if connection.opening.as_ref().is_some_and(|opening| !opening.is_done) {
+        if connection.opening().is_some_and(|opening| !opening.is_done) {
             self.enter_in_order(slot);
         }
         self.go_on(slot);

@@ -107,7 +107,7 @@ impl Shard {
     fn linger(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let by = self.crowd.now + connection.config.close_timeout;
-        if let Some(ending) = connection.ending.as_mut().filter(|ending| ending.by > by) {
+        if let Some(ending) = connection.ending_mut().filter(|ending| ending.by > by) {
             ending.by = by;
             self.wheel.arm_earlier(connection.id, by, &mut connection.armed);
         }

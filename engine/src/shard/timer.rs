@@ -46,7 +46,7 @@ impl Shard {
         let (now, listened) = (self.crowd.now, self.crowd.listened);
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let id = connection.id;
-        if connection.ending.is_some() {
+        if connection.ending().is_some() {
             return self.beat_ending(slot);
         }
         if connection.is_deaf {
@@ -93,14 +93,15 @@ impl Shard {
     fn beat_ending(&mut self, slot: u32) {
         let now = self.crowd.now;
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        let Some(ending) = connection.ending.as_mut().filter(|_| connection.socket.is_some()) else {
+        let has_socket = connection.socket.is_some();
+        let Some(ending) = connection.ending_mut().filter(|_| has_socket) else {
             return; // only the handler is left, and it has the time it needs
         };
         if now >= ending.by {
             return self.drop_socket(slot);
         }
         if ending.flush_by.take_if(|by| now >= *by).is_some() && self.discard(slot) > 0 {
-            if let Some(ending) = self.crowd.connections[slot as usize].ending.as_mut() {
+            if let Some(ending) = self.crowd.connections[slot as usize].ending_mut() {
                 ending.is_cut = true;
             }
             self.crowd.mark_dirty(slot);
@@ -111,7 +112,7 @@ impl Shard {
     /// Reminds of what an ending waits for next.
     pub(super) fn arm_ending(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        let Some(ending) = &connection.ending else { return };
+        let Some(ending) = connection.ending() else { return };
         let due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
         self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
     }
