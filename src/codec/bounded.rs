@@ -54,7 +54,7 @@ where
     D: Deserializer<'de>,
     D::Error: std::error::Error + Send + Sync + 'static,
 {
-    deserialize_counted(deserializer, usize::MAX)
+    deserialize_within(deserializer, None)
 }
 
 /// The same for formats in which an element may take no bytes, so that a length of a few bytes could keep a thread
@@ -65,7 +65,20 @@ where
     D: Deserializer<'de>,
     D::Error: std::error::Error + Send + Sync + 'static,
 {
-    let bounds = Bounds { elements: Cell::new(elements_max), exceeded: Cell::new(None) };
+    deserialize_within(deserializer, Some(elements_max))
+}
+
+fn deserialize_within<'de, T, D>(deserializer: D, elements_max: Option<usize>) -> Result<T, CodecError>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+    D::Error: std::error::Error + Send + Sync + 'static,
+{
+    let bounds = Bounds {
+        counts_elements: elements_max.is_some(),
+        elements: Cell::new(elements_max.unwrap_or_default()),
+        exceeded: Cell::new(None),
+    };
     let bounded = Bounded { inner: deserializer, levels: DEPTH_MAX, is_counted: false, bounds: &bounds };
     T::deserialize(bounded).map_err(|error| match bounds.exceeded.get() {
         Some(exceeded) => CodecError::decode(exceeded),
@@ -74,6 +87,7 @@ where
 }
 
 struct Bounds {
+    counts_elements: bool,
     /// How many more elements may be read.
     elements: Cell<usize>,
     exceeded: Cell<Option<Exceeded>>,
@@ -92,7 +106,7 @@ struct Bounded<'b, T> {
     inner: T,
     /// How many more levels may be entered below this value.
     levels: u8,
-    /// Whether this is a sequence or a map, whose length the message chooses.
+    /// Whether this is a sequence or a map, whose length the message chooses, and elements are counted.
     is_counted: bool,
     bounds: &'b Bounds,
 }
@@ -176,13 +190,13 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Bounded<'_, D> {
 
     #[inline]
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
-        let visitor = Bounded { is_counted: true, ..self.around(visitor) };
+        let visitor = Bounded { is_counted: self.bounds.counts_elements, ..self.around(visitor) };
         self.inner.deserialize_seq(visitor)
     }
 
     #[inline]
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
-        let visitor = Bounded { is_counted: true, ..self.around(visitor) };
+        let visitor = Bounded { is_counted: self.bounds.counts_elements, ..self.around(visitor) };
         self.inner.deserialize_map(visitor)
     }
 
