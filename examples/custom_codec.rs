@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use shardcast::{
     CodecError, Decode, Encode, Engine, EngineConfig, Hub, HubClient, MessageContext, MessageKind,
-    WebSocketUpgrade, WsHub, WsHubConfig,
+    WebSocketUpgrade, WsHub, WsHubConfig, deserialize_bounded,
 };
 use tokio::sync::oneshot;
 
@@ -28,7 +28,13 @@ impl<T: Serialize> Encode<T> for MessagePack {
 impl<T: DeserializeOwned> Decode<T> for MessagePack {
     fn decode(kind: MessageKind, payload: &[u8]) -> Result<T, CodecError> {
         CodecError::require(kind, MessageKind::Binary)?;
-        rmp_serde::from_slice(payload).map_err(CodecError::decode)
+        let mut deserializer = rmp_serde::Deserializer::new(payload);
+        // MessagePack's own limit (1,024) holds for sequences and maps, not for enums.
+        let value = deserialize_bounded(&mut deserializer)?;
+        match deserializer.into_inner() {
+            [] => Ok(value),
+            rest => Err(CodecError::TrailingBytes { count: rest.len() }),
+        }
     }
 }
 

@@ -2,12 +2,20 @@
 //!
 //! Owned by nobody: a codec is a type without state, named by a hub and its clients. Generic over the message,
 //! so that a codec can ask for whatever it needs (serde, protobuf, nothing) and a hub only for the messages it uses.
-//! Knows values and payloads. Does not know frames, sockets, hubs or limits.
+//! Knows values and payloads, and bounds what a payload may make a decoder do (`codec/bounded.rs`). Does not know
+//! frames, sockets, hubs or how long a message may be.
+
+mod bounded;
 
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use shardcast_engine::MessageKind;
 use thiserror::Error;
+
+pub use bounded::{DEPTH_MAX, deserialize_bounded};
+
+/// Elements of one message that take no bytes, such as those of a `Vec<()>`, which [`BinaryCodec`] reads at most.
+const EMPTY_ELEMENTS_MAX: usize = 1 << 16;
 
 /// Turns a value into the payload of one WebSocket message.
 ///
@@ -61,7 +69,18 @@ pub trait Encode<T>: Send + Sync + 'static {
 
 /// Turns the payload of one WebSocket message into a value; see [`Encode`] for an example.
 ///
-/// A payload comes from a stranger: `decode` must refuse what it does not understand and must not panic.
+/// # What a codec of your own must hold
+/// A payload comes from a stranger, and `decode` runs on a shard's thread, or on tokio's in a client:
+///
+/// - It must not recurse without a limit. A stack that overflows ends the *process*, and nothing can catch it; the
+///   stack is 2 MiB by default. A format over serde is limited to [`DEPTH_MAX`] levels by [`deserialize_bounded`];
+///   do not rely on the format, which may limit sequences and not enums.
+/// - It must not allocate, nor loop, for what a length in the payload only claims.
+/// - It must refuse what it does not understand with an error. A panic is caught and ends the connection (1011), but
+///   is logged as a fault of the program.
+/// - It must not block: until it returns, the shard's other connections wait.
+///
+/// The codecs of this crate hold all of it for every message type that derives `Deserialize`.
 pub trait Decode<T>: Send + Sync + 'static {
     /// Reads a value that fills `payload` exactly. The payload of a text message has been checked to be UTF-8.
     ///
@@ -122,7 +141,8 @@ fn kind_name(kind: MessageKind) -> &'static str {
     }
 }
 
-/// JSON. Writes text messages; reads text and binary ones, as many clients do not tell the two apart.
+/// JSON. Writes text messages; reads text and binary ones, as many clients do not tell the two apart. What it reads may
+/// be nested [`DEPTH_MAX`] levels (128) deep.
 ///
 /// ```
 /// use shardcast::{Decode, Encode, JsonCodec, MessageKind};
@@ -146,12 +166,18 @@ impl<T: Serialize> Encode<T> for JsonCodec {
 
 impl<T: DeserializeOwned> Decode<T> for JsonCodec {
     fn decode(_: MessageKind, payload: &[u8]) -> Result<T, CodecError> {
-        serde_json::from_slice(payload).map_err(CodecError::decode)
+        let mut deserializer = serde_json::Deserializer::from_slice(payload);
+        let value = deserialize_bounded(&mut deserializer)?;
+        deserializer.end().map_err(CodecError::decode)?;
+        Ok(value)
     }
 }
 
 /// [`postcard`], a compact binary format for serde types. Writes and reads binary
 /// messages only; both sides must have the same types, since the format carries no names.
+///
+/// What it reads may be nested [`DEPTH_MAX`] levels (128) deep, and may have at most 65,536 elements that take no bytes
+/// (those of a `Vec<()>`): beyond that it is a [`CodecError::Decode`].
 ///
 /// ```
 /// use shardcast::{BinaryCodec, Decode, Encode, MessageKind};
@@ -176,7 +202,11 @@ impl<T: Serialize> Encode<T> for BinaryCodec {
 impl<T: DeserializeOwned> Decode<T> for BinaryCodec {
     fn decode(kind: MessageKind, payload: &[u8]) -> Result<T, CodecError> {
         CodecError::require(kind, MessageKind::Binary)?;
-        let (value, rest) = postcard::take_from_bytes(payload).map_err(CodecError::decode)?;
+        let mut deserializer = postcard::Deserializer::from_bytes(payload);
+        // Whatever takes a byte can be there at most once for each byte.
+        let elements_max = payload.len().saturating_add(EMPTY_ELEMENTS_MAX);
+        let value = bounded::deserialize_counted(&mut deserializer, elements_max)?;
+        let rest = deserializer.finalize().map_err(CodecError::decode)?;
         if !rest.is_empty() {
             return Err(CodecError::TrailingBytes { count: rest.len() });
         }

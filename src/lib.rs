@@ -26,7 +26,9 @@ pub use client::{
     ClientClose, ClientError, HubClient, HubClientBuilder, HubSender, SendError as ClientSendError, Unset,
 };
 pub use clients::{Clients, SendError, Target, TrySendError};
-pub use codec::{BinaryCodec, CodecError, Decode, Encode, JsonCodec, RawCodec, RawMessage};
+pub use codec::{
+    BinaryCodec, CodecError, DEPTH_MAX, Decode, Encode, JsonCodec, RawCodec, RawMessage, deserialize_bounded,
+};
 pub use config::{BroadcastPolicy, ConfigError, EngineConfig, RunOn, WsHubConfig};
 pub use context::MessageContext;
 pub use engine::Engine;

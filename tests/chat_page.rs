@@ -18,13 +18,14 @@ use std::time::{Duration, Instant};
 use fantoccini::key::Key;
 use fantoccini::wd::{Capabilities, WindowHandle};
 use fantoccini::{Client, ClientBuilder, Locator};
-use futures_util::SinkExt;
+use futures_util::{SinkExt, StreamExt};
 use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStdout, Command};
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard, mpsc, watch};
+use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
@@ -149,6 +150,323 @@ async fn a_refused_page_says_why_and_does_not_come_back_until_asked() {
         ada.shows(STATE, json!("refused")).await;
         ada.shows(plans, json!(0)).await;
         ada.click("#retry").await;
+    }
+}
+
+#[tokio::test]
+async fn a_tab_whose_connection_was_cut_comes_back_as_itself_and_nobody_is_told() {
+    let server = Server::start(0).await;
+    let mut line = CutLine::to(server.port()).await;
+    let browser = Browser::start().await;
+    let ada = browser.tab(&line.url).await;
+    let bob = browser.tab(&server.url).await;
+    ada.enter("Ada", "lobby").await;
+    bob.enter("Bob", "lobby").await;
+    ada.shows(MEMBERS, json!(["Ada", "Bob"])).await;
+    ada.say("before").await;
+    bob.shows(SAID, json!([["Ada", "before"]])).await;
+
+    // The tab sees its connection end, the server does not.
+    line.cut();
+    let welcomed =
+        json!(["You joined as Ada", "Bob joined", "You are back. What was said meanwhile is not shown."]);
+    ada.shows(NOTICES, welcomed.clone()).await;
+    ada.shows(STATE, json!("connected")).await;
+    ada.say("after").await;
+    bob.shows(SAID, json!([["Ada", "before"], ["Ada", "after"]])).await;
+    for guest in [&ada, &bob] {
+        guest.shows(MEMBERS, json!(["Ada", "Bob"])).await;
+    }
+    bob.shows(NOTICES, json!(["You joined as Bob"])).await;
+
+    // The server has ended the old connection, and even that tells nobody anything.
+    let ended = tokio::time::timeout(
+        PATIENCE,
+        line.a_ghost_hears(
+            |bytes| matches!(bytes, [0x88, _, high, low] if u16::from_be_bytes([*high, *low]) == 4001),
+        ),
+    );
+    ended.await.expect("the server closes the old connection with 4001");
+    bob.say("so?").await;
+    ada.shows(SAID, json!([["Ada", "before"], ["Ada", "after"], ["Bob", "so?"]])).await;
+    ada.shows(NOTICES, welcomed).await;
+    bob.shows(NOTICES, json!(["You joined as Bob"])).await;
+    bob.shows(MEMBERS, json!(["Ada", "Bob"])).await;
+}
+
+#[tokio::test]
+async fn two_guests_of_one_name_keep_their_names_over_a_restart_and_a_reload() {
+    let server = Server::start(0).await;
+    let browser = Browser::start().await;
+    let first = browser.tab(&server.url).await;
+    let second = browser.tab(&server.url).await;
+    first.enter("Ada", "lobby").await;
+    second.enter("Ada", "lobby").await;
+    second.shows(NOTICES, json!(["The name Ada is taken here; you joined as Ada (2)"])).await;
+    let is = "return document.querySelector('#members li[data-you]')?.dataset.name";
+
+    let port = server.port();
+    server.kill().await;
+    for guest in [&first, &second] {
+        guest.shows(STATE, json!("waiting")).await;
+        // Neither comes back before it is told to.
+        guest.shows("window.setTimeout = () => 0; return true", json!(true)).await;
+    }
+    // Whoever is still waiting for an earlier timer finds nobody, and plans no other.
+    for guest in [&first, &second] {
+        guest.shows("dispatchEvent(new Event('online')); return true", json!(true)).await;
+        guest.shows(STATE, json!("waiting")).await;
+    }
+    let server = Server::start(port).await;
+    // In the other order: the second could have the first one's name now.
+    for (guest, name) in [(&second, "Ada (2)"), (&first, "Ada")] {
+        guest.shows("dispatchEvent(new Event('online')); return true", json!(true)).await;
+        guest.shows(STATE, json!("connected")).await;
+        guest.shows(is, json!(name)).await;
+    }
+    second.look().await;
+    browser.client.refresh().await.expect("the page loads again");
+    second.shows(STATE, json!("connected")).await;
+    second.shows(is, json!("Ada (2)")).await;
+
+    // Where the name is somebody else's by now, the page says so.
+    server.kill().await;
+    first.shows(STATE, json!("waiting")).await;
+    let server = Server::start(port).await;
+    let mut other = Raw::enter(&server, "name=Ada&room=lobby").await;
+    other.hears("Ada").await;
+    first.shows("dispatchEvent(new Event('online')); return true", json!(true)).await;
+    first.shows(STATE, json!("connected")).await;
+    let notices =
+        "return [...document.querySelectorAll('#messages li[data-kind=notice] .text')].pop().textContent
+        .replace(/\\(\\d\\)/g, '(n)')";
+    let now = "You are back as Ada (n): somebody else is Ada here now. What was said meanwhile is not shown.";
+    first.shows(notices, json!(now)).await;
+}
+
+#[tokio::test]
+async fn a_tab_that_was_taken_over_says_so_and_does_not_come_back_by_itself() {
+    let server = Server::start(0).await;
+    let browser = Browser::start().await;
+    let ada = browser.tab(&server.url).await;
+    ada.enter("Ada", "lobby").await;
+    ada.shows("window.setTimeout = () => { document.title = 'planned' }; return true", json!(true)).await;
+    ada.look().await;
+    let token = ada.client.execute("return sessionStorage['shardcast-chat.token']", Vec::new()).await;
+    let token = token.expect("the script runs").as_str().expect("there is a token").replace('"', "");
+    let mut copy = Raw::enter(&server, &format!("name=Ada&room=lobby&token={token}")).await;
+    copy.hears("Ada").await;
+    ada.shows(STATE, json!("refused")).await;
+    let why = "return document.querySelector('#trouble-why').textContent";
+    ada.shows(why, json!("You are in this room on another page now.")).await;
+    ada.shows("return document.title.includes('planned')", json!(false)).await;
+    ada.click("#retry").await;
+    ada.shows(STATE, json!("connected")).await;
+    assert_eq!(copy.end().await, (4001, "you came back on another connection".to_owned()));
+}
+
+#[tokio::test]
+async fn on_a_phone_what_is_touched_is_high_enough_and_a_room_s_name_follows_its_sign() {
+    let server = Server::start(0).await;
+    let browser = Browser::start().await;
+    let ada = browser.tab(&server.url).await;
+    ada.look().await;
+    browser.client.set_window_size(400, 800).await.expect("the window can be as small as a phone");
+    ada.enter("Ada", "lobby").await;
+    ada.click("#panel-toggle").await;
+    let heights =
+        "return [...document.querySelectorAll('#rooms a, #switch input, #switch button, #doings button')]
+        .filter(touched => touched.offsetHeight < 40).map(touched => touched.outerHTML)";
+    ada.shows(heights, json!([])).await;
+    ada.shows("return getComputedStyle(document.querySelector('#rooms a')).display", json!("block")).await;
+    // At the lower end of the panel, and not drawn up to the rooms.
+    ada.shows("return getComputedStyle(document.querySelector('#doings')).display", json!("flex")).await;
+}
+
+// ---- without a browser
+
+#[tokio::test]
+async fn a_token_takes_over_its_own_connection_with_no_notice_and_only_its_own() {
+    let server = Server::start(0).await;
+    let mut bob = Raw::enter(&server, "name=Bob&room=lobby").await;
+    bob.hears("Bob").await;
+    let mut ghost = Raw::enter(&server, "name=Ada&room=lobby&token=of-ada").await;
+    ghost.hears("Ada").await;
+    assert_eq!(bob.next().await["type"], "joined");
+
+    // No token is nobody's, another token is somebody else's, and the same token in another room too.
+    let mut nobody = Raw::enter(&server, "name=Ada&room=lobby").await;
+    nobody.hears("Ada (2)").await;
+    let mut namesake = Raw::enter(&server, "name=Ada&room=lobby&token=of-another").await;
+    namesake.hears("Ada (3)").await;
+    let mut elsewhere = Raw::enter(&server, "name=Ada&room=garden&token=of-ada").await;
+    elsewhere.hears("Ada").await;
+    for _ in 0..2 {
+        assert_eq!(bob.next().await["type"], "joined");
+    }
+
+    // Under whichever name it comes back.
+    for wished in ["Ada", "Eve"] {
+        let mut back = Raw::enter(&server, &format!("name={wished}&room=lobby&token=of-ada")).await;
+        let welcome = back.next().await;
+        assert_eq!(welcome["you"], "Ada");
+        assert_eq!(welcome["members"], json!(["Bob", "Ada", "Ada (2)", "Ada (3)"]));
+        assert_eq!(ghost.end().await, (4001, "you came back on another connection".to_owned()));
+        // It can talk, and is heard under its name; nothing was said of coming or going before.
+        back.say(json!({ "type": "say", "text": wished })).await;
+        let said = bob.next().await;
+        assert_eq!([&said["type"], &said["name"], &said["text"]], ["said", "Ada", wished]);
+        back.say(json!({ "type": "who" })).await;
+        while back.next().await["type"] != "members" {}
+        ghost = back;
+    }
+    // When it leaves at last, that is said once.
+    ghost.leave().await;
+    let left = bob.next().await;
+    assert_eq!([&left["type"], &left["name"]], ["left", "Ada"]);
+    assert_eq!(left["members"], json!(["Bob", "Ada (2)", "Ada (3)"]));
+
+    let mut long = Raw::enter(&server, &format!("name=Ada&room=lobby&token={}", "x".repeat(65))).await;
+    assert_eq!(long.end().await, (1008, "a token has at most 64 bytes".to_owned()));
+}
+
+#[tokio::test]
+async fn the_name_that_was_given_may_be_wished_for_again() {
+    let server = Server::start(0).await;
+    let longest = "x".repeat(32);
+    let mut first = Raw::enter(&server, &format!("name={longest}&room=lobby")).await;
+    first.hears(&longest).await;
+    let mut second = Raw::enter(&server, &format!("name={longest}&room=lobby")).await;
+    let given = format!("{} (2)", "x".repeat(28));
+    second.hears(&given).await;
+    second.leave().await;
+    assert_eq!(first.next().await["type"], "joined");
+    assert_eq!(first.next().await["type"], "left");
+    let mut again = Raw::enter(&server, &format!("name={}&room=lobby", given.replace(' ', "%20"))).await;
+    again.hears(&given).await;
+}
+
+#[tokio::test]
+async fn sigterm_ends_the_chat_with_a_close_frame_although_a_request_is_half_sent() {
+    let mut server = Server::start(0).await;
+    let mut half = TcpStream::connect(("127.0.0.1", server.port())).await.expect("it listens");
+    half.write_all(b"GET /ws?name=Eve HTT").await.expect("it reads");
+    let mut ada = Raw::enter(&server, "name=Ada&room=lobby").await;
+    ada.hears("Ada").await;
+    let process = server.process.id().expect("it runs").to_string();
+    let told = Command::new("kill").args(["-TERM", &process]).status().await.expect("there is a kill");
+    assert!(told.success());
+    assert_eq!(ada.end().await, (1001, String::new()));
+    let ended =
+        tokio::time::timeout(PATIENCE, server.process.wait()).await.expect("it does not wait for ever");
+    assert!(ended.expect("it was started").success());
+    drop(half);
+}
+
+/// A guest without a page: a socket and JSON.
+struct Raw(WebSocketStream<TcpStream>);
+
+impl Raw {
+    async fn enter(server: &Server, query: &str) -> Self {
+        let stream = TcpStream::connect(("127.0.0.1", server.port())).await.expect("the chat listens");
+        let url = format!("ws://127.0.0.1:{}/ws?{query}", server.port());
+        let (socket, _) = tokio_tungstenite::client_async(url, stream).await.expect("the chat upgrades");
+        Self(socket)
+    }
+
+    async fn say(&mut self, message: Value) {
+        self.0.send(Message::text(message.to_string())).await.expect("it goes out");
+    }
+
+    async fn message(&mut self) -> Message {
+        loop {
+            let message = tokio::time::timeout(PATIENCE, self.0.next()).await.expect("it has to come");
+            let message = message.expect("the connection goes on").expect("and breaks no rule");
+            if !message.is_ping() {
+                return message;
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Value {
+        let message = self.message().await;
+        serde_json::from_str(message.to_text().expect("all is text")).expect("and JSON")
+    }
+
+    /// The welcome, under this name.
+    async fn hears(&mut self, name: &str) {
+        let welcome = self.next().await;
+        assert_eq!([&welcome["type"], &welcome["you"]], ["welcome", name]);
+    }
+
+    /// Reads on to the Close.
+    async fn end(&mut self) -> (u16, String) {
+        loop {
+            if let Message::Close(frame) = self.message().await {
+                return frame
+                    .map_or((1005, String::new()), |frame| (frame.code.into(), frame.reason.to_string()));
+            }
+        }
+    }
+
+    async fn leave(&mut self) {
+        self.0.close(None).await.expect("the Close goes out");
+        self.end().await;
+    }
+}
+
+/// A line between a browser and the server that can be cut on the browser's side alone, as when a network dies.
+struct CutLine {
+    url: String,
+    cut: watch::Sender<()>,
+    /// Connections that the server still believes in.
+    ghosts: mpsc::UnboundedReceiver<TcpStream>,
+}
+
+impl CutLine {
+    async fn to(port: u16) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
+        let url = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let (cut, is_cut) = watch::channel(());
+        let (ghost, ghosts) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            loop {
+                let (mut browser, _) = listener.accept().await.expect("the browser can be accepted");
+                let server = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await;
+                let mut server = server.expect("the chat listens");
+                let (mut is_cut, ghost) = (is_cut.clone(), ghost.clone());
+                is_cut.mark_unchanged(); // whoever comes after a cut is on a new line
+                tokio::spawn(async move {
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut browser, &mut server) => {}
+                        Ok(()) = is_cut.changed() => drop(ghost.send(server)),
+                    }
+                });
+            }
+        });
+        Self { url, cut, ghosts }
+    }
+
+    /// Cuts every connection that is there now.
+    fn cut(&self) {
+        self.cut.send_replace(());
+    }
+
+    /// Waits until four bytes that the server sends to one that was cut are what `is_it` looks for.
+    async fn a_ghost_hears(&mut self, is_it: impl Fn(&[u8]) -> bool) {
+        let mut ghosts = Vec::new();
+        loop {
+            while let Ok(server) = self.ghosts.try_recv() {
+                ghosts.push((server, Vec::new()));
+            }
+            for (server, heard) in &mut ghosts {
+                let _ = tokio::time::timeout(POLL_EVERY, server.read_buf(heard)).await;
+                if heard.windows(4).any(&is_it) {
+                    return;
+                }
+            }
+            tokio::time::sleep(POLL_EVERY).await;
+        }
     }
 }
 

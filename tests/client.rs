@@ -26,11 +26,22 @@ use tokio_tungstenite::{
     tungstenite::{
         Message,
         handshake::server::{Request, Response},
-        protocol::{CloseFrame, frame::coding::CloseCode},
+        protocol::{
+            CloseFrame,
+            frame::{
+                Frame,
+                coding::{CloseCode, Data, OpCode},
+            },
+        },
     },
 };
 
 type Peer = WebSocketStream<TcpStream>;
+
+/// Awaits what has to come, however busy the machine.
+async fn soon<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(Duration::from_secs(60), future).await.expect("it has to come")
+}
 
 /// Serves one connection by a script; the URL, and what the script returns.
 async fn server<T, F>(script: impl FnOnce(Peer) -> F + Send + 'static) -> (String, JoinHandle<T>)
@@ -327,10 +338,76 @@ async fn a_url_or_header_that_is_none_is_an_error_of_connect() {
         builder(good).with_header("x y", "z").build(),
         builder(good).with_header("authorization", "a\nb").build(),
         builder(good).with_subprotocol("a\nb").build(),
+        builder(good).with_subprotocol("a, b").build(),
+        builder(good).with_subprotocol("").build(),
     ] {
         let error = client.connect().await.unwrap_err();
         assert!(matches!(error, ClientError::InvalidRequest(_)), "{client:?}: {error:?}");
     }
+}
+
+/// The head of a request, as it came.
+async fn head(listener: TcpListener) -> String {
+    let (mut socket, _) = listener.accept().await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(socket.read_u8().await.unwrap());
+    }
+    String::from_utf8(head).unwrap().to_lowercase()
+}
+
+#[tokio::test]
+async fn a_host_of_ones_own_is_sent_in_place_of_the_url_s() {
+    let (url, listener) = listen().await;
+    let server = tokio::spawn(head(listener));
+    let mut client = HubClient::builder(url)
+        .with_in_message::<Event>()
+        .with_out_message::<Event>()
+        .with_header("Host", "chat.test:8080")
+        .with_header("X-Twice", "1")
+        .with_header("X-Twice", "2")
+        .build();
+    client.connect().await.unwrap_err();
+    let head = soon(server).await.unwrap();
+    assert_eq!(head.matches("\r\nhost: ").count(), 1, "{head}");
+    for line in ["host: chat.test:8080", "x-twice: 1", "x-twice: 2"] {
+        assert!(head.contains(&format!("\r\n{line}\r\n")), "{line} is not in {head}");
+    }
+}
+
+#[tokio::test]
+async fn a_header_that_would_not_be_sent_is_refused_with_the_reason() {
+    let refused = async |headers: &[(&str, &str)]| {
+        let mut builder = HubClient::builder("ws://127.0.0.1:1/")
+            .with_in_message::<Event>()
+            .with_out_message::<Event>()
+            .with_codec::<JsonCodec>();
+        for &(name, value) in headers {
+            builder = builder.with_header(name, value);
+        }
+        let error = builder.build().connect().await.unwrap_err();
+        assert!(matches!(error, ClientError::InvalidRequest(_)), "{headers:?}: {error:?}");
+        error.source().unwrap().to_string()
+    };
+    for (name, value, why) in [
+        ("Connection", "close", "the handshake makes it"),
+        ("Upgrade", "h2c", "the handshake makes it"),
+        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==", "the handshake makes it"),
+        ("Sec-WebSocket-Version", "8", "the handshake makes it"),
+        ("Sec-WebSocket-Accept", "x", "the handshake makes it"),
+        ("Sec-WebSocket-Extensions", "permessage-deflate", "the client speaks no extensions"),
+        ("Sec-WebSocket-Protocol", "chat", "offer subprotocols by `with_subprotocol`"),
+        ("Content-Length", "5", "a handshake has no body"),
+        ("Transfer-Encoding", "chunked", "a handshake has no body"),
+        ("Expect", "100-continue", "a handshake has no body"),
+        ("Host", "not a host", "it is no host"),
+        ("Host", "ada@chat.test", "it is no host"),
+    ] {
+        let expected = format!("the header `{}` cannot be set: {why}", name.to_lowercase());
+        assert_eq!(refused(&[(name, value)]).await, expected);
+    }
+    let twice = refused(&[("Host", "a.test"), ("Host", "b.test")]).await;
+    assert_eq!(twice, "the header `host` is given twice");
 }
 
 #[tokio::test]
@@ -457,10 +534,142 @@ async fn a_server_that_vanishes_is_reported_as_lost() {
     server.await.unwrap();
 }
 
+/// The Close frame that a server has read, and nothing else.
+fn only_close(messages: &[Message]) -> (u16, &str) {
+    let [Message::Close(Some(frame))] = messages else { panic!("{messages:?}") };
+    (frame.code.into(), &frame.reason)
+}
+
 #[tokio::test]
-async fn a_message_that_is_too_long_ends_the_connection_as_lost() {
-    let (url, server) = server(|mut peer| async move {
-        peer.send(Message::text("x".repeat(1001))).await.unwrap();
+async fn a_message_above_the_limit_is_a_1009_to_the_server_and_the_limit_to_the_application() {
+    for fragments in [1, 3] {
+        let (url, server) = server(move |mut peer| async move {
+            let part = "x".repeat(1001_usize.div_ceil(fragments));
+            for number in 0..fragments {
+                let kind = if number == 0 { Data::Text } else { Data::Continue };
+                let frame = Frame::message(part.clone(), OpCode::Data(kind), number + 1 == fragments);
+                peer.send(Message::Frame(frame)).await.unwrap();
+            }
+            everything(peer).await
+        })
+        .await;
+        let mut client = HubClient::builder(url)
+            .with_in_message::<String>()
+            .with_out_message::<String>()
+            .with_codec::<RawCodec>()
+            .with_message_bytes_max(1000)
+            .build();
+        let mut closes = closes(&mut client);
+        client.connect().await.unwrap();
+        let close = soon(closes.recv()).await.unwrap();
+        assert!(matches!(close, ClientClose::TooLong { bytes: 1001.., bytes_max: 1000 }), "{close:?}");
+        assert!(close.to_string().ends_with(" is above the limit of 1000"), "{close}");
+        assert_eq!(only_close(&soon(server).await.unwrap()), (1009, "message over 1000 bytes"));
+        let ended = client.disconnect().await;
+        assert!(matches!(ended, Some(ClientClose::TooLong { bytes_max: 1000, .. })), "{ended:?}");
+    }
+}
+
+/// More than the sockets hold, so that a client that hung up at once would reset the connection, and with it what the
+/// server has not read yet.
+#[tokio::test]
+async fn a_server_that_is_still_sending_what_is_too_long_gets_the_1009_and_no_reset() {
+    const BYTES: usize = 64 << 20;
+    let (url, server) = server(|peer| async move {
+        let (mut from_client, mut to_client) = peer.into_inner().into_split();
+        let frame = [&[0x82, 127][..], &BYTES.to_be_bytes(), &vec![0; BYTES]].concat();
+        to_client.write_all(&frame).await.expect("the client takes what it will not have");
+        let mut close = [0; 8];
+        from_client.read_exact(&mut close).await.unwrap();
+        assert_eq!(close[0], 0x88, "a Close");
+        let [high, low] = [close[6] ^ close[2], close[7] ^ close[3]]; // masked
+        u16::from_be_bytes([high, low])
+    })
+    .await;
+    let mut client = client::<RawMessage, RawMessage, RawCodec>(url);
+    let mut closes = closes(&mut client);
+    client.connect().await.unwrap();
+    let close = soon(closes.recv()).await.unwrap();
+    assert!(matches!(close, ClientClose::TooLong { bytes: BYTES, bytes_max: 16_777_216 }), "{close:?}");
+    assert_eq!(soon(server).await.unwrap(), 1009);
+}
+
+#[tokio::test]
+async fn a_server_that_breaks_the_protocol_is_told_so() {
+    for (bytes, code) in [
+        (&b"\x81\x01\xff"[..], 1007), // no UTF-8
+        (b"\xc1\x01x", 1002),         // a reserved bit
+        (b"\x81\x81abcdx", 1002),     // masked
+        (b"\x80\x01x", 1002),         // goes on with nothing
+    ] {
+        let (url, server) = server(move |mut peer| async move {
+            peer.get_mut().write_all(bytes).await.unwrap();
+            everything(peer).await
+        })
+        .await;
+        let mut client = raw_client(url);
+        let mut closes = closes(&mut client);
+        client.connect().await.unwrap();
+        let close = soon(closes.recv()).await;
+        assert!(matches!(close, Some(ClientClose::Lost(_))), "{bytes:?}: {close:?}");
+        assert_eq!(only_close(&soon(server).await.unwrap()).0, code, "{bytes:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_falls_silent_ends_the_connection_and_is_told() {
+    let (url, server) = server(everything).await;
+    let mut client = HubClient::builder(url)
+        .with_in_message::<String>()
+        .with_out_message::<String>()
+        .with_codec::<RawCodec>()
+        .with_silence_timeout(Duration::from_millis(200))
+        .build();
+    let mut closes = closes(&mut client);
+    client.connect().await.unwrap();
+    let close = soon(closes.recv()).await.unwrap();
+    assert!(matches!(close, ClientClose::Silent { .. }), "{close:?}");
+    assert_eq!(close.to_string(), "nothing came from the server for 200ms");
+    assert!(!client.is_connected());
+    assert!(matches!(client.send("x".into()), Err(SendError::NotConnected(_))));
+    assert!(matches!(client.disconnect().await, Some(ClientClose::Silent { .. })));
+    assert_eq!(only_close(&soon(server).await.unwrap()).0, 1011);
+}
+
+/// A peer that is frozen takes nothing, either.
+#[tokio::test]
+async fn silence_is_noticed_while_the_client_is_stuck_in_writing() {
+    let (url, server) = server(|peer| async move {
+        std::future::pending::<()>().await;
+        drop(peer);
+    })
+    .await;
+    let mut client = HubClient::builder(url)
+        .with_in_message::<String>()
+        .with_out_message::<String>()
+        .with_codec::<RawCodec>()
+        .with_silence_timeout(Duration::from_millis(200))
+        .with_disconnect_timeout(Duration::from_secs(24 * 60 * 60))
+        .build();
+    let mut closes = closes(&mut client);
+    client.connect().await.unwrap();
+    for _ in 0..1000 {
+        client.send("x".repeat(20_000)).unwrap();
+    }
+    assert!(matches!(soon(closes.recv()).await, Some(ClientClose::Silent { .. })));
+    server.abort();
+}
+
+#[tokio::test]
+async fn every_byte_is_a_sign_of_life_and_not_only_a_whole_message() {
+    let text = "so slow a line";
+    let (url, server) = server(move |mut peer| async move {
+        peer.get_mut().write_all(&[0x81, text.len() as u8]).await.unwrap();
+        // Longer than the silence timeout in all, and never so long from one byte to the next.
+        for byte in text.bytes() {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            peer.get_mut().write_all(&[byte]).await.unwrap();
+        }
         everything(peer).await;
     })
     .await;
@@ -468,12 +677,27 @@ async fn a_message_that_is_too_long_ends_the_connection_as_lost() {
         .with_in_message::<String>()
         .with_out_message::<String>()
         .with_codec::<RawCodec>()
-        .with_message_bytes_max(1000)
+        .with_silence_timeout(Duration::from_millis(1500))
         .build();
-    let mut closes = closes(&mut client);
+    let mut messages = received(&mut client);
     client.connect().await.unwrap();
-    assert!(matches!(closes.recv().await, Some(ClientClose::Lost(_))));
+    assert_eq!(soon(messages.recv()).await.unwrap(), text);
+    client.disconnect().await;
     server.await.unwrap();
+}
+
+#[tokio::test]
+async fn without_a_silence_timeout_silence_is_nothing_and_zero_is_refused() {
+    let builder = |timeout: Option<Duration>| {
+        HubClient::builder("ws://127.0.0.1:1/")
+            .with_in_message::<Event>()
+            .with_out_message::<Event>()
+            .with_silence_timeout(timeout)
+    };
+    let error = builder(Some(Duration::ZERO)).build().connect().await.unwrap_err();
+    assert_eq!(error.source().unwrap().to_string(), "the silence timeout is zero; without one it is `None`");
+    let error = builder(None).build().connect().await.unwrap_err();
+    assert!(matches!(error, ClientError::Unreachable(_)), "{error:?}");
 }
 
 #[tokio::test]
@@ -546,20 +770,47 @@ async fn a_callback_can_answer_through_a_sender() {
 }
 
 #[tokio::test]
-async fn a_callback_that_panics_ends_the_connection_as_lost() {
+async fn a_callback_that_panics_ends_the_connection_as_lost_and_the_server_is_told() {
     let (url, server) = server(|mut peer| async move {
         peer.send(Message::text("boo")).await.unwrap();
-        everything(peer).await;
+        everything(peer).await
     })
     .await;
     let mut client = raw_client(url);
     let mut closes = closes(&mut client);
     client.on_message(|_| panic!("a panic that this test expects"));
     client.connect().await.unwrap();
-    let close = closes.recv().await.unwrap();
+    let close = soon(closes.recv()).await.unwrap();
     assert_eq!(close.to_string(), "lost: a callback panicked");
     assert!(!client.is_connected());
-    server.await.unwrap();
+    assert_eq!(client.disconnect().await.unwrap().to_string(), "lost: a callback panicked");
+    assert_eq!(only_close(&soon(server).await.unwrap()).0, 1011);
+}
+
+#[tokio::test]
+async fn on_close_that_panics_changes_nothing_about_how_the_connection_ended() {
+    for code in [1001, 4001] {
+        let (url, server) = server(move |mut peer| async move {
+            peer.close(Some(CloseFrame { code: code.into(), reason: "so it is".into() })).await.unwrap();
+            everything(peer).await
+        })
+        .await;
+        let mut client = raw_client(url);
+        client.on_close(|_| panic!("a panic that this test expects"));
+        client.connect().await.unwrap();
+        // The closing handshake is finished, and the server sees no reset.
+        assert_eq!(only_close(&soon(server).await.unwrap()).0, code);
+        let close = client.disconnect().await.unwrap();
+        assert_eq!(close.to_string(), format!("closed by the server with {code}: so it is"));
+    }
+
+    let (url, server) = server(everything).await;
+    let mut client = raw_client(url);
+    client.on_close(|_| panic!("a panic that this test expects"));
+    client.connect().await.unwrap();
+    client.send("last words".into()).unwrap();
+    assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));
+    assert_eq!(soon(server).await.unwrap()[0], Message::text("last words"));
 }
 
 #[tokio::test]

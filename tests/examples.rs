@@ -57,14 +57,15 @@ async fn echo_on_the_engine_alone_sends_every_message_back() {
 
 // ---- chat
 
-/// A guest, whose times are checked and taken away.
+/// A guest, whose times and numbers of changes are checked and taken away.
 struct Guest {
     peer: Peer,
+    change: u64,
 }
 
 impl Guest {
     async fn enter(url: &str, name: &str, room: &str) -> Self {
-        Self { peer: Peer::connect(format!("{url}/ws?name={name}&room={room}")).await }
+        Self { peer: Peer::connect(format!("{url}/ws?name={name}&room={room}")).await, change: 0 }
     }
 
     async fn says(&mut self, text: &str) {
@@ -75,6 +76,11 @@ impl Guest {
         let mut heard: Value = serde_json::from_str(&self.peer.hear().await).unwrap();
         if let Some(at) = heard.as_object_mut().unwrap().remove("at") {
             assert!(at.as_u64().unwrap() > 1_600_000_000_000, "milliseconds since 1970: {at}");
+        }
+        if let Some(change) = heard.as_object_mut().unwrap().remove("change") {
+            assert!(heard["members"].is_array(), "a list of members is numbered, and nothing else: {heard}");
+            assert!(change.as_u64().unwrap() > self.change, "each change comes once here, in order");
+            self.change = change.as_u64().unwrap();
         }
         assert_eq!(heard, expected);
     }

@@ -1,15 +1,20 @@
-//! A chat: named rooms, who is in them, join and leave notices, timestamps.
+//! A chat: named rooms, who is in them, join and leave notices, timestamps, guests who come back.
 //!
 //! `cargo run --release --example chat`, then open http://127.0.0.1:3000 in two tabs.
-//! `--port P` takes another port (0: any). One hub value for each guest; a room is a
-//! group. Who is in a room is kept beside the groups, because names are the application's.
+//! `--port P` takes another port (0: any). SIGTERM and Ctrl-C end it in order. One hub value for each connection; a
+//! room is a group. Who is in a room is kept beside the groups, because names are the application's.
+//!
+//! A guest may bring a token, which only the server sees. Who comes back with the token of a connection that is still
+//! in the room, for the network may have died without a word, takes it over: same name, no notices, and the old
+//! connection is closed with 4001.
 
 #![allow(clippy::print_stdout)]
 
 use std::collections::HashMap;
 use std::error::Error;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::future::IntoFuture;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{Query, State};
@@ -17,81 +22,168 @@ use axum::response::{Html, Response};
 use axum::routing::{any, get};
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    Clients, CloseCode, DisconnectRequest, Engine, EngineConfig, Hub, JsonCodec, MessageContext,
-    WebSocketUpgrade, WsHub, WsHubConfig,
+    Clients, CloseCode, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub, JsonCodec,
+    MessageContext, WebSocketUpgrade, WsHub, WsHubConfig,
 };
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Characters in a name or the name of a room.
 const NAME_MAX: usize = 32;
+/// Bytes in a token.
+const TOKEN_MAX: usize = 64;
 /// Characters in a message.
 const TEXT_MAX: usize = 2000;
+/// The guest goes on in another connection. The page does not come back by itself on a code of the 4000s.
+const TAKEN_OVER: CloseCode = CloseCode(4001);
+/// Time for what was said to arrive at its end, and for the Close frames.
+const SHUTDOWN_WITHIN: Duration = Duration::from_secs(5);
+/// Time for HTTP responses after that.
+const LAST_RESPONSES_WITHIN: Duration = Duration::from_secs(1);
 
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 enum FromGuest {
-    Say { text: String },
+    Say {
+        text: String,
+    },
+    /// Who is in the room? Asked once after the welcome: whoever came between that and the guest's becoming a member
+    /// of the group was announced without being heard.
+    Who,
 }
 
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 enum ToGuest {
-    Welcome { you: Arc<str>, room: Arc<str>, members: Vec<Arc<str>>, at: u64 },
-    Joined { name: Arc<str>, members: Vec<Arc<str>>, at: u64 },
-    Left { name: Arc<str>, members: Vec<Arc<str>>, at: u64 },
-    Said { name: Arc<str>, text: String, at: u64 },
-    Refused { why: String },
+    Welcome {
+        you: Arc<str>,
+        room: Arc<str>,
+        #[serde(flatten)]
+        members: Members,
+        at: u64,
+    },
+    Joined {
+        name: Arc<str>,
+        #[serde(flatten)]
+        members: Members,
+        at: u64,
+    },
+    Left {
+        name: Arc<str>,
+        #[serde(flatten)]
+        members: Members,
+        at: u64,
+    },
+    Members(Members),
+    Said {
+        name: Arc<str>,
+        text: String,
+        at: u64,
+    },
+    Refused {
+        why: String,
+    },
+}
+
+/// Who is in a room, in the order of their coming.
+#[derive(Clone, Serialize)]
+struct Members {
+    members: Vec<Arc<str>>,
+    /// Grows with every change. Two that come at once are announced in any order; the list with the larger number is
+    /// the newer one.
+    change: u64,
 }
 
 type Context = MessageContext<ToGuest, JsonCodec>;
 
-/// Who is in which room, in the order of their coming.
+/// Who is in which room. Locked for an instant only, never across an await.
 #[derive(Default)]
-struct Rooms(Mutex<HashMap<Arc<str>, Vec<Arc<str>>>>);
+struct Rooms(Mutex<Registry>);
 
-impl Rooms {
-    /// Lets a guest in, under the wished name or the next free one like it.
-    fn enter(&self, room: &Arc<str>, wished: &str) -> (Arc<str>, Vec<Arc<str>>) {
-        let mut rooms = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let members = rooms.entry(room.clone()).or_default();
-        let mut candidates =
-            std::iter::once(wished.to_owned()).chain((2..).map(|n| format!("{wished} ({n})")));
-        let is_free = |name: &String| !members.iter().any(|member| **member == **name);
-        let name: Arc<str> = candidates.find(is_free).unwrap_or_default().into();
-        members.push(name.clone());
-        (name, members.clone())
-    }
+#[derive(Default)]
+struct Registry {
+    rooms: HashMap<Arc<str>, Vec<Member>>,
+    changes: u64,
+}
 
-    fn leave(&self, room: &Arc<str>, name: &str) -> Vec<Arc<str>> {
-        let mut rooms = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(members) = rooms.get_mut(room) else { return Vec::new() };
-        members.retain(|member| **member != *name);
-        let left = members.clone();
-        if left.is_empty() {
-            rooms.remove(room);
-        }
-        left
+struct Member {
+    name: Arc<str>,
+    token: Arc<str>,
+    id: ConnectionId,
+}
+
+struct Entrance {
+    name: Arc<str>,
+    members: Members,
+    /// The guest's own connection whose place this one has taken.
+    former: Option<ConnectionId>,
+}
+
+impl Registry {
+    fn members(&self, room: &str) -> Members {
+        let names = self.rooms.get(room).into_iter().flatten().map(|member| member.name.clone());
+        Members { members: names.collect(), change: self.changes }
     }
 }
 
-/// One guest.
+impl Rooms {
+    fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets a guest in: under the name that the token has in this room, or else the wished one or the next free one
+    /// like it.
+    fn enter(&self, room: &Arc<str>, wished: &str, token: &Arc<str>, id: ConnectionId) -> Entrance {
+        let mut registry = self.registry();
+        let members = registry.rooms.entry(room.clone()).or_default();
+        let own = members.iter_mut().find(|member| !token.is_empty() && member.token == *token);
+        if let Some(member) = own {
+            let (name, former) = (member.name.clone(), std::mem::replace(&mut member.id, id));
+            return Entrance { name, members: registry.members(room), former: Some(former) };
+        }
+        let is_free = |name: &String| !members.iter().any(|member| *member.name == **name);
+        let name: Arc<str> = names_like(wished).find(is_free).unwrap_or_default().into();
+        members.push(Member { name: name.clone(), token: token.clone(), id });
+        registry.changes += 1;
+        Entrance { name, members: registry.members(room), former: None }
+    }
+
+    /// Lets a connection out: none if another one has taken its place.
+    fn leave(&self, room: &Arc<str>, id: ConnectionId) -> Option<(Arc<str>, Members)> {
+        let mut registry = self.registry();
+        let members = registry.rooms.get_mut(room)?;
+        let place = members.iter().position(|member| member.id == id)?;
+        let name = members.remove(place).name;
+        if members.is_empty() {
+            registry.rooms.remove(room);
+        }
+        registry.changes += 1;
+        Some((name, registry.members(room)))
+    }
+}
+
+/// `Ada`, `Ada (2)`, `Ada (3)` and so on, none longer than a name may be: it is what a guest wishes for on coming back.
+fn names_like(wished: &str) -> impl Iterator<Item = String> {
+    let numbered = |n: u64| {
+        let number = format!(" ({n})");
+        let most = NAME_MAX.saturating_sub(number.len());
+        wished.chars().take(most).collect::<String>().trim_end().to_owned() + &number
+    };
+    std::iter::once(wished.to_owned()).chain((2..).map(numbered))
+}
+
+/// One guest's connection.
 struct Guest {
     rooms: Arc<Rooms>,
     room: Arc<str>,
     wished: String,
+    token: Arc<str>,
     /// Set when the guest has been let in.
-    entered: Mutex<Option<Entered>>,
+    entered: OnceLock<Entered>,
 }
 
-#[derive(Clone)]
 struct Entered {
     name: Arc<str>,
     others: Clients<ToGuest, JsonCodec>,
-}
-
-impl Guest {
-    fn entered(&self) -> MutexGuard<'_, Option<Entered>> {
-        self.entered.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl WsHub for Guest {
@@ -101,33 +193,52 @@ impl WsHub for Guest {
 
     async fn on_open(&self, ctx: Context) {
         let is_name = |name: &str| !name.trim().is_empty() && name.chars().count() <= NAME_MAX;
-        if !is_name(&self.wished) || !is_name(&self.room) {
-            let reason = "name and room have 1 to 32 characters";
-            ctx.disconnect(CloseCode::POLICY_VIOLATION, reason).await;
-            return;
+        let reason = if !is_name(&self.wished) || !is_name(&self.room) {
+            "name and room have 1 to 32 characters"
+        } else if self.token.len() > TOKEN_MAX {
+            "a token has at most 64 bytes"
+        } else {
+            ""
+        };
+        if !reason.is_empty() {
+            return ctx.disconnect(CloseCode::POLICY_VIOLATION, reason).await;
         }
-        let (name, members) = self.rooms.enter(&self.room, self.wished.trim());
-        *self.entered() = Some(Entered { name: name.clone(), others: ctx.clients().clone() });
-        let (you, room) = (name.clone(), self.room.clone());
+        let Entrance { name, members, former } =
+            self.rooms.enter(&self.room, self.wished.trim(), &self.token, ctx.id());
+        let _ = self.entered.set(Entered { name: name.clone(), others: ctx.clients().clone() });
         // One after the other by one task: every guest sees them in this order.
+        let (you, room) = (name.clone(), self.room.clone());
         ctx.unicast(ToGuest::Welcome { you, room, members: members.clone(), at: now() }).await;
-        ctx.broadcast_group(&self.room, ToGuest::Joined { name, members, at: now() }).await;
+        if former.is_none() {
+            ctx.broadcast_group(&self.room, ToGuest::Joined { name, members, at: now() }).await;
+        }
         ctx.add_to_group(&self.room).await;
+        if let Some(former) = former {
+            let reason = "you came back on another connection";
+            // Fails only while the server is shutting down.
+            ctx.clients().disconnect(former, TAKEN_OVER, reason).await.ok();
+        }
     }
 
     async fn on_message(&self, message: FromGuest, ctx: Context) {
-        let FromGuest::Say { text } = message;
-        let Some(Entered { name, .. }) = self.entered().clone() else { return };
+        let Some(Entered { name, .. }) = self.entered.get() else { return };
+        let text = match message {
+            FromGuest::Say { text } => text,
+            FromGuest::Who => {
+                let members = self.rooms.registry().members(&self.room);
+                return ctx.unicast(ToGuest::Members(members)).await;
+            }
+        };
         if text.trim().is_empty() || text.chars().count() > TEXT_MAX {
             let why = format!("a message has 1 to {TEXT_MAX} characters");
             return ctx.unicast(ToGuest::Refused { why }).await;
         }
-        ctx.broadcast_group(&self.room, ToGuest::Said { name, text, at: now() }).await;
+        ctx.broadcast_group(&self.room, ToGuest::Said { name: name.clone(), text, at: now() }).await;
     }
 
-    async fn on_disconnect(&self, _: DisconnectRequest) {
-        let Some(Entered { name, others }) = self.entered().take() else { return };
-        let members = self.rooms.leave(&self.room, &name);
+    async fn on_disconnect(&self, request: DisconnectRequest) {
+        let Some(Entered { others, .. }) = self.entered.get() else { return };
+        let Some((name, members)) = self.rooms.leave(&self.room, request.id) else { return };
         let left = ToGuest::Left { name, members, at: now() };
         // Fails only while the server is shutting down.
         others.to_group(&self.room).publish(left).await.ok();
@@ -151,12 +262,14 @@ struct Wish {
     room: String,
     #[serde(default)]
     name: String,
+    #[serde(default)]
+    token: String,
 }
 
 async fn enter(ws: WebSocketUpgrade, State(chat): State<Chat>, Query(wish): Query<Wish>) -> Response {
-    let Wish { room, name } = wish;
-    let guest = Guest { rooms: chat.rooms, room: room.into(), wished: name, entered: Mutex::new(None) };
-    ws.serve(&chat.hub, guest)
+    let Wish { room, name: wished, token } = wish;
+    let (room, token) = (room.into(), token.into());
+    ws.serve(&chat.hub, Guest { rooms: chat.rooms, room, wished, token, entered: OnceLock::new() })
 }
 
 #[tokio::main]
@@ -175,7 +288,26 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .route("/ws", any(enter))
         .with_state(chat);
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    // Before anybody can know that it is there.
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     println!("listening on http://{}", listener.local_addr()?);
-    axum::serve(listener, app).await?;
+
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let serving = axum::serve(listener, app).with_graceful_shutdown(async {
+        let _ = ended.await; // it is dropped
+    });
+    let mut serving = tokio::spawn(serving.into_future());
+    tokio::select! {
+        served = &mut serving => return Ok(served??),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    // First the engine: axum does not know the connections that were upgraded. Guests get all that was said and a
+    // Close frame (1001); who comes now gets 503.
+    let report = engine.shutdown(SHUTDOWN_WITHIN).await;
+    println!("flushed {}, cut off {}, left over {}", report.flushed, report.cut_off, report.left_over);
+    // Then axum. It waits for ever for a request that was half sent, so its time is bounded.
+    drop(end);
+    let _ = tokio::time::timeout(LAST_RESPONSES_WITHIN, serving).await;
     Ok(())
 }

@@ -1,0 +1,255 @@
+//! The connection's task, from the handshake until the socket is gone.
+//!
+//! Reads and writes at the same time, calls the callbacks, decides how the connection ended, tells the server where it
+//! is the client that ends it, and reports. Every wait ends by itself, and no callback can keep it from reporting.
+//! Knows codecs, callbacks and tungstenite. Does not know the handle.
+
+use std::{
+    future::pending,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{
+    FutureExt, Sink, SinkExt, Stream, StreamExt,
+    stream::{SplitSink, SplitStream},
+};
+use shardcast_engine::MessageKind;
+use tokio::{
+    io::AsyncReadExt,
+    sync::{mpsc, oneshot},
+    time::{sleep, timeout},
+};
+use tokio_tungstenite::tungstenite::{
+    self, Message, Utf8Bytes,
+    error::{CapacityError, ProtocolError},
+    protocol::{CloseFrame, frame::coding::CloseCode},
+};
+
+use super::{
+    callback::Callbacks,
+    error::ClientClose,
+    transport::{Life, Socket},
+};
+use crate::codec::Decode;
+
+/// What a Close frame without a code means (RFC 6455, section 7.1.5).
+const NO_CODE: u16 = 1005;
+
+/// The task's settings.
+#[derive(Clone, Copy)]
+pub(super) struct Timeouts {
+    pub(super) disconnect: Duration,
+    pub(super) silence: Option<Duration>,
+}
+
+/// How a connection ended.
+struct Ending {
+    close: ClientClose,
+    /// What the server is told, where it is the client that gives up.
+    farewell: Option<(CloseCode, Utf8Bytes)>,
+}
+
+impl From<ClientClose> for Ending {
+    fn from(close: ClientClose) -> Self {
+        Self { close, farewell: None }
+    }
+}
+
+impl Ending {
+    /// The reading failed. tungstenite reports what the server did wrong; it does not tell the server.
+    fn failed(error: tungstenite::Error) -> Self {
+        if let tungstenite::Error::Capacity(CapacityError::MessageTooLong { size, max_size }) = error {
+            return Self {
+                close: ClientClose::TooLong { bytes: size, bytes_max: max_size },
+                farewell: Some((CloseCode::Size, format!("message over {max_size} bytes").into())),
+            };
+        }
+        let code = match &error {
+            tungstenite::Error::Utf8(_) => Some(CloseCode::Invalid),
+            tungstenite::Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => None,
+            tungstenite::Error::Protocol(_) => Some(CloseCode::Protocol),
+            _ => None,
+        };
+        Self { close: ClientClose::lost(error), farewell: code.map(|code| (code, Utf8Bytes::default())) }
+    }
+
+    fn panicked() -> Self {
+        Self {
+            close: ClientClose::lost("a callback panicked"),
+            farewell: Some((CloseCode::Error, Utf8Bytes::default())),
+        }
+    }
+}
+
+pub(super) async fn run<R, C>(
+    (socket, life): (Socket, Life),
+    queue: mpsc::Receiver<Message>,
+    closing: oneshot::Receiver<()>,
+    closed: oneshot::Sender<ClientClose>,
+    callbacks: Arc<Callbacks<R>>,
+    timeouts: Timeouts,
+) where
+    R: 'static,
+    C: Decode<R>,
+{
+    let (mut sink, mut stream) = socket.split();
+    let talk = talk::<R, C>(&mut sink, &mut stream, queue, closing, &callbacks, &life, timeouts);
+    let Ending { close, farewell } =
+        AssertUnwindSafe(talk).catch_unwind().await.unwrap_or_else(|_| Ending::panicked());
+    let is_told = farewell.is_some();
+    if let Some((code, reason)) = farewell {
+        // Where nothing comes, nothing may go either, and the application is not to wait for it.
+        let is_silent = matches!(close, ClientClose::Silent { .. });
+        let within = if is_silent { Duration::ZERO } else { timeouts.disconnect };
+        let _ = timeout(within, sink.send(Message::Close(Some(CloseFrame { code, reason })))).await;
+    } else if let ClientClose::ByServer { .. } = close {
+        // tungstenite has put our answer aside, and a flush sends it.
+        let _ = timeout(timeouts.disconnect, sink.flush()).await;
+    }
+    if catch_unwind(AssertUnwindSafe(|| callbacks.close.call(close.clone()))).is_err() {
+        tracing::error!(%close, "the callback `on_close` panicked");
+    }
+    let hang_up = async {
+        match &close {
+            // RFC 6455 wants the server to hang up first. Nobody has to wait for that but this task.
+            ClientClose::ByClient | ClientClose::ByServer { .. } => {
+                while let Some(Ok(_)) = stream.next().await {}
+            }
+            ClientClose::TooLong { .. } | ClientClose::Lost(_) if is_told => {
+                // A socket with unread bytes is reset when it is closed, and our Close with it. tungstenite reads no
+                // more after an error.
+                let Ok(mut socket) = sink.reunite(stream) else { return };
+                let mut rest = [0; 4096];
+                while let Ok(1..) = socket.get_mut().read(&mut rest).await {}
+            }
+            _ => {}
+        }
+    };
+    let hang_up = timeout(timeouts.disconnect, hang_up);
+    let _ = closed.send(close.clone());
+    let _ = hang_up.await;
+}
+
+/// Reads and writes at the same time until there is a Close from the server, or will be none.
+async fn talk<R, C>(
+    sink: &mut SplitSink<Socket, Message>,
+    stream: &mut SplitStream<Socket>,
+    queue: mpsc::Receiver<Message>,
+    closing: oneshot::Receiver<()>,
+    callbacks: &Callbacks<R>,
+    life: &Life,
+    timeouts: Timeouts,
+) -> Ending
+where
+    R: 'static,
+    C: Decode<R>,
+{
+    let close_sent = AtomicBool::new(false);
+    let mut reading = pin!(read::<R, C>(stream, callbacks, &close_sent));
+    let mut writing = pin!(write(sink, queue, &close_sent));
+    let mut too_late = pin!(async {
+        // Never sent, only dropped.
+        let _ = closing.await;
+        sleep(timeouts.disconnect).await;
+    });
+    let silence = pin!(life.silence(timeouts.silence));
+    tokio::select! {
+        biased;
+        ending = &mut reading => ending,
+        error = &mut writing => tokio::select! {
+            biased;
+            // What the server said before it hung up says more than that it did.
+            ending = reading => match ending.close {
+                ClientClose::Lost(_) => ClientClose::lost(error).into(),
+                _ => ending,
+            },
+            () = too_late => ClientClose::Unanswered.into(),
+            () = sleep(timeouts.disconnect) => ClientClose::lost(error).into(),
+        },
+        () = &mut too_late => ClientClose::Unanswered.into(),
+        timeout = silence => Ending {
+            close: ClientClose::Silent { timeout },
+            farewell: Some((CloseCode::Error, "nothing came for the silence timeout".into())),
+        },
+    }
+}
+
+/// Hands messages to the callbacks until the server closes or is gone.
+async fn read<R, C>(
+    stream: &mut (impl Stream<Item = Result<Message, tungstenite::Error>> + Unpin),
+    callbacks: &Callbacks<R>,
+    close_sent: &AtomicBool,
+) -> Ending
+where
+    C: Decode<R>,
+{
+    let error = loop {
+        match stream.next().await {
+            Some(Ok(Message::Text(text))) => deliver::<R, C>(callbacks, MessageKind::Text, text.as_bytes()),
+            Some(Ok(Message::Binary(bytes))) => deliver::<R, C>(callbacks, MessageKind::Binary, &bytes),
+            // Relaxed: written and read by the same task.
+            Some(Ok(Message::Close(_))) if close_sent.load(Ordering::Relaxed) => {
+                return ClientClose::ByClient.into();
+            }
+            Some(Ok(Message::Close(frame))) => {
+                let (code, reason) = frame
+                    .map_or((NO_CODE, String::new()), |frame| (frame.code.into(), frame.reason.to_string()));
+                return ClientClose::ByServer { code, reason }.into();
+            }
+            // tungstenite answers pings by itself, with the next read.
+            Some(Ok(_)) => {}
+            Some(Err(error)) => break error,
+            None => break tungstenite::Error::ConnectionClosed,
+        }
+    };
+    if close_sent.load(Ordering::Relaxed) { ClientClose::Unanswered.into() } else { Ending::failed(error) }
+}
+
+fn deliver<R, C: Decode<R>>(callbacks: &Callbacks<R>, kind: MessageKind, payload: &[u8]) {
+    match C::decode(kind, payload) {
+        Ok(message) => {
+            if callbacks.message.call(message).is_err() {
+                tracing::debug!("a message has arrived before a callback was set");
+            }
+        }
+        Err(error) => {
+            if let Err(error) = callbacks.error.call(error) {
+                tracing::warn!(error = &error as &dyn std::error::Error, "a message cannot be decoded");
+            }
+        }
+    }
+}
+
+/// Writes what is queued and, when the queue has been closed, a Close. Ends with an error only: after the Close it is
+/// for the reading half to say how the connection ended.
+async fn write(
+    sink: &mut (impl Sink<Message, Error = tungstenite::Error> + Unpin),
+    mut queue: mpsc::Receiver<Message>,
+    close_sent: &AtomicBool,
+) -> tungstenite::Error {
+    while let Some(message) = queue.recv().await {
+        let written = async {
+            sink.feed(message).await?;
+            // Whatever else is queued goes out with the same write.
+            while let Ok(message) = queue.try_recv() {
+                sink.feed(message).await?;
+            }
+            sink.flush().await
+        };
+        if let Err(error) = written.await {
+            return error;
+        }
+    }
+    close_sent.store(true, Ordering::Relaxed);
+    let farewell = CloseFrame { code: CloseCode::Normal, reason: Utf8Bytes::default() };
+    match sink.send(Message::Close(Some(farewell))).await {
+        Ok(()) => pending().await,
+        Err(error) => error,
+    }
+}

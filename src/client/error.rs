@@ -1,0 +1,165 @@
+//! What can go wrong with a client: in connecting, in sending, and how a connection ended.
+//!
+//! Plain data for the application; made by the rest of the client. Knows tungstenite's errors, and hides them as causes.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use http::Response;
+use thiserror::Error;
+use tokio_tungstenite::tungstenite;
+
+use crate::codec::CodecError;
+
+pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a client could not connect.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// There is a connection; disconnect first.
+    #[error("the client is already connected")]
+    AlreadyConnected,
+    /// The URL, a header, a subprotocol or a setting is malformed, a header is one that the handshake makes itself, or
+    /// the URL's scheme is not supported (`wss` needs the feature `client-tls`).
+    #[error("the request is invalid")]
+    InvalidRequest(#[source] BoxError),
+    /// The server cannot be reached.
+    #[error("the server cannot be reached")]
+    Unreachable(#[source] std::io::Error),
+    /// The server answered the handshake with something else than a WebSocket: an error of its own, a refusal, a
+    /// `Retry-After`.
+    #[error("the server refused the handshake with {}", .0.status())]
+    Refused(Box<Response<Vec<u8>>>),
+    /// What the server answered is no WebSocket handshake, or not a valid one, or its certificate is not trusted.
+    #[error("the handshake failed")]
+    Handshake(#[source] BoxError),
+    /// The connect timeout (10 s by default) has passed.
+    #[error("the server did not answer in time")]
+    TimedOut,
+}
+
+impl From<tungstenite::Error> for ClientError {
+    fn from(error: tungstenite::Error) -> Self {
+        match error {
+            // What rustls says about the server's certificate comes this way.
+            tungstenite::Error::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                Self::Handshake(error.into())
+            }
+            tungstenite::Error::Io(error) => Self::Unreachable(error),
+            tungstenite::Error::Http(response) => {
+                Self::Refused(Box::new(response.map(Option::unwrap_or_default)))
+            }
+            tungstenite::Error::Url(_) | tungstenite::Error::HttpFormat(_) => {
+                Self::InvalidRequest(error.into())
+            }
+            error => Self::Handshake(error.into()),
+        }
+    }
+}
+
+/// A message that was not queued, and why.
+#[derive(Error)]
+#[non_exhaustive]
+pub enum SendError<S> {
+    /// The queue is full: the server reads more slowly than the client sends. Try again later.
+    #[error("the queue is full")]
+    Full(S),
+    /// There is no connection, or no longer.
+    #[error("the client is not connected")]
+    NotConnected(S),
+    /// The codec refuses the message.
+    #[error("the message cannot be encoded")]
+    Encode {
+        /// The message.
+        message: S,
+        /// What the codec says.
+        source: CodecError,
+    },
+}
+
+impl<S> SendError<S> {
+    /// The message that was not sent.
+    pub fn into_message(self) -> S {
+        match self {
+            Self::Full(message) | Self::NotConnected(message) | Self::Encode { message, .. } => message,
+        }
+    }
+
+    /// Whether it may help to try again later on this connection.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Full(_))
+    }
+}
+
+/// Without the message, which need not be `Debug`.
+impl<S> fmt::Debug for SendError<S> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full(_) => formatter.write_str("Full(..)"),
+            Self::NotConnected(_) => formatter.write_str("NotConnected(..)"),
+            Self::Encode { source, .. } => {
+                formatter.debug_struct("Encode").field("source", source).finish_non_exhaustive()
+            }
+        }
+    }
+}
+
+/// How a client's connection ended.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum ClientClose {
+    /// The client closed, and the server answered with its Close.
+    ByClient,
+    /// The server closed.
+    ByServer {
+        /// The code of its Close frame; 1005 when it had none.
+        code: u16,
+        /// The reason in its Close frame; often empty.
+        reason: String,
+    },
+    /// The client closed, and no Close of the server's came in time.
+    Unanswered,
+    /// Nothing at all came from the server for the silence timeout, no ping either, so the server or the way to it is
+    /// gone; see [`with_silence_timeout`](super::HubClientBuilder::with_silence_timeout).
+    Silent {
+        /// The silence timeout.
+        timeout: Duration,
+    },
+    /// The server sent a message above the client's limit; it is told so by a Close with 1009. See
+    /// [`with_message_bytes_max`](super::HubClientBuilder::with_message_bytes_max).
+    TooLong {
+        /// The length of the message, as far as it is known: at least so much.
+        bytes: usize,
+        /// The client's limit.
+        bytes_max: usize,
+    },
+    /// The connection ended without a Close, or the server broke the protocol, or a callback panicked. Where the
+    /// client is what ends it, the server is told by a Close: 1002 or 1007 for the protocol, 1011 for a panic.
+    Lost(Arc<dyn std::error::Error + Send + Sync>),
+}
+
+impl ClientClose {
+    pub(super) fn lost(cause: impl Into<BoxError>) -> Self {
+        Self::Lost(cause.into().into())
+    }
+}
+
+impl fmt::Display for ClientClose {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ByClient => formatter.write_str("closed by the client"),
+            Self::ByServer { code, reason } if reason.is_empty() => {
+                write!(formatter, "closed by the server with {code}")
+            }
+            Self::ByServer { code, reason } => {
+                write!(formatter, "closed by the server with {code}: {reason}")
+            }
+            Self::Unanswered => formatter.write_str("closed by the client without an answer of the server's"),
+            Self::Silent { timeout } => write!(formatter, "nothing came from the server for {timeout:?}"),
+            Self::TooLong { bytes, bytes_max } => {
+                write!(formatter, "a message of {bytes} bytes is above the limit of {bytes_max}")
+            }
+            Self::Lost(cause) => write!(formatter, "lost: {cause}"),
+        }
+    }
+}
