@@ -56,7 +56,7 @@ fn application(code: u16) -> CloseReason {
 }
 
 fn peer(code: Option<u16>) -> CloseReason {
-    CloseReason::Peer { code: code.map(CloseCode) }
+    CloseReason::Peer { code: code.map(CloseCode), text: "".into() }
 }
 
 /// For each way: the reason that the hub is told, the code that the peer reads (1005 is a Close without one), and whether
