@@ -87,9 +87,8 @@ impl<M, C> Clients<M, C> {
     }
 
     /// Makes a client a member of a group. When this has returned, the next message to the group by anyone reaches
-    /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing. One whose
-    /// [`on_open`](crate::WsHub::on_open) is not done yet is a member from when it is, behind everything that was sent
-    /// until then. One that is in [`max_groups`](crate::WsHubConfig::max_groups) groups is ended (1008).
+    /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing. One that is in
+    /// [`max_groups`](crate::WsHubConfig::max_groups) groups is ended (1008).
     ///
     /// # Errors
     /// The engine has ended, too many wait for the client's shard, or the group's name is too long.

@@ -62,7 +62,10 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { tracing::debug!(id = %request.connection_id, "connected") }
     }
 
-    /// The connection is open: the place to greet it and to join groups, before its first message is read.
+    /// The connection is open: the place to greet it and to join groups, before its first message is read. It is among
+    /// [`to_all`](Clients::to_all) only when this has returned, behind everything that was sent until then: nothing
+    /// reaches a client ahead of its greeting, or one that is turned away here
+    /// ([`MessageContext::disconnect`]). A group that is joined here is joined at once.
     fn on_open(
         &self,
         context: MessageContext<Self::OutMessage, Self::Codec>,

@@ -694,7 +694,9 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
         let (way, id, code) = life.unwrap();
         let reason = told.remove(&id).unwrap();
         let (expected_code, is_expected) = match way {
-            "goodbye" => (Some(4123), matches!(&reason, CloseReason::Peer { code: Some(CloseCode(4123)), .. })),
+            "goodbye" => {
+                (Some(4123), matches!(&reason, CloseReason::Peer { code: Some(CloseCode(4123)), .. }))
+            }
             "panic" => (Some(1011), matches!(&reason, CloseReason::HandlerPanicked)),
             "end" | "outside" => {
                 let code = if way == "end" { 4000 } else { 4001 };

@@ -12,7 +12,7 @@
 //! doing, then told the end.
 //!
 //! While it is open it is first *opening*, until its handler's `on_open` is done: before
-//! that it is in no group, and hears only what is sent to it alone.
+//! that it hears only what is sent to it alone, or to groups that the handler has joined.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -129,10 +129,10 @@ pub(crate) struct Ending {
     pub(crate) is_cut: bool,
 }
 
-/// What a connection is to be a member of when its handler has opened.
-#[derive(Debug, Default)]
+/// A connection whose handler has not opened yet is not among everyone.
+#[derive(Debug)]
 pub(crate) struct Opening {
-    pub(crate) entrances: Vec<Entrance>,
+    pub(crate) everyone: Entrance,
     /// `on_open` is done, and the rest is on its way behind what it has sent.
     pub(crate) is_done: bool,
 }
@@ -191,23 +191,25 @@ impl Connection {
         }
     }
 
-    /// Where it is counted as congested while it is in no group: it may be sent to, and publishers wait for it.
+    /// Everyone, while it is opening: not a member yet, but counted there if it is congested, because it may be sent to
+    /// and publishers look there.
     pub(crate) fn provisional_group(&self) -> Option<&Group> {
         self.opening().map(|_| &**self.directory.everyone())
     }
 
-    /// Ends its opening. Not counted in any group now, until it enters them.
+    /// Ends its opening. Not counted among everyone now, until it enters.
     pub(crate) fn take_opening(&mut self) -> Option<Opening> {
         if let (Some(group), Some(blocks)) = (self.provisional_group(), self.congestion()) {
             group.remove_congested(blocks);
         }
-        match self.passage.take_if(|passage| matches!(**passage, Passage::Opening(_))).map(|passage| *passage) {
+        match self.passage.take_if(|passage| matches!(**passage, Passage::Opening(_))).map(|passage| *passage)
+        {
             Some(Passage::Opening(opening)) => Some(opening),
             _ => None,
         }
     }
 
-    /// What it is to join when it has opened; there until then.
+    /// There until it has opened.
     pub(crate) fn opening(&self) -> Option<&Opening> {
         match self.passage.as_deref() {
             Some(Passage::Opening(opening)) => Some(opening),

@@ -181,13 +181,23 @@ impl Engine {
         })
     }
 
-    #[cfg(feature = "audit")]
-    pub(crate) fn audit_shared(&self) -> &Arc<Shared> {
-        &self.owner.shared
-    }
-
     fn lock_threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.owner.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// For the random histories in `tests/`.
+#[cfg(feature = "audit")]
+#[allow(missing_docs)]
+impl Engine {
+    /// Grows by one with each publication or command that is taken, as long as no shard takes a turn.
+    pub fn audit_accepted(&self) -> u64 {
+        let shared = &self.owner.shared;
+        shared.log.tail() + shared.mailboxes.iter().map(|mailbox| mailbox.len() as u64).sum::<u64>()
+    }
+
+    pub fn audit_is_closed(&self) -> bool {
+        self.owner.shared.stopping.is_closed()
     }
 }
 

@@ -22,7 +22,8 @@ pub type MakeHandler = Box<dyn FnOnce(ConnectionId) -> Box<dyn Handler> + Send>;
 /// A call must not block: the shard's other connections wait meanwhile. A panic ends this
 /// connection (1011) and harms no other.
 pub trait Handler {
-    /// The connection is open. No message is handed over before this is `Ready`.
+    /// The connection is open. No message is handed over before this is `Ready`, and before that nothing that is
+    /// published to everyone reaches the connection: only what is sent to it alone, or to groups that it has joined.
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
         let _ = context;
         Flow::Ready

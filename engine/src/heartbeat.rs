@@ -131,6 +131,11 @@ impl Heartbeat {
         (self.bytes, self.extensions) = (0, 0);
     }
 
+    /// A whole frame has arrived that says nothing about the peer: a pong that nobody asked for.
+    pub(crate) fn ignored(&mut self) {
+        self.bytes = 0;
+    }
+
     /// A whole message has arrived.
     #[inline]
     pub(crate) fn heard_message(&mut self, now: Duration) {

@@ -179,9 +179,8 @@ impl Namespace {
 
     /// Makes the connection a member of the group. When this has returned, the next publication by anyone
     /// includes it; earlier ones do not. Joining twice is joining once; a connection that has gone joins nothing.
-    /// One whose [`on_open`](crate::Handler::on_open) is not done yet is a member from when it is, behind everything
-    /// that was published until then. One that is in
-    /// [`max_groups`](ConnectionConfig::max_groups) groups is ended.
+    /// One that is in [`max_groups`](ConnectionConfig::max_groups) groups is ended. Everyone, unlike a group, has a
+    /// connection as a member only when its [`on_open`](crate::Handler::on_open) is done.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish), and [`SendError::GroupNameTooLong`].

@@ -14,7 +14,7 @@
 //! log's tail is read first, then the mailbox is emptied, then the log is run up to that
 //! tail. If the mailbox was not emptied, the log goes no further in this turn. What the
 //! shard itself must do behind all that a handler has sent (end its connection, let it
-//! into its groups) waits in a list of its own, with the position in the log and the
+//! join everyone) waits in a list of its own, with the position in the log and the
 //! number of commands that it comes after: so it keeps its place whatever is full.
 //!
 //! Time. What a peer does is judged by what had arrived when everything was last read
@@ -128,7 +128,7 @@ struct Later {
 }
 
 enum Step {
-    /// Its handler has opened: it becomes a member of what it has joined.
+    /// Its handler has opened: it is among everyone from now on.
     Enter,
     End(CloseReason),
 }
@@ -157,6 +157,7 @@ struct Scratch {
     /// Who sent what, as places in `read`.
     arrivals: Vec<(u32, Range<usize>)>,
     ready: Vec<u32>,
+    resumes: Vec<ConnectionId>,
     slots: Vec<u32>,
     due: Vec<(ConnectionId, u64)>,
     late: Vec<ConnectionId>,

@@ -63,7 +63,7 @@ enum Target {
 #[derive(Debug, Default)]
 struct ModelConn {
     space: usize,
-    /// It is a member of everyone and of what it has joined: the engine has taken the adoption, and `on_open` is done.
+    /// It is among everyone: the engine has taken the adoption, and `on_open` is done.
     has_entered: bool,
     id: Option<ConnectionId>,
     groups: BTreeSet<usize>,
@@ -100,8 +100,7 @@ impl Model {
         let is_target = |index: usize, conn: &ModelConn| match target {
             Target::Everyone => conn.space == space && conn.has_entered,
             Target::Groups(groups) => {
-                let is_member = groups.iter().any(|group| conn.groups.contains(group));
-                conn.space == space && conn.has_entered && is_member
+                conn.space == space && groups.iter().any(|group| conn.groups.contains(group))
             }
             Target::One(one) => *one == index && conn.space == space,
         };
@@ -706,7 +705,7 @@ impl World {
 
     fn over(&mut self, job: &Job, outcome: Outcome) {
         tell!(self, "over: {:?} {outcome:?}", job.effect);
-        let is_closed = self.engine.as_ref().is_none_or(Engine::audit_stopping_closed);
+        let is_closed = self.engine.as_ref().is_none_or(Engine::audit_is_closed);
         match (&job.effect, outcome) {
             (_, Outcome::Done(Err(SendError::Closed)) | Outcome::Receipt(Err(SendError::Closed))) => {
                 if !is_closed && self.shards.iter().all(Option::is_some) {

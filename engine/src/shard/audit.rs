@@ -115,7 +115,9 @@ impl Shard {
             {
                 wrong(format!("{} has messages held and an idle handler", connection.id));
             }
-            if connection.phase == Phase::Open && connection.work == Work::Idle && connection.counts.losses().untold > 0
+            if connection.phase == Phase::Open
+                && connection.work == Work::Idle
+                && connection.counts.losses().untold > 0
             {
                 wrong(format!("{} has untold drops and an idle handler", connection.id));
             }
@@ -137,8 +139,10 @@ impl Shard {
                 wrong(format!("{} is counted as congested and relieved", connection.id));
             }
             let groups = self.crowd.groups.groups_of(slot as u32).count();
-            let is_member = connection.phase == Phase::Open && connection.opening().is_none();
-            if is_member != (groups > 0) && !connection.is_deaf {
+            let is_open = connection.phase == Phase::Open;
+            if (is_open && connection.opening().is_none() && groups == 0 && !connection.is_deaf)
+                || (!is_open && groups > 0)
+            {
                 wrong(format!("{} is {:?} in {groups} groups", connection.id, connection.phase));
             }
             if connection.socket.is_none() && connection.handler.is_none() {
@@ -235,18 +239,5 @@ impl Shard {
         audit.reminders = self.wheel.audit_len();
         audit.deadlines = self.crowd.deadlines.audit_len();
         audit
-    }
-}
-
-#[allow(missing_docs)]
-impl crate::engine::Engine {
-    /// Grows by one with each publication or command that is taken, as long as no shard takes a turn.
-    pub fn audit_accepted(&self) -> u64 {
-        let shared = self.audit_shared();
-        shared.log.tail() + shared.mailboxes.iter().map(|mailbox| mailbox.len() as u64).sum::<u64>()
-    }
-
-    pub fn audit_stopping_closed(&self) -> bool {
-        self.audit_shared().stopping.is_closed()
     }
 }

@@ -5,7 +5,6 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
-use std::sync::Arc;
 
 use mio::Token;
 
@@ -119,11 +118,6 @@ impl Shard {
                 drop(oversized); // its outbox has announced itself
             }
             Action::Join(entrance) if is_open => self.join(slot, entrance),
-            Action::Leave { group } if connection.opening().is_some() => {
-                if let Some(opening) = connection.opening_mut() {
-                    opening.entrances.retain(|entrance| !Arc::ptr_eq(entrance.group(), &group));
-                }
-            }
             Action::Leave { group } => {
                 let congestion = connection.congestion();
                 let directory = connection.directory.clone();
@@ -143,35 +137,22 @@ impl Shard {
 
     fn join(&mut self, slot: u32, entrance: Entrance) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        let max = connection.config.max_groups;
-        // Everyone is not counted.
-        let congestion = connection.congestion();
-        let joined = match connection.opening_mut() {
-            Some(opening) => {
-                let is_same = |known: &Entrance| Arc::ptr_eq(known.group(), entrance.group());
-                if !opening.entrances.iter().any(is_same) {
-                    opening.entrances.push(entrance);
-                }
-                opening.entrances.len() - 1
+        let max = connection.config.max_groups + usize::from(connection.opening().is_none()); // everyone is one
+        let (group, congestion) = (entrance.group().clone(), connection.congestion());
+        group.add_interest(self.index); // it may have been cleared while this join was on its way
+        if self.crowd.groups.join(group.key, group.clone(), slot) {
+            if let Some(blocks) = congestion {
+                group.add_congested(blocks);
             }
-            None => {
-                let group = entrance.group().clone();
-                group.add_interest(self.index); // it may have been cleared while this join was on its way
-                if self.crowd.groups.join(group.key, group.clone(), slot) {
-                    if let Some(blocks) = congestion {
-                        group.add_congested(blocks);
-                    }
-                    entrance.arrive();
-                }
-                self.crowd.groups.count(slot) - 1
-            }
-        };
-        if joined > max {
+            entrance.arrive();
+        }
+        if self.crowd.groups.count(slot) > max {
             self.end(slot, CloseReason::TooManyGroups);
         }
     }
 
-    /// The handler is done with `on_open`: the connection enters its groups behind all that was sent meanwhile.
+    /// The handler is done with `on_open`: the connection is among everyone from now on, behind all that was sent
+    /// meanwhile.
     pub(super) fn enter_in_order(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let (id, is_turned_away) = (connection.id, connection.is_deaf);
@@ -186,16 +167,7 @@ impl Shard {
     fn enter(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let Some(opening) = connection.take_opening() else { return };
-        for entrance in opening.entrances {
-            let is_open = self
-                .crowd
-                .connections
-                .get(slot as usize)
-                .is_some_and(|connection| connection.phase == Phase::Open);
-            if is_open {
-                self.join(slot, entrance);
-            }
-        }
+        self.join(slot, opening.everyone);
         if self.crowd.connections.get(slot as usize).is_some_and(|connection| connection.work == Work::Idle) {
             self.go_on(slot);
         }
@@ -271,7 +243,7 @@ impl Shard {
                 self.join(slot, entrance);
             }
         } else {
-            let opening = Opening { entrances: vec![entrance], is_done: false };
+            let opening = Opening { everyone: entrance, is_done: false };
             self.crowd.connections[slot as usize].begin_opening(opening);
             if flow == Flow::Ready {
                 self.enter_in_order(slot);

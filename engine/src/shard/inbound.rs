@@ -67,6 +67,7 @@ impl Shard {
             let connection = self.crowd.connections.get_mut(*slot as usize);
             connection.is_some_and(|connection| std::mem::take(&mut connection.is_ready))
         });
+        self.rotate(&mut slots);
         for slots in slots.chunks(EVENTS_PER_ANSWER) {
             self.read(slots);
         }
@@ -266,6 +267,8 @@ impl Shard {
                     let is_ours = connection.heartbeat.pong(self.crowd.arrived, payload);
                     if is_ours {
                         connection.heartbeat.answered();
+                    } else {
+                        connection.heartbeat.ignored();
                     }
                     let limit = connection.config.policy.rtt_limit().filter(|_| is_ours);
                     let max = connection.config.control_frames_per_second;
@@ -318,8 +321,10 @@ impl Shard {
     }
 
     pub(super) fn resume_handlers(&mut self) {
-        for _ in 0..RESUMES_PER_TURN {
-            let Some(id) = self.mailbox().pop_resume() else { return };
+        let mut resumes = std::mem::take(&mut self.scratch.resumes);
+        resumes.extend(std::iter::from_fn(|| self.mailbox().pop_resume()).take(RESUMES_PER_TURN));
+        self.rotate(&mut resumes);
+        for id in resumes.drain(..) {
             let Some(connection) = self.find(id) else { continue };
             if let Some(resume) = &connection.resume {
                 resume.taken();
@@ -331,6 +336,14 @@ impl Shard {
             if flow == Flow::Ready {
                 self.proceed(id.slot() as u32);
             }
+        }
+        self.scratch.resumes = resumes;
+    }
+
+    /// Lets another one be first in each turn: whoever is first may take all the room that there is.
+    fn rotate<T>(&self, who: &mut [T]) {
+        if who.len() > 1 {
+            who.rotate_left((self.crowd.metrics.turns % who.len() as u64) as usize);
         }
     }
 
@@ -361,8 +374,8 @@ impl Shard {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         if connection.is_input_over {
             self.end_of_input(slot);
-        } else {
-            self.read(&[slot]);
+        } else if connection.is_reading() {
+            self.mark_ready(slot); // in its turn: others wait as well
         }
     }
 

@@ -1,0 +1,88 @@
+//! Clients that send as fast as they can share their shard evenly.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::io::Write;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::Context as TaskContext;
+
+use fixture::{Peer, Rig, at_once, client_frame, newcomer_for};
+use shardcast_engine::{
+    ConnectionConfig, Context, EngineConfig, Flow, Frame, Handler, Message, Namespace, SendError, To,
+};
+
+const CLIENTS: usize = 4;
+
+type Sending = Pin<Box<dyn Future<Output = Result<(), SendError>> + Send>>;
+
+/// Publishes what it hears, and waits until it has been taken.
+struct Publisher {
+    everyone: Namespace,
+    to_all: bool,
+    handled: Arc<AtomicU64>,
+    sending: Option<Sending>,
+}
+
+impl Handler for Publisher {
+    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Flow {
+        self.handled.fetch_add(1, Relaxed);
+        let (everyone, to_all, id) = (self.everyone.clone(), self.to_all, context.id());
+        self.sending = Some(Box::pin(async move {
+            let to = if to_all { To::Everyone } else { To::Connection(id) };
+            everyone.publish(to, &[], Frame::text("x")).await
+        }));
+        self.on_resume(context)
+    }
+
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
+        let Some(sending) = &mut self.sending else { return Flow::Ready };
+        if sending.as_mut().poll(&mut TaskContext::from_waker(&context.waker())).is_pending() {
+            return Flow::Pending;
+        }
+        self.sending = None;
+        Flow::Ready
+    }
+}
+
+#[test]
+fn clients_that_send_as_fast_as_they_can_share_a_shard_evenly() {
+    for (log_capacity, mailbox_capacity, to_all) in
+        [(4096, 4096, false), (64, 64, false), (64, 64, true), (4096, 4096, true)]
+    {
+        let engine =
+            EngineConfig { shards: Some(1), log_capacity, mailbox_capacity, ..EngineConfig::default() };
+        let mut rig = Rig::with(engine, ConnectionConfig::default());
+        let mut flooders: Vec<(Peer, Arc<AtomicU64>)> = Vec::new();
+        for _ in 0..CLIENTS {
+            let handled = Arc::new(AtomicU64::new(0));
+            let publisher =
+                Publisher { everyone: rig.everyone.clone(), to_all, handled: handled.clone(), sending: None };
+            let config = rig.config.clone();
+            let (newcomer, peer) =
+                newcomer_for(&rig.engine, &config, 1 << 16, Box::new(|_| Box::new(publisher)));
+            at_once(rig.everyone.adopt(newcomer)).unwrap();
+            rig.settle();
+            flooders.push((peer, handled));
+        }
+        let flood = client_frame(0x81, b"x").repeat(2000);
+        let mut at = [0; CLIENTS];
+        for _ in 0..400 {
+            for ((peer, _), at) in flooders.iter_mut().zip(&mut at) {
+                peer.stream.set_nonblocking(true).unwrap();
+                while let Ok(count) = peer.stream.write(&flood[*at..]) {
+                    *at = (*at + count) % flood.len();
+                }
+                let _ = peer.hear();
+            }
+            rig.turn();
+        }
+        let handled: Vec<u64> = flooders.iter().map(|(_, handled)| handled.load(Relaxed)).collect();
+        let (least, most) = (handled.iter().min().unwrap(), handled.iter().max().unwrap());
+        assert!(*least > 0 && most <= &(2 * least), "{handled:?} to all: {to_all}, capacity {log_capacity}");
+    }
+}
