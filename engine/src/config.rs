@@ -43,7 +43,8 @@ pub struct EngineConfig {
     /// connection that it is kept for. Beyond it the connections with the largest backlogs are ended (1013).
     pub backlog_bytes_max: usize,
     /// Connections from one peer address: 1 to 1,073,741,824, or none. Default: none. At the limit no more from there
-    /// are admitted; the face answers the upgrade with 503. Peers whose address is not known are not counted.
+    /// are admitted; the face answers the upgrade with 503. IPv6 counts by its first 64 bits, IPv4 in IPv6's form
+    /// (`::ffff:192.0.2.1`) as IPv4. Peers whose address is not known are not counted, and the face says so as an error.
     pub max_connections_per_address: Option<usize>,
     /// Connections in all, at most: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are
     /// admitted; the face answers the upgrade with 503.
