@@ -3,7 +3,9 @@
 //! An extractor, a response and a short-lived task. It ends with the plain socket off tokio's reactor and nothing of
 //! hyper behind it, because what an upgraded connection keeps it keeps ten thousand times; only what is not a socket
 //! gets a [bridge](crate::bridge).
-//! Knows axum, hyper and the handshake's verdicts. Does not know hubs, frames, or who takes the socket.
+//! Only an answer that was [sent](crate::verdict) leads there, and who got one and is not served is
+//! [turned away](crate::turn_away) with a word.
+//! Knows axum, hyper and whether a handshake is good. Does not know hubs, or who takes the socket.
 
 use std::{
     fmt,
@@ -518,18 +520,19 @@ impl PendingSocket {
     ///
     /// Must be awaited within a tokio runtime, and elsewhere than in the handler that returns the response.
     pub(crate) async fn socket(self) -> Result<WebSocket, UpgradeError> {
-        let verdict = match self.verdict {
-            Some(pending) => pending.verdict().await,
-            None => Verdict::Sent,
+        let (verdict, upgraded) = match self.verdict {
+            Some(pending) => {
+                let verdict = pending.verdict().await;
+                if verdict == Verdict::NotSent || (verdict == Verdict::Unclear && self.asks_to_close) {
+                    return Err(UpgradeError::NotSent);
+                }
+                // In vain after another status that has no body either.
+                let upgraded = timeout(ANSWER_TIMEOUT, self.on_upgrade).await;
+                (verdict, upgraded.map_err(|_| UpgradeError::NotSent)?)
+            }
+            None => (Verdict::Sent, self.on_upgrade.await),
         };
-        if verdict == Verdict::NotSent || (verdict == Verdict::Unclear && self.asks_to_close) {
-            return Err(UpgradeError::NotSent);
-        }
-        let upgraded = match timeout(ANSWER_TIMEOUT, self.on_upgrade).await {
-            Ok(upgraded) => upgraded.map_err(UpgradeError::ConnectionLost)?,
-            // Another status that has no body either, or one of the next requests on this connection is being served.
-            Err(_) => return Err(UpgradeError::NotSent),
-        };
+        let upgraded = upgraded.map_err(UpgradeError::ConnectionLost)?;
         let (socket, leftover) = match detach(upgraded) {
             Ok(detached) => detached,
             Err(Undetachable { error, upgraded }) => {
