@@ -394,6 +394,29 @@ async fn http_2_handshakes_that_are_none_are_refused() {
 }
 
 #[tokio::test]
+async fn a_stream_of_http_2_whose_answer_was_replaced_is_no_websocket() {
+    let (listener, address) = tcp_listener().await;
+    let (pending, mut accepted) = mpsc::unbounded_channel();
+    let handler = async move |ws: WebSocketUpgrade| {
+        let (response, socket) = ws.accept().unwrap();
+        pending.send(socket).unwrap();
+        response
+    };
+    let app = Router::new().route("/ws", any(handler));
+    let app = app.layer(axum::middleware::map_response(async |mut response: Response| {
+        *response.status_mut() = StatusCode::FORBIDDEN;
+        response
+    }));
+    let server = tokio::spawn(serve(listener, app));
+    let mut client = http_2(address).await;
+    let response = client.send_request(extended_connect(address, "websocket", "13")).await.unwrap();
+    assert_eq!(response.status(), StatusCode::FORBIDDEN);
+    let socket = accepted.recv().await.unwrap().socket().await;
+    assert!(matches!(socket, Err(UpgradeError::ConnectionLost(_))), "{socket:?}");
+    server.abort();
+}
+
+#[tokio::test]
 async fn a_server_that_cannot_upgrade_refuses_with_426() {
     let (listener, address) = tcp_listener().await;
     let (app, _seen) = echo_app();
