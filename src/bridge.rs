@@ -36,21 +36,30 @@ const CHUNKS_PER_TURN: usize = 16;
 /// How long a client may take to end after the shard has ended its side, before it is cut off.
 const LINGER: Duration = Duration::from_secs(10);
 
-/// Puts a Unix socket in front of `client` and gives back the shard's end of it, non-blocking.
+/// Puts a Unix socket in front of `client` and gives back the shard's end of it, non-blocking. Where the system has no
+/// socket to give, gives back the client.
 ///
 /// Must be called within a tokio runtime; the copying task runs there until both sides have ended.
-pub(crate) fn bridge<C>(client: C) -> io::Result<unix::net::UnixStream>
+pub(crate) fn bridge<C>(client: C) -> Result<unix::net::UnixStream, (io::Error, C)>
 where
     C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let (shard_end, shard) = match ends() {
+        Ok(ends) => ends,
+        Err(error) => return Err((error, client)),
+    };
+    tokio::spawn(Bridge { client, shard, inbound: Flow::new(), outbound: Flow::new(), linger: None });
+    Ok(shard_end)
+}
+
+/// The shard's end of a new socket, and the bridge's.
+fn ends() -> io::Result<(unix::net::UnixStream, UnixStream)> {
     let (shard_end, bridge_end) = unix::net::UnixStream::pair()?;
     for end in [&shard_end, &bridge_end] {
         end.set_nonblocking(true)?;
         SockRef::from(end).set_send_buffer_size(KERNEL_BUFFER_BYTES)?;
     }
-    let shard = UnixStream::from_std(bridge_end)?;
-    tokio::spawn(Bridge { client, shard, inbound: Flow::new(), outbound: Flow::new(), linger: None });
-    Ok(shard_end)
+    Ok((shard_end, UnixStream::from_std(bridge_end)?))
 }
 
 /// The copying task. Both flows run on their own, from end of stream to shutdown:
@@ -265,7 +274,7 @@ mod tests {
     /// The client's end of the bridged stream, and the shard's socket, wrapped for tokio as a test has no shard.
     fn bridged(client_buffer_bytes: usize) -> (DuplexStream, UnixStream) {
         let (client, stream) = duplex(client_buffer_bytes);
-        let shard = UnixStream::from_std(bridge(stream).unwrap()).unwrap();
+        let shard = UnixStream::from_std(bridge(stream).map_err(|(error, _)| error).unwrap()).unwrap();
         (client, shard)
     }
 

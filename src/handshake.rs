@@ -4,7 +4,7 @@
 //! server. The checks are those of RFC 6455 (HTTP/1.1) and RFC 8441 (HTTP/2), each with a reason of its own.
 //! Knows headers. Does not know sockets, extractors, hubs or how a refusal is sent.
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header, uri::Authority};
 use thiserror::Error;
 
 /// The protocol version that RFC 6455 defines; there is no other.
@@ -29,15 +29,29 @@ pub enum UpgradeRejection {
     /// The `Upgrade` header does not list `websocket` (a proxy may have removed it): 400.
     #[error("the `Upgrade` header must list `websocket`")]
     NoUpgradeWebSocket,
+    /// `Host` is missing, repeated, empty or not a host (over HTTP/2: and there is no `:authority`): 400.
+    #[error("the request must name one `Host`")]
+    BadHost,
+    /// The request announces a body, by a `Content-Length` other than 0, `Transfer-Encoding` or
+    /// `Expect: 100-continue`: 400. What came after the handshake would be taken for frames.
+    #[error("a WebSocket handshake must not have a body")]
+    HasBody,
     /// `Sec-WebSocket-Key` is missing, repeated, or not 16 bytes in base64: 400.
     #[error("the `Sec-WebSocket-Key` header must be 16 bytes in base64")]
     BadKey,
-    /// `Sec-WebSocket-Version` is not 13: 426, with the version that would do.
+    /// HTTP/1.1, and `Sec-WebSocket-Version` is not 13: 426, with the version that would do.
     #[error("the `Sec-WebSocket-Version` header must be 13")]
     WrongVersion,
+    /// HTTP/2, and `sec-websocket-version` is not 13: 400, with the version that would do. HTTP/2 has no `Upgrade`,
+    /// and so no 426.
+    #[error("the `sec-websocket-version` header must be 13")]
+    WrongVersionOverHttp2,
     /// HTTP/1.0, or a server that does not let its connections be upgraded: 426.
     #[error("this connection cannot be upgraded")]
     NotUpgradable,
+    /// HTTP/2, and a server or a middleware that does not let its streams be taken over: 400.
+    #[error("this stream cannot become a WebSocket")]
+    NotUpgradableOverHttp2,
     /// The `Origin` is not among the allowed ones: 403.
     #[error("this origin may not connect")]
     ForbiddenOrigin,
@@ -45,14 +59,18 @@ pub enum UpgradeRejection {
 
 impl UpgradeRejection {
     /// Every rejection there is, for those who count them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 12] = [
         Self::NotGet,
         Self::NotExtendedConnect,
         Self::NoConnectionUpgrade,
         Self::NoUpgradeWebSocket,
+        Self::BadHost,
+        Self::HasBody,
         Self::BadKey,
         Self::WrongVersion,
+        Self::WrongVersionOverHttp2,
         Self::NotUpgradable,
+        Self::NotUpgradableOverHttp2,
         Self::ForbiddenOrigin,
     ];
 
@@ -63,7 +81,11 @@ impl UpgradeRejection {
             | Self::NotExtendedConnect
             | Self::NoConnectionUpgrade
             | Self::NoUpgradeWebSocket
-            | Self::BadKey => StatusCode::BAD_REQUEST,
+            | Self::BadHost
+            | Self::HasBody
+            | Self::BadKey
+            | Self::WrongVersionOverHttp2
+            | Self::NotUpgradableOverHttp2 => StatusCode::BAD_REQUEST,
             Self::WrongVersion | Self::NotUpgradable => StatusCode::UPGRADE_REQUIRED,
             Self::ForbiddenOrigin => StatusCode::FORBIDDEN,
         }
@@ -76,9 +98,13 @@ impl UpgradeRejection {
             Self::NotExtendedConnect => "not_extended_connect",
             Self::NoConnectionUpgrade => "no_connection_upgrade",
             Self::NoUpgradeWebSocket => "no_upgrade_websocket",
+            Self::BadHost => "bad_host",
+            Self::HasBody => "has_body",
             Self::BadKey => "bad_key",
             Self::WrongVersion => "wrong_version",
+            Self::WrongVersionOverHttp2 => "wrong_version_over_http_2",
             Self::NotUpgradable => "not_upgradable",
+            Self::NotUpgradableOverHttp2 => "not_upgradable_over_http_2",
             Self::ForbiddenOrigin => "forbidden_origin",
         }
     }
@@ -92,6 +118,8 @@ pub(crate) struct RequestHead<'a> {
     pub(crate) headers: &'a HeaderMap,
     /// The `:protocol` pseudo-header of an extended `CONNECT`.
     pub(crate) protocol: Option<&'a str>,
+    /// The authority of the request's target; over HTTP/2 the `:authority` pseudo-header.
+    pub(crate) authority: Option<&'a Authority>,
 }
 
 /// How a good handshake is to be answered.
@@ -120,7 +148,16 @@ pub(crate) fn check(request: RequestHead<'_>) -> Result<Answer, UpgradeRejection
         if !is_extended_connect(request) {
             return Err(UpgradeRejection::NotExtendedConnect);
         }
-        check_version(request.headers)?;
+        let has_host = request.authority.is_some() && !request.headers.contains_key(header::HOST);
+        if !has_host && !names_one_host(request.headers) {
+            return Err(UpgradeRejection::BadHost);
+        }
+        if has_body(request.headers) {
+            return Err(UpgradeRejection::HasBody);
+        }
+        if !is_version_13(request.headers) {
+            return Err(UpgradeRejection::WrongVersionOverHttp2);
+        }
         return Ok(Answer::Ok);
     }
     if request.version < Version::HTTP_11 {
@@ -135,7 +172,15 @@ pub(crate) fn check(request: RequestHead<'_>) -> Result<Answer, UpgradeRejection
     if !lists(request.headers, header::UPGRADE, "websocket") {
         return Err(UpgradeRejection::NoUpgradeWebSocket);
     }
-    check_version(request.headers)?;
+    if !names_one_host(request.headers) {
+        return Err(UpgradeRejection::BadHost);
+    }
+    if has_body(request.headers) {
+        return Err(UpgradeRejection::HasBody);
+    }
+    if !is_version_13(request.headers) {
+        return Err(UpgradeRejection::WrongVersion);
+    }
     let key = only(request.headers, header::SEC_WEBSOCKET_KEY).ok_or(UpgradeRejection::BadKey)?;
     if !is_key(key.as_bytes()) {
         return Err(UpgradeRejection::BadKey);
@@ -156,28 +201,33 @@ pub(crate) fn requested_protocols(headers: &HeaderMap) -> Vec<HeaderValue> {
         .collect()
 }
 
-/// Whether a page from `origin` may connect.
-///
-/// Browsers always say where a page comes from, and a foreign page is the danger: it would connect with the
-/// user's cookies. Whoever sends no origin is no browser and could have sent any, so it is let through.
-pub(crate) fn origin_is_allowed<O: AsRef<str>>(
-    origin: Option<&HeaderValue>,
-    allowed: impl IntoIterator<Item = O>,
-) -> bool {
-    let Some(origin) = origin else { return true };
-    // Scheme and host are lower case in what browsers send; people who write lists do not always know.
-    allowed.into_iter().any(|allowed| origin.as_bytes().eq_ignore_ascii_case(allowed.as_ref().as_bytes()))
+/// Whether the client asks to close the connection after the response. It does not matter for a 101, but tells why
+/// another response was followed by the end of the connection.
+pub(crate) fn asks_to_close(headers: &HeaderMap) -> bool {
+    lists(headers, header::CONNECTION, "close")
 }
 
 fn is_extended_connect(request: RequestHead<'_>) -> bool {
     request.method == Method::CONNECT && request.protocol == Some("websocket")
 }
 
-fn check_version(headers: &HeaderMap) -> Result<(), UpgradeRejection> {
-    match only(headers, header::SEC_WEBSOCKET_VERSION) {
-        Some(version) if version == WEBSOCKET_VERSION => Ok(()),
-        _ => Err(UpgradeRejection::WrongVersion),
-    }
+fn is_version_13(headers: &HeaderMap) -> bool {
+    only(headers, header::SEC_WEBSOCKET_VERSION).is_some_and(|version| version == WEBSOCKET_VERSION)
+}
+
+/// RFC 9112, section 3.2: a request without `Host`, with several or with an invalid one must be refused.
+fn names_one_host(headers: &HeaderMap) -> bool {
+    only(headers, header::HOST)
+        .and_then(|host| Authority::try_from(host.as_bytes()).ok())
+        .is_some_and(|host| !host.host().is_empty() && !host.as_str().contains('@'))
+}
+
+/// Whether a body is announced, of which `Content-Length: 0` is none.
+fn has_body(headers: &HeaderMap) -> bool {
+    let is_zero = |length: &HeaderValue| length.as_bytes().iter().all(|digit| *digit == b'0');
+    headers.contains_key(header::TRANSFER_ENCODING)
+        || !headers.get_all(header::CONTENT_LENGTH).iter().all(is_zero)
+        || lists(headers, header::EXPECT, "100-continue")
 }
 
 /// Whether one of the header's lines lists the token.
@@ -228,11 +278,18 @@ mod tests {
     }
 
     fn get(headers: &HeaderMap) -> RequestHead<'_> {
-        RequestHead { method: &Method::GET, version: Version::HTTP_11, headers, protocol: None }
+        RequestHead {
+            method: &Method::GET,
+            version: Version::HTTP_11,
+            headers,
+            protocol: None,
+            authority: None,
+        }
     }
 
     fn good() -> HeaderMap {
         headers(&[
+            ("host", "example.org"),
             ("connection", "Upgrade"),
             ("upgrade", "websocket"),
             ("sec-websocket-version", "13"),
@@ -265,6 +322,7 @@ mod tests {
     #[test]
     fn each_missing_header_has_its_own_reason() {
         for (name, reason) in [
+            (header::HOST, UpgradeRejection::BadHost),
             (header::CONNECTION, UpgradeRejection::NoConnectionUpgrade),
             (header::UPGRADE, UpgradeRejection::NoUpgradeWebSocket),
             (header::SEC_WEBSOCKET_VERSION, UpgradeRejection::WrongVersion),
@@ -314,11 +372,13 @@ mod tests {
     #[test]
     fn http_2_needs_an_extended_connect_and_no_key() {
         let request = headers(&[("sec-websocket-version", "13")]);
+        let authority = Authority::from_static("example.org");
         let head = RequestHead {
             method: &Method::CONNECT,
             version: Version::HTTP_2,
             headers: &request,
             protocol: Some("websocket"),
+            authority: Some(&authority),
         };
         assert!(is_attempt(head));
         assert_eq!(check(head), Ok(Answer::Ok));
@@ -332,7 +392,65 @@ mod tests {
             assert_eq!(check(bad), Err(UpgradeRejection::NotExtendedConnect));
         }
         let old = headers(&[("sec-websocket-version", "8")]);
-        assert_eq!(check(RequestHead { headers: &old, ..head }), Err(UpgradeRejection::WrongVersion));
+        assert_eq!(
+            check(RequestHead { headers: &old, ..head }),
+            Err(UpgradeRejection::WrongVersionOverHttp2)
+        );
+    }
+
+    #[test]
+    fn over_http_2_the_host_is_the_authority_or_a_header() {
+        let mut request = headers(&[("sec-websocket-version", "13")]);
+        fn head(headers: &HeaderMap) -> RequestHead<'_> {
+            RequestHead {
+                method: &Method::CONNECT,
+                version: Version::HTTP_2,
+                headers,
+                protocol: Some("websocket"),
+                authority: None,
+            }
+        }
+        assert_eq!(check(head(&request)), Err(UpgradeRejection::BadHost));
+        request.insert(header::HOST, HeaderValue::from_static("example.org"));
+        assert_eq!(check(head(&request)), Ok(Answer::Ok));
+        request.append(header::HOST, HeaderValue::from_static("example.org"));
+        assert_eq!(check(head(&request)), Err(UpgradeRejection::BadHost));
+        let authority = Authority::from_static("example.org");
+        let both = RequestHead { authority: Some(&authority), ..head(&request) };
+        assert_eq!(check(both), Err(UpgradeRejection::BadHost), "a second name is a contradiction waiting");
+    }
+
+    #[test]
+    fn one_valid_host_is_named_and_no_second_one() {
+        for host in
+            ["example.org", "EXAMPLE.org:8080", "my_service", "127.0.0.1:3000", "[::1]:3000", "a.test."]
+        {
+            let mut request = good();
+            request.insert(header::HOST, HeaderValue::from_str(host).unwrap());
+            assert!(check(get(&request)).is_ok(), "{host}");
+        }
+        for hosts in [&[][..], &[""], &["a", "a"], &["a", "b"], &["a b"], &["u@a"], &["a/b"], &[":80"]] {
+            let mut request = good();
+            request.remove(header::HOST);
+            for host in hosts {
+                request.append(header::HOST, HeaderValue::from_str(host).unwrap());
+            }
+            assert_eq!(check(get(&request)), Err(UpgradeRejection::BadHost), "{hosts:?}");
+        }
+    }
+
+    #[test]
+    fn a_handshake_has_no_body() {
+        for (name, value) in
+            [("content-length", "5"), ("transfer-encoding", "chunked"), ("expect", "100-Continue")]
+        {
+            let mut request = good();
+            request.insert(name, HeaderValue::from_static(value));
+            assert_eq!(check(get(&request)), Err(UpgradeRejection::HasBody), "{name}: {value}");
+        }
+        let mut request = good();
+        request.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+        assert!(check(get(&request)).is_ok(), "a body of no bytes is none");
     }
 
     #[test]
@@ -351,21 +469,6 @@ mod tests {
             headers(&[("sec-websocket-protocol", "soap, wamp,,"), ("sec-websocket-protocol", " chat.v2 ")]);
         assert_eq!(requested_protocols(&request), ["soap", "wamp", "chat.v2"]);
         assert!(requested_protocols(&headers(&[])).is_empty());
-    }
-
-    #[test]
-    fn a_foreign_origin_is_not_allowed_and_no_origin_is() {
-        let allowed = ["https://example.org", "http://localhost:3000"];
-        let origin_is_allowed =
-            |origin: &'static str| origin_is_allowed(Some(&HeaderValue::from_static(origin)), allowed);
-        assert!(origin_is_allowed("https://example.org"));
-        assert!(origin_is_allowed("https://Example.org"));
-        assert!(origin_is_allowed("http://localhost:3000"));
-        assert!(!origin_is_allowed("http://example.org"), "the scheme is part of the origin");
-        assert!(!origin_is_allowed("http://localhost:3001"), "the port is part of the origin");
-        assert!(!origin_is_allowed("https://example.org.evil.test"));
-        assert!(!origin_is_allowed("null"));
-        assert!(super::origin_is_allowed(None, allowed));
     }
 
     #[test]

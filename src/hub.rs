@@ -185,4 +185,8 @@ impl<H: WsHub> Hub<H> {
     pub(crate) fn admit(&self, address: Option<IpAddr>) -> Option<Place> {
         self.engine.admit(address)
     }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.engine.is_stopping()
+    }
 }

@@ -16,10 +16,15 @@ mod context;
 mod engine;
 mod handshake;
 mod hub;
+mod log_limit;
+mod origin;
+mod peer_address;
 mod serve;
 mod serve_hub;
 mod session;
+mod turn_away;
 mod upgrade;
+mod verdict;
 
 #[cfg(feature = "client")]
 pub use client::{
@@ -33,6 +38,8 @@ pub use config::{BroadcastPolicy, ConfigError, EngineConfig, RunOn, WsHubConfig}
 pub use context::MessageContext;
 pub use engine::Engine;
 pub use hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
+pub use origin::{AllowedOrigins, InvalidOrigin};
+pub use peer_address::{InvalidNetwork, TrustedProxies};
 pub use serve::ServeError;
 pub use serve_hub::serve_hub;
 pub use shardcast_engine::{

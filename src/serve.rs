@@ -1,39 +1,66 @@
 //! How a connection comes to a hub: the handshake is answered, a shard gets the socket.
 //!
-//! From the upgrade in one step, or with an open WebSocket in hand. Knows the upgrade,
-//! hubs and sessions. Does not know frames or groups.
+//! From the upgrade in one step, or with an open WebSocket in hand. Whom no shard takes is told why: by 503 before the
+//! upgrade, by a Close frame after it. Knows the upgrade, hubs and sessions. Does not know frames or groups.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher as _, Hasher as _};
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
-use shardcast_engine::{AdoptError, MakeHandler, Newcomer, Place};
+use shardcast_engine::{AdoptError, CloseCode, MakeHandler, Newcomer, Place, SendError};
 use tokio::runtime::Handle;
 
 use crate::hub::{Hub, WsHub};
+use crate::log_limit::{NO_PLACE, NOT_TAKEN_OVER};
 use crate::session::Session;
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
-/// Seconds after which a client that found no place should try again.
-const RETRY_AFTER_SECONDS: u16 = 5;
+/// Seconds after which a client that found no place should try again: from the first to the last, drawn for each, so
+/// that those who were refused together do not come back together.
+const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=10;
 
 impl WebSocketUpgrade {
     /// Answers the handshake and gives the connection to `hub`, with `instance` to handle it. From then on a shard
     /// owns the socket, and no task is left of it.
     ///
     /// With no place left ([`EngineConfig::max_connections`](crate::EngineConfig), in all or for the peer's address),
-    /// or when the engine is stopping, answers 503 with `Retry-After` instead. The address is known to routers that
-    /// are served with [`into_make_service_with_connect_info`](axum::Router::into_make_service_with_connect_info).
+    /// or when the engine is stopping, answers 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn anew each
+    /// time. A place is taken with the answer and given back at once if that is not sent.
+    ///
+    /// A limit for each address needs the [address](Self::peer_address). Without connect info it is known only once the
+    /// client has its 101: who is beyond the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2
+    /// it is not known even then, and nobody is counted. The log says so once for each engine, as an error.
     #[must_use = "the handshake goes unanswered unless this response is returned"]
     pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: H) -> Response {
         let Some(place) = hub.admit(self.peer_address()) else {
-            let retry = [(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS))];
+            log_no_place(hub, "503");
+            let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
             let why = "no place for one more connection";
             return (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response();
         };
+        if place.lacks_address() && place.is_first_to_lack_address() {
+            tracing::error!(
+                "`max_connections_per_address` is set, but this router does not tell where its clients are: serve it \
+                 with `axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())`, or give \
+                 each `WebSocketUpgrade` its `set_peer_address`. Until then the limit holds only for plain TCP, after the \
+                 handshake (Close frame 1013 instead of 503), and not at all for TLS and HTTP/2"
+            );
+        }
         let hub = hub.clone();
         self.on_upgrade(move |socket| async move {
+            let mut place = place;
+            if place.lacks_address()
+                && let Some(address) = socket.peer_address()
+                && !place.count_for(address)
+            {
+                log_no_place(&hub, "1013");
+                ServeError::Full.turn_away(socket);
+                return;
+            }
             let handler = Session::maker(&hub, instance, Handle::current(), None);
             if let Err(error) = hub.adopt(socket, handler, place).await {
-                tracing::warn!(error = &error as &dyn std::error::Error, "a connection was not taken over");
+                error.log();
             }
         })
     }
@@ -44,9 +71,20 @@ impl<H: WsHub> Hub<H> {
     /// [`WebSocketUpgrade::on_upgrade`]. Must be called within a tokio runtime, which the hub's methods use.
     ///
     /// # Errors
-    /// No place left, an engine that has ended, a socket that cannot be prepared. The socket is closed then.
+    /// No place left, an engine that is stopping, a socket that cannot be prepared. The client gets a Close frame then:
+    /// 1013 without a place, 1001 from an engine that is stopping, 1011 otherwise.
     pub async fn serve(&self, socket: WebSocket, instance: H) -> Result<(), ServeError> {
-        let place = self.admit(socket.peer_address()).ok_or(ServeError::Full)?;
+        let Some(place) = self.admit(socket.peer_address()) else {
+            let error = if self.is_stopping() { ServeError::Stopping } else { ServeError::Full };
+            error.turn_away(socket);
+            return Err(error);
+        };
+        if place.lacks_address() && place.is_first_to_lack_address() {
+            tracing::error!(
+                "`max_connections_per_address` is set, but the address of a client is not known: behind TLS and HTTP/2 \
+                 it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
+            );
+        }
         self.adopt(socket, Session::maker(self, instance, Handle::current(), None), place).await
     }
 
@@ -56,24 +94,106 @@ impl<H: WsHub> Hub<H> {
         handler: MakeHandler,
         place: Place,
     ) -> Result<(), ServeError> {
+        if self.is_stopping() {
+            ServeError::Stopping.turn_away(socket);
+            return Err(ServeError::Stopping);
+        }
         let parts = socket.into_parts();
+        // The engine drops what it does not take. Without a descriptor for this the client must do without a word.
+        let spare = parts.socket.duplicate().ok();
         let (received, config) = (parts.leftover, self.config().clone());
         let socket = match parts.socket {
             RawSocket::Tcp(stream) => stream.into(),
             RawSocket::Unix(stream) => stream.into(),
         };
-        Ok(self.clients().namespace().adopt(Newcomer { socket, received, handler, config, place }).await?)
+        let newcomer = Newcomer { socket, received, handler, config, place };
+        match self.clients().namespace().adopt(newcomer).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let error = ServeError::from(error);
+                if let Some(spare) = spare {
+                    let (code, reason) = error.farewell();
+                    spare.turn_away(code, reason);
+                }
+                Err(error)
+            }
+        }
     }
 }
 
-/// A WebSocket could not be handed over to a hub; it has been closed.
+/// A WebSocket could not be handed over to a hub; it has been closed, with a Close frame.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// The engine has `max_connections` connections, or is stopping.
+    /// The engine has `max_connections` connections, or `max_connections_per_address` from there. The client got 1013.
     #[error("no place for one more connection")]
     Full,
-    /// The engine did not take it.
+    /// The engine is stopping. The client got 1001.
+    #[error("the engine is stopping")]
+    Stopping,
+    /// The engine did not take it. The client got 1013 if too many wait already, 1001 if the engine has ended, 1011
+    /// otherwise.
     #[error(transparent)]
     Adopt(#[from] AdoptError),
+}
+
+impl ServeError {
+    /// What the client is told.
+    fn farewell(&self) -> (CloseCode, &'static str) {
+        match self {
+            Self::Full | Self::Adopt(AdoptError::Send(SendError::Overloaded)) => {
+                (CloseCode::TRY_AGAIN_LATER, "no place for one more connection")
+            }
+            Self::Stopping | Self::Adopt(AdoptError::Send(SendError::Closed)) => {
+                (CloseCode::GOING_AWAY, "the server is stopping")
+            }
+            Self::Adopt(_) => (CloseCode::INTERNAL_ERROR, "the connection could not be taken over"),
+        }
+    }
+
+    pub(crate) fn turn_away(&self, socket: WebSocket) {
+        let (code, reason) = self.farewell();
+        socket.turn_away(code, reason);
+    }
+
+    pub(crate) fn log(&self) {
+        if matches!(self, Self::Stopping) {
+            tracing::debug!("a connection came while the engine was stopping (1001)");
+        } else if let Some(left_out) = NOT_TAKEN_OVER.allows() {
+            let error = self as &dyn std::error::Error;
+            tracing::warn!(error, left_out, "a connection was not taken over");
+        }
+    }
+}
+
+/// Says that a client was refused, with a status or a close code.
+pub(crate) fn log_no_place<H: WsHub>(hub: &Hub<H>, told: &'static str) {
+    if hub.is_stopping() {
+        tracing::debug!(told, "a connection was refused: the engine is stopping");
+    } else if let Some(left_out) = NO_PLACE.allows() {
+        tracing::warn!(
+            told,
+            left_out,
+            "a connection was refused: `max_connections` or `max_connections_per_address` is reached"
+        );
+    }
+}
+
+/// Each hasher has keys of its own, which is chance enough for spreading clients.
+fn retry_after_seconds() -> u64 {
+    let (first, last) = (*RETRY_AFTER_SECONDS.start(), *RETRY_AFTER_SECONDS.end());
+    first + RandomState::new().build_hasher().finish() % (last - first + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn those_who_are_refused_together_do_not_come_back_together() {
+        let drawn: BTreeSet<u64> = (0..1000).map(|_| retry_after_seconds()).collect();
+        assert_eq!(drawn, RETRY_AFTER_SECONDS.collect(), "each second within 1000 draws, and no other");
+    }
 }

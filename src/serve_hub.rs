@@ -9,12 +9,14 @@ use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use shardcast_engine::CloseCode;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use crate::config::{ConfigError, EngineConfig, WsHubConfig};
 use crate::engine::Engine;
 use crate::hub::{Hub, WsHub};
+use crate::serve::{ServeError, log_no_place};
 use crate::session::Session;
 use crate::upgrade::WebSocket;
 
@@ -27,31 +29,36 @@ static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(No
 /// engine behind it has one shard for each allowed CPU; to choose, to have several hubs of one type, to publish from
 /// outside or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
 ///
-/// A config out of range is logged as an error and the connection closed; check yours with [`WsHubConfig::validate`].
+/// A config out of range is logged as an error and the connection closed (1011); check yours with
+/// [`WsHubConfig::validate`]. Without a place left the connection is closed with 1013.
 /// Must be called within a tokio runtime.
 pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig) {
     let handle = match hub_of_type::<H>(config) {
         Ok(Some(handle)) => handle,
-        Ok(None) => return, // logged when the engine did not start
+        Ok(None) => {
+            // Logged when the engine did not start.
+            socket.turn_away(CloseCode::INTERNAL_ERROR, "the server could not start");
+            return;
+        }
         Err(error) => {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "a connection was refused: bad hub config"
             );
+            socket.turn_away(CloseCode::INTERNAL_ERROR, "the server is not set up right");
             return;
         }
     };
     let Some(place) = handle.admit(socket.peer_address()) else {
-        tracing::warn!("a connection was refused: no place left");
+        log_no_place(&handle, "1013");
+        ServeError::Full.turn_away(socket);
         return;
     };
     let (sender, over) = oneshot::channel();
     let session = Session::maker(&handle, hub, Handle::current(), Some(sender));
     match handle.adopt(socket, session, place).await {
         Ok(()) => drop(over.await), // an error here means that the session was dropped, which is the end, too
-        Err(error) => {
-            tracing::warn!(error = &error as &dyn std::error::Error, "a connection was not taken over");
-        }
+        Err(error) => error.log(),
     }
 }
 

@@ -3,14 +3,17 @@
 //! An extractor, a response and a short-lived task. It ends with the plain socket off tokio's reactor and nothing of
 //! hyper behind it, because what an upgraded connection keeps it keeps ten thousand times; only what is not a socket
 //! gets a [bridge](crate::bridge).
-//! Knows axum, hyper and the handshake's verdicts. Does not know hubs, frames, or who takes the socket.
+//! Only an answer that was [sent](crate::verdict) leads there, and who got one and is not served is
+//! [turned away](crate::turn_away) with a word.
+//! Knows axum, hyper and whether a handshake is good. Does not know hubs, or who takes the socket.
 
 use std::{
     fmt,
     future::Future,
-    io,
-    net::{IpAddr, SocketAddr},
+    io::{self, Write as _},
+    net::{IpAddr, Shutdown, SocketAddr},
     os::unix,
+    time::Duration,
 };
 
 use axum::{
@@ -18,20 +21,34 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, StatusCode, header, request::Parts};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
 use hyper::{
     rt::{Read, Write},
     upgrade::{OnUpgrade, Upgraded},
 };
 use hyper_util::{rt::TokioIo, server::conn::auto::upgrade::downcast};
+use shardcast_engine::{CloseCode, ControlFrame};
+use socket2::SockRef;
 use thiserror::Error;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::{
+    net::{TcpStream, UnixStream},
+    runtime::Handle,
+    time::timeout,
+};
 
 pub use crate::handshake::UpgradeRejection;
 use crate::{
     bridge::bridge,
     handshake::{self, Answer, RequestHead},
+    log_limit::{FORBIDDEN_ORIGIN, INVALID_ORIGIN, NO_SUBPROTOCOL, NOT_SENT, NOT_TAKEN_OVER},
+    origin::AllowedOrigins,
+    peer_address::{PeerAddress, TrustedProxies},
+    turn_away::turn_away,
+    verdict::{self, PendingVerdict, Verdict},
 };
+
+/// How long hyper may take to give up the socket after it was handed the answer: it has some 200 bytes to write.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Extractor for a WebSocket handshake: takes the place of `axum::extract::ws::WebSocketUpgrade`.
 ///
@@ -59,14 +76,23 @@ use crate::{
 ///
 /// let app: Router = Router::new().route("/", any(page_or_socket));
 /// ```
+///
+/// # Middlewares
+///
+/// There is a connection only if the client got the answer. A middleware may replace the response, or give it another
+/// status: the handshake is forgotten then, and its place given back.
+///
+/// Over HTTP/1.1 the response's body finds that out. A middleware that wraps bodies must pass on
+/// [`is_end_stream`](axum::body::HttpBody::is_end_stream), as nearly all do. tower-http's `ResponseBodyTimeoutLayer` does not:
+/// keep it away from the routes of WebSockets, it would end them at once (with a warning in the log).
 #[must_use = "the handshake goes unanswered unless the response made from it is returned"]
 pub struct WebSocketUpgrade {
     answer: Answer,
     on_upgrade: OnUpgrade,
     requested_protocols: Vec<HeaderValue>,
     selected_protocol: Option<HeaderValue>,
-    origin: Option<HeaderValue>,
-    peer_address: Option<IpAddr>,
+    headers: HeaderMap,
+    peer_address: PeerAddress,
     refusal: Option<UpgradeRejection>,
 }
 
@@ -74,7 +100,9 @@ impl WebSocketUpgrade {
     /// Selects the first of `protocols`, in order of the server's preference, that the client offers.
     ///
     /// Without a match no subprotocol is selected and the handshake succeeds without one; browsers then hang up,
-    /// since what they asked for they did not get. See [`selected_protocol`](Self::selected_protocol).
+    /// since what they asked for they did not get. The log has a line about it at level `info`, at most one in a second,
+    /// also where this was not called and the client offers subprotocols all the same. To refuse such a client, look at
+    /// [`selected_protocol`](Self::selected_protocol).
     pub fn protocols<I>(mut self, protocols: I) -> Self
     where
         I: IntoIterator,
@@ -108,25 +136,90 @@ impl WebSocketUpgrade {
 
     /// The `Origin` of the request: where the page comes from that opens the WebSocket. Browsers always send it.
     pub fn origin(&self) -> Option<&HeaderValue> {
-        self.origin.as_ref()
+        self.headers.get(header::ORIGIN)
     }
 
-    /// Where the request comes from, if the router is served with connect info.
-    pub(crate) fn peer_address(&self) -> Option<IpAddr> {
-        self.peer_address
+    /// Where the client is, as far as it is known here; what
+    /// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address) counts by. IPv4 in an IPv6 form
+    /// (`::ffff:192.0.2.1`) is given as IPv4.
+    ///
+    /// It is the other end of the socket, if the router is served with
+    /// [`into_make_service_with_connect_info::<SocketAddr>`](axum::Router::into_make_service_with_connect_info), and none
+    /// otherwise; or whom [`trusted_proxies`](Self::trusted_proxies) name; or what
+    /// [`set_peer_address`](Self::set_peer_address) was given.
+    pub fn peer_address(&self) -> Option<IpAddr> {
+        self.peer_address.known()
+    }
+
+    /// Takes these reverse proxies' word for where the client is: the nearest address in their header that is not a
+    /// trusted proxy itself. Without this call everybody behind a proxy has the proxy's address.
+    ///
+    /// The header is believed only if the other end of the socket is a trusted proxy. Where a proxy does not say
+    /// (`unknown`, no header, a header that is not well formed), the address is the nearest that is known, such as the
+    /// proxy's own.
+    ///
+    /// ```
+    /// use axum::{extract::State, response::Response};
+    /// use shardcast::{TrustedProxies, WebSocketUpgrade};
+    ///
+    /// async fn connect(ws: WebSocketUpgrade, State(proxies): State<TrustedProxies>) -> Response {
+    ///     let ws = ws.trusted_proxies(&proxies);
+    ///     // ws.serve(&hub, Chat)
+    /// #   ws.on_upgrade(|_| async {})
+    /// }
+    ///
+    /// // In the router's state, made once:
+    /// let proxies = TrustedProxies::x_forwarded_for(["127.0.0.1", "10.0.0.0/8"])?;
+    /// # Ok::<(), shardcast::InvalidNetwork>(())
+    /// ```
+    pub fn trusted_proxies(mut self, proxies: &TrustedProxies) -> Self {
+        self.peer_address.trust(proxies, &self.headers);
+        self
+    }
+
+    /// Says where the client is, for an application that knows better, for instance from a header of its CDN.
+    pub fn set_peer_address(&mut self, address: IpAddr) {
+        self.peer_address.tell(address);
     }
 
     /// Lets browsers connect from pages of these origins only, such as `https://example.org`; by default any page
-    /// may. For others the response will be [`UpgradeRejection::ForbiddenOrigin`] (403).
+    /// may. For others the response will be [`UpgradeRejection::ForbiddenOrigin`] (403), and the log has a line with
+    /// the origin and the list (`warn`, at most one in a second).
     ///
     /// Same-origin policy does not cover WebSockets: a foreign page connects with the user's cookies. A service
     /// that trusts cookies must call this. Clients that are not browsers send no origin and are let through.
+    ///
+    /// Case, a trailing slash and default ports make no difference. An entry that can never match, such as
+    /// `https://*.example.org`, is a mistake: it is logged as an error, and every page is refused until it is mended. To
+    /// find it when the program starts, make the list there with [`AllowedOrigins::new`] and give it to this.
     pub fn allowed_origins<I>(mut self, origins: I) -> Self
     where
         I: IntoIterator,
         I::Item: AsRef<str>,
     {
-        if !handshake::origin_is_allowed(self.origin.as_ref(), origins) {
+        let mut sent = self.headers.get_all(header::ORIGIN).iter();
+        // Browsers always say where a page comes from. Who sends no origin is no browser and could have sent any.
+        let Some(origin) = sent.next() else { return self };
+        let is_allowed = match AllowedOrigins::new(origins) {
+            Ok(allowed) => {
+                let is_allowed = allowed.allow(origin) && sent.next().is_none();
+                if !is_allowed && let Some(left_out) = FORBIDDEN_ORIGIN.allows() {
+                    tracing::warn!(?origin, %allowed, left_out, "a page of this origin may not connect");
+                }
+                is_allowed
+            }
+            Err(error) => {
+                if let Some(left_out) = INVALID_ORIGIN.allows() {
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        left_out,
+                        "the list of allowed origins is wrong: no page may connect until it is mended"
+                    );
+                }
+                false
+            }
+        };
+        if !is_allowed {
             self.refusal = Some(UpgradeRejection::ForbiddenOrigin);
         }
         self
@@ -134,8 +227,9 @@ impl WebSocketUpgrade {
 
     /// Accepts the handshake and calls `callback` with the WebSocket once the response has been sent.
     ///
-    /// The callback runs in a tokio task of its own. It is not called when the client is gone before that, nor when
-    /// [`allowed_origins`](Self::allowed_origins) has refused it, which the response then says.
+    /// The callback runs in a tokio task of its own. It is not called when the client is gone before that, when a
+    /// middleware has replaced the response, nor when [`allowed_origins`](Self::allowed_origins) has refused it, which the
+    /// response then says. A WebSocket that it drops is told so, with a Close frame (1011).
     #[must_use = "the handshake goes unanswered unless this response is returned"]
     pub fn on_upgrade<C, Fut>(self, callback: C) -> Response
     where
@@ -149,9 +243,7 @@ impl WebSocketUpgrade {
         tokio::spawn(async move {
             match pending.socket().await {
                 Ok(socket) => callback(socket).await,
-                Err(error) => {
-                    tracing::debug!(error = &error as &dyn std::error::Error, "a WebSocket upgrade failed");
-                }
+                Err(error) => error.log(),
             }
         });
         response
@@ -162,33 +254,65 @@ impl WebSocketUpgrade {
         if let Some(refusal) = self.refusal {
             return Err(refusal);
         }
-        let mut response = match &self.answer {
+        if self.selected_protocol.is_none()
+            && !self.requested_protocols.is_empty()
+            && let Some(left_out) = NO_SUBPROTOCOL.allows()
+        {
+            let offered = &self.requested_protocols;
+            tracing::info!(
+                ?offered,
+                left_out,
+                "no subprotocol was selected of those that a client offers; browsers hang up then"
+            );
+        }
+        let (mut response, verdict) = match &self.answer {
             Answer::SwitchingProtocols { accept } => {
                 let headers: [(HeaderName, &str); 3] = [
                     (header::CONNECTION, "upgrade"),
                     (header::UPGRADE, "websocket"),
                     (header::SEC_WEBSOCKET_ACCEPT, accept),
                 ];
-                (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+                let mut response = (StatusCode::SWITCHING_PROTOCOLS, headers).into_response();
+                if self.headers.contains_key(header::ACCEPT_ENCODING) {
+                    // A compressing middleware takes a body of unknown length for one to compress, and would put
+                    // itself between hyper and the verdict.
+                    response
+                        .headers_mut()
+                        .insert(header::CONTENT_ENCODING, HeaderValue::from_static("identity"));
+                }
+                let (response, verdict) = verdict::watch(response);
+                (response, Some(verdict))
             }
-            Answer::Ok => StatusCode::OK.into_response(),
+            // Over HTTP/2 hyper fulfils the upgrade only if the status says so.
+            Answer::Ok => (StatusCode::OK.into_response(), None),
         };
         if let Some(protocol) = &self.selected_protocol {
             response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, protocol.clone());
         }
-        Ok((response, PendingSocket { on_upgrade: self.on_upgrade, protocol: self.selected_protocol }))
+        let pending = PendingSocket {
+            on_upgrade: self.on_upgrade,
+            verdict,
+            asks_to_close: handshake::asks_to_close(&self.headers),
+            protocol: self.selected_protocol,
+            peer_address: self.peer_address,
+        };
+        Ok((response, pending))
     }
 
     fn from_parts(parts: &mut Parts) -> Result<Self, UpgradeRejection> {
         let answer = handshake::check(head(parts))?;
-        let on_upgrade = parts.extensions.remove::<OnUpgrade>().ok_or(UpgradeRejection::NotUpgradable)?;
+        let on_upgrade = parts.extensions.remove::<OnUpgrade>().ok_or(match answer {
+            Answer::SwitchingProtocols { .. } => UpgradeRejection::NotUpgradable,
+            Answer::Ok => UpgradeRejection::NotUpgradableOverHttp2,
+        })?;
+        let socket = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
         Ok(Self {
             answer,
             on_upgrade,
             requested_protocols: handshake::requested_protocols(&parts.headers),
             selected_protocol: None,
-            origin: parts.headers.get(header::ORIGIN).cloned(),
-            peer_address: parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip()),
+            headers: parts.headers.clone(),
+            peer_address: PeerAddress::of_socket(socket),
             refusal: None,
         })
     }
@@ -200,7 +324,8 @@ impl fmt::Debug for WebSocketUpgrade {
             .debug_struct("WebSocketUpgrade")
             .field("requested_protocols", &self.requested_protocols)
             .field("selected_protocol", &self.selected_protocol)
-            .field("origin", &self.origin)
+            .field("origin", &self.origin())
+            .field("peer_address", &self.peer_address())
             .field("refusal", &self.refusal)
             .finish_non_exhaustive()
     }
@@ -228,6 +353,7 @@ fn head(parts: &Parts) -> RequestHead<'_> {
         version: parts.version,
         headers: &parts.headers,
         protocol: parts.extensions.get::<hyper::ext::Protocol>().map(hyper::ext::Protocol::as_str),
+        authority: parts.uri.authority(),
     }
 }
 
@@ -236,26 +362,26 @@ impl IntoResponse for UpgradeRejection {
         tracing::debug!(reason = self.label(), "a WebSocket handshake was refused");
         let mut response = (self.status(), self.to_string()).into_response();
         let headers = response.headers_mut();
-        match self {
-            Self::WrongVersion => {
-                headers.insert(header::SEC_WEBSOCKET_VERSION, handshake::WEBSOCKET_VERSION);
-            }
-            Self::NotUpgradable => {
-                headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-                headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-            }
-            _ => {}
+        if matches!(self, Self::WrongVersion | Self::WrongVersionOverHttp2) {
+            headers.insert(header::SEC_WEBSOCKET_VERSION, handshake::WEBSOCKET_VERSION);
+        }
+        if self.status() == StatusCode::UPGRADE_REQUIRED {
+            // RFC 9110, section 15.5.22.
+            headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
         }
         response.extensions_mut().insert(self);
         response
     }
 }
 
-/// A WebSocket whose handshake is done and whose frames nobody has read yet. Give it to a hub.
+/// A WebSocket whose handshake is done and whose frames nobody has read yet. Give it to a hub: dropped, it ends with a
+/// Close frame (1011).
 pub struct WebSocket {
-    socket: RawSocket,
-    leftover: Bytes,
+    /// None once it has been taken out.
+    parts: Option<WebSocketParts>,
     protocol: Option<HeaderValue>,
+    peer_address: Option<IpAddr>,
 }
 
 impl WebSocket {
@@ -264,22 +390,39 @@ impl WebSocket {
         self.protocol.as_ref()
     }
 
-    /// Where the peer is; none behind a bridge.
-    pub(crate) fn peer_address(&self) -> Option<IpAddr> {
-        match &self.socket {
-            RawSocket::Tcp(stream) => stream.peer_addr().ok().map(|address| address.ip()),
-            RawSocket::Unix(_) => None,
-        }
+    /// Where the client is: [`WebSocketUpgrade::peer_address`], and where that was not known, the other end of the
+    /// socket. None behind TLS and HTTP/2 without connect info, and on Unix sockets.
+    pub fn peer_address(&self) -> Option<IpAddr> {
+        self.peer_address
     }
 
-    pub(crate) fn into_parts(self) -> WebSocketParts {
-        WebSocketParts { socket: self.socket, leftover: self.leftover }
+    pub(crate) fn into_parts(mut self) -> WebSocketParts {
+        self.parts.take().expect("only who consumes the WebSocket takes them")
+    }
+
+    /// Ends it with this Close frame.
+    pub(crate) fn turn_away(mut self, code: CloseCode, reason: &'static str) {
+        if let Some(parts) = self.parts.take() {
+            parts.socket.turn_away(code, reason);
+        }
+    }
+}
+
+impl Drop for WebSocket {
+    fn drop(&mut self) {
+        if let Some(parts) = self.parts.take() {
+            parts.socket.turn_away(CloseCode::INTERNAL_ERROR, "the connection was not served");
+        }
     }
 }
 
 impl fmt::Debug for WebSocket {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("WebSocket").field("protocol", &self.protocol).finish_non_exhaustive()
+        formatter
+            .debug_struct("WebSocket")
+            .field("protocol", &self.protocol)
+            .field("peer_address", &self.peer_address)
+            .finish_non_exhaustive()
     }
 }
 
@@ -300,37 +443,164 @@ pub(crate) enum RawSocket {
     Unix(unix::net::UnixStream),
 }
 
+impl RawSocket {
+    /// A second descriptor of the same socket.
+    pub(crate) fn duplicate(&self) -> io::Result<Self> {
+        match self {
+            Self::Tcp(stream) => stream.try_clone().map(Self::Tcp),
+            Self::Unix(stream) => stream.try_clone().map(Self::Unix),
+        }
+    }
+
+    /// Ends it with a Close frame: in a task that sees to its arrival, or without a runtime as well as it goes.
+    pub(crate) fn turn_away(self, code: CloseCode, reason: &'static str) {
+        let Ok(runtime) = Handle::try_current() else {
+            let frame = ControlFrame::close(code, reason);
+            // Whether it succeeds does not matter: there is nothing more to try.
+            let _ = match &self {
+                Self::Tcp(stream) => {
+                    { stream }.write_all(frame.as_bytes()).and_then(|()| stream.shutdown(Shutdown::Write))
+                }
+                Self::Unix(stream) => {
+                    { stream }.write_all(frame.as_bytes()).and_then(|()| stream.shutdown(Shutdown::Write))
+                }
+            };
+            return;
+        };
+        runtime.spawn(async move {
+            match self {
+                Self::Tcp(stream) => {
+                    if let Ok(stream) = TcpStream::from_std(stream) {
+                        turn_away(stream, code, reason).await;
+                    }
+                }
+                Self::Unix(stream) => {
+                    if let Ok(stream) = UnixStream::from_std(stream) {
+                        turn_away(stream, code, reason).await;
+                    }
+                }
+            }
+        });
+    }
+
+    /// The other end, where it has an address.
+    fn peer_address(&self) -> Option<IpAddr> {
+        match self {
+            Self::Tcp(stream) => stream.peer_addr().ok().map(|address| address.ip()),
+            Self::Unix(_) => None,
+        }
+    }
+
+    /// Whether the client has ended its side and nothing of it is left to be read.
+    fn is_at_end(&self) -> bool {
+        let mut byte = [std::mem::MaybeUninit::uninit()];
+        let peeked = match self {
+            Self::Tcp(stream) => SockRef::from(stream).peek(&mut byte),
+            Self::Unix(stream) => SockRef::from(stream).peek(&mut byte),
+        };
+        peeked.is_ok_and(|count| count == 0)
+    }
+}
+
 /// The socket that an accepted handshake will leave behind.
 #[derive(Debug)]
 pub(crate) struct PendingSocket {
     on_upgrade: OnUpgrade,
+    /// None where hyper gives up the stream only if the answer was sent.
+    verdict: Option<PendingVerdict>,
+    /// Whether the client wants the connection to end after the response.
+    asks_to_close: bool,
     protocol: Option<HeaderValue>,
+    peer_address: PeerAddress,
 }
 
 impl PendingSocket {
-    /// Waits until the response has been sent, then takes the socket out of hyper's and tokio's hands.
+    /// Waits until the response has been sent, then takes the socket out of hyper's and tokio's hands. An error as soon
+    /// as it turns out that the response was not sent.
     ///
-    /// Must be awaited within a tokio runtime, and elsewhere than in the handler that returns the response. Where a
-    /// middleware answers with another response, hyper yields the socket all the same, but only once the client
-    /// has ended its side of the connection.
+    /// Must be awaited within a tokio runtime, and elsewhere than in the handler that returns the response.
     pub(crate) async fn socket(self) -> Result<WebSocket, UpgradeError> {
-        let upgraded = self.on_upgrade.await.map_err(UpgradeError::ConnectionLost)?;
-        let (socket, leftover) = detach(upgraded).map_err(UpgradeError::SocketUnusable)?;
-        Ok(WebSocket { socket, leftover, protocol: self.protocol })
+        let (verdict, upgraded) = match self.verdict {
+            Some(pending) => {
+                let verdict = pending.verdict().await;
+                if verdict == Verdict::NotSent || (verdict == Verdict::Unclear && self.asks_to_close) {
+                    return Err(UpgradeError::NotSent);
+                }
+                // In vain after another status that has no body either.
+                let upgraded = timeout(ANSWER_TIMEOUT, self.on_upgrade).await;
+                (verdict, upgraded.map_err(|_| UpgradeError::NotSent)?)
+            }
+            None => (Verdict::Sent, self.on_upgrade.await),
+        };
+        let upgraded = upgraded.map_err(UpgradeError::ConnectionLost)?;
+        let (socket, leftover) = match detach(upgraded) {
+            Ok(detached) => detached,
+            Err(Undetachable { error, upgraded }) => {
+                if let Some(upgraded) = upgraded {
+                    let why = "no resources for one more connection";
+                    tokio::spawn(turn_away(TokioIo::new(upgraded), CloseCode::TRY_AGAIN_LATER, why));
+                }
+                return Err(UpgradeError::SocketUnusable(error));
+            }
+        };
+        // Who ends its side together with the handshake gets the socket out of hyper's hands after any answer.
+        if verdict == Verdict::Unclear && leftover.is_empty() && socket.is_at_end() {
+            return Err(UpgradeError::NotSent);
+        }
+        let peer_address = self.peer_address.with_socket(socket.peer_address());
+        let parts = Some(WebSocketParts { socket, leftover });
+        Ok(WebSocket { parts, protocol: self.protocol, peer_address })
     }
 }
 
 /// Why an accepted handshake did not yield a socket.
 #[derive(Debug, Error)]
 pub(crate) enum UpgradeError {
+    #[error("the answer to the handshake was not sent: the client has gone, or a middleware has replaced it")]
+    NotSent,
     #[error("the connection was lost before the handshake was answered")]
     ConnectionLost(#[source] hyper::Error),
     #[error("the socket could not be taken over")]
     SocketUnusable(#[source] io::Error),
 }
 
+impl UpgradeError {
+    pub(crate) fn log(&self) {
+        let error = self as &dyn std::error::Error;
+        match self {
+            Self::ConnectionLost(_) => tracing::debug!(error, "a WebSocket upgrade failed"),
+            Self::NotSent => {
+                if let Some(left_out) = NOT_SENT.allows() {
+                    tracing::info!(error, left_out, "a WebSocket upgrade failed");
+                }
+            }
+            Self::SocketUnusable(_) => {
+                if let Some(left_out) = NOT_TAKEN_OVER.allows() {
+                    tracing::warn!(
+                        error,
+                        left_out,
+                        "a client was turned away after its handshake (1013): are there descriptors left (`ulimit -n`)?"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A stream that cannot be handed over, and the stream itself where it still exists.
+struct Undetachable {
+    error: io::Error,
+    upgraded: Option<Upgraded>,
+}
+
+impl From<io::Error> for Undetachable {
+    fn from(error: io::Error) -> Self {
+        Self { error, upgraded: None }
+    }
+}
+
 /// Takes the socket out where there is one, and puts one in front where there is none.
-fn detach(upgraded: Upgraded) -> io::Result<(RawSocket, Bytes)> {
+fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
     let upgraded = match take::<TcpStream>(upgraded) {
         Ok((stream, leftover)) => return Ok((RawSocket::Tcp(stream.into_std()?), leftover)),
         Err(upgraded) => upgraded,
@@ -340,7 +610,10 @@ fn detach(upgraded: Upgraded) -> io::Result<(RawSocket, Bytes)> {
         Err(upgraded) => upgraded,
     };
     // A bridge reads what hyper has left over like everything else.
-    Ok((RawSocket::Unix(bridge(TokioIo::new(upgraded))?), Bytes::new()))
+    match bridge(TokioIo::new(upgraded)) {
+        Ok(socket) => Ok((RawSocket::Unix(socket), Bytes::new())),
+        Err((error, upgraded)) => Err(Undetachable { error, upgraded: Some(upgraded.into_inner()) }),
+    }
 }
 
 /// The stream under `upgraded`, if it is a `T`, and what hyper has read of it beyond the handshake.

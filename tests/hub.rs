@@ -268,7 +268,8 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
         let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
         let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
         assert_eq!(response.status(), 503);
-        assert_eq!(response.headers()["retry-after"], "5");
+        let retry_after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+        assert!((2..=10).contains(&retry_after), "{retry_after}");
     }
     second.say("me undisturbed").await;
     second.hears(&["undisturbed"]).await;
@@ -513,7 +514,7 @@ async fn serve_hub_with_an_impossible_config_closes_the_connection_and_returns()
     };
     let server = Server::start(Router::new().route("/ws", get(serve))).await;
     let peer = Peer::connect(server.url("/ws")).await;
-    assert_eq!(peer.rest().await, (Vec::new(), None));
+    assert_eq!(peer.closed().await.0, 1011);
     soon(returned.recv()).await.unwrap();
 }
 

@@ -143,10 +143,8 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
     assert!(poll!(&mut shutdown).is_pending());
     let refused = soon(Peer::try_connect(office.server.url("/ws"), &[])).await.err().unwrap();
     let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
-    assert_eq!(
-        (response.status().as_u16(), &response.headers()["retry-after"]),
-        (503, &"5".parse().unwrap())
-    );
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
     // When a shard has answered twice, a turn is over in which it has learnt of the end.
     for id in [busy_id, other_id] {
         office.counted(id).await;

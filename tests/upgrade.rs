@@ -13,7 +13,7 @@ use axum::{
     response::{Html, IntoResponse, Response},
     routing::any,
 };
-use shardcast::{UpgradeRejection, WebSocketUpgrade};
+use shardcast::{AllowedOrigins, UpgradeRejection, WebSocketUpgrade};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -52,6 +52,7 @@ async fn serve(app: Router) -> SocketAddr {
 struct Handshake {
     start: String,
     headers: Vec<(&'static str, &'static str)>,
+    body: &'static [u8],
 }
 
 impl Handshake {
@@ -65,6 +66,7 @@ impl Handshake {
                 ("sec-websocket-version", "13"),
                 ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
             ],
+            body: b"",
         }
     }
 
@@ -84,21 +86,36 @@ impl Handshake {
         handshake
     }
 
-    /// Sends it on a connection of its own and reads the whole response.
+    /// Sends it on a connection of its own, ends that, and reads the whole response.
     async fn send(self, address: SocketAddr) -> Answer {
+        let mut socket = self.start_sending(address).await;
+        socket.shutdown().await.unwrap();
+        Answer::read(socket).await
+    }
+
+    /// The same, but the connection stays open, and the server may go on waiting.
+    async fn send_and_stay(self, address: SocketAddr) -> Answer {
+        let mut socket = self.start_sending(address).await;
+        let mut response = Vec::new();
+        loop {
+            response.push(socket.read_u8().await.unwrap());
+            if let Some(answer) = Answer::parse(&response)
+                && answer.has(&format!("content-length: {}", answer.body.len()))
+            {
+                return answer;
+            }
+        }
+    }
+
+    async fn start_sending(self, address: SocketAddr) -> TcpStream {
         let mut request = self.start + "\r\n";
         for (name, value) in self.headers {
             request += &format!("{name}: {value}\r\n");
         }
         request += "\r\n";
         let mut socket = TcpStream::connect(address).await.unwrap();
-        socket.write_all(request.as_bytes()).await.unwrap();
-        socket.shutdown().await.unwrap();
-        let mut response = String::new();
-        socket.read_to_string(&mut response).await.unwrap();
-        let (head, body) = response.split_once("\r\n\r\n").unwrap();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        Answer { status, head: head.to_owned(), body: body.to_owned() }
+        socket.write_all(&[request.as_bytes(), self.body].concat()).await.unwrap();
+        socket
     }
 }
 
@@ -110,6 +127,19 @@ struct Answer {
 }
 
 impl Answer {
+    async fn read(mut socket: TcpStream) -> Self {
+        let mut response = Vec::new();
+        socket.read_to_end(&mut response).await.unwrap();
+        Self::parse(&response).unwrap()
+    }
+
+    fn parse(response: &[u8]) -> Option<Self> {
+        let response = String::from_utf8_lossy(response); // behind a 101 there are frames
+        let (head, body) = response.split_once("\r\n\r\n")?;
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some(Self { status, head: head.to_owned(), body: body.to_owned() })
+    }
+
     #[track_caller]
     fn is(&self, rejection: UpgradeRejection) {
         assert_eq!(self.status, rejection.status(), "{self:?}");
@@ -191,8 +221,50 @@ async fn a_handshake_of_another_version_is_refused_with_426_and_told_the_right_o
         let answer = handshake.send(address).await;
         answer.is(UpgradeRejection::WrongVersion);
         assert_eq!(answer.status, 426);
-        assert!(answer.has("sec-websocket-version: 13"), "{answer:?}");
+        for header in ["sec-websocket-version: 13", "upgrade: websocket", "connection: upgrade"] {
+            assert!(answer.has(header), "{answer:?}");
+        }
     }
+}
+
+#[tokio::test]
+async fn a_handshake_without_one_valid_host_is_refused_with_400() {
+    let address = serve(app()).await;
+    let good = Handshake::to("/ws");
+    let with_another = |host| {
+        let mut handshake = good.clone();
+        handshake.headers.push(("host", host));
+        handshake
+    };
+    for handshake in [
+        good.clone().without("host"),
+        with_another("localhost"),
+        with_another("other.test"),
+        good.clone().with("host", ""),
+        good.clone().with("host", "a b"),
+    ] {
+        let answer = handshake.send(address).await;
+        answer.is(UpgradeRejection::BadHost);
+        assert_eq!(answer.status, 400);
+    }
+}
+
+#[tokio::test]
+async fn a_handshake_that_announces_a_body_is_refused_with_400_before_it_comes() {
+    let address = serve(app()).await;
+    for (name, value) in
+        [("content-length", "5"), ("transfer-encoding", "chunked"), ("expect", "100-continue")]
+    {
+        let answer = Handshake::to("/ws").with(name, value).send_and_stay(address).await;
+        answer.is(UpgradeRejection::HasBody);
+        assert_eq!(answer.status, 400);
+    }
+    // One that comes along, and is a frame by its looks.
+    let mut both = Handshake::to("/ws").with("content-length", "7");
+    both.body = b"\x81\x81\0\0\0\0x";
+    both.send(address).await.is(UpgradeRejection::HasBody);
+    let nothing = Handshake::to("/ws").with("content-length", "0");
+    assert_eq!(nothing.send(address).await.status, 101, "a body of no bytes is none");
 }
 
 #[tokio::test]
@@ -200,6 +272,7 @@ async fn http_1_0_is_refused_with_426_and_told_to_upgrade() {
     let answer = Handshake::to("/ws").start("GET /ws HTTP/1.0").send(serve(app()).await).await;
     answer.is(UpgradeRejection::NotUpgradable);
     assert_eq!(answer.status, 426);
+    assert!(answer.has("upgrade: websocket") && answer.has("connection: upgrade, keep-alive"), "{answer:?}");
 }
 
 #[tokio::test]
@@ -236,7 +309,52 @@ async fn a_foreign_origin_is_refused_with_403_and_no_origin_is_not() {
     answer.is(UpgradeRejection::ForbiddenOrigin);
     assert_eq!(answer.status, 403);
     assert_eq!(handshake.clone().with("origin", "https://example.org").send(address).await.status, 101);
-    assert_eq!(handshake.send(address).await.status, 101);
+    assert_eq!(handshake.clone().send(address).await.status, 101);
+
+    let mut two = handshake.clone().with("origin", "https://example.org");
+    two.headers.push(("origin", "https://evil.test"));
+    two.send(address).await.is(UpgradeRejection::ForbiddenOrigin);
+}
+
+#[tokio::test]
+async fn origins_that_are_one_to_a_browser_are_one_to_the_server() {
+    for (listed, sent) in [
+        ("https://a.test/", "https://a.test"),
+        ("https://b.test:443", "https://b.test"),
+        ("http://d.test:80", "http://d.test"),
+        ("https://E.test", "https://e.test"),
+    ] {
+        let checked = AllowedOrigins::new([listed]).unwrap();
+        let app = Router::new()
+            .route(
+                "/listed",
+                any(async move |ws: WebSocketUpgrade| ws.allowed_origins([listed]).on_upgrade(async |_| {})),
+            )
+            .route(
+                "/checked",
+                any(async move |ws: WebSocketUpgrade| ws.allowed_origins(&checked).on_upgrade(async |_| {})),
+            );
+        let address = serve(app).await;
+        for path in ["/listed", "/checked"] {
+            let handshake = Handshake::to(path);
+            assert_eq!(handshake.clone().with("origin", sent).send(address).await.status, 101, "{listed}");
+            let foreign = handshake.with("origin", "https://evil.test").send(address).await;
+            assert_eq!(foreign.status, 403, "{listed}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_list_with_an_origin_that_can_never_match_lets_no_page_in() {
+    for entry in ["*", "https://*.c.test", "c.test", "https://c.test/chat", "wss://c.test"] {
+        let handler = async move |ws: WebSocketUpgrade| {
+            ws.allowed_origins(["https://a.test", entry]).on_upgrade(async |_| {})
+        };
+        let address = serve(Router::new().route("/ws", any(handler))).await;
+        let answer = Handshake::to("/ws").with("origin", "https://a.test").send(address).await;
+        answer.is(UpgradeRejection::ForbiddenOrigin);
+        assert_eq!(Handshake::to("/ws").send(address).await.status, 101, "no page at all");
+    }
 }
 
 #[tokio::test]

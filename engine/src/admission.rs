@@ -3,12 +3,14 @@
 //! Shared by all threads. A connection takes a place before its upgrade is answered and
 //! a seat on the least loaded shard when it is handed over; both come back when they are
 //! dropped, wherever that happens, so a handshake that fails halfway costs nothing.
+//! An address counts as whoever can change it at will has it: IPv4 as such, also where it
+//! comes in IPv6's form, and IPv6 by its first 64 bits.
 //! Does not know sockets or shards' work.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
-use std::sync::atomic::AtomicUsize;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_utils::CachePadded;
@@ -19,6 +21,8 @@ pub(crate) struct Admission {
     max: usize,
     /// Connections of each address, where that is bounded. Locked per connection, not per message.
     addresses: Option<(usize, Mutex<HashMap<IpAddr, usize>>)>,
+    /// Whether a connection has come whose address is not known although they are counted.
+    address_was_lacking: AtomicBool,
     seats: Box<[CachePadded<AtomicUsize>]>,
 }
 
@@ -26,7 +30,13 @@ impl Admission {
     pub(crate) fn new(max: usize, max_per_address: Option<usize>, shards: usize) -> Arc<Self> {
         let seats = (0..shards).map(|_| CachePadded::default()).collect();
         let addresses = max_per_address.map(|max| (max, Mutex::new(HashMap::new())));
-        Arc::new(Self { taken: AtomicUsize::new(0), max, addresses, seats })
+        Arc::new(Self {
+            taken: AtomicUsize::new(0),
+            max,
+            addresses,
+            address_was_lacking: false.into(),
+            seats,
+        })
     }
 
     /// A place for one more connection, unless all are taken, in all or for its address.
@@ -36,17 +46,10 @@ impl Admission {
         self.taken.fetch_update(Relaxed, Relaxed, one_more).ok()?;
         // From here on the place gives back what it has.
         let mut place = Place { admission: self.clone(), shard: None, address: None };
-        if let (Some((max, counts)), Some(address)) = (&self.addresses, address) {
-            let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
-            let count = counts.entry(address).or_default();
-            if *count >= *max {
-                drop(counts);
-                return None;
-            }
-            *count += 1;
-            place.address = Some(Box::new(address));
+        match address {
+            Some(address) if !place.count_for(address) => None,
+            _ => Some(place),
         }
-        Some(place)
     }
 
     pub(crate) fn taken(&self) -> usize {
@@ -64,6 +67,34 @@ pub struct Place {
 }
 
 impl Place {
+    /// Whether connections are counted by their addresses, and this one's is not known.
+    pub fn lacks_address(&self) -> bool {
+        self.admission.addresses.is_some() && self.address.is_none()
+    }
+
+    /// True the first time that this is asked of any place of the engine: a lack is worth one line in a log.
+    pub fn is_first_to_lack_address(&self) -> bool {
+        !self.admission.address_was_lacking.swap(true, Relaxed) // Relaxed: nothing else hangs on it
+    }
+
+    /// Counts the connection for its address, unless that has as many as it may; false then. A connection is counted
+    /// for one address at most, the first.
+    pub fn count_for(&mut self, address: IpAddr) -> bool {
+        if !self.lacks_address() {
+            return true;
+        }
+        let Some((max, counts)) = &self.admission.addresses else { return true };
+        let address = counted_as(address);
+        let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(address).or_default();
+        if *count >= *max {
+            return false;
+        }
+        *count += 1;
+        self.address = Some(Box::new(address));
+        true
+    }
+
     /// Picks the shard with the fewest connections and counts this one there.
     pub(crate) fn choose_shard(&mut self) -> usize {
         let load = |(_, seats): &(usize, &CachePadded<AtomicUsize>)| seats.load(Relaxed);
@@ -71,6 +102,14 @@ impl Place {
         self.admission.seats[shard].fetch_add(1, Relaxed);
         self.shard = Some(shard as u32);
         shard
+    }
+}
+
+/// Who has an IPv6 address has at least the 2⁶⁴ of its network, and may come from a different one each time.
+fn counted_as(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX))),
+        address => address,
     }
 }
 
@@ -119,5 +158,33 @@ mod tests {
         drop(first);
         assert!(admission.admit(Some(one)).is_some());
         assert_eq!(admission.taken(), 0);
+    }
+
+    #[test]
+    fn an_address_counts_by_whom_it_belongs_to() {
+        let admission = Admission::new(10, Some(1), 1);
+        let admit = |address: &str| admission.admit(Some(address.parse().unwrap()));
+        let _first = [admit("192.0.2.1").unwrap(), admit("2001:db8::1").unwrap()];
+        assert!(admit("::ffff:192.0.2.1").is_none(), "the same address in IPv6's form");
+        assert!(admit("2001:db8::ffff:1:2").is_none(), "the same network of 64 bits");
+        assert!(admit("::ffff:192.0.2.2").is_some() && admit("2001:db8:0:1::1").is_some());
+        assert_eq!(admission.taken(), 2);
+    }
+
+    #[test]
+    fn an_address_that_becomes_known_later_counts_from_then_on() {
+        let admission = Admission::new(10, Some(1), 1);
+        let address = IpAddr::from([127, 0, 0, 1]);
+        let mut late = admission.admit(None).unwrap();
+        assert!(late.lacks_address() && late.is_first_to_lack_address());
+        assert!(late.count_for(address) && !late.lacks_address());
+        assert!(late.count_for(IpAddr::from([127, 0, 0, 2])), "counted once, for the first");
+        let mut second = admission.admit(None).unwrap();
+        assert!(second.lacks_address() && !second.is_first_to_lack_address());
+        assert!(!second.count_for(address) && admission.admit(Some(address)).is_none());
+        drop(late);
+        assert!(second.count_for(address));
+        let unlimited = Admission::new(10, None, 1);
+        assert!(!unlimited.admit(None).unwrap().lacks_address());
     }
 }

@@ -47,7 +47,8 @@ pub struct EngineConfig {
     /// together: 1 MiB to 1 TiB. Default: 1 GiB. Beyond it the connections that hold most of them are ended (1013).
     pub unfinished_bytes_max: usize,
     /// Connections from one peer address: 1 to 1,073,741,824, or none. Default: none. At the limit no more from there
-    /// are admitted; the face answers the upgrade with 503. Peers whose address is not known are not counted.
+    /// are admitted; the face answers the upgrade with 503. IPv6 counts by its first 64 bits, IPv4 in IPv6's form
+    /// (`::ffff:192.0.2.1`) as IPv4. Peers whose address is not known are not counted, and the face says so as an error.
     pub max_connections_per_address: Option<usize>,
     /// Connections in all, at most: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are
     /// admitted; the face answers the upgrade with 503.

@@ -221,7 +221,7 @@ async fn a_client_that_is_gone_before_the_answer_fails_the_upgrade() {
     let pending = accepted.recv().await.unwrap();
     drop(client);
     let lost = pending.socket().await;
-    assert!(matches!(lost, Err(UpgradeError::ConnectionLost(_))), "{lost:?}");
+    assert!(matches!(lost, Err(UpgradeError::NotSent)), "{lost:?}");
     server.abort();
 }
 
@@ -383,13 +383,36 @@ async fn http_2_handshakes_that_are_none_are_refused() {
     let server = tokio::spawn(serve(listener, app));
     let mut client = http_2(address).await;
     for (protocol, version, status) in
-        [("connect-udp", "13", StatusCode::BAD_REQUEST), ("websocket", "12", StatusCode::UPGRADE_REQUIRED)]
+        [("connect-udp", "13", StatusCode::BAD_REQUEST), ("websocket", "12", StatusCode::BAD_REQUEST)]
     {
         let response = client.send_request(extended_connect(address, protocol, version)).await.unwrap();
         assert_eq!(response.status(), status);
     }
     let get = Request::get(format!("http://{address}/ws")).body(Body::empty()).unwrap();
     assert_eq!(client.send_request(get).await.unwrap().status(), StatusCode::BAD_REQUEST);
+    server.abort();
+}
+
+#[tokio::test]
+async fn a_stream_of_http_2_whose_answer_was_replaced_is_no_websocket() {
+    let (listener, address) = tcp_listener().await;
+    let (pending, mut accepted) = mpsc::unbounded_channel();
+    let handler = async move |ws: WebSocketUpgrade| {
+        let (response, socket) = ws.accept().unwrap();
+        pending.send(socket).unwrap();
+        response
+    };
+    let app = Router::new().route("/ws", any(handler));
+    let app = app.layer(axum::middleware::map_response(async |mut response: Response| {
+        *response.status_mut() = StatusCode::FORBIDDEN;
+        response
+    }));
+    let server = tokio::spawn(serve(listener, app));
+    let mut client = http_2(address).await;
+    let response = client.send_request(extended_connect(address, "websocket", "13")).await.unwrap();
+    assert_eq!(response.status(), StatusCode::FORBIDDEN);
+    let socket = accepted.recv().await.unwrap().socket().await;
+    assert!(matches!(socket, Err(UpgradeError::ConnectionLost(_))), "{socket:?}");
     server.abort();
 }
 

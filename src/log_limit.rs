@@ -1,0 +1,67 @@
+//! The log limit: at most one line in a second of a kind that strangers can bring about as often as they like.
+//!
+//! The lines are the process's, and so are the times of the last ones: they are static, because where these lines are
+//! written no engine is known. Knows the wall clock's seconds. Does not know what is logged.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// A connection found no place.
+pub(crate) static NO_PLACE: LogLimit = LogLimit::new();
+/// A connection could not be taken over.
+pub(crate) static NOT_TAKEN_OVER: LogLimit = LogLimit::new();
+/// The answer to a handshake was not sent.
+pub(crate) static NOT_SENT: LogLimit = LogLimit::new();
+/// An origin was refused.
+pub(crate) static FORBIDDEN_ORIGIN: LogLimit = LogLimit::new();
+/// A list of origins is wrong.
+pub(crate) static INVALID_ORIGIN: LogLimit = LogLimit::new();
+/// No subprotocol was selected.
+pub(crate) static NO_SUBPROTOCOL: LogLimit = LogLimit::new();
+
+/// One kind of line.
+#[derive(Debug)]
+pub(crate) struct LogLimit {
+    /// The second in which the last line was written.
+    last: AtomicU64,
+    /// Lines that were left out since.
+    left_out: AtomicU64,
+}
+
+impl LogLimit {
+    const fn new() -> Self {
+        Self { last: AtomicU64::new(0), left_out: AtomicU64::new(0) }
+    }
+
+    /// Whether a line may be written, and how many were left out since the last one.
+    pub(crate) fn allows(&self) -> Option<u64> {
+        let second = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        self.allows_in(second)
+    }
+
+    fn allows_in(&self, second: u64) -> Option<u64> {
+        // Relaxed: counters; a line too many or too few harms nobody.
+        if self.last.swap(second, Relaxed) == second {
+            self.left_out.fetch_add(1, Relaxed);
+            return None;
+        }
+        Some(self.left_out.swap(0, Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_has_one_line_and_the_next_line_tells_how_many_were_left_out() {
+        let limit = LogLimit::new();
+        assert_eq!(limit.allows_in(7), Some(0));
+        assert_eq!(limit.allows_in(7), None);
+        assert_eq!(limit.allows_in(7), None);
+        assert_eq!(limit.allows_in(9), Some(2));
+        assert_eq!(limit.allows_in(10), Some(0));
+    }
+}

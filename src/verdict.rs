@@ -1,0 +1,226 @@
+//! The verdict: whether the 101 that a handler has returned was sent.
+//!
+//! hyper gives up the socket whether it has sent our 101 or whatever a middleware has put in its place, so the response
+//! itself must tell. It carries a mark in its extensions and a body without bytes, and who touches them in which order
+//! tells what became of it:
+//!
+//! - hyper takes a response apart into head and body, asks whether the body ends ([`Body::is_end_stream`]), writes the
+//!   head and drops it, the mark included. Then it drops the body of a 101 without a look, but reads that of every
+//!   other response, whose length it does not know.
+//! - A response that is replaced is dropped as a whole, the mark first, and nobody asks its body anything. So is one
+//!   that nobody wants any more because the client has gone.
+//! - A middleware that reads or replaces the body does so while it holds the head. What it does with the head then
+//!   nobody can tell from here.
+//!
+//! Held by the response, its other end by the task that waits for the socket. Knows the order of these events. Does not
+//! know requests, sockets or what hangs on the verdict.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering::AcqRel, Ordering::Acquire},
+    },
+    task::{Context, Poll},
+};
+
+use axum::response::Response;
+use bytes::Bytes;
+use hyper::body::{Body, Frame};
+use tokio::sync::oneshot;
+
+/// What became of a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It was sent as it was. The socket follows.
+    Sent,
+    /// A middleware has taken the body off. The head may have been sent, or another in its place.
+    Unclear,
+    /// It was not sent: replaced, given another status, or dropped because the client has gone.
+    NotSent,
+}
+
+/// Comes with the drop of the response.
+#[derive(Debug)]
+pub(crate) struct PendingVerdict(oneshot::Receiver<Verdict>);
+
+impl PendingVerdict {
+    pub(crate) async fn verdict(self) -> Verdict {
+        // The other end is sent to when it is dropped, so an error cannot be.
+        self.0.await.unwrap_or(Verdict::NotSent)
+    }
+}
+
+/// Lets `response`, which has no body, tell what becomes of it.
+pub(crate) fn watch(mut response: Response) -> (Response, PendingVerdict) {
+    let (sender, receiver) = oneshot::channel();
+    let events = Arc::new(Events { seen: AtomicU8::new(0), sender: Some(sender) });
+    response.extensions_mut().insert(Mark { _head: Arc::new(Head(events.clone())) });
+    let body = axum::body::Body::new(WatchedBody { events });
+    (response.map(|_| body), PendingVerdict(receiver))
+}
+
+const HEAD_DROPPED: u8 = 1;
+const BODY_ASKED: u8 = 2;
+const BODY_READ_WITHOUT_HEAD: u8 = 4;
+const BODY_DROPPED_FIRST: u8 = 8;
+
+/// What has happened to the parts. Gives the verdict when the last part is dropped.
+#[derive(Debug)]
+struct Events {
+    seen: AtomicU8,
+    /// None once it has been used.
+    sender: Option<oneshot::Sender<Verdict>>,
+}
+
+impl Events {
+    // The parts may be dropped by different threads, and the verdict hangs on the order: AcqRel throughout.
+    fn note(&self, event: u8) {
+        self.seen.fetch_or(event, AcqRel);
+    }
+
+    fn has(&self, event: u8) -> bool {
+        self.seen.load(Acquire) & event != 0
+    }
+
+    fn verdict(&self) -> Verdict {
+        if self.has(BODY_READ_WITHOUT_HEAD) {
+            Verdict::NotSent
+        } else if self.has(BODY_DROPPED_FIRST) {
+            Verdict::Unclear
+        } else if self.has(BODY_ASKED) {
+            Verdict::Sent
+        } else {
+            Verdict::NotSent
+        }
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        let verdict = self.verdict();
+        if let Some(sender) = self.sender.take() {
+            let _ = sender.send(verdict); // nobody may wait for it any more
+        }
+    }
+}
+
+/// Stands in the response's extensions, which ask for `Clone`; clones are one head.
+#[derive(Clone, Debug)]
+struct Mark {
+    _head: Arc<Head>,
+}
+
+#[derive(Debug)]
+struct Head(Arc<Events>);
+
+impl Drop for Head {
+    fn drop(&mut self) {
+        self.0.note(HEAD_DROPPED);
+    }
+}
+
+/// A body without bytes that does not say so: hyper would not read it then, whatever the status.
+#[derive(Debug)]
+struct WatchedBody {
+    events: Arc<Events>,
+}
+
+impl Body for WatchedBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.events.has(HEAD_DROPPED) {
+            self.events.note(BODY_READ_WITHOUT_HEAD);
+        }
+        Poll::Ready(None)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.events.note(BODY_ASKED);
+        false
+    }
+}
+
+impl Drop for WatchedBody {
+    fn drop(&mut self) {
+        if !self.events.has(HEAD_DROPPED) {
+            self.events.note(BODY_DROPPED_FIRST);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::response::IntoResponse as _;
+    use http::StatusCode;
+
+    use super::*;
+
+    fn response() -> (Response, PendingVerdict) {
+        watch(StatusCode::SWITCHING_PROTOCOLS.into_response())
+    }
+
+    /// What hyper does first with every response.
+    fn begin(response: Response) -> axum::body::Body {
+        let (head, body) = response.into_parts();
+        assert!(!body.is_end_stream() && body.size_hint().exact().is_none());
+        drop(head);
+        body
+    }
+
+    fn read(body: &mut axum::body::Body) {
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        assert!(matches!(Pin::new(body).poll_frame(&mut context), Poll::Ready(None)));
+    }
+
+    #[tokio::test]
+    async fn a_response_whose_body_is_not_read_was_sent_as_a_101() {
+        let (response, pending) = response();
+        drop(begin(response));
+        assert_eq!(pending.verdict().await, Verdict::Sent);
+    }
+
+    #[tokio::test]
+    async fn a_response_whose_body_is_read_had_another_status() {
+        let (response, pending) = response();
+        read(&mut begin(response));
+        assert_eq!(pending.verdict().await, Verdict::NotSent);
+    }
+
+    #[tokio::test]
+    async fn a_response_that_is_dropped_was_not_sent() {
+        let (response, pending) = response();
+        drop(response);
+        assert_eq!(pending.verdict().await, Verdict::NotSent);
+    }
+
+    #[tokio::test]
+    async fn what_became_of_a_head_without_its_body_is_unclear() {
+        let (first, pending) = response();
+        let (head, mut body) = first.into_parts();
+        read(&mut body);
+        drop(body);
+        drop(head);
+        assert_eq!(pending.verdict().await, Verdict::Unclear);
+
+        let (second, pending) = response();
+        drop(second.map(|_| "another body"));
+        assert_eq!(pending.verdict().await, Verdict::Unclear);
+    }
+
+    #[tokio::test]
+    async fn a_copy_of_the_extensions_keeps_the_head() {
+        let (response, pending) = response();
+        let copy = response.extensions().clone();
+        let body = begin(response);
+        drop(copy);
+        drop(body);
+        assert_eq!(pending.verdict().await, Verdict::Sent);
+    }
+}
