@@ -105,6 +105,7 @@ impl<H: WsHub> Hub<H> {
         let socket = match parts.socket {
             RawSocket::Tcp(stream) => stream.into(),
             RawSocket::Unix(stream) => stream.into(),
+            RawSocket::Bridge(stream) => shardcast_engine::Socket::bridge(stream),
         };
         let newcomer = Newcomer { socket, received, handler, config, place };
         match self.clients().namespace().adopt(newcomer).await {

@@ -439,8 +439,10 @@ pub(crate) struct WebSocketParts {
 pub(crate) enum RawSocket {
     /// The client's own socket.
     Tcp(std::net::TcpStream),
-    /// The client's own socket where the server listens on a Unix socket, or else our end of a bridge.
+    /// The client's own socket where the server listens on a Unix socket.
     Unix(unix::net::UnixStream),
+    /// Our end of a bridge.
+    Bridge(unix::net::UnixStream),
 }
 
 impl RawSocket {
@@ -449,6 +451,7 @@ impl RawSocket {
         match self {
             Self::Tcp(stream) => stream.try_clone().map(Self::Tcp),
             Self::Unix(stream) => stream.try_clone().map(Self::Unix),
+            Self::Bridge(stream) => stream.try_clone().map(Self::Bridge),
         }
     }
 
@@ -461,7 +464,7 @@ impl RawSocket {
                 Self::Tcp(stream) => {
                     { stream }.write_all(frame.as_bytes()).and_then(|()| stream.shutdown(Shutdown::Write))
                 }
-                Self::Unix(stream) => {
+                Self::Unix(stream) | Self::Bridge(stream) => {
                     { stream }.write_all(frame.as_bytes()).and_then(|()| stream.shutdown(Shutdown::Write))
                 }
             };
@@ -474,7 +477,7 @@ impl RawSocket {
                         turn_away(stream, code, reason).await;
                     }
                 }
-                Self::Unix(stream) => {
+                Self::Unix(stream) | Self::Bridge(stream) => {
                     if let Ok(stream) = UnixStream::from_std(stream) {
                         turn_away(stream, code, reason).await;
                     }
@@ -487,7 +490,7 @@ impl RawSocket {
     fn peer_address(&self) -> Option<IpAddr> {
         match self {
             Self::Tcp(stream) => stream.peer_addr().ok().map(|address| address.ip()),
-            Self::Unix(_) => None,
+            Self::Unix(_) | Self::Bridge(_) => None,
         }
     }
 
@@ -496,7 +499,7 @@ impl RawSocket {
         let mut byte = [std::mem::MaybeUninit::uninit()];
         let peeked = match self {
             Self::Tcp(stream) => SockRef::from(stream).peek(&mut byte),
-            Self::Unix(stream) => SockRef::from(stream).peek(&mut byte),
+            Self::Unix(stream) | Self::Bridge(stream) => SockRef::from(stream).peek(&mut byte),
         };
         peeked.is_ok_and(|count| count == 0)
     }
@@ -611,7 +614,7 @@ fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
     };
     // A bridge reads what hyper has left over like everything else.
     match bridge(TokioIo::new(upgraded)) {
-        Ok(socket) => Ok((RawSocket::Unix(socket), Bytes::new())),
+        Ok(socket) => Ok((RawSocket::Bridge(socket), Bytes::new())),
         Err((error, upgraded)) => Err(Undetachable { error, upgraded: Some(upgraded.into_inner()) }),
     }
 }

@@ -51,7 +51,7 @@ fn echo_app() -> (Router, mpsc::UnboundedReceiver<Seen>) {
                     // Fails if a runtime still had it.
                     echo(TcpStream::from_std(socket).unwrap(), leftover).await;
                 }
-                RawSocket::Unix(socket) => {
+                RawSocket::Unix(socket) | RawSocket::Bridge(socket) => {
                     seen.send(Seen { kind: "unix", leftover: leftover.clone(), protocol }).unwrap();
                     echo(UnixStream::from_std(socket).unwrap(), leftover).await;
                 }

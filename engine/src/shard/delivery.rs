@@ -8,12 +8,13 @@ use std::rc::Rc;
 
 use mio::Token;
 
+use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Named, Payload, Publication, Target};
 use crate::connection::{Connection, ControlRate, Opening, Phase, WRITE_BYTES_MAX, Work};
 use crate::decoder::Decoder;
 use crate::directory::Entrance;
-use crate::frame::Frame;
+use crate::frame::{ControlFrame, Frame};
 use crate::handler::Flow;
 use crate::heartbeat::Heartbeat;
 use crate::id::{ConnectionId, SLOTS_MAX};
@@ -22,6 +23,7 @@ use crate::metrics::Counts;
 use crate::outbox::{Chunk, Outbox, Retained};
 use crate::policy::Policy;
 use crate::receipt::Ticket;
+use crate::socket::Socket;
 use crate::wheel::UNARMED;
 
 use super::{Later, Shard, Step, golden};
@@ -176,22 +178,26 @@ impl Shard {
     fn adopt(&mut self, adoption: Adoption) {
         let Adoption { mut socket, received, handler, config, directory, place, entrance } = adoption;
         if self.crowd.connections.vacant_key() >= SLOTS_MAX || self.stop.is_some() {
-            tracing::warn!(shard = self.index, "no room for a connection, or stopping: it was dropped");
-            return;
+            tracing::warn!(shard = self.index, "no room for a connection, or stopping: it was turned away");
+            let is_stopping = self.stop.is_some();
+            return turn_away(
+                &socket,
+                if is_stopping { CloseCode::GOING_AWAY } else { CloseCode::TRY_AGAIN_LATER },
+            );
         }
         let vacant = self.crowd.connections.vacant_entry();
         let slot = vacant.key();
         self.tenants += 1;
         let id = ConnectionId::new(self.index, slot, self.tenants);
         if let Err(error) = socket.register(self.poll.registry(), Token(slot)) {
-            tracing::warn!(shard = self.index, %error, "a connection could not be registered and was dropped");
-            return;
+            tracing::warn!(shard = self.index, %error, "a connection could not be registered and was turned away");
+            return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
         }
         let handler = match catch_unwind(AssertUnwindSafe(|| handler(id))) {
             Ok(handler) => handler,
             Err(_) => {
-                tracing::error!(%id, "making a handler panicked; the connection was dropped");
-                return;
+                tracing::error!(%id, "making a handler panicked; the connection was turned away");
+                return turn_away(&socket, CloseCode::INTERNAL_ERROR);
             }
         };
         // The golden ratio spreads neighbours over the interval.
@@ -327,6 +333,12 @@ impl Shard {
             }
         }
     }
+}
+
+/// Tells a peer whose connection nobody takes over. One try, for which an unused socket has room.
+fn turn_away(socket: &Socket, code: CloseCode) {
+    let _ = socket.write(ControlFrame::close(code, "").as_bytes());
+    socket.finish();
 }
 
 /// The first publication's frame and, as far as they go to the same connections, those of the next ones, in one
