@@ -1,19 +1,19 @@
 //! Messages that were read while their handler was busy.
 //!
-//! Owned by one connection, there only while it needs it. Control frames must be answered
-//! whatever the handler does, so reading goes on for a while, and what else came waits
-//! here, in one buffer behind each other. Knows messages. Does not bound itself: its owner
+//! Owned by one connection, and exists only while it is needed. Control frames must be
+//! answered whatever the handler does, so reading goes on for a while, and messages wait
+//! here, behind each other in one buffer. Knows messages. Does not bound itself: its owner
 //! stops reading.
 
 use crate::frame::MessageKind;
 
-/// What stands before each message in the buffer: its kind and its length.
+/// Before each message in the buffer: its kind and its length.
 const HEADER_BYTES: usize = 5;
 
 #[derive(Debug, Default)]
 pub(crate) struct Held {
     bytes: Vec<u8>,
-    /// Where the first message begins that has not been taken.
+    /// Where the first message that has not been taken begins.
     from: usize,
 }
 

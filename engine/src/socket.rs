@@ -52,8 +52,8 @@ impl From<std::os::unix::net::UnixStream> for Socket {
 }
 
 impl Socket {
-    /// The near end of a bridge: whoever holds the other end carries the bytes to and from the peer. What has left
-    /// this end counts as delivered only when the far end has ended the stream.
+    /// The near end of a bridge: a task at the other end carries the bytes to and from the peer. What was written here
+    /// counts as delivered only when the other end has ended the stream.
     pub fn bridge(stream: std::os::unix::net::UnixStream) -> Self {
         Self(Kind::Bridge(mio::net::UnixStream::from_std(stream)))
     }
@@ -109,7 +109,7 @@ impl Socket {
         }
     }
 
-    /// Bytes that the peer has not taken of what the kernel was given; none where the system does not say.
+    /// Bytes given to the kernel that the peer has not taken. None where the system does not tell.
     pub(crate) fn unacknowledged(&self) -> Option<u32> {
         match &self.0 {
             Kind::Tcp(stream) => outq::unacknowledged(stream),

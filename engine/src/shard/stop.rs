@@ -29,7 +29,7 @@ pub(super) struct Stop {
 }
 
 impl Stop {
-    /// A connection's socket is gone; whether everything that was its peer's is with it.
+    /// A connection's socket is gone. `is_flushed`: its peer has everything that was sent to it.
     pub(super) fn count(&mut self, is_flushed: bool) {
         if is_flushed {
             self.report.flushed += 1;
