@@ -35,6 +35,7 @@ pub use serve::ServeError;
 pub use serve_hub::serve_hub;
 pub use shardcast_engine::{
     AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, FrameError, GroupMetrics,
-    InvalidConnectionId, MessageKind, Metrics, Receipt, Rtt, Shutdown, ShutdownReport, StartError,
+    EngineState, InvalidCloseCode, InvalidConnectionId, MessageKind, Metrics, Receipt, Rtt, Shutdown,
+    ShutdownReport, StartError,
 };
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

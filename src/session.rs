@@ -5,13 +5,14 @@
 //! and the waker brings the shard back to it. Knows hubs, codecs and the engine's handler
 //! trait. Does not know sockets or frames.
 
+use std::borrow::Cow;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context as TaskContext, Waker};
+use std::task::{Context as TaskContext, Poll, Waker};
 
-use shardcast_engine::{CloseReason, Context, Flow, Handler, MakeHandler, Message};
+use shardcast_engine::{CloseCode, CloseReason, Context, Flow, Handler, MakeHandler, Message};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
@@ -20,7 +21,10 @@ use crate::config::RunOn;
 use crate::context::{MessageContext, Peer};
 use crate::hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
 
-type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+type Task = Pin<Box<dyn Future<Output = Result<(), RuntimeGone>> + Send>>;
+
+/// The runtime that a method was to run on has shut down, and the method with it.
+struct RuntimeGone;
 
 pub(crate) struct Session<H: WsHub> {
     /// None once it is being dropped.
@@ -38,6 +42,8 @@ struct Special {
     /// None if the shard's thread has entered it already.
     runtime: Option<Handle>,
     run_on: RunOn,
+    /// What its methods were to run on has gone, which was logged.
+    is_runtime_gone: bool,
     _over: Over,
 }
 
@@ -57,7 +63,7 @@ impl<H: WsHub> Session<H> {
         let (clients, run_on) = (handle.clients().clone(), handle.run_on());
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
         let is_special = runtime.is_some() || run_on != RunOn::Shard || over.is_some();
-        let special = is_special.then(|| Box::new(Special { runtime, run_on, _over: over }));
+        let special = is_special.then(|| Box::new(Special { runtime, run_on, is_runtime_gone: false, _over: over }));
         let apart = Apart::default();
         Box::new(move |id| {
             let _apart = apart;
@@ -86,7 +92,10 @@ impl<H: WsHub> Session<H> {
     ) -> Flow {
         let run_on = self.special.as_ref().map_or(RunOn::Shard, |special| special.run_on);
         self.task = Some(match run_on {
-            RunOn::Shard => Box::pin(future),
+            RunOn::Shard => Box::pin(async {
+                future.await;
+                Ok(())
+            }),
             RunOn::Runtime => {
                 let task = match self.runtime() {
                     Some(runtime) => runtime.spawn(future),
@@ -94,9 +103,9 @@ impl<H: WsHub> Session<H> {
                 };
                 Box::pin(async move {
                     match task.await {
+                        Ok(()) => Ok(()),
                         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                        // Cancelled: the runtime is shutting down.
-                        _ => {}
+                        Err(_) => Err(RuntimeGone), // nobody else cancels it
                     }
                 })
             }
@@ -110,14 +119,35 @@ impl<H: WsHub> Session<H> {
         let _entered = self.runtime().map(Handle::enter);
         // Most are ready at once and never use their waker, so the first poll goes without one. A future
         // that is pending is polled again with a real one, which replaces the first: that is the contract.
-        if task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_ready() {
-            return Flow::Ready;
+        let mut polled = task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop()));
+        if polled.is_pending() {
+            polled = task.as_mut().poll(&mut TaskContext::from_waker(&context.waker()));
         }
-        if task.as_mut().poll(&mut TaskContext::from_waker(&context.waker())).is_ready() {
-            return Flow::Ready;
+        match polled {
+            Poll::Pending => {
+                self.task = Some(task);
+                return Flow::Pending;
+            }
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(RuntimeGone)) => self.give_up(context),
         }
-        self.task = Some(task);
-        Flow::Pending
+        Flow::Ready
+    }
+
+    /// No method of this connection can run any more: its client is told, instead of being left without answers.
+    fn give_up(&mut self, context: &mut Context<'_>) {
+        let Some(special) = &mut self.special else { return };
+        if std::mem::replace(&mut special.is_runtime_gone, true) {
+            return;
+        }
+        tracing::error!(
+            id = %context.id(),
+            hub = std::any::type_name::<H>(),
+            "a hub's runtime has shut down before its engine: the connection ends without `on_disconnect`; shut the \
+             engine down first"
+        );
+        let text = Cow::Borrowed("the server's runtime has ended");
+        context.close(CloseReason::Application { code: CloseCode::INTERNAL_ERROR, text });
     }
 }
 

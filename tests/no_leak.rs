@@ -49,7 +49,7 @@ async fn one_engine(round: usize) -> Weak<Ledger> {
         (office.engine.clone(), office.hub.clients().clone(), Arc::downgrade(&office.ledger));
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(Duration::from_secs(1)) };
     match round % 3 {
-        0 => drop(soon(engine.shutdown_with(shutdown)).await),
+        0 => drop(soon(engine.shutdown_with(shutdown)).await.unwrap()),
         1 => {
             let _ = poll!(Box::pin(engine.shutdown_with(shutdown))); // begun, and not waited for
         }

@@ -34,7 +34,7 @@ fn at_once(within: Duration) -> Shutdown {
 }
 
 /// Flushed, cut off, left over.
-fn counts(report: ShutdownReport) -> [u64; 3] {
+fn counts(report: &ShutdownReport) -> [u64; 3] {
     [report.flushed, report.cut_off, report.left_over]
 }
 
@@ -71,7 +71,7 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
         soon(publisher).await.unwrap();
     }
     let report = soon(office.engine.shutdown(Duration::from_secs(10))).await;
-    assert_eq!(counts(report), [CLIENTS as u64, 0, 0]);
+    assert_eq!(counts(&report), [CLIENTS as u64, 0, 0]);
     assert_eq!((office.engine.connections(), office.hub.len(), office.hub.groups()), (0, 0, 0));
     let mut first = None;
     for reader in readers {
@@ -121,7 +121,7 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
         let publishers: Vec<_> = std::iter::repeat_with(publish).take(PUBLISHERS).collect();
         // At another moment in each round.
         eventually(true, || office.engine.metrics().publications > round * 50).await;
-        soon(office.engine.shutdown_with(at_once(LONG))).await;
+        soon(office.engine.shutdown_with(at_once(LONG))).await.unwrap();
         let accepted: usize = publishers.into_iter().map(|publisher| publisher.join().unwrap()).sum();
         for reader in readers {
             let (heard, close) = soon(reader).await.unwrap();
@@ -161,7 +161,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
 
     let readers = [busy, other].map(reads_to_the_end);
     office.ledger.permits.add_permits(1);
-    assert_eq!(counts(soon(shutdown).await), [2, 0, 0]);
+    assert_eq!(counts(&soon(shutdown).await.unwrap()), [2, 0, 0]);
     for (reader, heard_before) in readers.into_iter().zip([0, 1]) {
         let (heard, close) = soon(reader).await.unwrap();
         assert_eq!(heard, ["still taken", "waited"][heard_before..], "what the busy one sent at last, too");
@@ -185,7 +185,7 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
     let began = Instant::now();
     let report = soon(office.engine.shutdown(SHORT)).await;
     assert!(began.elapsed() >= SHORT, "it had all the time there was");
-    assert_eq!(counts(report), [2, 0, 1], "its client has had all that was its own");
+    assert_eq!(counts(&report), [2, 0, 1], "its client has had all that was its own");
     for reader in readers {
         assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
     }
@@ -210,7 +210,7 @@ async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_e
     const MESSAGES: usize = 200;
     let (mut office, mut stalled, reader) = stalled_and_reading(MESSAGES).await;
     let report = soon(office.engine.shutdown(SHORT)).await;
-    assert_eq!(counts(report), [1, 1, 0]);
+    assert_eq!(counts(&report), [1, 1, 0]);
     let (heard, close) = soon(reader).await.unwrap();
     assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
     assert_eq!(close, Some((1001, String::new())));
@@ -239,8 +239,8 @@ async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let hub = office.hub.clone();
     let sending = tokio::spawn(async move { hub.to_all().send("last".to_owned()).await.unwrap() });
     eventually(101, || office.engine.metrics().publications).await;
-    let report = soon(office.engine.shutdown_with(at_once(SHORT))).await;
-    assert_eq!(counts(report), [0, 1, 0]);
+    let report = soon(office.engine.shutdown_with(at_once(SHORT))).await.unwrap();
+    assert_eq!(counts(&report), [0, 1, 0]);
     let receipt = soon(sending).await.unwrap();
     assert_eq!((receipt.targets, receipt.taken(), receipt.disconnected), (1, 0, 1));
     let after = office.engine.metrics();
@@ -254,7 +254,7 @@ async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything(
     const MESSAGES: usize = 200;
     let (office, mut slow, reader) = stalled_and_reading(MESSAGES).await;
     let engine = office.engine.clone();
-    let shutdown = tokio::spawn(async move { counts(engine.shutdown_with(at_once(LONG)).await) });
+    let shutdown = tokio::spawn(async move { counts(&engine.shutdown_with(at_once(LONG)).await.unwrap()) });
     // The other one's end does not wait for it.
     assert_eq!(soon(reader).await.unwrap().0.len(), MESSAGES);
     let (heard, code) = slow.rest().await;
@@ -291,7 +291,7 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
         assert_eq!((heard, close), (vec!["last words".to_owned()], Some((1001, String::new()))));
     }
     soon(serving).await.unwrap();
-    assert_eq!(counts(soon(told).await.unwrap()), [5, 0, 0]);
+    assert_eq!(counts(&soon(told).await.unwrap()), [5, 0, 0]);
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
 }
 

@@ -68,6 +68,7 @@
 //! ```
 
 mod admission;
+mod beacon;
 mod close_code;
 mod close_reason;
 mod command;
@@ -90,6 +91,7 @@ mod mask;
 mod metrics;
 mod namespace;
 mod outbox;
+mod pinning;
 mod policy;
 mod publisher;
 mod receipt;
@@ -99,10 +101,11 @@ mod stopping;
 mod sync;
 mod utf8;
 mod wait_list;
+mod watchdog;
 mod wheel;
 
 pub use admission::Place;
-pub use close_code::CloseCode;
+pub use close_code::{CloseCode, InvalidCloseCode};
 pub use close_reason::CloseReason;
 pub use config::{ConfigError, ConnectionConfig, EngineConfig};
 pub use decoder::{Decoder, Event, Limits};
@@ -119,5 +122,5 @@ pub use policy::Policy;
 pub use receipt::Receipt;
 pub use shard::Shard;
 pub use socket::Socket;
-pub use stopping::{Shutdown, ShutdownReport};
+pub use stopping::{EngineState, Shutdown, ShutdownReport};
 pub use utf8::{InvalidUtf8, Utf8Checker};

@@ -98,8 +98,9 @@ pub enum TrySendError {
 }
 
 impl Namespace {
-    pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        let directory = Directory::new(shared.mailboxes.len(), shared.next_group.clone());
+    pub(crate) fn new(shared: Arc<Shared>, name: &str) -> Self {
+        let directory = Directory::new(name, shared.mailboxes.len(), shared.next_group.clone());
+        shared.beacons.name(directory.key(), directory.name());
         let window = Window { frames: AtomicU64::new(u64::MAX), bytes: AtomicU64::new(u64::MAX) };
         Self { shared, directory: Arc::new(directory), window: Arc::new(window), policy: None }
     }

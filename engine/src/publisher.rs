@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use crate::admission::Admission;
+use crate::beacon::Beacons;
 use crate::close_code::CloseCode;
 use crate::command::{Command, Publication};
 use crate::config::EngineConfig;
@@ -34,6 +35,7 @@ pub(crate) struct Shared {
     /// Bytes in all outboxes, as of the shards' last turns.
     pub(crate) backlog_bytes: AtomicUsize,
     pub(crate) stopping: Stopping,
+    pub(crate) beacons: Beacons,
 }
 
 impl Shared {
@@ -41,6 +43,7 @@ impl Shared {
         config: EngineConfig,
         log: Arc<Log<Publication>>,
         mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
+        beacons: Beacons,
     ) -> Self {
         let shards = mailboxes.len();
         Self {
@@ -50,6 +53,7 @@ impl Shared {
             next_group: Arc::new(AtomicU64::new(0)),
             backlog_bytes: AtomicUsize::new(0),
             stopping: Stopping::new(shards),
+            beacons,
             mailboxes,
             config,
         }
