@@ -34,8 +34,8 @@ pub use hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
 pub use serve::ServeError;
 pub use serve_hub::serve_hub;
 pub use shardcast_engine::{
-    AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, FrameError, GroupMetrics,
-    EngineState, InvalidCloseCode, InvalidConnectionId, MessageKind, Metrics, Receipt, Rtt, Shutdown,
+    AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, EngineState, FrameError,
+    GroupMetrics, InvalidCloseCode, InvalidConnectionId, MessageKind, Metrics, Receipt, Rtt, Shutdown,
     ShutdownReport, StartError,
 };
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

@@ -15,22 +15,20 @@ use std::task::{Context as TaskContext, Poll, Waker};
 use shardcast_engine::{CloseCode, CloseReason, Context, Flow, Handler, MakeHandler, Message};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::codec::{CodecError, Decode};
 use crate::config::RunOn;
 use crate::context::{MessageContext, Peer};
 use crate::hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
 
-type Task = Pin<Box<dyn Future<Output = Result<(), RuntimeGone>> + Send>>;
-
-/// The runtime that a method was to run on has shut down, and the method with it.
-struct RuntimeGone;
+type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 pub(crate) struct Session<H: WsHub> {
     /// None once it is being dropped.
     hub: Option<Arc<H>>,
     peer: Arc<Peer<H::OutMessage, H::Codec>>,
-    /// What the handler is busy with.
+    /// What the handler is busy with, on its shard.
     task: Option<Task>,
     /// None where nothing of it is needed: there is one of these for each idle connection.
     special: Option<Box<Special>>,
@@ -42,7 +40,9 @@ struct Special {
     /// None if the shard's thread has entered it already.
     runtime: Option<Handle>,
     run_on: RunOn,
-    /// What its methods were to run on has gone, which was logged.
+    /// What the handler is busy with, on the runtime.
+    running: Option<JoinHandle<()>>,
+    /// Nothing can run there any more, which was logged.
     is_runtime_gone: bool,
     _over: Over,
 }
@@ -63,7 +63,9 @@ impl<H: WsHub> Session<H> {
         let (clients, run_on) = (handle.clients().clone(), handle.run_on());
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
         let is_special = runtime.is_some() || run_on != RunOn::Shard || over.is_some();
-        let special = is_special.then(|| Box::new(Special { runtime, run_on, is_runtime_gone: false, _over: over }));
+        let special = is_special.then(|| {
+            Box::new(Special { runtime, run_on, running: None, is_runtime_gone: false, _over: over })
+        });
         let apart = Apart::default();
         Box::new(move |id| {
             let _apart = apart;
@@ -90,64 +92,61 @@ impl<H: WsHub> Session<H> {
         future: impl Future<Output = ()> + Send + 'static,
         context: &mut Context<'_>,
     ) -> Flow {
-        let run_on = self.special.as_ref().map_or(RunOn::Shard, |special| special.run_on);
-        self.task = Some(match run_on {
-            RunOn::Shard => Box::pin(async {
-                future.await;
-                Ok(())
-            }),
-            RunOn::Runtime => {
-                let task = match self.runtime() {
+        match &mut self.special {
+            Some(special) if special.run_on == RunOn::Runtime => {
+                special.running = Some(match &special.runtime {
                     Some(runtime) => runtime.spawn(future),
                     None => tokio::spawn(future),
-                };
-                Box::pin(async move {
-                    match task.await {
-                        Ok(()) => Ok(()),
-                        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                        Err(_) => Err(RuntimeGone), // nobody else cancels it
-                    }
-                })
+                });
             }
-        });
+            _ => self.task = Some(Box::pin(future)),
+        }
         self.go_on(context)
     }
 
     fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
+        if let Some(running) = self.special.as_mut().and_then(|special| special.running.take()) {
+            return self.wait_for(running, context);
+        }
         // Taken, so that a future that panics is not polled again.
         let Some(mut task) = self.task.take() else { return Flow::Ready };
         let _entered = self.runtime().map(Handle::enter);
         // Most are ready at once and never use their waker, so the first poll goes without one. A future
         // that is pending is polled again with a real one, which replaces the first: that is the contract.
-        let mut polled = task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop()));
-        if polled.is_pending() {
-            polled = task.as_mut().poll(&mut TaskContext::from_waker(&context.waker()));
+        if task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_ready() {
+            return Flow::Ready;
         }
-        match polled {
+        if task.as_mut().poll(&mut TaskContext::from_waker(&context.waker())).is_ready() {
+            return Flow::Ready;
+        }
+        self.task = Some(task);
+        Flow::Pending
+    }
+
+    fn wait_for(&mut self, mut running: JoinHandle<()>, context: &mut Context<'_>) -> Flow {
+        let Some(special) = &mut self.special else { return Flow::Ready };
+        match Pin::new(&mut running).poll(&mut TaskContext::from_waker(&context.waker())) {
             Poll::Pending => {
-                self.task = Some(task);
+                special.running = Some(running);
                 return Flow::Pending;
             }
             Poll::Ready(Ok(())) => {}
-            Poll::Ready(Err(RuntimeGone)) => self.give_up(context),
+            Poll::Ready(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // Cancelled, because the runtime has shut down: nobody else does that. No method of this connection can run
+            // any more, so its client is told instead of being left without answers.
+            Poll::Ready(Err(_)) if !std::mem::replace(&mut special.is_runtime_gone, true) => {
+                tracing::error!(
+                    id = %context.id(),
+                    hub = std::any::type_name::<H>(),
+                    "a hub's runtime has shut down before its engine: the connection ends without `on_disconnect`; \
+                     shut the engine down first"
+                );
+                let text = Cow::Borrowed("the server's runtime has ended");
+                context.close(CloseReason::Application { code: CloseCode::INTERNAL_ERROR, text });
+            }
+            Poll::Ready(Err(_)) => {}
         }
         Flow::Ready
-    }
-
-    /// No method of this connection can run any more: its client is told, instead of being left without answers.
-    fn give_up(&mut self, context: &mut Context<'_>) {
-        let Some(special) = &mut self.special else { return };
-        if std::mem::replace(&mut special.is_runtime_gone, true) {
-            return;
-        }
-        tracing::error!(
-            id = %context.id(),
-            hub = std::any::type_name::<H>(),
-            "a hub's runtime has shut down before its engine: the connection ends without `on_disconnect`; shut the \
-             engine down first"
-        );
-        let text = Cow::Borrowed("the server's runtime has ended");
-        context.close(CloseReason::Application { code: CloseCode::INTERNAL_ERROR, text });
     }
 }
 

@@ -6,17 +6,26 @@
 
 mod fixture;
 
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use axum::Router;
+use axum::routing::any;
 use fixture::office::{Office, number_of, numbered};
-use fixture::program::fanout;
+use fixture::program::{Running, fanout};
 use fixture::raw::Raw;
 use fixture::{Desk, Peer, desk_app, engine, eventually, soon, visit};
 use futures_util::{SinkExt as _, poll};
 use serde_json::{Value, json};
-use shardcast::{CloseCode, CloseReason, SendError, Shutdown, ShutdownReport, TrySendError, WsHubConfig};
+use shardcast::{
+    CloseCode, CloseReason, EngineState, MessageContext, RawCodec, RunOn, SendError, Shutdown,
+    ShutdownReport, TrySendError, WebSocketUpgrade, WsHub, WsHubConfig,
+};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::Command;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite::{self, Message};
@@ -262,6 +271,144 @@ async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything(
     assert_eq!(code, Some(1001));
     drop(slow);
     assert_eq!(soon(shutdown).await.unwrap(), [2, 0, 0]);
+}
+
+#[tokio::test]
+async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its_time() {
+    let office = Office::open(2, WsHubConfig::default()).await;
+    let (mut stuck, id) = office.visit().await;
+    let reader = reads_to_the_end(office.visit().await.0);
+    stuck.say("hold").await;
+    eventually(1, || office.ledger.holds()).await;
+    let report = soon(office.engine.shutdown(SHORT)).await;
+    assert_eq!((counts(&report), report.stuck), ([1, 1, 0], vec![id.shard()]));
+    assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
+    assert_eq!(office.engine.state(), EngineState::Ended);
+    office.ledger.let_go();
+    eventually(0, || office.engine.connections()).await;
+}
+
+const CHILD: &str = "SHARDCAST_TEST_CHILD";
+
+/// What the test below starts as another process: a server of two shards, whose methods hold them for ever.
+#[tokio::test]
+async fn a_child_of_these_tests() {
+    struct Endless;
+    impl WsHub for Endless {
+        type Codec = RawCodec;
+        type InMessage = String;
+        type OutMessage = String;
+
+        async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+            println!("\nholds {message}");
+            if message == "sleep" {
+                std::thread::sleep(DAY);
+            } else {
+                // Its own shard is among those that this waits for.
+                let _ = Handle::current().block_on(ctx.clients().to_all().send(message));
+            }
+        }
+    }
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let engine = engine(2);
+    let hub = engine.hub::<Endless>(WsHubConfig::default()).unwrap();
+    let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Endless);
+    let app = Router::new().route("/ws", any(serve));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut terminated = signal(SignalKind::terminate()).unwrap();
+    println!("\nlistens {}", listener.local_addr().unwrap());
+    let signal = async move {
+        terminated.recv().await;
+        let report = engine.shutdown(SHORT).await;
+        println!("\nstuck {:?}", report.stuck);
+    };
+    axum::serve(listener, app).with_graceful_shutdown(signal).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    let child = child.args(["--exact", "--nocapture", "a_child_of_these_tests"]).env(CHILD, "1");
+    let mut process = child.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    let mut child = Running { process, lines };
+    let address = child.says("listens ").await;
+    let mut clients = Vec::new();
+    for message in ["sleep", "wait for the own shard"] {
+        let mut client = Peer::connect(format!("ws://{address}/ws")).await;
+        client.say(message).await;
+        assert_eq!(child.says("holds ").await, message);
+        clients.push(client);
+    }
+    let process = child.process.id().unwrap().to_string();
+    assert!(soon(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
+    assert_eq!(child.says("stuck ").await, "[0, 1]");
+    assert!(soon(child.process.wait()).await.unwrap().success());
+}
+
+#[tokio::test]
+async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears_of_it() {
+    let office = Office::open(1, WsHubConfig::default()).await;
+    let (mut peer, _) = office.visit().await;
+    for code in [0, 1005, 1006, 5000].map(CloseCode) {
+        let error = soon(office.engine.shutdown_with(Shutdown { code, ..at_once(LONG) })).await.unwrap_err();
+        assert!(error.to_string().contains(&format!("close code {code} may not be sent")), "{error}");
+    }
+    assert!(!office.engine.is_stopping());
+    office.hub.to_all().publish("all is well".to_owned()).await.unwrap();
+    peer.hears(&["all is well"]).await;
+}
+
+/// What is told to a client whose hub's runtime was shut down, when it says something or is waiting for an answer.
+async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
+    struct Pending;
+    impl WsHub for Pending {
+        type Codec = RawCodec;
+        type InMessage = String;
+        type OutMessage = String;
+
+        async fn on_message(&self, _: String, _: MessageContext<String, RawCodec>) {
+            std::future::pending().await
+        }
+    }
+    let engine = engine(1);
+    let hub =
+        engine.hub::<Pending>(WsHubConfig { run_on: RunOn::Runtime, ..WsHubConfig::default() }).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let serving = hub.clone();
+    let app = Router::new().route("/ws", any(async move |ws: WebSocketUpgrade| ws.serve(&serving, Pending)));
+    let address = runtime.spawn(async move {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        address
+    });
+    let mut peer = Peer::connect(format!("ws://{}/ws", soon(address).await.unwrap())).await;
+    eventually(1, || hub.len()).await;
+    soon(hub.to_all().publish("welcome".to_owned())).await.unwrap();
+    peer.hears(&["welcome"]).await;
+    if waits {
+        peer.say("wait").await;
+        eventually(1, || engine.metrics().received).await;
+    }
+    runtime.shutdown_background();
+    if !waits {
+        peer.say("too late").await;
+    }
+    let (heard, close) = soon(peer.rest()).await;
+    assert_eq!(heard, Vec::<String>::new());
+    soon(engine.shutdown(LONG)).await;
+    close
+}
+
+#[tokio::test]
+async fn a_client_whose_hub_has_lost_its_runtime_is_told_1011() {
+    for waits in [false, true] {
+        let told = told_without_a_runtime(waits).await;
+        assert_eq!(told, Some((1011, "the server's runtime has ended".to_owned())), "waits: {waits}");
+    }
 }
 
 #[tokio::test]

@@ -207,7 +207,8 @@ impl Engine {
         let now = Instant::now();
         let seen = |(shard, metrics): (usize, &PublishedMetrics)| {
             let metrics = metrics.read();
-            let turn = beacons.turn_of(shard).map_or(Duration::ZERO, |turn| now.saturating_duration_since(turn));
+            let turn =
+                beacons.turn_of(shard).map_or(Duration::ZERO, |turn| now.saturating_duration_since(turn));
             let lag_micros = metrics.lag_micros.max(turn.as_micros() as u64);
             Metrics { lag_micros, blocked: beacons.blocked(shard), ..metrics }
         };

@@ -191,7 +191,7 @@ impl Shard {
         let mut ended = Instant::now();
         loop {
             let wait = self.sleep_bound(ended);
-            self.before_poll(wait, &mut pin);
+            self.before_poll(wait, ended, &mut pin);
             let polled = self.poll_sockets(wait);
             pin.iter_mut().for_each(Pin::after_poll);
             let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
@@ -227,12 +227,12 @@ impl Shard {
     }
 
     /// The thread may block now: it shows that, and is bound to its CPU for as long.
-    fn before_poll(&self, wait: Option<Duration>, pin: &mut Option<Pin>) {
+    fn before_poll(&self, wait: Option<Duration>, now: Instant, pin: &mut Option<Pin>) {
         let may_block = wait != Some(Duration::ZERO);
         if may_block {
             self.shared.beacons.sleep(self.index);
         }
-        pin.iter_mut().for_each(|pin| pin.before_poll(may_block));
+        pin.iter_mut().for_each(|pin| pin.before_poll(may_block, now));
     }
 
     /// The longest turn of late: what a socket that has something had to wait at most.

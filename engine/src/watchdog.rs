@@ -248,10 +248,12 @@ mod tests {
         let (mut sampler, beacons, _name, start) = sampler();
         let other: Arc<str> = "another".into();
         beacons.name(GroupKey(8), &other);
-        let mut tell = |key, seconds| {
-            sampler.tell(&beacons, 0, GroupKey(key), start + Duration::from_secs(seconds))
-        };
-        assert_eq!([tell(7, 0), tell(7, 1), tell(8, 2), tell(7, 59), tell(7, 60)], [true, false, true, false, true]);
+        let mut tell =
+            |key, seconds| sampler.tell(&beacons, 0, GroupKey(key), start + Duration::from_secs(seconds));
+        assert_eq!(
+            [tell(7, 0), tell(7, 1), tell(8, 2), tell(7, 59), tell(7, 60)],
+            [true, false, true, false, true]
+        );
         for key in 100..200 {
             assert!(tell(key, 61), "a namespace that has gone has no name, and is not remembered");
         }
