@@ -321,7 +321,7 @@ fn hears_1001_and_the_end(mut peer: Peer) {
 
 #[test]
 fn a_shutdown_keeps_its_time_though_a_handler_holds_its_shard_and_says_which() {
-    let HeldUp { open, engine, shard, held, other, .. } = held_up();
+    let HeldUp { engine, shard, held, other, open, .. } = held_up();
     let within = Duration::from_millis(400);
     let began = Instant::now();
     let (ending, other) = (engine.clone(), std::thread::spawn(move || hears_1001_and_the_end(other)));
@@ -345,7 +345,7 @@ fn a_shutdown_keeps_its_time_though_a_handler_holds_its_shard_and_says_which() {
 
 #[test]
 fn dropping_the_last_handle_waits_for_no_shard_that_a_handler_holds() {
-    let HeldUp { open, engine, _namespace, held, other, .. } = held_up();
+    let HeldUp { engine, _namespace, held, other, open, .. } = held_up();
     let ended = engine.ended();
     soon(move || drop(engine));
     assert_eq!(soon(|| block_on(ended)), EngineState::Ended);
@@ -453,7 +453,7 @@ impl tracing::Subscriber for Lines {
 fn a_handler_that_holds_its_shard_is_logged_counted_and_seen_in_the_lag_while_it_does() {
     let (sender, lines): (_, Receiver<String>) = channel();
     tracing::subscriber::set_global_default(Lines(Mutex::new(sender))).unwrap();
-    let HeldUp { open, engine, _namespace, shard, held, other } = held_up();
+    let HeldUp { engine, _namespace, shard, held, other, open } = held_up();
     let of_this = |line: &String| line.contains("shard=") && line.contains("holds its shard");
     let line = soon(move || lines.into_iter().find(of_this).unwrap());
     assert!(line.starts_with("WARN "), "{line}");
