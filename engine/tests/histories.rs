@@ -947,7 +947,9 @@ impl World {
         let code = self.chance.of(&[CloseCode::GOING_AWAY, CloseCode::SERVICE_RESTART]);
         let shutdown = Shutdown { within, spread, code };
         tell!(self, "shutdown {shutdown:?}");
-        self.job(Effect::Shutdown, async move { Outcome::Report(engine.shutdown(shutdown).await) });
+        self.job(Effect::Shutdown, async move {
+            Outcome::Report(engine.shutdown(shutdown).await.expect("a code that can be sent"))
+        });
     }
 
     fn peer_acts(&mut self) {
