@@ -137,10 +137,7 @@ impl CloseReason {
 
     /// Whether the end came with the peer's input: then the messages before it are still handled.
     pub(crate) fn is_in_input(&self) -> bool {
-        match self {
-            Self::Peer { .. } | Self::Vanished | Self::Transport(_) => true,
-            Self::Protocol(_) | Self::ControlFlood => true,
-            _ => false,
-        }
+        let is_gone = matches!(self, Self::Peer { .. } | Self::Vanished | Self::Transport(_));
+        is_gone || matches!(self, Self::Protocol(_) | Self::ControlFlood)
     }
 }

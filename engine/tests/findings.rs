@@ -27,7 +27,7 @@ fn t1_report_counts_each_connection_once() {
     rig.settle();
     rig.pass(Duration::from_secs(1));
     rig.shards.clear();
-    let report = end.poll().unwrap();
+    let report = end.poll().unwrap().unwrap();
     assert_eq!(report.flushed + report.cut_off, 1, "{report:?}");
 }
 
@@ -482,6 +482,6 @@ fn t1b_report_counts_each_connection_once_whose_handler_parts_slowly() {
     rig.settle();
     rig.pass(Duration::from_secs(70));
     rig.shards.clear();
-    let report = end.poll().unwrap();
+    let report = end.poll().unwrap().unwrap();
     assert_eq!(report.flushed + report.cut_off, 2, "{report:?}");
 }
