@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use shardcast_engine::{
-    CloseCode, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, Namespace, Receipt,
+    CloseCode, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, InvalidCloseCode, Namespace, Receipt,
     SendError as EngineError, To, TrySendError as TryEngineError,
 };
 
@@ -324,9 +324,9 @@ pub enum SendError {
     /// The name of the group to be joined is longer than [`GROUP_NAME_BYTES_MAX`](crate::GROUP_NAME_BYTES_MAX).
     #[error("the group's name is longer than {} bytes", shardcast_engine::GROUP_NAME_BYTES_MAX)]
     GroupNameTooLong,
-    /// The close code may not stand in a Close frame, see [`CloseCode::is_valid_on_wire`]. Nobody was disconnected.
-    #[error("the close code {0} cannot be sent: take one of 1000-1003, 1007-1014 or 3000-4999")]
-    InvalidCloseCode(CloseCode),
+    /// The close code may not stand in a Close frame. Nobody was disconnected.
+    #[error(transparent)]
+    InvalidCloseCode(#[from] InvalidCloseCode),
 }
 
 impl From<EngineError> for SendError {
@@ -335,7 +335,7 @@ impl From<EngineError> for SendError {
             EngineError::Overloaded => Self::Overloaded,
             EngineError::TooLong => Self::TooLong,
             EngineError::GroupNameTooLong => Self::GroupNameTooLong,
-            EngineError::InvalidCloseCode(code) => Self::InvalidCloseCode(code),
+            EngineError::InvalidCloseCode(error) => Self::InvalidCloseCode(error),
             _ => Self::Closed,
         }
     }

@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
-use shardcast_engine::{EngineConfig, Metrics, Shutdown, ShutdownReport, StartError};
+use shardcast_engine::{
+    EngineConfig, EngineState, InvalidCloseCode, Metrics, Shutdown, ShutdownReport, StartError,
+};
 use tokio::runtime;
 
 use crate::config::{ConfigError, WsHubConfig};
@@ -13,7 +15,8 @@ use crate::hub::{Hub, WsHub};
 /// A running engine: its shards own the connections of all its hubs.
 ///
 /// Cloneable. Hubs keep it alive; when the last handle to it and to its hubs is dropped, it closes its connections
-/// with 1001 and ends its threads. That drop waits for them, up to a second: not on a thread whose runtime they need.
+/// with 1001 and ends its threads. That drop waits for them, up to a second: not on a thread whose runtime they need. It
+/// leaves behind what is stuck, as [`shutdown`](Self::shutdown) does, and on one of the engine's threads it does not wait.
 ///
 /// ```no_run
 /// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, MessageContext, JsonCodec};
@@ -62,6 +65,10 @@ impl Engine {
     /// quarter of the time, ends the threads, and says how that went. For 1012 and other windows, see
     /// [`shutdown_with`](Self::shutdown_with).
     ///
+    /// The time is kept whatever the methods do: one that computes or waits on its shard until then leaves the shard
+    /// stuck, which is reported ([`ShutdownReport::stuck`]) and logged as an error 200 ms later; at the latest it is a
+    /// second. The shard's thread is left behind and ends with the process, or when the method returns.
+    ///
     /// `axum::serve(..).with_graceful_shutdown` alone forgets upgraded sockets. Await this in its signal:
     ///
     /// ```no_run
@@ -77,12 +84,57 @@ impl Engine {
     /// # }
     /// ```
     pub async fn shutdown(&self, within: Duration) -> ShutdownReport {
-        self.inner.shutdown(Shutdown::within(within)).await
+        self.inner.shutdown(Shutdown::within(within)).await.expect("1001 may be sent")
     }
 
     /// Like [`shutdown`](Self::shutdown), with a close code and a window of one's choice.
-    pub async fn shutdown_with(&self, shutdown: Shutdown) -> ShutdownReport {
+    ///
+    /// # Errors
+    /// A close code that may not be sent, such as 1006; nothing has happened then.
+    pub async fn shutdown_with(&self, shutdown: Shutdown) -> Result<ShutdownReport, InvalidCloseCode> {
         self.inner.shutdown(shutdown).await
+    }
+
+    /// What the engine is doing: running, or ended by itself ([`EngineState::Failed`]), for instance.
+    ///
+    /// For a readiness endpoint, which tells a load balancer to send nobody here any more:
+    ///
+    /// ```
+    /// # use axum::{extract::State, http::StatusCode};
+    /// # use shardcast::{Engine, EngineState};
+    /// async fn ready(State(engine): State<Engine>) -> StatusCode {
+    ///     match engine.state() {
+    ///         EngineState::Running => StatusCode::OK,
+    ///         _ => StatusCode::SERVICE_UNAVAILABLE,
+    ///     }
+    /// }
+    /// # let _: axum::Router<Engine> = axum::Router::new().route("/ready", axum::routing::get(ready));
+    /// ```
+    pub fn state(&self) -> EngineState {
+        self.inner.state()
+    }
+
+    /// Whether the engine ends or has ended, for whatever reason: upgrades are refused (503).
+    pub fn is_stopping(&self) -> bool {
+        self.inner.is_stopping()
+    }
+
+    /// Waits until the engine has ended, for whatever reason: [`EngineState::Ended`] or [`EngineState::Failed`]. Does
+    /// not end it, nor keep it alive. A service may end itself with its engine, so that it is started anew:
+    ///
+    /// ```no_run
+    /// # use shardcast::{Engine, EngineState};
+    /// # async fn example(engine: Engine) {
+    /// let ended = engine.ended();
+    /// tokio::spawn(async move {
+    ///     if ended.await == EngineState::Failed {
+    ///         std::process::exit(1);
+    ///     }
+    /// });
+    /// # }
+    /// ```
+    pub fn ended(&self) -> impl Future<Output = EngineState> + Send + use<> {
+        self.inner.ended()
     }
 
     /// The number of shards.
@@ -100,7 +152,8 @@ impl Engine {
         self.inner.metrics()
     }
 
-    /// What each shard has counted, as of its last turn.
+    /// What each shard has counted, as of its last turn; [`lag_micros`](Metrics::lag_micros) and
+    /// [`blocked`](Metrics::blocked) as of now, also of a shard that is held up.
     pub fn shard_metrics(&self) -> Vec<Metrics> {
         self.inner.shard_metrics()
     }

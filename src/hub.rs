@@ -153,7 +153,8 @@ impl<H: WsHub> Hub<H> {
         runtime: Option<runtime::Id>,
         config: &WsHubConfig,
     ) -> Result<Self, ConfigError> {
-        let (clients, run_on) = (Clients::new(engine.namespace()), config.run_on);
+        let (clients, run_on) =
+            (Clients::new(engine.namespace_named(std::any::type_name::<H>())), config.run_on);
         Ok(Self { engine, runtime, clients, config: Arc::new(config.connection_config()?), run_on })
     }
 

@@ -5,15 +5,17 @@
 //! and the waker brings the shard back to it. Knows hubs, codecs and the engine's handler
 //! trait. Does not know sockets or frames.
 
+use std::borrow::Cow;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context as TaskContext, Waker};
+use std::task::{Context as TaskContext, Poll, Waker};
 
-use shardcast_engine::{CloseReason, Context, Flow, Handler, MakeHandler, Message};
+use shardcast_engine::{CloseCode, CloseReason, Context, Flow, Handler, MakeHandler, Message};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::codec::{CodecError, Decode};
 use crate::config::RunOn;
@@ -26,7 +28,7 @@ pub(crate) struct Session<H: WsHub> {
     /// None once it is being dropped.
     hub: Option<Arc<H>>,
     peer: Arc<Peer<H::OutMessage, H::Codec>>,
-    /// What the handler is busy with.
+    /// What the handler is busy with, on its shard.
     task: Option<Task>,
     /// None where nothing of it is needed: there is one of these for each idle connection.
     special: Option<Box<Special>>,
@@ -38,6 +40,10 @@ struct Special {
     /// None if the shard's thread has entered it already.
     runtime: Option<Handle>,
     run_on: RunOn,
+    /// What the handler is busy with, on the runtime.
+    running: Option<JoinHandle<()>>,
+    /// Nothing can run there any more, which was logged.
+    is_runtime_gone: bool,
     _over: Over,
 }
 
@@ -57,7 +63,9 @@ impl<H: WsHub> Session<H> {
         let (clients, run_on) = (handle.clients().clone(), handle.run_on());
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
         let is_special = runtime.is_some() || run_on != RunOn::Shard || over.is_some();
-        let special = is_special.then(|| Box::new(Special { runtime, run_on, _over: over }));
+        let special = is_special.then(|| {
+            Box::new(Special { runtime, run_on, running: None, is_runtime_gone: false, _over: over })
+        });
         let apart = Apart::default();
         Box::new(move |id| {
             let _apart = apart;
@@ -84,27 +92,22 @@ impl<H: WsHub> Session<H> {
         future: impl Future<Output = ()> + Send + 'static,
         context: &mut Context<'_>,
     ) -> Flow {
-        let run_on = self.special.as_ref().map_or(RunOn::Shard, |special| special.run_on);
-        self.task = Some(match run_on {
-            RunOn::Shard => Box::pin(future),
-            RunOn::Runtime => {
-                let task = match self.runtime() {
+        match &mut self.special {
+            Some(special) if special.run_on == RunOn::Runtime => {
+                special.running = Some(match &special.runtime {
                     Some(runtime) => runtime.spawn(future),
                     None => tokio::spawn(future),
-                };
-                Box::pin(async move {
-                    match task.await {
-                        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                        // Cancelled: the runtime is shutting down.
-                        _ => {}
-                    }
-                })
+                });
             }
-        });
+            _ => self.task = Some(Box::pin(future)),
+        }
         self.go_on(context)
     }
 
     fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
+        if let Some(running) = self.special.as_mut().and_then(|special| special.running.take()) {
+            return self.wait_for(running, context);
+        }
         // Taken, so that a future that panics is not polled again.
         let Some(mut task) = self.task.take() else { return Flow::Ready };
         let _entered = self.runtime().map(Handle::enter);
@@ -118,6 +121,32 @@ impl<H: WsHub> Session<H> {
         }
         self.task = Some(task);
         Flow::Pending
+    }
+
+    fn wait_for(&mut self, mut running: JoinHandle<()>, context: &mut Context<'_>) -> Flow {
+        let Some(special) = &mut self.special else { return Flow::Ready };
+        match Pin::new(&mut running).poll(&mut TaskContext::from_waker(&context.waker())) {
+            Poll::Pending => {
+                special.running = Some(running);
+                return Flow::Pending;
+            }
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // Cancelled, because the runtime has shut down: nobody else does that. No method of this connection can run
+            // any more, so its client is told instead of being left without answers.
+            Poll::Ready(Err(_)) if !std::mem::replace(&mut special.is_runtime_gone, true) => {
+                tracing::error!(
+                    id = %context.id(),
+                    hub = std::any::type_name::<H>(),
+                    "a hub's runtime has shut down before its engine: the connection ends without `on_disconnect`; \
+                     shut the engine down first"
+                );
+                let text = Cow::Borrowed("the server's runtime has ended");
+                context.close(CloseReason::Application { code: CloseCode::INTERNAL_ERROR, text });
+            }
+            Poll::Ready(Err(_)) => {}
+        }
+        Flow::Ready
     }
 }
 

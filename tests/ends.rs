@@ -147,7 +147,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
             Way::SeesTheEngineStop => {
                 let engine = office.engine.clone();
                 let end = Shutdown { code: CloseCode(1012), ..Shutdown::within(ms(1000)) };
-                shutdown = Some(tokio::spawn(async move { engine.shutdown_with(end).await }));
+                shutdown = Some(tokio::spawn(async move { engine.shutdown_with(end).await.unwrap() }));
             }
             Way::Vanishes | Way::Resets => {}
         }

@@ -15,7 +15,7 @@ use fixture::office::{Ledger, Office};
 use fixture::raw::Raw;
 use fixture::{eventually, soon};
 use futures_util::poll;
-use shardcast::{Shutdown, WsHubConfig};
+use shardcast::{Engine, EngineConfig, Shutdown, WsHubConfig};
 
 const ENGINES: usize = 50;
 
@@ -27,6 +27,9 @@ fn in_use() -> (usize, usize) {
 
 /// An engine with connections of all kinds, ended in one of several ways; gives back what is dropped with its last hub.
 async fn one_engine(round: usize) -> Weak<Ledger> {
+    // Pinned shards hold a claim on their CPUs.
+    let pinned = Engine::start(EngineConfig { shards: Some(3), ..EngineConfig::default() }).unwrap();
+    soon(tokio::task::spawn_blocking(move || drop(pinned))).await.unwrap();
     let office = Office::open(2, WsHubConfig::default()).await;
     let mut peers = Vec::new();
     let mut raws: Vec<Raw> = Vec::new();
@@ -49,7 +52,7 @@ async fn one_engine(round: usize) -> Weak<Ledger> {
         (office.engine.clone(), office.hub.clients().clone(), Arc::downgrade(&office.ledger));
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(Duration::from_secs(1)) };
     match round % 3 {
-        0 => drop(soon(engine.shutdown_with(shutdown)).await),
+        0 => drop(soon(engine.shutdown_with(shutdown)).await.unwrap()),
         1 => {
             let _ = poll!(Box::pin(engine.shutdown_with(shutdown))); // begun, and not waited for
         }

@@ -6,17 +6,26 @@
 
 mod fixture;
 
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use axum::Router;
+use axum::routing::any;
 use fixture::office::{Office, number_of, numbered};
-use fixture::program::fanout;
+use fixture::program::{Running, fanout};
 use fixture::raw::Raw;
 use fixture::{Desk, Peer, desk_app, engine, eventually, soon, visit};
 use futures_util::{SinkExt as _, poll};
 use serde_json::{Value, json};
-use shardcast::{CloseCode, CloseReason, SendError, Shutdown, ShutdownReport, TrySendError, WsHubConfig};
+use shardcast::{
+    CloseCode, CloseReason, EngineState, MessageContext, RawCodec, RunOn, SendError, Shutdown,
+    ShutdownReport, TrySendError, WebSocketUpgrade, WsHub, WsHubConfig,
+};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::Command;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite::{self, Message};
@@ -34,7 +43,7 @@ fn at_once(within: Duration) -> Shutdown {
 }
 
 /// Flushed, cut off, left over.
-fn counts(report: ShutdownReport) -> [u64; 3] {
+fn counts(report: &ShutdownReport) -> [u64; 3] {
     [report.flushed, report.cut_off, report.left_over]
 }
 
@@ -71,7 +80,7 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
         soon(publisher).await.unwrap();
     }
     let report = soon(office.engine.shutdown(Duration::from_secs(10))).await;
-    assert_eq!(counts(report), [CLIENTS as u64, 0, 0]);
+    assert_eq!(counts(&report), [CLIENTS as u64, 0, 0]);
     assert_eq!((office.engine.connections(), office.hub.len(), office.hub.groups()), (0, 0, 0));
     let mut first = None;
     for reader in readers {
@@ -121,7 +130,7 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
         let publishers: Vec<_> = std::iter::repeat_with(publish).take(PUBLISHERS).collect();
         // At another moment in each round.
         eventually(true, || office.engine.metrics().publications > round * 50).await;
-        soon(office.engine.shutdown_with(at_once(LONG))).await;
+        soon(office.engine.shutdown_with(at_once(LONG))).await.unwrap();
         let accepted: usize = publishers.into_iter().map(|publisher| publisher.join().unwrap()).sum();
         for reader in readers {
             let (heard, close) = soon(reader).await.unwrap();
@@ -159,7 +168,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
 
     let readers = [busy, other].map(reads_to_the_end);
     office.ledger.permits.add_permits(1);
-    assert_eq!(counts(soon(shutdown).await), [2, 0, 0]);
+    assert_eq!(counts(&soon(shutdown).await.unwrap()), [2, 0, 0]);
     for (reader, heard_before) in readers.into_iter().zip([0, 1]) {
         let (heard, close) = soon(reader).await.unwrap();
         assert_eq!(heard, ["still taken", "waited"][heard_before..], "what the busy one sent at last, too");
@@ -183,7 +192,7 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
     let began = Instant::now();
     let report = soon(office.engine.shutdown(SHORT)).await;
     assert!(began.elapsed() >= SHORT, "it had all the time there was");
-    assert_eq!(counts(report), [2, 0, 1], "its client has had all that was its own");
+    assert_eq!(counts(&report), [2, 0, 1], "its client has had all that was its own");
     for reader in readers {
         assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
     }
@@ -208,7 +217,7 @@ async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_e
     const MESSAGES: usize = 200;
     let (mut office, mut stalled, reader) = stalled_and_reading(MESSAGES).await;
     let report = soon(office.engine.shutdown(SHORT)).await;
-    assert_eq!(counts(report), [1, 1, 0]);
+    assert_eq!(counts(&report), [1, 1, 0]);
     let (heard, close) = soon(reader).await.unwrap();
     assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
     assert_eq!(close, Some((1001, String::new())));
@@ -237,8 +246,8 @@ async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let hub = office.hub.clone();
     let sending = tokio::spawn(async move { hub.to_all().send("last".to_owned()).await.unwrap() });
     eventually(101, || office.engine.metrics().publications).await;
-    let report = soon(office.engine.shutdown_with(at_once(SHORT))).await;
-    assert_eq!(counts(report), [0, 1, 0]);
+    let report = soon(office.engine.shutdown_with(at_once(SHORT))).await.unwrap();
+    assert_eq!(counts(&report), [0, 1, 0]);
     let receipt = soon(sending).await.unwrap();
     assert_eq!((receipt.targets, receipt.taken(), receipt.disconnected), (1, 0, 1));
     let after = office.engine.metrics();
@@ -252,7 +261,7 @@ async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything(
     const MESSAGES: usize = 200;
     let (office, mut slow, reader) = stalled_and_reading(MESSAGES).await;
     let engine = office.engine.clone();
-    let shutdown = tokio::spawn(async move { counts(engine.shutdown_with(at_once(LONG)).await) });
+    let shutdown = tokio::spawn(async move { counts(&engine.shutdown_with(at_once(LONG)).await.unwrap()) });
     // The other one's end does not wait for it.
     assert_eq!(soon(reader).await.unwrap().0.len(), MESSAGES);
     let (heard, code) = slow.rest().await;
@@ -260,6 +269,144 @@ async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything(
     assert_eq!(code, Some(1001));
     drop(slow);
     assert_eq!(soon(shutdown).await.unwrap(), [2, 0, 0]);
+}
+
+#[tokio::test]
+async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its_time() {
+    let office = Office::open(2, WsHubConfig::default()).await;
+    let (mut stuck, id) = office.visit().await;
+    let reader = reads_to_the_end(office.visit().await.0);
+    stuck.say("hold").await;
+    eventually(1, || office.ledger.holds()).await;
+    let report = soon(office.engine.shutdown(SHORT)).await;
+    assert_eq!((counts(&report), report.stuck), ([1, 1, 0], vec![id.shard()]));
+    assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
+    assert_eq!(office.engine.state(), EngineState::Ended);
+    office.ledger.let_go();
+    eventually(0, || office.engine.connections()).await;
+}
+
+const CHILD: &str = "SHARDCAST_TEST_CHILD";
+
+/// What the test below starts as another process: a server of two shards, whose methods hold them for ever.
+#[tokio::test]
+async fn a_child_of_these_tests() {
+    struct Endless;
+    impl WsHub for Endless {
+        type Codec = RawCodec;
+        type InMessage = String;
+        type OutMessage = String;
+
+        async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+            println!("\nholds {message}");
+            if message == "sleep" {
+                std::thread::sleep(DAY);
+            } else {
+                // Its own shard is among those that this waits for.
+                let _ = Handle::current().block_on(ctx.clients().to_all().send(message));
+            }
+        }
+    }
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let engine = engine(2);
+    let hub = engine.hub::<Endless>(WsHubConfig::default()).unwrap();
+    let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Endless);
+    let app = Router::new().route("/ws", any(serve));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut terminated = signal(SignalKind::terminate()).unwrap();
+    println!("\nlistens {}", listener.local_addr().unwrap());
+    let signal = async move {
+        terminated.recv().await;
+        let report = engine.shutdown(SHORT).await;
+        println!("\nstuck {:?}", report.stuck);
+    };
+    axum::serve(listener, app).with_graceful_shutdown(signal).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    let child = child.args(["--exact", "--nocapture", "a_child_of_these_tests"]).env(CHILD, "1");
+    let mut process = child.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    let mut child = Running { process, lines };
+    let address = child.says("listens ").await;
+    let mut clients = Vec::new();
+    for message in ["sleep", "wait for the own shard"] {
+        let mut client = Peer::connect(format!("ws://{address}/ws")).await;
+        client.say(message).await;
+        assert_eq!(child.says("holds ").await, message);
+        clients.push(client);
+    }
+    let process = child.process.id().unwrap().to_string();
+    assert!(soon(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
+    assert_eq!(child.says("stuck ").await, "[0, 1]");
+    assert!(soon(child.process.wait()).await.unwrap().success());
+}
+
+#[tokio::test]
+async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears_of_it() {
+    let office = Office::open(1, WsHubConfig::default()).await;
+    let (mut peer, _) = office.visit().await;
+    for code in [0, 1005, 1006, 5000].map(CloseCode) {
+        let error = soon(office.engine.shutdown_with(Shutdown { code, ..at_once(LONG) })).await.unwrap_err();
+        assert!(error.to_string().contains(&format!("close code {code} may not be sent")), "{error}");
+    }
+    assert!(!office.engine.is_stopping());
+    office.hub.to_all().publish("all is well".to_owned()).await.unwrap();
+    peer.hears(&["all is well"]).await;
+}
+
+/// What is told to a client whose hub's runtime was shut down, when it says something or is waiting for an answer.
+async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
+    struct Pending;
+    impl WsHub for Pending {
+        type Codec = RawCodec;
+        type InMessage = String;
+        type OutMessage = String;
+
+        async fn on_message(&self, _: String, _: MessageContext<String, RawCodec>) {
+            std::future::pending().await
+        }
+    }
+    let engine = engine(1);
+    let hub =
+        engine.hub::<Pending>(WsHubConfig { run_on: RunOn::Runtime, ..WsHubConfig::default() }).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let serving = hub.clone();
+    let app = Router::new().route("/ws", any(async move |ws: WebSocketUpgrade| ws.serve(&serving, Pending)));
+    let address = runtime.spawn(async move {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        address
+    });
+    let mut peer = Peer::connect(format!("ws://{}/ws", soon(address).await.unwrap())).await;
+    eventually(1, || hub.len()).await;
+    soon(hub.to_all().publish("welcome".to_owned())).await.unwrap();
+    peer.hears(&["welcome"]).await;
+    if waits {
+        peer.say("wait").await;
+        eventually(1, || engine.metrics().received).await;
+    }
+    runtime.shutdown_background();
+    if !waits {
+        peer.say("too late").await;
+    }
+    let (heard, close) = soon(peer.rest()).await;
+    assert_eq!(heard, Vec::<String>::new());
+    soon(engine.shutdown(LONG)).await;
+    close
+}
+
+#[tokio::test]
+async fn a_client_whose_hub_has_lost_its_runtime_is_told_1011() {
+    for waits in [false, true] {
+        let told = told_without_a_runtime(waits).await;
+        assert_eq!(told, Some((1011, "the server's runtime has ended".to_owned())), "waits: {waits}");
+    }
 }
 
 #[tokio::test]
@@ -289,7 +436,7 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
         assert_eq!((heard, close), (vec!["last words".to_owned()], Some((1001, String::new()))));
     }
     soon(serving).await.unwrap();
-    assert_eq!(counts(soon(told).await.unwrap()), [5, 0, 0]);
+    assert_eq!(counts(&soon(told).await.unwrap()), [5, 0, 0]);
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
 }
 

@@ -57,6 +57,11 @@ impl CloseCode {
     }
 }
 
+/// A code that may not stand in a Close frame; see [`CloseCode::is_valid_on_wire`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("close code {0} may not be sent: use 1000 to 1003, 1007 to 1014 or 3000 to 4999")]
+pub struct InvalidCloseCode(pub CloseCode);
+
 impl From<u16> for CloseCode {
     fn from(code: u16) -> Self {
         Self(code)

@@ -135,10 +135,7 @@ impl CloseReason {
 
     /// Whether the end lies in what the peer has sent: then what it sent before is still handled.
     pub(crate) fn is_in_input(&self) -> bool {
-        match self {
-            Self::Peer { .. } | Self::Vanished | Self::Transport(_) => true,
-            Self::Protocol(_) | Self::ControlFlood => true,
-            _ => false,
-        }
+        let is_gone = matches!(self, Self::Peer { .. } | Self::Vanished | Self::Transport(_));
+        is_gone || matches!(self, Self::Protocol(_) | Self::ControlFlood)
     }
 }

@@ -23,7 +23,18 @@ pub struct EngineConfig {
     pub shards: Option<usize>,
     /// Whether each shard is pinned to one of the allowed CPUs. Default: true. With more shards
     /// than CPUs, CPUs are shared; where the system refuses, the shard runs unpinned and says so.
+    ///
+    /// On Linux a shard is bound to its CPU only while it waits for something to do, and what a handler starts
+    /// (threads, processes) may use all of the process's CPUs. Engines choose CPUs that no other has: each shard holds
+    /// a claim, an abstract Unix socket named `shardcast/cpu/NUMBER/CLAIM`, which engines in other processes of the
+    /// same network namespace see; where all are claimed, they share those with the fewest shards.
+    /// A shard puts its own affinity back, so change a running process's CPUs by its cpuset, not by `taskset`.
     pub pin: bool,
+    /// How long a handler's call may hold its shard before that is logged as a warning, with the namespace's name, and
+    /// counted ([`Metrics::blocked`](crate::Metrics::blocked)): 10 ms to 1 hour, or none for neither. Default: 100 ms. It is
+    /// noticed up to half as long later. The same namespace is logged once a minute at most. What takes so long
+    /// belongs on another thread: until it is over, the shard's other connections wait.
+    pub blocked_after: Option<Duration>,
     /// Publications that the log holds until every shard has read them: 2 to 1,048,576, rounded up to
     /// a power of two. Default: 4096. At the limit publishers wait for the slowest shard.
     pub log_capacity: usize,
@@ -60,6 +71,7 @@ impl Default for EngineConfig {
         Self {
             shards: None,
             pin: true,
+            blocked_after: Some(Duration::from_millis(100)),
             log_capacity: 4096,
             mailbox_capacity: 4096,
             publishers_waiting_max: 65_536,
@@ -81,6 +93,9 @@ impl EngineConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         let shards = self.shards.unwrap_or(1);
         within("shards", shards, 1, SHARDS_MAX)?;
+        if let Some(after) = self.blocked_after {
+            within("blocked_after", after, Duration::from_millis(10), Duration::from_secs(3600))?;
+        }
         within("log_capacity", self.log_capacity, 2, 1 << 20)?;
         within("mailbox_capacity", self.mailbox_capacity, 1, 1 << 20)?;
         within("publishers_waiting_max", self.publishers_waiting_max, 1, 1 << 24)?;

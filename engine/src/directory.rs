@@ -154,6 +154,8 @@ impl Group {
 /// The groups of one namespace.
 #[derive(Debug)]
 pub(crate) struct Directory {
+    /// The namespace's, for log lines.
+    name: Arc<str>,
     everyone: Arc<Group>,
     groups: papaya::HashMap<Arc<str>, Arc<Group>>,
     next_key: Arc<AtomicU64>,
@@ -165,15 +167,19 @@ pub(crate) struct Directory {
 
 impl Directory {
     /// `next_key` is shared by all directories of an engine, so that keys are unique there.
-    pub(crate) fn new(shards: usize, next_key: Arc<AtomicU64>) -> Self {
+    pub(crate) fn new(name: &str, shards: usize, next_key: Arc<AtomicU64>) -> Self {
         let everyone = Arc::new(Group::new(new_key(&next_key), None, Weak::new(), shards));
-        let ended = (0..shards).map(|_| EndedCounts::default()).collect();
-        Self { everyone, groups: papaya::HashMap::new(), next_key, oversized: AtomicU32::new(0), ended }
+        let (ended, oversized) = ((0..shards).map(|_| EndedCounts::default()).collect(), AtomicU32::new(0));
+        Self { name: name.into(), everyone, groups: papaya::HashMap::new(), next_key, oversized, ended }
     }
 
     /// The group of all connections; its key also names the namespace.
     pub(crate) fn everyone(&self) -> &Arc<Group> {
         &self.everyone
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        &self.name
     }
 
     pub(crate) fn key(&self) -> GroupKey {
@@ -298,7 +304,7 @@ mod tests {
     use super::*;
 
     fn directory() -> Arc<Directory> {
-        Arc::new(Directory::new(70, Arc::new(AtomicU64::new(0))))
+        Arc::new(Directory::new("test", 70, Arc::new(AtomicU64::new(0))))
     }
 
     #[test]

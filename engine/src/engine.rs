@@ -1,31 +1,38 @@
 //! The engine: shards, and the threads that run them.
 //!
-//! Starts the threads, pins them, and ends them when the last handle is gone. Nothing is
-//! global: a process may have several engines. Does not know what shards do.
+//! Starts the threads, gives each shard its CPU, and ends them when the last handle is gone. The
+//! watchdog's thread collects the shards', so that nobody who ends an engine waits for one that
+//! is stuck. Nothing is global: a process may have several engines. Does not know what shards
+//! do.
 
 use std::future::poll_fn;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread::{self, JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use mio::{Poll, Waker};
 
 use crate::admission::Place;
+use crate::beacon::Beacons;
+use crate::close_code::InvalidCloseCode;
 use crate::config::{ConfigError, EngineConfig};
 use crate::log::Log;
 use crate::mailbox::Mailbox;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, PublishedMetrics};
 use crate::namespace::Namespace;
+use crate::pinning::Cpus;
 use crate::publisher::Shared;
 use crate::shard::{BELL, Parts, Shard};
-use crate::stopping::{Shutdown, ShutdownReport};
+use crate::stopping::{EngineState, Shutdown, ShutdownReport};
+use crate::watchdog::Watchdog;
 
 /// How long an engine that is dropped waits for its peers to take what is theirs.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 
 /// A running engine. Cloning gives another handle to the same one; when the last handle is dropped, the
-/// shards close their connections with 1001 and end.
+/// shards close their connections with 1001 and end. That drop waits for it, a second and a little at most; on one of the
+/// engine's own threads it does not wait.
 #[derive(Debug, Clone)]
 pub struct Engine {
     owner: Arc<Owner>,
@@ -35,7 +42,10 @@ pub struct Engine {
 #[derive(Debug)]
 struct Owner {
     shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// None for an engine that is driven.
+    watchdog: Option<JoinHandle<()>>,
+    /// The threads of the shards, once all have been started.
+    shards: OnceLock<Vec<ThreadId>>,
 }
 
 /// An engine could not be started.
@@ -69,34 +79,47 @@ impl Engine {
         around: impl Fn(&mut dyn FnMut()) + Clone + Send + 'static,
     ) -> Result<Self, StartError> {
         let pin = config.pin;
-        let (engine, parts) = Self::prepare(config)?;
-        let cpus = if pin { core_affinity::get_core_ids().unwrap_or_default() } else { Vec::new() };
+        let (shared, parts) = prepare(config, Instant::now())?;
+        let (threads, started) = mpsc::channel();
+        let watchdog = Watchdog::new(shared.clone(), started);
+        let watchdog = thread::Builder::new().name("shard-watchdog".to_owned()).spawn(|| watchdog.run())?;
+        shared.stopping.set_watchdog(watchdog.thread().clone());
+        shared.beacons.set_watchdog(watchdog.thread().clone());
+        let owner = Owner { shared, watchdog: Some(watchdog), shards: OnceLock::new() };
+
+        let mut cpus = pin.then(Cpus::allowed);
+        let (mut ids, mut failure) = (Vec::new(), None);
         for parts in parts {
-            let index = parts.index;
-            let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
+            let (index, pin) = (parts.index, cpus.as_mut().and_then(Cpus::take));
             let around = around.clone();
             let body = move || {
-                if let Some(cpu) = cpu
-                    && !core_affinity::set_for_current(cpu)
-                {
-                    tracing::warn!(
-                        shard = index,
-                        cpu = cpu.id,
-                        "the shard could not be pinned and runs unpinned"
-                    );
-                }
-                let mut shard = Some(Shard::new(parts, Instant::now()));
+                let mut shard = Some((Shard::new(parts, Instant::now()), pin));
                 around(&mut || {
-                    if let Some(shard) = shard.take() {
-                        shard.run();
+                    if let Some((shard, pin)) = shard.take() {
+                        shard.run(pin);
                     }
                 });
             };
-            // If this fails, dropping `engine` ends the threads that were started.
-            let thread = thread::Builder::new().name(format!("shard-{index}")).spawn(body)?;
-            engine.lock_threads().push(thread);
+            let spawned = match failure {
+                None => thread::Builder::new().name(format!("shard-{index}")).spawn(body).map_err(Some),
+                Some(_) => Err(None),
+            };
+            match spawned {
+                Ok(thread) => {
+                    ids.push(thread.thread().id());
+                    let _ = threads.send((index, thread)); // the watchdog lives as long as shards do
+                }
+                Err(error) => {
+                    failure = failure.or(error);
+                    owner.shared.stopping.tell_end(index, &ShutdownReport::default());
+                }
+            }
         }
-        Ok(engine)
+        let _ = owner.shards.set(ids);
+        match failure {
+            None => Ok(Self { owner: Arc::new(owner) }),
+            Some(error) => Err(error.into()), // dropping `owner` ends the threads that were started
+        }
     }
 
     /// An engine without threads: the caller drives the shards turn by turn and says what time it is.
@@ -105,35 +128,20 @@ impl Engine {
     /// # Errors
     /// As for [`start`](Self::start).
     pub fn driven(config: EngineConfig, now: Instant) -> Result<(Self, Vec<Shard>), StartError> {
-        let (engine, parts) = Self::prepare(config)?;
-        Ok((engine, parts.into_iter().map(|parts| Shard::new(parts, now)).collect()))
-    }
-
-    fn prepare(config: EngineConfig) -> Result<(Self, Vec<Parts>), StartError> {
-        config.validate()?;
-        let count = match config.shards {
-            Some(count) => count,
-            None => thread::available_parallelism().map_or(1, usize::from),
-        };
-        let (log, readers) = Log::new(config.log_capacity, count, config.publishers_waiting_max);
-        let polls = (0..count).map(|_| Poll::new()).collect::<Result<Vec<_>, _>>()?;
-        let mailboxes = polls.iter().map(|poll| {
-            let bell = Waker::new(poll.registry(), BELL)?;
-            Ok(Mailbox::new(config.mailbox_capacity, config.publishers_waiting_max, bell))
-        });
-        let mailboxes = mailboxes.collect::<Result<Box<[_]>, std::io::Error>>()?;
-        let shared = Arc::new(Shared::new(config, log, mailboxes));
-        let parts = polls.into_iter().zip(readers).enumerate();
-        let parts =
-            parts.map(|(index, (poll, reader))| Parts { index, shared: shared.clone(), poll, reader });
-        let parts = parts.collect();
-        let owner = Arc::new(Owner { shared, threads: Mutex::new(Vec::new()) });
-        Ok((Self { owner }, parts))
+        let (shared, parts) = prepare(config, now)?;
+        let owner = Owner { shared, watchdog: None, shards: OnceLock::new() };
+        let shards = parts.into_iter().map(|parts| Shard::new(parts, now)).collect();
+        Ok((Self { owner: Arc::new(owner) }, shards))
     }
 
     /// A new namespace: connections that can be addressed together. It does not keep the engine alive.
     pub fn namespace(&self) -> Namespace {
-        Namespace::new(self.owner.shared.clone())
+        self.namespace_named("unnamed")
+    }
+
+    /// The same with a name, by which log lines speak of it. Names need not differ.
+    pub fn namespace_named(&self, name: &str) -> Namespace {
+        Namespace::new(self.owner.shared.clone(), name)
     }
 
     /// A place for one more connection, or none if `max_connections` are here, or `max_connections_per_address` of
@@ -145,15 +153,39 @@ impl Engine {
     /// Ends the engine in order: admits no more connections, reads no more messages, lets handlers finish, writes
     /// out everything that was published, closes the connections, ends the threads, and says how that went. Called
     /// again, it waits for the same end.
-    pub async fn shutdown(&self, shutdown: Shutdown) -> ShutdownReport {
+    ///
+    /// It is over within the time given, whatever a handler does. A shard that a handler holds up until then counts as
+    /// stuck 200 ms later, and no shard is waited for longer than a second beyond the time; what is stuck is logged as
+    /// an error and left behind ([`ShutdownReport::stuck`]). Where shards are driven by hand, it is over when all
+    /// have been dropped.
+    ///
+    /// # Errors
+    /// A close code that may not be sent; nothing has happened then.
+    pub async fn shutdown(&self, shutdown: Shutdown) -> Result<ShutdownReport, InvalidCloseCode> {
+        if !shutdown.code.is_valid_on_wire() {
+            return Err(InvalidCloseCode(shutdown.code));
+        }
         let shared = &self.owner.shared;
         shared.shut_down(shutdown, Instant::now());
-        let report = poll_fn(|context| shared.stopping.poll(context.waker())).await;
-        self.owner.join();
-        report
+        Ok(poll_fn(|context| shared.stopping.poll(context.waker())).await)
     }
 
-    /// Whether a shutdown has begun.
+    /// Waits until the engine has ended, for whatever reason: [`EngineState::Ended`] or [`EngineState::Failed`]. Does
+    /// not end it, nor keep it alive.
+    pub fn ended(&self) -> impl Future<Output = EngineState> + Send + use<> {
+        let shared = self.owner.shared.clone();
+        async move {
+            let _ = poll_fn(|context| shared.stopping.poll(context.waker())).await;
+            shared.stopping.state()
+        }
+    }
+
+    /// What the engine is doing. Never goes back.
+    pub fn state(&self) -> EngineState {
+        self.owner.shared.stopping.state()
+    }
+
+    /// Whether the engine ends or has ended, for whatever reason: it takes no more connections.
     pub fn is_stopping(&self) -> bool {
         self.owner.shared.stopping.is_asked()
     }
@@ -168,9 +200,19 @@ impl Engine {
         self.owner.shared.mailboxes.len()
     }
 
-    /// What each shard has counted, as of its last turn.
+    /// What each shard has counted, as of its last turn; [`lag_micros`](Metrics::lag_micros) and
+    /// [`blocked`](Metrics::blocked) as of now, also of a shard that is held up.
     pub fn shard_metrics(&self) -> Vec<Metrics> {
-        self.owner.shared.metrics.iter().map(|metrics| metrics.read()).collect()
+        let Shared { metrics, beacons, .. } = &*self.owner.shared;
+        let now = Instant::now();
+        let seen = |(shard, metrics): (usize, &PublishedMetrics)| {
+            let metrics = metrics.read();
+            let turn =
+                beacons.turn_of(shard).map_or(Duration::ZERO, |turn| now.saturating_duration_since(turn));
+            let lag_micros = metrics.lag_micros.max(turn.as_micros() as u64);
+            Metrics { lag_micros, blocked: beacons.blocked(shard), ..metrics }
+        };
+        metrics.iter().enumerate().map(seen).collect()
     }
 
     /// What all shards have counted together.
@@ -180,10 +222,27 @@ impl Engine {
             sum
         })
     }
+}
 
-    fn lock_threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.owner.threads.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// What an engine's threads share, and what each shard is made of.
+fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<Shared>, Vec<Parts>), StartError> {
+    config.validate()?;
+    let count = match config.shards {
+        Some(count) => count,
+        None => thread::available_parallelism().map_or(1, usize::from),
+    };
+    let (log, readers) = Log::new(config.log_capacity, count, config.publishers_waiting_max);
+    let polls = (0..count).map(|_| Poll::new()).collect::<Result<Vec<_>, _>>()?;
+    let mailboxes = polls.iter().map(|poll| {
+        let bell = Waker::new(poll.registry(), BELL)?;
+        Ok(Mailbox::new(config.mailbox_capacity, config.publishers_waiting_max, bell))
+    });
+    let mailboxes = mailboxes.collect::<Result<Box<[_]>, std::io::Error>>()?;
+    let shared = Arc::new(Shared::new(config, log, mailboxes, Beacons::new(count, now)));
+    let parts = polls.into_iter().zip(readers).enumerate();
+    let parts = parts.map(|(index, (poll, reader))| Parts { index, shared: shared.clone(), poll, reader });
+    let parts = parts.collect();
+    Ok((shared, parts))
 }
 
 /// For the random histories in `tests/`.
@@ -204,19 +263,13 @@ impl Engine {
 impl Drop for Owner {
     fn drop(&mut self) {
         self.shared.stop(STOP_GRACE, Instant::now());
-        self.join();
-    }
-}
-
-impl Owner {
-    /// Waits for the threads, which are about to end.
-    fn join(&self) {
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        for thread in threads {
-            // The last handle may be dropped by a handler, on a shard: a thread cannot wait for itself.
-            if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-                tracing::error!("a shard panicked");
-            }
+        let Some(watchdog) = self.watchdog.take() else { return };
+        // The last handle may be dropped by a handler, on a shard, or by a task that the watchdog wakes. A thread
+        // cannot wait for itself; they end on their own.
+        let this = thread::current().id();
+        let is_own = watchdog.thread().id() == this;
+        if !is_own && !self.shards.get().is_some_and(|shards| shards.contains(&this)) {
+            let _ = watchdog.join(); // it waits for a stuck shard no longer than a second
         }
     }
 }

@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::task::{Wake, Waker};
 
+use crate::close_code::{CloseCode, InvalidCloseCode};
 use crate::close_reason::CloseReason;
 use crate::frame::MessageKind;
 use crate::id::ConnectionId;
@@ -102,8 +103,16 @@ impl<'a> Context<'a> {
         self.resume.get_or_insert_with(fresh).clone().into()
     }
 
-    /// Ends the connection after this call; the first reason counts.
-    pub fn close(&mut self, reason: CloseReason) {
+    /// Ends the connection after this call; the first reason counts. A code of the application's that cannot be sent
+    /// is logged as an error and replaced by 1011.
+    pub fn close(&mut self, mut reason: CloseReason) {
+        if let CloseReason::Application { code, .. } = &mut reason
+            && !code.is_valid_on_wire()
+        {
+            let error = InvalidCloseCode(*code);
+            tracing::error!(id = %self.id, %error, "a handler closed its connection with a code that cannot be sent");
+            *code = CloseCode::INTERNAL_ERROR;
+        }
         self.close.get_or_insert(reason);
     }
 

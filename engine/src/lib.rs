@@ -68,6 +68,7 @@
 //! ```
 
 mod admission;
+mod beacon;
 mod close_code;
 mod close_reason;
 mod command;
@@ -92,6 +93,7 @@ mod metrics;
 mod namespace;
 mod outbox;
 mod outq;
+mod pinning;
 mod policy;
 mod publisher;
 mod receipt;
@@ -101,10 +103,11 @@ mod stopping;
 mod sync;
 mod utf8;
 mod wait_list;
+mod watchdog;
 mod wheel;
 
 pub use admission::Place;
-pub use close_code::CloseCode;
+pub use close_code::{CloseCode, InvalidCloseCode};
 pub use close_reason::CloseReason;
 pub use config::{ConfigError, ConnectionConfig, EngineConfig};
 pub use decoder::{Decoder, Event, Limits};
@@ -124,5 +127,5 @@ pub use shard::Shard;
 #[doc(hidden)]
 pub use shard::audit::{Audit, ConnectionAudit, GroupAudit};
 pub use socket::Socket;
-pub use stopping::{Shutdown, ShutdownReport};
+pub use stopping::{EngineState, Shutdown, ShutdownReport};
 pub use utf8::{InvalidUtf8, Utf8Checker};

@@ -88,9 +88,13 @@ counters! {
     publications,
     /// Turns of the loop.
     turns,
-    /// Loop lag in microseconds: what the longest of the last turns took, less an eighth for each turn since. A gauge;
-    /// the sum over shards says little. Stays 0 where shards are driven by hand.
+    /// Loop lag in microseconds: what the longest of the last turns took, less an eighth for each turn since, or what
+    /// the turn that goes on now has taken, if that is more. A gauge; the sum over shards says little. Stays 0 where
+    /// shards are driven by hand.
     lag_micros,
+    /// Calls of handlers that held their shard for longer than [`EngineConfig::blocked_after`](crate::EngineConfig):
+    /// each counts once, while it goes on. Stays 0 where shards are driven by hand.
+    blocked,
 }
 
 #[derive(Debug, Default)]

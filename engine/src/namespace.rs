@@ -27,7 +27,7 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::admission::Place;
-use crate::close_code::CloseCode;
+use crate::close_code::{CloseCode, InvalidCloseCode};
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Named, Payload, Publication, Survey, Target};
 use crate::config::{ConfigError, ConnectionConfig};
@@ -89,9 +89,9 @@ pub enum SendError {
     /// The group's name is longer than [`GROUP_NAME_BYTES_MAX`].
     #[error("the group's name is longer than {GROUP_NAME_BYTES_MAX} bytes")]
     GroupNameTooLong,
-    /// The close code may not stand in a Close frame, see [`CloseCode::is_valid_on_wire`].
-    #[error("the close code {0} cannot be sent: take one of 1000-1003, 1007-1014 or 3000-4999")]
-    InvalidCloseCode(CloseCode),
+    /// The close code may not stand in a Close frame.
+    #[error(transparent)]
+    InvalidCloseCode(#[from] InvalidCloseCode),
 }
 
 /// The longest name of a group, in bytes. A name is kept once, however many members the group has.
@@ -113,8 +113,9 @@ pub enum TrySendError {
 }
 
 impl Namespace {
-    pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        let directory = Directory::new(shared.mailboxes.len(), shared.next_group.clone());
+    pub(crate) fn new(shared: Arc<Shared>, name: &str) -> Self {
+        let directory = Directory::new(name, shared.mailboxes.len(), shared.next_group.clone());
+        shared.beacons.name(directory.key(), directory.name());
         let window = Window { frames: AtomicU64::new(u64::MAX), bytes: AtomicU64::new(u64::MAX) };
         Self { shared, directory: Arc::new(directory), window: Arc::new(window), policy: None }
     }
@@ -217,7 +218,7 @@ impl Namespace {
         text: impl Into<std::borrow::Cow<'static, str>>,
     ) -> Result<(), SendError> {
         if !code.is_valid_on_wire() {
-            return Err(SendError::InvalidCloseCode(code));
+            return Err(InvalidCloseCode(code).into());
         }
         let reason = CloseReason::Application { code, text: text.into() };
         self.dispatch(to, except, Payload::End(reason), Wants::Nothing).await.map(drop)

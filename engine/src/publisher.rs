@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use crate::admission::Admission;
+use crate::beacon::Beacons;
 use crate::close_code::CloseCode;
 use crate::command::{Command, Named, Publication, Target};
 use crate::config::EngineConfig;
@@ -35,6 +36,7 @@ pub(crate) struct Shared {
     pub(crate) retained_bytes: AtomicUsize,
     pub(crate) unfinished_bytes: AtomicUsize,
     pub(crate) stopping: Stopping,
+    pub(crate) beacons: Beacons,
 }
 
 impl Shared {
@@ -42,6 +44,7 @@ impl Shared {
         config: EngineConfig,
         log: Arc<Log<Publication>>,
         mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
+        beacons: Beacons,
     ) -> Self {
         let shards = mailboxes.len();
         Self {
@@ -52,6 +55,7 @@ impl Shared {
             retained_bytes: AtomicUsize::new(0),
             unfinished_bytes: AtomicUsize::new(0),
             stopping: Stopping::new(shards),
+            beacons,
             mailboxes,
             config,
         }

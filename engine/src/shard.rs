@@ -38,6 +38,7 @@ use crate::log::Reader;
 use crate::mailbox::{Entry, Mailbox};
 use crate::metrics::Metrics;
 use crate::outbox::Gather;
+use crate::pinning::Pin;
 use crate::publisher::Shared;
 use crate::wheel::Wheel;
 
@@ -242,13 +243,15 @@ impl Shard {
     }
 
     /// Turns until the engine stops and the connections have ended.
-    pub(crate) fn run(mut self) {
+    pub(crate) fn run(mut self, mut pin: Option<Pin>) {
         tracing::debug!(shard = self.index, "shard started");
         self.is_driven = false;
         let mut ended = Instant::now();
         loop {
             let wait = self.sleep_bound(ended);
+            self.before_poll(wait, ended, &mut pin);
             let polled = self.poll_sockets(wait);
+            pin.iter_mut().for_each(Pin::after_poll);
             let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
             let began = Instant::now();
             // What a poll that slept brought has just come. What was there already may have come during the last turn,
@@ -257,8 +260,11 @@ impl Shard {
             let arrived = began.saturating_duration_since(self.started);
             self.crowd.arrived = if slept { arrived } else { self.before };
             self.before = arrived;
+            self.shared.beacons.turn(self.index, began);
             if let Err(error) = polled.and_then(|()| self.work(began)) {
-                tracing::error!(shard = self.index, %error, "polling failed; the shard ends");
+                tracing::error!(shard = self.index, %error, "polling failed; the engine stops");
+                self.shared.stopping.fail();
+                self.shared.stop(Duration::ZERO, Instant::now());
                 break;
             }
             ended = Instant::now();
@@ -282,6 +288,15 @@ impl Shard {
         let stop = self.stop.as_ref().map(|stop| self.started + stop.next_due());
         let due = self.next_due().into_iter().chain(stop).min();
         due.map(|due| due.saturating_duration_since(now))
+    }
+
+    /// The thread may block now: it shows that, and is bound to its CPU for as long.
+    fn before_poll(&self, wait: Option<Duration>, now: Instant, pin: &mut Option<Pin>) {
+        let may_block = wait != Some(Duration::ZERO);
+        if may_block {
+            self.shared.beacons.sleep(self.index);
+        }
+        pin.iter_mut().for_each(|pin| pin.before_poll(may_block, now));
     }
 
     /// The longest turn of late: what a socket that has something had to wait at most.

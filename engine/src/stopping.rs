@@ -3,13 +3,17 @@
 //! Shared by all threads. *Running* → *draining*: no new connections, no new messages;
 //! handlers finish what they are at, and what they publish still goes out. When no shard
 //! has a busy handler (or half of the time is over) → *closed*: nothing more can be
-//! published, and each shard closes its connections, spread over a window. When the last
-//! shard has ended the report is complete. Only goes forward. Does not know connections.
+//! published, and each shard closes its connections, spread over a window. → *over*: the
+//! report is complete. That is when the last shard has ended, or when the watchdog no longer
+//! waits for those that are stuck; an engine without one is over with its last shard. Only
+//! goes forward. An engine that fails goes the same way and says so. Does not know
+//! connections, and reads no clock.
 
-use std::sync::atomic::Ordering::{AcqRel, Acquire};
-use std::sync::atomic::{AtomicU8, AtomicUsize};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Poll, Waker};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::close_code::CloseCode;
@@ -17,18 +21,21 @@ use crate::close_code::CloseCode;
 const RUNNING: u8 = 0;
 const DRAINING: u8 = 1;
 const CLOSED: u8 = 2;
+const OVER: u8 = 3;
 
 const WITHIN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How to end an engine; see [`Engine::shutdown`](crate::Engine::shutdown).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shutdown {
-    /// Time for all of it, a day at most. After it sockets are dropped and handlers abandoned.
+    /// Time for all of it, a day at most. After it sockets are dropped and handlers abandoned. A shard that is held
+    /// up by a handler then, by computing or by waiting, is given up some 200 ms later.
     pub within: Duration,
     /// The part of it over which the connections are closed, at even distances in no particular order, so that
     /// clients do not come back all at once. At most a half of `within` is used.
     pub spread: Duration,
-    /// What the Close frames say: 1001 (going away) or 1012 (service restart).
+    /// What the Close frames say: 1001 (going away) or 1012 (service restart). A code that may not be sent
+    /// ([`CloseCode::is_valid_on_wire`]) is refused.
     pub code: CloseCode,
 }
 
@@ -40,25 +47,46 @@ impl Shutdown {
 }
 
 /// How the connections of an engine that was shut down have ended.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ShutdownReport {
     /// Connections that were given everything that was theirs.
     pub flushed: u64,
-    /// Connections that were cut off: the time was over and they had not taken what was theirs.
+    /// Connections that were cut off: the time was over and they had not taken what was theirs. All connections of a
+    /// stuck shard are among them, as many as it had at its last turn.
     pub cut_off: u64,
     /// Handlers that had not finished when the time was over. They were dropped without `on_close`.
     pub left_over: u64,
+    /// Shards that had not ended when the time was over, because a handler held them up. Their threads were left
+    /// behind: one that comes back drops its connections and ends, one that does not ends with the process.
+    pub stuck: Vec<usize>,
+}
+
+/// What an engine is doing; see [`Engine::state`](crate::Engine::state).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum EngineState {
+    /// It takes connections and publications.
+    Running,
+    /// It was asked to end: it takes no more connections.
+    Stopping,
+    /// It has ended as it was asked to.
+    Ended,
+    /// A shard panicked or could not poll its sockets. The engine serves nobody any more; its other shards close
+    /// their connections with 1001 and end. Start another one, or end the process.
+    Failed,
 }
 
 #[derive(Debug)]
 pub(crate) struct Stopping {
     state: AtomicU8,
+    has_failed: AtomicBool,
     plan: OnceLock<Plan>,
     /// Shards without a busy handler.
     quiet: AtomicUsize,
     shards: usize,
     end: Mutex<End>,
+    watchdog: OnceLock<Thread>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -69,17 +97,30 @@ pub(crate) struct Plan {
     pub(crate) code: CloseCode,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct End {
-    shards: usize,
+    has_ended: Box<[bool]>,
     report: ShutdownReport,
     wakers: Vec<Waker>,
 }
 
 impl Stopping {
     pub(crate) fn new(shards: usize) -> Self {
-        let (state, quiet) = (AtomicU8::new(RUNNING), AtomicUsize::new(0));
-        Self { state, plan: OnceLock::new(), quiet, shards, end: Mutex::new(End::default()) }
+        let has_ended = vec![false; shards].into();
+        Self {
+            state: AtomicU8::new(RUNNING),
+            has_failed: AtomicBool::new(false),
+            plan: OnceLock::new(),
+            quiet: AtomicUsize::new(0),
+            shards,
+            end: Mutex::new(End { has_ended, report: ShutdownReport::default(), wakers: Vec::new() }),
+            watchdog: OnceLock::new(),
+        }
+    }
+
+    /// The thread that completes the report; to be set before a shard runs.
+    pub(crate) fn set_watchdog(&self, thread: Thread) {
+        let _ = self.watchdog.set(thread);
     }
 
     /// Begins to drain; the first plan counts. The caller wakes the shards.
@@ -88,6 +129,7 @@ impl Stopping {
         let within = within.min(WITHIN_MAX);
         self.plan.get_or_init(|| Plan { by: now + within, within, spread: spread.min(within / 2), code });
         self.raise(DRAINING);
+        self.rouse();
     }
 
     /// Nothing more can be published. The caller wakes the shards.
@@ -95,8 +137,28 @@ impl Stopping {
         self.raise(CLOSED);
     }
 
+    /// A shard cannot go on. The caller ends the others.
+    pub(crate) fn fail(&self) {
+        self.has_failed.store(true, Release); // stands alone
+    }
+
     fn raise(&self, state: u8) {
         self.state.fetch_max(state, AcqRel); // pairs with the loads below: the plan is seen
+    }
+
+    fn rouse(&self) {
+        if let Some(watchdog) = self.watchdog.get() {
+            watchdog.unpark();
+        }
+    }
+
+    pub(crate) fn state(&self) -> EngineState {
+        match self.state.load(Acquire) {
+            _ if self.has_failed.load(Acquire) => EngineState::Failed,
+            OVER => EngineState::Ended,
+            RUNNING => EngineState::Running,
+            _ => EngineState::Stopping,
+        }
     }
 
     pub(crate) fn is_asked(&self) -> bool {
@@ -104,7 +166,7 @@ impl Stopping {
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        self.state.load(Acquire) == CLOSED
+        self.state.load(Acquire) >= CLOSED
     }
 
     pub(crate) fn plan(&self) -> Option<Plan> {
@@ -117,30 +179,66 @@ impl Stopping {
     }
 
     /// A shard has ended.
-    pub(crate) fn tell_end(&self, report: ShutdownReport) {
-        let wakers = {
-            let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-            end.shards += 1;
+    pub(crate) fn tell_end(&self, shard: usize, report: &ShutdownReport) {
+        let all_have = {
+            let mut end = self.lock();
+            end.has_ended[shard] = true;
+            if self.is_over() {
+                return; // it was stuck, and has been reported
+            }
             end.report.flushed += report.flushed;
             end.report.cut_off += report.cut_off;
             end.report.left_over += report.left_over;
-            if end.shards < self.shards {
-                return;
-            }
-            std::mem::take(&mut end.wakers)
+            end.has_ended.iter().all(|has| *has)
         };
-        wakers.into_iter().for_each(Waker::wake);
+        if all_have {
+            match self.watchdog.get() {
+                Some(watchdog) => watchdog.unpark(),
+                None => drop(self.conclude(|_| 0)),
+            }
+        }
     }
 
-    /// The report, once all shards have ended.
+    /// Shards that have not ended yet.
+    pub(crate) fn remaining(&self) -> Vec<usize> {
+        Self::remaining_of(&self.lock())
+    }
+
+    fn remaining_of(end: &End) -> Vec<usize> {
+        (0..end.has_ended.len()).filter(|shard| !end.has_ended[*shard]).collect()
+    }
+
+    /// Completes the report. Shards that have not ended are stuck, with so many connections each; gives them back.
+    pub(crate) fn conclude(&self, connections: impl Fn(usize) -> u64) -> Vec<usize> {
+        let (stuck, wakers) = {
+            let mut end = self.lock();
+            let stuck = Self::remaining_of(&end);
+            end.report.cut_off += stuck.iter().map(|shard| connections(*shard)).sum::<u64>();
+            end.report.stuck.clone_from(&stuck);
+            self.raise(OVER);
+            (stuck, std::mem::take(&mut end.wakers))
+        };
+        wakers.into_iter().for_each(Waker::wake);
+        stuck
+    }
+
+    fn is_over(&self) -> bool {
+        self.state.load(Acquire) == OVER
+    }
+
+    /// The report, once it is complete.
     pub(crate) fn poll(&self, waker: &Waker) -> Poll<ShutdownReport> {
-        let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-        if end.shards == self.shards {
-            return Poll::Ready(end.report);
+        let mut end = self.lock();
+        if self.is_over() {
+            return Poll::Ready(end.report.clone());
         }
         if !end.wakers.iter().any(|known| known.will_wake(waker)) {
             end.wakers.push(waker.clone());
         }
         Poll::Pending
+    }
+
+    fn lock(&self) -> MutexGuard<'_, End> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

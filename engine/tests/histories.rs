@@ -513,6 +513,7 @@ impl World {
             read_buffer_bytes: chance.of(&[1024, 1024, 4096]),
             backlog_bytes_max: chance.of(&[1 << 20, 1 << 30, 1 << 30]),
             unfinished_bytes_max: chance.of(&[1 << 20, 1 << 30, 1 << 30]),
+            blocked_after: None,
             max_connections_per_address: None,
             max_connections: chance.of(&[4, 1 << 20, 1 << 20]),
         };
@@ -947,7 +948,9 @@ impl World {
         let code = self.chance.of(&[CloseCode::GOING_AWAY, CloseCode::SERVICE_RESTART]);
         let shutdown = Shutdown { within, spread, code };
         tell!(self, "shutdown {shutdown:?}");
-        self.job(Effect::Shutdown, async move { Outcome::Report(engine.shutdown(shutdown).await) });
+        self.job(Effect::Shutdown, async move {
+            Outcome::Report(engine.shutdown(shutdown).await.expect("a code that can be sent"))
+        });
     }
 
     fn peer_acts(&mut self) {
@@ -1588,7 +1591,7 @@ impl World {
                     self.now - self.start
                 ));
             }
-            if let Some(report) = self.report {
+            if let Some(report) = &self.report {
                 let all = report.flushed + report.cut_off;
                 if all > adopted(self) as u64 {
                     self.wrong(format!("{report:?} of {} connections", adopted(self)));

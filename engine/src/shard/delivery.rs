@@ -62,6 +62,7 @@ impl Shard {
                 Command::Adopt(adoption) => self.adopt(*adoption),
                 Command::Survey(survey) => {
                     let metrics = self.crowd.survey(&survey, self.index);
+                    let _call = self.shared.beacons.call(self.index, survey.directory.key());
                     if catch_unwind(AssertUnwindSafe(|| (survey.on_metrics)(metrics))).is_err() {
                         tracing::error!("a callback for metrics panicked");
                     }
@@ -129,6 +130,7 @@ impl Shard {
             Action::Close(reason) => self.end(slot, reason),
             Action::Inspect(on_metrics) => {
                 let metrics = connection.metrics();
+                let _call = self.shared.beacons.call(self.index, connection.directory.key());
                 if catch_unwind(AssertUnwindSafe(|| on_metrics(metrics))).is_err() {
                     tracing::error!(%id, "a callback for metrics panicked");
                 }
@@ -193,6 +195,7 @@ impl Shard {
             tracing::warn!(shard = self.index, %error, "a connection could not be registered and was turned away");
             return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
         }
+        let shown = self.shared.beacons.call(self.index, directory.key());
         let handler = match catch_unwind(AssertUnwindSafe(|| handler(id))) {
             Ok(handler) => handler,
             Err(_) => {
@@ -200,6 +203,7 @@ impl Shard {
                 return turn_away(&socket, CloseCode::INTERNAL_ERROR);
             }
         };
+        drop(shown);
         // The golden ratio spreads neighbours over the interval.
         let stagger = golden(slot) as f32;
         vacant.insert(Connection {

@@ -198,9 +198,11 @@ impl Shard {
     pub(super) fn part(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let handler = connection.handler.take();
+        let shown = self.shared.beacons.call(self.index, connection.directory.key());
         if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
             tracing::error!(id = %connection.id, "dropping a handler panicked");
         }
+        drop(shown);
         self.remove_if_over(slot);
     }
 

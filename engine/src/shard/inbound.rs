@@ -235,6 +235,7 @@ impl Shard {
                         self.crowd.metrics.received += 1;
                         let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
                         let message = Message { kind, payload };
+                        let _call = self.shared.beacons.call(self.index, connection.directory.key());
                         let handler = &mut connection.handler;
                         let call =
                             || handler.as_mut().map(|handler| handler.on_message(message, &mut context));
@@ -388,10 +389,12 @@ impl Shard {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return Flow::Ready };
         let Some(handler) = connection.handler.as_deref_mut() else { return Flow::Ready };
         let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
+        let shown = self.shared.beacons.call(self.index, connection.directory.key());
         let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
             Ok(flow) => (flow, context.into_close()),
             Err(_) => (Flow::Ready, Some(CloseReason::HandlerPanicked)),
         };
+        drop(shown);
         if flow == Flow::Pending && connection.work == Work::Idle {
             connection.work = Work::Busy;
         }

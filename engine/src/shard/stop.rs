@@ -150,10 +150,11 @@ impl Drop for Shard {
         if std::thread::panicking() {
             // Promises cannot be kept with a part of the connections gone: the whole engine stops.
             tracing::error!(shard = self.index, "a shard panicked; the engine stops");
+            self.shared.stopping.fail();
             self.shared.stop(Duration::ZERO, Instant::now());
         } else {
             self.abandon(&mut report);
         }
-        self.shared.stopping.tell_end(report);
+        self.shared.stopping.tell_end(self.index, &report);
     }
 }

@@ -1,0 +1,302 @@
+//! The watchdog: sees that a shard is held up, which the shard itself cannot say.
+//!
+//! One thread for each engine that has threads, not pinned. It looks at the shards' beacons
+//! twice in each `blocked_after`, logs and counts calls that hold their shard for longer,
+//! and sleeps while all shards sleep. It keeps a shutdown's deadline: it collects the shards'
+//! threads, leaves behind those that are stuck, and completes the report. No shard waits for
+//! it. Does not know connections, nor what a handler does.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::beacon::Beacons;
+use crate::id::GroupKey;
+use crate::publisher::Shared;
+use crate::stopping::Stopping;
+
+/// How long after a shutdown's time a shard that is still in a turn from before counts as stuck.
+const STUCK_AFTER: Duration = Duration::from_millis(200);
+/// How long after it no shard is waited for, whatever it does: time to drop very many connections.
+const LOST_AFTER: Duration = Duration::from_secs(1);
+/// How often is looked in between.
+const LAST_LOOKS: Duration = Duration::from_millis(50);
+/// The same namespace is not logged again for so long.
+const SILENCE: Duration = Duration::from_secs(60);
+/// A look that comes later than this beside its time means that the whole process was stopped.
+const OVERSLEPT: Duration = Duration::from_millis(100);
+
+pub(crate) struct Watchdog {
+    shared: Arc<Shared>,
+    /// The shards' threads.
+    threads: Receiver<(usize, JoinHandle<()>)>,
+    sampler: Option<Sampler>,
+}
+
+/// What to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Sleep(Option<Duration>),
+    Conclude,
+}
+
+impl Watchdog {
+    pub(crate) fn new(shared: Arc<Shared>, threads: Receiver<(usize, JoinHandle<()>)>) -> Self {
+        let shards = shared.mailboxes.len();
+        let sampler = shared.config.blocked_after.map(|after| Sampler::new(after, shards));
+        Self { shared, threads, sampler }
+    }
+
+    /// Watches until the engine is over.
+    pub(crate) fn run(mut self) {
+        let Shared { beacons, stopping, .. } = &*self.shared;
+        loop {
+            let now = Instant::now();
+            let sample = self.sampler.as_mut().map(|sampler| {
+                sampler.sample(beacons, now);
+                sampler.period()
+            });
+            let wait = match verdict(stopping, beacons, now) {
+                Next::Conclude => break,
+                Next::Sleep(wait) => wait,
+            };
+            let sample = sample.filter(|_| !beacons.fall_asleep());
+            match wait.into_iter().chain(sample).min() {
+                Some(wait) => thread::park_timeout(wait),
+                None => thread::park(),
+            }
+        }
+        self.conclude();
+    }
+
+    fn conclude(&self) {
+        let Shared { stopping, metrics, .. } = &*self.shared;
+        let remaining = stopping.remaining();
+        for (shard, thread) in self.threads.try_iter().filter(|(shard, _)| !remaining.contains(shard)) {
+            // It has ended but for what the application does at a thread's end, which may take its time as well.
+            let is_late = || stopping.plan().is_some_and(|plan| Instant::now() >= plan.by + LOST_AFTER);
+            while !thread.is_finished() && !is_late() {
+                thread::park_timeout(Duration::from_millis(1));
+            }
+            if !thread.is_finished() {
+                tracing::error!(shard, "a shard has ended, but its thread has not: it was left behind");
+            } else if thread.join().is_err() {
+                tracing::error!(shard, "a shard's thread panicked");
+            }
+        }
+        for shard in stopping.conclude(|shard| metrics[shard].read().connections) {
+            tracing::error!(
+                shard,
+                "a shard is stuck: it has not ended in time and was left behind with its connections; a handler computes \
+                 or waits on it instead of on another thread"
+            );
+        }
+    }
+}
+
+/// Whether the engine's ending is over, or when to look again.
+fn verdict(stopping: &Stopping, beacons: &Beacons, now: Instant) -> Next {
+    let remaining = stopping.remaining();
+    let Some(plan) = stopping.plan() else { return Next::Sleep(None) };
+    // A turn from before takes no notice of the end. A shard that has noticed it drops its connections now.
+    let is_stuck = |shard: &usize| beacons.turn_of(*shard).is_some_and(|turn| turn < plan.by);
+    if remaining.is_empty()
+        || now >= plan.by + LOST_AFTER
+        || (now >= plan.by + STUCK_AFTER && remaining.iter().all(is_stuck))
+    {
+        return Next::Conclude;
+    }
+    let first_look = (plan.by + STUCK_AFTER).saturating_duration_since(now);
+    Next::Sleep(Some(first_look.max(LAST_LOOKS)))
+}
+
+/// Finds calls that hold their shard for too long, by looking now and then.
+struct Sampler {
+    after: Duration,
+    looked: Option<Instant>,
+    /// The call that each shard was last seen in.
+    seen: Box<[Option<Seen>]>,
+    told: HashMap<GroupKey, Told>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    call: u64,
+    since: Instant,
+    is_counted: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    at: Instant,
+    /// Calls since that were not logged.
+    untold: u64,
+}
+
+impl Sampler {
+    fn new(after: Duration, shards: usize) -> Self {
+        Self { after, looked: None, seen: vec![None; shards].into(), told: HashMap::new() }
+    }
+
+    fn period(&self) -> Duration {
+        (self.after / 2).min(Duration::from_secs(1))
+    }
+
+    fn sample(&mut self, beacons: &Beacons, now: Instant) {
+        let allowed = self.period() * 2 + OVERSLEPT;
+        let overslept = self.looked.is_some_and(|looked| now.saturating_duration_since(looked) > allowed);
+        self.looked = Some(now);
+        for shard in 0..self.seen.len() {
+            let call = beacons.call_of(shard);
+            let seen = &mut self.seen[shard];
+            let Some((call, namespace)) = call else {
+                *seen = None;
+                continue;
+            };
+            match seen.as_mut().filter(|seen| seen.call == call) {
+                None => *seen = Some(Seen { call, since: now, is_counted: false }),
+                // Nobody ran meanwhile, so nobody was held up by this call.
+                Some(seen) if overslept => seen.since = now,
+                Some(seen) => {
+                    let held = now.saturating_duration_since(seen.since);
+                    if held >= self.after && !std::mem::replace(&mut seen.is_counted, true) {
+                        beacons.count_blocked(shard);
+                        self.tell(beacons, shard, namespace, now);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Logs a call, unless one of the same namespace was logged a moment ago; true if it did.
+    fn tell(&mut self, beacons: &Beacons, shard: usize, namespace: GroupKey, now: Instant) -> bool {
+        if let Some(told) = self.told.get_mut(&namespace)
+            && now.saturating_duration_since(told.at) < SILENCE
+        {
+            told.untold += 1;
+            return false;
+        }
+        let before = self.told.insert(namespace, Told { at: now, untold: 0 });
+        self.told.retain(|namespace, _| beacons.name_of(*namespace).is_some()); // the others have gone
+        tracing::warn!(
+            shard,
+            namespace = beacons.name_of(namespace).as_deref().unwrap_or("one that has gone"),
+            longer_than = ?self.after,
+            not_logged_before = before.map_or(0, |told| told.untold),
+            "a handler holds its shard, whose other connections wait until it returns: do what computes or waits on \
+             another thread"
+        );
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::close_code::CloseCode;
+    use crate::stopping::{EngineState, Shutdown, ShutdownReport};
+
+    const MS: Duration = Duration::from_millis(1);
+    const NAMESPACE: GroupKey = GroupKey(7);
+
+    /// A sampler for one shard and 100 ms, with a name that lives.
+    fn sampler() -> (Sampler, Beacons, Arc<str>, Instant) {
+        let start = Instant::now();
+        let (beacons, name) = (Beacons::new(1, start), Arc::from("a name"));
+        beacons.name(NAMESPACE, &name);
+        (Sampler::new(100 * MS, 1), beacons, name, start)
+    }
+
+    #[test]
+    fn a_call_that_holds_its_shard_is_counted_once_and_not_before_its_time() {
+        let (mut sampler, beacons, _name, start) = sampler();
+        let call = beacons.call(0, NAMESPACE);
+        for (millis, blocked) in [(0, 0), (50, 0), (99, 0), (100, 1), (150, 1), (10_000, 1), (10_050, 1)] {
+            sampler.sample(&beacons, start + millis * MS);
+            assert_eq!(beacons.blocked(0), blocked, "after {millis} ms");
+        }
+        drop(call);
+        let _next = beacons.call(0, NAMESPACE);
+        sampler.sample(&beacons, start + 10_100 * MS);
+        sampler.sample(&beacons, start + 10_200 * MS);
+        assert_eq!(beacons.blocked(0), 2, "the next call counts for itself");
+    }
+
+    #[test]
+    fn many_short_calls_hold_nothing_up() {
+        let (mut sampler, beacons, _name, start) = sampler();
+        for look in 0..100 {
+            let _call = beacons.call(0, NAMESPACE);
+            sampler.sample(&beacons, start + look * 50 * MS);
+        }
+        assert_eq!(beacons.blocked(0), 0);
+    }
+
+    #[test]
+    fn a_process_that_was_stopped_blames_no_call() {
+        let (mut sampler, beacons, _name, start) = sampler();
+        let _call = beacons.call(0, NAMESPACE);
+        sampler.sample(&beacons, start);
+        sampler.sample(&beacons, start + 3_600_000 * MS);
+        assert_eq!(beacons.blocked(0), 0);
+    }
+
+    #[test]
+    fn a_namespace_is_logged_once_a_minute_and_others_beside_it() {
+        let (mut sampler, beacons, _name, start) = sampler();
+        let other: Arc<str> = "another".into();
+        beacons.name(GroupKey(8), &other);
+        let mut tell =
+            |key, seconds| sampler.tell(&beacons, 0, GroupKey(key), start + Duration::from_secs(seconds));
+        assert_eq!(
+            [tell(7, 0), tell(7, 1), tell(8, 2), tell(7, 59), tell(7, 60)],
+            [true, false, true, false, true]
+        );
+        for key in 100..200 {
+            assert!(tell(key, 61), "a namespace that has gone has no name, and is not remembered");
+        }
+        assert!(sampler.told.len() <= 2);
+    }
+
+    #[test]
+    fn a_shutdown_leaves_behind_what_is_stuck_and_waits_for_what_is_on_its_way() {
+        let start = Instant::now();
+        let (stopping, beacons) = (Stopping::new(3), Beacons::new(3, start));
+        assert_eq!(verdict(&stopping, &beacons, start), Next::Sleep(None));
+        stopping.ask(Shutdown::within(1000 * MS), start);
+        beacons.turn(1, start + 500 * MS); // and no end of it
+        stopping.tell_end(0, &ShutdownReport { flushed: 3, ..ShutdownReport::default() });
+        let at = |millis: u32| verdict(&stopping, &beacons, start + millis * MS);
+        assert_eq!(at(500), Next::Sleep(Some(700 * MS)));
+        assert_eq!(at(1200), Next::Sleep(Some(50 * MS)), "the third sleeps: it is only slow to wake");
+        assert_eq!(at(2000), Next::Conclude, "no longer than that");
+        beacons.turn(2, start + 1001 * MS);
+        assert_eq!(at(1300), Next::Sleep(Some(50 * MS)), "it drops its connections");
+        stopping.tell_end(2, &ShutdownReport { flushed: 4, ..ShutdownReport::default() });
+        assert_eq!(at(1199), Next::Sleep(Some(50 * MS)));
+        assert_eq!(at(1200), Next::Conclude);
+        assert_eq!(stopping.state(), EngineState::Stopping);
+        assert_eq!(stopping.conclude(|shard| 10 * shard as u64), [1]);
+        let report = ShutdownReport { flushed: 7, cut_off: 10, left_over: 0, stuck: vec![1] };
+        let polled = || stopping.poll(std::task::Waker::noop());
+        assert_eq!(polled(), std::task::Poll::Ready(report.clone()));
+        stopping.tell_end(1, &ShutdownReport { flushed: 5, ..ShutdownReport::default() });
+        assert_eq!(polled(), std::task::Poll::Ready(report), "what comes too late changes nothing");
+        assert_eq!(stopping.state(), EngineState::Ended);
+    }
+
+    #[test]
+    fn a_shutdown_is_over_as_soon_as_all_shards_have_ended() {
+        let start = Instant::now();
+        let (stopping, beacons) = (Stopping::new(2), Beacons::new(2, start));
+        let code = CloseCode::GOING_AWAY;
+        stopping.ask(Shutdown { within: 1000 * MS, spread: Duration::ZERO, code }, start);
+        for shard in 0..2 {
+            assert_ne!(verdict(&stopping, &beacons, start), Next::Conclude);
+            stopping.tell_end(shard, &ShutdownReport::default());
+        }
+        assert_eq!(verdict(&stopping, &beacons, start), Next::Conclude);
+    }
+}

@@ -1,0 +1,468 @@
+//! The engine's threads: on which CPUs they and what they start run, what becomes of one that a handler holds up, and how
+//! an engine says that it has died.
+//!
+//! Real threads and real time, because that is what the tests are about: each waits for what has to happen, however
+//! long that takes, and none measures how fast it was.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+
+mod fixture;
+
+use std::io::Write as _;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use fixture::{Heard, Peer, at_once, block_on, newcomer_for};
+use shardcast_engine::{
+    CloseCode, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, EngineState, Flow, Handler,
+    InvalidCloseCode, Message, Namespace, Shutdown, ShutdownReport, To,
+};
+
+/// After this, what was awaited counts as never coming, however busy the machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits for what nobody announces.
+#[track_caller]
+fn eventually(is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "it never came about");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What ends within the tests' patience, on a thread of its own; else a failure, and the thread is left behind.
+#[track_caller]
+fn soon<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, over) = channel();
+    std::thread::spawn(move || sender.send(what()));
+    over.recv_timeout(PATIENCE).expect("awaited in vain")
+}
+
+/// A gate that holds up whoever comes to it until it is opened, once and for all.
+#[derive(Default)]
+struct Gate {
+    /// The shards that are or were held up.
+    held: Mutex<(Vec<usize>, bool)>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn hold(&self, shard: usize) {
+        let mut held = self.held.lock().unwrap();
+        held.0.push(shard);
+        drop(self.opened.wait_while(held, |held| !held.1).unwrap());
+    }
+
+    fn held(&self) -> Vec<usize> {
+        self.held.lock().unwrap().0.clone()
+    }
+}
+
+/// Opens the gate also when a test fails, so that no thread is left behind.
+struct Open(Arc<Gate>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.held.lock().unwrap().1 = true;
+        self.0.opened.notify_all();
+    }
+}
+
+/// Holds up its shard when it is told to.
+struct Holder(Arc<Gate>);
+
+impl Handler for Holder {
+    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Flow {
+        self.0.hold(context.id().shard());
+        Flow::Ready
+    }
+}
+
+fn engine(shards: usize, pin: bool) -> Engine {
+    Engine::start(EngineConfig { shards: Some(shards), pin, ..EngineConfig::default() }).unwrap()
+}
+
+fn adopt<H: Handler + Send + 'static>(engine: &Engine, namespace: &Namespace, handler: H) -> Peer {
+    let config = Arc::new(ConnectionConfig::default());
+    let (newcomer, peer) = newcomer_for(engine, &config, 1 << 20, Box::new(|_| Box::new(handler)));
+    block_on(namespace.adopt(newcomer)).unwrap();
+    peer
+}
+
+fn shutdown(within: Duration) -> Shutdown {
+    Shutdown { within, spread: Duration::ZERO, code: CloseCode::GOING_AWAY }
+}
+
+/// What comes on the shards, from a callback that is called on each.
+fn on_shards<T: Send + 'static>(
+    namespace: &Namespace,
+    what: impl Fn() -> T + Send + Sync + 'static,
+) -> Vec<T> {
+    let (sender, receiver) = channel();
+    let tell = move |_| sender.send(what()).unwrap();
+    block_on(namespace.survey(To::Everyone, &[], tell)).unwrap();
+    receiver.into_iter().collect()
+}
+
+#[cfg(target_os = "linux")]
+mod cpus {
+    use super::*;
+    use std::collections::BTreeMap;
+    use std::io::{BufRead as _, BufReader};
+    use std::process::{Command, Stdio};
+
+    /// The CPUs of a thread or process, as the kernel lists them.
+    fn allowed(status: &str) -> String {
+        let status = std::fs::read_to_string(status).unwrap();
+        status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim().to_owned()
+    }
+
+    /// The CPUs of a thread and of a process that are started here.
+    fn of_what_is_started() -> [String; 2] {
+        let thread = std::thread::spawn(|| allowed("/proc/thread-self/status")).join().unwrap();
+        let grep = Command::new("grep").args(["Cpus_allowed_list", "/proc/self/status"]).output().unwrap();
+        let process = String::from_utf8(grep.stdout).unwrap();
+        [thread, process.split_once(':').unwrap().1.trim().to_owned()]
+    }
+
+    /// Starts threads and processes wherever it is called.
+    struct Starter(Sender<(&'static str, [String; 2])>);
+
+    impl Starter {
+        fn start(&self, place: &'static str) -> Flow {
+            self.0.send((place, of_what_is_started())).unwrap();
+            Flow::Ready
+        }
+    }
+
+    impl Handler for Starter {
+        fn on_open(&mut self, _: &mut Context<'_>) -> Flow {
+            self.start("on_open")
+        }
+
+        fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+            self.start("on_message")
+        }
+
+        fn on_close(&mut self, _: &CloseReason, _: &mut Context<'_>) -> Flow {
+            self.start("on_close")
+        }
+    }
+
+    impl Drop for Starter {
+        fn drop(&mut self) {
+            let _ = self.start("drop");
+        }
+    }
+
+    /// The CPU that the engine's one shard is bound to while it sleeps. One that has been bound a moment ago need not be
+    /// bound for its next sleep, so it is woken now and then.
+    fn cpu_of(namespace: &Namespace) -> usize {
+        let status = format!("/proc/self/task/{}/status", threads(namespace)[0]);
+        let cpu = std::cell::Cell::new(None);
+        eventually(|| {
+            std::thread::sleep(Duration::from_millis(20));
+            threads(namespace);
+            std::thread::sleep(Duration::from_millis(1));
+            cpu.set(allowed(&status).parse().ok());
+            cpu.get().is_some()
+        });
+        cpu.get().unwrap()
+    }
+
+    fn threads(namespace: &Namespace) -> Vec<i32> {
+        on_shards(namespace, || rustix::thread::gettid().as_raw_nonzero().get())
+    }
+
+    #[test]
+    fn what_a_handler_starts_has_the_cpus_of_the_process_though_its_shard_is_pinned() {
+        let engine = engine(1, true);
+        let namespace = engine.namespace();
+        let ours = allowed("/proc/thread-self/status");
+        let (sender, started) = channel();
+        let mut peer = adopt(&engine, &namespace, Starter(sender.clone()));
+        for _ in 0..20 {
+            if ours.parse::<usize>().is_err() {
+                cpu_of(&namespace); // it was bound when the message wakes it
+            }
+            peer.text("start");
+            let (_, cpus) = started.iter().find(|(place, _)| *place == "on_message").unwrap();
+            assert_eq!(cpus, [ours.clone(), ours.clone()]);
+        }
+        peer.close(1000);
+        let in_callback = sender.clone();
+        let tell = move |_| in_callback.send(("survey", of_what_is_started())).unwrap();
+        block_on(namespace.survey(To::Everyone, &[], tell)).unwrap();
+        drop(sender);
+        let mut places = Vec::new();
+        for (place, cpus) in started {
+            assert_eq!(cpus, [ours.clone(), ours.clone()], "{place}");
+            places.push(place);
+        }
+        places.sort_unstable();
+        assert_eq!(places, ["drop", "on_close", "survey"]);
+    }
+
+    /// Claim → inode, of all processes; and how many each CPU has.
+    fn claims() -> (BTreeMap<String, String>, BTreeMap<usize, usize>) {
+        let (mut claims, mut counts) = (BTreeMap::new(), BTreeMap::new());
+        for line in std::fs::read_to_string("/proc/net/unix").unwrap().lines() {
+            let mut columns = line.split_whitespace().skip(6);
+            let (Some(inode), Some(name)) = (columns.next(), columns.next()) else { continue };
+            let Some((cpu, _)) = name.strip_prefix("@shardcast/cpu/").and_then(|name| name.split_once('/'))
+            else {
+                continue;
+            };
+            *counts.entry(cpu.parse().unwrap()).or_default() += 1;
+            claims.insert(name.to_owned(), inode.to_owned());
+        }
+        (claims, counts)
+    }
+
+    const CHILD: &str = "SHARDCAST_TEST_CHILD";
+
+    /// What the tests below start as another process: an engine of one shard, until its standard input is closed.
+    #[test]
+    fn a_child_of_these_tests() {
+        if std::env::var_os(CHILD).is_some() {
+            let engine = engine(1, true);
+            println!("\ncpu {}", cpu_of(&engine.namespace()));
+            std::io::stdin().lines().for_each(drop);
+        }
+    }
+
+    #[test]
+    fn engines_in_one_process_and_in_others_take_the_cpus_with_the_fewest_shards() {
+        let mine: Vec<usize> = {
+            let set = rustix::thread::sched_getaffinity(None).unwrap();
+            (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect()
+        };
+        if mine.len() < 2 {
+            return; // there is nothing to choose, and no shard is bound
+        }
+        let deadline = Instant::now() + PATIENCE;
+        // Other tests and programs come and go meanwhile; then it is tried once more.
+        loop {
+            let (before, mut counts) = claims();
+            let started: Vec<Engine> = (0..2).map(|_| engine(1, true)).collect();
+            let mut cpus: Vec<usize> = started.iter().map(|engine| cpu_of(&engine.namespace())).collect();
+            let mut child = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "--nocapture", "cpus::a_child_of_these_tests"])
+                .env(CHILD, "1")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+            let said =
+                lines.by_ref().map_while(Result::ok).find_map(|line| line.strip_prefix("cpu ")?.parse().ok());
+            cpus.push(said.expect("the child says its CPU"));
+            let (mut after, _) = claims();
+            drop(child.stdin.take());
+            assert!(child.wait().unwrap().success());
+            let fresh = after.len() - before.len().min(after.len());
+            after.retain(|name, inode| before.get(name) == Some(inode));
+            if fresh == 3 && after == before {
+                for cpu in &cpus {
+                    let count = |cpu: &usize| counts.get(cpu).copied().unwrap_or(0);
+                    let fewest = mine.iter().map(count).min().unwrap();
+                    assert_eq!(count(cpu), fewest, "{cpus:?} after {before:?}");
+                    *counts.entry(*cpu).or_default() += 1;
+                }
+                return;
+            }
+            assert!(Instant::now() < deadline, "other programs begin and end engines all the time");
+        }
+    }
+}
+
+/// An engine of two shards with a connection on each, one of which is held up until `open` is dropped.
+struct HeldUp {
+    open: Open,
+    engine: Engine,
+    _namespace: Namespace,
+    shard: usize,
+    held: Peer,
+    other: Peer,
+}
+
+const NAME: &str = "the namespace that is held up";
+
+fn held_up() -> HeldUp {
+    let gate = Arc::new(Gate::default());
+    let open = Open(gate.clone());
+    let engine = engine(2, false);
+    let namespace = engine.namespace_named(NAME);
+    let [mut held, other] = [0, 1].map(|_| adopt(&engine, &namespace, Holder(gate.clone())));
+    eventually(|| engine.metrics().connections == 2);
+    held.text("hold");
+    eventually(|| gate.held().len() == 1);
+    let shard = gate.held()[0];
+    HeldUp { open, engine, _namespace: namespace, shard, held, other }
+}
+
+fn hears_1001_and_the_end(mut peer: Peer) {
+    soon(move || {
+        let heard: Vec<Heard> = std::iter::from_fn(|| {
+            let heard = peer.wait();
+            if heard == Heard::Close(Some(1001)) {
+                let _ = peer.stream.write_all(&fixture::client_frame(0x88, &1001_u16.to_be_bytes())); // it may be late
+            }
+            Some(heard)
+        })
+        .take_while(|heard| *heard != Heard::End)
+        .filter(|heard| matches!(heard, Heard::Close(_)))
+        .collect();
+        assert_eq!(heard, [Heard::Close(Some(1001))]);
+    });
+}
+
+#[test]
+fn a_shutdown_keeps_its_time_though_a_handler_holds_its_shard_and_says_which() {
+    let HeldUp { engine, shard, held, other, open, .. } = held_up();
+    let within = Duration::from_millis(400);
+    let began = Instant::now();
+    let (ending, other) = (engine.clone(), std::thread::spawn(move || hears_1001_and_the_end(other)));
+    let report = soon(move || block_on(ending.shutdown(shutdown(within)))).unwrap();
+    assert!(began.elapsed() >= within, "it had all the time there was");
+    assert_eq!((report.flushed, report.cut_off, report.left_over), (1, 1, 0), "{report:?}");
+    assert_eq!(report.stuck, [shard]);
+    assert_eq!(engine.state(), EngineState::Ended);
+    assert_eq!(block_on(engine.ended()), EngineState::Ended);
+    other.join().unwrap();
+    let again = soon({
+        let engine = engine.clone();
+        move || block_on(engine.shutdown(shutdown(PATIENCE)))
+    });
+    assert_eq!(again, Ok(report), "it is the same end");
+    // When it comes back it finds the end, and gives back what it has.
+    drop(open);
+    eventually(|| engine.connections() == 0);
+    drop(held);
+}
+
+#[test]
+fn dropping_the_last_handle_waits_for_no_shard_that_a_handler_holds() {
+    let HeldUp { engine, _namespace, held, other, open, .. } = held_up();
+    let ended = engine.ended();
+    soon(move || drop(engine));
+    assert_eq!(soon(|| block_on(ended)), EngineState::Ended);
+    hears_1001_and_the_end(other);
+    drop((open, held));
+}
+
+#[test]
+fn a_handler_may_drop_the_last_handle_and_its_shard_ends_by_itself() {
+    struct Last(Option<Engine>);
+    impl Handler for Last {
+        fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+            self.0 = None;
+            Flow::Ready
+        }
+    }
+    let engine = engine(2, false);
+    let (namespace, ended) = (engine.namespace(), engine.ended());
+    let mut peer = adopt(&engine, &namespace, Last(Some(engine.clone())));
+    drop(engine);
+    peer.text("drop it");
+    hears_1001_and_the_end(peer);
+    assert_eq!(soon(|| block_on(ended)), EngineState::Ended);
+}
+
+#[test]
+fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_changes_nothing() {
+    let (engine, _shards) = Engine::driven(EngineConfig::default(), Instant::now()).unwrap();
+    for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535].map(CloseCode) {
+        let refused = at_once(engine.shutdown(Shutdown { code, ..Shutdown::within(PATIENCE) }));
+        assert_eq!(refused, Err(InvalidCloseCode(code)));
+    }
+    assert_eq!(engine.state(), EngineState::Running);
+    assert!(engine.admit(None).is_some());
+}
+
+#[test]
+fn an_engine_that_is_driven_is_over_when_its_shards_are_dropped() {
+    let config = EngineConfig { shards: Some(2), ..EngineConfig::default() };
+    let (engine, mut shards) = Engine::driven(config, Instant::now()).unwrap();
+    let mut ending = fixture::Task::new(engine.shutdown(shutdown(Duration::ZERO)));
+    while let Some(shard) = shards.pop() {
+        assert_eq!((ending.poll(), engine.state()), (None, EngineState::Stopping));
+        drop(shard);
+    }
+    assert_eq!(ending.poll(), Some(Ok(ShutdownReport::default())));
+    assert_eq!(engine.state(), EngineState::Ended);
+}
+
+#[test]
+fn an_engine_whose_shard_panicked_says_so_and_ends() {
+    let (panic, panics) = channel::<()>();
+    let panics = Arc::new(Mutex::new(Some(panics)));
+    let config = EngineConfig { shards: Some(2), pin: false, ..EngineConfig::default() };
+    // One of the two never comes to be: it waits for a sign, and panics.
+    let around = move |shard: &mut dyn FnMut()| match panics.lock().unwrap().take() {
+        None => shard(),
+        Some(panics) => {
+            let _ = panics.recv();
+            panic!("as it was told");
+        }
+    };
+    let engine = Engine::start_within(config, around).unwrap();
+    let ended = engine.ended();
+    assert_eq!((engine.state(), engine.is_stopping()), (EngineState::Running, false));
+    panic.send(()).unwrap();
+    assert_eq!(soon(|| block_on(ended)), EngineState::Failed);
+    assert_eq!((engine.state(), engine.is_stopping()), (EngineState::Failed, true));
+    assert!(engine.admit(None).is_none());
+    let report = soon(move || block_on(engine.shutdown(shutdown(PATIENCE))));
+    assert_eq!(report, Ok(ShutdownReport::default()));
+}
+
+/// Log lines of this process at `WARN` and above, as `field=value` pairs.
+struct Lines(Mutex<Sender<String>>);
+
+impl tracing::Subscriber for Lines {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Text(String);
+        impl tracing::field::Visit for Text {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                self.0 += &format!("{}={value:?} ", field.name());
+            }
+        }
+        let mut text = Text(format!("{} ", event.metadata().level()));
+        event.record(&mut text);
+        let _ = self.0.lock().unwrap().send(text.0);
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[test]
+fn a_handler_that_holds_its_shard_is_logged_counted_and_seen_in_the_lag_while_it_does() {
+    let (sender, lines): (_, Receiver<String>) = channel();
+    tracing::subscriber::set_global_default(Lines(Mutex::new(sender))).unwrap();
+    let HeldUp { engine, _namespace, shard, held, other, open } = held_up();
+    let of_this = |line: &String| line.contains("shard=") && line.contains("holds its shard");
+    let line = soon(move || lines.into_iter().find(of_this).unwrap());
+    assert!(line.starts_with("WARN "), "{line}");
+    // Other tests hold up shards of the same namespace's name, and it is the name that is wanted here.
+    assert!(line.contains(&format!("namespace={NAME:?}")), "{line}");
+    eventually(|| engine.shard_metrics()[shard].blocked == 1);
+    eventually(|| engine.shard_metrics()[shard].lag_micros > 500_000);
+    assert_eq!(engine.shard_metrics()[1 - shard].blocked, 0);
+    drop((open, held, other));
+    block_on(engine.shutdown(shutdown(PATIENCE))).unwrap();
+    assert_eq!(engine.metrics().blocked, 1);
+}
