@@ -125,7 +125,7 @@ pub use receipt::Receipt;
 pub use shard::Shard;
 #[cfg(feature = "audit")]
 #[doc(hidden)]
-pub use shard::audit::{Audit, AuditConn, AuditGroup};
+pub use shard::audit::{Audit, ConnectionAudit, GroupAudit};
 pub use socket::Socket;
 pub use stopping::{EngineState, Shutdown, ShutdownReport};
 pub use utf8::{InvalidUtf8, Utf8Checker};

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Ending, Phase, Work};
+use crate::decoder::Decoder;
 use crate::directory::{Directory, Group};
 use crate::group::Left;
 use crate::handler::Flow;
@@ -41,11 +42,12 @@ impl Shard {
         tracing::debug!(id = %connection.id, %reason, "connection ended");
         connection.phase = Phase::Closing;
         drop(connection.take_opening());
+        self.crowd.unfinished_bytes -= connection.unfinished_bytes();
+        connection.decoder = Decoder::default(); // nothing more is decoded
         if !reason.is_in_input() {
-            self.crowd.unfinished_bytes -= connection.unfinished_bytes();
             connection.held = None;
-            self.crowd.unfinished_bytes += connection.unfinished_bytes();
         }
+        self.crowd.unfinished_bytes += connection.unfinished_bytes();
         let is_readable = connection.is_readable;
         self.count_end(&reason);
         let is_told = reason.close_frame().is_some();

@@ -1,0 +1,320 @@
+//! What waits for a peer that takes it slowly, and who waits with it.
+//!
+//! `publish` under `Block` ends when nobody waits for its frame any more. What is held is
+//! bounded for one connection and for all, and the bounds strike those who do not read, not
+//! those whose turn has not come. A look inside the shard (the feature `audit`) says what
+//! waits.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::time::Duration;
+
+use fixture::{Client, Heard, Rig, Task};
+use shardcast_engine::{
+    CloseReason, ConnectionAudit, ConnectionConfig, EngineConfig, Frame, Namespace, Policy, SendError, To,
+};
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+fn bytes(count: usize) -> Frame {
+    Frame::text(&"x".repeat(count))
+}
+
+fn outbox_of(outbox_bytes: usize) -> ConnectionConfig {
+    ConnectionConfig { outbox_bytes, ..ConnectionConfig::default() }
+}
+
+/// The only connection of the first shard.
+fn look(rig: &Rig) -> ConnectionAudit {
+    let audit = rig.shards[0].audit();
+    assert_eq!(audit.errors, [""; 0]);
+    audit.connections.into_iter().next().expect("a connection")
+}
+
+fn publishing(everyone: &Namespace, to: To<'static>, length: usize) -> Task<'static, Result<(), SendError>> {
+    let everyone = everyone.clone();
+    Task::new(async move { everyone.publish(to, &[], bytes(length)).await })
+}
+
+/// Lets the client read until nothing is left for it; how many frames that were.
+fn read_all(rig: &mut Rig, client: &mut Client) -> usize {
+    let mut count = 0;
+    loop {
+        let is_last = look(rig).pending == 0;
+        count += client.peer.hear_data().len();
+        rig.settle();
+        if is_last {
+            return count;
+        }
+    }
+}
+
+// ---- When `publish` returns -------------------------------------------------------------------------------------
+
+/// Publishes so many bytes each, all at once, and compares those that have returned with what waits.
+fn no_frame_waits_whose_publisher_has_returned(sizes: &[usize], unicast_first: Option<usize>) {
+    let mut rig = Rig::one(outbox_of(100_000));
+    let mut client = rig.connect();
+    let everyone = rig.everyone.clone();
+    let mut publishers = Vec::new();
+    if let Some(length) = unicast_first {
+        publishers.push(publishing(&everyone, To::Connection(client.id()), length));
+    }
+    publishers.extend(sizes.iter().map(|length| publishing(&everyone, To::Everyone, *length)));
+    let all = publishers.len();
+    for _ in 0..2 {
+        publishers.retain_mut(|publisher| publisher.poll().is_none());
+        rig.settle();
+        publishers.retain_mut(|publisher| publisher.poll().is_none());
+        let look = look(&rig);
+        assert_eq!(look.waiting, publishers.len() as u64, "frames and publishers that wait: {look:?}");
+    }
+    assert!(!publishers.is_empty(), "a test of something: {sizes:?}");
+    assert_eq!(read_all(&mut rig, &mut client), all);
+    publishers.retain_mut(|publisher| publisher.poll().is_none());
+    assert_eq!(publishers.len(), 0, "the peer has taken everything");
+    assert_eq!(client.record().ends, []);
+}
+
+#[test]
+fn a_publish_under_block_that_has_returned_leaves_no_frame_waiting() {
+    // Each fits into what the ones before it seem to leave: half, a third, a quarter …
+    let ever_smaller: Vec<usize> = (1..=20).map(|part| 50_000 / part - 20).collect();
+    no_frame_waits_whose_publisher_has_returned(&ever_smaller, None);
+    no_frame_waits_whose_publisher_has_returned(&[17_000; 12], None);
+    let mut ever_larger = ever_smaller;
+    ever_larger.reverse();
+    no_frame_waits_whose_publisher_has_returned(&ever_larger, None);
+}
+
+#[test]
+fn a_unicast_on_its_way_counts_against_the_room_for_a_broadcast() {
+    no_frame_waits_whose_publisher_has_returned(&[30_000], Some(90_000));
+    no_frame_waits_whose_publisher_has_returned(&[200_000, 30_000, 10], Some(200_000));
+}
+
+#[test]
+fn a_publish_that_finds_a_full_peer_returns_when_the_peer_has_room() {
+    let mut rig = Rig::one(outbox_of(100_000));
+    let mut client = rig.connect();
+    let everyone = rig.everyone.clone();
+    everyone.try_publish(To::Everyone, &[], bytes(20_000)).unwrap();
+    rig.settle(); // the kernel is full
+    everyone.try_publish(To::Connection(client.id()), &[], bytes(80_000)).unwrap();
+    let mut publisher = publishing(&everyone, To::Everyone, 30_000);
+    assert!(publisher.poll().is_none(), "80,000 bytes are on their way, 30,000 more will wait");
+    rig.settle();
+    assert!(publisher.poll().is_none());
+    assert_eq!(look(&rig).waiting, 1);
+    assert_eq!(read_all(&mut rig, &mut client), 3);
+    assert_eq!(publisher.poll(), Some(Ok(())));
+}
+
+#[test]
+fn a_peer_that_reads_is_never_ended_as_slow_while_its_publisher_awaits() {
+    let equal = [17_000; 40].to_vec();
+    let ever_smaller = (1..=40).map(|part| 50_000 / part - 20).collect();
+    let large = vec![300_000; 5];
+    for sizes in [equal, ever_smaller, large] {
+        let mut rig = Rig::one(ConnectionConfig { waiting_bytes: 10_000, ..outbox_of(100_000) });
+        let mut client = rig.connect();
+        let everyone = rig.everyone.clone();
+        let mut heard = 0;
+        for length in &sizes {
+            let mut publisher = publishing(&everyone, To::Everyone, *length);
+            while publisher.poll().is_none() {
+                rig.settle();
+                heard += client.peer.hear_data().len();
+            }
+        }
+        heard += read_all(&mut rig, &mut client);
+        assert_eq!(client.record().ends, [], "it reads all the time: {sizes:?}");
+        assert_eq!(heard, sizes.len());
+    }
+}
+
+#[test]
+fn congestion_ends_when_nothing_waits_and_the_outbox_is_nearly_empty() {
+    let mut rig = Rig::one(outbox_of(100_000));
+    let _client = rig.connect();
+    let drops = rig.everyone.with_policy(Policy::DropMessage { timeout: ms(10) }).unwrap();
+    drops.try_publish(To::Everyone, &[], bytes(20_000)).unwrap();
+    rig.settle(); // the kernel is full, a little is in the outbox
+    drops.try_publish(To::Everyone, &[], bytes(95_000)).unwrap();
+    rig.settle();
+    assert_eq!(rig.shards[0].audit().groups[0].congested, 1, "it waits");
+    rig.pass(ms(50));
+    let look = look(&rig);
+    assert_eq!((look.waiting, look.dropped_timeout), (0, 1), "{look:?}");
+    assert!(look.queued_bytes <= 25_000, "{look:?}");
+    assert_eq!(rig.shards[0].audit().groups[0].congested, 0, "at most a quarter is queued");
+    let everyone = rig.everyone.clone();
+    assert_eq!(publishing(&everyone, To::Everyone, 10).poll(), Some(Ok(())), "so nobody waits");
+}
+
+// ---- Bounds -----------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_frame_of_any_size_follows_a_small_one_that_was_sent_just_before() {
+    // The two are sent before the shard has moved; alone they fit, one after the other.
+    for is_unicast in [false, true] {
+        let config = ConnectionConfig { waiting_bytes: 5000, ..outbox_of(1024) };
+        let mut rig = Rig::one(config);
+        let mut clients = rig.connect_many(11);
+        for client in &clients {
+            let to = if is_unicast { To::Connection(client.id()) } else { To::Everyone };
+            for length in [2, 100_000] {
+                rig.everyone.try_publish(to, &[], bytes(length)).unwrap();
+            }
+            if !is_unicast {
+                break;
+            }
+        }
+        for client in &mut clients {
+            let mut heard = Vec::new();
+            while heard.len() < 2 && client.record().ends.is_empty() {
+                rig.settle();
+                heard.extend(client.peer.hear_data());
+            }
+            assert_eq!(client.record().ends, [], "healthy; unicast: {is_unicast}");
+            assert_eq!(heard.iter().map(String::len).collect::<Vec<_>>(), [2, 100_000]);
+        }
+    }
+}
+
+/// Sockets that the system refuses without: some systems give 1,024 descriptors until they are asked for more.
+fn ask_for_descriptors(count: u64) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_some_and(|current| current < count) {
+        let limit = Rlimit { current: Some(count), maximum };
+        setrlimit(Resource::Nofile, limit).expect("so many descriptors are allowed");
+    }
+}
+
+#[test]
+fn a_publication_to_many_healthy_clients_counts_once_against_the_budget() {
+    const CLIENTS: usize = 1100;
+    ask_for_descriptors(2 * CLIENTS as u64 + 200);
+    let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
+    let mut rig = Rig::with(engine, ConnectionConfig::default());
+    let mut clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let (newcomer, client) = fixture::newcomer(&rig.engine, &rig.config, rig.send_buffer);
+            fixture::at_once(rig.everyone.adopt(newcomer)).unwrap();
+            client
+        })
+        .collect();
+    rig.settle();
+    rig.everyone.try_publish(To::Everyone, &[], bytes(2000)).unwrap();
+    rig.settle();
+    assert_eq!(rig.engine.metrics().ended, 0);
+    assert!(clients.iter_mut().all(|client| client.peer.hear_data().len() == 1));
+}
+
+#[test]
+fn what_is_queued_for_clients_whose_turn_has_not_come_ends_nobody() {
+    // Gathering holds back what is written, so everything is in memory at the end of the turn.
+    let engine = EngineConfig {
+        shards: Some(1),
+        backlog_bytes_max: 1 << 20,
+        coalesce: ms(20),
+        ..EngineConfig::default()
+    };
+    let mut rig = Rig::with(engine, ConnectionConfig::default());
+    rig.send_buffer = 1 << 16;
+    let mut clients = rig.connect_many(20);
+    for client in &clients {
+        rig.everyone.try_publish(To::Connection(client.id()), &[], bytes(100_000)).unwrap();
+    }
+    rig.turn();
+    assert!(rig.engine.metrics().retained_bytes > 1 << 20, "a test of something");
+    // While they read, nobody refuses anything.
+    let mut heard = 0;
+    rig.now += ms(20);
+    for _ in 0..200 {
+        rig.turn();
+        heard += clients.iter_mut().map(|client| client.peer.hear_data().len()).sum::<usize>();
+        rig.now += ms(20);
+    }
+    assert_eq!((heard, rig.engine.metrics().ended_slow), (20, 0));
+}
+
+#[test]
+fn beyond_the_budget_for_unfinished_messages_the_largest_is_shed() {
+    let engine = EngineConfig { shards: Some(1), unfinished_bytes_max: 1 << 20, ..EngineConfig::default() };
+    let config = ConnectionConfig { max_message_bytes: 1 << 20, ..ConnectionConfig::default() };
+    let mut rig = Rig::with(engine, config);
+    let mut clients = rig.connect_many(3);
+    // A fragment each, the last of which is too much for all together.
+    for (client, length) in clients.iter_mut().zip([100_000, 600_000, 450_000]) {
+        let frame = fixture::client_frame(0x01, &vec![b'x'; length]);
+        let mut said = 0;
+        while said < frame.len() {
+            said += client.peer.say_some(&frame[said..]);
+            rig.settle();
+        }
+    }
+    let ends: Vec<_> = clients.iter().map(|client| client.record().ends).collect();
+    assert_eq!(ends, [vec![], vec![CloseReason::UnfinishedShed], vec![]]);
+    let heard = clients[1].peer.hear_and_answer();
+    assert_eq!(heard, [Heard::Close(Some(1013)), Heard::End]);
+    assert_eq!(clients[1].peer.close_text, "overloaded by unfinished messages");
+    assert!(rig.engine.metrics().unfinished_bytes <= 1 << 20);
+    // The others finish theirs.
+    for client in [0, 2] {
+        clients[client].peer.say(0x80, b"the end");
+    }
+    rig.settle();
+    assert!([0, 2].iter().all(|client| clients[*client].record().messages.len() == 1));
+    assert_eq!(rig.engine.metrics().unfinished_bytes, 0);
+}
+
+// ---- Time -------------------------------------------------------------------------------------------------------
+
+#[test]
+fn who_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_goes_on() {
+    let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: ms(86_400_000), ..outbox_of(1024) });
+    let mut client = rig.connect();
+    let everyone = rig.everyone.clone();
+    everyone.try_publish(To::Everyone, &[], bytes(100_000)).unwrap();
+    rig.settle(); // the kernel refuses the rest: the time begins
+    let mut publisher = publishing(&everyone, To::Everyone, 10);
+    assert!(publisher.poll().is_none());
+    rig.pass(ms(9900));
+    assert!(publisher.poll().is_none() && client.record().ends.is_empty(), "10 s by default");
+    rig.pass(ms(200));
+    assert_eq!(publisher.poll(), Some(Ok(())));
+    assert_eq!(client.record().ends, [CloseReason::SlowConsumer]);
+    // What had been begun comes whole, then the Close.
+    let mut heard = Vec::new();
+    while heard.last() != Some(&Heard::End) {
+        heard.extend(client.peer.hear_and_answer());
+        rig.settle();
+    }
+    assert_eq!(heard[1..], [Heard::Close(Some(1013)), Heard::End]);
+}
+
+#[test]
+fn who_takes_a_little_within_each_stall_timeout_is_not_ended() {
+    let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: ms(86_400_000), ..outbox_of(1024) });
+    let mut client = rig.connect();
+    let everyone = rig.everyone.clone();
+    everyone.try_publish(To::Everyone, &[], bytes(200_000)).unwrap();
+    rig.settle();
+    let mut publisher = publishing(&everyone, To::Everyone, 10);
+    assert!(publisher.poll().is_none());
+    let mut heard = Vec::new();
+    while heard.is_empty() {
+        rig.pass(ms(8000));
+        // As much as a local socket counts as one piece.
+        heard.extend(client.peer.hear_some(5000));
+        assert_eq!(client.record().ends, []);
+    }
+    rig.settle();
+    assert_eq!(publisher.poll(), Some(Ok(())));
+}

@@ -1,0 +1,356 @@
+//! Ends, and what must still happen before and after them.
+//!
+//! Every connection ends once and is counted once. A peer that can still read is told why,
+//! with a Close frame that no backlog and no busy handler holds up for long; what it said
+//! before its own Close is handled first. What cannot be said is refused before anybody is
+//! ended.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::net::Shutdown as Half;
+use std::sync::{Arc, Mutex};
+use std::task::Waker;
+use std::time::Duration;
+
+use fixture::{Client, Heard, Rig, Task, at_once, client_frame, lock, newcomer};
+use shardcast_engine::{
+    AdoptError, CloseCode, CloseReason, ConnectionConfig, Context, EngineConfig, Flow, Frame, FrameError,
+    GROUP_NAME_BYTES_MAX, Handler, Message, Policy, SendError, Shutdown, ShutdownReport, To,
+};
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+fn data(text: &str) -> Heard {
+    Heard::Data(text.into())
+}
+
+fn publish(rig: &Rig, to: To<'_>, text: &str) {
+    rig.everyone.try_publish(to, &[], Frame::text(text)).unwrap();
+}
+
+// ---- The report of a shutdown -----------------------------------------------------------------------------------
+
+/// Begins a shutdown that may take a minute.
+fn shut_down(rig: &mut Rig) -> Task<'static, ShutdownReport> {
+    let engine = rig.engine.clone();
+    let mut end = Task::new(async move { engine.shutdown(Shutdown::within(Duration::from_secs(60))).await });
+    assert!(end.poll().is_none());
+    rig.settle();
+    end
+}
+
+/// Lets the shutdown finish, and returns what it reports.
+fn report(rig: &mut Rig, mut end: Task<'static, ShutdownReport>) -> ShutdownReport {
+    rig.settle();
+    rig.pass(Duration::from_secs(70));
+    rig.shards.clear();
+    end.poll().expect("all shards have ended")
+}
+
+#[test]
+fn a_connection_that_fails_while_its_handler_is_busy_is_reported_once() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect();
+    client.peer.text("wait");
+    rig.settle();
+    let end = shut_down(&mut rig);
+    client.peer.stream.shutdown(Half::Both).unwrap();
+    publish(&rig, To::Everyone, "still accepted, but the write fails");
+    rig.settle();
+    client.release();
+    let report = report(&mut rig, end);
+    assert_eq!(report.flushed + report.cut_off, 1, "{report:?}");
+}
+
+/// Takes its time to part, as an asynchronous `on_disconnect` does.
+struct SlowToPart(Arc<Mutex<Option<Waker>>>);
+
+impl Handler for SlowToPart {
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+        Flow::Ready
+    }
+
+    fn on_close(&mut self, _: &CloseReason, context: &mut Context<'_>) -> Flow {
+        *lock(&self.0) = Some(context.waker());
+        Flow::Pending
+    }
+}
+
+#[test]
+fn a_connection_whose_handler_parts_slowly_is_reported_once() {
+    let mut rig = Rig::new(1);
+    let waker = Arc::new(Mutex::new(None));
+    let handed = waker.clone();
+    let peer = rig.connect_handler(Box::new(|_| Box::new(SlowToPart(handed))));
+    let mut busy = rig.connect(); // keeps the engine draining
+    busy.peer.text("wait");
+    rig.settle();
+    let end = shut_down(&mut rig);
+    peer.stream.shutdown(Half::Both).unwrap();
+    publish(&rig, To::Everyone, "still accepted, but the write fails");
+    rig.settle();
+    lock(&waker).take().expect("it parts").wake();
+    rig.settle();
+    busy.release();
+    let report = report(&mut rig, end);
+    assert_eq!((report.flushed + report.cut_off, report.left_over), (2, 0), "{report:?}");
+}
+
+// ---- The peer's own Close ---------------------------------------------------------------------------------------
+
+#[test]
+fn a_busy_handler_keeps_neither_pong_nor_close_from_its_peer() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect();
+    for text in ["wait", "two"] {
+        client.peer.text(text);
+    }
+    client.peer.say(0x89, b"are you there");
+    rig.settle();
+    assert_eq!(client.peer.hear(), [Heard::Pong(b"are you there".to_vec())], "though it is busy");
+    client.peer.text("three");
+    client.peer.close(1000);
+    rig.settle();
+    assert_eq!(client.peer.hear(), [Heard::Close(Some(1000)), Heard::End], "though it is busy");
+    assert_eq!(rig.everyone.len(), 0, "it is in no group any more");
+    assert_eq!(client.record().calls, ["wait"]);
+    client.release();
+    rig.settle();
+    assert_eq!(client.record().calls, ["wait", "two", "three", "close"], "what it said is handled first");
+}
+
+#[test]
+fn messages_before_a_close_are_handled_one_after_the_other_though_each_takes_its_time() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect();
+    for text in ["wait 1", "wait 2", "wait 3"] {
+        client.peer.text(text);
+    }
+    client.peer.close(1000);
+    client.peer.stream.shutdown(Half::Write).unwrap();
+    rig.settle();
+    for handled in 1..=3 {
+        assert_eq!(client.record().messages.len(), handled);
+        assert_eq!(client.record().ends, []);
+        client.release();
+        rig.settle();
+    }
+    assert_eq!(client.record().calls, ["wait 1", "wait 2", "wait 3", "close"]);
+}
+
+#[test]
+fn a_peer_that_closes_and_reads_on_hears_what_was_queued_and_its_close() {
+    for coalesce in [ms(0), ms(3)] {
+        let engine = EngineConfig { shards: Some(1), coalesce, ..EngineConfig::default() };
+        let mut rig = Rig::with(engine, ConnectionConfig::default());
+        let mut client = rig.connect();
+        publish(&rig, To::Everyone, "last words");
+        client.peer.close(1000);
+        client.peer.stream.shutdown(Half::Write).unwrap();
+        rig.settle();
+        rig.pass(ms(20));
+        let heard = client.peer.hear_and_answer();
+        assert_eq!(heard, [data("last words"), Heard::Close(Some(1000)), Heard::End], "{coalesce:?}");
+    }
+}
+
+#[test]
+fn a_close_gets_through_behind_a_backlog() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect();
+    for _ in 0..8 {
+        publish(&rig, To::Everyone, &"x".repeat(1 << 20));
+    }
+    rig.settle();
+    client.peer.close(1000);
+    let mut heard = Vec::new();
+    // It reads one megabyte each second, while eight wait for it.
+    for _ in 0..70 {
+        rig.pass(ms(100));
+        let mut left: usize = 100_000;
+        while left > 0 {
+            heard.extend(client.peer.hear_some(left.min(20_000)));
+            left = left.saturating_sub(20_000);
+            rig.settle();
+        }
+    }
+    heard.extend(client.peer.hear_and_answer());
+    assert_eq!(heard[heard.len() - 2..], [Heard::Close(Some(1000)), Heard::End], "{}", heard.len());
+    let whole = |heard: &Heard| matches!(heard, Heard::Data(text) if text.len() == 1 << 20);
+    assert!(heard[..heard.len() - 2].iter().filter(|heard| !matches!(heard, Heard::Ping(_))).all(whole));
+}
+
+#[test]
+fn a_close_without_a_code_is_answered_without_one() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect();
+    client.peer.say(0x88, b"");
+    rig.settle();
+    assert_eq!(client.peer.hear(), [Heard::Close(None), Heard::End]);
+    let reason = CloseReason::Peer { code: None, text: "".into() };
+    assert_eq!(reason.close_frame(), Some((CloseCode::NO_STATUS, "".into())));
+    assert_eq!(client.record().ends, [reason]);
+}
+
+#[test]
+fn the_reason_that_a_peer_gives_is_known_to_its_handler() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect();
+    client.peer.say(0x88, &[&4321u16.to_be_bytes()[..], b"tired of waiting"].concat());
+    rig.settle();
+    let reason = CloseReason::Peer { code: Some(CloseCode(4321)), text: "tired of waiting".into() };
+    assert_eq!(client.record().ends, [reason]);
+    assert_eq!(client.peer.hear(), [Heard::Close(Some(4321)), Heard::End]);
+}
+
+// ---- A peer that ends its side ----------------------------------------------------------------------------------
+
+#[test]
+fn the_answer_to_a_last_message_arrives_though_the_peer_has_ended_its_side() {
+    for is_busy in [false, true] {
+        let mut rig = Rig::new(1);
+        let mut client = rig.connect();
+        client.peer.text(if is_busy { "wait" } else { "hello" });
+        client.peer.stream.shutdown(Half::Write).unwrap();
+        if !is_busy {
+            // The answer is sent before the shard has read that the stream ends.
+            publish(&rig, To::Connection(client.id()), "the answer");
+        }
+        rig.settle();
+        if is_busy {
+            assert_eq!(client.record().ends, [], "its handler may still have an answer");
+            publish(&rig, To::Connection(client.id()), "the answer");
+            rig.settle();
+            client.release();
+            rig.settle();
+        }
+        assert_eq!(client.peer.hear_data(), ["the answer"], "busy: {is_busy}");
+        assert_eq!(client.record().ends, [CloseReason::Vanished]);
+        assert!(rig.metrics_of(client.id()).is_none(), "nothing is left of it");
+    }
+}
+
+// ---- Two ends at once -------------------------------------------------------------------------------------------
+
+#[test]
+fn of_two_ends_at_once_the_first_is_recorded_and_told() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect();
+    for (code, text) in [(4000, "the first"), (4001, "the second")] {
+        at_once(rig.everyone.close(To::Everyone, &[], CloseCode(code), text)).unwrap();
+    }
+    client.peer.close(1000);
+    rig.settle();
+    let ends = client.record().ends;
+    let [reason] = &ends[..] else { panic!("{ends:?}") };
+    let (code, text) = reason.close_frame().unwrap();
+    assert_eq!(client.peer.hear(), [Heard::Close(Some(code.0)), Heard::End], "{reason:?}");
+    assert_eq!((client.peer.close_text.as_str(), rig.engine.metrics().ended), (&*text, 1));
+}
+
+// ---- What is said at an end -------------------------------------------------------------------------------------
+
+/// What a client hears that has said this.
+fn told_after(bytes: &[u8], config: ConnectionConfig) -> (CloseReason, u16, String) {
+    let mut rig = Rig::one(config);
+    let mut client = rig.connect();
+    let _ = client.peer.say_some(bytes);
+    rig.settle();
+    let heard = client.peer.hear_and_answer();
+    let [Heard::Close(Some(code)), ..] = heard[..] else { panic!("{heard:?}") };
+    (client.record().ends[0].clone(), code, client.peer.close_text.clone())
+}
+
+#[test]
+fn who_breaks_the_protocol_is_told_in_words_what_was_wrong() {
+    let config = ConnectionConfig { max_message_bytes: 100, ..ConnectionConfig::default() };
+    let (reason, code, text) = told_after(&client_frame(0x81, &[b'x'; 101]), config.clone());
+    assert!(matches!(reason, CloseReason::Protocol(FrameError::MessageTooBig { .. })), "{reason:?}");
+    assert!(code == 1009 && text.contains("100"), "{code} {text}");
+    let (reason, code, text) = told_after(&client_frame(0xF1, b"x"), config);
+    let CloseReason::Protocol(error) = reason else { panic!("{reason:?}") };
+    assert_eq!((code, text), (1002, error.to_string()));
+}
+
+#[test]
+fn a_close_code_that_cannot_be_sent_is_refused_and_ends_nobody() {
+    let mut rig = Rig::new(1);
+    let mut clients = rig.connect_many(2);
+    for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
+        for to in [To::Connection(clients[0].id()), To::Everyone] {
+            let refused = at_once(rig.everyone.close(to, &[], code, "upstream gone"));
+            assert_eq!(refused, Err(SendError::InvalidCloseCode(code)));
+        }
+    }
+    rig.settle();
+    assert!(clients.iter_mut().all(|client| client.peer.hear().is_empty()));
+    assert_eq!(rig.everyone.len(), 2);
+}
+
+// ---- Bounds that end --------------------------------------------------------------------------------------------
+
+#[test]
+fn who_joins_more_groups_than_one_may_be_in_is_ended_with_1008() {
+    let mut rig = Rig::one(ConnectionConfig { max_groups: 3, ..ConnectionConfig::default() });
+    let mut client = rig.connect();
+    let id = client.id();
+    for group in ["a", "b", "c", "a"] {
+        at_once(rig.everyone.join(id, group)).unwrap();
+    }
+    at_once(rig.everyone.leave(id, "b")).unwrap();
+    at_once(rig.everyone.join(id, "d")).unwrap();
+    rig.settle();
+    assert_eq!(client.record().ends, [], "three at a time are allowed");
+    at_once(rig.everyone.join(id, "e")).unwrap();
+    rig.settle();
+    assert_eq!(client.record().ends, [CloseReason::TooManyGroups]);
+    assert_eq!(client.peer.hear(), [Heard::Close(Some(1008)), Heard::End]);
+    assert_eq!(rig.everyone.groups(), 0);
+}
+
+#[test]
+fn a_group_name_that_is_too_long_is_refused_and_makes_no_group() {
+    let mut rig = Rig::new(1);
+    let client = rig.connect();
+    let (longest, too_long) = ("x".repeat(GROUP_NAME_BYTES_MAX), "x".repeat(GROUP_NAME_BYTES_MAX + 1));
+    assert_eq!(at_once(rig.everyone.join(client.id(), &too_long)), Err(SendError::GroupNameTooLong));
+    rig.settle();
+    assert_eq!((rig.everyone.groups(), client.record().ends.len()), (0, 0));
+    assert_eq!(at_once(rig.everyone.join(client.id(), &longest)), Ok(()));
+    rig.settle();
+    assert_eq!(rig.everyone.group_len(&longest), 1);
+}
+
+// ---- Settings that cannot go together ---------------------------------------------------------------------------
+
+#[test]
+fn settings_that_contradict_each_other_are_refused_by_name() {
+    let connection = ConnectionConfig {
+        pong_timeout: ms(500),
+        policy: Policy::DropOnHighRtt { max_rtt: ms(501), rtt_samples: 1 },
+        ..ConnectionConfig::default()
+    };
+    let error = connection.validate().unwrap_err();
+    assert_eq!((error.field, &*error.value, &*error.highest), ("max_rtt", "501ms", "500ms"));
+
+    let engine = EngineConfig {
+        max_connections: 10,
+        max_connections_per_address: Some(11),
+        ..EngineConfig::default()
+    };
+    let error = engine.validate().unwrap_err();
+    assert_eq!((error.field, &*error.value, &*error.highest), ("max_connections_per_address", "11", "10"));
+
+    // One connection's setting against the engine's: found when the connection comes.
+    let engine = EngineConfig { shards: Some(1), unfinished_bytes_max: 1 << 20, ..EngineConfig::default() };
+    let connection = ConnectionConfig { max_message_bytes: (1 << 20) + 1, ..ConnectionConfig::default() };
+    let rig = Rig::with(engine, connection);
+    let (newcomer, Client { .. }) = newcomer(&rig.engine, &rig.config, 4096);
+    let Err(AdoptError::Config(error)) = at_once(rig.everyone.adopt(newcomer)) else { panic!("refused") };
+    assert_eq!((error.field, &*error.highest), ("max_message_bytes", "1048576"));
+    assert_eq!(rig.engine.connections(), 0, "its place is given back");
+}

@@ -1,0 +1,137 @@
+//! The first moment of a connection: what reaches it before its `on_open` is done.
+//!
+//! Who has been greeted is among everyone, and nobody else: so a client hears nothing ahead
+//! of its greeting, and one that is turned away hears nothing at all. What is sent to it
+//! alone, or to a group that it has joined, reaches it at once.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use fixture::{Client, Heard, Rig, Task, at_once};
+use shardcast_engine::{CloseCode, CloseReason, Context, Flow, Frame, Handler, Message, Namespace, To};
+
+fn publish(rig: &Rig, to: To<'_>, text: &str) {
+    rig.everyone.try_publish(to, &[], Frame::text(text)).unwrap();
+}
+
+fn finish_opening(rig: &mut Rig, client: &Client) {
+    client.release();
+    rig.settle();
+}
+
+#[test]
+fn before_on_open_is_done_a_client_hears_what_is_for_it_alone_and_nothing_else() {
+    let mut rig = Rig::new(2);
+    let mut witness = rig.connect();
+    let mut client = rig.connect_opening();
+    let id = client.id();
+    publish(&rig, To::Everyone, "a secret");
+    publish(&rig, To::Connection(id), "welcome");
+    publish(&rig, To::Everyone, "another secret");
+    rig.settle();
+    assert_eq!(client.peer.hear_data(), ["welcome"]);
+    finish_opening(&mut rig, &client);
+    publish(&rig, To::Everyone, "hello all");
+    rig.settle();
+    assert_eq!(client.peer.hear_data(), ["hello all"]);
+    assert_eq!(witness.peer.hear_data(), ["a secret", "another secret", "hello all"]);
+}
+
+#[test]
+fn what_is_published_while_the_end_of_on_open_is_on_its_way_is_heard_or_not_but_in_order() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect_opening();
+    let id = client.id();
+    publish(&rig, To::Connection(id), "welcome");
+    client.release();
+    for number in 0..3 {
+        publish(&rig, To::Everyone, &format!("{number}"));
+        rig.turn();
+    }
+    rig.settle();
+    let heard = client.peer.hear_data();
+    assert_eq!(heard[0], "welcome", "{heard:?}");
+    assert!(heard.len() > 1, "it has entered by then: {heard:?}");
+    assert!(["0", "1", "2"].map(String::from).ends_with(&heard[1..]), "{heard:?}");
+}
+
+#[test]
+fn a_group_that_is_joined_in_on_open_counts_at_once() {
+    let mut rig = Rig::new(2);
+    let mut client = rig.connect_opening();
+    at_once(rig.everyone.join(client.id(), "a")).unwrap();
+    publish(&rig, To::Everyone, "a secret");
+    publish(&rig, To::Group("a"), "to the group");
+    publish(&rig, To::Groups(&["b", "a"]), "to two groups");
+    rig.settle();
+    assert_eq!(client.peer.hear_data(), ["to the group", "to two groups"]);
+}
+
+#[test]
+fn a_client_that_is_turned_away_in_on_open_hears_its_close_and_nothing_else() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect_opening();
+    publish(&rig, To::Everyone, "a secret");
+    rig.settle();
+    at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode(4001), "not you")).unwrap();
+    publish(&rig, To::Everyone, "another secret");
+    rig.settle();
+    assert_eq!(client.peer.hear(), [Heard::Close(Some(4001)), Heard::End]);
+    finish_opening(&mut rig, &client);
+    publish(&rig, To::Everyone, "too late");
+    rig.settle();
+    assert_eq!(client.record().ends.len(), 1);
+    assert!(rig.everyone.is_empty());
+}
+
+/// Tells everyone that it is here, and closes: all within `on_open`.
+struct TurnedAway(Namespace);
+
+impl Handler for TurnedAway {
+    fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
+        self.0.try_publish(To::Everyone, &[], Frame::text("somebody was turned away")).unwrap();
+        context.close(CloseReason::Application { code: CloseCode(4001), text: "not you".into() });
+        Flow::Ready
+    }
+
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+        Flow::Ready
+    }
+}
+
+#[test]
+fn what_a_handler_tells_everyone_in_on_open_does_not_reach_the_client_that_it_turns_away() {
+    let mut rig = Rig::new(2);
+    let mut witness = rig.connect();
+    let everyone = rig.everyone.clone();
+    let mut peer = rig.connect_handler(Box::new(|_| Box::new(TurnedAway(everyone))));
+    publish(&rig, To::Everyone, "later");
+    rig.settle();
+    assert_eq!(peer.hear(), [Heard::Close(Some(4001)), Heard::End]);
+    assert_eq!(witness.peer.hear_data(), ["somebody was turned away", "later"]);
+}
+
+#[test]
+fn messages_that_came_with_the_handshake_are_handled_after_on_open() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect_opening();
+    client.peer.text("early");
+    rig.settle();
+    assert_eq!(client.record().messages, <[&str; 0]>::default());
+    finish_opening(&mut rig, &client);
+    assert_eq!(client.record().messages, ["early"]);
+}
+
+#[test]
+fn who_publishes_to_everyone_does_not_wait_for_a_client_that_has_not_entered() {
+    let mut rig = Rig::new(1);
+    let client = rig.connect_opening();
+    publish(&rig, To::Connection(client.id()), &"x".repeat(10 << 20));
+    rig.settle(); // it does not read
+    let everyone = rig.everyone.clone();
+    let mut publisher = Task::new(everyone.send(To::Everyone, &[], Frame::text("to nobody")));
+    assert!(publisher.poll().is_none());
+    rig.settle();
+    assert_eq!(publisher.poll().expect("nobody is to be waited for").unwrap().targets, 0);
+}

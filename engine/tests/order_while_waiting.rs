@@ -1,0 +1,203 @@
+//! Who waits to publish, while the world goes on.
+//!
+//! A publisher that finds the log or a mailbox full waits, and meanwhile groups end and
+//! begin, other publishers come first, futures are dropped, the engine ends. The promises
+//! hold for the moment at which the publication gets in, not for the one at which it was
+//! tried first.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::time::Duration;
+
+use fixture::{Client, Rig, Task, at_once};
+use shardcast_engine::{
+    ConnectionConfig, EngineConfig, Frame, Handler, Message, Namespace, SendError, Shutdown, To,
+};
+
+/// An engine whose log takes four publications.
+fn narrow_log(shards: usize) -> Rig {
+    let engine = EngineConfig { shards: Some(shards), log_capacity: 4, ..EngineConfig::default() };
+    Rig::with(engine, ConnectionConfig::default())
+}
+
+fn fill_log(rig: &Rig) {
+    for _ in 0..4 {
+        rig.everyone.try_publish(To::Everyone, &[], Frame::text("fill")).unwrap();
+    }
+    rig.everyone.try_publish(To::Everyone, &[], Frame::text("too much")).unwrap_err();
+}
+
+/// What a client has heard, without what filled the log.
+fn hear(client: &mut Client) -> Vec<String> {
+    let mut data = client.peer.hear_data();
+    data.retain(|text| text != "fill");
+    data
+}
+
+#[test]
+fn who_has_joined_before_a_waiting_publication_gets_in_hears_it() {
+    for names in [&["a", "b"][..], &["a"]] {
+        let mut rig = narrow_log(2);
+        let mut clients = rig.connect_many(3);
+        let [first, second, third] = [0, 1, 2].map(|client: usize| clients[client].id());
+        assert_eq!([first, second, third].map(|id| id.shard()), [0, 1, 0]);
+        at_once(rig.everyone.join(first, "a")).unwrap();
+        at_once(rig.everyone.join(third, names[names.len() - 1])).unwrap();
+        rig.settle();
+        fill_log(&rig);
+        let everyone = rig.everyone.clone();
+        let mut waiting = Task::new(everyone.publish(To::Groups(names), &[], Frame::text("waited")));
+        assert!(waiting.poll().is_none(), "the log is full");
+        // The first leaves: with two names, the group ends with it, while the log is full because of the other shard.
+        at_once(rig.everyone.leave(first, "a")).unwrap();
+        rig.turn_of(0);
+        at_once(rig.everyone.join(second, "a")).unwrap();
+        rig.turn_of(1);
+        rig.everyone.try_publish(To::Groups(names), &[], Frame::text("quicker")).unwrap();
+        assert!(waiting.poll().is_some(), "there is room");
+        rig.settle();
+        assert_eq!(hear(&mut clients[2]), ["quicker", "waited"], "{names:?}");
+        assert_eq!(hear(&mut clients[1]), ["quicker", "waited"], "a member before either, of {names:?}");
+        assert_eq!(hear(&mut clients[0]), <[&str; 0]>::default(), "it has left, {names:?}");
+    }
+}
+
+#[test]
+fn a_receipt_counts_the_members_at_the_moment_the_publication_got_in() {
+    let mut rig = narrow_log(1);
+    let clients = rig.connect_many(2);
+    at_once(rig.everyone.join(clients[0].id(), "a")).unwrap();
+    rig.settle();
+    fill_log(&rig);
+    let everyone = rig.everyone.clone();
+    let mut sending = Task::new(everyone.send(To::Group("a"), &[], Frame::text("waited")));
+    assert!(sending.poll().is_none(), "the log is full");
+    at_once(rig.everyone.leave(clients[0].id(), "a")).unwrap();
+    rig.settle(); // the group has ended
+    at_once(rig.everyone.join(clients[1].id(), "a")).unwrap();
+    assert!(sending.poll().is_none(), "there is room, but nobody has taken it");
+    rig.settle();
+    assert_eq!(sending.poll().expect("it was taken").unwrap().targets, 1);
+}
+
+#[test]
+fn who_gives_up_waiting_frees_the_place() {
+    for given_up in [0, 2, 10] {
+        let engine = EngineConfig {
+            shards: Some(1),
+            log_capacity: 2,
+            publishers_waiting_max: 2,
+            ..EngineConfig::default()
+        };
+        let mut rig = Rig::with(engine, ConnectionConfig::default());
+        let _client = rig.connect();
+        let everyone = rig.everyone.clone();
+        let publish = || Task::new(everyone.publish(To::Everyone, &[], Frame::text("one")));
+        for _ in 0..2 {
+            assert_eq!(publish().poll(), Some(Ok(())));
+        }
+        for _ in 0..given_up {
+            assert!(publish().poll().is_none(), "it waits, and is dropped");
+        }
+        let (mut first, mut second, mut third) = (publish(), publish(), publish());
+        assert_eq!((first.poll(), second.poll()), (None, None), "two may wait, {given_up} have given up");
+        assert_eq!(third.poll(), Some(Err(SendError::Overloaded)), "and no more");
+    }
+}
+
+#[test]
+fn a_publication_whose_future_was_dropped_after_it_was_accepted_is_delivered() {
+    let config = ConnectionConfig { outbox_frames: 1, ..ConnectionConfig::default() };
+    let mut rig = Rig::one(config);
+    let mut client = rig.connect();
+    rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(100_000))).unwrap();
+    rig.settle();
+    let everyone = rig.everyone.clone();
+    for number in 0..3 {
+        // As a timeout around it does.
+        let text = format!("pay {number}");
+        let mut given_up = Task::new(everyone.publish(To::Everyone, &[], Frame::text(&text)));
+        assert!(given_up.poll().is_none(), "the peer has no room");
+        rig.settle();
+        assert!(given_up.poll().is_none());
+    }
+    let mut heard = Vec::new();
+    while heard.len() < 4 {
+        heard.extend(client.peer.hear_data());
+        rig.settle();
+    }
+    assert_eq!(heard[1..], ["pay 0", "pay 1", "pay 2"]);
+}
+
+#[test]
+fn a_publication_whose_future_was_dropped_before_it_was_accepted_is_not_sent() {
+    let mut rig = narrow_log(1);
+    let mut client = rig.connect();
+    fill_log(&rig);
+    let everyone = rig.everyone.clone();
+    let mut given_up = Task::new(everyone.publish(To::Everyone, &[], Frame::text("given up")));
+    assert!(given_up.poll().is_none(), "the log is full");
+    drop(given_up);
+    rig.settle();
+    assert_eq!(hear(&mut client), <[&str; 0]>::default());
+}
+
+#[test]
+fn what_waited_while_the_engine_closed_is_told_so_and_reaches_nobody() {
+    let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1, ..EngineConfig::default() };
+    let mut rig = Rig::with(engine, ConnectionConfig::default());
+    let mut client = rig.connect();
+    let id = client.id();
+    at_once(rig.everyone.inspect(id, |_| ())).unwrap();
+    let (everyone, engine) = (rig.everyone.clone(), rig.engine.clone());
+    let mut waiting = Task::new(everyone.publish(To::Connection(id), &[], Frame::text("too late")));
+    assert!(waiting.poll().is_none(), "the mailbox is full");
+    let mut end = Task::new(engine.shutdown(Shutdown::within(Duration::from_secs(60))));
+    assert!(end.poll().is_none());
+    rig.settle();
+    assert_eq!(waiting.poll(), Some(Err(SendError::Closed)));
+    assert_eq!(client.peer.hear_data(), <[&str; 0]>::default());
+}
+
+/// Publishes three frames that cannot share one piece of memory, then closes.
+struct Farewell(Namespace);
+
+impl Handler for Farewell {
+    fn on_message(
+        &mut self,
+        _: Message<'_>,
+        context: &mut shardcast_engine::Context<'_>,
+    ) -> shardcast_engine::Flow {
+        let nobody = "0000000000000000".parse().unwrap();
+        for text in ["one", "two", "three"] {
+            self.0.try_publish(To::Everyone, &[nobody], Frame::text(text)).unwrap();
+        }
+        let code = shardcast_engine::CloseCode(4000);
+        context.close(shardcast_engine::CloseReason::Application { code, text: "bye".into() });
+        shardcast_engine::Flow::Ready
+    }
+}
+
+#[test]
+fn what_a_handler_publishes_before_it_closes_arrives_though_its_mailbox_is_full() {
+    for is_full in [false, true] {
+        let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1, ..EngineConfig::default() };
+        let mut rig = Rig::with(engine, ConnectionConfig::default());
+        rig.send_buffer = 1 << 16;
+        let everyone = rig.everyone.clone();
+        let mut peer = rig.connect_handler(Box::new(|_| Box::new(Farewell(everyone))));
+        peer.text("go");
+        if is_full {
+            // Somebody asks for something at the same time.
+            at_once(rig.everyone.inspect("0000000000000000".parse().unwrap(), |_| ())).unwrap();
+        }
+        rig.settle();
+        let data = |text: &str| fixture::Heard::Data(text.into());
+        let closed = [fixture::Heard::Close(Some(4000)), fixture::Heard::End];
+        let heard = peer.hear_and_answer();
+        assert_eq!(heard[..3], [data("one"), data("two"), data("three")], "full: {is_full}");
+        assert_eq!(heard[3..], closed, "full: {is_full}");
+    }
+}

@@ -1,0 +1,149 @@
+//! A shard that sleeps is woken by everything that concerns it.
+//!
+//! Shards are driven as their threads would be: one takes a turn only if it has work, if its
+//! time is over, or if something has woken it. A wake that is missing shows as a frame that
+//! does not arrive, or as a publisher that waits for ever.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::time::Duration;
+
+use fixture::{Client, Rig, Task, at_once};
+use shardcast_engine::{ConnectionConfig, EngineConfig, Frame, Policy, To};
+
+fn asleep(shards: usize) -> Rig {
+    let engine = EngineConfig { shards: Some(shards), ..EngineConfig::default() };
+    let mut rig = Rig::with(engine, ConnectionConfig::default()).sleepy();
+    rig.settle();
+    rig
+}
+
+fn publish(rig: &Rig, to: To<'_>, text: &str) {
+    rig.everyone.try_publish(to, &[], Frame::text(text)).unwrap();
+}
+
+/// Clients of the first of two shards.
+fn clients_of_one_shard(rig: &mut Rig, count: usize) -> Vec<Client> {
+    let mut clients = rig.connect_many(2 * count);
+    clients.retain(|client| client.id().shard() == 0);
+    assert_eq!(clients.len(), count);
+    clients
+}
+
+#[test]
+fn a_publication_wakes_a_shard_as_long_as_one_member_stays() {
+    let mut rig = asleep(2);
+    let mut clients = clients_of_one_shard(&mut rig, 3);
+    for client in &clients {
+        at_once(rig.everyone.join(client.id(), "a")).unwrap();
+    }
+    rig.settle();
+    for left in [2, 1] {
+        at_once(rig.everyone.leave(clients[left].id(), "a")).unwrap();
+        rig.settle();
+        publish(&rig, To::Group("a"), "to those who stay");
+        rig.settle();
+        assert_eq!(clients[0].peer.hear_data(), ["to those who stay"], "{left} stay");
+    }
+}
+
+#[test]
+fn a_member_that_ends_does_not_take_the_others_wakes_along() {
+    let mut rig = asleep(2);
+    let mut clients = clients_of_one_shard(&mut rig, 2);
+    for client in &clients {
+        at_once(rig.everyone.join(client.id(), "a")).unwrap();
+    }
+    rig.settle();
+    drop(clients.pop());
+    rig.settle();
+    for to in [To::Group("a"), To::Groups(&["a", "b"]), To::Everyone] {
+        publish(&rig, to, "still here");
+        rig.settle();
+        assert_eq!(clients[0].peer.hear_data(), ["still here"], "{to:?}");
+    }
+}
+
+#[test]
+fn a_join_renews_the_interest_that_a_leave_has_cleared_on_its_way() {
+    let mut rig = asleep(2);
+    let mut clients = clients_of_one_shard(&mut rig, 2);
+    let (first, second) = (clients[0].id(), clients[1].id());
+    at_once(rig.everyone.join(first, "a")).unwrap();
+    rig.settle();
+    // The leave is carried out while the join is on its way: it takes the last member out of the shard.
+    at_once(rig.everyone.leave(first, "a")).unwrap();
+    at_once(rig.everyone.join(second, "a")).unwrap();
+    rig.settle();
+    publish(&rig, To::Group("a"), "to the second");
+    rig.settle();
+    assert_eq!(clients[1].peer.hear_data(), ["to the second"]);
+}
+
+#[test]
+fn who_waits_for_a_full_mailbox_is_woken_as_soon_as_one_command_was_taken() {
+    let engine = EngineConfig { shards: Some(1), mailbox_capacity: 2, ..EngineConfig::default() };
+    // With so small an outbox the shard runs one publication a turn.
+    let config = ConnectionConfig { outbox_frames: 1, ..ConnectionConfig::default() };
+    let mut rig = Rig::with(engine, config).sleepy();
+    let mut client = rig.connect();
+    let id = client.id();
+    publish(&rig, To::Everyone, "one");
+    publish(&rig, To::Everyone, "two");
+    publish(&rig, To::Connection(id), "three");
+    publish(&rig, To::Connection(id), "four");
+    let everyone = rig.everyone.clone();
+    let mut fifth = Task::new(everyone.publish(To::Connection(id), &[], Frame::text("five")));
+    assert_eq!(fifth.poll(), None, "the mailbox is full");
+    // "three" is taken and must wait for "two"; "four" is still in the mailbox.
+    rig.turn();
+    let _ = fifth.poll();
+    let again = rig.everyone.try_publish(To::Connection(id), &[], Frame::text("six"));
+    assert!(again.is_err(), "five was woken and has taken the room");
+    rig.settle();
+    assert_eq!(client.peer.hear_data(), ["one", "two", "three", "four", "five"]);
+    assert_eq!(fifth.poll(), Some(Ok(())));
+}
+
+#[test]
+fn who_waits_for_a_full_log_is_woken_although_no_shard_is_concerned() {
+    for shards in [1, 3] {
+        let engine = EngineConfig { shards: Some(shards), log_capacity: 4, ..EngineConfig::default() };
+        let mut rig = Rig::with(engine, ConnectionConfig::default()).sleepy();
+        let mut clients = rig.connect_many(shards);
+        at_once(rig.everyone.join(clients[0].id(), "a")).unwrap();
+        rig.settle();
+        let everyone = rig.everyone.clone();
+        let mut waiting: Vec<_> = (0..20)
+            .map(|_| Task::new(everyone.publish(To::Group("a"), &[], Frame::text("to one shard"))))
+            .collect();
+        for _ in 0..100 {
+            waiting.retain_mut(|task| task.poll().is_none());
+            rig.settle();
+        }
+        assert!(waiting.is_empty(), "{} of 20 wait for ever, {shards} shards", waiting.len());
+        assert_eq!(clients[0].peer.hear_data().len(), 20);
+    }
+}
+
+#[test]
+fn a_frame_that_may_be_dropped_wakes_its_shard_when_its_time_is_over() {
+    let policy = Policy::DropMessage { timeout: Duration::from_millis(20) };
+    let config = ConnectionConfig { outbox_frames: 1, policy, ..ConnectionConfig::default() };
+    let mut rig = Rig::one(config).sleepy();
+    let client = rig.connect();
+    let everyone = rig.everyone.clone();
+    // More than the kernel takes, then one that finds the outbox full.
+    publish(&rig, To::Everyone, &"x".repeat(100_000));
+    rig.settle();
+    let mut sending = Task::new(everyone.send(To::Everyone, &[], Frame::text("late")));
+    assert!(sending.poll().is_none());
+    rig.settle();
+    rig.now += Duration::from_millis(20);
+    rig.settle();
+    let receipt = sending.poll().expect("its time is over").unwrap();
+    assert_eq!((receipt.targets, receipt.dropped_timeout), (1, 1));
+    assert_eq!(client.record().drops, [1]);
+}
