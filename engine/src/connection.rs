@@ -37,6 +37,9 @@ use crate::socket::Socket;
 /// Bytes that are gathered into one write, and given to one connection before the next one's turn.
 pub(crate) const WRITE_BYTES_MAX: usize = 64 << 10;
 const WRITES_PER_FLUSH: usize = 16;
+/// How often a peer that takes nothing is looked at before it is given up. It is given up so much too late at most, as a
+/// part of the timeout.
+const STALL_LOOKS: u32 = 4;
 /// Bytes of messages that are held for a busy handler. With so many nothing more is read before the handler is done:
 /// no pings and no Close.
 const HELD_BYTES_MAX: usize = 16 << 10;
@@ -307,8 +310,18 @@ impl Connection {
         taken.wrapping_sub(self.ping_end) as i32 >= 0
     }
 
+    /// When to look next whether the peer has taken something. None while the kernel takes more for it.
+    pub(crate) fn look_at_stall(&self, now: Duration) -> Option<Duration> {
+        let end = self.stalled_at()?;
+        let timeout = self
+            .config
+            .stall_timeout
+            .map_or(self.config.pong_timeout, |timeout| timeout.min(self.config.pong_timeout));
+        Some(end.min(now + timeout / STALL_LOOKS))
+    }
+
     /// When the connection is to end if the peer takes nothing until then. None while the kernel takes more for it.
-    pub(crate) fn stalled_at(&self) -> Option<Duration> {
+    fn stalled_at(&self) -> Option<Duration> {
         if self.is_writable || self.refused_since == 0 {
             return None;
         }
@@ -323,14 +336,15 @@ impl Connection {
 
     /// Whether the connection is to end because the peer has taken nothing for too long, and for which reason.
     pub(crate) fn judge_stall(&mut self, now: Duration, listened: Duration) -> Option<CloseReason> {
-        let end = self.stalled_at().filter(|end| now >= *end)?;
+        let end = self.stalled_at()?;
         let since = Duration::from_micros(self.refused_since);
         if self.makes_progress(now) {
             self.refused_since = now.as_micros() as u64;
             return None;
         }
-        if listened < end {
-            return None; // the kernel may have announced room, and the event has not been read
+        // The kernel may have announced room, and the event has not been read.
+        if now < end || listened < end {
+            return None;
         }
         let is_stalled = self.config.stall_timeout.is_some_and(|timeout| now >= since + timeout);
         Some(if is_stalled { CloseReason::SlowConsumer } else { CloseReason::PongTimeout })

@@ -76,7 +76,7 @@ impl Shard {
             Flushed::Refused => {
                 self.refusals += 1;
                 let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-                if let Some(due) = connection.stalled_at() {
+                if let Some(due) = connection.look_at_stall(self.crowd.now) {
                     self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
                 }
             }

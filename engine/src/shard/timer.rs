@@ -62,7 +62,7 @@ impl Shard {
             }
             let end = match connection.heartbeat.beat(now, listened, &config, || next_nonce(nonces)) {
                 Beat::Wait(due) => {
-                    let due = connection.stalled_at().map_or(due, |stalled| stalled.min(due));
+                    let due = connection.look_at_stall(now).map_or(due, |look| look.min(due));
                     self.wheel.arm_earlier(id, due, &mut connection.armed);
                     return;
                 }
