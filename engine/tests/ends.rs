@@ -37,7 +37,8 @@ fn publish(rig: &Rig, to: To<'_>, text: &str) {
 /// Begins a shutdown that may take a minute.
 fn shut_down(rig: &mut Rig) -> Task<'static, ShutdownReport> {
     let engine = rig.engine.clone();
-    let mut end = Task::new(async move { engine.shutdown(Shutdown::within(Duration::from_secs(60))).await });
+    let mut end =
+        Task::new(async move { engine.shutdown(Shutdown::within(Duration::from_secs(60))).await.unwrap() });
     assert!(end.poll().is_none());
     rig.settle();
     end
