@@ -17,7 +17,8 @@ use std::time::Duration;
 use fixture::{Client, Heard, Rig, Task, at_once, client_frame, lock, newcomer};
 use shardcast_engine::{
     AdoptError, CloseCode, CloseReason, ConnectionConfig, Context, EngineConfig, Flow, Frame, FrameError,
-    GROUP_NAME_BYTES_MAX, Handler, Message, Policy, SendError, Shutdown, ShutdownReport, To,
+    GROUP_NAME_BYTES_MAX, Handler, InvalidCloseCode, Message, Policy, SendError, Shutdown, ShutdownReport,
+    To,
 };
 
 const fn ms(millis: u64) -> Duration {
@@ -284,8 +285,10 @@ fn a_close_code_that_cannot_be_sent_is_refused_and_ends_nobody() {
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
         for to in [To::Connection(clients[0].id()), To::Everyone] {
             let refused = at_once(rig.everyone.close(to, &[], code, "upstream gone"));
-            assert_eq!(refused, Err(SendError::InvalidCloseCode(code)));
+            assert_eq!(refused, Err(SendError::InvalidCloseCode(InvalidCloseCode(code))));
         }
+        let shutdown = Shutdown { code, ..Shutdown::within(ms(100)) };
+        assert_eq!(at_once(rig.engine.shutdown(shutdown)), Err(InvalidCloseCode(code)));
     }
     rig.settle();
     assert!(clients.iter_mut().all(|client| client.peer.hear().is_empty()));
