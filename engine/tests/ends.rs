@@ -38,9 +38,8 @@ fn publish(rig: &Rig, to: To<'_>, text: &str) {
 /// Begins a shutdown that may take a minute.
 fn shut_down(rig: &mut Rig) -> Task<'static, ShutdownReport> {
     let engine = rig.engine.clone();
-    let mut end = Task::new(async move {
-        engine.shutdown(Shutdown::within(Duration::from_secs(60))).await.expect("a code that can be sent")
-    });
+    let mut end =
+        Task::new(async move { engine.shutdown(Shutdown::within(Duration::from_secs(60))).await.unwrap() });
     assert!(end.poll().is_none());
     rig.settle();
     end
@@ -286,8 +285,10 @@ fn a_close_code_that_cannot_be_sent_is_refused_and_ends_nobody() {
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
         for to in [To::Connection(clients[0].id()), To::Everyone] {
             let refused = at_once(rig.everyone.close(to, &[], code, "upstream gone"));
-            assert_eq!(refused, Err(SendError::from(InvalidCloseCode(code))));
+            assert_eq!(refused, Err(SendError::InvalidCloseCode(InvalidCloseCode(code))));
         }
+        let shutdown = Shutdown { code, ..Shutdown::within(ms(100)) };
+        assert_eq!(at_once(rig.engine.shutdown(shutdown)), Err(InvalidCloseCode(code)));
     }
     rig.settle();
     assert!(clients.iter_mut().all(|client| client.peer.hear().is_empty()));

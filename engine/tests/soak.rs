@@ -1,178 +1,191 @@
-//! Threads for as long as asked: small logs and mailboxes, shards that fall asleep, publishers that wait.
-#![allow(clippy::unwrap_used, unused, reason = "a test")]
+//! Threads under load: small logs and mailboxes, shards that fall asleep, publishers that wait.
+//!
+//! One engine after the other, each drawn from its seed: several publishers join and leave
+//! groups and publish to everyone, to groups and to single clients, some awaiting receipts,
+//! while every client reads with pauses. Each client must hear exactly what was for it, in
+//! each publisher's order, and all of them what was for everyone in one order. An engine
+//! that takes longer than a minute has lost a wake.
+//!
+//! `SOAK_SECONDS` says for how long (10), `SOAK_FROM` with which seed to begin (0).
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that tells what it did")]
+
 mod fixture;
-use fixture::{Client, Heard, Peer, block_on, client_frame, newcomer};
-use shardcast_engine::*;
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, mpsc};
+
+use std::collections::HashSet;
+use std::io::Write;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
-fn draw(state: &mut u64, below: u64) -> u64 {
+use fixture::{Client, Heard, Peer, block_on, client_frame, newcomer};
+use shardcast_engine::{ConnectionConfig, ConnectionId, Engine, EngineConfig, Frame, Namespace, To};
+
+/// After this, an engine counts as stuck, however busy the machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Steps of each publisher.
+const STEPS: usize = 60;
+/// What each publisher says last.
+const END: &str = "end";
+const HELLO: &str = "hello";
+
+/// A number below `end` that looks random and follows from a seed (SplitMix64).
+fn draw(state: &mut u64, end: u64) -> u64 {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let mut mixed = *state;
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    (mixed ^ (mixed >> 31)) % below
+    (mixed ^ (mixed >> 31)) % end
 }
 
-fn live(seed: u64) -> u64 {
-    let mut chance = seed.wrapping_mul(77_777_777);
-    let of = |chance: &mut u64, among: &[usize]| among[draw(chance, among.len() as u64) as usize];
+fn draw_of(state: &mut u64, among: &[usize]) -> usize {
+    among[draw(state, among.len() as u64) as usize]
+}
+
+/// Now and then, a pause: so that shards fall asleep.
+fn pause(state: &mut u64, one_in: u64, micros: u64) {
+    if draw(state, one_in) == 0 {
+        thread::sleep(Duration::from_micros(draw(state, micros)));
+    }
+}
+
+/// Reads until each publisher has said its last; what it heard.
+fn read(mut peer: Peer, publishers: u64, mut state: u64) -> Vec<String> {
+    let (mut heard, mut ends) = (Vec::new(), 0);
+    while ends < publishers {
+        pause(&mut state, 40, 2000);
+        match peer.wait() {
+            Heard::Data(text) if text == END => ends += 1,
+            Heard::Data(text) if text == HELLO => {}
+            Heard::Data(text) => heard.push(text.trim_end_matches('.').to_owned()),
+            Heard::Ping(nonce) => peer.stream.write_all(&client_frame(0x8A, &nonce)).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+    heard
+}
+
+/// Publishes, joins and leaves at random; what each client must hear of it.
+fn publish(everyone: &Namespace, ids: &[ConnectionId], publisher: usize, mut state: u64) -> Vec<Vec<String>> {
+    let group = format!("group {publisher}");
+    let mut is_member = vec![false; ids.len()];
+    let mut expected: Vec<Vec<String>> = vec![Vec::new(); ids.len()];
+    for step in 0..STEPS {
+        pause(&mut state, 12, 3000);
+        let name = format!("{publisher}:{step}");
+        let filler = ".".repeat(draw_of(&mut state, &[0, 100, 2000, 9000]));
+        let frame = Frame::text(&format!("{name}{filler}"));
+        let one = draw(&mut state, ids.len() as u64) as usize;
+        let wants_receipt = draw(&mut state, 3) == 0;
+        let (to, targets): (_, Vec<usize>) = match draw(&mut state, 10) {
+            0..=2 => {
+                block_on(everyone.join(ids[one], &group)).unwrap();
+                is_member[one] = true;
+                continue;
+            }
+            3 => {
+                block_on(everyone.leave(ids[one], &group)).unwrap();
+                is_member[one] = false;
+                continue;
+            }
+            4 | 5 => (To::Everyone, (0..ids.len()).collect()),
+            6 => (To::Connection(ids[one]), vec![one]),
+            _ => (To::Group(&group), (0..ids.len()).filter(|client| is_member[*client]).collect()),
+        };
+        targets.iter().for_each(|client| expected[*client].push(name.clone()));
+        if wants_receipt {
+            let (receipt, count) = (block_on(everyone.send(to, &[], frame)).unwrap(), targets.len() as u64);
+            assert_eq!((receipt.targets, receipt.taken()), (count, count), "{name}");
+        } else {
+            block_on(everyone.publish(to, &[], frame)).unwrap();
+        }
+    }
+    block_on(everyone.publish(To::Everyone, &[], Frame::text(END))).unwrap();
+    expected
+}
+
+/// What every client heard, against what each publisher has sent to it.
+fn check(heard: &[Vec<String>], expected: &[Vec<Vec<String>>]) {
+    let sets: Vec<HashSet<&String>> = heard.iter().map(|heard| heard.iter().collect()).collect();
+    let is_heard_by_all = |name: &&String| sets.iter().all(|set| set.contains(name));
+    let order: Vec<&String> = heard[0].iter().filter(is_heard_by_all).collect();
+    for (client, heard) in heard.iter().enumerate() {
+        let common: Vec<&String> = heard.iter().filter(is_heard_by_all).collect();
+        assert_eq!(common, order, "one order for all, client {client}");
+        for (publisher, expected) in expected.iter().enumerate() {
+            let prefix = format!("{publisher}:");
+            let from: Vec<&String> = heard.iter().filter(|name| name.starts_with(&prefix)).collect();
+            let expected: Vec<&String> = expected[client].iter().collect();
+            assert_eq!(from, expected, "client {client}, publisher {publisher}");
+        }
+    }
+}
+
+/// One engine's life; how many messages were heard.
+fn run(seed: u64) -> usize {
+    let mut state = seed.wrapping_mul(77_777_777);
     let config = EngineConfig {
-        shards: Some(1 + draw(&mut chance, 4) as usize),
+        shards: Some(1 + draw(&mut state, 4) as usize),
         pin: false,
-        log_capacity: of(&mut chance, &[2, 4, 16, 64]),
-        mailbox_capacity: of(&mut chance, &[1, 2, 8, 64]),
-        coalesce: Duration::from_millis(of(&mut chance, &[0, 0, 1]) as u64),
+        log_capacity: draw_of(&mut state, &[2, 4, 16, 64]),
+        mailbox_capacity: draw_of(&mut state, &[1, 2, 8, 64]),
+        coalesce: Duration::from_millis(draw_of(&mut state, &[0, 0, 1]) as u64),
         read_buffer_bytes: 1024,
         ..EngineConfig::default()
     };
     let engine = Engine::start(config).unwrap();
     let everyone = engine.namespace();
-    let peers = 2 + draw(&mut chance, 6) as usize;
-    let mut clients = Vec::new();
-    for _ in 0..peers {
-        let config = Arc::new(ConnectionConfig {
-            outbox_frames: of(&mut chance, &[1, 2, 8, 64, 1024]),
-            ..ConnectionConfig::default()
-        });
+    let count = 2 + draw(&mut state, 6);
+    let mut connect = || {
+        let outbox_frames = draw_of(&mut state, &[1, 2, 8, 64, 1024]);
+        let config = Arc::new(ConnectionConfig { outbox_frames, ..ConnectionConfig::default() });
         let (newcomer, client) = newcomer(&engine, &config, 4096);
         block_on(everyone.adopt(newcomer)).unwrap();
-        clients.push(client);
-    }
-    // Known once all are open.
-    let _ = block_on(everyone.send(To::Everyone, &[], Frame::text("hello"))).unwrap();
+        client
+    };
+    let clients: Vec<Client> = (0..count).map(|_| connect()).collect();
+    // When this is over, all are open and their ids are known.
+    let _ = block_on(everyone.send(To::Everyone, &[], Frame::text(HELLO))).unwrap();
     let ids: Vec<_> = clients.iter().map(Client::id).collect();
-    let publishers = 1 + draw(&mut chance, 4);
-    let each = 60;
-    let seeds: Vec<_> = (0..publishers).map(|_| draw(&mut chance, u64::MAX)).collect();
-    let (heard, expected): (Vec<_>, Vec<_>) = std::thread::scope(|scope| {
-        let readers: Vec<_> = clients
-            .into_iter()
-            .enumerate()
-            .map(|(at, client)| {
-                let mut state = seed ^ at as u64;
-                scope.spawn(move || {
-                    let mut peer = client.peer;
-                    let (mut data, mut ends) = (Vec::new(), 0);
-                    while ends < publishers {
-                        if draw(&mut state, 40) == 0 {
-                            std::thread::sleep(Duration::from_micros(draw(&mut state, 2000)));
-                        }
-                        match peer.wait() {
-                            Heard::Data(text) if text == "end" => ends += 1,
-                            Heard::Data(text) if text == "hello" => {}
-                            Heard::Data(text) => data.push(text.trim_end_matches('.').to_owned()),
-                            Heard::Ping(nonce) => {
-                                let _ =
-                                    std::io::Write::write_all(&mut peer.stream, &client_frame(0x8A, &nonce));
-                            }
-                            other => panic!("{other:?}"),
-                        }
-                    }
-                    data
-                })
-            })
+    let publishers = 1 + draw(&mut state, 4);
+    let seeds: Vec<u64> = (0..publishers).map(|_| draw(&mut state, u64::MAX)).collect();
+    let (heard, expected): (Vec<_>, Vec<_>) = thread::scope(|scope| {
+        let readers = clients.into_iter().enumerate();
+        let readers: Vec<_> = readers
+            .map(|(at, client)| scope.spawn(move || read(client.peer, publishers, seed ^ at as u64)))
             .collect();
-        let writers: Vec<_> = seeds
-            .into_iter()
-            .enumerate()
-            .map(|(number, mut state)| {
-                let (everyone, ids) = (everyone.clone(), ids.clone());
-                scope.spawn(move || {
-                    let group = format!("group {number}");
-                    let mut members = vec![false; ids.len()];
-                    let mut expected: Vec<Vec<String>> = vec![Vec::new(); ids.len()];
-                    for count in 0..each {
-                        if draw(&mut state, 12) == 0 {
-                            std::thread::sleep(Duration::from_micros(draw(&mut state, 3000)));
-                        }
-                        let bytes = [0, 100, 2000, 9000][draw(&mut state, 4) as usize];
-                        let name = format!("{number}:{count}");
-                        let frame = Frame::text(&format!("{name}{}", ".".repeat(bytes)));
-                        let one = draw(&mut state, ids.len() as u64) as usize;
-                        let awaits = draw(&mut state, 3) == 0;
-                        let to = match draw(&mut state, 10) {
-                            0..=2 => {
-                                block_on(everyone.join(ids[one], &group)).unwrap();
-                                members[one] = true;
-                                continue;
-                            }
-                            3 => {
-                                block_on(everyone.leave(ids[one], &group)).unwrap();
-                                members[one] = false;
-                                continue;
-                            }
-                            4 | 5 => {
-                                expected.iter_mut().for_each(|one| one.push(name.clone()));
-                                To::Everyone
-                            }
-                            6 => {
-                                expected[one].push(name.clone());
-                                To::Connection(ids[one])
-                            }
-                            _ => {
-                                for (at, expected) in expected.iter_mut().enumerate() {
-                                    if members[at] {
-                                        expected.push(name.clone());
-                                    }
-                                }
-                                To::Group(&group)
-                            }
-                        };
-                        if awaits {
-                            let receipt = block_on(everyone.send(to, &[], frame)).unwrap();
-                            let targets =
-                                expected.iter().filter(|one| one.last() == Some(&name)).count() as u64;
-                            assert_eq!((receipt.targets, receipt.taken()), (targets, targets), "{name}");
-                        } else {
-                            block_on(everyone.publish(to, &[], frame)).unwrap();
-                        }
-                    }
-                    block_on(everyone.publish(To::Everyone, &[], Frame::text("end"))).unwrap();
-                    expected
-                })
+        let writers = seeds.into_iter().enumerate();
+        let writers: Vec<_> = writers
+            .map(|(number, state)| {
+                let (everyone, ids) = (&everyone, &ids);
+                scope.spawn(move || publish(everyone, ids, number, state))
             })
             .collect();
         let expected = writers.into_iter().map(|writer| writer.join().unwrap()).collect();
-        (readers.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>(), expected)
+        (readers.into_iter().map(|reader| reader.join().unwrap()).collect(), expected)
     });
-    let expected: Vec<Vec<Vec<String>>> = expected;
-    // To everyone: one order for all.
-    let to_all: Vec<&String> =
-        heard[0].iter().filter(|name| heard.iter().all(|one| one.contains(name))).collect();
-    for (at, heard) in heard.iter().enumerate() {
-        let common: Vec<&String> = heard.iter().filter(|name| to_all.contains(name)).collect();
-        assert_eq!(common, to_all, "one order");
-        for (number, expected) in expected.iter().enumerate() {
-            let from: Vec<&String> =
-                heard.iter().filter(|name| name.starts_with(&format!("{number}:"))).collect();
-            assert!(
-                from.iter().map(|name| name.as_str()).eq(expected[at].iter().map(String::as_str)),
-                "peer {at} publisher {number}: {from:?} {:?}",
-                expected[at]
-            );
-        }
-    }
-    heard.iter().map(|heard| heard.len() as u64).sum()
+    check(&heard, &expected);
+    heard.iter().map(Vec::len).sum()
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    let text = std::env::var(name).ok();
+    text.map_or(default, |text| text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
 }
 
 #[test]
-fn soak() {
-    let seconds: u64 = std::env::var("SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
-    let began = Instant::now();
-    let (mut seed, mut all) =
-        (std::env::var("SOAK_FROM").ok().and_then(|text| text.parse().ok()).unwrap_or(0), 0);
-    let first = seed;
+fn threads_that_wait_sleep_and_wake_lose_and_reorder_nothing() {
+    let (seconds, first) = (setting("SOAK_SECONDS", 10), setting("SOAK_FROM", 0));
+    let (began, mut seed, mut messages) = (Instant::now(), first, 0);
     while began.elapsed() < Duration::from_secs(seconds) {
         let (tell, told) = mpsc::channel();
-        std::thread::spawn(move || tell.send(live(seed)));
-        match told.recv_timeout(Duration::from_secs(60)) {
-            Ok(count) => all += count,
-            Err(error) => panic!("seed {seed}: {error}"),
+        // A stuck one is left behind.
+        thread::spawn(move || tell.send(run(seed)));
+        match told.recv_timeout(PATIENCE) {
+            Ok(heard) => messages += heard,
+            Err(error) => panic!("SOAK_FROM={seed}: {error}"),
         }
         seed += 1;
     }
-    println!("{} engines, {all} messages in {:?}", seed - first, began.elapsed());
+    println!("{} engines, {messages} messages in {:?}", seed - first, began.elapsed());
 }

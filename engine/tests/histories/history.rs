@@ -1,0 +1,1048 @@
+//! One history: an engine, its shards, peers and publishers, and what they do at random.
+//!
+//! Every step is drawn: a shard takes a turn, somebody publishes, joins, closes, a peer reads
+//! or speaks or vanishes, time passes. What the engine accepts goes into the model at that
+//! moment. What must hold at the end is in `checks.rs`.
+
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
+use std::pin::Pin;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex};
+use std::task::{Context as TaskContext, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use shardcast_engine::{
+    AdoptError, Audit, CloseCode, ConnectionConfig, ConnectionId, Engine, EngineConfig, GroupMetrics,
+    Namespace, Newcomer, Policy, Receipt, SendError, Shard, Shutdown, ShutdownReport, To,
+};
+
+use super::handler::{Obedient, Record, action};
+use super::model::{GROUPS, Model, ModelClient, Shared, Target, lock};
+use super::peer::{Peer, numbered_frame};
+use super::random::Random;
+
+/// Turns, of all shards and everybody else, after which a history that does not come to rest never will.
+const ROUNDS_MAX: usize = 3000;
+const CLIENTS_MAX: usize = 9;
+
+pub(crate) const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+// ---- Publishers -------------------------------------------------------------------------------------------------
+
+struct Flag(AtomicBool);
+
+impl Wake for Flag {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, SeqCst);
+    }
+}
+
+/// How a job ended.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Done(Result<(), SendError>),
+    Receipt(Result<Receipt, SendError>),
+    Adopted(Result<(), AdoptError>),
+    Report(ShutdownReport),
+}
+
+impl Outcome {
+    fn error(&self) -> Option<SendError> {
+        match self {
+            Self::Done(Err(error)) | Self::Receipt(Err(error)) => Some(*error),
+            Self::Adopted(Err(AdoptError::Send(error))) => Some(*error),
+            _ => None,
+        }
+    }
+}
+
+/// What a job does to the model once the engine has accepted it.
+#[derive(Debug, Clone)]
+pub(crate) enum Effect {
+    Frame { number: u32, namespace: usize, target: Target, except: Vec<usize> },
+    Join { client: usize, group: usize },
+    Leave { client: usize, group: usize },
+    Close { namespace: usize, target: Target, except: Vec<usize> },
+    Adopt { client: usize },
+    Survey { number: usize },
+    Shutdown,
+}
+
+/// Where a job waits for room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Log,
+    Mailbox(usize),
+    /// In one mailbox or another.
+    SomeMailbox,
+    Nowhere,
+}
+
+/// A future of somebody outside, which is polled when it was woken.
+pub(crate) struct Job {
+    future: Pin<Box<dyn Future<Output = Outcome>>>,
+    woken: Arc<Flag>,
+    pub(crate) effect: Effect,
+    place: Place,
+    pub(crate) is_accepted: bool,
+}
+
+impl Job {
+    pub(crate) fn is_shutdown(&self) -> bool {
+        matches!(self.effect, Effect::Shutdown)
+    }
+
+    /// Whether it waits for room, and nothing has woken it.
+    fn waits_for_room(&self) -> bool {
+        let may_wait = !self.is_accepted || matches!(self.effect, Effect::Survey { .. });
+        may_wait && !self.woken.0.load(SeqCst)
+    }
+}
+
+/// What a survey was told, and what had been accepted for each client when it was asked and when it had been.
+#[derive(Debug, Default)]
+pub(crate) struct SurveyOf {
+    pub(crate) namespace: usize,
+    pub(crate) is_of_everyone: bool,
+    pub(crate) parts: Shared<Vec<GroupMetrics>>,
+    pub(crate) asked_at: Option<Vec<usize>>,
+    pub(crate) over_at: Option<Vec<usize>>,
+}
+
+/// A shard that waits in its poll: until then at the latest, or for as long as nothing wakes it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sleep {
+    pub(crate) until: Option<Instant>,
+}
+
+// ---- The history ------------------------------------------------------------------------------------------------
+
+pub(crate) struct History {
+    pub(crate) random: Random,
+    pub(crate) engine: Engine,
+    pub(crate) engine_config: EngineConfig,
+    /// None for those that have ended.
+    pub(crate) shards: Vec<Option<Shard>>,
+    /// None for those that are awake.
+    pub(crate) asleep: Vec<Option<Sleep>>,
+    pub(crate) namespaces: Vec<Namespace>,
+    pub(crate) model: Shared<Model>,
+    pub(crate) peers: Vec<Peer>,
+    pub(crate) records: Vec<Shared<Record>>,
+    pub(crate) configs: Vec<Arc<ConnectionConfig>>,
+    pub(crate) jobs: Vec<Job>,
+    pub(crate) now: Instant,
+    pub(crate) start: Instant,
+    pub(crate) is_stopping: bool,
+    /// The shutdown has little time, so connections may be cut off and handlers left over.
+    pub(crate) is_hurried: bool,
+    pub(crate) report: Option<ShutdownReport>,
+    /// Connections with a socket on each shard, when the shard first took part in the shutdown.
+    pub(crate) open_at_stop: Vec<Option<u64>>,
+    /// Connections that must have ended, because a target that contains them was found empty; and why.
+    pub(crate) presumed_ended: Vec<(usize, String)>,
+    pub(crate) surveys: Vec<SurveyOf>,
+    pub(crate) adoptions_under_way: usize,
+    /// A policy that ends for high round trips, or for drops, was set for a frame.
+    pub(crate) has_frame_with_rtt: bool,
+    pub(crate) has_frame_with_drops: bool,
+    looks_inside: bool,
+    /// What happens is printed.
+    pub(crate) is_told: bool,
+}
+
+macro_rules! tell {
+    ($history:expr, $($text:tt)*) => { if $history.is_told { println!("  {}", format!($($text)*)); } };
+}
+pub(crate) use tell;
+
+impl History {
+    pub(crate) fn new(seed: u64, is_told: bool) -> Self {
+        let mut random = Random::new(seed);
+        let shards = 1 + random.below(4);
+        let is_tight = random.one_in(2);
+        let engine_config = EngineConfig {
+            shards: Some(shards),
+            pin: false,
+            blocked_after: None,
+            log_capacity: if is_tight { random.of(&[2, 2, 4, 8]) } else { random.of(&[16, 64, 4096]) },
+            mailbox_capacity: if is_tight { random.of(&[1, 2, 4, 64]) } else { random.of(&[64, 4096]) },
+            publishers_waiting_max: random.of(&[1, 2, 65_536, 65_536]),
+            coalesce: random.of(&[ms(0), ms(0), ms(0), ms(3)]),
+            read_buffer_bytes: random.of(&[1024, 1024, 4096]),
+            backlog_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),
+            unfinished_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),
+            max_connections_per_address: None,
+            max_connections: random.of(&[4, 1 << 20, 1 << 20]),
+        };
+        let now = Instant::now();
+        let (engine, shards) = Engine::driven(engine_config.clone(), now).unwrap();
+        if is_told {
+            println!("{engine_config:?}");
+        }
+        Self {
+            random,
+            namespaces: vec![engine.namespace(), engine.namespace()],
+            engine,
+            engine_config,
+            asleep: vec![None; shards.len()],
+            open_at_stop: vec![None; shards.len()],
+            shards: shards.into_iter().map(Some).collect(),
+            model: Shared::default(),
+            peers: Vec::new(),
+            records: Vec::new(),
+            configs: Vec::new(),
+            jobs: Vec::new(),
+            now,
+            start: now,
+            is_stopping: false,
+            is_hurried: false,
+            report: None,
+            presumed_ended: Vec::new(),
+            surveys: Vec::new(),
+            adoptions_under_way: 0,
+            has_frame_with_rtt: false,
+            has_frame_with_drops: false,
+            looks_inside: std::env::var_os("HISTORIES_OUTSIDE").is_none(),
+            is_told,
+        }
+    }
+
+    pub(crate) fn run(&mut self) {
+        let steps = 20 + self.random.below(180);
+        for _ in 0..1 + self.random.below(4) {
+            self.adopt();
+        }
+        for step in 0..steps {
+            self.step();
+            self.good_peers_act();
+            if step % 16 == 0 {
+                self.check_groups();
+            }
+            if self.has_faults() {
+                return;
+            }
+        }
+        self.finish();
+    }
+
+    pub(crate) fn into_faults(self) -> Vec<String> {
+        std::mem::take(&mut lock(&self.model).faults)
+    }
+
+    fn has_faults(&self) -> bool {
+        !lock(&self.model).faults.is_empty()
+    }
+
+    pub(crate) fn fault(&self, text: String) {
+        lock(&self.model).faults.push(text);
+    }
+
+    pub(crate) fn has_ended(&self, client: usize) -> bool {
+        lock(&self.records[client]).has_ended()
+    }
+
+    fn all_shards_live(&self) -> bool {
+        self.shards.iter().all(Option::is_some)
+    }
+
+    fn step(&mut self) {
+        match self.random.below(100) {
+            0..=29 => {
+                let index = self.random.below(self.shards.len());
+                self.turn(index);
+            }
+            30..=36 => {
+                for index in 0..self.shards.len() {
+                    self.turn(index);
+                }
+            }
+            37..=40 if self.peers.len() < CLIENTS_MAX => self.adopt(),
+            41..=58 => self.publish(),
+            59..=65 => self.join_or_leave(),
+            66 if self.random.one_in(3) => self.close(),
+            67 => self.survey(),
+            68 if !self.jobs.is_empty() && self.random.one_in(3) => self.give_up(),
+            69..=75 if !self.jobs.is_empty() => {
+                let index = self.random.below(self.jobs.len());
+                self.poll(index);
+            }
+            76..=90 => self.peer_acts(),
+            91..=95 => {
+                if let Some(client) = self.any_client() {
+                    self.release(client);
+                }
+            }
+            96..=98 => {
+                let millis = self.random.of(&[0, 1, 3, 10, 30]);
+                self.now += ms(millis);
+                tell!(self, "{millis} ms pass: {:?}", self.now - self.start);
+            }
+            99 if self.random.one_in(12) => self.shut_down(),
+            _ => {}
+        }
+    }
+
+    // ---- Choices ----
+
+    fn policy(&mut self) -> Policy {
+        match self.random.below(8) {
+            0..=2 => Policy::Block,
+            3 => Policy::DropMessage { timeout: Duration::ZERO },
+            4 => Policy::DropMessage { timeout: ms(self.random.of(&[1, 10, 40])) },
+            5 => Policy::DropConnection {
+                timeout: ms(self.random.of(&[0, 5, 30])),
+                max_drops: self.random.of(&[1, 3, 10]),
+            },
+            6 => Policy::DropOnHighRtt {
+                max_rtt: ms(self.random.of(&[5, 15])),
+                rtt_samples: self.random.of(&[1, 3]),
+            },
+            _ => Policy::DropMessage { timeout: ms(1000) },
+        }
+    }
+
+    fn any_client(&mut self) -> Option<usize> {
+        (!self.peers.is_empty()).then(|| self.random.below(self.peers.len()))
+    }
+
+    /// One that has been open, and its id.
+    fn any_known_client(&mut self) -> Option<(usize, ConnectionId)> {
+        let client = self.any_client()?;
+        let id = lock(&self.model).clients[client].id;
+        id.map(|id| (client, id))
+    }
+
+    fn any_namespace(&mut self) -> usize {
+        usize::from(self.random.one_in(6))
+    }
+
+    fn target(&mut self) -> Option<(usize, Target)> {
+        Some(match self.random.below(10) {
+            0..=3 => (self.any_namespace(), Target::Everyone),
+            4 | 5 => (self.any_namespace(), Target::Groups(vec![self.random.below(3)])),
+            6 => {
+                let groups = (0..1 + self.random.below(3)).map(|_| self.random.below(3)).collect();
+                (self.any_namespace(), Target::Groups(groups))
+            }
+            _ => {
+                let (client, _) = self.any_known_client()?;
+                let namespace = lock(&self.model).clients[client].namespace;
+                let is_strange = self.random.one_in(20);
+                (if is_strange { 1 - namespace } else { namespace }, Target::Client(client))
+            }
+        })
+    }
+
+    /// Who is left out, and their ids.
+    fn except(&mut self) -> (Vec<usize>, Vec<ConnectionId>) {
+        let count = if self.random.one_in(3) { 1 + self.random.below(3) } else { 0 };
+        (0..count).filter_map(|_| self.any_known_client()).unzip()
+    }
+
+    fn id_of(&self, client: usize) -> ConnectionId {
+        lock(&self.model).clients[client].id.unwrap()
+    }
+
+    // ---- What is done from outside ----
+
+    fn adopt(&mut self) {
+        let Some(place) = self.engine.admit(None) else { return };
+        let is_calm = self.random.one_in(2);
+        let policy = self.policy();
+        let random = &mut self.random;
+        let config = Arc::new(ConnectionConfig {
+            outbox_frames: random.of(&[1, 2, 4, 16, 64, 1024]),
+            outbox_bytes: random.of(&[1024, 4096, 30_000, 1 << 20]),
+            waiting_frames: random.of(&[0, 1, 4, 64, 65_536, 65_536]),
+            waiting_bytes: random.of(&[0, 5000, 60_000, 16 << 20, 16 << 20]),
+            policy,
+            max_message_bytes: random.of(&[200, 65_536]),
+            max_fragments: random.of(&[3, 1024]),
+            control_frames_per_second: if is_calm { 1000 } else { random.of(&[5, 200]) },
+            heartbeat_interval: if is_calm { ms(15_000) } else { random.of(&[ms(20), ms(100)]) },
+            pong_timeout: if is_calm { ms(10_000) } else { random.of(&[ms(15), ms(80), ms(300)]) },
+            idle_timeout: if is_calm { None } else { random.of(&[None, Some(ms(60)), Some(ms(400))]) },
+            max_connection_duration: if is_calm { None } else { random.of(&[None, None, Some(ms(250))]) },
+            message_timeout: if is_calm { None } else { random.of(&[None, None, Some(ms(90))]) },
+            stall_timeout: random.of(&[None, Some(ms(10_000)), Some(ms(50))]),
+            max_groups: random.of(&[1, 10_000, 10_000, 10_000, 10_000]),
+            close_timeout: random.of(&[ms(10), ms(60), ms(5000)]),
+        });
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let send_buffer = self.random.of(&[4096, 4096, 16_384, 65_536]);
+        socket2::SockRef::from(&ours).set_send_buffer_size(send_buffer).unwrap();
+        socket2::SockRef::from(&theirs).set_send_buffer_size(self.random.of(&[4096, 200_000])).unwrap();
+        let client = self.peers.len();
+        let namespace = usize::from(self.random.one_in(5));
+        let mut peer = Peer::new(theirs, self.random.one_in(3));
+        let record = Arc::new(Mutex::new(Record {
+            waits_at_open: self.random.one_in(8),
+            waits_at_drop: self.random.one_in(6),
+            waits_at_close: self.random.one_in(6),
+            wakes_early: self.random.one_in(4),
+            ..Record::default()
+        }));
+        let mut received = Vec::new();
+        if self.random.one_in(4) {
+            // The first message comes together with the handshake, masked by zeros.
+            received = vec![0x82, 0x85, 0, 0, 0, 0];
+            received.extend(0u32.to_be_bytes());
+            received.push(action::NOTHING);
+            peer.said = 1;
+        }
+        tell!(self, "adopt {client} in {namespace}: {config:?} send buffer {send_buffer}");
+        lock(&self.model).clients.push(ModelClient {
+            namespace,
+            config: config.clone(),
+            has_entered: false,
+            id: None,
+            groups: Default::default(),
+            expected: Vec::new(),
+            closed_at: None,
+            may_close_at: None,
+        });
+        self.peers.push(peer);
+        self.records.push(record.clone());
+        self.configs.push(config.clone());
+        let (model, namespaces) = (self.model.clone(), self.namespaces.clone());
+        let newcomer = Newcomer {
+            socket: ours.into(),
+            received: Bytes::from(received),
+            handler: Box::new(move |_| Box::new(Obedient { client, record, model, namespaces })),
+            config,
+            place,
+        };
+        let namespace = self.namespaces[namespace].clone();
+        self.adoptions_under_way += 1;
+        self.begin(Effect::Adopt { client }, Place::SomeMailbox, async move {
+            Outcome::Adopted(namespace.adopt(newcomer).await)
+        });
+    }
+
+    fn publish(&mut self) {
+        let Some((namespace, target)) = self.target() else { return };
+        let (except, except_ids) = self.except();
+        let policy = self.random.one_in(4).then(|| self.policy());
+        self.has_frame_with_rtt |= matches!(policy, Some(Policy::DropOnHighRtt { .. }));
+        self.has_frame_with_drops |= matches!(policy, Some(Policy::DropConnection { .. }));
+        let bytes = self.random.of(&[0, 1, 20, 121, 122, 130, 300, 1000, 2000, 9000, 30_000]);
+        let way = self.random.below(3);
+        let handle = match policy {
+            Some(policy) => self.namespaces[namespace].with_policy(policy).unwrap(),
+            None => self.namespaces[namespace].clone(),
+        };
+        // To one connection a frame blocks, whatever the connection's own policy is.
+        let is_unicast = matches!(target, Target::Client(_));
+        let number = lock(&self.model).new_frame(policy.or(is_unicast.then_some(Policy::Block)));
+        tell!(
+            self,
+            "frame {number} of {bytes} to {target:?} in {namespace} except {except:?} policy {policy:?} way {way}"
+        );
+        let (address, place) = (self.address(&target), self.place_of(&target));
+        let frame = numbered_frame(number, bytes);
+        let effect = Effect::Frame { number, namespace, target, except };
+        match way {
+            0 => {
+                let before = self.engine.audit_accepted();
+                let result = address.with(|to| handle.try_publish(to, &except_ids, frame));
+                if before < self.engine.audit_accepted() {
+                    assert!(result.is_ok(), "a frame was accepted and refused");
+                    self.note_accepted(&effect);
+                } else if result.is_ok() {
+                    self.found_nobody(&effect);
+                }
+            }
+            1 => self.begin(effect, place, async move {
+                let (one, names) = address.parts();
+                Outcome::Done(handle.publish(address.to(one, &names), &except_ids, frame).await)
+            }),
+            _ => self.begin(effect, place, async move {
+                let (one, names) = address.parts();
+                Outcome::Receipt(handle.send(address.to(one, &names), &except_ids, frame).await)
+            }),
+        }
+    }
+
+    fn join_or_leave(&mut self) {
+        let Some((client, id)) = self.any_known_client() else { return };
+        let group = self.random.below(3);
+        // Two that are under way at once may come in either order.
+        let is_concurrent = self.jobs.iter().any(|job| match job.effect {
+            Effect::Join { client: other, group: its } | Effect::Leave { client: other, group: its } => {
+                (other, its) == (client, group)
+            }
+            _ => false,
+        });
+        if is_concurrent {
+            return;
+        }
+        let namespace = self.namespaces[lock(&self.model).clients[client].namespace].clone();
+        let place = Place::Mailbox(id.shard());
+        if self.random.below(5) < 3 {
+            self.begin(Effect::Join { client, group }, place, async move {
+                Outcome::Done(namespace.join(id, GROUPS[group]).await)
+            });
+        } else {
+            self.begin(Effect::Leave { client, group }, place, async move {
+                Outcome::Done(namespace.leave(id, GROUPS[group]).await)
+            });
+        }
+    }
+
+    fn close(&mut self) {
+        let Some((namespace, target)) = self.target() else { return };
+        let (except, except_ids) = self.except();
+        let handle = self.namespaces[namespace].clone();
+        let (address, place) = (self.address(&target), self.place_of(&target));
+        self.begin(Effect::Close { namespace, target, except }, place, async move {
+            let (one, names) = address.parts();
+            let to = address.to(one, &names);
+            Outcome::Done(handle.close(to, &except_ids, CloseCode(4000), "command").await)
+        });
+    }
+
+    fn survey(&mut self) {
+        let namespace = self.random.below(2);
+        let group = self.random.below(4);
+        let one = if self.random.one_in(3) { self.any_known_client() } else { None };
+        let place = one.map_or(Place::SomeMailbox, |(_, id)| Place::Mailbox(id.shard()));
+        let address = match (one, group) {
+            (Some((_, id)), _) => Address::Client(id),
+            (None, 3) => Address::Everyone,
+            (None, group) => Address::Groups(vec![group]),
+        };
+        self.begin_survey(namespace, address, place);
+    }
+
+    /// Asks for what a whole namespace has counted.
+    pub(crate) fn survey_everyone(&mut self, namespace: usize) -> Shared<Vec<GroupMetrics>> {
+        let survey = self.surveys.len();
+        self.begin_survey(namespace, Address::Everyone, Place::SomeMailbox);
+        self.surveys[survey].parts.clone()
+    }
+
+    fn begin_survey(&mut self, namespace: usize, address: Address, place: Place) {
+        let parts: Shared<Vec<GroupMetrics>> = Shared::default();
+        let is_of_everyone = matches!(address, Address::Everyone);
+        let (number, told) = (self.surveys.len(), parts.clone());
+        self.surveys.push(SurveyOf { namespace, is_of_everyone, parts, asked_at: None, over_at: None });
+        let handle = self.namespaces[namespace].clone();
+        self.begin(Effect::Survey { number }, place, async move {
+            let (one, names) = address.parts();
+            let to = address.to(one, &names);
+            Outcome::Done(handle.survey(to, &[], move |part| lock(&told).push(part)).await)
+        });
+    }
+
+    pub(crate) fn shut_down(&mut self) {
+        if self.is_stopping {
+            return;
+        }
+        self.is_stopping = true;
+        // Its time counts from the real one, while ours has gone ahead.
+        let ahead = self.now - self.start;
+        let more = self.random.of(&[0, 20, 200, 60_000, 60_000]);
+        self.is_hurried = more < 60_000;
+        let within = ahead + ms(more);
+        let spread = self.random.of(&[Duration::ZERO, ms(50), within]);
+        let code = self.random.of(&[CloseCode::GOING_AWAY, CloseCode::SERVICE_RESTART]);
+        let (engine, shutdown) = (self.engine.clone(), Shutdown { within, spread, code });
+        tell!(self, "shutdown {shutdown:?}");
+        self.begin(Effect::Shutdown, Place::Nowhere, async move {
+            Outcome::Report(engine.shutdown(shutdown).await.expect("a code that can be sent"))
+        });
+    }
+
+    // ---- Jobs ----
+
+    fn begin(&mut self, effect: Effect, place: Place, future: impl Future<Output = Outcome> + 'static) {
+        let woken = Arc::new(Flag(AtomicBool::new(true)));
+        self.jobs.push(Job { future: Box::pin(future), woken, effect, place, is_accepted: false });
+        self.poll(self.jobs.len() - 1);
+    }
+
+    /// Who waits gives up, as a timeout around it would.
+    fn give_up(&mut self) {
+        let index = self.random.below(self.jobs.len());
+        if !self.jobs[index].is_shutdown() {
+            tell!(self, "given up: {:?}", self.jobs[index].effect);
+            let job = self.jobs.swap_remove(index);
+            self.adoptions_under_way -= usize::from(matches!(job.effect, Effect::Adopt { .. }));
+        }
+    }
+
+    pub(crate) fn is_woken(&self, index: usize) -> bool {
+        self.jobs[index].woken.0.load(SeqCst)
+    }
+
+    /// Polls a job if it was woken; whether it is over, and has been removed.
+    pub(crate) fn poll(&mut self, index: usize) -> bool {
+        if !self.jobs[index].woken.0.swap(false, SeqCst) {
+            return false;
+        }
+        let before = self.engine.audit_accepted();
+        let job = &mut self.jobs[index];
+        let waker = Waker::from(job.woken.clone());
+        let polled = job.future.as_mut().poll(&mut TaskContext::from_waker(&waker));
+        if before < self.engine.audit_accepted() && !self.jobs[index].is_accepted {
+            self.jobs[index].is_accepted = true;
+            let effect = self.jobs[index].effect.clone();
+            self.note_accepted(&effect);
+        }
+        match polled {
+            Poll::Pending => {
+                self.check_waiting(index);
+                false
+            }
+            Poll::Ready(outcome) => {
+                let job = self.jobs.swap_remove(index);
+                self.note_over(&job, outcome);
+                true
+            }
+        }
+    }
+
+    /// Others that wait for room at the same place: those of whom it is known, and those who may.
+    fn waiting_at(&self, place: Place, but: Option<usize>) -> (usize, usize) {
+        let others = self.jobs.iter().enumerate().filter(|(index, _)| Some(*index) != but);
+        let others = others.map(|(_, job)| job).filter(|job| job.waits_for_room());
+        let is_mailbox = |place| matches!(place, Place::Mailbox(_) | Place::SomeMailbox);
+        let (mut known, mut unknown) = (0, 0);
+        for other in others {
+            match (place, other.place) {
+                (Place::Log, Place::Log) => known += 1,
+                (Place::Mailbox(one), Place::Mailbox(other)) if one == other => known += 1,
+                (Place::Mailbox(_), Place::Mailbox(_)) => {}
+                (one, other) if is_mailbox(one) && is_mailbox(other) => unknown += 1,
+                _ => {}
+            }
+        }
+        (known, unknown)
+    }
+
+    /// No more wait than may.
+    fn check_waiting(&self, index: usize) {
+        let job = &self.jobs[index];
+        if job.waits_for_room() && matches!(job.place, Place::Log | Place::Mailbox(_)) {
+            let (known, _) = self.waiting_at(job.place, Some(index));
+            if known >= self.engine_config.publishers_waiting_max {
+                self.fault(format!("{:?} waits, as {known} others do", job.effect));
+            }
+        }
+    }
+
+    fn note_accepted(&mut self, effect: &Effect) {
+        let mut model = lock(&self.model);
+        match effect {
+            Effect::Frame { number, namespace, target, except } => {
+                model.frame_accepted(*number, *namespace, target, except);
+            }
+            Effect::Join { client, group } => {
+                model.clients[*client].groups.insert(*group);
+                if model.clients[*client].groups.len() > self.configs[*client].max_groups {
+                    model.may_close(*client);
+                }
+            }
+            Effect::Leave { client, group } => {
+                model.clients[*client].groups.remove(group);
+            }
+            Effect::Close { namespace, target, except } => model.close_accepted(*namespace, target, except),
+            Effect::Adopt { client } => {
+                model.clients[*client].has_entered = !lock(&self.records[*client]).waits_at_open;
+            }
+            Effect::Survey { number } => {
+                let accepted = model.clients.iter().map(|client| client.expected.len()).collect();
+                self.surveys[*number].asked_at = Some(accepted);
+            }
+            Effect::Shutdown => {}
+        }
+        drop(model);
+        tell!(self, "accepted: {effect:?}");
+    }
+
+    /// Nobody was there: who should have been must have ended.
+    fn found_nobody(&mut self, effect: &Effect) {
+        let (Effect::Frame { namespace, target, except, .. } | Effect::Close { namespace, target, except }) =
+            effect
+        else {
+            return;
+        };
+        for client in lock(&self.model).targets(*namespace, target, except) {
+            self.presumed_ended.push((client, format!("{effect:?} found nobody")));
+        }
+    }
+
+    fn note_over(&mut self, job: &Job, outcome: Outcome) {
+        tell!(self, "over: {:?} {outcome:?}", job.effect);
+        let effect = &job.effect;
+        self.adoptions_under_way -= usize::from(matches!(effect, Effect::Adopt { .. }));
+        match outcome.error() {
+            Some(SendError::Closed) => {
+                if !self.engine.audit_is_closed() && self.all_shards_live() {
+                    self.fault(format!("{effect:?} is told Closed while the engine is not"));
+                }
+                return;
+            }
+            Some(SendError::Overloaded) => {
+                let (known, unknown) = self.waiting_at(job.place, None);
+                if known + unknown < self.engine_config.publishers_waiting_max {
+                    self.fault(format!(
+                        "{effect:?} is told Overloaded, and only {known} to {unknown} more wait"
+                    ));
+                }
+                if job.is_accepted && !matches!(effect, Effect::Survey { .. }) {
+                    self.fault(format!("{effect:?} was accepted and told Overloaded"));
+                }
+                return;
+            }
+            Some(error) => return self.fault(format!("{effect:?}: {error}")),
+            None => {}
+        }
+        match (effect, outcome) {
+            (Effect::Adopt { .. }, Outcome::Adopted(Err(error))) => {
+                self.fault(format!("{effect:?}: {error}"))
+            }
+            (Effect::Shutdown, Outcome::Report(report)) => self.report = Some(report),
+            (Effect::Survey { number }, _) => {
+                let model = lock(&self.model);
+                let accepted = model.clients.iter().map(|client| client.expected.len()).collect();
+                self.surveys[*number].over_at = Some(accepted);
+            }
+            (Effect::Frame { .. } | Effect::Close { .. }, _) if !job.is_accepted => self.found_nobody(effect),
+            (Effect::Frame { number, .. }, Outcome::Receipt(Ok(receipt))) => {
+                lock(&self.model).frames[*number as usize].receipt = Some(receipt);
+                let lost = receipt.dropped_timeout + receipt.dropped_overflow + receipt.disconnected;
+                if receipt.waited > receipt.targets || lost > receipt.waited {
+                    self.fault(format!("a receipt that does not add up: {receipt:?}"));
+                }
+            }
+            (Effect::Frame { number, .. }, Outcome::Done(Ok(()))) => {
+                lock(&self.model).frames[*number as usize].has_returned = true;
+                let audits: Vec<_> = self.shards.iter().flatten().map(Shard::audit).collect();
+                audits.iter().for_each(|audit| self.check_returned(audit));
+            }
+            (Effect::Leave { client, group }, _) if !job.is_accepted => {
+                let was_member = lock(&self.model).clients[*client].groups.remove(group);
+                let why = || format!("{effect:?} found no group");
+                self.presumed_ended.extend(was_member.then(|| (*client, why())));
+            }
+            _ => {}
+        }
+    }
+
+    // ---- Peers ----
+
+    fn peer_acts(&mut self) {
+        let Some(client) = self.any_client() else { return };
+        let act = self.random.below(40);
+        let bytes = self.random.of(&[1, 7, 100, 1000, 5000, 40_000]);
+        let mut asks = self.random.of(&[1, 1, 2, 4, 5, 6, 7, 0, 0, 0, 4, 5, 6]);
+        if self.random.one_in(2) {
+            asks = action::NOTHING;
+        }
+        if self.random.one_in(60) {
+            asks = action::PANIC;
+        }
+        let filler = self.random.of(&[0, 0, 3, 120, 180, 3000]);
+        let chance = self.random.below(8);
+        let expected = lock(&self.model).clients[client].expected.len();
+        let max_message_bytes = self.configs[client].max_message_bytes;
+        tell!(self, "peer {client} act {act} bytes {bytes} asks {asks} filler {filler} chance {chance}");
+        let peer = &mut self.peers[client];
+        let may_speak = !peer.has_said_close;
+        match act {
+            0..=13 => {
+                peer.read(bytes);
+                if bytes > 100 {
+                    peer.answer_pings();
+                }
+            }
+            14..=17 => {
+                peer.read(usize::MAX);
+                peer.answer_pings();
+            }
+            18..=26 if may_speak && peer.in_fragments.is_none() => {
+                let mut payload = peer.said.to_be_bytes().to_vec();
+                payload.push(asks);
+                payload.resize(5 + filler, 0);
+                peer.said += 1;
+                peer.is_faulty |= payload.len() > max_message_bytes;
+                peer.asked_for_panic |= asks == action::PANIC;
+                peer.say(0x82, &payload);
+            }
+            27..=29 if may_speak => match peer.in_fragments.take() {
+                None => {
+                    peer.in_fragments = Some(peer.said);
+                    let number = peer.said;
+                    peer.say(0x02, &number.to_be_bytes());
+                }
+                Some(number) => {
+                    peer.said = number + 1;
+                    peer.say(0x80, &[action::NOTHING]);
+                }
+            },
+            30 | 31 if may_speak => {
+                let number = peer.pings_said;
+                peer.pings_said += 1;
+                peer.say(0x89, &number.to_be_bytes());
+            }
+            32 if may_speak && peer.in_fragments.is_none() => {
+                peer.has_said_close = true;
+                peer.expected_at_close = expected;
+                peer.say(0x88, if chance == 0 { &[] } else { &[0x03, 0xE8] });
+            }
+            33 if chance == 0 => {
+                peer.is_faulty = true;
+                peer.say(0x83, b"x");
+            }
+            34 | 35 if chance == 0 => {
+                let half = if act == 34 { std::net::Shutdown::Both } else { std::net::Shutdown::Write };
+                if let Some(stream) = &peer.stream {
+                    let _ = stream.shutdown(half);
+                    peer.is_broken = true;
+                }
+            }
+            36 if chance == 0 => {
+                peer.stream = None;
+                (peer.is_broken, peer.is_over) = (true, true);
+            }
+            37 => {
+                peer.send_some(3);
+            }
+            _ => peer.send(),
+        }
+    }
+
+    /// Good peers take everything and answer at once.
+    fn good_peers_act(&mut self) {
+        for peer in self.peers.iter_mut().filter(|peer| peer.is_good) {
+            peer.read(usize::MAX);
+            peer.answer_pings();
+            peer.send();
+        }
+    }
+
+    /// Lets a handler that waits go on.
+    fn release(&mut self, client: usize) {
+        let waker = lock(&self.records[client]).waker.take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    // ---- Shards ----
+
+    /// Gives a shard a turn, if its thread would run; whether it took one.
+    pub(crate) fn turn(&mut self, index: usize) -> bool {
+        let Some(shard) = &mut self.shards[index] else { return false };
+        if let Some(Sleep { until }) = self.asleep[index] {
+            let is_due = until.is_some_and(|until| until <= self.now);
+            if !is_due && !is_readable(shard) {
+                return false;
+            }
+        }
+        shard.turn(self.now).unwrap();
+        let audit = shard.audit();
+        if self.is_stopping && self.open_at_stop[index].is_none() {
+            let open = audit.connections.iter().filter(|connection| connection.has_socket).count();
+            self.open_at_stop[index] = Some(open as u64);
+        }
+        if shard.is_over() {
+            tell!(self, "shard {index} is over");
+            self.shards[index] = None;
+            self.asleep[index] = Some(Sleep { until: None });
+            return true;
+        }
+        self.asleep[index] = match shard.doze(self.now) {
+            Some(Duration::ZERO) => None,
+            bound => Some(Sleep { until: bound.map(|bound| self.now + bound) }),
+        };
+        if self.looks_inside {
+            self.check_shard(&audit);
+            self.check_returned(&audit);
+        }
+        true
+    }
+
+    /// Nothing waits for a client whose publisher has been let go because it was to wait for it.
+    fn check_returned(&self, audit: &Audit) {
+        let mut model = lock(&self.model);
+        let mut faults = Vec::new();
+        for connection in audit.connections.iter().filter(|one| one.is_open && one.waiting > 0) {
+            let known = model.clients.iter().position(|client| client.id == Some(connection.id));
+            let Some(client) = known else { continue };
+            let expected = &model.clients[client].expected;
+            if expected.iter().any(|number| model.may_lose(*number, client)) {
+                continue; // then the last that were offered are not the ones that wait
+            }
+            let offered = connection.offered as usize;
+            let Some(waiting) = expected.get(offered - connection.waiting as usize..offered) else {
+                continue;
+            };
+            let is_waited_for = |number: &&u32| matches!(model.policy(**number, client), Policy::Block);
+            let has_returned = |number: &&u32| model.frames[**number as usize].has_returned;
+            for number in waiting.iter().filter(is_waited_for).filter(has_returned) {
+                faults.push(format!("the publish of {number} has returned, and it waits for {client}"));
+            }
+        }
+        model.faults.extend(faults);
+    }
+
+    /// What must hold in one shard after each turn.
+    fn check_shard(&self, audit: &Audit) {
+        let mut model = lock(&self.model);
+        model.faults.extend(audit.errors.iter().cloned());
+        for connection in &audit.connections {
+            let is_within = connection.queued as usize <= connection.outbox_frames
+                && (connection.queued_bytes <= connection.outbox_bytes || connection.queued == 1);
+            let waits_within = connection.waiting as usize <= connection.waiting_frames_max
+                && (connection.waiting_bytes <= connection.waiting_bytes_max || connection.waiting == 1);
+            if !is_within || !waits_within {
+                model.faults.push(format!("beyond the bounds: {connection:?}"));
+            }
+        }
+    }
+
+    /// What must hold in all shards together.
+    pub(crate) fn check_groups(&self) {
+        if !self.looks_inside {
+            return;
+        }
+        let mut groups: BTreeMap<usize, ([u64; 3], [u64; 3])> = BTreeMap::new();
+        for group in self.shards.iter().flatten().flat_map(|shard| shard.audit().groups) {
+            let (local, shared) = groups.entry(group.address).or_default();
+            for (sum, part) in local.iter_mut().zip([group.members, group.congested, group.blocking]) {
+                *sum += part;
+            }
+            *shared = [group.shared_members, group.shared_congested, group.shared_blocking];
+        }
+        for (local, shared) in groups.values() {
+            // Members on their way are counted in what is shared already.
+            if local[1..] != shared[1..] || local[0] > shared[0] {
+                self.fault(format!("a group's shards count {local:?} and all together {shared:?}"));
+            }
+        }
+    }
+
+    /// Everybody acts until nothing happens any more.
+    pub(crate) fn settle(&mut self) {
+        let mut quiet = 0;
+        for round in 0..ROUNDS_MAX {
+            let mut has_acted = false;
+            for index in 0..self.shards.len() {
+                has_acted |= self.turn(index);
+            }
+            let mut index = 0;
+            while index < self.jobs.len() {
+                has_acted |= self.is_woken(index);
+                if !self.poll(index) {
+                    index += 1;
+                }
+            }
+            for client in 0..self.peers.len() {
+                let peer = &mut self.peers[client];
+                let before = peer.progress();
+                peer.read(usize::MAX);
+                peer.answer_pings();
+                peer.send();
+                has_acted |= before != peer.progress();
+                has_acted |= lock(&self.records[client]).waker.is_some();
+                self.release(client);
+            }
+            if round + 5 > ROUNDS_MAX {
+                self.tell_unrest();
+            }
+            quiet = if has_acted { 0 } else { quiet + 1 };
+            if quiet == 2 {
+                // Frames that are held back to be gathered, and the like.
+                let due = self.asleep.iter().flatten().filter_map(|sleep| sleep.until).min();
+                match due {
+                    Some(due) if due <= self.now + ms(4) => {
+                        self.now = self.now.max(due);
+                        quiet = 0;
+                    }
+                    _ => return,
+                }
+            }
+        }
+        self.fault("it does not come to rest".into());
+    }
+
+    /// Who still acts, though everybody should have come to rest.
+    fn tell_unrest(&self) {
+        tell!(self, "at {:?}, asleep {:?}", self.now - self.start, self.asleep);
+        for shard in self.shards.iter().flatten() {
+            tell!(self, "{shard:?} has work: {}, {:?}", shard.has_work(), shard.audit());
+        }
+        for index in (0..self.jobs.len()).filter(|index| self.is_woken(*index)) {
+            tell!(self, "woken: {:?}", self.jobs[index].effect);
+        }
+        for (client, record) in self.records.iter().enumerate() {
+            tell!(self, "{client}: {:?} {:?}", self.peers[client].progress(), lock(record));
+        }
+    }
+
+    // ---- Addresses ----
+
+    fn address(&self, target: &Target) -> Address {
+        match target {
+            Target::Everyone => Address::Everyone,
+            Target::Groups(groups) => Address::Groups(groups.clone()),
+            Target::Client(client) => Address::Client(self.id_of(*client)),
+        }
+    }
+
+    fn place_of(&self, target: &Target) -> Place {
+        match target {
+            Target::Everyone | Target::Groups(_) => Place::Log,
+            Target::Client(client) => Place::Mailbox(self.id_of(*client).shard()),
+        }
+    }
+}
+
+/// A target as the engine knows it.
+enum Address {
+    Everyone,
+    Groups(Vec<usize>),
+    Client(ConnectionId),
+}
+
+impl Address {
+    /// What `to` borrows from.
+    fn parts(&self) -> (Option<ConnectionId>, Vec<&'static str>) {
+        match self {
+            Self::Everyone => (None, Vec::new()),
+            Self::Groups(groups) => (None, groups.iter().map(|group| GROUPS[*group]).collect()),
+            Self::Client(id) => (Some(*id), Vec::new()),
+        }
+    }
+
+    fn to<'a>(&self, one: Option<ConnectionId>, names: &'a [&'a str]) -> To<'a> {
+        match (self, one, names) {
+            (_, Some(id), _) => To::Connection(id),
+            (Self::Groups(_), _, [name]) => To::Group(name),
+            (Self::Groups(_), _, names) => To::Groups(names),
+            _ => To::Everyone,
+        }
+    }
+
+    fn with<T>(&self, call: impl FnOnce(To<'_>) -> T) -> T {
+        let (one, names) = self.parts();
+        call(self.to(one, &names))
+    }
+}
+
+/// Whether a poll of the shard would return at once.
+pub(crate) fn is_readable(shard: &Shard) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    // SAFETY: it is the shard's own, which is borrowed meanwhile.
+    let descriptor = unsafe { std::os::fd::BorrowedFd::borrow_raw(shard.poll_fd()) };
+    let mut descriptors = [PollFd::new(&descriptor, PollFlags::IN)];
+    poll(&mut descriptors, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() > 0
+}
