@@ -319,8 +319,9 @@ mod models {
                     let sleeper = Sleeper::new();
                     let waker = Waker::from(sleeper.clone());
                     for command in [1, 2] {
+                        let mut registration = Registration::default(); // dropped, it would leave the list
                         while matches!(sender.push(0, command), Err(Refused::Full(_))) {
-                            assert!(sender.waiting.register(&mut Registration::default(), &waker));
+                            assert!(sender.waiting.register(&mut registration, &waker));
                             if !matches!(sender.push(0, command), Err(Refused::Full(_))) {
                                 break;
                             }
