@@ -121,6 +121,9 @@ impl Shard {
     fn abandon(&mut self, report: &mut ShutdownReport) {
         let slots: Vec<u32> = self.crowd.connections.iter().map(|(slot, _)| slot as u32).collect();
         for slot in slots {
+            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+                drop(connection.take_opening());
+            }
             self.leave_groups(slot);
             let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { continue };
             self.crowd.metrics.ended += u64::from(connection.phase == Phase::Open);
