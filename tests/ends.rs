@@ -13,9 +13,10 @@ use fixture::office::{Office, numbered};
 use fixture::raw::{BINARY, CLOSE, FIN, PING, PONG, frame, text};
 use fixture::{Peer, Server, desk_app, eventually, soon, visit};
 use shardcast::{
-    BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, Shutdown,
-    ShutdownReport, WsHubConfig,
+    BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, SendError,
+    Shutdown, ShutdownReport, WsHubConfig,
 };
+use tokio::io::AsyncWriteExt as _;
 use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite;
 
@@ -194,7 +195,54 @@ async fn pongs_are_signs_of_life_for_the_idle_timeout() {
     assert_eq!(raw.close_code().await, Some(1001));
 }
 
+// ---- clients that end while a method is pending, or end only their side
+
+#[tokio::test]
+async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
+    let mut office = Office::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+    let (mut raw, id) = office.visit_raw().await;
+    raw.says(&[text("wait"), frame(FIN | PING, b"x")].concat()).await;
+    assert_eq!(raw.hears().await, (PONG, b"x".to_vec()));
+    raw.says(&[text("all I leave"), frame(FIN | CLOSE, &1000u16.to_be_bytes())].concat()).await;
+    assert_eq!(raw.close_code().await, Some(1000));
+    eventually(0, || office.hub.len()).await;
+    // What it said before is handled, then it is told the end.
+    let (mut witness, _) = office.visit().await;
+    assert_eq!(office.others_ended(), []);
+    office.ledger.permits.add_permits(1);
+    witness.hears(&["waited", "I leave"]).await;
+    assert_eq!(office.ended().await, (id, peer(Some(1000))));
+}
+
+#[tokio::test]
+async fn the_answer_arrives_though_the_client_has_ended_its_side() {
+    let mut office = Office::open(1, WsHubConfig::default()).await;
+    for (said, heard) in [("hello", "hello"), ("wait", "waited")] {
+        let (mut raw, id) = office.visit_raw().await;
+        raw.says(&text(said)).await;
+        soon(raw.stream.shutdown()).await.unwrap();
+        office.ledger.permits.add_permits(usize::from(said == "wait"));
+        assert_eq!(raw.rest().await, (vec![heard.to_owned()], None));
+        assert_eq!(office.ended().await, (id, CloseReason::Vanished));
+    }
+}
+
 // ---- ends by the application
+
+#[tokio::test]
+async fn a_close_code_that_cannot_be_sent_is_an_error_and_ends_nobody() {
+    let mut office = Office::open(1, WsHubConfig::default()).await;
+    let (mut peer, id) = office.visit().await;
+    for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
+        let refused = office.hub.disconnect(id, code, "upstream gone").await;
+        assert!(matches!(refused, Err(SendError::InvalidCloseCode(_))), "{code}: {refused:?}");
+        let refused = office.engine.shutdown_with(Shutdown { code, ..Shutdown::within(ms(1000)) }).await;
+        assert!(refused.is_err(), "{code}");
+    }
+    peer.say("me still here").await;
+    peer.hears(&["still here"]).await;
+    assert_eq!(office.others_ended(), []);
+}
 
 async fn hears_then_ends(peer: Peer, texts: &[&str], code: u16, reason: &str) {
     assert_eq!(

@@ -317,6 +317,39 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
 }
 
 #[tokio::test]
+async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on() {
+    let config = WsHubConfig {
+        outbox_frames: 1,
+        outbox_bytes: 1024,
+        heartbeat_interval: ms(100),
+        pong_timeout: ms(1000),
+        ..WsHubConfig::default()
+    };
+    let mut office = Office::open(1, config).await;
+    // Its pings are answered where nobody listens to it meanwhile.
+    let (mut neighbour, _) = office.visit().await;
+    let (flooder, id) = office.visit_raw().await;
+    let flood = text(&format!("all {}", "x".repeat(1000))).repeat(100);
+    let flooding = tokio::spawn(async move {
+        let mut at = 0;
+        loop {
+            // Whatever it sends, and for as long as it is taken.
+            match flooder.stream.try_write(&flood[at..]) {
+                Ok(count) => at = (at + count) % flood.len(),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => tokio::time::sleep(ms(5)).await,
+                Err(_) => return,
+            }
+        }
+    });
+    for text in ["one", "two", "three"] {
+        neighbour.say(format!("all {text}")).await;
+        while neighbour.hear().await != text {}
+    }
+    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
+    soon(flooding).await.unwrap();
+}
+
+#[tokio::test]
 async fn pongs_that_answer_nothing_keep_no_peer_alive() {
     // Such that no pause of a busy machine is as long: it is the wrong words that must not count.
     let (mut office, _neighbours, _neighbour) = impatient(ms(1000)).await;

@@ -9,6 +9,7 @@ mod fixture;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -320,4 +321,44 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     ada.say("all on we go").await;
     ada.hears(&["on we go"]).await;
     bob.hears(&["on we go"]).await;
+}
+
+// ---- the end of an engine
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tls_client_that_has_got_everything_and_its_close_is_reported_as_flushed() {
+    let engine = engine(2);
+    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let server = TlsServer::by_axum(desk_app(hub.clone())).await;
+    let mut readers = Vec::new();
+    for _ in 0..3 {
+        readers.push(tokio::spawn(server.visit().await.0.rest()));
+    }
+    hub.to_all().publish("last words".to_owned()).await.unwrap();
+    let report = soon(engine.shutdown(fixture::PATIENCE)).await;
+    assert_eq!((report.flushed, report.cut_off), (3, 0));
+    for reader in readers {
+        let heard = soon(reader).await.unwrap();
+        assert_eq!(heard, (vec!["last words".to_owned()], Some((1001, String::new()))));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tls_client_is_not_reported_as_flushed_for_what_is_still_on_its_way_to_it() {
+    const BYTES: usize = 8 << 20;
+    let engine = engine(2);
+    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let server = TlsServer::by_axum(desk_app(hub.clone())).await;
+    let mut stalled = Vec::new();
+    for _ in 0..3 {
+        stalled.push(server.visit().await.0);
+    }
+    hub.to_all().try_publish("x".repeat(BYTES)).unwrap();
+    let report = soon(engine.shutdown(Duration::from_millis(500))).await;
+    assert_eq!((report.flushed, report.cut_off), (0, 3));
+    // Nobody could have got all of it.
+    for peer in stalled {
+        let (texts, close) = peer.rest().await;
+        assert_eq!((texts.len(), close), (0, None));
+    }
 }

@@ -359,6 +359,9 @@ impl Connection {
     /// The ping is with the kernel. `is_ahead`: it is behind something that the peer has not taken.
     pub(crate) fn ping_sent(&mut self, now: Duration, is_ahead: bool) {
         self.heartbeat.sent(now);
+        if self.read_limit() == 0 {
+            self.heartbeat.paused();
+        }
         self.ping_end = self.written;
         if !is_ahead {
             self.taken = self.ping_end;

@@ -11,6 +11,7 @@ mod fixture;
 
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use fixture::{Client, Heard, Peer, Rig, at_once, block_on, client_frame, lock, newcomer_by_tcp};
@@ -62,106 +63,150 @@ fn pass_answering(rig: &mut Rig, client: &mut Client, time: Duration) {
 
 // ---- Signs of life ----------------------------------------------------------------------------------------------
 
+/// Where a pong is while its peer's handler is busy.
+#[derive(Debug, Clone, Copy)]
+enum Stuck {
+    /// Before the message that keeps the handler busy.
+    Nowhere,
+    /// Behind it and so many others of 1,000 bytes.
+    Behind(usize),
+    /// Behind as many that were said before the ping came.
+    LongBehind(usize),
+}
+
+/// Right behind the message, behind more than is read at once, behind more than is read ahead of a busy handler.
+const STUCK: [Stuck; 6] = [
+    Stuck::Nowhere,
+    Stuck::Behind(0),
+    Stuck::Behind(2),
+    Stuck::Behind(40),
+    Stuck::LongBehind(0),
+    Stuck::LongBehind(40),
+];
+
+/// A connection with a busy handler, whose peer has answered a ping at once.
+fn answered_but_busy(stuck: Stuck, is_tcp: bool, config: ConnectionConfig) -> (Rig, Client) {
+    let engine = EngineConfig { shards: Some(1), read_buffer_bytes: 1024, ..EngineConfig::default() };
+    let mut rig = Rig::with(engine, config);
+    let (newcomer, mut client) = match is_tcp {
+        true => newcomer_by_tcp(&rig.engine, &rig.config),
+        false => fixture::newcomer(&rig.engine, &rig.config, 1 << 16),
+    };
+    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    rig.settle();
+    let busy = |others: usize| {
+        [client_frame(0x82, b"wait"), client_frame(0x82, &[b'x'; 1000]).repeat(others)].concat()
+    };
+    if let Stuck::LongBehind(others) = stuck {
+        client.peer.stream.write_all(&busy(others)).unwrap();
+        arrive(&mut rig, &client);
+    }
+    let nonce = await_ping(&mut rig, &mut client.peer);
+    let pong = client_frame(0x8A, &nonce);
+    let said = match stuck {
+        Stuck::Nowhere => [pong, busy(0)].concat(),
+        Stuck::Behind(others) => [busy(others), pong].concat(),
+        Stuck::LongBehind(_) => pong,
+    };
+    client.peer.stream.write_all(&said).unwrap();
+    arrive(&mut rig, &client);
+    assert_eq!(client.record().messages, ["wait"]);
+    (rig, client)
+}
+
+/// Waits for the first message: by TCP it comes when it comes.
+fn arrive(rig: &mut Rig, client: &Client) {
+    let began = Instant::now();
+    rig.settle();
+    while client.record().messages.is_empty() && began.elapsed() < Duration::from_secs(20) {
+        rig.settle();
+    }
+}
+
 #[test]
 fn a_pong_counts_wherever_it_is_stuck_behind_a_busy_handler() {
-    // Behind the message; behind more than is read at once; behind more than is read ahead of a busy handler.
-    for behind in [None, Some(0), Some(2000), Some(40_000)] {
-        for is_tcp in [false, true] {
-            let engine = EngineConfig { shards: Some(1), read_buffer_bytes: 1024, ..EngineConfig::default() };
-            let mut rig = Rig::with(engine, beating(1000, 300));
-            let mut client = if is_tcp {
-                let (newcomer, client) = newcomer_by_tcp(&rig.engine, &rig.config);
-                at_once(rig.everyone.adopt(newcomer)).unwrap();
-                rig.settle();
-                client
-            } else {
-                rig.connect()
-            };
-            let nonce = await_ping(&mut rig, &mut client.peer);
-            let (message, pong) = (client_frame(0x82, b"wait"), client_frame(0x8A, &nonce));
-            let said = match behind {
-                None => [pong, message].concat(),
-                Some(length) => [message, client_frame(0x82, &vec![b'x'; length]), pong].concat(),
-            };
-            client.peer.stream.write_all(&said).unwrap();
-            // By TCP it comes when it comes.
-            let began = Instant::now();
-            while client.record().messages.is_empty() && began.elapsed() < Duration::from_secs(20) {
-                rig.settle();
-            }
-            assert_eq!(client.record().messages, ["wait"]);
-            rig.pass(ms(500));
-            assert_eq!(client.record().ends, [], "it has answered in time; behind {behind:?}, TCP {is_tcp}");
-            client.release();
-            rig.settle();
-            assert_eq!(client.record().ends, [], "behind {behind:?}, TCP {is_tcp}");
-        }
+    for (stuck, is_tcp) in STUCK.into_iter().flat_map(|stuck| [(stuck, false), (stuck, true)]) {
+        let (mut rig, client) = answered_but_busy(stuck, is_tcp, beating(1000, 300));
+        rig.pass(ms(900)); // three times the pong timeout, and before the next ping
+        assert_eq!(client.record().ends, [], "it has answered in time; {stuck:?}, TCP {is_tcp}");
+        client.release();
+        rig.settle();
+        assert_eq!(client.record().ends, [], "{stuck:?}, TCP {is_tcp}");
     }
 }
 
 #[test]
 fn a_handlers_time_is_no_round_trip() {
-    for is_behind in [false, true] {
-        let policy = Policy::DropOnHighRtt { max_rtt: ms(100), rtt_samples: 1 };
-        let mut rig = Rig::one(ConnectionConfig { policy, ..beating(1000, 10_000) });
-        let mut client = rig.connect();
-        let nonce = await_ping(&mut rig, &mut client.peer);
-        let (message, pong) = (client_frame(0x82, b"wait"), client_frame(0x8A, &nonce));
-        let said = if is_behind { [message, pong] } else { [pong, message] }.concat();
-        client.peer.stream.write_all(&said).unwrap();
-        rig.settle();
+    let policy = Policy::DropOnHighRtt { max_rtt: ms(100), rtt_samples: 1 };
+    for stuck in STUCK {
+        let config = ConnectionConfig { policy, ..beating(1000, 10_000) };
+        let (mut rig, client) = answered_but_busy(stuck, false, config);
         rig.pass(ms(500));
         client.release();
         rig.settle();
-        assert_eq!(client.record().ends, [], "answered within 20 ms; behind the message: {is_behind}");
+        assert_eq!(client.record().ends, [], "answered within 20 ms; {stuck:?}");
         let rtt = rig.metrics_of(client.id()).unwrap().rtt.last;
-        assert!(rtt.is_none_or(|rtt| rtt <= ms(20)), "{rtt:?}");
+        assert!(rtt.is_none_or(|rtt| rtt <= ms(20)), "{rtt:?}, {stuck:?}");
     }
 }
 
-/// Blocks its shard for so long with each message.
-struct Blocker(Duration);
+/// Blocks its shard for so long in each of so many turns, and tells when it has done so.
+struct Blocker {
+    time: Duration,
+    turns: usize,
+    done: Sender<()>,
+}
 
 impl Handler for Blocker {
-    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
-        std::thread::sleep(self.0);
-        Flow::Ready
+    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Flow {
+        self.on_resume(context)
+    }
+
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
+        std::thread::sleep(self.time);
+        self.turns -= 1;
+        if self.turns == 0 {
+            self.done.send(()).unwrap();
+            return Flow::Ready;
+        }
+        context.waker().wake();
+        Flow::Pending
     }
 }
 
 #[test]
 fn a_neighbour_that_blocks_the_shard_is_no_round_trip() {
+    // So long that no pause of a busy machine comes near, and that pongs arrive in the middle.
     const MAX: Duration = ms(500);
-    let engine = EngineConfig { shards: Some(1), pin: false, ..EngineConfig::default() };
-    let engine = Engine::start(engine).unwrap();
+    let engine =
+        Engine::start(EngineConfig { shards: Some(1), pin: false, ..EngineConfig::default() }).unwrap();
     let everyone = engine.namespace();
     let policy = Policy::DropOnHighRtt { max_rtt: MAX, rtt_samples: 2 };
     let config = Arc::new(ConnectionConfig { policy, ..beating(50, 60_000) });
     let (newcomer, client) = fixture::newcomer(&engine, &config, 1 << 16);
     block_on(everyone.adopt(newcomer)).unwrap();
-    let blocker = Box::new(|_| Box::new(Blocker(3 * MAX)) as Box<dyn Handler>);
-    let (newcomer, mut neighbour) = fixture::newcomer_for(&engine, &config, 1 << 16, blocker);
+    let (done, is_done) = channel();
+    // A ping is written in the turn after the one in which it is due, and its pong read two turns later.
+    let blocker = Blocker { time: 5 * MAX / 2, turns: 6, done };
+    let (newcomer, mut neighbour) =
+        fixture::newcomer_for(&engine, &config, 1 << 16, Box::new(|_| Box::new(blocker)));
     block_on(everyone.adopt(newcomer)).unwrap();
     let Client { mut peer, record } = client;
-    let idle = std::thread::spawn(move || peer.wait_data_until(|text| text == "enough"));
+    let idle = std::thread::spawn(move || {
+        let heard = peer.wait_data_until(|text| text == "enough");
+        (peer, heard)
+    });
+    neighbour.text("block");
+    is_done.recv().unwrap();
+    // What had arrived by now has been read when the shard has done something else, twice.
     for _ in 0..2 {
-        neighbour.text("block");
+        block_on(everyone.publish(To::Everyone, &[], Frame::text("a turn"))).unwrap();
+        assert_eq!(block_on(everyone.send(To::Group("nobody"), &[], Frame::text(""))).unwrap().targets, 0);
     }
-    // Behind two messages that block it, and a ping of each.
-    let received = || {
-        let (tell, told) = std::sync::mpsc::channel();
-        let ask = everyone.survey(To::Everyone, &[], move |part| tell.send(part.received).unwrap());
-        block_on(ask).unwrap();
-        told.iter().sum::<u64>()
-    };
-    while received() < 2 {
-        std::thread::yield_now();
-    }
-    // The pongs of what was pinged meanwhile have been read before the next survey but one.
-    let _ = (received(), received());
-    assert_eq!(lock(&record).ends, [], "it answers at once");
-    block_on(everyone.publish(To::Everyone, &[], Frame::text("enough"))).unwrap();
-    assert_eq!(idle.join().unwrap(), <[&str; 0]>::default());
+    let receipt = block_on(everyone.send(To::Everyone, &[], Frame::text("enough"))).unwrap();
+    let (_peer, heard) = idle.join().unwrap();
+    assert_eq!((heard.len(), receipt.targets), (2, 2), "it answers each ping at once");
+    assert_eq!(lock(&record).ends, []);
 }
 
 #[test]
@@ -195,23 +240,27 @@ fn a_long_message_that_keeps_coming_keeps_its_connection() {
 
 #[test]
 fn a_long_message_that_is_taken_slowly_keeps_its_connection() {
-    let mut rig = Rig::one(beating(200, 200));
-    let mut client = rig.connect();
-    rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(400_000))).unwrap();
-    let mut heard = Vec::new();
-    // The pings wait behind what it has not read yet; 2,000 bytes each 33 ms are 6.6 s.
-    while heard.is_empty() && client.record().ends.is_empty() {
-        rig.pass(ms(33));
-        for one in client.peer.hear_some(2000) {
-            match one {
-                Heard::Ping(nonce) => client.peer.say(0x8A, &nonce),
-                other => heard.push(other),
+    // The pings wait behind what it has not read yet: here, or in the kernel.
+    for (send_buffer, bytes) in [(4096, 2000), (1 << 20, 20_000)] {
+        let mut rig = Rig::one(beating(200, 200));
+        rig.send_buffer = send_buffer;
+        let mut client = rig.connect();
+        rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(400_000))).unwrap();
+        let (began, mut heard) = (rig.now, Vec::new());
+        while heard.is_empty() && client.record().ends.is_empty() {
+            rig.pass(ms(33));
+            for one in client.peer.hear_some(bytes) {
+                match one {
+                    Heard::Ping(nonce) => client.peer.say(0x8A, &nonce),
+                    other => heard.push(other),
+                }
             }
         }
+        assert_eq!(client.record().ends, [], "send buffer {send_buffer}");
+        assert!(rig.now - began > ms(500), "a test of something");
+        let [Heard::Data(text)] = &heard[..] else { panic!("{heard:?}") };
+        assert_eq!(text.len(), 400_000);
     }
-    assert_eq!(client.record().ends, []);
-    let Some(Heard::Data(text)) = heard.first() else { panic!("{heard:?}") };
-    assert_eq!(text.len(), 400_000);
 }
 
 // ---- Pings of our own -------------------------------------------------------------------------------------------
@@ -380,20 +429,26 @@ fn a_client_that_only_answers_pings_ends_where_messages_are_asked_for() {
 
 #[test]
 fn a_policy_of_one_message_judges_by_its_own_number_of_round_trips() {
-    for (rtt_samples, ends) in [(1, vec![CloseReason::HighRtt]), (2, vec![])] {
+    for (rtt_samples, ends) in [(1, vec![]), (3, vec![CloseReason::HighRtt])] {
         let mut rig = Rig::one(beating(1000, 900));
         let mut client = rig.connect();
-        let policy = Policy::DropOnHighRtt { max_rtt: ms(250), rtt_samples };
-        let judging = rig.everyone.with_policy(policy).unwrap();
-        for rtt in [10, 10, 400] {
+        let judging = |max_rtt, rtt_samples| {
+            rig.everyone.with_policy(Policy::DropOnHighRtt { max_rtt, rtt_samples }).unwrap()
+        };
+        let (patient, strict) = (judging(ms(500), 3), judging(ms(250), rtt_samples));
+        for rtt in [400, 400, 10] {
             let nonce = await_ping(&mut rig, &mut client.peer);
             rig.pass(ms(rtt));
             client.peer.say(0x8A, &nonce);
             rig.settle();
-            judging.try_publish(To::Everyone, &[], Frame::text("judge")).unwrap();
+            // From the first on, three are remembered.
+            patient.try_publish(To::Everyone, &[], Frame::text("judge")).unwrap();
             rig.settle();
+            assert_eq!(client.record().ends, []);
         }
-        // The last alone was too slow; the last two together were not.
+        // The last alone was quick, the last three together were too slow; and nothing waits for the peer.
+        strict.try_publish(To::Everyone, &[], Frame::text("judge")).unwrap();
+        rig.settle();
         assert_eq!(client.record().ends, ends, "over {rtt_samples}");
     }
 }

@@ -85,13 +85,18 @@ fn a_client_that_is_turned_away_in_on_open_hears_its_close_and_nothing_else() {
     assert!(rig.everyone.is_empty());
 }
 
-/// Tells everyone that it is here, and closes: all within `on_open`.
-struct TurnedAway(Namespace);
+/// Tells everyone that it is here, within `on_open`; and may close at once.
+struct Announcer {
+    everyone: Namespace,
+    turns_away: bool,
+}
 
-impl Handler for TurnedAway {
+impl Handler for Announcer {
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
-        self.0.try_publish(To::Everyone, &[], Frame::text("somebody was turned away")).unwrap();
-        context.close(CloseReason::Application { code: CloseCode(4001), text: "not you".into() });
+        self.everyone.try_publish(To::Everyone, &[], Frame::text("here is somebody")).unwrap();
+        if self.turns_away {
+            context.close(CloseReason::Application { code: CloseCode(4001), text: "not you".into() });
+        }
         Flow::Ready
     }
 
@@ -101,15 +106,21 @@ impl Handler for TurnedAway {
 }
 
 #[test]
-fn what_a_handler_tells_everyone_in_on_open_does_not_reach_the_client_that_it_turns_away() {
-    let mut rig = Rig::new(2);
-    let mut witness = rig.connect();
-    let everyone = rig.everyone.clone();
-    let mut peer = rig.connect_handler(Box::new(|_| Box::new(TurnedAway(everyone))));
-    publish(&rig, To::Everyone, "later");
-    rig.settle();
-    assert_eq!(peer.hear(), [Heard::Close(Some(4001)), Heard::End]);
-    assert_eq!(witness.peer.hear_data(), ["somebody was turned away", "later"]);
+fn what_a_handler_tells_everyone_in_on_open_does_not_reach_its_own_client() {
+    for turns_away in [false, true] {
+        let mut rig = Rig::new(2);
+        let mut witness = rig.connect();
+        let everyone = rig.everyone.clone();
+        let mut peer = rig.connect_handler(Box::new(move |_| Box::new(Announcer { everyone, turns_away })));
+        publish(&rig, To::Everyone, "later");
+        rig.settle();
+        let heard = peer.hear();
+        match turns_away {
+            false => assert_eq!(heard, [Heard::Data("later".into())]),
+            true => assert_eq!(heard, [Heard::Close(Some(4001)), Heard::End]),
+        }
+        assert_eq!(witness.peer.hear_data(), ["here is somebody", "later"]);
+    }
 }
 
 #[test]

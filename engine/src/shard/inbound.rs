@@ -203,7 +203,7 @@ impl Shard {
         let before = connection.unfinished_bytes();
         self.decode(slot, input);
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        if connection.read_limit() == 0 && connection.heartbeat.awaits_answer() {
+        if connection.read_limit() == 0 {
             connection.heartbeat.paused();
         }
         self.count_unfinished(slot, before);

@@ -1,0 +1,121 @@
+//! What reaches a client before its hub's `on_open` is over, over real sockets.
+//!
+//! Nothing that is for all: so nobody hears secrets ahead of the greeting, and who is turned away hears none at all.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
+
+mod fixture;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::Query;
+use axum::routing::any;
+use fixture::{Peer, Server, engine, soon};
+use serde::Deserialize;
+use shardcast::{CloseCode, Hub, MessageContext, RawCodec, RunOn, WebSocketUpgrade, WsHub, WsHubConfig};
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// Joins a group, looks the client up for as long as the test wants, then greets it or turns it away.
+struct Doorman {
+    turns_away: bool,
+    opening: UnboundedSender<()>,
+    looked_up: Arc<Semaphore>,
+}
+
+impl WsHub for Doorman {
+    type Codec = RawCodec;
+    type InMessage = String;
+    type OutMessage = String;
+
+    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+        ctx.add_to_group("early").await;
+        self.opening.send(()).unwrap();
+        self.looked_up.acquire().await.unwrap().forget();
+        if self.turns_away {
+            ctx.disconnect(CloseCode(4001), "not you").await;
+        } else {
+            ctx.unicast("welcome".to_owned()).await;
+        }
+    }
+
+    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+        ctx.broadcast(text).await;
+    }
+}
+
+#[derive(Deserialize)]
+struct Asked {
+    turns_away: bool,
+}
+
+struct Door {
+    hub: Hub<Doorman>,
+    server: Server,
+    opening: UnboundedReceiver<()>,
+    looked_up: Arc<Semaphore>,
+}
+
+impl Door {
+    async fn open(run_on: RunOn) -> Self {
+        let hub = engine(2).hub::<Doorman>(WsHubConfig { run_on, ..WsHubConfig::default() }).unwrap();
+        let (opening, is_opening) = unbounded_channel();
+        let looked_up = Arc::new(Semaphore::new(0));
+        let (served, semaphore) = (hub.clone(), looked_up.clone());
+        let serve = async move |ws: WebSocketUpgrade, Query(Asked { turns_away }): Query<Asked>| {
+            ws.serve(&served, Doorman { turns_away, opening: opening.clone(), looked_up: semaphore.clone() })
+        };
+        let server = Server::start(Router::new().route("/ws", any(serve))).await;
+        Self { hub, server, opening: is_opening, looked_up }
+    }
+
+    /// A client that is being looked up.
+    async fn visit(&mut self, turns_away: bool) -> Peer {
+        let peer = Peer::connect(self.server.url(&format!("/ws?turns_away={turns_away}"))).await;
+        soon(self.opening.recv()).await.unwrap();
+        peer
+    }
+
+    async fn tell(&self, text: &str) -> u64 {
+        soon(self.hub.to_all().send(text.to_owned())).await.unwrap().targets
+    }
+}
+
+#[tokio::test]
+async fn nothing_that_is_for_all_reaches_a_client_before_its_on_open_is_over() {
+    for run_on in [RunOn::Shard, RunOn::Runtime] {
+        let mut door = Door::open(run_on).await;
+        let mut ada = door.visit(false).await;
+        assert_eq!(door.tell("a secret").await, 0);
+        // It is a member of what it has joined.
+        let receipt = soon(door.hub.to_group("early").send("to the group".to_owned())).await.unwrap();
+        assert_eq!(receipt.targets, 1);
+        door.looked_up.add_permits(1);
+        // What it says is handled when it is among all.
+        ada.say("hello all").await;
+        ada.hears(&["to the group", "welcome", "hello all"]).await;
+        let mut bob = door.visit(false).await;
+        assert_eq!(door.tell("only for Ada").await, 1);
+        door.looked_up.add_permits(1);
+        bob.say("hello Ada").await;
+        bob.hears(&["welcome", "hello Ada"]).await;
+        ada.hears(&["only for Ada", "hello Ada"]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_on_open_turns_away_hears_its_close_and_nothing_else() {
+    for run_on in [RunOn::Shard, RunOn::Runtime] {
+        let mut door = Door::open(run_on).await;
+        let eve = door.visit(true).await;
+        assert_eq!(door.tell("a secret").await, 0);
+        door.looked_up.add_permits(1);
+        let rest = tokio::spawn(eve.closed());
+        while !rest.is_finished() {
+            assert_eq!(door.tell("another secret").await, 0);
+            tokio::task::yield_now().await; // nobody is there, so nothing is waited for
+        }
+        assert_eq!(soon(rest).await.unwrap(), (4001, "not you".to_owned()));
+    }
+}
