@@ -62,7 +62,8 @@ mod tests {
     #[test]
     fn messages_come_back_whole_and_in_order() {
         let mut held = Held::default();
-        let message = |number: u32| (number.to_string().repeat(number as usize % 9), number.is_multiple_of(2));
+        let message =
+            |number: u32| (number.to_string().repeat(number as usize % 9), number.is_multiple_of(2));
         let kind = |is_text| if is_text { MessageKind::Text } else { MessageKind::Binary };
         let (mut pushed, mut popped) = (0, 0);
         for round in 0..200 {
