@@ -274,6 +274,36 @@ fn beyond_the_budget_for_unfinished_messages_the_largest_is_shed() {
     assert_eq!(rig.engine.metrics().unfinished_bytes, 0);
 }
 
+#[test]
+fn drops_are_counted_beyond_32_bits() {
+    let policy = Policy::DropMessage { timeout: Duration::ZERO };
+    let mut rig = Rig::one(ConnectionConfig { outbox_frames: 1, policy, ..ConnectionConfig::default() });
+    let client = rig.connect();
+    let id = client.id();
+    rig.everyone.try_publish(To::Everyone, &[], bytes(100_000)).unwrap();
+    rig.settle(); // the outbox is full
+    let before = 2 * (u64::from(u32::MAX) - 1); // just below for each cause
+    rig.shards[0].pretend_losses(id, before);
+    let late = rig.everyone.with_policy(Policy::DropMessage { timeout: ms(10) }).unwrap();
+    for everyone in [rig.everyone.clone(), late] {
+        for _ in 0..5 {
+            everyone.try_publish(To::Everyone, &[], bytes(10)).unwrap();
+            rig.settle();
+        }
+    }
+    rig.pass(ms(100));
+    assert_eq!(look(&rig).pending, 1); // and the books of this connection balance
+    let counted = rig.metrics_of(id).unwrap();
+    let all = rig.engine.metrics();
+    for (timeout, overflow) in
+        [(counted.dropped_timeout, counted.dropped_overflow), (all.dropped_timeout, all.dropped_overflow)]
+    {
+        assert_eq!((timeout, overflow), (before / 2 + 5, before / 2 + 5));
+    }
+    assert_eq!(client.record().drops.iter().sum::<u32>(), 10, "the handler is told of the ten");
+    assert_eq!(client.record().ends, []);
+}
+
 // ---- Time -------------------------------------------------------------------------------------------------------
 
 #[test]

@@ -1,7 +1,7 @@
 //! What a shard looks like from inside, between two turns. Only for the engine's own tests.
 //!
 //! Behind the feature `audit`. Looks and changes nothing, but for `doze`, which puts the
-//! shard to sleep as its thread does before it polls. `Audit::errors` lists what must hold
+//! shard to sleep as its thread does before it polls, and for counts that a test sets. `Audit::errors` lists what must hold
 //! after every turn and does not: the books, the lists of what is to be done, the
 //! reminders, the counts of members and of congested ones. Does not know what was sent.
 
@@ -82,6 +82,21 @@ impl Shard {
     /// Whether its thread would end now.
     pub fn is_over(&self) -> bool {
         self.has_stopped()
+    }
+
+    /// Lets a connection have lost so many frames before, half of them for each cause, so that a test need not wait
+    /// until it has.
+    pub fn pretend_losses(&mut self, id: ConnectionId, frames: u64) {
+        let Some(connection) = self.crowd.connections.get_mut(id.slot()) else { return };
+        connection.counts.offered += frames;
+        self.crowd.metrics.offered += frames;
+        let (early, late) = (frames / 2, frames - frames / 2);
+        let losses = connection.counts.lose();
+        losses.dropped_timeout += early;
+        losses.dropped_overflow += late;
+        losses.in_a_row = losses.in_a_row.saturating_add(u32::try_from(frames).unwrap_or(u32::MAX));
+        self.crowd.metrics.dropped_timeout += early;
+        self.crowd.metrics.dropped_overflow += late;
     }
 
     /// Looks at everything.

@@ -1,0 +1,102 @@
+//! What an operator reads of clients that were ended for what they did: few lines, however many clients.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use fixture::{Client, Rig, lock};
+use shardcast_engine::{ConnectionConfig, EngineConfig, FrameError};
+use tracing::subscriber::DefaultGuard;
+
+/// What this thread logs at `info` and above, for as long as the guard lives.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        lock(&self.0).extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Log {
+    fn listen() -> (Self, DefaultGuard) {
+        let log = Self::default();
+        let writer = log.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        (log, tracing::subscriber::set_default(subscriber))
+    }
+
+    /// The lines so far that tell of ended clients.
+    fn lines(&self) -> Vec<String> {
+        let text = String::from_utf8_lossy(&lock(&self.0)).into_owned();
+        text.lines().filter(|line| line.contains("clients were ended")).map(str::to_owned).collect()
+    }
+}
+
+/// Ends them for too many control frames.
+fn flood(rig: &mut Rig, clients: &mut [Client]) {
+    for client in clients.iter_mut() {
+        for _ in 0..4 {
+            client.peer.say(0x8A, b"unasked");
+        }
+    }
+    rig.settle();
+    assert!(clients.iter().all(|client| client.record().ends.len() == 1));
+}
+
+fn rig() -> Rig {
+    let config = ConnectionConfig { control_frames_per_second: 3, ..ConnectionConfig::default() };
+    Rig::with(EngineConfig { shards: Some(1), ..EngineConfig::default() }, config)
+}
+
+#[test]
+fn many_clients_that_are_ended_at_once_are_one_line_and_later_ones_one_line_in_ten_seconds() {
+    let (log, _guard) = Log::listen();
+    let mut rig = rig();
+    let mut clients = rig.connect_many(60);
+    rig.pass(Duration::from_secs(1));
+    flood(&mut rig, &mut clients[..20]);
+    rig.pass(Duration::from_millis(100));
+    let lines = log.lines();
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+    assert!(lines[0].contains(" INFO ") && lines[0].contains("flooding=20"), "{lines:#?}");
+    // Others, over the next ten seconds, are told together.
+    for some in clients[20..].chunks_mut(10) {
+        rig.pass(Duration::from_secs(2));
+        flood(&mut rig, some);
+        assert_eq!(log.lines().len(), 1);
+    }
+    rig.pass(Duration::from_secs(3));
+    let lines = log.lines();
+    assert_eq!(lines.len(), 2, "{lines:#?}");
+    assert!(lines[1].contains("flooding=40"), "{lines:#?}");
+    rig.pass(Duration::from_secs(60));
+    assert_eq!(log.lines().len(), 2, "nobody was ended since");
+}
+
+#[test]
+fn a_client_that_leaves_or_breaks_the_protocol_leaves_no_line() {
+    let (log, _guard) = Log::listen();
+    let mut rig = rig();
+    let mut clients = rig.connect_many(2);
+    clients[0].peer.close(1000);
+    clients[1].peer.say(0xF1, b"x");
+    rig.settle();
+    rig.pass(Duration::from_secs(20));
+    let ends = clients[1].record().ends;
+    assert!(
+        matches!(ends[..], [shardcast_engine::CloseReason::Protocol(FrameError::ReservedBits)]),
+        "{ends:?}"
+    );
+    assert_eq!(log.lines(), <[&str; 0]>::default());
+}
