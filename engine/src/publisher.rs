@@ -4,6 +4,7 @@
 //! finds the log or a mailbox full gets the value back. Knows the log, the mailboxes and
 //! the directory. Does not know sockets or connections.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
@@ -23,6 +24,17 @@ use crate::wait_list::Refused;
 
 /// Publications after which even a shard that they do not concern is woken to pass them.
 const LAG_MAX: u64 = 256;
+
+thread_local! {
+    /// What this thread has tried to send so far, to any engine. Only looked at before and after a call, so that a shard
+    /// knows whether a handler has sent something in between: what other threads send meanwhile is not its doing.
+    static SENT: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Grows with each publication or command that the calling thread tries to send.
+pub(crate) fn sent_by_this_thread() -> u64 {
+    SENT.get()
+}
 
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -63,6 +75,7 @@ impl Shared {
 
     /// Puts a publication into the log and wakes the shards that it concerns. Its bytes have been reserved.
     pub(crate) fn try_publish(&self, publication: Publication) -> Result<(), Refused<Publication>> {
+        SENT.set(SENT.get() + 1);
         let waited_for = publication.ticket.is_some();
         let concerned = match &publication.target {
             Target::One(group) => smallvec::smallvec![Named::Group(group.clone())],
@@ -102,6 +115,7 @@ impl Shared {
 
     /// Puts a command into a shard's mailbox, to be carried out after all that was published before.
     pub(crate) fn try_command(&self, shard: usize, command: Command) -> Result<(), Refused<Command>> {
+        SENT.set(SENT.get() + 1);
         match self.mailboxes.get(shard) {
             Some(mailbox) => mailbox.push(self.log.tail(), command),
             None => Err(Refused::Closed(command)),

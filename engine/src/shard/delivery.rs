@@ -22,6 +22,7 @@ use crate::log::Reader;
 use crate::metrics::Counts;
 use crate::outbox::{Chunk, Outbox, Retained};
 use crate::policy::Policy;
+use crate::publisher::sent_by_this_thread;
 use crate::receipt::Ticket;
 use crate::socket::Socket;
 use crate::wheel::UNARMED;
@@ -243,10 +244,9 @@ impl Shard {
             self.burst_max.min(self.crowd.connections[slot].config.outbox_frames as u64 / 4).max(1);
         let slot = slot as u32;
         self.beat(slot);
-        let sent = |shard: &Self| (shard.shared.log.tail(), shard.mailbox().len());
-        let before = sent(self);
+        let before = sent_by_this_thread();
         let flow = self.call(slot, |handler, context| handler.on_open(context));
-        if flow == Flow::Ready && sent(self) == before {
+        if flow == Flow::Ready && sent_by_this_thread() == before {
             // Nothing was sent meanwhile that it must not get.
             if !self.crowd.connections[slot as usize].is_deaf {
                 self.join(slot, entrance);
