@@ -108,6 +108,8 @@ const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesc
 
 /// Time for everything that is accepted to arrive after SIGTERM.
 const SHUTDOWN_WITHIN: Duration = Duration::from_secs(20);
+/// Time for responses that are being written then.
+const LAST_RESPONSES_WITHIN: Duration = Duration::from_secs(1);
 
 fn options() -> Result<Options, Box<dyn Error>> {
     let mut options = Options { port: 9001, engine: EngineConfig::default(), hub: WsHubConfig::default() };
@@ -188,11 +190,19 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
     println!("ready");
     let mut terminated = signal(SignalKind::terminate())?;
-    let ending = async move {
-        terminated.recv().await;
-        let report = engine.shutdown(SHUTDOWN_WITHIN).await;
-        println!("flushed {}, cut off {}, left over {}", report.flushed, report.cut_off, report.left_over);
-    };
-    // The refusals of the last moments are answered, too.
-    Ok(axum::serve(listener, app).with_graceful_shutdown(ending).await?)
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let serving = axum::serve(listener, app).with_graceful_shutdown(async {
+        let _ = ended.await; // it is dropped
+    });
+    let mut serving = tokio::spawn(serving.into_future());
+    tokio::select! {
+        served = &mut serving => return Ok(served??),
+        _ = terminated.recv() => {}
+    }
+    let report = engine.shutdown(SHUTDOWN_WITHIN).await;
+    println!("flushed {}, cut off {}, left over {}", report.flushed, report.cut_off, report.left_over);
+    // The refusals of the last moments are answered, too. A request that was half sent is not waited for.
+    drop(end);
+    let _ = tokio::time::timeout(LAST_RESPONSES_WITHIN, serving).await;
+    Ok(())
 }

@@ -62,7 +62,7 @@ impl<M, C> Clients<M, C> {
         &self.inner.namespace
     }
 
-    /// Every client.
+    /// Every client whose [`on_open`](crate::WsHub::on_open) has returned.
     pub fn to_all(&self) -> Target<'_, M, C> {
         self.target(To::Everyone)
     }
@@ -88,7 +88,7 @@ impl<M, C> Clients<M, C> {
 
     /// Makes a client a member of a group. When this has returned, the next message to the group by anyone reaches
     /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing. One that is in
-    /// [`max_groups`](crate::WsHubConfig::max_groups) groups is ended (1008).
+    /// [`max_groups`](crate::WsHubConfig::max_groups) groups already is ended (1008).
     ///
     /// # Errors
     /// The engine has ended, too many wait for the client's shard, or the group's name is too long.
@@ -239,9 +239,9 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
     /// and under every policy but `Block`, that is as soon as the engine has it. What one task sends one after the
     /// other, every client gets in that order.
     ///
-    /// A message that the engine has is delivered though nobody waits for it any more. Who drops this future, as
-    /// `tokio::time::timeout` around it does, does not know whether it was: sending again may send it twice. To give
-    /// up on a slow client without that, use a policy with a timeout.
+    /// Dropping this future, as `tokio::time::timeout` around it does, does not take the message back: once the engine
+    /// has it, it is delivered, and sending it again sends it twice. To wait no longer than a certain time for slow
+    /// clients, use a policy with a timeout.
     ///
     /// # Errors
     /// A message that cannot be encoded, an engine that has ended, too many who wait already.

@@ -2,8 +2,8 @@
 //!
 //! Owned by nobody: a codec is a type without state, named by a hub and its clients. Generic over the message,
 //! so that a codec can ask for whatever it needs (serde, protobuf, nothing) and a hub only for the messages it uses.
-//! Knows values and payloads, and bounds what a payload may make a decoder do (`codec/bounded.rs`). Does not know
-//! frames, sockets, hubs or how long a message may be.
+//! Knows values and payloads, and limits how deep and how long a payload makes a decoder work (`codec/bounded.rs`).
+//! Does not know frames, sockets, hubs or how long a message may be.
 
 mod bounded;
 
@@ -14,7 +14,7 @@ use thiserror::Error;
 
 pub use bounded::{DEPTH_MAX, deserialize_bounded};
 
-/// Elements of one message that take no bytes, such as those of a `Vec<()>`, which [`BinaryCodec`] reads at most.
+/// How many elements of one message that take no bytes, such as those of a `Vec<()>`, [`BinaryCodec`] reads at most.
 const EMPTY_ELEMENTS_MAX: usize = 1 << 16;
 
 /// Turns a value into the payload of one WebSocket message.
@@ -69,8 +69,8 @@ pub trait Encode<T>: Send + Sync + 'static {
 
 /// Turns the payload of one WebSocket message into a value; see [`Encode`] for an example.
 ///
-/// # What a codec of your own must hold
-/// A payload comes from a stranger, and `decode` runs on a shard's thread, or on tokio's in a client:
+/// # What a codec of your own must guarantee
+/// A payload comes from an untrusted peer, and `decode` runs on a shard's thread, or on tokio's in a client:
 ///
 /// - It must not recurse without a limit. A stack that overflows ends the *process*, and nothing can catch it; the
 ///   stack is 2 MiB by default. A format over serde is limited to [`DEPTH_MAX`] levels by [`deserialize_bounded`];
@@ -80,7 +80,7 @@ pub trait Encode<T>: Send + Sync + 'static {
 ///   is logged as a fault of the program.
 /// - It must not block: until it returns, the shard's other connections wait.
 ///
-/// The codecs of this crate hold all of it for every message type that derives `Deserialize`.
+/// The codecs of this crate guarantee all of it for every message type that derives `Deserialize`.
 pub trait Decode<T>: Send + Sync + 'static {
     /// Reads a value that fills `payload` exactly. The payload of a text message has been checked to be UTF-8.
     ///
@@ -203,7 +203,7 @@ impl<T: DeserializeOwned> Decode<T> for BinaryCodec {
     fn decode(kind: MessageKind, payload: &[u8]) -> Result<T, CodecError> {
         CodecError::require(kind, MessageKind::Binary)?;
         let mut deserializer = postcard::Deserializer::from_bytes(payload);
-        // Whatever takes a byte can be there at most once for each byte.
+        // There are at most as many elements that take a byte as there are bytes.
         let elements_max = payload.len().saturating_add(EMPTY_ELEMENTS_MAX);
         let value = bounded::deserialize_counted(&mut deserializer, elements_max)?;
         let rest = deserializer.finalize().map_err(CodecError::decode)?;

@@ -27,12 +27,13 @@ pub struct WsHubConfig {
     /// Frames that may wait for room there: 0 to 16,777,216. Default: 65,536. At the limit frames that may be
     /// dropped are dropped at once; where none may, the connection ends as a slow consumer (1013).
     pub waiting_frames: usize,
-    /// Bytes that may wait for room there, likewise: 0 to 16 GiB. Default: 16 MiB. Where nothing waits, one frame of
-    /// any size may.
+    /// Bytes that may wait for room there, likewise: 0 to 16 GiB. Default: 16 MiB. One frame of any size may
+    /// wait where nothing else does.
     pub waiting_bytes: usize,
     /// How long a client may take nothing while something waits for it: 10 ms to 1 hour, or none. Default: 10 s. After
-    /// it the client is ended as a slow consumer (1013), whatever it sends and whatever its method does. Who takes a
-    /// byte in time makes progress, however slow.
+    /// it the client is ended as a slow consumer (1013), whatever it sends and whatever its method does. A client that
+    /// takes one byte in this time makes progress and stays. Where the system does not tell what the client has taken
+    /// (it does on Linux), progress is room for another write.
     pub stall_timeout: Option<Duration>,
     /// Bytes of one incoming message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one ends
     /// the connection (1009).
@@ -44,26 +45,26 @@ pub struct WsHubConfig {
     /// Time between two pings: 10 ms to 1 day. Default: 15 s.
     pub heartbeat_interval: Duration,
     /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s. After it
-    /// the client counts as dead (1011). Every whole frame of the client is an answer. The wait is prolonged, up to 250
-    /// times, while the client still takes what lies before the ping, or sends at least 256 bytes of a frame that is
-    /// not whole.
+    /// the client counts as dead (1011). Every whole message, every ping and the ping's pong is an answer. The wait is
+    /// prolonged by the same time, up to 250 times in a row, if meanwhile the client has taken some of what was written
+    /// before the ping, or has sent at least 256 bytes of an unfinished message.
     pub pong_timeout: Duration,
     /// Time without a byte from the client, pongs included: 10 ms to 1 year, or none. Default: none. After it the
-    /// connection ends (1001). Browsers answer pings whatever their page does: to end those that say nothing, see
+    /// connection ends (1001). Browsers answer pings whatever their page does. To end clients that send nothing, see
     /// [`message_timeout`](Self::message_timeout).
     pub idle_timeout: Option<Duration>,
     /// Time without a message from the client, for which pings and pongs do not count: 10 ms to 1 year, or none.
     /// Default: none. After it the connection ends (1001).
     pub message_timeout: Option<Duration>,
     /// How long a connection may live: 10 ms to 1 year, or none. Default: none. After it the connection ends (1012).
-    /// Connections of one age end over the last tenth of it, so that their clients do not come back all at once.
+    /// It is up to a tenth shorter, so that clients which came together do not come back together.
     pub max_connection_duration: Option<Duration>,
-    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. Who joins one more is ended
-    /// (1008).
+    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. A connection that joins one more
+    /// is ended (1008).
     pub max_groups: usize,
     /// Time for the closing handshake, what is still to be sent included: 10 ms to 1 hour. Default: 5 s. After half of
-    /// it what has not been begun to be written is discarded, so that the Close frame still gets through; after all of
-    /// it the socket is dropped.
+    /// it the messages that still wait are discarded, so that the Close frame gets through; after all of it the socket
+    /// is dropped.
     pub close_timeout: Duration,
     /// Where the hub's methods run. Default: [`RunOn::Shard`].
     pub run_on: RunOn,

@@ -69,20 +69,8 @@ impl Engine {
     /// stuck, which is reported ([`ShutdownReport::stuck`]) and logged as an error 200 ms later; at the latest it is a
     /// second. The shard's thread is left behind and ends with the process, or when the method returns.
     ///
-    /// `axum::serve(..).with_graceful_shutdown` alone forgets upgraded sockets. Await this in its signal:
-    ///
-    /// ```no_run
-    /// # use std::time::Duration;
-    /// # async fn example(engine: shardcast::Engine, listener: tokio::net::TcpListener, app: axum::Router) -> std::io::Result<()> {
-    /// axum::serve(listener, app)
-    ///     .with_graceful_shutdown(async move {
-    ///         tokio::signal::ctrl_c().await.ok();
-    ///         let report = engine.shutdown(Duration::from_secs(10)).await;
-    ///         println!("{} flushed, {} cut off", report.flushed, report.cut_off);
-    ///     })
-    ///     .await
-    /// # }
-    /// ```
+    /// End the engine first, then axum within a bound: axum does not know upgraded sockets, and its graceful shutdown
+    /// waits for ever for a request that was half sent. [The guide](crate#the-end) has the program.
     pub async fn shutdown(&self, within: Duration) -> ShutdownReport {
         self.inner.shutdown(Shutdown::within(within)).await.expect("1001 may be sent")
     }

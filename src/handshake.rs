@@ -33,23 +33,23 @@ pub enum UpgradeRejection {
     #[error("the request must name one `Host`")]
     BadHost,
     /// The request announces a body, by a `Content-Length` other than 0, `Transfer-Encoding` or
-    /// `Expect: 100-continue`: 400. What came after the handshake would be taken for frames.
+    /// `Expect: 100-continue`: 400. Its bytes would be taken for frames.
     #[error("a WebSocket handshake must not have a body")]
     HasBody,
     /// `Sec-WebSocket-Key` is missing, repeated, or not 16 bytes in base64: 400.
     #[error("the `Sec-WebSocket-Key` header must be 16 bytes in base64")]
     BadKey,
-    /// HTTP/1.1, and `Sec-WebSocket-Version` is not 13: 426, with the version that would do.
+    /// HTTP/1.1, and `Sec-WebSocket-Version` is not 13: 426, with the supported version.
     #[error("the `Sec-WebSocket-Version` header must be 13")]
     WrongVersion,
-    /// HTTP/2, and `sec-websocket-version` is not 13: 400, with the version that would do. HTTP/2 has no `Upgrade`,
+    /// HTTP/2, and `sec-websocket-version` is not 13: 400, with the supported version. HTTP/2 has no `Upgrade`,
     /// and so no 426.
     #[error("the `sec-websocket-version` header must be 13")]
     WrongVersionOverHttp2,
     /// HTTP/1.0, or a server that does not let its connections be upgraded: 426.
     #[error("this connection cannot be upgraded")]
     NotUpgradable,
-    /// HTTP/2, and a server or a middleware that does not let its streams be taken over: 400.
+    /// HTTP/2, and the server or a middleware does not let its streams be taken over: 400.
     #[error("this stream cannot become a WebSocket")]
     NotUpgradableOverHttp2,
     /// The `Origin` is not among the allowed ones: 403.
@@ -201,8 +201,8 @@ pub(crate) fn requested_protocols(headers: &HeaderMap) -> Vec<HeaderValue> {
         .collect()
 }
 
-/// Whether the client asks to close the connection after the response. It does not matter for a 101, but tells why
-/// another response was followed by the end of the connection.
+/// Whether the client asks to close the connection after the response. It does not matter for a 101, but explains why
+/// the connection ended after another response.
 pub(crate) fn asks_to_close(headers: &HeaderMap) -> bool {
     lists(headers, header::CONNECTION, "close")
 }
@@ -222,7 +222,7 @@ fn names_one_host(headers: &HeaderMap) -> bool {
         .is_some_and(|host| !host.host().is_empty() && !host.as_str().contains('@'))
 }
 
-/// Whether a body is announced, of which `Content-Length: 0` is none.
+/// Whether a body is announced. `Content-Length: 0` is none.
 fn has_body(headers: &HeaderMap) -> bool {
     let is_zero = |length: &HeaderValue| length.as_bytes().iter().all(|digit| *digit == b'0');
     headers.contains_key(header::TRANSFER_ENCODING)

@@ -20,8 +20,9 @@ use crate::context::MessageContext;
 /// An application's hub: one value of it for each connection.
 ///
 /// A connection's methods are called one after the other: `on_connect`, `on_open`, then `on_message` for each
-/// message in the order of arrival, at last `on_disconnect`, exactly once. While one is pending, the connection
-/// is not read, and the sender feels it (TCP backpressure). A panic ends the connection (1011) and harms no other.
+/// message in the order of arrival, at last `on_disconnect`, exactly once. While one is pending, pings are answered and a
+/// Close is seen, and messages are held for it until they make up 16 KiB; then nothing more is read, and the sender has
+/// to wait (TCP backpressure). A panic ends the connection (1011) and harms no other.
 ///
 /// The methods run on the connection's shard unless [`RunOn::Runtime`] is set; they may use everything of tokio.
 ///
@@ -62,9 +63,9 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { tracing::debug!(id = %request.connection_id, "connected") }
     }
 
-    /// The connection is open: the place to greet it and to join groups, before its first message is read. It is among
-    /// [`to_all`](Clients::to_all) only when this has returned, behind everything that was sent until then: nothing
-    /// reaches a client ahead of its greeting, or one that is turned away here
+    /// The connection is open: the place to greet it and to join groups, before its first message is handled. It is
+    /// among [`to_all`](Clients::to_all) only when this has returned, behind everything that was sent until then, so
+    /// nothing reaches a client ahead of its greeting, nor one that is turned away here
     /// ([`MessageContext::disconnect`]). A group that is joined here is joined at once.
     fn on_open(
         &self,
@@ -81,7 +82,8 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         context: MessageContext<Self::OutMessage, Self::Codec>,
     ) -> impl Future<Output = ()> + Send;
 
-    /// The connection has ended and is in no group any more. Logs by default.
+    /// The connection has ended, is in no group any more, and the messages that came before a Close have been handled.
+    /// Logs by default.
     fn on_disconnect(&self, request: DisconnectRequest) -> impl Future<Output = ()> + Send {
         async move { tracing::debug!(id = %request.connection_id, reason = %request.reason, "disconnected") }
     }

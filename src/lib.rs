@@ -45,6 +45,6 @@ pub use serve_hub::serve_hub;
 pub use shardcast_engine::{
     AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, EngineState, FrameError,
     GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode, InvalidConnectionId, MessageKind, Metrics, Receipt,
-    Rtt, Shutdown, ShutdownReport, StartError,
+    Rtt, Shutdown, ShutdownReport, StartError, prepare_tcp,
 };
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

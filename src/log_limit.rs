@@ -1,14 +1,14 @@
-//! The log limit: at most one line in a second of a kind that strangers can bring about as often as they like.
+//! The log limit: at most one line in a second of a kind that clients can cause as often as they like.
 //!
-//! The lines are the process's, and so are the times of the last ones: they are static, because where these lines are
-//! written no engine is known. Knows the wall clock's seconds. Does not know what is logged.
+//! The lines are the process's, and so are the times of the last ones: they are static, because no engine is known where
+//! these lines are written. Knows the wall clock's seconds. Does not know what is logged.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::{SystemTime, UNIX_EPOCH},
 };
 
-/// A connection found no place.
+/// A connection was refused by a limit on connections.
 pub(crate) static NO_PLACE: LogLimit = LogLimit::new();
 /// A connection could not be taken over.
 pub(crate) static NOT_TAKEN_OVER: LogLimit = LogLimit::new();

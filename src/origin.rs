@@ -1,8 +1,8 @@
 //! Origins: where the page may come from that opens a WebSocket.
 //!
 //! Pure functions and a list. Entries are brought into the form that browsers send (the serialization of an origin in
-//! the WHATWG URL standard), and one that can never be equal to anything a browser sends is refused, because it would
-//! be found out by those who are turned away. Knows schemes, hosts and ports. Does not know requests.
+//! the WHATWG URL standard), and one that can never be equal to anything a browser sends is refused, because otherwise
+//! the first to notice would be users who are turned away. Knows schemes, hosts and ports. Does not know requests.
 
 use std::{fmt, net::Ipv6Addr, sync::Arc};
 
@@ -150,7 +150,7 @@ fn split_port(authority: &str) -> Result<(String, Option<u16>), &'static str> {
     }
 }
 
-/// As the URL standard has it, which knows no dotted part, unlike `Display`.
+/// As in the URL standard, without the dotted part that `Display` writes.
 fn serialize(address: Ipv6Addr) -> String {
     match address.segments() {
         [0, 0, 0, 0, 0, 0xffff, high, low] => format!("[::ffff:{high:x}:{low:x}]"),

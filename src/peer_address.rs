@@ -1,8 +1,8 @@
-//! The peer's address, as far as it can be known: from the socket, or from proxies whose word is trusted.
+//! The peer's address, as far as it can be known: from the socket, or from proxies that are trusted.
 //!
-//! Behind a reverse proxy the socket's other end is the proxy, and who the client is stands in a header that anybody can
+//! Behind a reverse proxy the socket's other end is the proxy, and the client's address is in a header that anybody can
 //! write. So the header is read from its end, where the nearest proxy has written, and only as far as trusted proxies
-//! reach. Pure functions over addresses and header lines. Does not know sockets, limits or who asks.
+//! reach. Pure functions over addresses and header lines. Does not know sockets or limits.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -12,7 +12,7 @@ use std::{
 use http::{HeaderMap, HeaderName, header};
 use thiserror::Error;
 
-/// The reverse proxies whose word is taken for where a client is: see
+/// The reverse proxies that are trusted to say where a client is: see
 /// [`WebSocketUpgrade::trusted_proxies`](crate::WebSocketUpgrade::trusted_proxies). Cloning is cheap.
 ///
 /// Choose the header that your proxy **sets or appends to**. A header that it merely passes on is written by whoever
@@ -43,11 +43,11 @@ pub struct InvalidNetwork {
     pub entry: String,
 }
 
-/// One that a request has passed; none where its address is not told (`unknown`, a name, or not well formed).
+/// A host that a request has passed; none where its address is not given (`unknown`, a name, or malformed).
 type Hop = Option<IpAddr>;
 
 impl TrustedProxies {
-    /// Proxies at these addresses or in these networks, which tell by `X-Forwarded-For` where a request comes from, as
+    /// Proxies at these addresses or in these networks, which say by `X-Forwarded-For` where a request comes from, as
     /// nginx does with `proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for`.
     ///
     /// # Errors
@@ -60,7 +60,7 @@ impl TrustedProxies {
         Self::new(networks, Format::XForwardedFor)
     }
 
-    /// The same for proxies that tell it by `Forwarded` (RFC 7239).
+    /// The same for proxies that say it by `Forwarded` (RFC 7239).
     ///
     /// # Errors
     /// As for [`x_forwarded_for`](Self::x_forwarded_for).
@@ -88,7 +88,7 @@ impl TrustedProxies {
         self.networks.iter().any(|network| network.contains(address))
     }
 
-    /// Those whom the request has passed, the farthest first.
+    /// The hosts that the request has passed, the farthest first.
     fn hops(&self, headers: &HeaderMap) -> Vec<Hop> {
         match self.format {
             Format::Forwarded => {
@@ -100,7 +100,7 @@ impl TrustedProxies {
         }
     }
 
-    /// Walks from the socket's other end towards the client, as long as who speaks is trusted and says somebody.
+    /// Walks from the socket's other end towards the client, as long as each proxy is trusted and names the next host.
     fn client(&self, peer: IpAddr, hops: &[Hop]) -> IpAddr {
         let mut client = peer.to_canonical();
         for hop in hops.iter().rev() {
@@ -116,7 +116,7 @@ impl TrustedProxies {
 /// Where a request comes from.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PeerAddress {
-    /// The socket's other end, as long as only the server's connect info can tell.
+    /// The socket's other end, if the server's connect info tells it.
     socket: Option<IpAddr>,
     /// What the application says.
     told: Option<IpAddr>,
@@ -179,7 +179,7 @@ impl Network {
     }
 }
 
-/// IPv4 among IPv6, where its mapped form is.
+/// IPv4 in its IPv6-mapped form.
 fn number(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
@@ -193,8 +193,8 @@ fn lines(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = Option<&
     lines.into_iter()
 }
 
-/// The hops in one line of `Forwarded`. A line that is not well formed is one hop that nobody knows: where quotes do not
-/// match, what a client has written could pass for what a proxy has.
+/// The hops in one line of `Forwarded`. A malformed line is one unknown hop: where quotes do not match, what a client has
+/// written could pass for what a proxy has written.
 fn forwarded(line: &str) -> Vec<Hop> {
     let Some(elements) = split_outside_quotes(line, ',') else { return vec![None] };
     let address = |element: &str| {
@@ -276,7 +276,7 @@ mod tests {
         headers
     }
 
-    /// The client that these lines tell of, to who trusts 10.0.0.0/8 and ::1 and is spoken to from `peer`.
+    /// The client by these lines, for a server that trusts 10.0.0.0/8 and ::1 and is connected to from `peer`.
     fn client(peer: &str, name: &'static str, lines: &[&str]) -> IpAddr {
         let trusted = ["10.0.0.0/8", "::1"];
         let proxies = match name {

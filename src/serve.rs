@@ -1,6 +1,6 @@
 //! How a connection comes to a hub: the handshake is answered, a shard gets the socket.
 //!
-//! From the upgrade in one step, or with an open WebSocket in hand. Whom no shard takes is told why: by 503 before the
+//! From the upgrade in one step, or from an open WebSocket. A client that no shard takes is told why: by 503 before the
 //! upgrade, by a Close frame after it. Knows the upgrade, hubs and sessions. Does not know frames or groups.
 
 use std::collections::hash_map::RandomState;
@@ -16,8 +16,8 @@ use crate::log_limit::{NO_PLACE, NOT_TAKEN_OVER};
 use crate::session::Session;
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
-/// Seconds after which a client that found no place should try again: from the first to the last, drawn for each, so
-/// that those who were refused together do not come back together.
+/// Seconds after which a client that was refused should try again. Drawn for each, so that those who were refused
+/// together do not come back together.
 const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=10;
 
 impl WebSocketUpgrade {
@@ -28,9 +28,9 @@ impl WebSocketUpgrade {
     /// or when the engine is stopping, answers 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn anew each
     /// time. A place is taken with the answer and given back at once if that is not sent.
     ///
-    /// A limit for each address needs the [address](Self::peer_address). Without connect info it is known only once the
-    /// client has its 101: who is beyond the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2
-    /// it is not known even then, and nobody is counted. The log says so once for each engine, as an error.
+    /// A limit for each address needs the [address](Self::peer_address). Without connect info it is known only after the
+    /// 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2 it is not
+    /// known even then, and nobody is counted. That is logged once for each engine, as an error.
     #[must_use = "the handshake goes unanswered unless this response is returned"]
     pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: H) -> Response {
         let Some(place) = hub.admit(self.peer_address()) else {
@@ -71,8 +71,8 @@ impl<H: WsHub> Hub<H> {
     /// [`WebSocketUpgrade::on_upgrade`]. Must be called within a tokio runtime, which the hub's methods use.
     ///
     /// # Errors
-    /// No place left, an engine that is stopping, a socket that cannot be prepared. The client gets a Close frame then:
-    /// 1013 without a place, 1001 from an engine that is stopping, 1011 otherwise.
+    /// Too many connections, an engine that is stopping, a socket that cannot be prepared. The client gets a Close frame
+    /// then: 1013, 1001 and 1011.
     pub async fn serve(&self, socket: WebSocket, instance: H) -> Result<(), ServeError> {
         let Some(place) = self.admit(socket.peer_address()) else {
             let error = if self.is_stopping() { ServeError::Stopping } else { ServeError::Full };
@@ -99,7 +99,7 @@ impl<H: WsHub> Hub<H> {
             return Err(ServeError::Stopping);
         }
         let parts = socket.into_parts();
-        // The engine drops what it does not take. Without a descriptor for this the client must do without a word.
+        // The engine drops what it does not take. If there is no descriptor for this, the client gets no Close frame.
         let spare = parts.socket.duplicate().ok();
         let (received, config) = (parts.leftover, self.config().clone());
         let socket = match parts.socket {
@@ -167,7 +167,7 @@ impl ServeError {
     }
 }
 
-/// Says that a client was refused, with a status or a close code.
+/// Logs that a client was refused, with a status or a close code.
 pub(crate) fn log_no_place<H: WsHub>(hub: &Hub<H>, told: &'static str) {
     if hub.is_stopping() {
         tracing::debug!(told, "a connection was refused: the engine is stopping");
@@ -180,7 +180,7 @@ pub(crate) fn log_no_place<H: WsHub>(hub: &Hub<H>, told: &'static str) {
     }
 }
 
-/// Each hasher has keys of its own, which is chance enough for spreading clients.
+/// Each hasher has random keys, which is random enough to spread clients.
 fn retry_after_seconds() -> u64 {
     let (first, last) = (*RETRY_AFTER_SECONDS.start(), *RETRY_AFTER_SECONDS.end());
     first + RandomState::new().build_hasher().finish() % (last - first + 1)

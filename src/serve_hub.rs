@@ -30,7 +30,7 @@ static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(No
 /// outside or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
 ///
 /// A config out of range is logged as an error and the connection closed (1011); check yours with
-/// [`WsHubConfig::validate`]. Without a place left the connection is closed with 1013.
+/// [`WsHubConfig::validate`]. Above a limit on connections it is closed with 1013.
 /// Must be called within a tokio runtime.
 pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig) {
     let handle = match hub_of_type::<H>(config) {

@@ -1,9 +1,9 @@
 //! Turning away: a Close frame for a WebSocket that no shard owns.
 //!
-//! After a 101 a client has a WebSocket, and must not have to guess why it ends. So what cannot be served is told, in a
-//! short task of its own that owns the stream: it writes one frame, ends its side, and reads what the client still
+//! After a 101 a client has a WebSocket, and must not have to guess why it ends. A client that cannot be served is told
+//! in a short task that owns the stream: it writes one frame, ends its side, and reads what the client still
 //! sends, because closing a socket with unread bytes would destroy the frame on its way. All within [`LINGER`].
-//! Knows streams and the Close frame. Does not know why, nor where the stream comes from.
+//! Knows streams and the Close frame. Does not know reasons, nor where the stream comes from.
 
 use std::{io, time::Duration};
 
@@ -16,7 +16,7 @@ use tokio::{
 /// How long a client that is turned away may take to read the frame and hang up, before it is cut off.
 pub(crate) const LINGER: Duration = Duration::from_secs(2);
 
-/// Says why, and waits for the client to hang up. Must be called within a tokio runtime.
+/// Sends a Close frame, and waits for the client to hang up. Must be called within a tokio runtime.
 pub(crate) async fn turn_away<S>(mut stream: S, code: CloseCode, reason: &str)
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -28,7 +28,7 @@ where
         while stream.read(&mut [0; 1024]).await? > 0 {}
         Ok::<_, io::Error>(())
     };
-    // A client that has gone or does not hang up is told nothing more.
+    // Nothing more can be done for a client that has gone or does not hang up.
     let _ = timeout(LINGER, farewell).await;
 }
 

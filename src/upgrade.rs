@@ -3,8 +3,8 @@
 //! An extractor, a response and a short-lived task. It ends with the plain socket off tokio's reactor and nothing of
 //! hyper behind it, because what an upgraded connection keeps it keeps ten thousand times; only what is not a socket
 //! gets a [bridge](crate::bridge).
-//! Only an answer that was [sent](crate::verdict) leads there, and who got one and is not served is
-//! [turned away](crate::turn_away) with a word.
+//! Only an answer that was [sent](crate::verdict) leads there, and a client that got one and is not served is
+//! [turned away](crate::turn_away) with a Close frame.
 //! Knows axum, hyper and whether a handshake is good. Does not know hubs, or who takes the socket.
 
 use std::{
@@ -79,12 +79,13 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Middlewares
 ///
-/// There is a connection only if the client got the answer. A middleware may replace the response, or give it another
-/// status: the handshake is forgotten then, and its place given back.
+/// There is a connection only if the answer was sent. A middleware may replace the response or change its status:
+/// then the handshake is forgotten, and its place given back.
 ///
 /// Over HTTP/1.1 the response's body finds that out. A middleware that wraps bodies must pass on
 /// [`is_end_stream`](axum::body::HttpBody::is_end_stream), as nearly all do. tower-http's `ResponseBodyTimeoutLayer` does not:
-/// keep it away from the routes of WebSockets, it would end them at once (with a warning in the log).
+/// keep it away from the routes of WebSockets. Behind it each socket is dropped at once, without a Close frame; the log
+/// says so at level `info`, at most once in a second.
 #[must_use = "the handshake goes unanswered unless the response made from it is returned"]
 pub struct WebSocketUpgrade {
     answer: Answer,
@@ -151,12 +152,11 @@ impl WebSocketUpgrade {
         self.peer_address.known()
     }
 
-    /// Takes these reverse proxies' word for where the client is: the nearest address in their header that is not a
+    /// Trusts these reverse proxies to say where the client is: it is the nearest address in their header that is not a
     /// trusted proxy itself. Without this call everybody behind a proxy has the proxy's address.
     ///
-    /// The header is believed only if the other end of the socket is a trusted proxy. Where a proxy does not say
-    /// (`unknown`, no header, a header that is not well formed), the address is the nearest that is known, such as the
-    /// proxy's own.
+    /// The header is trusted only if the other end of the socket is a trusted proxy. Where a proxy does not say
+    /// (`unknown`, no header, a malformed header), the address is the nearest that is known, such as the proxy's own.
     ///
     /// ```
     /// use axum::{extract::State, response::Response};
@@ -191,7 +191,7 @@ impl WebSocketUpgrade {
     ///
     /// Case, a trailing slash and default ports make no difference. An entry that can never match, such as
     /// `https://*.example.org`, is a mistake: it is logged as an error, and every page is refused until it is mended. To
-    /// find it when the program starts, make the list there with [`AllowedOrigins::new`] and give it to this.
+    /// find it when the program starts, make the list there with [`AllowedOrigins::new`] and pass it here.
     pub fn allowed_origins<I>(mut self, origins: I) -> Self
     where
         I: IntoIterator,
@@ -229,7 +229,7 @@ impl WebSocketUpgrade {
     ///
     /// The callback runs in a tokio task of its own. It is not called when the client is gone before that, when a
     /// middleware has replaced the response, nor when [`allowed_origins`](Self::allowed_origins) has refused it, which the
-    /// response then says. A WebSocket that it drops is told so, with a Close frame (1011).
+    /// response then says. A WebSocket that it drops ends with a Close frame (1011).
     #[must_use = "the handshake goes unanswered unless this response is returned"]
     pub fn on_upgrade<C, Fut>(self, callback: C) -> Response
     where
@@ -390,8 +390,8 @@ impl WebSocket {
         self.protocol.as_ref()
     }
 
-    /// Where the client is: [`WebSocketUpgrade::peer_address`], and where that was not known, the other end of the
-    /// socket. None behind TLS and HTTP/2 without connect info, and on Unix sockets.
+    /// Where the client is: [`WebSocketUpgrade::peer_address`], or else the other end of the socket. None behind TLS and
+    /// HTTP/2 without connect info, and on Unix sockets.
     pub fn peer_address(&self) -> Option<IpAddr> {
         self.peer_address
     }
@@ -455,7 +455,7 @@ impl RawSocket {
         }
     }
 
-    /// Ends it with a Close frame: in a task that sees to its arrival, or without a runtime as well as it goes.
+    /// Ends it with a Close frame: in a task that waits for its arrival, or where there is no runtime, with one write.
     pub(crate) fn turn_away(self, code: CloseCode, reason: &'static str) {
         let Ok(runtime) = Handle::try_current() else {
             let frame = ControlFrame::close(code, reason);
@@ -529,7 +529,7 @@ impl PendingSocket {
                 if verdict == Verdict::NotSent || (verdict == Verdict::Unclear && self.asks_to_close) {
                     return Err(UpgradeError::NotSent);
                 }
-                // In vain after another status that has no body either.
+                // Times out after another status without a body.
                 let upgraded = timeout(ANSWER_TIMEOUT, self.on_upgrade).await;
                 (verdict, upgraded.map_err(|_| UpgradeError::NotSent)?)
             }
@@ -546,7 +546,7 @@ impl PendingSocket {
                 return Err(UpgradeError::SocketUnusable(error));
             }
         };
-        // Who ends its side together with the handshake gets the socket out of hyper's hands after any answer.
+        // After any answer hyper gives up the socket of a client that has ended its side together with the handshake.
         if verdict == Verdict::Unclear && leftover.is_empty() && socket.is_at_end() {
             return Err(UpgradeError::NotSent);
         }

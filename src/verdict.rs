@@ -1,19 +1,19 @@
 //! The verdict: whether the 101 that a handler has returned was sent.
 //!
-//! hyper gives up the socket whether it has sent our 101 or whatever a middleware has put in its place, so the response
-//! itself must tell. It carries a mark in its extensions and a body without bytes, and who touches them in which order
-//! tells what became of it:
+//! hyper gives up the socket whether it has sent our 101 or what a middleware has put in its place, so the response
+//! itself must tell. It carries a mark in its extensions and a body without bytes, and the order in which they are
+//! touched shows what became of it:
 //!
 //! - hyper takes a response apart into head and body, asks whether the body ends ([`Body::is_end_stream`]), writes the
-//!   head and drops it, the mark included. Then it drops the body of a 101 without a look, but reads that of every
-//!   other response, whose length it does not know.
-//! - A response that is replaced is dropped as a whole, the mark first, and nobody asks its body anything. So is one
-//!   that nobody wants any more because the client has gone.
-//! - A middleware that reads or replaces the body does so while it holds the head. What it does with the head then
-//!   nobody can tell from here.
+//!   head and drops it, the mark included. Then it drops the body of a 101 without reading it, but reads that of
+//!   every other response, because its length is not known.
+//! - A response that is replaced is dropped as a whole, the mark first, and its body is not asked anything. So is the
+//!   response to a client that has gone.
+//! - A middleware that reads or replaces the body does so while it holds the head. What it does with the head after
+//!   that cannot be told from here.
 //!
 //! Held by the response, its other end by the task that waits for the socket. Knows the order of these events. Does not
-//! know requests, sockets or what hangs on the verdict.
+//! know requests, sockets or what follows from the verdict.
 
 use std::{
     convert::Infallible,
@@ -47,7 +47,7 @@ pub(crate) struct PendingVerdict(oneshot::Receiver<Verdict>);
 
 impl PendingVerdict {
     pub(crate) async fn verdict(self) -> Verdict {
-        // The other end is sent to when it is dropped, so an error cannot be.
+        // The other end sends when it is dropped, so there is no error.
         self.0.await.unwrap_or(Verdict::NotSent)
     }
 }
@@ -75,7 +75,7 @@ struct Events {
 }
 
 impl Events {
-    // The parts may be dropped by different threads, and the verdict hangs on the order: AcqRel throughout.
+    // The parts may be dropped by different threads, and the verdict depends on the order: AcqRel throughout.
     fn note(&self, event: u8) {
         self.seen.fetch_or(event, AcqRel);
     }
@@ -106,7 +106,7 @@ impl Drop for Events {
     }
 }
 
-/// Stands in the response's extensions, which ask for `Clone`; clones are one head.
+/// Is in the response's extensions, which require `Clone`; all clones are one head.
 #[derive(Clone, Debug)]
 struct Mark {
     _head: Arc<Head>,

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// The engine's modules from the ground up. A module imports what stands in the lines above its own.
 const ENGINE: Ranks = &[
-    &["sync", "id", "close_code", "utf8", "mask", "outq", "handshake", "policy"],
+    &["sync", "id", "close_code", "utf8", "mask", "outq", "handshake", "pinning", "policy"],
     &["config", "frame", "wait_list"],
     &["close_reason", "heartbeat", "decoder", "held"],
     &["metrics"],
@@ -24,6 +24,7 @@ const ENGINE: Ranks = &[
         "wheel",
         "deadlines",
         "admission",
+        "beacon",
         "receipt",
         "socket",
         "stopping",
@@ -31,7 +32,7 @@ const ENGINE: Ranks = &[
     &["handler"],
     &["command"],
     &["publisher"],
-    &["connection", "namespace"],
+    &["connection", "namespace", "watchdog"],
     &["crowd"],
     &["shard"],
     &["engine"],
@@ -114,12 +115,12 @@ fn what_is_dangerous_stands_in_few_places() {
         ("unsafe", &["engine/src/log.rs", "engine/src/outq.rs"]),
         // A guard of the map must not outlive the function that took it; so there is one file to look at.
         ("papaya::", &["engine/src/directory.rs"]),
-        // Nothing is locked on the hot path: waiting publishers, the threads' handles, the short form, the client.
+        // Nothing is locked on the hot path: waiting publishers, namespaces' names, the end, the short form, the client.
         (
             "Mutex",
             &[
                 "engine/src/admission.rs",
-                "engine/src/engine.rs",
+                "engine/src/beacon.rs",
                 "engine/src/receipt.rs",
                 "engine/src/stopping.rs",
                 "engine/src/sync.rs",
@@ -130,7 +131,15 @@ fn what_is_dangerous_stands_in_few_places() {
         ),
         ("RwLock", &["src/client/outlet.rs"]),
         // Everything else is told what time it is.
-        ("Instant::now", &["engine/src/engine.rs", "engine/src/shard.rs", "engine/src/shard/stop.rs"]),
+        (
+            "Instant::now",
+            &[
+                "engine/src/engine.rs",
+                "engine/src/shard.rs",
+                "engine/src/shard/stop.rs",
+                "engine/src/watchdog.rs",
+            ],
+        ),
         // Nothing is global but what `serve_hub` shares, and the times of the last lines in the log.
         ("static ", &["src/log_limit.rs", "src/serve_hub.rs"]),
         ("thread_local!", &[]),

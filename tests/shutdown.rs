@@ -290,6 +290,7 @@ const CHILD: &str = "SHARDCAST_TEST_CHILD";
 
 /// What the test below starts as another process: a server of two shards, whose methods hold them for ever.
 #[tokio::test]
+#[allow(clippy::print_stdout)] // how it talks to the test
 async fn a_child_of_these_tests() {
     struct Endless;
     impl WsHub for Endless {

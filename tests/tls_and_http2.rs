@@ -64,9 +64,8 @@ impl Listener for TlsListener {
     async fn accept(&mut self) -> (Self::Io, SocketAddr) {
         loop {
             let (socket, address) = self.listener.accept().await.unwrap();
-            // The engine does this for sockets of its own. One inside a TLS stream is out of its reach: without it the
-            // kernel takes some 4 MB for a client that does not read before anybody notices.
-            socket2::SockRef::from(&socket).set_tcp_notsent_lowat(16 << 10).unwrap();
+            // Out of the engine's reach. Without it the kernel takes some 4 MB for a client that does not read.
+            shardcast::prepare_tcp(&socket).unwrap();
             if let Ok(stream) = self.acceptor.accept(socket).await {
                 return (stream, address);
             }

@@ -3,8 +3,8 @@
 //! Shared by all threads. A connection takes a place before its upgrade is answered and
 //! a seat on the least loaded shard when it is handed over; both come back when they are
 //! dropped, wherever that happens, so a handshake that fails halfway costs nothing.
-//! An address counts as whoever can change it at will has it: IPv4 as such, also where it
-//! comes in IPv6's form, and IPv6 by its first 64 bits.
+//! What counts as one address is what one client cannot change at will: IPv4 as it is, also
+//! where it comes in IPv6's form, and IPv6 by its first 64 bits.
 //! Does not know sockets or shards' work.
 
 use std::collections::HashMap;
@@ -21,7 +21,7 @@ pub(crate) struct Admission {
     max: usize,
     /// Connections of each address, where that is bounded. Locked per connection, not per message.
     addresses: Option<(usize, Mutex<HashMap<IpAddr, usize>>)>,
-    /// Whether a connection has come whose address is not known although they are counted.
+    /// Whether the address of some connection was not known although addresses are counted.
     address_was_lacking: AtomicBool,
     seats: Box<[CachePadded<AtomicUsize>]>,
 }
@@ -72,13 +72,13 @@ impl Place {
         self.admission.addresses.is_some() && self.address.is_none()
     }
 
-    /// True the first time that this is asked of any place of the engine: a lack is worth one line in a log.
+    /// True the first time that this is asked of any place of the engine, so that a missing address is logged once.
     pub fn is_first_to_lack_address(&self) -> bool {
-        !self.admission.address_was_lacking.swap(true, Relaxed) // Relaxed: nothing else hangs on it
+        !self.admission.address_was_lacking.swap(true, Relaxed) // Relaxed: nothing else depends on it
     }
 
-    /// Counts the connection for its address, unless that has as many as it may; false then. A connection is counted
-    /// for one address at most, the first.
+    /// Counts the connection for its address; false if that has as many as it may. A connection is counted for one
+    /// address at most, the first.
     pub fn count_for(&mut self, address: IpAddr) -> bool {
         if !self.lacks_address() {
             return true;
@@ -105,7 +105,7 @@ impl Place {
     }
 }
 
-/// Who has an IPv6 address has at least the 2⁶⁴ of its network, and may come from a different one each time.
+/// A client with an IPv6 address has all 2⁶⁴ of its network, and may use a different one each time.
 fn counted_as(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX))),

@@ -5,7 +5,7 @@
 //! watchdog and by whoever asks for metrics, because a shard that is held up can tell
 //! nobody. Knows the names of namespaces, so that a log line can name one. Reads no clock.
 //!
-//! Sleeping. While all shards sleep, the watchdog does, too. It announces that and then looks
+//! Sleeping. When all shards have slept for a while, the watchdog does, too. It announces that and then looks
 //! once more whether one has woken; a shard that wakes shows its turn and then looks whether
 //! the watchdog sleeps. A `SeqCst` fence between the two steps on both sides makes one of
 //! them see the other.
@@ -155,11 +155,15 @@ impl Beacons {
         self.each[shard].blocked.fetch_add(1, Relaxed); // Relaxed: a counter
     }
 
+    pub(crate) fn all_sleep(&self) -> bool {
+        (0..self.each.len()).all(|shard| self.turn_of(shard).is_none())
+    }
+
     /// The watchdog is about to sleep until a shard wakes; false if one is awake.
     pub(crate) fn fall_asleep(&self) -> bool {
         self.is_watchdog_asleep.store(true, Relaxed);
         fence(SeqCst); // pairs with the fence in `turn`
-        let all_sleep = (0..self.each.len()).all(|shard| self.turn_of(shard).is_none());
+        let all_sleep = self.all_sleep();
         if !all_sleep {
             self.is_watchdog_asleep.store(false, Relaxed);
         }

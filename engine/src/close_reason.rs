@@ -45,7 +45,8 @@ pub enum CloseReason {
     /// The connection reached its maximum duration.
     #[error("the maximum duration was reached")]
     MaxDuration,
-    /// The peer took nothing for `stall_timeout` while something waited for it, or more waited for it than may.
+    /// The peer took nothing for [`stall_timeout`](crate::ConnectionConfig::stall_timeout) while something waited for
+    /// it, or more frames waited for it than may.
     #[error("a slow consumer: it took nothing for too long, or too much waited for it")]
     SlowConsumer,
     /// Too many frames in a row had to be dropped for this peer.
@@ -57,10 +58,11 @@ pub enum CloseReason {
     /// All backlogs together had grown too large, and this one was among the largest.
     #[error("shed for its large backlog")]
     Shed,
-    /// All unfinished messages together had grown too large, and this connection's was among the largest.
+    /// The messages of all connections that were incomplete or waited for their handler took too much memory, and this
+    /// connection's were among the largest.
     #[error("shed for its large unfinished message")]
     UnfinishedShed,
-    /// The connection joined more groups than one may be in.
+    /// The connection joined more groups than [`max_groups`](crate::ConnectionConfig::max_groups).
     #[error("the connection joined too many groups")]
     TooManyGroups,
     /// The peer sent too many control frames.
@@ -87,7 +89,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// What the Close frame says, or `None` where no Close frame is sent: the peer is not there to read it.
-    /// [`CloseCode::NO_STATUS`] stands for a Close frame without a code, which answers a peer's that had none.
+    /// [`CloseCode::NO_STATUS`] means a Close frame without a code, the answer to a peer's Close frame without one.
     pub fn close_frame(&self) -> Option<(CloseCode, Cow<'_, str>)> {
         let (code, text) = match self {
             Self::Vanished | Self::Transport(_) => return None,
@@ -133,7 +135,7 @@ impl CloseReason {
         !is_slow && !is_silent
     }
 
-    /// Whether the end lies in what the peer has sent: then what it sent before is still handled.
+    /// Whether the end came with the peer's input: then the messages before it are still handled.
     pub(crate) fn is_in_input(&self) -> bool {
         let is_gone = matches!(self, Self::Peer { .. } | Self::Vanished | Self::Transport(_));
         is_gone || matches!(self, Self::Protocol(_) | Self::ControlFlood)

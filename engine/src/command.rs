@@ -51,7 +51,7 @@ pub(crate) enum Target {
 #[derive(Debug, Clone)]
 pub(crate) enum Named {
     Group(Arc<Group>),
-    /// It had no members when it was looked for, but may have some by the time that the log takes the publication.
+    /// It had no members when the publisher looked, but may have some when the log takes the publication.
     Absent {
         directory: Arc<Directory>,
         name: Box<str>,

@@ -51,15 +51,15 @@ pub struct EngineConfig {
     /// Bytes that a shard reads at once: 1 KiB to 16 MiB. Default: 65,536. One buffer per shard, not per connection.
     pub read_buffer_bytes: usize,
     /// Bytes that all outboxes together may keep in memory: 1 MiB to 1 TiB. Default: 1 GiB. What is sent to many
-    /// counts once for each shard. Beyond it, of the connections whose sockets take no more for now, those with the
-    /// largest backlogs are ended (1013).
+    /// counts once for each shard. Beyond the limit the connections with the largest backlogs are ended (1013), but only
+    /// those whose sockets take no more for now.
     pub backlog_bytes_max: usize,
-    /// Bytes that messages may take which have not arrived whole, or wait for their handler, of all connections
-    /// together: 1 MiB to 1 TiB. Default: 1 GiB. Beyond it the connections that hold most of them are ended (1013).
+    /// Bytes of memory for all incoming messages that are incomplete or wait for their handler: 1 MiB to 1 TiB.
+    /// Default: 1 GiB. Beyond the limit the connections with the most of it are ended (1013).
     pub unfinished_bytes_max: usize,
     /// Connections from one peer address: 1 to 1,073,741,824, or none. Default: none. At the limit no more from there
     /// are admitted; the face answers the upgrade with 503. IPv6 counts by its first 64 bits, IPv4 in IPv6's form
-    /// (`::ffff:192.0.2.1`) as IPv4. Peers whose address is not known are not counted, and the face says so as an error.
+    /// (`::ffff:192.0.2.1`) as IPv4. Peers whose address is not known are not counted; the face logs an error about it.
     pub max_connections_per_address: Option<usize>,
     /// Connections in all, at most: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are
     /// admitted; the face answers the upgrade with 503.
@@ -104,12 +104,12 @@ impl EngineConfig {
         within("backlog_bytes_max", self.backlog_bytes_max, 1 << 20, 1 << 40)?;
         within("unfinished_bytes_max", self.unfinished_bytes_max, 1 << 20, 1 << 40)?;
         within("max_connections", self.max_connections, 1, 1 << 30)?;
-        // More for one address than for all would never be reached.
+        // A limit for one address above that for all would never be reached.
         let per_address = self.max_connections_per_address.unwrap_or(1);
         within("max_connections_per_address", per_address, 1, self.max_connections)
     }
 
-    /// Checks the settings of connections against these: what one of them may hold must fit into what all may.
+    /// Checks a connection's settings, also against these: what one may hold must fit into what all may hold.
     ///
     /// # Errors
     /// The first field that is out of range, by name.
@@ -130,12 +130,13 @@ pub struct ConnectionConfig {
     /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit frames that
     /// may be dropped are dropped at once; where none may, the connection is ended as a slow consumer (1013).
     pub waiting_frames: usize,
-    /// Bytes that may wait for room, likewise: 0 to 16 GiB. Default: 16 MiB. The same happens at the limit. Where
-    /// nothing waits, one frame of any size may.
+    /// Bytes that may wait for room, likewise: 0 to 16 GiB. Default: 16 MiB. The same happens at the limit. One
+    /// frame of any size may wait where nothing else does.
     pub waiting_bytes: usize,
     /// How long a peer may take nothing while something waits for it: 10 ms to 1 hour, or none. Default: 10 s. After
     /// it the connection is ended as a slow consumer (1013), whatever the peer sends and whatever its handler does.
-    /// Who takes a byte in time makes progress, however slow.
+    /// A peer that takes one byte in this time makes progress and stays. Where the system does not tell what the peer
+    /// has taken (it does on Linux), progress is room for another write.
     pub stall_timeout: Option<Duration>,
     /// What happens to frames that find the outbox full. Default: [`Policy::Block`].
     pub policy: Policy,
@@ -149,9 +150,9 @@ pub struct ConnectionConfig {
     /// Time between two pings: 10 ms to 1 day. Default: 15 s.
     pub heartbeat_interval: Duration,
     /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s. After it
-    /// the peer counts as dead (1011). Every whole frame of the peer is an answer. The wait is prolonged, up to 250
-    /// times, while the peer still takes what lies before the ping, or sends at least 256 bytes of a frame that is
-    /// not whole.
+    /// the peer counts as dead (1011). Every whole message, every ping and the ping's pong is an answer. The wait is
+    /// prolonged by the same time, up to 250 times in a row, if meanwhile the peer has taken some of what was written
+    /// before the ping, or has sent at least 256 bytes of an unfinished message.
     pub pong_timeout: Duration,
     /// Time without a byte from the peer (pongs count): 10 ms to 1 year, or none. Default: none. After it
     /// the connection ends (1001).
@@ -160,14 +161,13 @@ pub struct ConnectionConfig {
     /// After it the connection ends (1001).
     pub message_timeout: Option<Duration>,
     /// How long a connection may live: 10 ms to 1 year, or none. Default: none. After it the connection ends (1012).
-    /// Connections of one age end over the last tenth of it, so that they do not come back all at once.
+    /// It is up to a tenth shorter, so that clients which came together do not come back together.
     pub max_connection_duration: Option<Duration>,
-    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. Who joins one more is ended
-    /// (1008).
+    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. A connection that joins one more
+    /// is ended (1008).
     pub max_groups: usize,
-    /// Time for the closing handshake, flushing included: 10 ms to 1 hour. Default: 5 s. After half of it what has not
-    /// been begun to be written is discarded, so that the Close frame still gets through; after all of it the socket
-    /// is dropped.
+    /// Time for the closing handshake, flushing included: 10 ms to 1 hour. Default: 5 s. After half of it the frames
+    /// that still wait are discarded, so that the Close frame gets through; after all of it the socket is dropped.
     pub close_timeout: Duration,
 }
 
@@ -214,7 +214,7 @@ impl ConnectionConfig {
         within("heartbeat_interval", self.heartbeat_interval, SHORTEST, DAY)?;
         within("pong_timeout", self.pong_timeout, SHORTEST, DAY)?;
         if let Some(max) = self.policy.max_rtt() {
-            // A round trip that takes longer ends the connection before it is measured.
+            // A longer round trip is a pong timeout, and is never measured.
             within("max_rtt", max, Duration::from_millis(1), self.pong_timeout)?;
         }
         within("close_timeout", self.close_timeout, SHORTEST, Duration::from_secs(3600))?;

@@ -5,14 +5,14 @@
 //! the log: what concerns them is told to the shard as a verdict.
 //!
 //! Its life, in `Phase`: *Open*; *Closing*, from the moment that its end is decided until
-//! the Close frame is with the kernel (nothing is offered any more; what the peer had said
-//! before it ended is still handled); *Lingering*, until the peer's end of the stream
+//! the Close frame is with the kernel (nothing is offered any more; messages that came
+//! before the end are still handled); *Lingering*, until the peer's end of the stream
 //! comes, so that closing the socket does not destroy the Close frame on its way; then the
-//! socket is dropped. The handler may outlive the socket: it is let finish what it is
-//! doing, then told the end.
+//! socket is dropped. The handler may outlive the socket: it may finish what it is
+//! doing, and is told the end after that.
 //!
-//! While it is open it is first *opening*, until its handler's `on_open` is done: before
-//! that it hears only what is sent to it alone, or to groups that the handler has joined.
+//! An open connection is first *opening*, until its handler's `on_open` is done. Until then
+//! it gets only what is sent to it alone or to groups that the handler has joined.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -37,8 +37,11 @@ use crate::socket::Socket;
 /// Bytes that are gathered into one write, and given to one connection before the next one's turn.
 pub(crate) const WRITE_BYTES_MAX: usize = 64 << 10;
 const WRITES_PER_FLUSH: usize = 16;
-/// Bytes that are read ahead of a busy handler: what a peer has said behind this is not seen before the handler is
-/// done, its pings and its Close included.
+/// How often a peer that takes nothing is looked at before it is given up. It is given up so much too late at most, as a
+/// part of the timeout.
+const STALL_LOOKS: u32 = 4;
+/// Bytes of messages that are held for a busy handler. With so many nothing more is read before the handler is done:
+/// no pings and no Close.
 const HELD_BYTES_MAX: usize = 16 << 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,15 +76,15 @@ pub(crate) struct Connection {
     pub(crate) held: Option<Box<Held>>,
     pub(crate) passage: Option<Box<Passage>>,
     pub(crate) heartbeat: Heartbeat,
-    /// The tick of the wheel at which it is looked at next; other reminders are stale.
+    /// The tick of the wheel at which it is to be looked at next; other reminders are stale.
     pub(crate) armed: u64,
-    /// Since when the kernel takes nothing more for the peer, in microseconds; 0 while it does.
+    /// Since when the kernel refuses to take more for the peer, in microseconds; 0 while it takes more.
     pub(crate) refused_since: u64,
-    /// Bytes that the kernel has taken; wraps, and is only compared.
+    /// Bytes given to the kernel. Wraps, and is only compared.
     pub(crate) written: u32,
-    /// What the peer had taken of them at the last look.
+    /// How many of them the peer had taken when this was last asked.
     pub(crate) taken: u32,
-    /// Where the last ping ends among them.
+    /// How many of them had been given when the last ping was.
     pub(crate) ping_end: u32,
     pub(crate) counts: Counts,
     pub(crate) control_rate: ControlRate,
@@ -110,7 +113,7 @@ pub(crate) struct Connection {
     pub(crate) _place: Place,
 }
 
-/// What a connection has only at its beginning, or only at its end.
+/// State that a connection has only at its beginning or only at its end.
 #[derive(Debug)]
 pub(crate) enum Passage {
     Opening(Opening),
@@ -123,17 +126,17 @@ pub(crate) struct Ending {
     pub(crate) reason: CloseReason,
     /// When the closing handshake must be over.
     pub(crate) by: Duration,
-    /// When what is queued is discarded, so that the Close frame gets through; none once that is done.
+    /// When frames that still wait are discarded, so that the Close frame gets through; none once that is done.
     pub(crate) flush_by: Option<Duration>,
     /// Something was discarded.
     pub(crate) is_cut: bool,
 }
 
-/// A connection whose handler has not opened yet is not among everyone.
+/// A connection whose handler is not done with `on_open`. It is not a member of everyone yet.
 #[derive(Debug)]
 pub(crate) struct Opening {
     pub(crate) everyone: Entrance,
-    /// `on_open` is done, and the rest is on its way behind what it has sent.
+    /// `on_open` is done, and the joining of everyone is in the shard's list, behind what the handler has sent.
     pub(crate) is_done: bool,
 }
 
@@ -191,13 +194,13 @@ impl Connection {
         }
     }
 
-    /// Everyone, while it is opening: not a member yet, but counted there if it is congested, because it may be sent to
-    /// and publishers look there.
+    /// Everyone, while it is opening. It is no member yet but may be sent to, so if it is congested it is counted there,
+    /// where publishers look.
     pub(crate) fn provisional_group(&self) -> Option<&Group> {
         self.opening().map(|_| &**self.directory.everyone())
     }
 
-    /// Ends its opening. Not counted among everyone now, until it enters.
+    /// Ends its opening: if it is congested, it is no longer counted in everyone. Joining counts it again.
     pub(crate) fn take_opening(&mut self) -> Option<Opening> {
         if let (Some(group), Some(blocks)) = (self.provisional_group(), self.congestion()) {
             group.remove_congested(blocks);
@@ -209,7 +212,7 @@ impl Connection {
         }
     }
 
-    /// There until it has opened.
+    /// None once it has opened.
     pub(crate) fn opening(&self) -> Option<&Opening> {
         match self.passage.as_deref() {
             Some(Passage::Opening(opening)) => Some(opening),
@@ -261,14 +264,14 @@ impl Connection {
             && !self.is_paused
     }
 
-    /// Whether the handler may be given what was held for it. What the peer said before it ended is still handled.
+    /// Whether the handler may be given what was held for it, as it is also after the end.
     pub(crate) fn takes_held(&self) -> bool {
         let is_after_end = self.phase != Phase::Open && self.handler.is_some() && !self.is_paused;
         self.is_listening() || (is_after_end && self.work == Work::Idle)
     }
 
-    /// Bytes that may be read at a time: for the handler; ahead of it, while it is busy; or after the end, for what is
-    /// left in the kernel.
+    /// How many bytes may be read now. While the handler is busy, that depends on what is held for it; after the end,
+    /// what is left in the kernel is read and discarded.
     pub(crate) fn read_limit(&self) -> usize {
         if self.phase != Phase::Open || self.is_listening() {
             return usize::MAX;
@@ -292,7 +295,7 @@ impl Connection {
         Some(self.written.wrapping_sub(self.socket.as_ref()?.unacknowledged()?))
     }
 
-    /// Looks whether the peer has taken something since the last look. If our ping was among it, its time begins now.
+    /// Whether the peer has taken something since this was last asked. If our ping was among it, its time begins now.
     pub(crate) fn makes_progress(&mut self, now: Duration) -> bool {
         let Some(taken) = self.taken() else { return false };
         let had_ping = self.has_ping(self.taken);
@@ -307,8 +310,18 @@ impl Connection {
         taken.wrapping_sub(self.ping_end) as i32 >= 0
     }
 
-    /// When the peer is given up if it takes nothing until then, while the kernel takes no more for it.
-    pub(crate) fn stalled_at(&self) -> Option<Duration> {
+    /// When to look next whether the peer has taken something. None while the kernel takes more for it.
+    pub(crate) fn look_at_stall(&self, now: Duration) -> Option<Duration> {
+        let end = self.stalled_at()?;
+        let timeout = self
+            .config
+            .stall_timeout
+            .map_or(self.config.pong_timeout, |timeout| timeout.min(self.config.pong_timeout));
+        Some(end.min(now + timeout / STALL_LOOKS))
+    }
+
+    /// When the connection is to end if the peer takes nothing until then. None while the kernel takes more for it.
+    fn stalled_at(&self) -> Option<Duration> {
         if self.is_writable || self.refused_since == 0 {
             return None;
         }
@@ -321,28 +334,29 @@ impl Connection {
         stalled.into_iter().chain(unanswered).min()
     }
 
-    /// Whether the peer has taken nothing for too long: why it is given up.
+    /// Whether the connection is to end because the peer has taken nothing for too long, and for which reason.
     pub(crate) fn judge_stall(&mut self, now: Duration, listened: Duration) -> Option<CloseReason> {
-        let end = self.stalled_at().filter(|end| now >= *end)?;
+        let end = self.stalled_at()?;
         let since = Duration::from_micros(self.refused_since);
         if self.makes_progress(now) {
             self.refused_since = now.as_micros() as u64;
             return None;
         }
-        if listened < end {
-            return None; // the kernel may have announced room, and nobody has looked
+        // The kernel may have announced room, and the event has not been read.
+        if now < end || listened < end {
+            return None;
         }
         let is_stalled = self.config.stall_timeout.is_some_and(|timeout| now >= since + timeout);
         Some(if is_stalled { CloseReason::SlowConsumer } else { CloseReason::PongTimeout })
     }
 
-    /// Whether something lies before a ping that is written now.
+    /// Whether a ping that is written now is behind something that the peer has not taken.
     pub(crate) fn has_unacknowledged(&self) -> bool {
         let socket = self.socket.as_ref();
         self.outbox.is_in_frame() || socket.and_then(Socket::unacknowledged).is_some_and(|bytes| bytes > 0)
     }
 
-    /// The ping is with the kernel; `is_ahead`: something lies before it that the peer has not taken.
+    /// The ping is with the kernel. `is_ahead`: it is behind something that the peer has not taken.
     pub(crate) fn ping_sent(&mut self, now: Duration, is_ahead: bool) {
         self.heartbeat.sent(now);
         if self.read_limit() == 0 {
@@ -356,8 +370,8 @@ impl Connection {
         }
     }
 
-    /// Whether there is a reason other than the peer's death that our ping has not been answered: it may not have
-    /// come to the peer yet, or just now, or the answer may not have come to us.
+    /// Whether an alive peer may have left our ping unanswered: the ping has not reached it yet, or the answer has not
+    /// reached us.
     pub(crate) fn excuses_silence(&mut self, now: Duration) -> bool {
         if self.heartbeat.takes_input() {
             return true;
@@ -367,11 +381,11 @@ impl Connection {
         }
         let had_ping = self.has_ping(self.taken);
         let progress = self.makes_progress(now);
-        // While nobody reads here, the answer may be stuck behind what we do not take.
+        // While we do not read, the answer may be behind bytes that we have not taken.
         if had_ping { self.read_limit() == 0 && self.is_readable } else { progress }
     }
 
-    /// Whether everything that was the peer's is with it, as far as can be told.
+    /// Whether the peer has everything that was sent to it, its Close frame included, as far as this is known.
     pub(crate) fn is_delivered(&self) -> bool {
         let is_told = self.ending().is_none_or(|ending| ending.reason.close_frame().is_some());
         match &self.socket {

@@ -36,18 +36,18 @@ pub(crate) struct Crowd {
     pub(crate) drops: Vec<ConnectionId>,
     /// When frames that wait are to be dropped.
     pub(crate) deadlines: Deadlines<ConnectionId>,
-    /// Bytes in all outboxes, counted for each.
+    /// Bytes in all outboxes; a chunk counts in each.
     pub(crate) backlog_bytes: usize,
-    /// What they keep in memory.
+    /// What they keep in memory, where a chunk in many outboxes counts once.
     pub(crate) retained: Retained,
     /// Bytes of messages that have not arrived whole or wait for their handler.
     pub(crate) unfinished_bytes: usize,
     pub(crate) metrics: Metrics,
     /// The time of this turn, since the shard's start.
     pub(crate) now: Duration,
-    /// What has come before this has been read.
+    /// Everything that arrived before this time has been read.
     pub(crate) listened: Duration,
-    /// When what is read now arrived at the earliest.
+    /// The earliest time at which what is read now may have arrived.
     pub(crate) arrived: Duration,
 }
 
@@ -252,7 +252,7 @@ impl Crowd {
         self.relieve(id.slot() as u32);
     }
 
-    /// No longer counts a connection as congested that has recovered. To be called after whatever takes frames out.
+    /// Stops counting a connection as congested if it has recovered. Called after everything that takes frames out.
     pub(crate) fn relieve(&mut self, slot: u32) {
         let Some(connection) = self.connections.get_mut(slot as usize) else { return };
         if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
@@ -296,7 +296,7 @@ impl Crowd {
         self.largest(|connection| if is_refused(connection) { connection.outbox.backlog_bytes() } else { 0 })
     }
 
-    /// The connections that hold something unfinished, the most first.
+    /// The connections with unfinished bytes, those with the most first.
     pub(crate) fn largest_unfinished(&self) -> Vec<ConnectionId> {
         self.largest(Connection::unfinished_bytes)
     }

@@ -24,15 +24,15 @@ pub(crate) struct Group {
     pub(crate) key: GroupKey,
     /// None for everyone, which is in no map and never closed.
     name: Option<Arc<str>>,
-    /// Whose entry it is, to find what has taken its place.
+    /// The directory that it is in, to find the entry that follows it.
     directory: Weak<Directory>,
     /// Members on all shards, those on their way included; or `CLOSED`.
     members: AtomicU64,
     /// Members whose outbox is more than a quarter full; and of these, those whose policy is `Block`.
     congested: AtomicU32,
     blocking: AtomicU32,
-    /// Members on their way to their shard's index, who may be congested and are not counted as such yet. Not counted
-    /// for everyone, which connections come to with an empty outbox.
+    /// Members on their way to their shard's index: they may be congested and are not counted as such yet. Not used for
+    /// everyone: a connection is counted there while it is opening, or joins with an empty outbox.
     arriving: AtomicU32,
     /// One bit per shard: set before a join returns, cleared only by the shard itself.
     ///
@@ -61,14 +61,14 @@ impl Group {
         self.members.fetch_update(AcqRel, Acquire, |count| (count != CLOSED).then(|| count + 1)).is_ok()
     }
 
-    /// The entry that has taken the place of this one, if this one was closed and there is another. A group's members
-    /// are all in the one entry that is not closed.
+    /// The entry of the same name that has replaced this closed one, if there is one. At most one entry of a name is
+    /// not closed, and it has all members.
     #[cold]
     fn successor(&self) -> Option<Arc<Group>> {
         self.directory.upgrade()?.find(self.name.as_deref()?)
     }
 
-    /// Whether it has ended. Members that the group has had since are in another entry.
+    /// Whether this entry has ended. Members that have joined since are in another one.
     pub(crate) fn is_closed(&self) -> bool {
         self.members.load(Acquire) == CLOSED
     }
@@ -133,7 +133,7 @@ impl Group {
         self.blocking.load(Relaxed) > 0 || self.arriving.load(Acquire) > 0 // Relaxed: as above
     }
 
-    /// A member is in its shard's index, and counted as congested if it is, or has gone on the way.
+    /// A member has reached its shard's index, and is counted there if it is congested; or it was dropped on the way.
     fn has_arrived(&self) {
         if self.name.is_some() {
             self.arriving.fetch_sub(1, Release); // pairs with the loads above
@@ -159,7 +159,7 @@ pub(crate) struct Directory {
     everyone: Arc<Group>,
     groups: papaya::HashMap<Arc<str>, Arc<Group>>,
     next_key: Arc<AtomicU64>,
-    /// Frames to single connections that are on their way and larger than what outboxes surely have room for.
+    /// Frames to single connections that are on their way and did not fit into the window.
     oversized: AtomicU32,
     /// For each shard, which alone uses it: what connections of the namespace counted that have ended there.
     ended: Box<[EndedCounts]>,
@@ -190,7 +190,7 @@ impl Directory {
         &self.ended[shard]
     }
 
-    /// Whether frames are on their way that may fill some outbox beyond half.
+    /// Whether frames are on their way that may make some outbox congested.
     pub(crate) fn has_oversized(&self) -> bool {
         self.oversized.load(Acquire) > 0 // pairs with the drop of `Oversized`
     }
@@ -249,7 +249,7 @@ impl Directory {
     }
 }
 
-/// Held by a frame to one connection that takes more room than is surely there, until it is in the outbox.
+/// Held by a frame to one connection that did not fit into the window, until the frame is in its outbox.
 #[derive(Debug)]
 pub(crate) struct Oversized(Arc<Directory>);
 
@@ -262,7 +262,7 @@ impl Oversized {
 
 impl Drop for Oversized {
     fn drop(&mut self) {
-        self.0.oversized.fetch_sub(1, AcqRel); // pairs with `has_oversized`: its outbox has announced itself before
+        self.0.oversized.fetch_sub(1, AcqRel); // pairs with `has_oversized`: a congested outbox was counted before
     }
 }
 

@@ -30,6 +30,10 @@ use crate::watchdog::Watchdog;
 /// How long an engine that is dropped waits for its peers to take what is theirs.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 
+/// The stack of a shard, on which an application's methods and decoders run: room for what nests deeply, in debug builds,
+/// too. Only what is used takes memory.
+const STACK_BYTES: usize = 8 << 20;
+
 /// A running engine. Cloning gives another handle to the same one; when the last handle is dropped, the
 /// shards close their connections with 1001 and end. That drop waits for it, a second and a little at most; on one of the
 /// engine's own threads it does not wait.
@@ -101,7 +105,11 @@ impl Engine {
                 });
             };
             let spawned = match failure {
-                None => thread::Builder::new().name(format!("shard-{index}")).spawn(body).map_err(Some),
+                None => {
+                    let builder =
+                        thread::Builder::new().name(format!("shard-{index}")).stack_size(STACK_BYTES);
+                    builder.spawn(body).map_err(Some)
+                }
                 Some(_) => Err(None),
             };
             match spawned {

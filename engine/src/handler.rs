@@ -3,7 +3,8 @@
 //! A plain trait with bytes; there is no future in it. A handler lives on its
 //! connection's shard and is called there, one call at a time. One that cannot go on
 //! answers `Pending`, keeps a waker from the context, and is called again when it was
-//! woken; until then its connection is not read (promise 7). Knows ids, frames and close
+//! woken; until then messages are held for it, and
+//! its connection is soon not read any more (promise 7). Knows ids, frames and close
 //! reasons. Does not know sockets.
 
 use std::sync::Arc;
@@ -23,8 +24,8 @@ pub type MakeHandler = Box<dyn FnOnce(ConnectionId) -> Box<dyn Handler> + Send>;
 /// A call must not block: the shard's other connections wait meanwhile. A panic ends this
 /// connection (1011) and harms no other.
 pub trait Handler {
-    /// The connection is open. No message is handed over before this is `Ready`, and before that nothing that is
-    /// published to everyone reaches the connection: only what is sent to it alone, or to groups that it has joined.
+    /// The connection is open. No message is handed over before this is `Ready`. Until then nothing that is published
+    /// to everyone reaches the connection, only what is sent to it alone or to groups that it has joined.
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
         let _ = context;
         Flow::Ready
@@ -46,7 +47,8 @@ pub trait Handler {
         Flow::Ready
     }
 
-    /// The connection has ended; called exactly once, after the last `Pending` was resolved.
+    /// The connection has ended; called exactly once, after the last `Pending` was resolved and the messages that came
+    /// before the end were handled.
     /// The handler is dropped when this, or the `on_resume` after it, is `Ready`.
     fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
         let _ = (reason, context);

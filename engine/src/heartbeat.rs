@@ -1,12 +1,12 @@
 //! The signs of life of one connection: pings, answers, round trips, silence.
 //!
 //! Pure: it is told what happened and when, and says what to do. What counts is what the
-//! peer does, never what we do: the time for an answer runs from the moment that the ping
-//! was written, is judged by what had arrived and not by when we came to read it, and every
-//! whole frame of the peer is an answer, for who speaks is alive. Only a pong with the
-//! ping's nonce gives a round trip. Whether a wait may be prolonged, because an answer is on
-//! its way, the connection knows; how often it may, is bounded here. Does not know sockets
-//! or frames.
+//! peer does, never what we do. The time for an answer runs from the moment that the ping
+//! was written, and is judged by what had arrived, not by when it was read. Every whole
+//! message, every ping and the ping's pong is an answer, since a peer that sends is alive;
+//! only the pong gives a round trip. The connection knows whether a wait may be prolonged,
+//! because an answer may be on its way; how often is bounded here. Does not know sockets or
+//! frames.
 
 use std::collections::VecDeque;
 use std::num::{NonZeroU32, NonZeroU64};
@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use crate::config::ConnectionConfig;
 
-/// How often in a row the wait for an answer is prolonged, at most: with the default timeout some 40 minutes.
+/// How often in a row the wait for an answer is prolonged at most: with the default timeout, for some 40 minutes.
 const EXTENSIONS_MAX: u8 = 250;
-/// Bytes of an unfinished frame that prolong the wait by a timeout. Fewer do not: a peer that sends a byte now and
-/// then would hold its connection for days.
+/// Bytes of an unfinished message that prolong the wait by a timeout. Fewer do not, or a peer that sends a byte now
+/// and then would keep its connection for days.
 const EXTENSION_BYTES: u32 = 256;
 /// The part of `max_connection_duration` over which connections of the same age are ended.
 const DURATION_JITTER: f32 = 0.1;
@@ -27,21 +27,21 @@ const DURATION_JITTER: f32 = 0.1;
 pub(crate) struct Heartbeat {
     /// When something last arrived.
     heard: u64,
-    /// When the last ping was due; once it is written, when it was.
+    /// When the last ping was due, or once it is written, when that was.
     pinged: u64,
-    /// What the wait for the answer runs from: the writing of the ping, or its last extension.
+    /// What the wait for the answer is counted from: the writing of the ping, or the last extension.
     waits_from: u64,
-    /// Of the last ping, until its pong has come.
+    /// The last ping's, until its pong has come.
     nonce: Option<NonZeroU64>,
     rtt_last: Option<NonZeroU32>,
     rtt_average: Option<NonZeroU32>,
     /// Boxed, because most connections need none of it.
     special: Option<Box<Special>>,
-    /// Bytes that arrived since the last whole frame or extension.
+    /// Bytes that arrived since the last whole message, control frame or extension.
     bytes: u32,
     extensions: u8,
     ping: Ping,
-    /// Reading paused while the pong was awaited: its time says nothing about the network.
+    /// Reading paused while the pong was awaited, so its time says nothing about the network.
     is_unmeasured: bool,
 }
 
@@ -55,7 +55,7 @@ enum Ping {
 
 #[derive(Debug, Default)]
 struct Special {
-    /// When the connection began, less its jitter.
+    /// When the connection began, minus its jitter.
     opened: u64,
     /// When the last message came.
     message: u64,
@@ -64,8 +64,9 @@ struct Special {
     samples_max: usize,
 }
 
-/// Round-trip times of a connection, from pings to their pongs. They contain the network and the peer, but not the
-/// time for which this side was busy: a pong that was read late counts as of when it can have arrived at the earliest.
+/// Round-trip times of a connection, from pings to their pongs. They contain the network and the peer, but not
+/// time for which this side was busy: a pong that was read late counts as of the earliest time at which it may have
+/// arrived.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Rtt {
     /// The last one; none before the first pong.
@@ -122,7 +123,7 @@ impl Heartbeat {
         self.bytes = self.bytes.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 
-    /// A whole frame has arrived: whatever it says, the peer is alive.
+    /// A whole message, a ping or the ping's pong has arrived: the peer is alive.
     #[inline]
     pub(crate) fn answered(&mut self) {
         if self.ping == Ping::Sent {
@@ -131,7 +132,7 @@ impl Heartbeat {
         (self.bytes, self.extensions) = (0, 0);
     }
 
-    /// A whole frame has arrived that says nothing about the peer: a pong that nobody asked for.
+    /// A pong that nobody asked for has arrived. It is no answer, nor part of an unfinished message.
     pub(crate) fn ignored(&mut self) {
         self.bytes = 0;
     }
@@ -144,7 +145,7 @@ impl Heartbeat {
         }
     }
 
-    /// Nothing is read for now, so that a pong may be read later than it arrives.
+    /// Reading has paused, so a pong may be read later than it arrives.
     pub(crate) fn paused(&mut self) {
         self.is_unmeasured = true;
     }
@@ -171,26 +172,26 @@ impl Heartbeat {
         (self.bytes, self.extensions) = (0, 0);
     }
 
-    /// Whether enough of an unfinished frame has arrived since the last look to wait for its end.
+    /// Whether enough of an unfinished message has arrived since this was last asked to wait for more of it.
     pub(crate) fn takes_input(&mut self) -> bool {
         let is_enough = self.bytes >= EXTENSION_BYTES;
         self.bytes = 0;
         is_enough
     }
 
-    /// The peer has the ping only now.
+    /// The peer has got the ping only now.
     pub(crate) fn restart(&mut self, now: Duration) {
         self.waits_from = micros(now);
     }
 
-    /// Waits for the answer once more; false if that has been done too often.
+    /// Waits for the answer for another timeout; false if that has been done too often.
     pub(crate) fn prolong(&mut self, now: Duration) -> bool {
         self.waits_from = micros(now);
         self.extensions = self.extensions.saturating_add(1);
         self.extensions <= EXTENSIONS_MAX
     }
 
-    /// A pong that arrived at `arrived`; whether it answers our ping.
+    /// A pong that arrived at `arrived`. Returns whether it answers our ping.
     pub(crate) fn pong(&mut self, arrived: Duration, payload: &[u8]) -> bool {
         if self.ping == Ping::Queued || self.nonce.is_none_or(|nonce| nonce.get().to_be_bytes() != payload) {
             return false;
@@ -215,8 +216,8 @@ impl Heartbeat {
         true
     }
 
-    /// Whether the average over the last `samples` round trips is above `max`; false before the first pong. A window
-    /// that was not asked for before is kept from now on, and begins with the last round trip.
+    /// Whether the average over the last `samples` round trips is above `max`; false before the first pong. So many
+    /// round trips are kept from now on; the first time, there is only the last one.
     pub(crate) fn is_rtt_above(&mut self, max: Duration, samples: usize) -> bool {
         let Some(last) = self.rtt_last else { return false };
         let special = self.special.get_or_insert_default();
@@ -234,8 +235,8 @@ impl Heartbeat {
         Rtt { last: self.rtt_last.map(duration), average: self.rtt_average.map(duration) }
     }
 
-    /// What is due at `now`, when everything that had arrived by `listened` has been heard. `nonce` is called if a
-    /// ping is due.
+    /// What is due at `now`, when everything that had arrived by `listened` has been read. `nonce` is called if a ping
+    /// is due.
     pub(crate) fn beat(
         &mut self,
         now: Duration,
@@ -247,7 +248,7 @@ impl Heartbeat {
         let mut next = Duration::MAX;
         if let Some(special) = &self.special {
             if let Some(max) = config.max_connection_duration {
-                // A jitter may reach back before the shard's start.
+                // Wrapping: the jitter may reach back before the shard's start.
                 let age = micros(now).wrapping_sub(special.opened);
                 let left = micros(max).saturating_sub(age);
                 if left == 0 {
@@ -289,7 +290,7 @@ impl Heartbeat {
                 if listened >= end {
                     return Beat::Unanswered;
                 }
-                // If it has been answered by the time that the next one is due, that one is sent in time.
+                // Not later than the next ping is due: this one may be answered by then.
                 Beat::Wait(if now < due { next.min(end).min(due) } else { next.min(end) })
             }
         }

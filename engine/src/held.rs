@@ -1,19 +1,19 @@
 //! Messages that were read while their handler was busy.
 //!
-//! Owned by one connection, there only while it needs it. Control frames must be answered
-//! whatever the handler does, so reading goes on for a while, and what else came waits
-//! here, in one buffer behind each other. Knows messages. Does not bound itself: its owner
+//! Owned by one connection, and exists only while it is needed. Control frames must be
+//! answered whatever the handler does, so reading goes on for a while, and messages wait
+//! here, behind each other in one buffer. Knows messages. Does not bound itself: its owner
 //! stops reading.
 
 use crate::frame::MessageKind;
 
-/// What stands before each message in the buffer: its kind and its length.
+/// Before each message in the buffer: its kind and its length.
 const HEADER_BYTES: usize = 5;
 
 #[derive(Debug, Default)]
 pub(crate) struct Held {
     bytes: Vec<u8>,
-    /// Where the first message begins that has not been taken.
+    /// Where the first message that has not been taken begins.
     from: usize,
 }
 
@@ -62,7 +62,8 @@ mod tests {
     #[test]
     fn messages_come_back_whole_and_in_order() {
         let mut held = Held::default();
-        let message = |number: u32| (number.to_string().repeat(number as usize % 9), number % 2 == 0);
+        let message =
+            |number: u32| (number.to_string().repeat(number as usize % 9), number.is_multiple_of(2));
         let kind = |is_text| if is_text { MessageKind::Text } else { MessageKind::Binary };
         let (mut pushed, mut popped) = (0, 0);
         for round in 0..200 {
@@ -81,7 +82,7 @@ mod tests {
         while held.pop().is_some() {
             popped += 1;
         }
-        assert!(popped == pushed && held.is_empty() && held.len() == 0);
+        assert_eq!((popped, held.is_empty(), held.len()), (pushed, true, 0));
     }
 
     #[test]

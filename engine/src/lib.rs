@@ -126,6 +126,6 @@ pub use shard::Shard;
 #[cfg(feature = "audit")]
 #[doc(hidden)]
 pub use shard::audit::{Audit, ConnectionAudit, GroupAudit};
-pub use socket::Socket;
+pub use socket::{Socket, prepare_tcp};
 pub use stopping::{EngineState, Shutdown, ShutdownReport};
 pub use utf8::{InvalidUtf8, Utf8Checker};

@@ -35,7 +35,7 @@ const CLOSED: u64 = 1 << 63;
 /// The cursor of a shard that has ended: it holds back nobody.
 const ENDED: u64 = u64::MAX;
 
-/// How many bytes an entry weighs, for those who must not publish more than readers can hold.
+/// How many bytes an entry has, for publishers that must not publish more than readers have room for.
 pub(crate) trait Weigh {
     fn bytes(&self) -> u64 {
         0
@@ -49,7 +49,7 @@ pub(crate) struct Log<T: Weigh> {
     tail: CachePadded<AtomicU64>,
     /// Positions below are passed by every shard, and their values dropped.
     gate: CachePadded<AtomicU64>,
-    /// Bytes reserved by publishers, and those of values that every shard has passed, since the start.
+    /// Bytes that publishers have reserved since the start, and bytes of values that every shard has passed.
     reserved: CachePadded<std::sync::atomic::AtomicU64>,
     passed: CachePadded<std::sync::atomic::AtomicU64>,
     cursors: Box<[CachePadded<AtomicU64>]>,
@@ -117,19 +117,19 @@ impl<T: Weigh> Log<T> {
         (self.tail.load(Relaxed) & !CLOSED) - gate
     }
 
-    /// Announces a value of so many bytes, before anything is decided by [`bytes_in_flight`](Self::bytes_in_flight).
-    /// To be taken back where it is not pushed after all.
+    /// Announces a value of so many bytes. Called before [`bytes_in_flight`](Self::bytes_in_flight) is asked, and taken
+    /// back by `unreserve` if the value is not pushed.
     pub(crate) fn reserve(&self, bytes: u64) {
-        self.reserved.fetch_add(bytes, AcqRel); // of two who reserve at once, one sees the other
+        self.reserved.fetch_add(bytes, AcqRel); // of two publishers that reserve at once, one sees the other
     }
 
     pub(crate) fn unreserve(&self, bytes: u64) {
-        self.reserved.fetch_sub(bytes, Relaxed); // Relaxed: seen late it is only too much
+        self.reserved.fetch_sub(bytes, Relaxed); // Relaxed: seen late, the sum is only too large
     }
 
     /// Bytes that were reserved and that some shard has not passed yet (never too few).
     pub(crate) fn bytes_in_flight(&self) -> u64 {
-        // What has been passed first, as above. Acquire: what the shards announced before they passed is visible now.
+        // `passed` first, as above. Acquire: what the shards announced before they passed is visible now.
         let passed = self.passed.load(Acquire);
         self.reserved.load(Acquire).saturating_sub(passed)
     }

@@ -47,7 +47,7 @@ pub(crate) struct Mailbox<C, B> {
     resumes: SegQueue<ConnectionId>,
     asleep: CachePadded<AtomicBool>,
     closed: AtomicBool,
-    /// Bytes of the frames that lie here or are about to.
+    /// Bytes of the frames that are here or about to be pushed.
     bytes: CachePadded<AtomicU64>,
     bell: B,
     pub(crate) waiting: WaitList,
@@ -87,13 +87,13 @@ impl<C, B: Bell> Mailbox<C, B> {
         }
     }
 
-    /// Announces a frame of so many bytes and says how many there are with it (never too few). To be taken back where
-    /// it is not pushed after all, and when it has been dealt with.
+    /// Announces a frame of so many bytes, and returns how many there are with it (never too few). Taken back by
+    /// `release` if the frame is not pushed, or when its outbox has it.
     pub(crate) fn reserve(&self, bytes: u64) -> u64 {
-        self.bytes.fetch_add(bytes, AcqRel) + bytes // pairs with `release`; of two at once, one sees the other
+        self.bytes.fetch_add(bytes, AcqRel) + bytes // pairs with `release`; of two callers at once, one sees the other
     }
 
-    /// These bytes lie here no more, and what followed from them has been announced.
+    /// These bytes are here no more, and outboxes that they have congested are counted as such.
     pub(crate) fn release(&self, bytes: u64) {
         self.bytes.fetch_sub(bytes, AcqRel); // pairs with `reserve`
     }
@@ -319,8 +319,9 @@ mod models {
                     let sleeper = Sleeper::new();
                     let waker = Waker::from(sleeper.clone());
                     for command in [1, 2] {
+                        let mut registration = Registration::default(); // dropped, it would leave the list
                         while matches!(sender.push(0, command), Err(Refused::Full(_))) {
-                            assert!(sender.waiting.register(&mut Registration::default(), &waker));
+                            assert!(sender.waiting.register(&mut registration, &waker));
                             if !matches!(sender.push(0, command), Err(Refused::Full(_))) {
                                 break;
                             }

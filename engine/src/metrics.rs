@@ -15,7 +15,7 @@ use crate::heartbeat::Rtt;
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// What one shard, or the whole engine, has counted since its start. All in frames or
-        /// events, but for the gauges `connections` and `pending`.
+        /// events, except gauges, which say what is there now.
         #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct Metrics { $($(#[$doc])* pub $name: u64,)* }
@@ -50,13 +50,14 @@ counters! {
     adopted,
     /// Connections that ended.
     ended,
-    /// Connections ended because the peer broke the framing rules.
+    /// Connections ended because the peer broke the framing rules or sent too many control frames, or because they
+    /// joined too many groups.
     ended_protocol,
     /// Connections ended because a message could not be decoded.
     ended_undecodable,
     /// Connections ended because they stopped answering pings, fell idle or grew too old.
     ended_timeout,
-    /// Connections ended because too much waited for them.
+    /// Connections ended because the peer was slow, or what waited for it or came from it took too much memory.
     ended_slow,
     /// Connections ended because their handler panicked.
     ended_panic,
@@ -74,9 +75,9 @@ counters! {
     pending,
     /// Bytes that wait in outboxes now; a frame counts once for each connection.
     pending_bytes,
-    /// Bytes that outboxes keep in memory now: what is sent to many counts once for each shard.
+    /// Bytes that outboxes keep in memory now. What is sent to many counts once for each shard.
     retained_bytes,
-    /// Bytes of messages that have not arrived whole or wait for their handler now.
+    /// Bytes of memory for messages that are incomplete or wait for their handler now.
     unfinished_bytes,
     /// Writes to sockets.
     writes,
@@ -279,7 +280,7 @@ impl Counts {
         }
     }
 
-    /// Something was taken: drops are not in a row any more.
+    /// A frame was taken: later drops are a new row.
     #[inline]
     pub(crate) fn took(&mut self) {
         if let Some(losses) = &mut self.losses {
@@ -287,7 +288,7 @@ impl Counts {
         }
     }
 
-    /// How many frames were dropped that the handler is told of now.
+    /// Takes the number of drops that the handler has not been told of: it is told now.
     pub(crate) fn tell_drops(&mut self) -> u32 {
         self.losses.as_mut().map_or(0, |losses| std::mem::take(&mut losses.untold))
     }

@@ -3,18 +3,19 @@
 //! The handle through which everything is sent. Cloneable, usable from any thread and
 //! any task; needs no particular runtime. There is one path: a target is resolved to
 //! groups, the frame goes through the log (or, for one connection, through its shard's
-//! mailbox), and who must wait waits here. Who waits for room in the log resolves its
-//! target anew with each try, because members come and go meanwhile. Does not know
-//! sockets, nor what payloads mean.
+//! mailbox), and who must wait waits here. A publisher that waits for room in the log
+//! resolves its target anew with each try, because members come and go meanwhile. Does not
+//! know sockets, nor what payloads mean.
 //!
 //! When a publisher waits: only for members whose policy is `Block`, or for a receipt.
 //! While no outbox of the target is more than a quarter full, and what is on its way takes
 //! at most half of the smallest outbox in the log and a quarter in its shard's mailbox
 //! (the *window*), every member has room, so publishing ends when the log has taken the
-//! frame. Else the publication carries a ticket and ends when every target has taken it or
-//! has gone. What is on its way is counted before it is looked at, so two publishers that
-//! act at once do not both take the last of the window. What they push behind that look,
-//! in the same instant, is not seen: then a frame may wait whose publisher has been let go.
+//! frame. Otherwise the publication carries a ticket, and publishing ends when every target
+//! has taken it or has gone. A publisher reserves its bytes before it looks at the window,
+//! so two that act at once do not both take the last of it. What others push between that
+//! look and its own push, in the same instant, it does not see: then its frame may wait
+//! although it has returned.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -65,8 +66,8 @@ pub struct Namespace {
     policy: Option<Policy>,
 }
 
-/// How much may be on its way without anybody asking whether there is room, by the smallest
-/// outbox that a connection of the namespace was adopted with.
+/// How much may be on its way without anybody asking whether there is room: parts of the
+/// smallest outbox that a connection of the namespace was adopted with.
 #[derive(Debug)]
 struct Window {
     frames: AtomicU64,
@@ -132,9 +133,9 @@ impl Namespace {
     /// Sends `frame` to all of `to` but `except`. Ends when every target has taken it or has gone; while
     /// nobody is behind whose policy is `Block`, that is as soon as the log has it.
     ///
-    /// Frames sent one after the other reach every connection in that order. A frame that was accepted is delivered
-    /// though nobody waits for it any more: who drops this future after it was polled, as a timeout around it does,
-    /// does not know whether it was, and sends twice by sending again.
+    /// Frames sent one after the other reach every connection in that order. Dropping this future, as a timeout
+    /// around it does, does not take the frame back: once it was accepted it is delivered, so sending it again may send
+    /// it twice.
     ///
     /// # Errors
     /// [`SendError::Closed`] if the engine has ended, [`SendError::Overloaded`] if too many publishers wait,
@@ -180,8 +181,8 @@ impl Namespace {
 
     /// Makes the connection a member of the group. When this has returned, the next publication by anyone
     /// includes it; earlier ones do not. Joining twice is joining once; a connection that has gone joins nothing.
-    /// One that is in [`max_groups`](ConnectionConfig::max_groups) groups is ended. Everyone, unlike a group, has a
-    /// connection as a member only when its [`on_open`](crate::Handler::on_open) is done.
+    /// One that is in [`max_groups`](ConnectionConfig::max_groups) groups already is ended. Everyone has a connection as
+    /// a member only when its [`on_open`](crate::Handler::on_open) is done; groups have it at once.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish), and [`SendError::GroupNameTooLong`].
@@ -299,7 +300,7 @@ impl Namespace {
         let Newcomer { socket, received, handler, config, mut place } = newcomer;
         self.shared.config.validate_with(&config)?;
         socket.prepare()?;
-        // Relaxed: before the connection can be a target, its mailbox makes this visible.
+        // Relaxed: the push into the mailbox, before which the connection is no target, makes this visible.
         self.window.frames.fetch_min(config.outbox_frames as u64, Relaxed);
         self.window.bytes.fetch_min(config.outbox_bytes as u64, Relaxed);
         let shard = place.choose_shard();
@@ -340,7 +341,7 @@ impl Namespace {
     }
 
     /// Tries once: resolves the target as it is now, decides whether anybody must be waited for, and hands the payload
-    /// over. Nothing comes back where nobody is there, or nobody is to be waited for.
+    /// over. Returns nothing if the target has no members or nobody must be waited for.
     fn attempt(
         &self,
         to: To<'_>,
@@ -415,7 +416,7 @@ impl Namespace {
         })
     }
 
-    /// Whether a member of the target is behind for which publishers wait.
+    /// Whether a member for which publishers wait is congested.
     fn must_be_waited_for(&self, target: &Target) -> bool {
         let for_any = self.policy.is_some();
         let is_behind = |group: &Group| if for_any { group.is_congested() } else { group.is_blocking() };
@@ -479,7 +480,7 @@ impl Namespace {
         }
     }
 
-    /// Tries again each time that there may be room.
+    /// Tries again whenever there may be room.
     async fn wait_for_room<T, U>(
         &self,
         list: &WaitList,
@@ -518,13 +519,13 @@ enum Destination {
     Log(Target),
 }
 
-/// What who publishes waits for.
+/// What a publisher waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wants {
     Nothing,
-    /// That every target has room, which may be so already.
+    /// That every target has room, which it may have already.
     Room,
-    /// What became of it.
+    /// What became of the frame.
     Outcome,
 }
 
@@ -541,7 +542,7 @@ impl Wants {
 }
 
 impl Window {
-    /// Whether so much takes at most this part of every outbox.
+    /// Whether so much is at most one `part`th of every outbox.
     fn holds(&self, part: u64, frames: u64, bytes: u64) -> bool {
         // Relaxed: see `adopt`.
         frames <= self.frames.load(Relaxed) / part && bytes <= self.bytes.load(Relaxed) / part

@@ -16,7 +16,7 @@ use smallvec::SmallVec;
 
 use crate::frame::Opcode;
 
-/// Bytes that the outboxes of one shard keep in memory: what many share counts once.
+/// Bytes that the outboxes of one shard keep in memory. A chunk that many share counts once.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Retained(Rc<Cell<usize>>);
 
@@ -33,7 +33,7 @@ pub(crate) struct Chunk {
     bytes: Bytes,
     /// Where each frame ends.
     ends: SmallVec<[u32; 2]>,
-    /// What its bytes are counted in for as long as somebody keeps it.
+    /// Where its bytes are counted for as long as it exists.
     retained: Retained,
 }
 
@@ -256,8 +256,8 @@ impl<T> Outbox<T> {
         self.bytes + self.more.as_ref().map_or(0, |more| more.waiting_bytes)
     }
 
-    /// Appends all frames of `chunk` if nothing is queued and they take at most a quarter of the bounds. That is what happens
-    /// mostly, and it is all that is to be done then: nobody waits, nothing becomes congested. False if it is not so.
+    /// Appends all frames of `chunk` if nothing is queued and they take at most a quarter of the bounds; else
+    /// false. This is the common case, and nothing else is to be done then: nobody waits, nothing becomes congested.
     #[inline]
     pub(crate) fn begin(&mut self, chunk: &Rc<Chunk>, bounds: &Bounds) -> bool {
         let (frames, bytes) = (chunk.frames(), chunk.bytes.len());
@@ -309,7 +309,7 @@ impl<T> Outbox<T> {
         while room > 0 && (segment.chunk.end(segment.next + room) - start) as usize > bytes {
             room -= 1;
         }
-        // Where nothing waits, a frame of any size may, as an empty outbox takes one.
+        // Where nothing waits, one frame of any size may wait, as an empty outbox takes one of any size.
         if room == 0 && bounds.waiting > 0 && !self.has_waiting() {
             room = 1;
         }

@@ -1,13 +1,14 @@
 //! How many bytes of a socket its peer has not taken yet.
 //!
-//! The kernel's word on whether a peer makes progress: a write that was accepted lies in
-//! our kernel until the other end has it. Asked only where a connection's life hangs on it.
+//! The kernel tells whether a peer makes progress: bytes that it has accepted stay with it
+//! until the other end has them. Asked only when a connection is about to be ended, or a
+//! ping goes out.
 //! Does not know connections or time.
 
 use std::os::fd::AsFd;
 
-/// Bytes given to the kernel that the peer's has not acknowledged; for a Unix socket, that the peer has not read, in
-/// some unit that grows with them. None where the system does not say.
+/// Bytes given to the kernel that the peer's kernel has not acknowledged. For a Unix socket it is what the peer has not
+/// read, as the memory that this takes. None where the system does not tell.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(crate) fn unacknowledged(socket: impl AsFd) -> Option<u32> {
     use rustix::ioctl::{Getter, Opcode, ioctl};

@@ -26,8 +26,8 @@ pub enum Policy {
     },
     /// It waits, though nobody waits for it; and an average round-trip time above `max_rtt` (1 ms to 1 hour, and not
     /// above the connection's `pong_timeout`) over the last `rtt_samples` (1 to 1024) pongs ends the connection (1013).
-    /// Before the first pong it counts as healthy. As a connection's own policy it is looked at with each pong and
-    /// where a frame has to wait; as that of one message, when that message reaches the connection.
+    /// Before the first pong it counts as healthy. A connection's own policy is checked with each pong and when a frame
+    /// has to wait; that of a single message, when the message reaches the connection.
     DropOnHighRtt {
         /// The highest average allowed.
         max_rtt: Duration,

@@ -32,7 +32,7 @@ pub(crate) struct Shared {
     pub(crate) metrics: Box<[PublishedMetrics]>,
     pub(crate) admission: Arc<Admission>,
     pub(crate) next_group: Arc<AtomicU64>,
-    /// Bytes that all outboxes keep in memory, and those of unfinished messages, as of the shards' last turns.
+    /// Bytes that all outboxes keep in memory, and bytes of unfinished messages, as of the shards' last turns.
     pub(crate) retained_bytes: AtomicUsize,
     pub(crate) unfinished_bytes: AtomicUsize,
     pub(crate) stopping: Stopping,
@@ -84,10 +84,10 @@ impl Shared {
         Ok(())
     }
 
-    /// Wakes the shards that may have members, as of now: a join that has returned before the claim is seen.
+    /// Wakes the shards that may have members now. Joins that returned before the log's position was claimed are seen.
     fn wake_concerned(&self, named: &Named) {
         match named.find() {
-            // Its members since are in another entry, which the shards find.
+            // Members that have joined since are in another entry, which the shards find.
             Some(group) if group.is_closed() => self.mailboxes.iter().for_each(Mailbox::wake),
             Some(group) => group.interested(|shard| self.mailboxes[shard].wake()),
             None => {}

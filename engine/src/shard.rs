@@ -15,10 +15,10 @@
 //! tail. If the mailbox was not emptied, the log goes no further in this turn. What the
 //! shard itself must do behind all that a handler has sent (end its connection, let it
 //! join everyone) waits in a list of its own, with the position in the log and the
-//! number of commands that it comes after: so it keeps its place whatever is full.
+//! number of commands that it comes after, so that it keeps its order whatever is full.
 //!
 //! Time. What a peer does is judged by what had arrived when everything was last read
-//! (`listened`), not by the clock: a shard that was held up has not heard anybody.
+//! (`listened`), not by the clock, since a shard that was held up has read nothing.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -65,7 +65,7 @@ const COMMANDS_PER_ANSWER: usize = 128;
 const OFFERS_PER_TURN: u64 = 200_000;
 /// Publications run before everybody was flushed; less where outboxes are small.
 const BURST_MAX: u64 = 256;
-/// A poll that took longer has waited for something.
+/// A poll that took longer has slept.
 const SLEPT: Duration = Duration::from_micros(20);
 
 /// One thread's worth of connections; see [`Engine::driven`](crate::Engine::driven) for how to drive it by hand.
@@ -91,7 +91,7 @@ pub struct Shard {
     held: Option<Entry<Command>>,
     /// Commands taken out of the mailbox so far.
     commands: u64,
-    /// What is to be done behind what handlers have sent.
+    /// What is to be done behind everything that handlers have sent.
     later: VecDeque<Later>,
     /// Slots with something left to read.
     ready: Vec<u32>,
@@ -106,14 +106,14 @@ pub struct Shard {
     flush_ripe: usize,
     /// How many of the first in the list of those to be flushed have had no turn since.
     round_left: usize,
-    /// What all threads have been told of the bytes that outboxes keep here, and of unfinished messages.
+    /// What was last added to the shared sums: bytes that outboxes keep here, and bytes of unfinished messages.
     retained_told: usize,
     unfinished_told: usize,
     /// Writes refused since the budget was last looked at.
     refusals: u64,
-    /// Ends that an operator has not been told of.
+    /// Ends that have not been logged for operators.
     untold: Untold,
-    /// When the last turn began, and whether time is real.
+    /// When the last turn began, and whether somebody else says what time it is.
     before: Duration,
     is_driven: bool,
     stop: Option<Stop>,
@@ -129,12 +129,12 @@ struct Later {
 }
 
 enum Step {
-    /// Its handler has opened: it is among everyone from now on.
+    /// Its `on_open` is done: it joins everyone.
     Enter,
     End(CloseReason),
 }
 
-/// Clients that were ended for what they did, since an operator was last told.
+/// Connections that were ended because of their peers, since that was last logged.
 #[derive(Debug, Default)]
 struct Untold {
     since: Duration,
@@ -254,8 +254,8 @@ impl Shard {
             pin.iter_mut().for_each(Pin::after_poll);
             let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
             let began = Instant::now();
-            // What a poll that slept brought has just come. What was there already may have come during the last turn,
-            // which is no fault of the peer's.
+            // What woke a poll that slept has just arrived. Otherwise it may have arrived at any time since the last turn
+            // began, and the peer must not be blamed for the difference.
             let slept = began - ended > SLEPT;
             let arrived = began.saturating_duration_since(self.started);
             self.crowd.arrived = if slept { arrived } else { self.before };
@@ -347,7 +347,7 @@ impl Shard {
         answers
     }
 
-    /// The time now, for what must not contain how long the turn takes. Where shards are driven, the turn's.
+    /// The time now, for what must not contain the length of the turn. The turn's time where shards are driven by hand.
     fn clock(&self) -> Duration {
         if self.is_driven { self.crowd.now } else { self.started.elapsed().max(self.crowd.now) }
     }

@@ -52,8 +52,8 @@ impl From<std::os::unix::net::UnixStream> for Socket {
 }
 
 impl Socket {
-    /// The near end of a bridge: whoever holds the other end carries the bytes to and from the peer. What has left
-    /// this end counts as delivered only when the far end has ended the stream.
+    /// The near end of a bridge: a task at the other end carries the bytes to and from the peer. What was written here
+    /// counts as delivered only when the other end has ended the stream.
     pub fn bridge(stream: std::os::unix::net::UnixStream) -> Self {
         Self(Kind::Bridge(mio::net::UnixStream::from_std(stream)))
     }
@@ -69,12 +69,8 @@ impl Socket {
     pub(crate) fn prepare(&self) -> io::Result<()> {
         match &self.0 {
             Kind::Tcp(stream) => {
-                let socket = socket2::SockRef::from(stream);
-                socket.set_nonblocking(true)?;
-                socket.set_tcp_nodelay(true)?;
-                #[cfg(any(target_os = "linux", target_os = "android"))]
-                socket.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)?;
-                Ok(())
+                socket2::SockRef::from(stream).set_nonblocking(true)?;
+                prepare_tcp(stream)
             }
             Kind::Unix(stream) | Kind::Bridge(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
             Kind::Sink => Ok(()),
@@ -109,7 +105,7 @@ impl Socket {
         }
     }
 
-    /// Bytes that the peer has not taken of what the kernel was given; none where the system does not say.
+    /// Bytes given to the kernel that the peer has not taken. None where the system does not tell.
     pub(crate) fn unacknowledged(&self) -> Option<u32> {
         match &self.0 {
             Kind::Tcp(stream) => outq::unacknowledged(stream),
@@ -132,6 +128,21 @@ impl Socket {
             Kind::Sink => Ok(()),
         };
     }
+}
+
+/// Sets on a TCP socket what an engine relies on: small messages are sent at once (`TCP_NODELAY`), and the kernel takes
+/// no more than 16 KiB that it cannot send yet (`TCP_NOTSENT_LOWAT`, on Linux), so that a peer that stops reading is
+/// noticed. An engine does this for sockets that it owns. For one inside another stream, such as TLS, whoever accepts it
+/// must.
+///
+/// # Errors
+/// What the system says, for instance of something that is no TCP socket.
+pub fn prepare_tcp(socket: impl AsFd) -> io::Result<()> {
+    let socket = socket2::SockRef::from(&socket);
+    socket.set_tcp_nodelay(true)?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)?;
+    Ok(())
 }
 
 /// Not by the standard library: libc would prepare each call for its thread's being cancelled, which no thread of ours

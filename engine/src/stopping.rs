@@ -50,7 +50,8 @@ impl Shutdown {
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ShutdownReport {
-    /// Connections that were given everything that was theirs.
+    /// Connections whose peer has everything that was sent to it: its kernel has acknowledged it, or, behind a
+    /// [bridge](crate::Socket::bridge), the peer has ended the stream.
     pub flushed: u64,
     /// Connections that were cut off: the time was over and they had not taken what was theirs. All connections of a
     /// stuck shard are among them, as many as it had at its last turn.

@@ -34,7 +34,7 @@ impl<T> Refused<T> {
     }
 }
 
-/// A waiting publisher's entry, so that a second poll does not count twice; dropped, it leaves the list.
+/// A waiting publisher's entry, so that a second poll is not counted twice. Dropping it takes it out of the list.
 #[derive(Debug, Default)]
 pub(crate) struct Registration<'a>(Option<Entry<'a>>);
 
@@ -79,7 +79,7 @@ impl WaitList {
             _ if queue.wakers.len() >= self.capacity => return false,
             _ => {
                 let (round, key) = (queue.round, queue.wakers.insert(waker.clone()));
-                // What it replaces is of an earlier round, and takes nothing out when it is dropped.
+                // The entry that it replaces is of an earlier round: dropping that takes nothing out.
                 let former = registration.0.replace(Entry { list: self, round, key });
                 debug_assert!(former.is_none_or(|former| former.round < round));
             }
@@ -115,7 +115,7 @@ impl WaitList {
 }
 
 impl Drop for Registration<'_> {
-    /// Who gives up waiting makes room for the next.
+    /// A publisher that gives up waiting makes room for another.
     fn drop(&mut self) {
         let Some(Entry { list, round, key }) = self.0.take() else { return };
         let removed = {

@@ -2,7 +2,7 @@
 //!
 //! One thread for each engine that has threads, not pinned. It looks at the shards' beacons
 //! twice in each `blocked_after`, logs and counts calls that hold their shard for longer,
-//! and sleeps while all shards sleep. It keeps a shutdown's deadline: it collects the shards'
+//! and sleeps when all shards have slept for a while. It keeps a shutdown's deadline: it collects the shards'
 //! threads, leaves behind those that are stuck, and completes the report. No shard waits for
 //! it. Does not know connections, nor what a handler does.
 
@@ -23,6 +23,9 @@ const STUCK_AFTER: Duration = Duration::from_millis(200);
 const LOST_AFTER: Duration = Duration::from_secs(1);
 /// How often is looked in between.
 const LAST_LOOKS: Duration = Duration::from_millis(50);
+/// Looks at which all shards sleep, after which the watchdog does, too. Not at the first: where messages come singly, a
+/// shard would have to rouse it for each.
+const QUIET_LOOKS: u32 = 10;
 /// The same namespace is not logged again for so long.
 const SILENCE: Duration = Duration::from_secs(60);
 /// A look that comes later than this beside its time means that the whole process was stopped.
@@ -52,6 +55,7 @@ impl Watchdog {
     /// Watches until the engine is over.
     pub(crate) fn run(mut self) {
         let Shared { beacons, stopping, .. } = &*self.shared;
+        let mut quiet_looks = 0;
         loop {
             let now = Instant::now();
             let sample = self.sampler.as_mut().map(|sampler| {
@@ -62,7 +66,10 @@ impl Watchdog {
                 Next::Conclude => break,
                 Next::Sleep(wait) => wait,
             };
-            let sample = sample.filter(|_| !beacons.fall_asleep());
+            quiet_looks = if beacons.all_sleep() { quiet_looks + 1 } else { 0 };
+            let is_quiet = quiet_looks >= QUIET_LOOKS && beacons.fall_asleep();
+            quiet_looks = if is_quiet { 0 } else { quiet_looks };
+            let sample = sample.filter(|_| !is_quiet);
             match wait.into_iter().chain(sample).min() {
                 Some(wait) => thread::park_timeout(wait),
                 None => thread::park(),

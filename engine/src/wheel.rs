@@ -12,7 +12,7 @@ const BUCKETS: u64 = 1024;
 /// later times are reminded of at the horizon, and again.
 const TICK: Duration = Duration::from_millis(25);
 
-/// Instead of a tick: not armed.
+/// In place of a tick: not armed.
 pub(crate) const UNARMED: u64 = u64::MAX;
 
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl<T> Wheel<T> {
         tick
     }
 
-    /// Reminds of `item` at `due` unless that is done earlier, at the tick `armed`, which is set to the earlier of both.
+    /// Reminds of `item` at `due`, unless it is armed for an earlier tick; `armed` is set to the earlier of the two.
     pub(crate) fn arm_earlier(&mut self, item: T, due: Duration, armed: &mut u64) {
         if self.tick(due) < *armed {
             *armed = self.arm(item, due);

@@ -225,6 +225,7 @@ mod cpus {
 
     /// What the tests below start as another process: an engine of one shard, until its standard input is closed.
     #[test]
+    #[allow(clippy::print_stdout)] // how it talks to the test
     fn a_child_of_these_tests() {
         if std::env::var_os(CHILD).is_some() {
             let engine = engine(1, true);

@@ -1,6 +1,6 @@
 //! The builder: a client's settings, each with its default and what happens at its limit.
 //!
-//! Checks what it is told at once, and says it in `connect`: a chain of calls has no place for errors. Does not connect.
+//! Checks settings at once but reports errors in `connect`, since a chain of calls cannot return them. Does not connect.
 
 use std::{fmt, marker::PhantomData, sync::Arc, time::Duration};
 
@@ -155,8 +155,8 @@ impl<S, R, C> HubClientBuilder<S, R, C> {
     /// long (or up to a quarter longer), the connection ends as [`ClientClose::Silent`].
     ///
     /// A hub pings its clients every [`heartbeat_interval`](crate::WsHubConfig::heartbeat_interval), 15 s by default,
-    /// so silence is known to be a server that is gone or frozen, or a network that is: without this nobody would ever
-    /// say so to a client that only listens. The default forgives the loss of two pings. It must be longer than the
+    /// so silence means that the server or the network is gone or frozen. Without this timeout a client that only
+    /// listens would never notice. The default forgives the loss of two pings. It must be longer than the
     /// hub's interval: set both, or `None` for a server that does not ping. Zero makes
     /// [`connect`](HubClient::connect) fail.
     pub fn with_silence_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {

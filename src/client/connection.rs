@@ -1,7 +1,7 @@
 //! The connection's task, from the handshake until the socket is gone.
 //!
-//! Reads and writes at the same time, calls the callbacks, decides how the connection ended, tells the server where it
-//! is the client that ends it, and reports. Every wait ends by itself, and no callback can keep it from reporting.
+//! Reads and writes at the same time, calls the callbacks, decides how the connection ended, tells the server if the
+//! client ended it, and reports. Every wait ends by itself, and no callback can keep it from reporting.
 //! Knows codecs, callbacks and tungstenite. Does not know the handle.
 
 use std::{
@@ -51,7 +51,7 @@ pub(super) struct Timeouts {
 /// How a connection ended.
 struct Ending {
     close: ClientClose,
-    /// What the server is told, where it is the client that gives up.
+    /// What the server is told if the client gives up.
     farewell: Option<(CloseCode, Utf8Bytes)>,
 }
 
@@ -104,7 +104,7 @@ pub(super) async fn run<R, C>(
         AssertUnwindSafe(talk).catch_unwind().await.unwrap_or_else(|_| Ending::panicked());
     let is_told = farewell.is_some();
     if let Some((code, reason)) = farewell {
-        // Where nothing comes, nothing may go either, and the application is not to wait for it.
+        // If nothing comes, sending may not work either, and the application must not wait for it.
         let is_silent = matches!(close, ClientClose::Silent { .. });
         let within = if is_silent { Duration::ZERO } else { timeouts.disconnect };
         let _ = timeout(within, sink.send(Message::Close(Some(CloseFrame { code, reason })))).await;

@@ -1,8 +1,8 @@
 //! The way to the server: TCP, perhaps TLS, the handshake, and whether anything comes.
 //!
-//! Owned by the connection's task. Between TCP and everything above it stands a tap that notes that bytes have come:
-//! a sign of life is any byte and not a whole message, which may take longer on a slow line than silence is allowed
-//! to last. Knows tungstenite and settings. Does not know messages, codecs or callbacks.
+//! Owned by the connection's task. Between TCP and everything above it is a tap that notes that bytes have come: any
+//! byte is a sign of life, since a whole message may take longer on a slow line than the silence timeout. Knows
+//! tungstenite and settings. Does not know messages, codecs or callbacks.
 
 use std::{
     future::pending,
@@ -37,7 +37,7 @@ const SILENCE_PARTS: u32 = 4;
 
 pub(super) type Socket = WebSocketStream<MaybeTlsStream<Tap>>;
 
-/// Connects and shakes hands. Takes as long as it takes.
+/// Connects and shakes hands. Has no time limit of its own.
 pub(super) async fn open(config: &Config) -> Result<(Socket, Life, Response<Option<Vec<u8>>>), ClientError> {
     let invalid = |what: &str| ClientError::InvalidRequest(what.into());
     if let Some(what) = &config.malformed {
@@ -63,7 +63,7 @@ pub(super) async fn open(config: &Config) -> Result<(Socket, Life, Response<Opti
         request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, protocols);
     }
     let host = request.uri().host().ok_or_else(|| invalid("the URL has no host"))?;
-    // An IPv6 address stands in brackets in a URL, and only there.
+    // An IPv6 address is in brackets in a URL, and only there.
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     let port = request.uri().port_u16().unwrap_or(default_port);
 
@@ -104,7 +104,7 @@ fn public_roots() -> Result<Arc<rustls::ClientConfig>, ClientError> {
     Ok(Arc::new(config))
 }
 
-/// Whether bytes have come of late.
+/// Whether bytes have come lately.
 #[derive(Clone, Default)]
 pub(super) struct Life(Arc<AtomicBool>);
 
@@ -124,7 +124,7 @@ impl Life {
     }
 }
 
-/// A TCP stream that tells of its life.
+/// A TCP stream that notes when bytes come.
 pub(super) struct Tap {
     stream: TcpStream,
     life: Life,

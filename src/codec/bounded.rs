@@ -57,8 +57,8 @@ where
     deserialize_within(deserializer, None)
 }
 
-/// The same for formats in which an element may take no bytes, so that a length of a few bytes could keep a thread
-/// busy for ever: sequences and maps have at most `elements_max` elements together.
+/// The same for formats in which an element may take no bytes, so that a length of a few bytes could keep a thread busy
+/// for ever. Sequences and maps have at most `elements_max` elements together.
 pub(super) fn deserialize_counted<'de, T, D>(deserializer: D, elements_max: usize) -> Result<T, CodecError>
 where
     T: Deserialize<'de>,
@@ -101,7 +101,7 @@ enum Exceeded {
     Elements,
 }
 
-/// A part of serde's conversation, with what is left of the bounds.
+/// A part of serde's data model, with what is left of the bounds.
 struct Bounded<'b, T> {
     inner: T,
     /// How many more levels may be entered below this value.
@@ -116,7 +116,7 @@ impl<'b, T> Bounded<'b, T> {
         Bounded { inner, levels: self.levels, is_counted: false, bounds: self.bounds }
     }
 
-    /// One level down. The parts are taken apart by the caller, as `self` is about to be consumed.
+    /// One level down. The caller takes the parts apart, because it consumes `self`.
     fn enter<E: serde::de::Error>(&self) -> Result<u8, E> {
         self.levels.checked_sub(1).ok_or_else(|| self.refuse(Exceeded::Depth))
     }
@@ -135,7 +135,7 @@ impl<'b, T> Bounded<'b, T> {
         Ok(())
     }
 
-    /// A length that cannot be true must not be allocated for.
+    /// A length that cannot be true must not lead to an allocation.
     fn plausible(&self, hint: Option<usize>) -> Option<usize> {
         hint.filter(|&elements| !self.is_counted || elements <= self.bounds.elements.get())
     }

@@ -88,13 +88,13 @@ impl Shard {
         !is_held_up && lying <= COMMANDS_PER_TURN
     }
 
-    /// Notes what is to be done behind everything that has been sent by now.
+    /// Puts a step into the list, behind everything that has been sent until now.
     pub(super) fn do_later(&mut self, id: ConnectionId, step: Step) {
         let (stamp, commands) = (self.shared.log.tail(), self.commands + self.mailbox().len() as u64);
         self.later.push_back(Later { stamp, commands, id, step });
     }
 
-    /// Does what is first in the list; false if the log has not come so far.
+    /// Carries out the first step in the list; false if the log cannot be run so far yet.
     fn carry_out_later(&mut self) -> bool {
         let Some(stamp) = self.later.front().map(|later| later.stamp) else { return true };
         if !self.run_log(stamp) {
@@ -118,7 +118,7 @@ impl Shard {
             Action::Send { frame, policy, ticket, oversized } if is_open => {
                 let chunk = Rc::new(Chunk::single(frame.into(), &self.crowd.retained));
                 self.offer_one(slot, &chunk, policy, ticket);
-                drop(oversized); // its outbox has announced itself
+                drop(oversized); // if its outbox is congested, that is counted now
             }
             Action::Join(entrance) if is_open => self.join(slot, entrance),
             Action::Leave { group } => {
@@ -141,7 +141,7 @@ impl Shard {
 
     fn join(&mut self, slot: u32, entrance: Entrance) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        let max = connection.config.max_groups + usize::from(connection.opening().is_none()); // everyone is one
+        let max = connection.config.max_groups + usize::from(connection.opening().is_none()); // everyone is not counted
         let (group, congestion) = (entrance.group().clone(), connection.congestion());
         group.add_interest(self.index); // it may have been cleared while this join was on its way
         if self.crowd.groups.join(group.key, group.clone(), slot) {
@@ -155,8 +155,7 @@ impl Shard {
         }
     }
 
-    /// The handler is done with `on_open`: the connection is among everyone from now on, behind all that was sent
-    /// meanwhile.
+    /// The handler is done with `on_open`: the connection joins everyone, behind all that was sent meanwhile.
     pub(super) fn enter_in_order(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let (id, is_turned_away) = (connection.id, connection.is_deaf);
@@ -248,7 +247,7 @@ impl Shard {
         let before = sent(self);
         let flow = self.call(slot, |handler, context| handler.on_open(context));
         if flow == Flow::Ready && sent(self) == before {
-            // Nothing was sent meanwhile that it must not hear.
+            // Nothing was sent meanwhile that it must not get.
             if !self.crowd.connections[slot as usize].is_deaf {
                 self.join(slot, entrance);
             }
@@ -275,7 +274,7 @@ impl Shard {
             let offers = match (&first.payload, &first.target) {
                 (Payload::Frame(frame), Target::One(group)) => {
                     let members = self.crowd.groups.find(group.key).or_else(|| {
-                        // Since the publisher has looked, the group may have ended and begun anew.
+                        // The group may have ended and begun anew since the publisher looked.
                         group.is_closed().then(|| self.crowd.groups.find(group.current_key()?)).flatten()
                     });
                     match members {
@@ -339,7 +338,7 @@ impl Shard {
     }
 }
 
-/// Tells a peer whose connection nobody takes over. One try, for which an unused socket has room.
+/// Sends a Close frame to a peer whose connection is not taken over. One try: an unused socket has room for it.
 fn turn_away(socket: &Socket, code: CloseCode) {
     let _ = socket.write(ControlFrame::close(code, "").as_bytes());
     socket.finish();

@@ -61,9 +61,9 @@ impl Shard {
             (CloseReason::Shutdown { .. }, Some(stop)) => stop.by,
             _ => by + close_timeout,
         };
-        // The Close frame is not held up by a backlog for longer than leaves it time to get through.
+        // A backlog may hold up the Close frame only so long that it still has time to get through.
         let flush_by = by - close_timeout.min(by.saturating_sub(now) / 2);
-        // Who has ended the stream may still read: what is queued goes out, though no Close frame follows.
+        // A peer that has ended the stream may still read: what is queued goes out, though no Close frame follows.
         let is_flushed = is_told || (reason == CloseReason::Vanished && !connection.outbox.is_empty());
         let ending = Ending { reason, by, flush_by: Some(flush_by), is_cut: false };
         connection.begin_ending(ending);
@@ -152,8 +152,8 @@ impl Shard {
         directory.exit(group);
     }
 
-    /// Gives up what is queued for a connection, but for the frame that is being written; returns how many frames that
-    /// were.
+    /// Discards what is queued for a connection, except the frame that is being written. Returns how many frames that
+    /// was.
     pub(super) fn discard(&mut self, slot: u32) -> u64 {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return 0 };
         let before = connection.outbox.backlog_bytes();

@@ -3,8 +3,8 @@
 //! A socket that is readable is read a few times a turn, some sockets after each other; what
 //! they brought is decoded. Control frames are answered at once. Messages are handed over
 //! one by one; while the handler is busy they are held for it, and reading goes on until
-//! enough is held: so a ping is answered and a Close is seen whatever a handler does. Does
-//! not know the log, groups or outboxes' contents.
+//! enough is held, so that a ping is answered and a Close is seen while a handler is busy.
+//! Does not know the log, groups or outboxes' contents.
 
 use std::io::ErrorKind;
 use std::ops::Range;
@@ -154,7 +154,7 @@ impl Shard {
                 Read::Nothing => {}
                 Read::End => {
                     connection.is_input_over = true;
-                    self.hand_over(&mut arrivals, &mut buffer); // what it said before it ended
+                    self.hand_over(&mut arrivals, &mut buffer); // the messages before the end
                     free = 0;
                     self.end_of_input(*slot);
                     continue;
@@ -178,11 +178,11 @@ impl Shard {
         }
     }
 
-    /// The peer will say no more. It may still listen, so what is on its way to it goes out first.
+    /// The peer sends no more. It may still read, so what is on its way to it goes out first.
     fn end_of_input(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         match connection.phase {
-            // A busy handler, or what is held for it, may still have an answer.
+            // A busy handler may still answer, and so may messages that are held for it.
             Phase::Open if connection.is_listening() && connection.held.is_none() => {
                 self.end_in_order(slot, CloseReason::Vanished);
             }
@@ -197,7 +197,7 @@ impl Shard {
         self.receive(slot, &mut received);
     }
 
-    /// Takes what `input` contains: control frames at once, messages as far as the handler keeps up.
+    /// Handles what `input` contains: control frames at once, messages as soon as the handler is idle.
     fn receive(&mut self, slot: u32, input: &mut [u8]) {
         let Some(connection) = self.crowd.connections.get(slot as usize) else { return };
         let before = connection.unfinished_bytes();
@@ -209,7 +209,7 @@ impl Shard {
         self.count_unfinished(slot, before);
     }
 
-    /// Counts what has changed in what a connection has not finished, which was `before`.
+    /// Updates the sum of unfinished bytes by what has changed for a connection that had `before`.
     pub(super) fn count_unfinished(&mut self, slot: u32, before: usize) {
         let Some(connection) = self.crowd.connections.get(slot as usize) else { return };
         self.crowd.unfinished_bytes = self.crowd.unfinished_bytes + connection.unfinished_bytes() - before;
@@ -276,7 +276,7 @@ impl Shard {
                     if limit.is_some_and(|(max, samples)| connection.heartbeat.is_rtt_above(max, samples)) {
                         Some(CloseReason::HighRtt)
                     } else if is_ours || connection.control_rate.admits(self.crowd.now, max) {
-                        None // what answers us is no flood
+                        None // answers to our pings are no flood
                     } else {
                         Some(CloseReason::ControlFlood)
                     }
@@ -296,7 +296,7 @@ impl Shard {
         }
     }
 
-    /// Gives the handler what was held for it, until it is busy; whether it is idle then.
+    /// Gives the handler the messages that were held for it, until it is busy. Returns whether it is idle then.
     pub(super) fn hand_held(&mut self, slot: u32) -> bool {
         loop {
             let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return false };
@@ -341,7 +341,7 @@ impl Shard {
         self.scratch.resumes = resumes;
     }
 
-    /// Lets another one be first in each turn: whoever is first may take all the room that there is.
+    /// Puts another one first in each turn, because the first may take all the room that there is.
     fn rotate<T>(&self, who: &mut [T]) {
         if who.len() > 1 {
             who.rotate_left((self.crowd.metrics.turns % who.len() as u64) as usize);
@@ -362,7 +362,7 @@ impl Shard {
         self.go_on(slot);
     }
 
-    /// Goes on with a handler that is idle: with what it has missed, what was held for it, and what comes.
+    /// Goes on with a handler that is idle: with drops it was not told of, messages held for it, and new ones.
     pub(super) fn go_on(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         if connection.phase != Phase::Open || connection.socket.is_none() {
@@ -376,7 +376,7 @@ impl Shard {
         if connection.is_input_over {
             self.end_of_input(slot);
         } else if connection.is_reading() {
-            self.mark_ready(slot); // in its turn: others wait as well
+            self.mark_ready(slot); // not at once: others come first
         }
     }
 

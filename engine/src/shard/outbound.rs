@@ -76,7 +76,7 @@ impl Shard {
             Flushed::Refused => {
                 self.refusals += 1;
                 let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-                if let Some(due) = connection.stalled_at() {
+                if let Some(due) = connection.look_at_stall(self.crowd.now) {
                     self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
                 }
             }
@@ -113,9 +113,9 @@ impl Shard {
         }
     }
 
-    /// Tells all threads how much memory is held here; while it is too much in all, ends those that hold most of it,
-    /// as many as are this shard's part of the excess. Only sockets that have refused a write can be too slow: what is
-    /// queued for others has only not had its turn.
+    /// Adds the memory that is held here to the shared sums. While they are too large, ends the connections that hold
+    /// most, until this shard's part of the excess is gone. A backlog counts only where the socket has refused a write:
+    /// otherwise the flush has merely not come yet, and the peer is not slow.
     pub(super) fn keep_within_budget(&mut self) {
         let (max, held) = (self.shared.config.backlog_bytes_max, self.crowd.retained.bytes());
         let excess = excess(&self.shared.retained_bytes, &mut self.retained_told, held, max);
@@ -154,9 +154,9 @@ impl Shard {
     }
 }
 
-/// Tells all threads what is `held` here, and says what this shard is to give up of what all together have beyond `max`.
+/// Brings the sum `all` up to date with what is `held` here. Returns this shard's part of what is beyond `max`.
 fn excess(all: &AtomicUsize, told: &mut usize, held: usize, max: usize) -> usize {
-    // Relaxed: a sum, nothing hangs on it. Left alone where nothing has changed: all shards share it.
+    // Relaxed: a sum, on which nothing depends. Not written if nothing has changed, because all shards share it.
     if held > *told {
         all.fetch_add(held - *told, Relaxed);
     } else if held < *told {

@@ -29,7 +29,7 @@ pub(super) struct Stop {
 }
 
 impl Stop {
-    /// A connection's socket is gone; whether everything that was its peer's is with it.
+    /// A connection's socket is gone. `is_flushed`: its peer has everything that was sent to it.
     pub(super) fn count(&mut self, is_flushed: bool) {
         if is_flushed {
             self.report.flushed += 1;
@@ -121,6 +121,9 @@ impl Shard {
     fn abandon(&mut self, report: &mut ShutdownReport) {
         let slots: Vec<u32> = self.crowd.connections.iter().map(|(slot, _)| slot as u32).collect();
         for slot in slots {
+            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+                drop(connection.take_opening());
+            }
             self.leave_groups(slot);
             let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { continue };
             self.crowd.metrics.ended += u64::from(connection.phase == Phase::Open);

@@ -50,7 +50,7 @@ impl Shard {
             return self.beat_ending(slot);
         }
         if connection.is_deaf {
-            // Its end is decided and on its way.
+            // Its end is decided and in the list, behind what was sent before.
             let due = now + connection.config.close_timeout;
             return self.wheel.arm_earlier(id, due, &mut connection.armed);
         }
@@ -62,7 +62,7 @@ impl Shard {
             }
             let end = match connection.heartbeat.beat(now, listened, &config, || next_nonce(nonces)) {
                 Beat::Wait(due) => {
-                    let due = connection.stalled_at().map_or(due, |stalled| stalled.min(due));
+                    let due = connection.look_at_stall(now).map_or(due, |look| look.min(due));
                     self.wheel.arm_earlier(id, due, &mut connection.armed);
                     return;
                 }
@@ -73,7 +73,7 @@ impl Shard {
                     }
                     continue;
                 }
-                // It has said something that nobody has read.
+                // Something has arrived that has not been read.
                 Beat::Unanswered if connection.is_ready => {
                     self.wheel.arm_earlier(id, now, &mut connection.armed);
                     return;
@@ -89,7 +89,7 @@ impl Shard {
         }
     }
 
-    /// Watches over the closing handshake: the Close frame must get through before its time is over.
+    /// Does what is due in a closing handshake: makes way for the Close frame, or drops the socket.
     fn beat_ending(&mut self, slot: u32) {
         let now = self.crowd.now;
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
@@ -109,7 +109,7 @@ impl Shard {
         self.arm_ending(slot);
     }
 
-    /// Reminds of what an ending waits for next.
+    /// Arms the reminder for what is due next in a closing handshake.
     pub(super) fn arm_ending(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let Some(ending) = connection.ending() else { return };
@@ -117,7 +117,7 @@ impl Shard {
         self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
     }
 
-    /// Says now and then how many clients were ended for what they did: each one is only told at `debug`.
+    /// Logs now and then how many connections were ended because of their peers. Single ones are logged at `debug`.
     fn tell_operator(&mut self) {
         let Untold { since, slow, flooding, undecodable } = self.untold;
         let is_due = since.is_zero() || self.crowd.now >= since + TELL_INTERVAL;
@@ -134,7 +134,7 @@ impl Shard {
     }
 }
 
-/// How often an operator is told.
+/// Time between two such lines, at least.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
 /// SplitMix64: unpredictable enough that a peer cannot answer a ping that it has not seen.
