@@ -8,7 +8,7 @@
 
 mod fixture;
 
-use fixture::{Client, Heard, Rig, Task, at_once};
+use fixture::{Client, Heard, Rig, Task, at_once, newcomer_for};
 use shardcast_engine::{CloseCode, CloseReason, Context, Flow, Frame, Handler, Message, Namespace, To};
 
 fn publish(rig: &Rig, to: To<'_>, text: &str) {
@@ -121,6 +121,34 @@ fn what_a_handler_tells_everyone_in_on_open_does_not_reach_its_own_client() {
         }
         assert_eq!(witness.peer.hear_data(), ["here is somebody", "later"]);
     }
+}
+
+/// Somebody else tells everyone something while `on_open` runs.
+struct Interrupted(Namespace);
+
+impl Handler for Interrupted {
+    fn on_open(&mut self, _: &mut Context<'_>) -> Flow {
+        let tell = || self.0.try_publish(To::Everyone, &[], Frame::text("meanwhile")).unwrap();
+        std::thread::scope(|scope| drop(scope.spawn(tell)));
+        Flow::Ready
+    }
+
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+        Flow::Ready
+    }
+}
+
+#[test]
+fn what_others_send_while_on_open_runs_does_not_delay_the_entry() {
+    let mut rig = Rig::new(1);
+    let everyone = rig.everyone.clone();
+    let (newcomer, mut peer) =
+        newcomer_for(&rig.engine, &rig.config, 4096, Box::new(|_| Box::new(Interrupted(everyone))));
+    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    // Whoever has awaited the adoption reaches it with what comes next.
+    publish(&rig, To::Everyone, "next");
+    rig.settle();
+    assert_eq!(peer.hear_data(), ["next", "meanwhile"]);
 }
 
 #[test]
