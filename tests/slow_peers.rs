@@ -345,8 +345,15 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
         neighbour.say(format!("all {text}")).await;
         while neighbour.hear().await != text {}
     }
+    // It answers its pings as long as it listens.
+    let listening = tokio::spawn(async move {
+        loop {
+            neighbour.hear().await;
+        }
+    });
     assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
     soon(flooding).await.unwrap();
+    listening.abort();
 }
 
 #[tokio::test]
