@@ -303,6 +303,7 @@ impl Connection {
         if self.heartbeat.awaits_answer() && !had_ping && self.has_ping(taken) {
             self.heartbeat.restart(now);
         }
+        self.heartbeat.has_moved |= before != taken;
         before != taken
     }
 
@@ -368,6 +369,7 @@ impl Connection {
         } else {
             let _ = self.makes_progress(now);
         }
+        self.heartbeat.has_moved = false;
     }
 
     /// Whether an alive peer may have left our ping unanswered: the ping has not reached it yet, or the answer has not
@@ -380,7 +382,8 @@ impl Connection {
             return false;
         }
         let had_ping = self.has_ping(self.taken);
-        let progress = self.makes_progress(now);
+        let progress = self.makes_progress(now) | self.heartbeat.has_moved;
+        self.heartbeat.has_moved = false;
         // While we do not read, the answer may be behind bytes that we have not taken.
         if had_ping { self.read_limit() == 0 && self.is_readable } else { progress }
     }

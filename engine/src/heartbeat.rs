@@ -43,6 +43,8 @@ pub(crate) struct Heartbeat {
     ping: Ping,
     /// Reading paused while the pong was awaited, so its time says nothing about the network.
     is_unmeasured: bool,
+    /// The peer has taken something since our ping was written, or since the wait for its answer was last prolonged.
+    pub(crate) has_moved: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,6 +115,7 @@ impl Heartbeat {
             extensions: 0,
             ping: Ping::Answered,
             is_unmeasured: false,
+            has_moved: false,
         }
     }
 
