@@ -23,12 +23,13 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// What holds for a sink. First pings are spread over the interval, so some come early; the time for their answers
-/// is what keeps everybody here.
+/// is what keeps everybody here. Some are in more groups than the default allows.
 pub(crate) fn config() -> ConnectionConfig {
     ConnectionConfig {
         heartbeat_interval: DAY,
         pong_timeout: DAY,
         close_timeout: CLOSE_TIMEOUT,
+        max_groups: 1 << 20,
         ..ConnectionConfig::default()
     }
 }
