@@ -52,7 +52,9 @@ pub struct EngineConfig {
     pub read_buffer_bytes: usize,
     /// Bytes that all outboxes together may keep in memory: 1 MiB to 1 TiB. Default: 1 GiB. What is sent to many
     /// counts once for each shard. Beyond the limit the connections with the largest backlogs are ended (1013), but only
-    /// those whose sockets take no more for now.
+    /// those whose sockets take no more for now; if that frees nothing, because they share a long frame or are in the
+    /// middle of one, their sockets are closed at once. Looked at in each turn of a shard in which a socket takes no more,
+    /// and whenever 1/64 more is kept.
     pub backlog_bytes_max: usize,
     /// Bytes of memory for all incoming messages that are incomplete or wait for their handler: 1 MiB to 1 TiB.
     /// Default: 1 GiB. Beyond the limit the connections with the most of it are ended (1013).

@@ -40,6 +40,8 @@ pub(crate) struct Crowd {
     pub(crate) backlog_bytes: usize,
     /// What they keep in memory, where a chunk in many outboxes counts once.
     pub(crate) retained: Retained,
+    /// Connections whose sockets take no more for now.
+    pub(crate) refused: usize,
     /// Bytes of messages that have not arrived whole or wait for their handler.
     pub(crate) unfinished_bytes: usize,
     pub(crate) metrics: Metrics,
@@ -62,6 +64,7 @@ impl Crowd {
             deadlines: Deadlines::new(),
             backlog_bytes: 0,
             retained: Retained::default(),
+            refused: 0,
             unfinished_bytes: 0,
             metrics: Metrics::default(),
             now: Duration::ZERO,
@@ -290,22 +293,25 @@ impl Crowd {
         sum
     }
 
-    /// The connections whose sockets take no more for now, the largest backlog first.
-    pub(crate) fn refused_by_backlog(&self) -> Vec<ConnectionId> {
-        let is_refused = |connection: &Connection| !connection.is_writable;
-        self.largest(|connection| if is_refused(connection) { connection.outbox.backlog_bytes() } else { 0 })
-    }
-
-    /// The connections with unfinished bytes, those with the most first.
-    pub(crate) fn largest_unfinished(&self) -> Vec<ConnectionId> {
-        self.largest(Connection::unfinished_bytes)
-    }
-
-    fn largest(&self, bytes: impl Fn(&Connection) -> usize) -> Vec<ConnectionId> {
-        let sizes = self.connections.iter().map(|(_, connection)| (bytes(connection), connection.id));
-        let mut sizes: Vec<_> = sizes.filter(|(bytes, _)| *bytes > 0).collect();
-        sizes.sort_unstable_by(|a, b| b.cmp(a));
-        sizes.into_iter().map(|(_, id)| id).collect()
+    /// The connections that hold most, until these hold so many `bytes` together, and how many these are. What one
+    /// holds, `held` says.
+    pub(crate) fn largest(
+        &self,
+        bytes: usize,
+        held: impl Fn(&Connection) -> usize,
+    ) -> (Vec<ConnectionId>, usize) {
+        let all = self.connections.iter().map(|(_, connection)| (held(connection), connection.id));
+        let mut all: Vec<_> = all.filter(|(held, _)| *held > 0).collect();
+        all.sort_unstable_by(|a, b| b.cmp(a));
+        let (mut ids, mut sum) = (Vec::new(), 0);
+        for (held, id) in all {
+            if sum >= bytes {
+                break;
+            }
+            sum += held;
+            ids.push(id);
+        }
+        (ids, sum)
     }
 
     pub(crate) fn mark_dirty(&mut self, slot: u32) {

@@ -362,6 +362,12 @@ impl<T> Outbox<T> {
         next
     }
 
+    /// Bytes of memory that it holds, some of them perhaps together with others: of a frame that is being written, also
+    /// what the socket has taken already.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.backlog_bytes() + self.front.as_ref().map_or(0, |_| self.offset as usize)
+    }
+
     /// Frames that wait for room.
     pub(crate) fn waiting(&self) -> usize {
         self.more.as_ref().map_or(0, |more| more.waiting_frames)

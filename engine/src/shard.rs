@@ -51,6 +51,7 @@ mod outbound;
 mod stop;
 mod timer;
 
+use self::outbound::Shedding;
 use self::stop::Stop;
 
 pub(crate) const BELL: Token = Token(usize::MAX);
@@ -109,8 +110,9 @@ pub struct Shard {
     /// What was last added to the shared sums: bytes that outboxes keep here, and bytes of unfinished messages.
     retained_told: usize,
     unfinished_told: usize,
-    /// Writes refused since the budget was last looked at.
+    /// Writes refused since it was last looked whom to end for memory, and what that has brought so far.
     refusals: u64,
+    shedding: Shedding,
     /// Ends that have not been logged for operators.
     untold: Untold,
     /// When the last turn began, and whether somebody else says what time it is.
@@ -192,6 +194,7 @@ impl Shard {
             retained_told: 0,
             unfinished_told: 0,
             refusals: 0,
+            shedding: Shedding::default(),
             untold: Untold::default(),
             before: Duration::ZERO,
             is_driven: true,

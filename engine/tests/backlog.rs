@@ -244,6 +244,101 @@ fn what_is_queued_for_clients_whose_turn_has_not_come_ends_nobody() {
     assert_eq!((heard, rig.engine.metrics().ended_slow), (20, 0));
 }
 
+/// One shard that may keep 1 MiB for clients that read nothing.
+fn within_a_mebibyte(clients: usize) -> (Rig, Vec<Client>) {
+    let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
+    let config = ConnectionConfig { stall_timeout: None, ..outbox_of(16 << 20) };
+    let mut rig = Rig::with(engine, config);
+    let clients = rig.connect_many(clients);
+    (rig, clients)
+}
+
+#[test]
+fn the_budget_holds_for_sockets_that_have_taken_nothing_for_long() {
+    let (mut rig, clients) = within_a_mebibyte(10);
+    for round in 0..60 {
+        for client in &clients {
+            rig.everyone.try_publish(To::Connection(client.id()), &[], bytes(20_000)).unwrap();
+        }
+        rig.settle();
+        let kept = rig.engine.metrics().retained_bytes;
+        assert!(kept <= (1 << 20) + (1 << 20) / 64, "{kept} bytes are kept in round {round}");
+    }
+    let ended = clients.iter().filter(|client| client.record().ends == [CloseReason::Shed]).count();
+    assert_eq!((ended as u64, rig.engine.metrics().ended), (10, 10), "none of them reads");
+}
+
+#[test]
+fn beyond_the_budget_no_more_are_ended_than_free_the_excess() {
+    // Each has begun a frame of its own, which takes most of the budget: ending one does not free it.
+    let (mut rig, mut clients) = within_a_mebibyte(4);
+    let sizes = [20_000, 400_000, 900_000, 500_000];
+    for (client, length) in clients.iter().zip(sizes) {
+        rig.everyone.try_publish(To::Connection(client.id()), &[], bytes(length)).unwrap();
+    }
+    rig.settle();
+    let ends: Vec<_> = clients.iter().map(|client| client.record().ends).collect();
+    assert_eq!(ends, [vec![], vec![], vec![CloseReason::Shed], vec![]]);
+    assert!(rig.engine.metrics().retained_bytes <= 1 << 20);
+    assert_eq!(clients[2].peer.hear(), [Heard::End], "its frame could not be finished");
+    assert_eq!(rig.shards[0].audit().errors, [""; 0]);
+}
+
+#[test]
+fn a_frame_counts_as_long_as_a_part_of_it_has_not_been_taken() {
+    let (mut rig, mut clients) = within_a_mebibyte(2);
+    rig.everyone.try_publish(To::Connection(clients[0].id()), &[], bytes(600_000)).unwrap();
+    for _ in 0..500 {
+        rig.settle();
+        let _ = clients[0].peer.hear_some(1000);
+    }
+    rig.everyone.try_publish(To::Connection(clients[1].id()), &[], bytes(450_000)).unwrap();
+    rig.settle();
+    let ends: Vec<_> = clients.iter().map(|client| client.record().ends).collect();
+    assert_eq!(ends, [vec![CloseReason::Shed], vec![]], "it keeps most, though less is left to be written");
+    assert!(rig.engine.metrics().retained_bytes <= 1 << 20);
+}
+
+#[test]
+fn a_frame_that_many_keep_is_freed_by_ending_all_of_them() {
+    let (mut rig, mut clients) = within_a_mebibyte(40);
+    rig.everyone.try_publish(To::Everyone, &[], bytes(2 << 20)).unwrap();
+    // Some turns, as each look ends as many more as before.
+    for _ in 0..20 {
+        rig.turn();
+    }
+    assert_eq!((rig.engine.metrics().retained_bytes, rig.engine.metrics().ended_slow), (0, 40));
+    assert!(clients.iter_mut().all(|client| client.peer.hear() == [Heard::End]));
+}
+
+#[test]
+fn messages_for_a_handler_whose_client_has_closed_are_the_first_to_be_given_up() {
+    let engine = EngineConfig { shards: Some(1), unfinished_bytes_max: 1 << 20, ..EngineConfig::default() };
+    let config = ConnectionConfig { max_message_bytes: 1 << 20, ..ConnectionConfig::default() };
+    let mut rig = Rig::with(engine, config);
+    let mut clients = rig.connect_many(2);
+    let say = |rig: &mut Rig, client: &mut Client, bytes: &[u8]| {
+        let mut said = 0;
+        while said < bytes.len() {
+            said += client.peer.say_some(&bytes[said..]);
+            rig.settle();
+        }
+    };
+    // It has said something long while its handler was busy, and then closed.
+    say(&mut rig, &mut clients[0], &fixture::client_frame(0x81, b"wait"));
+    let close = fixture::client_frame(0x88, &1000u16.to_be_bytes());
+    let said = [fixture::client_frame(0x82, &vec![b'x'; 800_000]), close].concat();
+    say(&mut rig, &mut clients[0], &said);
+    assert!(rig.engine.metrics().unfinished_bytes > 800_000, "a test of something");
+    say(&mut rig, &mut clients[1], &fixture::client_frame(0x01, &vec![b'x'; 500_000]));
+    assert_eq!(clients[1].record().ends, [], "there is room without what the other has left");
+    assert!(rig.engine.metrics().unfinished_bytes <= 1 << 20);
+    clients[0].release();
+    rig.settle();
+    assert_eq!(clients[0].record().messages, ["wait"]);
+    assert_eq!(rig.shards[0].audit().errors, [""; 0]);
+}
+
 #[test]
 fn beyond_the_budget_for_unfinished_messages_the_largest_is_shed() {
     let engine = EngineConfig { shards: Some(1), unfinished_bytes_max: 1 << 20, ..EngineConfig::default() };

@@ -272,6 +272,40 @@ fn a_long_message_that_is_taken_slowly_keeps_its_connection() {
     }
 }
 
+#[test]
+fn a_ping_behind_many_messages_waits_as_long_as_the_peer_takes_some() {
+    // Whether it takes something is asked four times within the pong timeout, the last time when that is over.
+    let mut rig = Rig::one(ConnectionConfig { stall_timeout: Some(ms(10_000)), ..beating(200, 200) });
+    rig.send_buffer = 1 << 16;
+    let mut client = rig.connect();
+    let mut messages = 0;
+    let mut publish = |rig: &mut Rig, count: usize| {
+        for _ in 0..count {
+            rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(1000))).unwrap();
+            rig.settle(); // each is a write of its own
+        }
+        messages += count;
+    };
+    publish(&mut rig, 25);
+    rig.pass(ms(200));
+    while rig.metrics_of(client.id()).unwrap().pending == 0 {
+        publish(&mut rig, 1);
+    }
+    let (began, mut is_answered) = (rig.now, false);
+    while !is_answered && client.record().ends.is_empty() {
+        rig.pass(ms(20));
+        for heard in client.peer.hear_some(1000) {
+            if let Heard::Ping(nonce) = heard {
+                client.peer.say(0x8A, &nonce);
+                is_answered = true;
+            }
+        }
+    }
+    rig.settle();
+    assert_eq!((client.record().ends, is_answered), (vec![], true));
+    assert!(rig.now > began + ms(400), "a test of something");
+}
+
 // ---- Pings of our own -------------------------------------------------------------------------------------------
 
 #[test]

@@ -103,7 +103,7 @@ impl Shard {
     pub fn audit(&self) -> Audit {
         let mut audit = Audit::default();
         let mut wrong = |text: String| audit.errors.push(format!("shard {}: {text}", self.index));
-        let (mut sum, mut unfinished) = (0, 0);
+        let (mut sum, mut unfinished, mut refused) = (0, 0, 0);
         let (mut dirty, mut ready) = (0, 0);
         for (slot, connection) in &self.crowd.connections {
             let metrics = connection.metrics();
@@ -111,6 +111,7 @@ impl Shard {
             let outbox = &connection.outbox;
             sum += outbox.backlog_bytes();
             unfinished += connection.unfinished_bytes();
+            refused += usize::from(!connection.is_writable);
             let accounted = metrics.written
                 + metrics.dropped_timeout
                 + metrics.dropped_overflow
@@ -213,6 +214,9 @@ impl Shard {
                 "{unfinished} bytes are unfinished but counted as {}",
                 self.crowd.unfinished_bytes
             ));
+        }
+        if refused != self.crowd.refused {
+            wrong(format!("{refused} sockets take no more but {} are counted", self.crowd.refused));
         }
         if sum != self.crowd.backlog_bytes {
             wrong(format!("backlog is {} but counted as {}", sum, self.crowd.backlog_bytes));

@@ -213,6 +213,9 @@ impl Shard {
         }
         let is_delivered = connection.is_delivered();
         connection.socket = None;
+        if !std::mem::replace(&mut connection.is_writable, true) {
+            self.crowd.refused -= 1;
+        }
         let discarded = self.discard_all(slot);
         if let Some(stop) = &mut self.stop {
             stop.count(discarded == 0 && is_delivered);

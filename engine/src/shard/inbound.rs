@@ -86,6 +86,7 @@ impl Shard {
             if event.is_writable() && !connection.is_writable {
                 connection.is_writable = true;
                 connection.refused_since = 0;
+                self.crowd.refused -= 1;
                 self.crowd.mark_dirty(slot as u32);
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {

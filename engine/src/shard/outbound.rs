@@ -7,13 +7,23 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::close_reason::CloseReason;
-use crate::connection::{Flushed, Phase};
-use crate::id::ConnectionId;
+use crate::connection::{Connection, Flushed, Phase};
 
 use super::Shard;
 
 /// Connections flushed in one turn (some 4 µs each).
 const FLUSHES_PER_TURN: usize = 512;
+/// While too much memory is held, the shard looks again whom to end when it holds more by this part of the maximum.
+const GROWTH: usize = 64;
+
+/// What has been done since more memory is held than may be.
+#[derive(Debug, Default)]
+pub(super) struct Shedding {
+    /// Bytes that the connections held which were ended; 0 if the last look found none.
+    ended: usize,
+    /// Bytes that were held here at the last look.
+    looked_at: usize,
+}
 
 impl Shard {
     /// How many of the `dirty` first may be flushed: with `coalesce`, none before its time is over, then all that
@@ -75,6 +85,7 @@ impl Shard {
             Flushed::Rests => {}
             Flushed::Refused => {
                 self.refusals += 1;
+                self.crowd.refused += 1;
                 let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
                 if let Some(due) = connection.look_at_stall(self.crowd.now) {
                     self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
@@ -119,38 +130,50 @@ impl Shard {
     pub(super) fn keep_within_budget(&mut self) {
         let (max, held) = (self.shared.config.backlog_bytes_max, self.crowd.retained.bytes());
         let excess = excess(&self.shared.retained_bytes, &mut self.retained_told, held, max);
-        if excess > 0 && std::mem::take(&mut self.refusals) > 0 {
-            self.shed(held - excess, CloseReason::Shed, self.crowd.refused_by_backlog(), |shard| {
-                shard.crowd.retained.bytes()
-            });
+        if excess == 0 {
+            self.shedding = Shedding::default();
+        } else {
+            let growth = max / GROWTH / self.shared.mailboxes.len();
+            let is_news = std::mem::take(&mut self.refusals) > 0 || held >= self.shedding.looked_at + growth;
+            // A look costs as much as there are connections.
+            if self.crowd.refused > 0 && (is_news || self.shedding.ended > 0) {
+                let ended = self.shed(excess.max(self.shedding.ended), CloseReason::Shed, |connection| {
+                    if connection.is_writable { 0 } else { connection.outbox.held_bytes() }
+                });
+                // What these shared with others is free when the others are gone, too: so at each further look as much
+                // again is ended.
+                let ended = if ended == 0 { 0 } else { self.shedding.ended + ended };
+                self.shedding = Shedding { ended, looked_at: held };
+            }
         }
         let (max, held) = (self.shared.config.unfinished_bytes_max, self.crowd.unfinished_bytes);
         let excess = self::excess(&self.shared.unfinished_bytes, &mut self.unfinished_told, held, max);
         if excess > 0 {
-            let largest = self.crowd.largest_unfinished();
-            self.shed(held - excess, CloseReason::UnfinishedShed, largest, |shard| {
-                shard.crowd.unfinished_bytes
-            });
+            self.shed(excess, CloseReason::UnfinishedShed, Connection::unfinished_bytes);
         }
     }
 
-    fn shed(
-        &mut self,
-        target: usize,
-        reason: CloseReason,
-        largest: Vec<ConnectionId>,
-        held: impl Fn(&Self) -> usize,
-    ) {
+    /// Ends the connections that hold most, until these hold as much as `excess` together; returns how much that is.
+    /// One that has ended already loses what it still holds: messages for its handler, or the frame that was being
+    /// written, with its socket.
+    fn shed(&mut self, excess: usize, reason: CloseReason, held: impl Fn(&Connection) -> usize) -> usize {
+        let (largest, sum) = self.crowd.largest(excess, held);
         for id in largest {
-            if held(self) <= target {
-                return;
+            let slot = id.slot() as u32;
+            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { continue };
+            if connection.phase == Phase::Open {
+                self.end(slot, reason.clone());
+                continue;
             }
-            if self.find(id).is_some_and(|connection| connection.phase != Phase::Open) {
-                self.discard(id.slot() as u32); // it has its reason already
+            if reason == CloseReason::UnfinishedShed {
+                let before = connection.unfinished_bytes();
+                connection.held = None;
+                self.count_unfinished(slot, before);
             } else {
-                self.end(id.slot() as u32, reason.clone());
+                self.drop_socket(slot);
             }
         }
+        sum
     }
 }
 
