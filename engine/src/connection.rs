@@ -285,6 +285,11 @@ impl Connection {
         self.socket.is_some() && self.is_readable && !self.is_input_over && self.read_limit() > 0
     }
 
+    /// Whether something has arrived that is not read as long as the handler is busy.
+    pub(crate) fn has_unread(&self) -> bool {
+        self.is_readable && self.read_limit() == 0
+    }
+
     /// Bytes of memory that are held for what has not arrived whole, or waits for the handler.
     pub(crate) fn unfinished_bytes(&self) -> usize {
         self.decoder.heap_bytes() + self.held.as_ref().map_or(0, |held| held.heap_bytes())
@@ -385,7 +390,7 @@ impl Connection {
         let progress = self.makes_progress(now) | self.heartbeat.has_moved;
         self.heartbeat.has_moved = false;
         // While we do not read, the answer may be behind bytes that we have not taken.
-        if had_ping { self.read_limit() == 0 && self.is_readable } else { progress }
+        if had_ping { self.has_unread() } else { progress }
     }
 
     /// Whether the peer has everything that was sent to it, its Close frame included, as far as this is known.

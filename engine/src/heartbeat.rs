@@ -41,8 +41,7 @@ pub(crate) struct Heartbeat {
     bytes: u32,
     extensions: u8,
     ping: Ping,
-    /// Reading paused while the pong was awaited, so its time says nothing about the network.
-    is_unmeasured: bool,
+    reading: Reading,
     /// The peer has taken something since our ping was written, or since the wait for its answer was last prolonged.
     pub(crate) has_moved: bool,
 }
@@ -53,6 +52,18 @@ enum Ping {
     /// Due, but not with the kernel yet.
     Queued,
     Sent,
+    /// The peer sends no more, so nothing is asked of it.
+    Over,
+}
+
+/// Whether this side has read without a pause since the last ping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    Steady,
+    /// Nothing has been read since it paused.
+    Paused,
+    /// Until the next ping the time of a pong says nothing about the network.
+    Resumed,
 }
 
 #[derive(Debug, Default)]
@@ -114,7 +125,7 @@ impl Heartbeat {
             bytes: 0,
             extensions: 0,
             ping: Ping::Answered,
-            is_unmeasured: false,
+            reading: Reading::Steady,
             has_moved: false,
         }
     }
@@ -123,6 +134,9 @@ impl Heartbeat {
     #[inline]
     pub(crate) fn heard(&mut self, now: Duration, bytes: usize) {
         self.heard = micros(now);
+        if self.reading == Reading::Paused && bytes > 0 {
+            self.resumed(now);
+        }
         self.bytes = self.bytes.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 
@@ -148,9 +162,26 @@ impl Heartbeat {
         }
     }
 
-    /// Reading has paused, so a pong may be read later than it arrives.
+    /// Reading has paused, so what comes may be read later than it arrives.
     pub(crate) fn paused(&mut self) {
-        self.is_unmeasured = true;
+        self.reading = Reading::Paused;
+    }
+
+    /// Something is read again.
+    fn resumed(&mut self, now: Duration) {
+        self.reading = Reading::Resumed;
+        self.restart_silence(now);
+    }
+
+    /// What the peer has sent lay unread: the time in which it must send something begins anew.
+    pub(crate) fn restart_silence(&mut self, now: Duration) {
+        self.heard = micros(now);
+        self.heard_message(now);
+    }
+
+    /// The peer has ended its side of the stream.
+    pub(crate) fn input_is_over(&mut self) {
+        self.ping = Ping::Over;
     }
 
     pub(crate) fn has_queued_ping(&self) -> bool {
@@ -171,7 +202,7 @@ impl Heartbeat {
         self.ping = Ping::Sent;
         self.pinged = micros(now);
         self.waits_from = self.pinged;
-        self.is_unmeasured = false;
+        self.reading = Reading::Steady;
         (self.bytes, self.extensions) = (0, 0);
     }
 
@@ -196,11 +227,16 @@ impl Heartbeat {
 
     /// A pong that arrived at `arrived`. Returns whether it answers our ping.
     pub(crate) fn pong(&mut self, arrived: Duration, payload: &[u8]) -> bool {
-        if self.ping == Ping::Queued || self.nonce.is_none_or(|nonce| nonce.get().to_be_bytes() != payload) {
+        if self.nonce.is_none_or(|nonce| nonce.get().to_be_bytes() != payload) {
             return false;
         }
         self.nonce = None;
-        if std::mem::take(&mut self.is_unmeasured) {
+        if self.ping == Ping::Queued {
+            // It was written, but something behind it was not, so it is not known when.
+            self.ping = Ping::Answered;
+            return true;
+        }
+        if std::mem::replace(&mut self.reading, Reading::Steady) != Reading::Steady {
             return true;
         }
         let rtt = u32::try_from(micros(arrived).saturating_sub(self.pinged)).unwrap_or(u32::MAX);
@@ -259,7 +295,7 @@ impl Heartbeat {
                 }
                 next = next.min(now + Duration::from_micros(left));
             }
-            if let Some(timeout) = config.message_timeout {
+            if let Some(timeout) = config.message_timeout.filter(|_| self.ping != Ping::Over) {
                 let end = since(special.message, timeout);
                 if listened >= end {
                     return Beat::Idle;
@@ -267,7 +303,7 @@ impl Heartbeat {
                 next = next.min(end);
             }
         }
-        if let Some(timeout) = config.idle_timeout {
+        if let Some(timeout) = config.idle_timeout.filter(|_| self.ping != Ping::Over) {
             let end = since(self.heard, timeout);
             if listened >= end {
                 return Beat::Idle;
@@ -276,6 +312,7 @@ impl Heartbeat {
         }
         let due = Duration::from_micros(self.pinged.wrapping_add(micros(config.heartbeat_interval)));
         match self.ping {
+            Ping::Over => Beat::Wait(next),
             Ping::Answered if now < due => Beat::Wait(next.min(due)),
             Ping::Answered => {
                 let nonce = NonZeroU64::new(nonce()).unwrap_or(NonZeroU64::MIN);
@@ -460,6 +497,16 @@ mod tests {
         assert_eq!(beats.beat(MS(1500), MS(1500), &config, || 7), Beat::Idle);
         beats.heard_message(MS(1500));
         assert_eq!(beats.beat(MS(1500), MS(1500), &config, || 7), Beat::Wait(MS(1800)));
+    }
+
+    #[test]
+    fn a_pong_counts_though_something_behind_its_ping_was_not_written_yet() {
+        let mut beats = Heartbeat::new(MS(0), 0.0, &config());
+        assert_eq!(beat(&mut beats, 1000), Beat::Ping(7u64.to_be_bytes()));
+        assert!(beats.pong(MS(1200), &7u64.to_be_bytes()));
+        assert_eq!(beats.rtt().last, None, "when the ping was written is not known");
+        assert!(!beats.has_queued_ping(), "it need not be answered again");
+        assert_eq!(beat(&mut beats, 1200), Beat::Wait(MS(2000)));
     }
 
     #[test]

@@ -18,7 +18,10 @@
 //! number of commands that it comes after, so that it keeps its order whatever is full.
 //!
 //! Time. What a peer does is judged by what had arrived when everything was last read
-//! (`listened`), not by the clock, since a shard that was held up has read nothing.
+//! (`listened`), not by the clock, since a shard that was held up has read nothing. A poll that was not full has told of
+//! everything that had arrived when it began. While more is ready than one poll tells of, it takes several (a *sweep*):
+//! the kernel tells of sockets in the order in which they became ready, so what was ready when a sweep began has
+//! been told when it has told as often as there are sockets.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -115,6 +118,9 @@ pub struct Shard {
     shedding: Shedding,
     /// Ends that have not been logged for operators.
     untold: Untold,
+    /// When the last poll began, and the sweep that it is a part of.
+    polled: Duration,
+    sweep: Sweep,
     /// When the last turn began, and whether somebody else says what time it is.
     before: Duration,
     is_driven: bool,
@@ -134,6 +140,14 @@ enum Step {
     /// Its `on_open` is done: it joins everyone.
     Enter,
     End(CloseReason),
+}
+
+/// Polls that together tell of all sockets that were ready when the first of them began.
+#[derive(Debug, Default)]
+struct Sweep {
+    began: Duration,
+    /// Events that are still to come.
+    left: usize,
 }
 
 /// Connections that were ended because of their peers, since that was last logged.
@@ -196,6 +210,8 @@ impl Shard {
             refusals: 0,
             shedding: Shedding::default(),
             untold: Untold::default(),
+            polled: Duration::ZERO,
+            sweep: Sweep::default(),
             before: Duration::ZERO,
             is_driven: true,
             gather: Gather::default(),
@@ -223,7 +239,8 @@ impl Shard {
     /// The poll failed, which does not happen while the process has its file descriptors.
     pub fn turn(&mut self, now: Instant) -> std::io::Result<()> {
         self.poll_sockets(Some(Duration::ZERO))?;
-        self.crowd.arrived = now.saturating_duration_since(self.started);
+        self.polled = now.saturating_duration_since(self.started);
+        self.crowd.arrived = self.polled;
         self.work(now)
     }
 
@@ -253,6 +270,8 @@ impl Shard {
         loop {
             let wait = self.sleep_bound(ended);
             self.before_poll(wait, ended, &mut pin);
+            // Not when it returns: what arrives between that and a look at the clock is not among its events.
+            self.polled = ended.saturating_duration_since(self.started);
             let polled = self.poll_sockets(wait);
             pin.iter_mut().for_each(Pin::after_poll);
             let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
@@ -314,6 +333,17 @@ impl Shard {
         match polled {
             Err(error) if error.kind() != ErrorKind::Interrupted => Err(error),
             _ => Ok(()),
+        }
+    }
+
+    /// Notes how far a poll that began at `began` and has room for so many events brings what is read.
+    fn note_poll(&mut self, began: Duration, capacity: usize) {
+        let events = self.events.iter().count();
+        let is_full = events >= capacity;
+        self.sweep.left = self.sweep.left.saturating_sub(events);
+        if !is_full || self.sweep.left == 0 {
+            self.crowd.listened = if is_full { self.sweep.began } else { began };
+            self.sweep = Sweep { began, left: self.crowd.connections.len() + 1 }; // and the bell
         }
     }
 

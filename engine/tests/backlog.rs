@@ -186,29 +186,13 @@ fn a_frame_of_any_size_follows_a_small_one_that_was_sent_just_before() {
     }
 }
 
-/// Sockets that the system refuses without: some systems give 1,024 descriptors until they are asked for more.
-fn ask_for_descriptors(count: u64) {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    if current.is_some_and(|current| current < count) {
-        let limit = Rlimit { current: Some(count), maximum };
-        setrlimit(Resource::Nofile, limit).expect("so many descriptors are allowed");
-    }
-}
-
 #[test]
 fn a_publication_to_many_healthy_clients_counts_once_against_the_budget() {
     const CLIENTS: usize = 1100;
-    ask_for_descriptors(2 * CLIENTS as u64 + 200);
+    fixture::ask_for_descriptors(2 * CLIENTS as u64 + 200);
     let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
     let mut rig = Rig::with(engine, ConnectionConfig::default());
-    let mut clients: Vec<_> = (0..CLIENTS)
-        .map(|_| {
-            let (newcomer, client) = fixture::newcomer(&rig.engine, &rig.config, rig.send_buffer);
-            fixture::at_once(rig.everyone.adopt(newcomer)).unwrap();
-            client
-        })
-        .collect();
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| rig.connect_at_once()).collect();
     rig.settle();
     rig.everyone.try_publish(To::Everyone, &[], bytes(2000)).unwrap();
     rig.settle();

@@ -239,6 +239,50 @@ fn the_answer_to_a_last_message_arrives_though_the_peer_has_ended_its_side() {
 // ---- Two ends at once -------------------------------------------------------------------------------------------
 
 #[test]
+fn nothing_is_asked_of_a_peer_that_has_ended_its_side_while_its_answer_is_prepared() {
+    let timeout = Some(ms(100));
+    let config = ConnectionConfig {
+        heartbeat_interval: ms(100),
+        pong_timeout: ms(100),
+        idle_timeout: timeout,
+        message_timeout: timeout,
+        ..ConnectionConfig::default()
+    };
+    let mut rig = Rig::one(config);
+    let mut client = rig.connect();
+    client.peer.text("wait");
+    client.peer.stream.shutdown(Half::Write).unwrap();
+    rig.settle();
+    rig.pass(ms(5000));
+    assert_eq!(client.record().ends, []);
+    publish(&rig, To::Connection(client.id()), "the answer");
+    client.release();
+    rig.settle();
+    assert_eq!(client.peer.hear(), [data("the answer"), Heard::End]);
+    rig.settle();
+    assert_eq!(client.record().ends, [CloseReason::Vanished]);
+}
+
+#[test]
+fn a_handler_that_panics_or_closes_gets_no_more_messages_from_before_the_end() {
+    for last in ["panic", "close"] {
+        let mut rig = Rig::new(1);
+        let mut client = rig.connect();
+        for message in ["wait", "one", last, "two", "three"] {
+            client.peer.text(message);
+        }
+        client.peer.close(1000);
+        rig.settle();
+        client.release();
+        rig.settle();
+        let record = client.record();
+        assert_eq!(record.messages, ["wait", "one", last]);
+        assert_eq!(record.ends.len(), 1, "and is told the end once: {:?}", record.ends);
+        assert_eq!(rig.shards[0].audit().errors, [""; 0]);
+    }
+}
+
+#[test]
 fn of_two_ends_at_once_the_first_is_recorded_and_told() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();

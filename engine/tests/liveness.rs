@@ -384,6 +384,77 @@ fn pongs_that_nobody_asked_for_leave_no_reminders() {
     }
 }
 
+// ---- Silence ----------------------------------------------------------------------------------------------------
+
+/// Ends whoever says nothing for a second, whether any byte counts or only whole messages.
+fn impatient(for_messages: bool) -> ConnectionConfig {
+    let timeout = Some(ms(1000));
+    match for_messages {
+        true => ConnectionConfig { message_timeout: timeout, ..beating(86_400_000, 1000) },
+        false => ConnectionConfig { idle_timeout: timeout, ..beating(86_400_000, 1000) },
+    }
+}
+
+/// A client that is talking to a busy handler: as much as is held for it, `unread` behind it.
+fn talking_to_a_busy_handler(config: ConnectionConfig, unread: &[u8]) -> (Rig, Client) {
+    let mut rig = Rig::one(config);
+    let mut client = rig.connect();
+    client.peer.text("wait");
+    for _ in 0..17 {
+        client.peer.say(0x82, &[b'x'; 1000]);
+    }
+    rig.settle();
+    client.peer.stream.write_all(unread).unwrap();
+    rig.settle();
+    (rig, client)
+}
+
+#[test]
+fn a_client_is_not_silent_while_a_busy_handler_keeps_it_from_being_heard() {
+    for for_messages in [false, true] {
+        let unread = client_frame(0x82, &[b'x'; 1000]).repeat(20);
+        let (mut rig, client) = talking_to_a_busy_handler(impatient(for_messages), &unread);
+        rig.pass(ms(5000));
+        assert_eq!(client.record().ends, [], "it has said more; for messages: {for_messages}");
+        client.release();
+        rig.settle();
+        assert_eq!(client.record().messages.len(), 38);
+        rig.pass(ms(1100));
+        assert_eq!(client.record().ends, [CloseReason::IdleTimeout], "now it is silent");
+    }
+}
+
+#[test]
+fn the_time_for_a_message_begins_anew_when_a_handler_lets_it_be_read() {
+    let message = client_frame(0x82, &[b'x'; 1000]);
+    let (begun, rest) = message.split_at(500);
+    let (mut rig, mut client) = talking_to_a_busy_handler(impatient(true), begun);
+    rig.pass(ms(900));
+    client.release();
+    rig.pass(ms(900));
+    assert_eq!(client.record().ends, [], "it could not go on while nobody read");
+    client.peer.stream.write_all(rest).unwrap();
+    rig.settle();
+    assert_eq!(client.record().messages.len(), 19);
+}
+
+#[test]
+fn a_client_that_is_silent_while_its_handler_is_busy_is_silent() {
+    for for_messages in [false, true] {
+        let mut rig = Rig::one(impatient(for_messages));
+        let mut client = rig.connect();
+        client.peer.text("wait");
+        rig.settle();
+        rig.pass(ms(1100));
+        assert_eq!(client.record().ends, [], "its handler is busy");
+        assert_eq!(
+            client.peer.hear(),
+            [Heard::Close(Some(1001)), Heard::End],
+            "for messages: {for_messages}"
+        );
+    }
+}
+
 // ---- Who is given up --------------------------------------------------------------------------------------------
 
 /// A flooder: says messages until its own kernel takes no more, and reads nothing.
@@ -421,6 +492,38 @@ fn who_never_reads_is_given_up_whatever_it_sends() {
         assert_eq!(*lock(&ends), [CloseReason::PongTimeout], "trickle {trickle:?}");
         assert!(rig.now <= began + ms(1000), "{:?}, trickle {trickle:?}", rig.now - began);
     }
+}
+
+#[test]
+fn who_is_silent_is_given_up_though_more_talk_than_one_turn_can_read() {
+    let mut rig = Rig::one(beating(200, 200));
+    fixture::ask_for_descriptors(3000);
+    let mut talkers: Vec<_> = (0..1200).map(|_| rig.connect_at_once()).collect();
+    let (mut prompt, silent) = (rig.connect_at_once(), rig.connect_at_once());
+    rig.settle();
+    // A turn tells of 1,024 sockets at most. All of these have something in each turn.
+    let (mut is_full, mut pong) = (true, None::<(u32, Vec<u8>)>);
+    for round in 0..100 {
+        for talker in &mut talkers {
+            talker.peer.text("hello");
+            let _ = talker.peer.hear();
+        }
+        // One answers as late as it may, and stands last in the line.
+        if let Some((_, nonce)) = pong.take_if(|(since, _)| round == *since + 10) {
+            prompt.peer.say(0x8A, &nonce);
+        }
+        rig.now += ms(20);
+        let before = rig.engine.metrics().received;
+        rig.turn();
+        is_full &= rig.engine.metrics().received - before >= 1024;
+        if let [Heard::Ping(nonce)] = &prompt.peer.hear()[..] {
+            pong = Some((round, nonce.clone()));
+        }
+    }
+    assert!(is_full, "a test of something");
+    assert_eq!(prompt.record().ends, [], "its answers lay there in time");
+    assert_eq!(silent.record().ends, [CloseReason::PongTimeout]);
+    assert_eq!(rig.engine.metrics().ended, 1, "nobody else");
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::close_reason::CloseReason;
 use crate::connection::{Connection, Phase, Read, Work};
 use crate::decoder::Event;
 use crate::frame::ControlFrame;
-use crate::handler::{Context, Flow, Message};
+use crate::handler::{Context, Flow, Handler, Message};
 
 use super::{BELL, EVENTS_PER_ANSWER, EVENTS_PER_TURN, Shard};
 
@@ -29,16 +29,17 @@ impl Shard {
     /// Reads whoever has something: some at a time, answering in between, as long as that is all there is to do.
     pub(super) fn read_sockets(&mut self) -> std::io::Result<()> {
         let dirty = self.crowd.dirty.len();
+        self.note_poll(self.polled, EVENTS_PER_ANSWER);
         self.read_polled(0);
         for _ in 1..EVENTS_PER_TURN / EVENTS_PER_ANSWER {
             if self.events.iter().count() < EVENTS_PER_ANSWER {
-                self.crowd.listened = self.crowd.now;
                 break;
             }
             if !self.answer(dirty) {
                 return self.read_rest();
             }
             self.poll_sockets(Some(Duration::ZERO))?;
+            self.note_poll(self.crowd.now, EVENTS_PER_ANSWER);
             self.read_polled(self.ready.len());
         }
         Ok(())
@@ -48,9 +49,7 @@ impl Shard {
     fn read_rest(&mut self) -> std::io::Result<()> {
         std::mem::swap(&mut self.events, &mut self.other_events);
         let polled = self.poll_sockets(Some(Duration::ZERO));
-        if self.events.iter().count() < EVENTS_PER_TURN - EVENTS_PER_ANSWER {
-            self.crowd.listened = self.crowd.now;
-        }
+        self.note_poll(self.crowd.now, EVENTS_PER_TURN - EVENTS_PER_ANSWER);
         self.read_polled(self.ready.len());
         std::mem::swap(&mut self.events, &mut self.other_events);
         polled
@@ -155,6 +154,7 @@ impl Shard {
                 Read::Nothing => {}
                 Read::End => {
                     connection.is_input_over = true;
+                    connection.heartbeat.input_is_over();
                     self.hand_over(&mut arrivals, &mut buffer); // the messages before the end
                     free = 0;
                     self.end_of_input(*slot);
@@ -311,14 +311,20 @@ impl Shard {
                 connection.counts.received += 1;
                 self.crowd.metrics.received += 1;
             }
+            let mut end = None;
             if let Some((kind, payload)) = message {
-                let _ = self
-                    .call(slot, |handler, context| handler.on_message(Message { kind, payload }, context));
+                let on_message = |handler: &mut dyn Handler, context: &mut Context<'_>| {
+                    handler.on_message(Message { kind, payload }, context)
+                };
+                (_, end) = self.run_handler(slot, on_message);
             }
             if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
                 connection.held = Some(held).filter(|held| !held.is_empty());
             }
             self.count_unfinished(slot, before);
+            if let Some(reason) = end {
+                self.end_by_handler(slot, reason);
+            }
         }
     }
 
@@ -385,10 +391,24 @@ impl Shard {
     pub(super) fn call(
         &mut self,
         slot: u32,
-        call: impl FnOnce(&mut dyn crate::handler::Handler, &mut Context<'_>) -> Flow,
+        call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
     ) -> Flow {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return Flow::Ready };
-        let Some(handler) = connection.handler.as_deref_mut() else { return Flow::Ready };
+        let (flow, end) = self.run_handler(slot, call);
+        if let Some(reason) = end {
+            self.end_by_handler(slot, reason);
+        }
+        flow
+    }
+
+    /// Calls the handler; returns also whether, and why, the connection is to end now.
+    fn run_handler(
+        &mut self,
+        slot: u32,
+        call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
+    ) -> (Flow, Option<CloseReason>) {
+        let nothing = (Flow::Ready, None);
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return nothing };
+        let Some(handler) = connection.handler.as_deref_mut() else { return nothing };
         let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
         let shown = self.shared.beacons.call(self.index, connection.directory.key());
         let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
@@ -399,9 +419,17 @@ impl Shard {
         if flow == Flow::Pending && connection.work == Work::Idle {
             connection.work = Work::Busy;
         }
-        if let Some(reason) = end {
-            self.end_in_order(slot, reason);
+        (flow, end)
+    }
+
+    /// The handler has panicked or closes the connection: it gets no more messages, also none that came before the end.
+    fn end_by_handler(&mut self, slot: u32, reason: CloseReason) {
+        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        if connection.phase != Phase::Open {
+            let before = connection.unfinished_bytes();
+            connection.held = None;
+            self.count_unfinished(slot, before);
         }
-        flow
+        self.end_in_order(slot, reason);
     }
 }

@@ -74,11 +74,15 @@ impl Shard {
                     continue;
                 }
                 // Something has arrived that has not been read.
-                Beat::Unanswered if connection.is_ready => {
+                Beat::Unanswered | Beat::Idle if connection.is_ready => {
                     self.wheel.arm_earlier(id, now, &mut connection.armed);
                     return;
                 }
                 Beat::Unanswered if connection.excuses_silence(now) && connection.heartbeat.prolong(now) => {
+                    continue;
+                }
+                Beat::Idle if connection.has_unread() => {
+                    connection.heartbeat.restart_silence(now);
                     continue;
                 }
                 Beat::Unanswered => CloseReason::PongTimeout,
