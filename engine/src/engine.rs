@@ -25,6 +25,7 @@ use crate::pinning::Cpus;
 use crate::publisher::Shared;
 use crate::shard::{BELL, Parts, Shard};
 use crate::stopping::{EngineState, Shutdown, ShutdownReport};
+use crate::wait_list::Registration;
 use crate::watchdog::Watchdog;
 
 /// How long an engine that is dropped waits for its peers to take what is theirs.
@@ -175,7 +176,8 @@ impl Engine {
         }
         let shared = &self.owner.shared;
         shared.shut_down(shutdown, Instant::now());
-        Ok(poll_fn(|context| shared.stopping.poll(context.waker())).await)
+        let mut registration = Registration::default();
+        Ok(poll_fn(|context| shared.stopping.poll(&mut registration, context.waker())).await)
     }
 
     /// Waits until the engine has ended, for whatever reason: [`EngineState::Ended`] or [`EngineState::Failed`]. Does
@@ -183,7 +185,8 @@ impl Engine {
     pub fn ended(&self) -> impl Future<Output = EngineState> + Send + use<> {
         let shared = self.owner.shared.clone();
         async move {
-            let _ = poll_fn(|context| shared.stopping.poll(context.waker())).await;
+            let mut registration = Registration::default();
+            let _ = poll_fn(|context| shared.stopping.poll(&mut registration, context.waker())).await;
             shared.stopping.state()
         }
     }

@@ -11,6 +11,7 @@
 //! never lies beside a sleeping shard. Ringing costs a system call and happens at most
 //! once per sleep.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
 
@@ -166,7 +167,12 @@ impl<C, B: Bell> Mailbox<C, B> {
     pub(crate) fn close(&self) {
         self.closed.store(true, Relaxed);
         fence(SeqCst); // pairs with the fence in `wake`, as `push` uses it
-        while self.pop().is_some() {}
+        while let Some(entry) = self.pop() {
+            // A command may hold something of the application.
+            if catch_unwind(AssertUnwindSafe(|| drop(entry))).is_err() {
+                tracing::error!("dropping a command panicked");
+            }
+        }
         self.waiting.wake_all();
     }
 }

@@ -335,9 +335,28 @@ impl Namespace {
             }
         };
         match awaited {
-            Some(awaited) => Ok(poll_fn(|context| awaited.poll(context.waker())).await),
+            Some(awaited) => self.outcome(awaited).await,
             None => Ok(Receipt::default()),
         }
+    }
+
+    /// Waits until every target has taken the frame or has gone.
+    async fn outcome(&self, awaited: Awaited) -> Result<Receipt, SendError> {
+        let mut registration = Registration::default();
+        poll_fn(|context| {
+            let outcome = awaited.poll(context.waker()).map(Ok);
+            let is_lost = outcome.is_pending()
+                && self.shared.stopping.has_left_behind(awaited.number(), &mut registration, context.waker());
+            if !is_lost {
+                return outcome;
+            }
+            // A shard that was left behind at the engine's end never says what became of it.
+            match awaited.poll(context.waker()) {
+                Poll::Ready(receipt) => Poll::Ready(Ok(receipt)),
+                Poll::Pending => Poll::Ready(Err(SendError::Closed)),
+            }
+        })
+        .await
     }
 
     /// Tries once: resolves the target as it is now, decides whether anybody must be waited for, and hands the payload

@@ -17,6 +17,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::close_code::CloseCode;
+use crate::wait_list::{Registration, WaitList};
 
 const RUNNING: u8 = 0;
 const DRAINING: u8 = 1;
@@ -83,10 +84,14 @@ pub(crate) struct Stopping {
     state: AtomicU8,
     has_failed: AtomicBool,
     plan: OnceLock<Plan>,
+    /// It is over, and a shard was left behind: what is with that one will not come back.
+    has_left_behind: AtomicBool,
     /// Shards without a busy handler.
     quiet: AtomicUsize,
     shards: usize,
     end: Mutex<End>,
+    /// Who waits until it is over. Several lists, because everybody who awaits a receipt is in one of them.
+    waiting: Box<[WaitList]>,
     watchdog: OnceLock<Thread>,
 }
 
@@ -102,7 +107,6 @@ pub(crate) struct Plan {
 struct End {
     has_ended: Box<[bool]>,
     report: ShutdownReport,
-    wakers: Vec<Waker>,
 }
 
 impl Stopping {
@@ -112,9 +116,11 @@ impl Stopping {
             state: AtomicU8::new(RUNNING),
             has_failed: AtomicBool::new(false),
             plan: OnceLock::new(),
+            has_left_behind: AtomicBool::new(false),
             quiet: AtomicUsize::new(0),
             shards,
-            end: Mutex::new(End { has_ended, report: ShutdownReport::default(), wakers: Vec::new() }),
+            end: Mutex::new(End { has_ended, report: ShutdownReport::default() }),
+            waiting: (0..shards).map(|_| WaitList::new(usize::MAX)).collect(),
             watchdog: OnceLock::new(),
         }
     }
@@ -211,15 +217,16 @@ impl Stopping {
 
     /// Completes the report. Shards that have not ended are stuck, with so many connections each; gives them back.
     pub(crate) fn conclude(&self, connections: impl Fn(usize) -> u64) -> Vec<usize> {
-        let (stuck, wakers) = {
+        let stuck = {
             let mut end = self.lock();
             let stuck = Self::remaining_of(&end);
             end.report.cut_off += stuck.iter().map(|shard| connections(*shard)).sum::<u64>();
             end.report.stuck.clone_from(&stuck);
+            self.has_left_behind.store(!stuck.is_empty(), Release); // before `OVER`, with which it is read
             self.raise(OVER);
-            (stuck, std::mem::take(&mut end.wakers))
+            stuck
         };
-        wakers.into_iter().for_each(Waker::wake);
+        self.waiting.iter().for_each(WaitList::wake_all);
         stuck
     }
 
@@ -228,15 +235,39 @@ impl Stopping {
     }
 
     /// The report, once it is complete.
-    pub(crate) fn poll(&self, waker: &Waker) -> Poll<ShutdownReport> {
-        let mut end = self.lock();
-        if self.is_over() {
-            return Poll::Ready(end.report.clone());
+    pub(crate) fn poll<'a>(
+        &'a self,
+        registration: &mut Registration<'a>,
+        waker: &Waker,
+    ) -> Poll<ShutdownReport> {
+        if !self.is_over_or_wakes(0, registration, waker) {
+            return Poll::Pending;
         }
-        if !end.wakers.iter().any(|known| known.will_wake(waker)) {
-            end.wakers.push(waker.clone());
+        Poll::Ready(self.lock().report.clone())
+    }
+
+    /// Whether what is with the shards will not come back, because one was left behind. If it is not over yet, `waker`
+    /// is woken when it is; `hint` spreads those who wait.
+    pub(crate) fn has_left_behind<'a>(
+        &'a self,
+        hint: usize,
+        registration: &mut Registration<'a>,
+        waker: &Waker,
+    ) -> bool {
+        self.is_over_or_wakes(hint, registration, waker) && self.has_left_behind.load(Acquire)
+    }
+
+    fn is_over_or_wakes<'a>(
+        &'a self,
+        hint: usize,
+        registration: &mut Registration<'a>,
+        waker: &Waker,
+    ) -> bool {
+        // Registered first: what ends it meanwhile is seen, or wakes.
+        self.is_over() || {
+            self.waiting[hint % self.waiting.len()].register(registration, waker);
+            self.is_over()
         }
-        Poll::Pending
     }
 
     fn lock(&self) -> MutexGuard<'_, End> {

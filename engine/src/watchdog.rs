@@ -79,7 +79,7 @@ impl Watchdog {
     }
 
     fn conclude(&self) {
-        let Shared { stopping, metrics, .. } = &*self.shared;
+        let Shared { stopping, metrics, mailboxes, .. } = &*self.shared;
         let remaining = stopping.remaining();
         for (shard, thread) in self.threads.try_iter().filter(|(shard, _)| !remaining.contains(shard)) {
             // It has ended but for what the application does at a thread's end, which may take its time as well.
@@ -94,6 +94,7 @@ impl Watchdog {
             }
         }
         for shard in stopping.conclude(|shard| metrics[shard].read().connections) {
+            mailboxes[shard].close(); // what lies there will not be taken, nor more of it
             tracing::error!(
                 shard,
                 "a shard is stuck: it has not ended in time and was left behind with its connections; a handler computes \
@@ -204,6 +205,7 @@ mod tests {
     use super::*;
     use crate::close_code::CloseCode;
     use crate::stopping::{EngineState, Shutdown, ShutdownReport};
+    use crate::wait_list::Registration;
 
     const MS: Duration = Duration::from_millis(1);
     const NAMESPACE: GroupKey = GroupKey(7);
@@ -287,7 +289,7 @@ mod tests {
         assert_eq!(stopping.state(), EngineState::Stopping);
         assert_eq!(stopping.conclude(|shard| 10 * shard as u64), [1]);
         let report = ShutdownReport { flushed: 7, cut_off: 10, left_over: 0, stuck: vec![1] };
-        let polled = || stopping.poll(std::task::Waker::noop());
+        let polled = || stopping.poll(&mut Registration::default(), std::task::Waker::noop());
         assert_eq!(polled(), std::task::Poll::Ready(report.clone()));
         stopping.tell_end(1, &ShutdownReport { flushed: 5, ..ShutdownReport::default() });
         assert_eq!(polled(), std::task::Poll::Ready(report), "what comes too late changes nothing");

@@ -9,14 +9,16 @@
 mod fixture;
 
 use std::io::Write as _;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
+use std::task::{Wake, Waker};
 use std::time::{Duration, Instant};
 
 use fixture::{Heard, Peer, at_once, block_on, newcomer_for};
 use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, EngineState, Flow, Handler,
-    InvalidCloseCode, Message, Namespace, Shutdown, ShutdownReport, To,
+    CloseCode, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, EngineState, Flow, Frame,
+    Handler, InvalidCloseCode, Message, Namespace, SendError, Shutdown, ShutdownReport, To,
 };
 
 /// After this, what was awaited counts as never coming, however busy the machine.
@@ -283,7 +285,7 @@ mod cpus {
 struct HeldUp {
     open: Open,
     engine: Engine,
-    _namespace: Namespace,
+    namespace: Namespace,
     shard: usize,
     held: Peer,
     other: Peer,
@@ -301,7 +303,7 @@ fn held_up() -> HeldUp {
     held.text("hold");
     eventually(|| gate.held().len() == 1);
     let shard = gate.held()[0];
-    HeldUp { open, engine, _namespace: namespace, shard, held, other }
+    HeldUp { open, engine, namespace, shard, held, other }
 }
 
 fn hears_1001_and_the_end(mut peer: Peer) {
@@ -345,8 +347,57 @@ fn a_shutdown_keeps_its_time_though_a_handler_holds_its_shard_and_says_which() {
 }
 
 #[test]
+fn who_waits_for_a_shard_that_is_left_behind_is_told_that_the_engine_has_ended() {
+    let HeldUp { engine, namespace, mut other, open, held, .. } = held_up();
+    let receipt = {
+        let namespace = namespace.clone();
+        std::thread::spawn(move || block_on(namespace.send(To::Everyone, &[], Frame::text("news"))))
+    };
+    let heard = soon(move || (other.wait(), other));
+    assert_eq!(heard.0, Heard::Data("news".into()), "the other shard has dealt with it");
+    // As many questions as lie in a mailbox, and one that waits for room.
+    let (asked, questions) = (Arc::new(AtomicUsize::new(0)), EngineConfig::default().mailbox_capacity);
+    let room = {
+        let asked = asked.clone();
+        std::thread::spawn(move || {
+            loop {
+                block_on(namespace.survey(To::Everyone, &[], |_| {}))?;
+                asked.fetch_add(1, SeqCst);
+            }
+        })
+    };
+    eventually(|| asked.load(SeqCst) == questions);
+    let ending = engine.clone();
+    let report = soon(move || block_on(ending.shutdown(shutdown(Duration::ZERO)))).unwrap();
+    assert_eq!(report.stuck.len(), 1);
+    assert_eq!(soon(|| receipt.join().unwrap()), Err(SendError::Closed));
+    let refused: Result<(), SendError> = soon(|| room.join().unwrap());
+    assert_eq!(refused, Err(SendError::Closed));
+    drop((open, held, heard));
+}
+
+#[test]
+fn who_no_longer_waits_for_the_end_of_an_engine_leaves_nothing_behind() {
+    let config = EngineConfig { shards: Some(1), ..EngineConfig::default() };
+    let (engine, _shards) = Engine::driven(config, Instant::now()).unwrap();
+    let nobody = Arc::new(Nobody);
+    for _ in 0..1000 {
+        let waker = Waker::from(nobody.clone());
+        let mut ended = std::pin::pin!(engine.ended());
+        assert!(ended.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_pending());
+    }
+    assert_eq!(Arc::strong_count(&nobody), 1, "no waker is kept");
+}
+
+struct Nobody;
+
+impl Wake for Nobody {
+    fn wake(self: Arc<Self>) {}
+}
+
+#[test]
 fn dropping_the_last_handle_waits_for_no_shard_that_a_handler_holds() {
-    let HeldUp { engine, _namespace, held, other, open, .. } = held_up();
+    let HeldUp { engine, namespace: _namespace, held, other, open, .. } = held_up();
     let ended = engine.ended();
     soon(move || drop(engine));
     assert_eq!(soon(|| block_on(ended)), EngineState::Ended);
@@ -454,7 +505,7 @@ impl tracing::Subscriber for Lines {
 fn a_handler_that_holds_its_shard_is_logged_counted_and_seen_in_the_lag_while_it_does() {
     let (sender, lines): (_, Receiver<String>) = channel();
     tracing::subscriber::set_global_default(Lines(Mutex::new(sender))).unwrap();
-    let HeldUp { engine, _namespace, shard, held, other, open } = held_up();
+    let HeldUp { engine, namespace: _namespace, shard, held, other, open } = held_up();
     let of_this = |line: &String| line.contains("shard=") && line.contains("holds its shard");
     let line = soon(move || lines.into_iter().find(of_this).unwrap());
     assert!(line.starts_with("WARN "), "{line}");
