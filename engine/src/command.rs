@@ -40,15 +40,15 @@ pub(crate) enum Payload {
     End(CloseReason),
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Target {
     One(Arc<Group>),
     /// Each connection once.
-    Several(Box<[Named]>),
+    Several(Arc<[Named]>),
 }
 
 /// One of several groups.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) enum Named {
     Group(Arc<Group>),
     /// It had no members when the publisher looked, but may have some when the log takes the publication.
@@ -136,7 +136,7 @@ pub(crate) enum Command {
 pub(crate) struct Survey {
     pub(crate) directory: Arc<Directory>,
     /// None for everyone.
-    pub(crate) groups: Option<Box<[GroupKey]>>,
+    pub(crate) groups: Option<Arc<[Named]>>,
     pub(crate) except: SmallVec<[ConnectionId; 1]>,
     pub(crate) on_metrics: Arc<dyn Fn(GroupMetrics) + Send + Sync>,
 }

@@ -398,8 +398,8 @@ impl Connection {
         let is_told = self.ending().is_none_or(|ending| ending.reason.close_frame().is_some());
         match &self.socket {
             _ if self.ending().is_some_and(|ending| ending.is_cut) => false,
-            _ if !is_told || self.is_input_over => true,
-            Some(socket) => socket.is_direct() && socket.unacknowledged().is_none_or(|bytes| bytes == 0),
+            Some(socket) if socket.is_direct() => socket.unacknowledged().is_none_or(|bytes| bytes == 0),
+            Some(_) => !is_told || self.is_input_over,
             None => true,
         }
     }

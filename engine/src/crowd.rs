@@ -13,7 +13,7 @@ use std::time::Duration;
 use slab::Slab;
 
 use crate::close_reason::CloseReason;
-use crate::command::{Publication, Survey};
+use crate::command::{Named, Publication, Survey};
 use crate::connection::Connection;
 use crate::deadlines::Deadlines;
 use crate::directory::Group;
@@ -284,9 +284,9 @@ impl Crowd {
                 let ours = |(_, connection): &(usize, &Connection)| connection.directory.key() == key;
                 self.connections.iter().filter(ours).for_each(|(_, connection)| add(connection));
             }
-            Some(keys) => {
+            Some(groups) => {
                 let mut slots = Vec::new();
-                self.groups.union(keys.iter().copied(), &mut slots);
+                self.groups.union(groups.iter().filter_map(Named::current_key), &mut slots);
                 slots.iter().filter_map(|slot| self.connections.get(*slot as usize)).for_each(add);
             }
         }

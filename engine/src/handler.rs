@@ -26,6 +26,10 @@ pub type MakeHandler = Box<dyn FnOnce(ConnectionId) -> Box<dyn Handler> + Send>;
 pub trait Handler {
     /// The connection is open. No message is handed over before this is `Ready`. Until then nothing that is published
     /// to everyone reaches the connection, only what is sent to it alone or to groups that it has joined.
+    ///
+    /// What this method sends to everyone does not reach its own connection. If it returns `Ready` at once, that holds for what
+    /// it has sent on this thread; what others send on its behalf, it must have awaited: by `Pending`, and `Ready` from
+    /// [`on_resume`](Self::on_resume).
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
         let _ = context;
         Flow::Ready

@@ -134,6 +134,12 @@ impl<T: Weigh> Log<T> {
         self.reserved.load(Acquire).saturating_sub(passed)
     }
 
+    /// Whether there is no room now. Not once it is closed.
+    pub(crate) fn is_full(&self) -> bool {
+        let tail = self.tail.load(Relaxed); // Relaxed, Acquire: as in `try_push`
+        tail & CLOSED == 0 && tail.saturating_sub(self.gate.load(Acquire)) >= self.slots.len() as u64
+    }
+
     /// Appends `value`; gives it back when the log is full or closed. Returns its position.
     ///
     /// Ends with a `SeqCst` fence, so that what the caller then finds out (who is interested, who is

@@ -112,6 +112,11 @@ impl<C, B: Bell> Mailbox<C, B> {
         Ok(())
     }
 
+    /// Whether there is no room now. Not once it is closed.
+    pub(crate) fn is_full(&self) -> bool {
+        self.entries.len() >= self.entries.capacity() && !self.closed.load(Relaxed) // Relaxed: as in `push`
+    }
+
     pub(crate) fn resume(&self, id: ConnectionId) {
         self.resumes.push(id);
         self.wake();

@@ -36,6 +36,8 @@ use crate::directory::{Directory, Group, Oversized};
 use crate::frame::Frame;
 use crate::handler::MakeHandler;
 use crate::id::ConnectionId;
+use crate::log::Log;
+use crate::mailbox::Mailbox;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::policy::Policy;
 use crate::publisher::Shared;
@@ -78,7 +80,8 @@ struct Window {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SendError {
-    /// The engine is stopping or has ended.
+    /// The engine is stopping or has ended. Who awaited a receipt gets this as well if a shard was left behind
+    /// ([`ShutdownReport::stuck`](crate::ShutdownReport::stuck)) that has not said what became of the frame.
     #[error("the engine has ended")]
     Closed,
     /// `publishers_waiting_max` publishers wait for room already.
@@ -250,13 +253,12 @@ impl Namespace {
         except: &[ConnectionId],
         on_metrics: impl Fn(GroupMetrics) + Send + Sync + 'static,
     ) -> Result<(), SendError> {
-        let key = |name: &&str| self.directory.find(name).map(|group| group.key);
         let groups = match to {
             To::Connection(id) if except.contains(&id) => return Ok(()),
             To::Connection(id) => return self.inspect(id, move |metrics| on_metrics(metrics.into())).await,
             To::Everyone => None,
-            To::Group(name) => Some(key(&name).into_iter().collect::<Box<[_]>>()),
-            To::Groups(names) => Some(names.iter().filter_map(key).collect()),
+            To::Group(name) => Some(self.named(&[name])),
+            To::Groups(names) => Some(self.named(names)),
         };
         let on_metrics: Arc<dyn Fn(GroupMetrics) + Send + Sync> = Arc::new(on_metrics);
         for shard in 0..self.shared.mailboxes.len() {
@@ -325,12 +327,12 @@ impl Namespace {
             Ok(awaited) => awaited,
             Err(Refused::Closed(_)) => return Err(SendError::Closed),
             Err(Refused::Full(payload)) => {
-                let list = match to {
-                    To::Connection(id) => &self.shared.mailboxes[id.shard()].waiting,
-                    _ => &self.shared.log.waiting,
+                let narrow: &(dyn Narrow + Sync) = match to {
+                    To::Connection(id) => &self.shared.mailboxes[id.shard()],
+                    _ => &*self.shared.log,
                 };
                 let attempt = move |payload| self.attempt(to, except, payload, wants);
-                let room: Room<'_, _> = Box::pin(self.wait_for_room(list, payload, attempt));
+                let room: Room<'_, _> = Box::pin(self.wait_for_room(narrow, payload, attempt));
                 room.await?
             }
         };
@@ -459,17 +461,24 @@ impl Namespace {
             }
             To::Group(name) => Destination::Log(Target::One(self.directory.find(name).filter(occupied)?)),
             To::Groups(names) => {
-                let find = |name: &&str| match self.directory.find(name).filter(occupied) {
-                    Some(group) => Named::Group(group),
-                    None => Named::Absent { directory: self.directory.clone(), name: (*name).into() },
-                };
-                let groups: Box<[_]> = names.iter().map(find).collect();
+                let groups = self.named(names);
                 if !groups.iter().any(|named| matches!(named, Named::Group(_))) {
                     return None;
                 }
                 Destination::Log(Target::Several(groups))
             }
         })
+    }
+
+    /// These groups, wherever their members will be when a shard looks.
+    fn named(&self, names: &[&str]) -> Arc<[Named]> {
+        // No group has a longer name.
+        let names = names.iter().filter(|name| name.len() <= GROUP_NAME_BYTES_MAX);
+        let find = |name: &&str| match self.directory.find(name).filter(|group| !group.is_empty()) {
+            Some(group) => Named::Group(group),
+            None => Named::Absent { directory: self.directory.clone(), name: (*name).into() },
+        };
+        names.map(find).collect()
     }
 
     async fn command(&self, id: ConnectionId, action: Action) -> Result<(), SendError> {
@@ -492,8 +501,8 @@ impl Namespace {
             Ok(()) => Ok(()),
             Err(Refused::Closed(_)) => Err(SendError::Closed),
             Err(Refused::Full(command)) => {
-                let list = &self.shared.mailboxes[shard].waiting;
-                let room: Room<'_, _> = Box::pin(self.wait_for_room(list, command, attempt));
+                let mailbox = &self.shared.mailboxes[shard];
+                let room: Room<'_, _> = Box::pin(self.wait_for_room(mailbox, command, attempt));
                 room.await
             }
         }
@@ -502,7 +511,7 @@ impl Namespace {
     /// Tries again whenever there may be room.
     async fn wait_for_room<T, U>(
         &self,
-        list: &WaitList,
+        narrow: &(dyn Narrow + Sync),
         value: T,
         mut attempt: impl FnMut(T) -> Result<U, Refused<T>>,
     ) -> Result<U, SendError> {
@@ -511,13 +520,16 @@ impl Namespace {
         poll_fn(|context| {
             // Twice: what makes room between the first try and the registration wakes nobody.
             for registered in [false, true] {
-                let Some(taken) = value.take() else { return Poll::Ready(Err(SendError::Closed)) };
-                match attempt(taken) {
-                    Ok(done) => return Poll::Ready(Ok(done)),
-                    Err(Refused::Closed(_)) => return Poll::Ready(Err(SendError::Closed)),
-                    Err(Refused::Full(refused)) => value = Some(refused),
+                // An attempt costs a look at each member group, and everybody is woken when there is room for one.
+                if !narrow.is_full() {
+                    let Some(taken) = value.take() else { return Poll::Ready(Err(SendError::Closed)) };
+                    match attempt(taken) {
+                        Ok(done) => return Poll::Ready(Ok(done)),
+                        Err(Refused::Closed(_)) => return Poll::Ready(Err(SendError::Closed)),
+                        Err(Refused::Full(refused)) => value = Some(refused),
+                    }
                 }
-                if !registered && !list.register(&mut registration, context.waker()) {
+                if !registered && !narrow.waiting().register(&mut registration, context.waker()) {
                     return Poll::Ready(Err(SendError::Overloaded));
                 }
             }
@@ -525,6 +537,34 @@ impl Namespace {
             Poll::Pending
         })
         .await
+    }
+}
+
+/// What publishers wait at: the log, or a mailbox.
+trait Narrow {
+    /// Whether it has no room now. Not once it is closed.
+    fn is_full(&self) -> bool;
+
+    fn waiting(&self) -> &WaitList;
+}
+
+impl Narrow for Log<Publication> {
+    fn is_full(&self) -> bool {
+        Self::is_full(self)
+    }
+
+    fn waiting(&self) -> &WaitList {
+        &self.waiting
+    }
+}
+
+impl Narrow for Mailbox<Command, mio::Waker> {
+    fn is_full(&self) -> bool {
+        Self::is_full(self)
+    }
+
+    fn waiting(&self) -> &WaitList {
+        &self.waiting
     }
 }
 

@@ -14,6 +14,7 @@ use crate::beacon::Beacons;
 use crate::close_code::CloseCode;
 use crate::command::{Command, Named, Publication, Target};
 use crate::config::EngineConfig;
+use crate::directory::Group;
 use crate::handler::Post;
 use crate::id::ConnectionId;
 use crate::log::Log;
@@ -77,17 +78,19 @@ impl Shared {
     pub(crate) fn try_publish(&self, publication: Publication) -> Result<(), Refused<Publication>> {
         SENT.set(SENT.get() + 1);
         let waited_for = publication.ticket.is_some();
-        let concerned = match &publication.target {
-            Target::One(group) => smallvec::smallvec![Named::Group(group.clone())],
-            Target::Several(groups) => smallvec::SmallVec::<[Named; 1]>::from(groups.as_ref()),
-        };
+        let concerned = publication.target.clone();
         let position = self.log.try_push(publication)?;
         if waited_for {
             // The ticket comes back when every shard has passed, also those without members.
             self.mailboxes.iter().for_each(Mailbox::wake);
             self.log.reclaim(); // for the case that all shards have just ended
         } else {
-            concerned.iter().for_each(|named| self.wake_concerned(named));
+            match &concerned {
+                Target::One(group) => self.wake_members(group),
+                Target::Several(groups) => {
+                    groups.iter().filter_map(Named::find).for_each(|group| self.wake_members(&group));
+                }
+            }
         }
         // Shards that sleep because nothing concerns them hold back the gate: wake them in good time.
         let distance = (self.log.capacity() / 4).clamp(1, LAG_MAX);
@@ -98,12 +101,12 @@ impl Shared {
     }
 
     /// Wakes the shards that may have members now. Joins that returned before the log's position was claimed are seen.
-    fn wake_concerned(&self, named: &Named) {
-        match named.find() {
+    fn wake_members(&self, group: &Group) {
+        if group.is_closed() {
             // Members that have joined since are in another entry, which the shards find.
-            Some(group) if group.is_closed() => self.mailboxes.iter().for_each(Mailbox::wake),
-            Some(group) => group.interested(|shard| self.mailboxes[shard].wake()),
-            None => {}
+            self.mailboxes.iter().for_each(Mailbox::wake);
+        } else {
+            group.interested(|shard| self.mailboxes[shard].wake());
         }
     }
 

@@ -81,6 +81,10 @@ mod modelled {
             self.len.load(Acquire) as usize
         }
 
+        pub(crate) fn capacity(&self) -> usize {
+            self.capacity
+        }
+
         pub(crate) fn is_empty(&self) -> bool {
             self.len() == 0
         }

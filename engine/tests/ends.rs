@@ -9,6 +9,7 @@
 
 mod fixture;
 
+use std::io::Read as _;
 use std::net::Shutdown as Half;
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
@@ -66,6 +67,46 @@ fn a_connection_that_fails_while_its_handler_is_busy_is_reported_once() {
     client.release();
     let report = report(&mut rig, end);
     assert_eq!(report.flushed + report.cut_off, 1, "{report:?}");
+}
+
+#[test]
+fn a_peer_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everything() {
+    for takes_it in [true, false] {
+        let mut rig = Rig::new(1);
+        let mut client = rig.connect();
+        client.peer.text("wait");
+        client.peer.stream.shutdown(Half::Write).unwrap();
+        rig.settle();
+        publish(&rig, To::Everyone, "the last");
+        let end = shut_down(&mut rig);
+        client.release();
+        rig.settle();
+        if takes_it {
+            assert_eq!(client.peer.hear_data(), ["the last"]);
+            rig.pass(ms(50));
+            assert_eq!(rig.engine.metrics().connections, 0, "nothing more is waited for");
+        }
+        let report = report(&mut rig, end);
+        assert_eq!((report.flushed, report.cut_off), if takes_it { (1, 0) } else { (0, 1) }, "{report:?}");
+    }
+}
+
+#[test]
+fn who_is_turned_away_while_it_talks_hears_why() {
+    let mut rig = Rig::new(1);
+    let (newcomer, mut client) = newcomer(&rig.engine, &rig.config, 4096);
+    let mut other = rig.connect();
+    other.peer.text("wait");
+    rig.settle();
+    let _end = shut_down(&mut rig); // and it waits for the other
+    client.peer.text("hello");
+    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    rig.settle();
+    // Not with an error: that would have destroyed the frame.
+    let mut heard = Vec::new();
+    client.peer.stream.set_nonblocking(true).unwrap();
+    client.peer.stream.read_to_end(&mut heard).unwrap();
+    assert_eq!(heard, [0x88, 2, 0x03, 0xE9]);
 }
 
 /// Takes its time to part, as an asynchronous `on_disconnect` does.

@@ -9,11 +9,13 @@
 
 mod fixture;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use fixture::{Client, Rig, Task, at_once};
 use shardcast_engine::{
-    ConnectionConfig, EngineConfig, Frame, Handler, Message, Namespace, SendError, Shutdown, To,
+    ConnectionConfig, EngineConfig, Frame, GroupMetrics, Handler, Message, Namespace, SendError, Shutdown, To,
 };
 
 /// An engine whose log takes four publications.
@@ -80,6 +82,35 @@ fn a_receipt_counts_the_members_at_the_moment_the_publication_got_in() {
     assert!(sending.poll().is_none(), "there is room, but nobody has taken it");
     rig.settle();
     assert_eq!(sending.poll().expect("it was taken").unwrap().targets, 1);
+}
+
+#[test]
+fn a_question_that_waited_is_about_the_members_at_the_moment_it_got_in() {
+    for names in [&["a"][..], &["a", "b"]] {
+        let engine = EngineConfig { shards: Some(1), mailbox_capacity: 4, ..EngineConfig::default() };
+        let mut rig = Rig::with(engine, ConnectionConfig::default());
+        let clients = [rig.connect(), rig.connect()];
+        let [first, second] = [clients[0].id(), clients[1].id()];
+        at_once(rig.everyone.join(first, "a")).unwrap();
+        rig.everyone.try_publish(To::Connection(second), &[], Frame::text("one")).unwrap();
+        rig.settle();
+        for _ in 0..4 {
+            at_once(rig.everyone.leave(first, "a")).unwrap();
+        }
+        let offered = Arc::new(AtomicU64::new(0));
+        let (everyone, sum) = (rig.everyone.clone(), offered.clone());
+        let on_metrics = move |part: GroupMetrics| {
+            sum.fetch_add(part.offered, Relaxed);
+        };
+        let mut asking = Task::new(everyone.survey(To::Groups(names), &[], on_metrics));
+        assert!(asking.poll().is_none(), "the mailbox is full");
+        // The group ends, and begins anew with somebody who has been offered something.
+        rig.turn();
+        at_once(rig.everyone.join(second, "a")).unwrap();
+        assert_eq!(asking.poll(), Some(Ok(())));
+        rig.settle();
+        assert_eq!(offered.load(Relaxed), 1, "{names:?}");
+    }
 }
 
 #[test]

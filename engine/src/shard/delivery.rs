@@ -30,6 +30,8 @@ use crate::wheel::UNARMED;
 use super::{Later, Shard, Step, golden};
 
 const COMMANDS_PER_TURN: usize = 4096;
+/// Pieces of 4 KiB that are read of what a peer has sent that is turned away.
+const TURN_AWAY_READS: usize = 16;
 
 impl Shard {
     /// Carries out what lay in the mailbox when it began; false if something of that is left.
@@ -342,6 +344,13 @@ impl Shard {
 fn turn_away(socket: &Socket, code: CloseCode) {
     let _ = socket.write(ControlFrame::close(code, "").as_bytes());
     socket.finish();
+    // A socket with unread bytes is reset when it is dropped, and the frame with it.
+    let mut unread = [0; 4096];
+    for _ in 0..TURN_AWAY_READS {
+        if socket.read(&mut unread).unwrap_or(0) < unread.len() {
+            break;
+        }
+    }
 }
 
 /// The first publication's frame and, as far as they go to the same connections, those of the next ones, in one

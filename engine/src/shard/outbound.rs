@@ -94,7 +94,11 @@ impl Shard {
             Flushed::HasMore => self.crowd.mark_dirty(slot),
             Flushed::Finished => {
                 let connection = self.crowd.connections.get(slot as usize);
-                if connection.is_some_and(|connection| connection.is_input_over) {
+                // Whether it has taken everything is asked for the report of a shutdown only.
+                let is_over = |connection: &Connection| {
+                    connection.is_input_over && (self.stop.is_none() || connection.is_delivered())
+                };
+                if connection.is_some_and(is_over) {
                     self.drop_socket(slot);
                 } else {
                     self.linger(slot);
@@ -120,8 +124,8 @@ impl Shard {
         let by = self.crowd.now + connection.config.close_timeout;
         if let Some(ending) = connection.ending_mut().filter(|ending| ending.by > by) {
             ending.by = by;
-            self.wheel.arm_earlier(connection.id, by, &mut connection.armed);
         }
+        self.arm_ending(slot);
     }
 
     /// Adds the memory that is held here to the shared sums. While they are too large, ends the connections that hold

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use crate::close_reason::CloseReason;
+use crate::connection::Phase;
 use crate::frame::ControlFrame;
 use crate::heartbeat::Beat;
 use crate::wheel::UNARMED;
@@ -98,12 +99,16 @@ impl Shard {
         let now = self.crowd.now;
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let has_socket = connection.socket.is_some();
-        let Some(ending) = connection.ending_mut().filter(|_| has_socket) else {
+        let Some(ending) = connection.ending().filter(|_| has_socket) else {
             return; // only the handler is left, and it has the time it needs
         };
         if now >= ending.by {
             return self.drop_socket(slot);
         }
+        if connection.is_input_over && connection.phase == Phase::Lingering && connection.is_delivered() {
+            return self.drop_socket(slot);
+        }
+        let Some(ending) = self.crowd.connections[slot as usize].ending_mut() else { return };
         if ending.flush_by.take_if(|by| now >= *by).is_some() && self.discard(slot) > 0 {
             if let Some(ending) = self.crowd.connections[slot as usize].ending_mut() {
                 ending.is_cut = true;
@@ -117,7 +122,10 @@ impl Shard {
     pub(super) fn arm_ending(&mut self, slot: u32) {
         let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
         let Some(ending) = connection.ending() else { return };
-        let due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
+        let mut due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
+        if connection.is_input_over && connection.phase == Phase::Lingering {
+            due = due.min(self.crowd.now + LOOK_INTERVAL); // nothing announces that it has taken everything
+        }
         self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
     }
 
@@ -138,6 +146,8 @@ impl Shard {
     }
 }
 
+/// How often a peer that has ended its side is looked at until it has taken what is left.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// Time between two such lines, at least.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
