@@ -32,6 +32,8 @@ pub(crate) struct Record {
     /// Frames that it was told were dropped.
     pub(crate) drops: u64,
     pub(crate) ends: Vec<CloseReason>,
+    /// It has panicked or closed, and must get no more messages.
+    pub(crate) has_enough: bool,
     /// A call has answered `Pending`.
     pub(crate) is_busy: bool,
     /// Let go by this.
@@ -116,7 +118,15 @@ impl Handler for Obedient {
 
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
         self.note_call("on_message");
-        lock(&self.record).messages.push(number_in(message.payload));
+        let is_last = matches!(message.payload[4], action::CLOSE | action::PANIC);
+        {
+            let mut record = lock(&self.record);
+            if std::mem::replace(&mut record.has_enough, is_last) {
+                let text = format!("on_message of {} is called after it has closed or panicked", self.client);
+                lock(&self.model).faults.push(text);
+            }
+            record.messages.push(number_in(message.payload));
+        }
         match message.payload[4] {
             action::WAIT => return self.wait(context),
             action::CLOSE => {
