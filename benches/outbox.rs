@@ -56,7 +56,7 @@ fn stall(audience: &mut Driven) -> Vec<UnixStream> {
     audience.adopt(ours.into_iter().map(Socket::from), config);
     // All take the same, and one frame more than the last that fits is dropped by all.
     let large = Frame::binary(&[b'x'; 16 << 10]);
-    while audience.metrics().dropped_overflow == 0 {
+    while audience.metrics().tally.dropped.overflow == 0 {
         audience.publish(&large, 1);
         audience.settle();
     }
@@ -78,8 +78,11 @@ fn full(criterion: &mut Criterion) {
             published += 1;
         });
         let after = audience.metrics();
-        assert_eq!(after.dropped_overflow - before.dropped_overflow, published * STALLED as u64);
-        assert_eq!((after.written, after.pending, after.ended), (before.written, before.pending, 0));
+        assert_eq!(after.tally.dropped.overflow - before.tally.dropped.overflow, published * STALLED as u64);
+        assert_eq!(
+            (after.tally.written, after.tally.pending(), after.ended),
+            (before.tally.written, before.tally.pending(), 0)
+        );
     });
     group.finish();
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// The engine's modules from the ground up. A module imports what stands in the lines above its own.
 const ENGINE: Ranks = &[
-    &["sync", "id", "close_code", "utf8", "mask", "outq", "handshake", "pinning", "policy"],
+    &["sync", "id", "tally", "close_code", "utf8", "mask", "outq", "handshake", "pinning", "policy"],
     &["config", "frame", "wait_list"],
     &["close_reason", "heartbeat", "decoder", "held"],
     &["metrics"],

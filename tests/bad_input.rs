@@ -224,7 +224,7 @@ async fn what_comes_behind_the_offence_is_not_handled() {
     assert_eq!(soon(scene.ended.recv()).await, Some(CloseReason::Undecodable));
     scene.bystander_goes_on().await;
     // The bystander's two, the good one and the bad one.
-    eventually(4, || scene.engine.metrics().received).await;
+    eventually(4, || scene.engine.metrics().tally.received).await;
 }
 
 #[tokio::test]

@@ -42,7 +42,7 @@ async fn most_pending(office: &Office, id: ConnectionId) -> (u64, u64, Option<Co
         let counted = soon(office.hub.inspect(id)).await.unwrap();
         last = counted.filter(|_| !office.hub.is_empty()); // it can be asked for until its socket has gone
         let Some(counted) = last else { break };
-        frames = frames.max(counted.pending);
+        frames = frames.max(counted.tally.pending());
         bytes = bytes.max(counted.pending_bytes);
     }
     (frames, bytes, last)
@@ -57,8 +57,11 @@ async fn an_outbox_keeps_so_many_frames_and_then_the_policy_decides() {
     let (frames, _, counted) = most_pending(&office, id).await;
     assert_eq!(frames, 16);
     let counted = counted.unwrap();
-    assert!(counted.dropped_overflow > 0 && counted.dropped_timeout == 0, "{counted:?}");
-    assert_eq!(counted.offered, counted.written + counted.dropped_overflow + counted.pending);
+    assert!(counted.tally.dropped.overflow > 0 && counted.tally.dropped.timeout == 0, "{counted:?}");
+    assert_eq!(
+        counted.tally.offered,
+        counted.tally.written + counted.tally.dropped.overflow + counted.tally.pending()
+    );
     assert_eq!(office.others_ended(), []);
 }
 
@@ -68,7 +71,7 @@ async fn an_outbox_keeps_so_many_bytes_and_then_the_policy_decides() {
     let (_stalled, id) = office.visit_raw().await;
     let (frames, bytes, counted) = most_pending(&office, id).await;
     assert!(bytes <= 20_000 && bytes > 20_000 - FRAME_BYTES, "{bytes}");
-    assert!(frames <= 10 && counted.unwrap().dropped_overflow > 0);
+    assert!(frames <= 10 && counted.unwrap().tally.dropped.overflow > 0);
     assert_eq!(office.others_ended(), []);
     // What is larger than the bound passes alone: else nobody could ever get it.
     let (mut reader, reader_id) = office.visit().await;
@@ -99,9 +102,9 @@ async fn so_many_frames_wait_for_room_and_more_are_dropped_at_once_where_they_ma
     let (_stalled, id) = office.visit_raw().await;
     let (frames, _, counted) = most_pending(&office, id).await;
     let counted = counted.unwrap();
-    assert_eq!((frames, counted.dropped_timeout), (10, 0));
-    assert!(counted.dropped_overflow > 0, "{counted:?}");
-    eventually(counted.dropped_overflow, || office.ledger.drops(id)).await;
+    assert_eq!((frames, counted.tally.dropped.timeout), (10, 0));
+    assert!(counted.tally.dropped.overflow > 0, "{counted:?}");
+    eventually(counted.tally.dropped.overflow, || office.ledger.drops(id)).await;
     assert_eq!(office.others_ended(), []);
 }
 
@@ -115,7 +118,7 @@ async fn so_many_bytes_wait_for_room() {
         assert_eq!(frames, 8, "four in the outbox, four that fit into 10,000 bytes");
         assert!(bytes <= 8 * FRAME_BYTES);
         match last {
-            Some(counted) => assert!(policy == DROP_LATE && counted.dropped_overflow > 0),
+            Some(counted) => assert!(policy == DROP_LATE && counted.tally.dropped.overflow > 0),
             None => assert_eq!(office.ended().await, (id, CloseReason::SlowConsumer)),
         }
         assert_eq!(office.others_ended(), []);
@@ -158,7 +161,7 @@ async fn beyond_the_budget_for_all_backlogs_the_largest_is_shed_with_1013_and_th
         for number in 0..count {
             assert_eq!(number_of(&raw.hears_text().await), number);
         }
-        assert_eq!(office.counted(id).await.discarded, 0);
+        assert_eq!(office.counted(id).await.tally.discarded, 0);
     }
     eventually(1, || office.engine.metrics().ended_slow).await;
     assert_eq!(office.others_ended(), []);

@@ -8,11 +8,11 @@ mod fixture;
 
 use fixture::office::Office;
 use fixture::{eventually, soon};
-use shardcast::{GroupMetrics, SendError, WsHubConfig};
+use shardcast::{CloseReason, ConnectionId, GroupMetrics, SendError, WsHubConfig};
 
-fn accounted(metrics: GroupMetrics) -> u64 {
-    let GroupMetrics { written, dropped_timeout, dropped_overflow, discarded, pending, .. } = metrics;
-    written + dropped_timeout + dropped_overflow + discarded + pending
+/// Whether frames are pending exactly where bytes are, which are counted in the outboxes.
+fn is_balanced(metrics: GroupMetrics) -> bool {
+    (metrics.tally.pending() > 0) == (metrics.pending_bytes > 0)
 }
 
 #[tokio::test]
@@ -30,11 +30,11 @@ async fn a_hub_counts_all_clients_since_its_start_and_a_group_its_present_member
     }
     // Each was told its id, and then what was for its group: also what was published a moment ago.
     let room = soon(office.hub.to_group("room").metrics()).await.unwrap();
-    assert_eq!((room.connections, room.offered, accounted(room)), (2, 2 + 2 * MESSAGES, room.offered));
+    assert_eq!((room.connections, room.tally.offered, is_balanced(room)), (2, 2 + 2 * MESSAGES, true));
     let but_one = soon(office.hub.to_group("room").except(&[first_id]).metrics()).await.unwrap();
-    assert_eq!((but_one.connections, but_one.offered), (1, 1 + MESSAGES));
+    assert_eq!((but_one.connections, but_one.tally.offered), (1, 1 + MESSAGES));
     let all = soon(office.hub.metrics()).await.unwrap();
-    assert_eq!((all.connections, all.offered, accounted(all)), (3, 3 + 2 * MESSAGES, all.offered));
+    assert_eq!((all.connections, all.tally.offered, is_balanced(all)), (3, 3 + 2 * MESSAGES, true));
     let nobody = soon(office.hub.to_group("elsewhere").metrics()).await.unwrap();
     assert_eq!(nobody, GroupMetrics::default());
 
@@ -42,9 +42,29 @@ async fn a_hub_counts_all_clients_since_its_start_and_a_group_its_present_member
     office.ended().await;
     eventually(2, || office.engine.metrics().connections).await;
     let after = soon(office.hub.metrics()).await.unwrap();
-    assert_eq!((after.connections, after.offered, accounted(after)), (2, all.offered, all.offered));
+    assert_eq!((after.connections, after.tally.offered, is_balanced(after)), (2, all.tally.offered, true));
     let room = soon(office.hub.to_group("room").metrics()).await.unwrap();
-    assert_eq!((room.connections, room.offered), (1, 1 + MESSAGES));
+    assert_eq!((room.connections, room.tally.offered), (1, 1 + MESSAGES));
+}
+
+#[tokio::test]
+async fn what_is_counted_and_reported_serializes_for_dashboards() {
+    let office = Office::open(1, WsHubConfig::default()).await;
+    let (_client, id) = office.visit().await;
+    let receipt = soon(office.hub.to_all().send("news".to_owned())).await.unwrap();
+    let json = serde_json::to_value(receipt).unwrap();
+    assert_eq!((&json["targets"], &json["dropped"]["overflow"]), (&1.into(), &0.into()));
+    let counted = serde_json::to_value(office.counted(id).await).unwrap();
+    assert_eq!(counted["tally"]["offered"], 2);
+    assert_eq!(serde_json::to_value(office.engine.metrics()).unwrap()["connections"], 1);
+    let text = serde_json::to_string(&id).unwrap();
+    assert_eq!(text, format!("\"{id}\""));
+    assert_eq!(serde_json::from_str::<ConnectionId>(&text).unwrap(), id);
+    assert!(serde_json::from_str::<ConnectionId>("\"no id\"").is_err());
+    let report = soon(office.engine.shutdown(std::time::Duration::ZERO)).await;
+    assert_eq!(serde_json::to_value(report).unwrap()["stuck"], serde_json::json!([]));
+    let reason = serde_json::to_value(CloseReason::SlowConsumer).unwrap();
+    assert_eq!((&reason["name"], &reason["code"]), (&"slow_consumer".into(), &1013.into()));
 }
 
 #[tokio::test]

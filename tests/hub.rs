@@ -790,8 +790,8 @@ async fn what_a_connection_has_counted_can_be_asked_for() {
         peer.hears(&["x"]).await;
     }
     let metrics = soon(hub.inspect(id)).await.unwrap().unwrap();
-    assert_eq!((metrics.received, metrics.offered, metrics.written), (5, 6, 6));
-    assert_eq!((metrics.discarded, metrics.pending), (0, 0));
+    assert_eq!((metrics.tally.received, metrics.tally.offered, metrics.tally.written), (5, 6, 6));
+    assert_eq!((metrics.tally.discarded, metrics.tally.pending()), (0, 0));
 }
 
 #[tokio::test]

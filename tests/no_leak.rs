@@ -44,7 +44,7 @@ async fn one_engine(round: usize) -> Weak<Ledger> {
     if round % 10 == 9 {
         // A handler that never ends by itself, and peers that do not answer.
         raws[0].says(&fixture::raw::text("wait")).await;
-        eventually(1, || office.engine.metrics().received).await;
+        eventually(1, || office.engine.metrics().tally.received).await;
     } else {
         raws.clear();
     }

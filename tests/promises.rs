@@ -237,7 +237,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
         puppet.unwrap();
     }
     // All actors' messages have been handled when their last deeds have been counted.
-    eventually(5 * ROUNDS as u64, || engine.metrics().received).await;
+    eventually(5 * ROUNDS as u64, || engine.metrics().tally.received).await;
     hub.to_all().publish("done".to_owned()).await.unwrap();
 
     let names: Vec<String> = on_stage.iter().map(|(name, _)| name.clone()).collect();
@@ -351,7 +351,7 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
     };
     let waiting = tokio::spawn(publish);
     let inspect = async || soon(hub.inspect(stalled_id)).await.unwrap().unwrap();
-    while inspect().await.pending < 3 {
+    while inspect().await.tally.pending() < 3 {
         tokio::task::yield_now().await;
     }
     // A handler waits for it, too: that of Bob, who therefore is not read, but hears.
@@ -367,7 +367,7 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
     }
     assert!(!waiting.is_finished());
     let metrics = inspect().await;
-    assert!(metrics.pending >= 3 && metrics.discarded == 0, "{metrics:?}");
+    assert!(metrics.tally.pending() >= 3 && metrics.tally.discarded == 0, "{metrics:?}");
     waiting.abort();
     // When it goes, Bob goes on.
     bob.say("me free again").await;
@@ -436,8 +436,8 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
         }
         heard += 1;
         let metrics = soon(hub.inspect(id)).await.unwrap().unwrap();
-        assert_eq!((metrics.written, metrics.offered), (heard, heard), "{metrics:?}");
-        assert_eq!((metrics.pending, metrics.discarded), (0, 0));
+        assert_eq!((metrics.tally.written, metrics.tally.offered), (heard, heard), "{metrics:?}");
+        assert_eq!((metrics.tally.pending(), metrics.tally.discarded), (0, 0));
         assert_eq!(peer.leave().await, Vec::<String>::new());
         written_to_stayers += heard;
     }
@@ -445,14 +445,14 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
     // A shard publishes its counters behind its turn, one after the other: they add up once it rests.
     eventually((20, 20, 0, 0, 0), || {
         let metrics = engine.metrics();
-        let missing = metrics.offered.abs_diff(metrics.written + metrics.discarded);
-        (metrics.adopted, metrics.ended, metrics.connections, metrics.pending, missing)
+        let missing = metrics.tally.offered.abs_diff(metrics.tally.written + metrics.tally.discarded);
+        (metrics.adopted, metrics.ended, metrics.connections, metrics.tally.pending(), missing)
     })
     .await;
     let metrics = engine.metrics();
     // Eight times an id and at least what they waited for.
-    assert!(metrics.written >= written_to_stayers + 8 * 6, "{metrics:?}");
-    assert!(metrics.received >= 12 * 50, "{metrics:?}");
+    assert!(metrics.tally.written >= written_to_stayers + 8 * 6, "{metrics:?}");
+    assert!(metrics.tally.received >= 12 * 50, "{metrics:?}");
 }
 
 /// Handles slowly, now and then, and notices when it is called twice at a time.
@@ -571,7 +571,7 @@ async fn promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it()
     }
     assert_eq!(handled.load(SeqCst), 0);
     // One is with the handler, the others are not read.
-    eventually(1, || engine.metrics().received).await;
+    eventually(1, || engine.metrics().tally.received).await;
     permits.add_permits(MESSAGES);
     let peer = soon(sending).await.unwrap();
     eventually(MESSAGES, || handled.load(SeqCst)).await;
@@ -716,7 +716,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
     eventually((all, all, 0, 6, 6, 0), || {
         let metrics = engine.metrics();
         let (panicked, broken) = (metrics.ended_panic, metrics.ended_protocol);
-        (metrics.adopted, metrics.ended, metrics.connections, panicked, broken, metrics.pending)
+        (metrics.adopted, metrics.ended, metrics.connections, panicked, broken, metrics.tally.pending())
     })
     .await;
     assert!(ended.try_recv().is_err(), "nobody ends twice");

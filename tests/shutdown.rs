@@ -145,7 +145,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
     let (mut busy, busy_id) = office.visit().await;
     let (mut other, other_id) = office.visit().await;
     busy.say("wait").await;
-    eventually(1, || office.engine.metrics().received).await;
+    eventually(1, || office.engine.metrics().tally.received).await;
     let engine = office.engine.clone();
     let ending = Shutdown { code: CloseCode::SERVICE_RESTART, ..at_once(LONG) };
     let mut shutdown = Box::pin(engine.shutdown_with(ending));
@@ -178,7 +178,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
         let reason = CloseReason::Shutdown { code: CloseCode::SERVICE_RESTART };
         assert_eq!(office.ended().await.1, reason);
     }
-    assert_eq!((office.engine.metrics().received, office.engine.connections()), (1, 0));
+    assert_eq!((office.engine.metrics().tally.received, office.engine.connections()), (1, 0));
 }
 
 #[tokio::test]
@@ -187,7 +187,7 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
     let (mut busy, _) = office.visit().await;
     let (other, other_id) = office.visit().await;
     busy.say("wait").await;
-    eventually(1, || office.engine.metrics().received).await;
+    eventually(1, || office.engine.metrics().tally.received).await;
     let readers = [busy, other].map(reads_to_the_end);
     let began = Instant::now();
     let report = soon(office.engine.shutdown(SHORT)).await;
@@ -251,8 +251,12 @@ async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let receipt = soon(sending).await.unwrap();
     assert_eq!((receipt.targets, receipt.taken(), receipt.disconnected), (1, 0, 1));
     let after = office.engine.metrics();
-    assert_eq!((after.connections, after.pending, after.pending_bytes, after.ended), (0, 0, 0, 1));
-    assert_eq!((after.written + after.discarded, after.discarded > 0), (after.offered, true), "{after:?}");
+    assert_eq!((after.connections, after.tally.pending(), after.pending_bytes, after.ended), (0, 0, 0, 1));
+    assert_eq!(
+        (after.tally.written + after.tally.discarded, after.tally.discarded > 0),
+        (after.tally.offered, true),
+        "{after:?}"
+    );
     assert_eq!((office.hub.len(), office.hub.groups()), (0, 0));
 }
 
@@ -392,7 +396,7 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
     peer.hears(&["welcome"]).await;
     if waits {
         peer.say("wait").await;
-        eventually(1, || engine.metrics().received).await;
+        eventually(1, || engine.metrics().tally.received).await;
     }
     runtime.shutdown_background();
     if !waits {

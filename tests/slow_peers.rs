@@ -84,18 +84,28 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
 
     // What the connection has counted is what the receipts say and what the hub was told.
     let counted = office.counted(slow_id).await;
-    let dropped = counted.dropped_timeout + counted.dropped_overflow;
-    assert_eq!(counted.offered, ROUNDS as u64 + 1, "with its id");
-    assert_eq!(counted.offered, counted.written + dropped + counted.pending, "{counted:?}");
-    assert_eq!(counted.discarded, 0);
+    let dropped = counted.tally.dropped.total();
+    assert_eq!(counted.tally.offered, ROUNDS as u64 + 1, "with its id");
+    assert_eq!(
+        counted.tally.offered,
+        counted.tally.written + dropped + counted.tally.pending(),
+        "{counted:?}"
+    );
+    assert_eq!(counted.tally.discarded, 0);
     if drops {
-        assert!(counted.pending <= OUTBOX_FRAMES as u64 && dropped > 10, "a test of something: {counted:?}");
+        assert!(
+            counted.tally.pending() <= OUTBOX_FRAMES as u64 && dropped > 10,
+            "a test of something: {counted:?}"
+        );
         let sum = |count: fn(&Receipt) -> u64| receipts.iter().map(count).sum::<u64>();
-        assert_eq!(sum(|receipt| receipt.dropped_timeout), counted.dropped_timeout);
-        assert_eq!(sum(|receipt| receipt.dropped_overflow), counted.dropped_overflow);
+        assert_eq!(sum(|receipt| receipt.dropped.timeout), counted.tally.dropped.timeout);
+        assert_eq!(sum(|receipt| receipt.dropped.overflow), counted.tally.dropped.overflow);
         assert_eq!(sum(|receipt| receipt.disconnected), 0);
     } else {
-        assert!(counted.pending > OUTBOX_FRAMES as u64 && dropped == 0, "a test of something: {counted:?}");
+        assert!(
+            counted.tally.pending() > OUTBOX_FRAMES as u64 && dropped == 0,
+            "a test of something: {counted:?}"
+        );
         assert!(!unfinished.last().unwrap().is_finished(), "who awaits the slow one waits");
     }
     eventually(dropped, || office.ledger.drops(slow_id)).await;
@@ -114,7 +124,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
     for sending in unfinished {
         receipts.push(soon(sending).await.unwrap());
     }
-    let arrived = |receipt: &Receipt| receipt.dropped_timeout + receipt.dropped_overflow == 0;
+    let arrived = |receipt: &Receipt| receipt.dropped.total() == 0;
     let taken = (0..ROUNDS).filter(|round| arrived(&receipts[*round]));
     assert_eq!(heard, taken.chain([ROUNDS]).collect::<Vec<_>>());
     for receipt in &receipts {
@@ -123,7 +133,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         assert!(receipt.waited <= 1 && (arrived(receipt) || receipt.waited == 1), "{receipt:?}");
     }
     let counted = office.counted(slow_id).await;
-    assert_eq!((counted.written, counted.pending), (counted.offered - dropped, 0));
+    assert_eq!((counted.tally.written, counted.tally.pending()), (counted.tally.offered - dropped, 0));
     assert_eq!(office.ledger.drops(slow_id), dropped, "none was told twice");
     assert_eq!(office.others_ended(), []);
 }
@@ -183,7 +193,7 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
             let hearing = all_hear(std::slice::from_mut(&mut other), &message);
             let both = async { tokio::join!(target.send(&message), hearing).0 };
             let receipt = soon(both).await.unwrap();
-            losses += receipt.dropped_timeout + receipt.dropped_overflow;
+            losses += receipt.dropped.total();
             rounds += 1;
         }
         assert_eq!(losses, u64::from(MAX_DROPS), "each loss in a row counts, none before");
@@ -200,12 +210,12 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
         eventually(1, || office.engine.connections()).await;
         eventually((own + written, losses, 1, 0), || {
             let all = office.engine.metrics();
-            (all.written, all.dropped_timeout + all.dropped_overflow, all.ended_slow, all.pending)
+            (all.tally.written, all.tally.dropped.total(), all.ended_slow, all.tally.pending())
         })
         .await;
         let all = office.engine.metrics();
-        assert!(all.discarded >= OUTBOX_FRAMES as u64 - 1, "{all:?}");
-        assert_eq!(all.offered, all.written + losses + all.discarded, "{all:?}");
+        assert!(all.tally.discarded >= OUTBOX_FRAMES as u64 - 1, "{all:?}");
+        assert_eq!(all.tally.offered, all.tally.written + losses + all.tally.discarded, "{all:?}");
         other.say("me still here").await;
         other.hears(&["still here"]).await;
         assert_eq!(office.others_ended(), []);
@@ -308,7 +318,7 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
     eventually(1, || office.engine.connections()).await;
     eventually((62 + 1, 0), || {
         let all = office.engine.metrics();
-        (all.written + all.discarded, all.pending)
+        (all.tally.written + all.tally.discarded, all.tally.pending())
     })
     .await;
     neighbour.say("undisturbed").await;
@@ -530,7 +540,7 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
         }
         assert!(sent < 16 << 20, "everything is read, although nothing is handled");
     }
-    assert_eq!(office.counted(id).await.received, 1, "the one that its handler is at");
+    assert_eq!(office.counted(id).await.tally.received, 1, "the one that its handler is at");
     office.ledger.permits.add_permits(1);
     assert_eq!(flooder.hears_text().await, "waited");
     other.hears(&["waited"]).await;

@@ -301,9 +301,9 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
         }
     }
     let metrics = soon(hub.inspect(stalled_id)).await.unwrap().unwrap();
-    assert_eq!(metrics.offered, 1 + MESSAGES as u64);
+    assert_eq!(metrics.tally.offered, 1 + MESSAGES as u64);
     assert!(
-        metrics.pending > MESSAGES as u64 / 2,
+        metrics.tally.pending() > MESSAGES as u64 / 2,
         "the policy sees the backlog, not the bridge: {metrics:?}"
     );
     // Who awaits it, waits for it, and is let go when it has gone.

@@ -69,12 +69,12 @@ pub(crate) fn publish(everyone: &Namespace, mut frame: Frame) {
 fn check_books(metrics: &Metrics, members: u64, deliveries: u64) {
     check_losses(metrics);
     assert_eq!(metrics.connections, members, "{metrics:?}");
-    assert_eq!((metrics.offered, metrics.written), (deliveries, deliveries), "{metrics:?}");
+    assert_eq!((metrics.tally.offered, metrics.tally.written), (deliveries, deliveries), "{metrics:?}");
 }
 
 /// That nobody has been ended and nothing dropped.
 fn check_losses(metrics: &Metrics) {
-    let losses = metrics.dropped_timeout + metrics.dropped_overflow + metrics.discarded + metrics.ended;
+    let losses = metrics.tally.dropped.total() + metrics.tally.discarded + metrics.ended;
     assert_eq!(losses, 0, "{metrics:?}");
 }
 

@@ -60,7 +60,7 @@ impl Running {
 
     /// Waits until everything that was published is written to everybody.
     pub(crate) fn settle(&self) {
-        self.wait_until("everything is written", |metrics| metrics.written >= self.owed);
+        self.wait_until("everything is written", |metrics| metrics.tally.written >= self.owed);
     }
 
     /// Panics if somebody has gone or something was lost.

@@ -11,6 +11,7 @@ use std::fmt;
 /// Every `u16` can be held, also those that must not be sent: see [`is_valid_on_wire`](Self::is_valid_on_wire).
 /// Displayed as the bare number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct CloseCode(pub u16);
 
 impl CloseCode {

@@ -87,7 +87,51 @@ pub enum CloseReason {
     },
 }
 
+/// As a map: its `name`, the `code` that it has in a Close frame (or none), and its `text` as it is displayed.
+#[cfg(feature = "serde")]
+impl serde::Serialize for CloseReason {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct;
+        let mut map = serializer.serialize_struct("CloseReason", 3)?;
+        map.serialize_field("name", self.name())?;
+        map.serialize_field("code", &self.close_frame().map(|(code, _)| code))?;
+        map.serialize_field("text", &self.to_string())?;
+        map.end()
+    }
+}
+
 impl CloseReason {
+    /// A short name, the same for all of a kind: for a label in metrics.
+    ///
+    /// ```
+    /// # use shardcast_engine::CloseReason;
+    /// assert_eq!(CloseReason::SlowConsumer.name(), "slow_consumer");
+    /// ```
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Peer { .. } => "peer",
+            Self::Vanished => "vanished",
+            Self::Transport(_) => "transport",
+            Self::Protocol(_) => "protocol",
+            Self::Undecodable => "undecodable",
+            Self::WrongKind => "wrong_kind",
+            Self::PongTimeout => "pong_timeout",
+            Self::IdleTimeout => "idle_timeout",
+            Self::MaxDuration => "max_duration",
+            Self::SlowConsumer => "slow_consumer",
+            Self::TooManyDrops => "too_many_drops",
+            Self::HighRtt => "high_rtt",
+            Self::Shed => "shed",
+            Self::UnfinishedShed => "unfinished_shed",
+            Self::TooManyGroups => "too_many_groups",
+            Self::ControlFlood => "control_flood",
+            Self::Application { .. } => "application",
+            Self::HandlerPanicked => "handler_panicked",
+            Self::Shutdown { .. } => "shutdown",
+        }
+    }
+
     /// What the Close frame says, or `None` where no Close frame is sent: the peer is not there to read it.
     /// [`CloseCode::NO_STATUS`] means a Close frame without a code, the answer to a peer's Close frame without one.
     pub fn close_frame(&self) -> Option<(CloseCode, Cow<'_, str>)> {

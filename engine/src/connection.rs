@@ -409,16 +409,9 @@ impl Connection {
     }
 
     pub(crate) fn metrics(&self) -> ConnectionMetrics {
-        let (Counts { offered, written, received, .. }, losses) = (&self.counts, self.counts.losses());
         ConnectionMetrics {
-            offered: *offered,
-            written: *written,
-            dropped_timeout: losses.dropped_timeout,
-            dropped_overflow: losses.dropped_overflow,
-            discarded: losses.discarded,
-            pending: self.outbox.pending(),
+            tally: self.counts.tally(),
             pending_bytes: self.outbox.backlog_bytes() as u64,
-            received: *received,
             rtt: self.heartbeat.rtt(),
         }
     }
@@ -486,7 +479,7 @@ impl Connection {
                             self.counts.took(); // something that had waited was taken
                         }
                         self.counts.written += frames;
-                        totals.written += frames;
+                        totals.tally.written += frames;
                     }
                 }
                 Err(error) => match error.kind() {

@@ -24,6 +24,7 @@ use crate::metrics::{GroupMetrics, Metrics};
 use crate::outbox::{Chunk, Dropped, Offer, Patience, Retained};
 use crate::policy::Policy;
 use crate::receipt::Ticket;
+use crate::tally::DropCause;
 
 pub(crate) struct Crowd {
     pub(crate) connections: Slab<Connection>,
@@ -141,7 +142,7 @@ impl Crowd {
         let bounds = connection.bounds();
         let frames = u64::from(chunk.frames());
         connection.counts.offered += frames;
-        self.metrics.offered += frames;
+        self.metrics.tally.offered += frames;
         if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
             self.dirty.push_back(slot);
         }
@@ -201,19 +202,15 @@ impl Crowd {
         patience: Patience,
         ticket: Option<&Ticket>,
     ) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
-        match offer {
-            Offer::Queued | Offer::Waits => {}
-            Offer::Drops(frames) => {
-                connection.counts.lose().dropped_overflow += u64::from(frames);
-                self.metrics.dropped_overflow += u64::from(frames);
-                if let Some(ticket) = ticket {
-                    ticket.count_overflow();
-                }
-                let dropped = Dropped { frames, max_drops: patience.max_drops };
-                note_drop(connection, dropped, &mut self.drops, &mut self.ends);
+        if let Offer::Drops(frames) = offer {
+            if let Some(ticket) = ticket {
+                ticket.count_drop(DropCause::Overflow);
             }
-            Offer::Overflow => self.ends.push((connection.id, CloseReason::SlowConsumer)),
+            self.note_drop(slot, DropCause::Overflow, frames, patience.max_drops);
+        }
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        if offer == Offer::Overflow {
+            self.ends.push((connection.id, CloseReason::SlowConsumer));
         }
         if let Some(until) = patience.until
             && connection.outbox.waiting() > 0
@@ -236,23 +233,38 @@ impl Crowd {
         let mut drops: smallvec::SmallVec<[Dropped; 4]> = smallvec::SmallVec::new();
         let next = connection.outbox.expire(self.now, &bounds, |dropped, ticket| {
             if let Some(ticket) = ticket {
-                ticket.count_timeout();
+                ticket.count_drop(DropCause::Timeout);
             }
             drops.push(dropped);
         });
         self.backlog_bytes -= before - connection.outbox.backlog_bytes();
-        for dropped in drops {
-            connection.counts.lose().dropped_timeout += u64::from(dropped.frames);
-            self.metrics.dropped_timeout += u64::from(dropped.frames);
-            note_drop(connection, dropped, &mut self.drops, &mut self.ends);
+        let takes_more = connection.outbox.queued() > queued;
+        for Dropped { frames, max_drops } in drops {
+            self.note_drop(id.slot() as u32, DropCause::Timeout, frames, max_drops);
         }
-        if connection.outbox.queued() > queued {
+        if takes_more && let Some(connection) = self.connections.get_mut(id.slot()) {
             connection.counts.took(); // what waited behind was taken
         }
         if let Some(until) = next {
             self.deadlines.push(until, id);
         }
         self.relieve(id.slot() as u32);
+    }
+
+    /// Counts a drop, and notes it: for the handler, and against the connection if these were too many in a row.
+    fn note_drop(&mut self, slot: u32, cause: DropCause, frames: u32, max_drops: u32) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        self.metrics.tally.dropped[cause] += u64::from(frames);
+        let losses = connection.counts.lose();
+        losses.dropped[cause] += u64::from(frames);
+        if losses.untold == 0 {
+            self.drops.push(connection.id);
+        }
+        losses.untold = losses.untold.saturating_add(frames);
+        losses.in_a_row = losses.in_a_row.saturating_add(frames);
+        if max_drops > 0 && losses.in_a_row >= max_drops {
+            self.ends.push((connection.id, CloseReason::TooManyDrops));
+        }
     }
 
     /// Stops counting a connection as congested if it has recovered. Called after everything that takes frames out.
@@ -329,22 +341,4 @@ fn count(publication: &Publication, targets: u64, waited: u64) -> u64 {
         ticket.count(targets, waited);
     }
     targets
-}
-
-/// Notes a drop: for the handler, and against the connection if these were too many in a row.
-fn note_drop(
-    connection: &mut Connection,
-    dropped: Dropped,
-    drops: &mut Vec<ConnectionId>,
-    ends: &mut Vec<(ConnectionId, CloseReason)>,
-) {
-    let losses = connection.counts.lose();
-    if losses.untold == 0 {
-        drops.push(connection.id);
-    }
-    losses.untold = losses.untold.saturating_add(dropped.frames);
-    losses.in_a_row = losses.in_a_row.saturating_add(dropped.frames);
-    if dropped.max_drops > 0 && losses.in_a_row >= dropped.max_drops {
-        ends.push((connection.id, CloseReason::TooManyDrops));
-    }
 }

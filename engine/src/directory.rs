@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::{Arc, Weak};
 
 use crate::id::GroupKey;
-use crate::metrics::EndedCounts;
+use crate::metrics::EndedTally;
 
 const CLOSED: u64 = u64::MAX;
 
@@ -162,14 +162,14 @@ pub(crate) struct Directory {
     /// Frames to single connections that are on their way and did not fit into the window.
     oversized: AtomicU32,
     /// For each shard, which alone uses it: what connections of the namespace counted that have ended there.
-    ended: Box<[EndedCounts]>,
+    ended: Box<[EndedTally]>,
 }
 
 impl Directory {
     /// `next_key` is shared by all directories of an engine, so that keys are unique there.
     pub(crate) fn new(name: &str, shards: usize, next_key: Arc<AtomicU64>) -> Self {
         let everyone = Arc::new(Group::new(new_key(&next_key), None, Weak::new(), shards));
-        let (ended, oversized) = ((0..shards).map(|_| EndedCounts::default()).collect(), AtomicU32::new(0));
+        let (ended, oversized) = ((0..shards).map(|_| EndedTally::default()).collect(), AtomicU32::new(0));
         Self { name: name.into(), everyone, groups: papaya::HashMap::new(), next_key, oversized, ended }
     }
 
@@ -186,7 +186,7 @@ impl Directory {
         self.everyone.key
     }
 
-    pub(crate) fn ended(&self, shard: usize) -> &EndedCounts {
+    pub(crate) fn ended(&self, shard: usize) -> &EndedTally {
         &self.ended[shard]
     }
 

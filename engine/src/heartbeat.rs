@@ -81,6 +81,7 @@ struct Special {
 /// time for which this side was busy: a pong that was read late counts as of the earliest time at which it may have
 /// arrived.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Rtt {
     /// The last one; none before the first pong.
     pub last: Option<Duration>,

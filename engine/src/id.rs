@@ -11,7 +11,7 @@ use std::str::FromStr;
 /// Names one connection of one engine; never reused for another one in practice
 /// (the same slot would have to be taken 2^28 times).
 ///
-/// Displayed and parsed as 16 hexadecimal digits. It is not a secret.
+/// Displayed, parsed and, with the feature `serde`, serialized as 16 hexadecimal digits. It is not a secret.
 ///
 /// ```
 /// # use shardcast_engine::ConnectionId;
@@ -72,6 +72,22 @@ impl FromStr for ConnectionId {
             return Err(InvalidConnectionId);
         }
         u64::from_str_radix(text, 16).map(Self).map_err(|_| InvalidConnectionId)
+    }
+}
+
+/// As its text: JavaScript's numbers have no room for it.
+#[cfg(feature = "serde")]
+impl serde::Serialize for ConnectionId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for ConnectionId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = <std::borrow::Cow<'_, str>>::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 

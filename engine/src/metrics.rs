@@ -4,123 +4,84 @@
 //! publishes them, so that a reader on another thread costs the loop nothing. They add
 //! up: offered = written + dropped + discarded + pending, for a connection and for their sum.
 
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 
 use crate::heartbeat::Rtt;
-
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// What one shard, or the whole engine, has counted since its start. All in frames or
-        /// events, except gauges, which say what is there now.
-        #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-        #[non_exhaustive]
-        pub struct Metrics { $($(#[$doc])* pub $name: u64,)* }
-
-        impl std::ops::AddAssign for Metrics {
-            fn add_assign(&mut self, other: Self) {
-                $(self.$name += other.$name;)*
-            }
-        }
-
-        #[derive(Debug, Default)]
-        struct Published { $($name: AtomicU64,)* }
-
-        impl PublishedMetrics {
-            /// Called by the owner only, once per turn.
-            pub(crate) fn publish(&self, metrics: &Metrics) {
-                // Relaxed: each counter stands alone; a reader wants recent values, not one instant.
-                $(self.0.$name.store(metrics.$name, Relaxed);)*
-            }
-
-            pub(crate) fn read(&self) -> Metrics {
-                Metrics { $($name: self.0.$name.load(Relaxed),)* }
-            }
-        }
-    };
-}
+use crate::tally::{self, Counter, Drops, SharedTally, Tally, counters};
 
 counters! {
-    /// Connections that are here now, those in their closing handshake included.
-    connections,
-    /// Connections taken over since the start.
-    adopted,
-    /// Connections that ended.
-    ended,
-    /// Connections ended because the peer broke the framing rules or sent too many control frames, or because they
-    /// joined too many groups.
-    ended_protocol,
-    /// Connections ended because a message could not be decoded.
-    ended_undecodable,
-    /// Connections ended because they stopped answering pings, fell idle or grew too old.
-    ended_timeout,
-    /// Connections ended because the peer was slow, or what waited for it or came from it took too much memory.
-    ended_slow,
-    /// Connections ended because their handler panicked.
-    ended_panic,
-    /// Frames meant for a connection.
-    offered,
-    /// Frames given to the kernel whole.
-    written,
-    /// Frames dropped because they had waited as long as they may.
-    dropped_timeout,
-    /// Frames dropped at once: by their policy they may not wait, or no more may.
-    dropped_overflow,
-    /// Frames that had not been written when their connection ended.
-    discarded,
-    /// Frames that wait in outboxes now.
-    pending,
-    /// Bytes that wait in outboxes now; a frame counts once for each connection.
-    pending_bytes,
-    /// Bytes that outboxes keep in memory now. What is sent to many counts once for each shard.
-    retained_bytes,
-    /// Bytes of memory for messages that are incomplete or wait for their handler now.
-    unfinished_bytes,
-    /// Writes to sockets.
-    writes,
-    /// Bytes given to the kernel.
-    bytes_written,
-    /// Messages handed to handlers.
-    received,
-    /// Publications read from the log.
-    publications,
-    /// Turns of the loop.
-    turns,
-    /// Loop lag in microseconds: what the longest of the last turns took, less an eighth for each turn since, or what
-    /// the turn that goes on now has taken, if that is more. A gauge; the sum over shards says little. Stays 0 where
-    /// shards are driven by hand.
-    lag_micros,
-    /// Calls of handlers that held their shard for longer than [`EngineConfig::blocked_after`](crate::EngineConfig):
-    /// each counts once, while it goes on. Stays 0 where shards are driven by hand.
-    blocked,
+    /// What one shard, or the whole engine, has counted since its start. All in frames or
+    /// events, except gauges, which say what is there now.
+    pub struct Metrics, shared as SharedMetrics {
+        /// Connections that are here now, those in their closing handshake included.
+        connections: u64,
+        /// Connections taken over since the start.
+        adopted: u64,
+        /// Connections that ended.
+        ended: u64,
+        /// Connections ended because the peer broke the framing rules or sent too many control frames, or because they
+        /// joined too many groups.
+        ended_protocol: u64,
+        /// Connections ended because a message could not be decoded.
+        ended_undecodable: u64,
+        /// Connections ended because they stopped answering pings, fell idle or grew too old.
+        ended_timeout: u64,
+        /// Connections ended because the peer was slow, or what waited for it or came from it took too much memory.
+        ended_slow: u64,
+        /// Connections ended because their handler panicked.
+        ended_panic: u64,
+        /// What became of the frames that were meant for connections, those that have ended included.
+        tally: Tally,
+        /// Bytes that wait in outboxes now; a frame counts once for each connection.
+        pending_bytes: u64,
+        /// Bytes that outboxes keep in memory now. What is sent to many counts once for each shard.
+        retained_bytes: u64,
+        /// Bytes of memory for messages that are incomplete or wait for their handler now.
+        unfinished_bytes: u64,
+        /// Writes to sockets.
+        writes: u64,
+        /// Bytes given to the kernel.
+        bytes_written: u64,
+        /// Publications read from the log.
+        publications: u64,
+        /// Turns of the loop.
+        turns: u64,
+        /// Loop lag in microseconds: what the longest of the last turns took, less an eighth for each turn since, or what
+        /// the turn that goes on now has taken, if that is more. A gauge; the sum over shards says little. Stays 0 where
+        /// shards are driven by hand.
+        lag_micros: u64,
+        /// Calls of handlers that held their shard for longer than [`EngineConfig::blocked_after`](crate::EngineConfig):
+        /// each counts once, while it goes on. Stays 0 where shards are driven by hand.
+        blocked: u64,
+    }
 }
 
+/// What a shard has counted, as others see it.
 #[derive(Debug, Default)]
-pub(crate) struct PublishedMetrics(CachePadded<Published>);
+pub(crate) struct PublishedMetrics(CachePadded<SharedMetrics>);
 
-/// What one connection has counted. Offered = written + dropped (by cause) + discarded + pending.
+impl PublishedMetrics {
+    /// Called by the owner only, once per turn.
+    pub(crate) fn publish(&self, metrics: &Metrics) {
+        metrics.store(&self.0);
+    }
+
+    pub(crate) fn read(&self) -> Metrics {
+        Metrics::load(&self.0)
+    }
+}
+
+/// What one connection has counted.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ConnectionMetrics {
-    /// Frames meant for this connection.
-    pub offered: u64,
-    /// Frames given to the kernel whole.
-    pub written: u64,
-    /// Frames dropped because they had waited as long as they may.
-    pub dropped_timeout: u64,
-    /// Frames dropped at once: by their policy they may not wait, or no more may.
-    pub dropped_overflow: u64,
-    /// Frames that had not been written when it ended.
-    pub discarded: u64,
-    /// Frames that wait in its outbox.
-    pub pending: u64,
-    /// Their bytes.
+    /// What became of the frames that were meant for it.
+    pub tally: Tally,
+    /// Bytes that wait in its outbox.
     pub pending_bytes: u64,
-    /// Messages received from the peer and handed to the handler.
-    pub received: u64,
     /// Round-trip times of its pings.
     pub rtt: Rtt,
 }
@@ -130,29 +91,20 @@ pub struct ConnectionMetrics {
 /// For a group: its present members, each with all that it has counted since it connected. For everyone: all
 /// connections since the start, those that have ended included.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct GroupMetrics {
     /// Connections now; for everyone, those in their closing handshake included.
     pub connections: u64,
-    /// Frames meant for them.
-    pub offered: u64,
-    /// Frames given to the kernel whole.
-    pub written: u64,
-    /// Frames dropped because they had waited as long as they may.
-    pub dropped_timeout: u64,
-    /// Frames dropped at once: by their policy they may not wait, or no more may.
-    pub dropped_overflow: u64,
-    /// Frames that had not been written when their connection ended.
-    pub discarded: u64,
-    /// Frames that wait in their outboxes.
-    pub pending: u64,
-    /// Their bytes.
+    /// What became of the frames that were meant for them.
+    pub tally: Tally,
+    /// Bytes that wait in their outboxes.
     pub pending_bytes: u64,
-    /// Messages received and handed to handlers.
-    pub received: u64,
     /// The highest of the connections' average round trips; none before the first pong.
     pub rtt_highest: Option<Duration>,
+    #[cfg_attr(feature = "serde", serde(skip))]
     rtt_sum: Duration,
+    #[cfg_attr(feature = "serde", serde(skip))]
     rtt_count: u64,
 }
 
@@ -167,14 +119,8 @@ impl From<ConnectionMetrics> for GroupMetrics {
     fn from(one: ConnectionMetrics) -> Self {
         Self {
             connections: 1,
-            offered: one.offered,
-            written: one.written,
-            dropped_timeout: one.dropped_timeout,
-            dropped_overflow: one.dropped_overflow,
-            discarded: one.discarded,
-            pending: one.pending,
+            tally: one.tally,
             pending_bytes: one.pending_bytes,
-            received: one.received,
             rtt_highest: one.rtt.average,
             rtt_sum: one.rtt.average.unwrap_or_default(),
             rtt_count: one.rtt.average.is_some().into(),
@@ -185,78 +131,41 @@ impl From<ConnectionMetrics> for GroupMetrics {
 impl std::ops::AddAssign for GroupMetrics {
     fn add_assign(&mut self, other: Self) {
         self.connections += other.connections;
-        self.offered += other.offered;
-        self.written += other.written;
-        self.dropped_timeout += other.dropped_timeout;
-        self.dropped_overflow += other.dropped_overflow;
-        self.discarded += other.discarded;
-        self.pending += other.pending;
+        self.tally += other.tally;
         self.pending_bytes += other.pending_bytes;
-        self.received += other.received;
         self.rtt_highest = self.rtt_highest.max(other.rtt_highest);
         self.rtt_sum += other.rtt_sum;
         self.rtt_count += other.rtt_count;
     }
 }
 
-/// What the ended connections of one namespace have counted on one shard.
+/// What the ended connections of one namespace have counted on one shard, which alone uses it.
 #[derive(Debug, Default)]
-pub(crate) struct EndedCounts(CachePadded<Ended>);
+pub(crate) struct EndedTally(CachePadded<SharedTally>);
 
-#[derive(Debug, Default)]
-struct Ended {
-    offered: AtomicU64,
-    written: AtomicU64,
-    dropped_timeout: AtomicU64,
-    dropped_overflow: AtomicU64,
-    discarded: AtomicU64,
-    received: AtomicU64,
-}
-
-impl EndedCounts {
-    /// Called by the shard only.
+impl EndedTally {
     pub(crate) fn add(&self, counts: &Counts) {
-        // Relaxed, load and store: written by one thread, and read by the same.
-        let add = |sum: &AtomicU64, count: u64| sum.store(sum.load(Relaxed) + count, Relaxed);
-        let Losses { dropped_timeout, dropped_overflow, discarded, .. } = counts.losses();
-        add(&self.0.offered, counts.offered);
-        add(&self.0.written, counts.written);
-        add(&self.0.dropped_timeout, dropped_timeout);
-        add(&self.0.dropped_overflow, dropped_overflow);
-        add(&self.0.discarded, discarded);
-        add(&self.0.received, counts.received);
+        tally::add::<Tally>(&self.0, counts.tally());
     }
 
-    /// Called by the shard only.
     pub(crate) fn sum(&self) -> GroupMetrics {
-        let Ended { offered, written, dropped_timeout, dropped_overflow, discarded, received } = &*self.0;
-        GroupMetrics {
-            offered: offered.load(Relaxed), // Relaxed: as above
-            written: written.load(Relaxed),
-            dropped_timeout: dropped_timeout.load(Relaxed),
-            dropped_overflow: dropped_overflow.load(Relaxed),
-            discarded: discarded.load(Relaxed),
-            received: received.load(Relaxed),
-            ..GroupMetrics::default()
-        }
+        GroupMetrics { tally: Tally::load(&self.0), ..GroupMetrics::default() }
     }
 }
 
-/// What one connection counts while it lives.
+/// What one connection counts while it lives. Not a `Tally`, because most connections lose nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) offered: u64,
     pub(crate) written: u64,
     pub(crate) received: u64,
-    /// Boxed, because most connections lose nothing.
     losses: Option<Box<Losses>>,
 }
 
 /// What one connection has lost.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Losses {
-    pub(crate) dropped_timeout: u64,
-    pub(crate) dropped_overflow: u64,
+    pub(crate) dropped: Drops,
     pub(crate) discarded: u64,
     /// Frames dropped since one was last taken.
     pub(crate) in_a_row: u32,
@@ -265,6 +174,12 @@ pub(crate) struct Losses {
 }
 
 impl Counts {
+    pub(crate) fn tally(&self) -> Tally {
+        let Self { offered, written, received, .. } = *self;
+        let Losses { dropped, discarded, .. } = self.losses();
+        Tally { offered, written, dropped, discarded, received }
+    }
+
     pub(crate) fn losses(&self) -> Losses {
         self.losses.as_deref().copied().unwrap_or_default()
     }

@@ -10,19 +10,20 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
 
+use crate::tally::{Counter, DropCause, Drops, SharedDrops};
+
 /// What became of one publication.
 #[must_use = "a receipt says whom a message did not reach at once"]
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Receipt {
     /// Connections that the publication was meant for.
     pub targets: u64,
     /// Of these, connections whose outbox was full, so that the frame had to wait (or was dropped at once).
     pub waited: u64,
-    /// Of those that waited, connections for which the frame was dropped because its time was over.
-    pub dropped_timeout: u64,
-    /// Connections for which the frame was dropped at once: by its policy it may not wait, or no more may.
-    pub dropped_overflow: u64,
+    /// Connections for which the frame was dropped.
+    pub dropped: Drops,
     /// Of those that waited, connections that ended before they took the frame.
     pub disconnected: u64,
 }
@@ -30,7 +31,7 @@ pub struct Receipt {
 impl Receipt {
     /// Connections that have the frame in their outbox or in the kernel.
     pub fn taken(&self) -> u64 {
-        self.targets - self.dropped_timeout - self.dropped_overflow - self.disconnected
+        self.targets - self.dropped.total() - self.disconnected
     }
 }
 
@@ -47,8 +48,7 @@ pub(crate) struct Open {
 struct State {
     targets: AtomicU64,
     waited: AtomicU64,
-    dropped_timeout: AtomicU64,
-    dropped_overflow: AtomicU64,
+    dropped: SharedDrops,
     disconnected: AtomicU64,
     end: Mutex<End>,
 }
@@ -80,12 +80,8 @@ impl Open {
         self.state.waited.fetch_add(waited, Relaxed);
     }
 
-    pub(crate) fn count_timeout(&self) {
-        self.state.dropped_timeout.fetch_add(1, Relaxed); // Relaxed: as above
-    }
-
-    pub(crate) fn count_overflow(&self) {
-        self.state.dropped_overflow.fetch_add(1, Relaxed); // Relaxed: as above
+    pub(crate) fn count_drop(&self, cause: DropCause) {
+        self.state.dropped[cause].fetch_add(1, Relaxed); // Relaxed: as above
     }
 
     pub(crate) fn count_disconnected(&self) {
@@ -118,12 +114,11 @@ impl Awaited {
             end.waker = Some(waker.clone());
             return Poll::Pending;
         }
-        let State { targets, waited, dropped_timeout, dropped_overflow, disconnected, .. } = &*self.0;
+        let State { targets, waited, dropped, disconnected, .. } = &*self.0;
         Poll::Ready(Receipt {
             targets: targets.load(Relaxed),
             waited: waited.load(Relaxed),
-            dropped_timeout: dropped_timeout.load(Relaxed),
-            dropped_overflow: dropped_overflow.load(Relaxed),
+            dropped: Drops::load(dropped),
             disconnected: disconnected.load(Relaxed),
         })
     }

@@ -39,7 +39,6 @@ use crate::handler::Post;
 use crate::id::ConnectionId;
 use crate::log::Reader;
 use crate::mailbox::{Entry, Mailbox};
-use crate::metrics::Metrics;
 use crate::outbox::Gather;
 use crate::pinning::Pin;
 use crate::publisher::Shared;
@@ -387,9 +386,6 @@ impl Shard {
 
     fn publish_metrics(&mut self) {
         self.crowd.metrics.connections = self.crowd.connections.len() as u64;
-        let Metrics { offered, written, dropped_timeout, dropped_overflow, discarded, .. } =
-            self.crowd.metrics;
-        self.crowd.metrics.pending = offered - written - dropped_timeout - dropped_overflow - discarded;
         self.crowd.metrics.pending_bytes = self.crowd.backlog_bytes as u64;
         self.crowd.metrics.retained_bytes = self.crowd.retained.bytes() as u64;
         self.crowd.metrics.unfinished_bytes = self.crowd.unfinished_bytes as u64;

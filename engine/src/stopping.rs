@@ -49,6 +49,7 @@ impl Shutdown {
 
 /// How the connections of an engine that was shut down have ended.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ShutdownReport {
     /// Connections whose peer has everything that was sent to it: its kernel has acknowledged it, or, behind a
@@ -66,6 +67,7 @@ pub struct ShutdownReport {
 
 /// What an engine is doing; see [`Engine::state`](crate::Engine::state).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum EngineState {
     /// It takes connections and publications.

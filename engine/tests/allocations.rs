@@ -100,5 +100,8 @@ fn a_delivery_allocates_nothing_while_nothing_is_queued() {
         assert!(for_one <= 8 * PUBLICATIONS, "{for_one}");
     }
     let books = many.engine.metrics();
-    assert_eq!((books.offered, books.written), (4000 * PUBLICATIONS as u64, 4000 * PUBLICATIONS as u64));
+    assert_eq!(
+        (books.tally.offered, books.tally.written),
+        (4000 * PUBLICATIONS as u64, 4000 * PUBLICATIONS as u64)
+    );
 }

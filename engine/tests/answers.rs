@@ -69,7 +69,7 @@ fn what_many_say_to_all_in_one_turn_goes_out_in_one_write_each() {
     let before = rig.engine.metrics();
     rig.turn();
     let after = rig.engine.metrics();
-    assert_eq!((after.written - before.written, after.writes - before.writes), (10_000, 100));
+    assert_eq!((after.tally.written - before.tally.written, after.writes - before.writes), (10_000, 100));
     let heard = peers[0].hear_data();
     assert_eq!(heard.len(), 100);
     assert!(peers[1..].iter_mut().all(|peer| peer.hear_data() == heard));

@@ -149,7 +149,7 @@ fn congestion_ends_when_nothing_waits_and_the_outbox_is_nearly_empty() {
     assert_eq!(rig.shards[0].audit().groups[0].congested, 1, "it waits");
     rig.pass(ms(50));
     let look = look(&rig);
-    assert_eq!((look.waiting, look.dropped_timeout), (0, 1), "{look:?}");
+    assert_eq!((look.waiting, look.tally.dropped.timeout), (0, 1), "{look:?}");
     assert!(look.queued_bytes <= 25_000, "{look:?}");
     assert_eq!(rig.shards[0].audit().groups[0].congested, 0, "at most a quarter is queued");
     let everyone = rig.everyone.clone();
@@ -374,9 +374,10 @@ fn drops_are_counted_beyond_32_bits() {
     assert_eq!(look(&rig).pending, 1); // and the books of this connection balance
     let counted = rig.metrics_of(id).unwrap();
     let all = rig.engine.metrics();
-    for (timeout, overflow) in
-        [(counted.dropped_timeout, counted.dropped_overflow), (all.dropped_timeout, all.dropped_overflow)]
-    {
+    for (timeout, overflow) in [
+        (counted.tally.dropped.timeout, counted.tally.dropped.overflow),
+        (all.tally.dropped.timeout, all.tally.dropped.overflow),
+    ] {
         assert_eq!((timeout, overflow), (before / 2 + 5, before / 2 + 5));
     }
     assert_eq!(client.record().drops.iter().sum::<u32>(), 10, "the handler is told of the ten");

@@ -36,13 +36,13 @@ fn what_comes_within_the_time_shares_one_write() {
         assert!(clients.iter_mut().all(|client| client.peer.hear().is_empty()), "the shard gathers");
         rig.pass(COALESCE / 5);
     }
-    assert_eq!(rig.engine.metrics().written, before.written);
+    assert_eq!(rig.engine.metrics().tally.written, before.tally.written);
     rig.pass(COALESCE / 5 * 2);
     for client in &mut clients {
         assert_eq!(client.peer.hear_data(), ["one", "two", "three"]);
     }
     let after = rig.engine.metrics();
-    assert_eq!((after.writes - before.writes, after.written - before.written), (3, 9));
+    assert_eq!((after.writes - before.writes, after.tally.written - before.tally.written), (3, 9));
 }
 
 #[test]

@@ -288,7 +288,7 @@ fn a_ping_behind_many_messages_waits_as_long_as_the_peer_takes_some() {
     };
     publish(&mut rig, 25);
     rig.pass(ms(200));
-    while rig.metrics_of(client.id()).unwrap().pending == 0 {
+    while rig.metrics_of(client.id()).unwrap().tally.pending() == 0 {
         publish(&mut rig, 1);
     }
     let (began, mut is_answered) = (rig.now, false);
@@ -513,9 +513,9 @@ fn who_is_silent_is_given_up_though_more_talk_than_one_turn_can_read() {
             prompt.peer.say(0x8A, &nonce);
         }
         rig.now += ms(20);
-        let before = rig.engine.metrics().received;
+        let before = rig.engine.metrics().tally.received;
         rig.turn();
-        is_full &= rig.engine.metrics().received - before >= 1024;
+        is_full &= rig.engine.metrics().tally.received - before >= 1024;
         if let [Heard::Ping(nonce)] = &prompt.peer.hear()[..] {
             pong = Some((round, nonce.clone()));
         }

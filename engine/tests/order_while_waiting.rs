@@ -100,7 +100,7 @@ fn a_question_that_waited_is_about_the_members_at_the_moment_it_got_in() {
         let offered = Arc::new(AtomicU64::new(0));
         let (everyone, sum) = (rig.everyone.clone(), offered.clone());
         let on_metrics = move |part: GroupMetrics| {
-            sum.fetch_add(part.offered, Relaxed);
+            sum.fetch_add(part.tally.offered, Relaxed);
         };
         let mut asking = Task::new(everyone.survey(To::Groups(names), &[], on_metrics));
         assert!(asking.poll().is_none(), "the mailbox is full");

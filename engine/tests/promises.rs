@@ -541,15 +541,15 @@ fn offered_is_written_plus_discarded_plus_pending() {
         for (client, id) in ids.iter().enumerate() {
             if let Some(metrics) = rig.metrics_of(*id) {
                 assert_eq!(
-                    metrics.offered,
-                    metrics.written + metrics.discarded + metrics.pending,
+                    metrics.tally.offered,
+                    metrics.tally.written + metrics.tally.discarded + metrics.tally.pending(),
                     "{client}"
                 );
-                written.insert(client, metrics.written);
+                written.insert(client, metrics.tally.written);
             }
         }
         let all = rig.engine.metrics();
-        assert_eq!(all.offered, all.written + all.discarded + all.pending);
+        assert_eq!(all.tally.offered, all.tally.written + all.tally.discarded + all.tally.pending());
     }
     let ended: Vec<_> = clients.iter().map(|client| client.record().ends.clone()).collect();
     assert_eq!((&ended[0][..], &ended[4][..]), (&[][..], &[CloseReason::SlowConsumer][..]));
@@ -565,13 +565,18 @@ fn offered_is_written_plus_discarded_plus_pending() {
     for reader in 0..4 {
         match rig.metrics_of(ids[reader]) {
             Some(metrics) => {
-                assert_eq!((metrics.written, metrics.pending), (heard[reader], 0), "{reader}");
+                assert_eq!((metrics.tally.written, metrics.tally.pending()), (heard[reader], 0), "{reader}");
             }
             None => assert!(heard[reader] >= written[&reader], "{reader}"),
         }
     }
     let all = rig.engine.metrics();
-    assert!(all.discarded > 0 && all.offered == all.written + all.discarded && all.pending == 0, "{all:?}");
+    assert!(
+        all.tally.discarded > 0
+            && all.tally.offered == all.tally.written + all.tally.discarded
+            && all.tally.pending() == 0,
+        "{all:?}"
+    );
 }
 
 // ---- Coalescing and fairness ------------------------------------------------------------------------------------
@@ -587,7 +592,7 @@ fn what_comes_in_one_turn_goes_out_in_one_write() {
     }
     rig.settle();
     let after = rig.engine.metrics();
-    assert_eq!((after.written - before.written, after.writes - before.writes), (400, 3));
+    assert_eq!((after.tally.written - before.tally.written, after.writes - before.writes), (400, 3));
     assert_eq!(clients[0].peer.hear_data().len(), 200);
     assert_eq!(clients[1].peer.hear_data(), clients[2].peer.hear_data());
 }
@@ -597,7 +602,7 @@ fn what_gathers_behind_a_blocked_peer_goes_out_in_few_writes() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     let mut sent = 0;
-    while rig.engine.metrics().pending == 0 {
+    while rig.engine.metrics().tally.pending() == 0 {
         rig.everyone.try_publish(EVERYONE, &[], big(sent)).unwrap();
         rig.settle();
         sent += 1;
@@ -607,10 +612,10 @@ fn what_gathers_behind_a_blocked_peer_goes_out_in_few_writes() {
         rig.turn();
     }
     let before = rig.engine.metrics();
-    assert_eq!(client.peer.hear_data().len() as u64, before.written);
+    assert_eq!(client.peer.hear_data().len() as u64, before.tally.written);
     rig.settle();
     assert!(rig.engine.metrics().writes - before.writes <= 2, "the begun frame, and then all the rest");
-    assert_eq!(client.peer.hear_data().len() as u64, sent + 200 - before.written);
+    assert_eq!(client.peer.hear_data().len() as u64, sent + 200 - before.tally.written);
 }
 
 #[test]
@@ -624,12 +629,12 @@ fn a_fan_out_to_many_does_not_starve_reading() {
     rig.turn();
     let after = rig.engine.metrics();
     assert_eq!(speaker.record().messages, ["hear me"]);
-    assert!(after.written < MANY as u64, "one turn does not write to all: {}", after.written);
+    assert!(after.tally.written < MANY as u64, "one turn does not write to all: {}", after.tally.written);
     speaker.peer.text("hear me again");
     rig.turn();
     assert_eq!(speaker.record().messages.len(), 2);
     rig.settle();
-    assert_eq!((rig.engine.metrics().written, listener.len()), (MANY as u64 + 1, MANY));
+    assert_eq!((rig.engine.metrics().tally.written, listener.len()), (MANY as u64 + 1, MANY));
 }
 
 #[test]

@@ -65,7 +65,7 @@ fn fill(rig: &mut Rig, client: &Client) {
     for number in 0..1000 {
         everyone.try_publish(To::Connection(client.id()), &[], big(format!("fill {number}"))).unwrap();
         rig.settle();
-        if metrics(rig, client).pending == OUTBOX_FRAMES as u64 {
+        if metrics(rig, client).tally.pending() == OUTBOX_FRAMES as u64 {
             return;
         }
     }
@@ -85,8 +85,8 @@ fn send<'a>(namespace: &'a Namespace, to: To<'a>, text: &str) -> Sending<'a> {
 /// What the receipt says: targets, waited, dropped after a while, dropped at once, gone.
 fn outcome(task: &mut Sending<'_>) -> Option<[u64; 5]> {
     let receipt = task.poll()?.unwrap();
-    let Receipt { targets, waited, dropped_timeout, dropped_overflow, disconnected, .. } = receipt;
-    Some([targets, waited, dropped_timeout, dropped_overflow, disconnected])
+    let Receipt { targets, waited, dropped, disconnected, .. } = receipt;
+    Some([targets, waited, dropped.timeout, dropped.overflow, disconnected])
 }
 
 /// Lets the peer take everything, and tells what it heard.
@@ -154,14 +154,26 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
         rig.pass(MS20 - Duration::from_nanos(1));
         assert!(sending.poll().is_none(), "{to:?}: its time is not over");
         let before = metrics(&mut rig, &stalled);
-        assert_eq!((before.pending, before.dropped_timeout), (OUTBOX_FRAMES as u64 + 1, 0), "{to:?}");
+        assert_eq!(
+            (before.tally.pending(), before.tally.dropped.timeout),
+            (OUTBOX_FRAMES as u64 + 1, 0),
+            "{to:?}"
+        );
         assert_eq!(stalled.record().drops, []);
         rig.pass(Duration::from_nanos(1));
         assert_eq!(outcome(&mut sending), Some([2, 1, 1, 0, 0]), "{to:?}");
         let after = metrics(&mut rig, &stalled);
-        assert_eq!((after.pending, after.dropped_timeout, after.dropped_overflow), (4, 1, 0), "{to:?}");
+        assert_eq!(
+            (after.tally.pending(), after.tally.dropped.timeout, after.tally.dropped.overflow),
+            (4, 1, 0),
+            "{to:?}"
+        );
         let all = rig.engine.metrics();
-        assert_eq!((all.dropped_timeout, all.dropped_overflow, all.pending), (1, 0, 4), "{to:?}");
+        assert_eq!(
+            (all.tally.dropped.timeout, all.tally.dropped.overflow, all.tally.pending()),
+            (1, 0, 4),
+            "{to:?}"
+        );
         assert_eq!((stalled.record().drops, healthy.record().drops), (vec![1], vec![]), "{to:?}");
         // The rest arrives, and so does what comes after.
         let mut next = send(&everyone, to, "next");
@@ -208,7 +220,7 @@ fn a_frame_that_gets_room_in_time_is_delivered() {
         assert_eq!(heard.last().map(String::as_str), Some("just in time"), "{to:?}");
         assert_eq!(outcome(&mut sending), Some([2, 1, 0, 0, 0]), "{to:?}");
         rig.pass(ms(1000));
-        assert_eq!((stalled.record().drops, rig.engine.metrics().dropped_timeout), (vec![], 0));
+        assert_eq!((stalled.record().drops, rig.engine.metrics().tally.dropped.timeout), (vec![], 0));
     }
 }
 
@@ -220,7 +232,10 @@ fn a_timeout_of_zero_drops_at_once() {
         let mut sending = send(&everyone, to, "lost");
         rig.settle();
         assert_eq!(outcome(&mut sending), Some([2, 1, 0, 1, 0]), "{to:?}: no time has passed");
-        assert_eq!((stalled.record().drops, metrics(&mut rig, &stalled).dropped_overflow), (vec![1], 1));
+        assert_eq!(
+            (stalled.record().drops, metrics(&mut rig, &stalled).tally.dropped.overflow),
+            (vec![1], 1)
+        );
         assert_eq!(short(healthy.peer.hear_data()), ["lost"]);
         assert!(hear_all_data(&mut rig, &mut stalled).iter().all(|text| text.starts_with("fill")));
     }
@@ -253,8 +268,8 @@ fn drops_leave_the_order_of_what_is_delivered() {
     let heard: Vec<u64> = heard.iter().map(|text| text.parse().unwrap()).collect();
     assert!(heard.is_sorted_by(|a, b| a < b), "{heard:?}");
     let after = metrics(&mut rig, &client);
-    let dropped = after.dropped_timeout + after.dropped_overflow;
-    assert_eq!((heard.len() as u64, after.pending), (300 - dropped, 0));
+    let dropped = after.tally.dropped.total();
+    assert_eq!((heard.len() as u64, after.tally.pending()), (300 - dropped, 0));
     assert!(dropped > 30 && heard.len() > 30, "a test of something: {dropped}");
     assert_eq!(client.record().drops.iter().map(|frames| u64::from(*frames)).sum::<u64>(), dropped);
 }
@@ -308,7 +323,7 @@ fn too_many_drops_in_a_row_end_the_connection() {
         assert_eq!((rig.everyone.len(), rig.engine.metrics().ended_slow), (1, 1));
         assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
         let all = rig.engine.metrics();
-        assert!(all.discarded > 0 && all.pending == 0 && all.dropped_timeout + all.dropped_overflow == 3);
+        assert!(all.tally.discarded > 0 && all.tally.pending() == 0 && all.tally.dropped.total() == 3);
         assert_lives(&healthy);
     }
 }
@@ -358,11 +373,11 @@ fn a_frame_that_had_waited_and_is_taken_resets_the_count_of_drops() {
     }
     rig.settle();
     // It takes some, but its outbox stays full.
-    while metrics(&mut rig, &stalled).pending == 30 + OUTBOX_FRAMES as u64 {
+    while metrics(&mut rig, &stalled).tally.pending() == 30 + OUTBOX_FRAMES as u64 {
         let _ = stalled.peer.hear_some(1000);
         rig.settle();
     }
-    assert!(metrics(&mut rig, &stalled).pending > OUTBOX_FRAMES as u64 + 5);
+    assert!(metrics(&mut rig, &stalled).tally.pending() > OUTBOX_FRAMES as u64 + 5);
     drop_one(&mut rig, EVERYONE);
     drop_one(&mut rig, EVERYONE);
     assert_lives(&stalled);
@@ -522,7 +537,10 @@ fn under_block_nothing_is_dropped_and_only_those_who_await_the_stalled_peer_wait
     assert!(heard.ends_with(&["0".into(), "1".into()]), "{heard:?}");
     assert_eq!((outcome(&mut sending), publishing.poll()), (Some([2, 1, 0, 0, 0]), Some(Ok(()))));
     let all = rig.engine.metrics();
-    assert_eq!((all.dropped_timeout, all.dropped_overflow, all.discarded, all.pending), (0, 0, 0, 0));
+    assert_eq!(
+        (all.tally.dropped.timeout, all.tally.dropped.overflow, all.tally.discarded, all.tally.pending()),
+        (0, 0, 0, 0)
+    );
 }
 
 #[test]
@@ -587,9 +605,9 @@ fn beyond_the_bound_of_what_waits_the_excess_is_dropped_at_once() {
         let outcomes = sendings.each_mut().map(outcome);
         assert_eq!(outcomes, [None, None, None, Some([1, 1, 0, 1, 0]), Some([1, 1, 0, 1, 0])]);
         let now = metrics(&mut rig, &stalled);
-        assert_eq!((now.pending, now.dropped_overflow, now.dropped_timeout), (7, 2, 0));
+        assert_eq!((now.tally.pending(), now.tally.dropped.overflow, now.tally.dropped.timeout), (7, 2, 0));
         assert_eq!(
-            (stalled.record().drops.iter().sum::<u32>(), rig.engine.metrics().dropped_overflow),
+            (stalled.record().drops.iter().sum::<u32>(), rig.engine.metrics().tally.dropped.overflow),
             (2, 2)
         );
         assert!(hear_all_data(&mut rig, &mut stalled).ends_with(&["0".into(), "1".into(), "2".into()]));
@@ -691,7 +709,7 @@ fn a_busy_handler_is_told_of_drops_before_its_next_message_and_before_the_end() 
     stalled.peer.text("next");
     rig.settle();
     assert_eq!(
-        (stalled.record().calls, metrics(&mut rig, &stalled).dropped_timeout),
+        (stalled.record().calls, metrics(&mut rig, &stalled).tally.dropped.timeout),
         (vec!["wait".into()], 2)
     );
     stalled.release();
@@ -724,7 +742,7 @@ fn a_busy_handler_is_told_of_drops_before_its_next_message_and_before_the_end() 
     at_once(rig.everyone.close(To::Connection(stalled.id()), &[], CloseCode::NORMAL, "")).unwrap();
     rig.settle();
     assert_lives(&stalled);
-    let dropped = metrics(&mut rig, &stalled).dropped_timeout;
+    let dropped = metrics(&mut rig, &stalled).tally.dropped.timeout;
     stalled.release();
     rig.settle();
     assert_eq!(&stalled.record().calls[6..], ["wait again", "drop", "close"]);
@@ -809,28 +827,34 @@ fn a_group_counts_what_its_present_members_have_counted() {
     rig.everyone.try_publish(To::Connection(stranger.id()), &[], big("for a third")).unwrap();
     let [first, second] = [&stalled, &healthy].map(|member| metrics(&mut rig, member));
     let room = rig.survey(To::Group("room"), &[]);
-    assert_eq!((room.connections, room.offered), (2, first.offered + second.offered));
+    assert_eq!((room.connections, room.tally.offered), (2, first.tally.offered + second.tally.offered));
     assert_eq!(
-        (room.written, room.pending),
-        (first.written + second.written, first.pending + second.pending)
+        (room.tally.written, room.tally.pending()),
+        (first.tally.written + second.tally.written, first.tally.pending() + second.tally.pending())
     );
-    assert_eq!((room.dropped_overflow, room.pending_bytes), (1, first.pending_bytes + second.pending_bytes));
+    assert_eq!(
+        (room.tally.dropped.overflow, room.pending_bytes),
+        (1, first.pending_bytes + second.pending_bytes)
+    );
     let others = rig.survey(To::Group("room"), &[stalled.id()]);
-    assert_eq!((others.connections, others.offered, others.dropped_overflow), (1, second.offered, 0));
+    assert_eq!(
+        (others.connections, others.tally.offered, others.tally.dropped.overflow),
+        (1, second.tally.offered, 0)
+    );
     assert_eq!(rig.survey(To::Groups(&["room", "none"]), &[]), room);
-    assert_eq!(rig.survey(To::Connection(healthy.id()), &[]).offered, second.offered);
+    assert_eq!(rig.survey(To::Connection(healthy.id()), &[]).tally.offered, second.tally.offered);
     assert_eq!(rig.survey(To::Group("none"), &[]), Default::default());
 
     // Who leaves is not counted there any more; among everyone even who has gone is.
     at_once(rig.everyone.leave(stalled.id(), "room")).unwrap();
-    assert_eq!(rig.survey(To::Group("room"), &[]).offered, second.offered);
+    assert_eq!(rig.survey(To::Group("room"), &[]).tally.offered, second.tally.offered);
     let before = rig.survey(EVERYONE, &[]);
     healthy.peer.close(1000);
     hear_all(&mut rig, &mut healthy);
     drop(healthy);
     rig.settle();
     let after = rig.survey(EVERYONE, &[]);
-    assert_eq!((after.connections, after.offered), (before.connections - 1, before.offered));
+    assert_eq!((after.connections, after.tally.offered), (before.connections - 1, before.tally.offered));
 }
 
 #[test]
@@ -898,36 +922,43 @@ fn assert_balance(rig: &mut Rig, clients: &[Client]) {
     for client in clients {
         let Some(now) = rig.metrics_of(client.id()) else { continue };
         let accounted =
-            now.written + now.dropped_timeout + now.dropped_overflow + now.discarded + now.pending;
-        assert_eq!(now.offered, accounted, "{now:?}");
-        assert!(now.pending > 0 || now.pending_bytes == 0, "{now:?}");
+            now.tally.written + now.tally.dropped.total() + now.tally.discarded + now.tally.pending();
+        assert_eq!(now.tally.offered, accounted, "{now:?}");
+        assert!(now.tally.pending() > 0 || now.pending_bytes == 0, "{now:?}");
         let record = client.record();
         let told = record.drops.iter().map(|frames| u64::from(*frames)).sum::<u64>();
         if record.ends.is_empty() && record.waker.is_none() {
-            assert_eq!(told, now.dropped_timeout + now.dropped_overflow, "{now:?}");
+            assert_eq!(told, now.tally.dropped.total(), "{now:?}");
         }
-        sum[0] += now.pending;
+        sum[0] += now.tally.pending();
         sum[1] += now.pending_bytes;
     }
     let all = rig.engine.metrics();
-    assert_eq!([all.pending, all.pending_bytes], sum, "{all:?}");
+    assert_eq!([all.tally.pending(), all.pending_bytes], sum, "{all:?}");
     assert_surveyed(rig);
 }
 
 /// What all connections of the namespace count together, those that have gone included, is what the engine counts.
 fn assert_surveyed(rig: &mut Rig) {
     let (all, surveyed) = (rig.engine.metrics(), rig.survey(EVERYONE, &[]));
-    let engine = [all.connections, all.offered, all.written, all.dropped_timeout, all.dropped_overflow];
+    let engine = [
+        all.connections,
+        all.tally.offered,
+        all.tally.written,
+        all.tally.dropped.timeout,
+        all.tally.dropped.overflow,
+    ];
     let namespace = [
         surveyed.connections,
-        surveyed.offered,
-        surveyed.written,
-        surveyed.dropped_timeout,
-        surveyed.dropped_overflow,
+        surveyed.tally.offered,
+        surveyed.tally.written,
+        surveyed.tally.dropped.timeout,
+        surveyed.tally.dropped.overflow,
     ];
     assert_eq!(engine, namespace);
-    let engine = [all.discarded, all.pending, all.pending_bytes, all.received];
-    let namespace = [surveyed.discarded, surveyed.pending, surveyed.pending_bytes, surveyed.received];
+    let engine = [all.tally.discarded, all.tally.pending(), all.pending_bytes, all.tally.received];
+    let namespace =
+        [surveyed.tally.discarded, surveyed.tally.pending(), surveyed.pending_bytes, surveyed.tally.received];
     assert_eq!(engine, namespace);
 }
 
@@ -1028,7 +1059,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
             && client.record().ends.is_empty()
             && client.record().waker.is_none()
         {
-            assert_eq!((now.written, now.pending), (heard, 0), "{now:?}");
+            assert_eq!((now.tally.written, now.tally.pending()), (heard, 0), "{now:?}");
         }
     }
     assert_balance(&mut rig, &clients);
@@ -1048,22 +1079,22 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     }
     assert_surveyed(&mut rig);
     let all = rig.engine.metrics();
-    assert_eq!((all.connections, all.pending, all.pending_bytes, rig.everyone.len()), (0, 0, 0, 0));
-    assert_eq!(all.offered, all.written + all.dropped_timeout + all.dropped_overflow + all.discarded);
+    assert_eq!((all.connections, all.tally.pending(), all.pending_bytes, rig.everyone.len()), (0, 0, 0, 0));
+    assert_eq!(all.tally.offered, all.tally.written + all.tally.dropped.total() + all.tally.discarded);
     assert_eq!(all.ended, clients.len() as u64);
     for client in &clients {
         assert_eq!(client.record().ends.len(), 1);
     }
     let sum = |count: fn(&Receipt) -> u64| receipts.iter().map(count).sum::<u64>();
     assert!(receipts.iter().all(|receipt| {
-        let lost = receipt.dropped_timeout + receipt.dropped_overflow + receipt.disconnected;
+        let lost = receipt.dropped.total() + receipt.disconnected;
         lost <= receipt.waited && receipt.waited <= receipt.targets
     }));
     if all_awaited {
-        assert_eq!(sum(|receipt| receipt.targets), all.offered);
-        assert_eq!(sum(|receipt| receipt.dropped_timeout), all.dropped_timeout);
-        assert_eq!(sum(|receipt| receipt.dropped_overflow), all.dropped_overflow);
-        assert!(sum(|receipt| receipt.disconnected) <= all.discarded);
+        assert_eq!(sum(|receipt| receipt.targets), all.tally.offered);
+        assert_eq!(sum(|receipt| receipt.dropped.timeout), all.tally.dropped.timeout);
+        assert_eq!(sum(|receipt| receipt.dropped.overflow), all.tally.dropped.overflow);
+        assert!(sum(|receipt| receipt.disconnected) <= all.tally.discarded);
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::connection::{Phase, Work};
 use crate::id::ConnectionId;
+use crate::tally::{DropCause, Tally};
 
 use super::Shard;
 
@@ -20,11 +21,7 @@ pub struct ConnectionAudit {
     pub id: ConnectionId,
     pub is_open: bool,
     pub has_socket: bool,
-    pub offered: u64,
-    pub written: u64,
-    pub dropped_timeout: u64,
-    pub dropped_overflow: u64,
-    pub discarded: u64,
+    pub tally: Tally,
     pub pending: u64,
     /// What is in the outbox, and what waits beside it.
     pub queued: u64,
@@ -89,14 +86,13 @@ impl Shard {
     pub fn pretend_losses(&mut self, id: ConnectionId, frames: u64) {
         let Some(connection) = self.crowd.connections.get_mut(id.slot()) else { return };
         connection.counts.offered += frames;
-        self.crowd.metrics.offered += frames;
-        let (early, late) = (frames / 2, frames - frames / 2);
+        self.crowd.metrics.tally.offered += frames;
         let losses = connection.counts.lose();
-        losses.dropped_timeout += early;
-        losses.dropped_overflow += late;
+        for cause in [DropCause::Timeout, DropCause::Overflow] {
+            losses.dropped[cause] += frames / 2;
+            self.crowd.metrics.tally.dropped[cause] += frames / 2;
+        }
         losses.in_a_row = losses.in_a_row.saturating_add(u32::try_from(frames).unwrap_or(u32::MAX));
-        self.crowd.metrics.dropped_timeout += early;
-        self.crowd.metrics.dropped_overflow += late;
     }
 
     /// Looks at everything.
@@ -112,12 +108,8 @@ impl Shard {
             sum += outbox.backlog_bytes();
             unfinished += connection.unfinished_bytes();
             refused += usize::from(!connection.is_writable);
-            let accounted = metrics.written
-                + metrics.dropped_timeout
-                + metrics.dropped_overflow
-                + metrics.discarded
-                + metrics.pending;
-            if metrics.offered != accounted {
+            let (tally, pending) = (metrics.tally, outbox.pending());
+            if tally.offered != tally.written + tally.dropped.total() + tally.discarded + pending {
                 wrong(format!("books of {}: {metrics:?}", connection.id));
             }
             if connection.is_dirty {
@@ -179,7 +171,7 @@ impl Shard {
             if connection.socket.is_none() && connection.handler.is_none() {
                 wrong(format!("{} has neither socket nor handler", connection.id));
             }
-            if connection.socket.is_none() && metrics.pending > 0 {
+            if connection.socket.is_none() && pending > 0 {
                 wrong(format!("{} has no socket and something pending", connection.id));
             }
             if connection.phase != Phase::Open
@@ -193,12 +185,8 @@ impl Shard {
                 id: connection.id,
                 is_open: connection.phase == Phase::Open,
                 has_socket: connection.socket.is_some(),
-                offered: metrics.offered,
-                written: metrics.written,
-                dropped_timeout: metrics.dropped_timeout,
-                dropped_overflow: metrics.dropped_overflow,
-                discarded: metrics.discarded,
-                pending: metrics.pending,
+                tally,
+                pending,
                 queued: outbox.queued().into(),
                 queued_bytes,
                 waiting: outbox.waiting() as u64,

@@ -128,7 +128,7 @@ impl Shard {
         self.crowd.backlog_bytes -= connection.outbox.backlog_bytes();
         let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
         connection.counts.discard(discarded);
-        self.crowd.metrics.discarded += discarded;
+        self.crowd.metrics.tally.discarded += discarded;
         discarded
     }
 
@@ -160,7 +160,7 @@ impl Shard {
         let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
         self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
         connection.counts.discard(discarded);
-        self.crowd.metrics.discarded += discarded;
+        self.crowd.metrics.tally.discarded += discarded;
         discarded
     }
 

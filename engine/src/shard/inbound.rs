@@ -233,7 +233,7 @@ impl Shard {
                     connection.heartbeat.heard_message(self.crowd.now);
                     if is_direct {
                         connection.counts.received += 1;
-                        self.crowd.metrics.received += 1;
+                        self.crowd.metrics.tally.received += 1;
                         let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
                         let message = Message { kind, payload };
                         let _call = self.shared.beacons.call(self.index, connection.directory.key());
@@ -309,7 +309,7 @@ impl Shard {
             let message = held.pop();
             if message.is_some() {
                 connection.counts.received += 1;
-                self.crowd.metrics.received += 1;
+                self.crowd.metrics.tally.received += 1;
             }
             let mut end = None;
             if let Some((kind, payload)) = message {

@@ -110,7 +110,7 @@ impl History {
         for (number, frame) in model.frames.iter().enumerate() {
             let Some(receipt) = frame.receipt else { continue };
             let number = number as u32;
-            let Receipt { targets, dropped_timeout, dropped_overflow, disconnected, .. } = receipt;
+            let Receipt { targets, dropped, disconnected, .. } = receipt;
             let mut fault = |text: String| {
                 faults.push(format!("frame {number}: {receipt:?}, targets {:?}: {text}", frame.targets));
             };
@@ -123,15 +123,14 @@ impl History {
             // Only those may be dropped whose policy says so.
             let by_timeout = count(&|client| model.losses(number, client).by_timeout);
             let by_overflow = count(&|client| model.losses(number, client).by_overflow);
-            if dropped_timeout > by_timeout || dropped_overflow > by_overflow {
+            if dropped.timeout > by_timeout || dropped.overflow > by_overflow {
                 fault(format!("at most {by_timeout} and {by_overflow} may be lost"));
             }
             let all_live = count(&|client| self.has_ended(client) || model.clients[client].id.is_none()) == 0;
             if all_live && !self.is_stopping {
                 let missing = count(&|client| !self.peers[client].heard.contains(&number));
-                let is_right = targets == frame.targets.len() as u64
-                    && disconnected == 0
-                    && missing == dropped_timeout + dropped_overflow;
+                let is_right =
+                    targets == frame.targets.len() as u64 && disconnected == 0 && missing == dropped.total();
                 if !is_right {
                     fault(format!("{missing} have not heard it"));
                 }
@@ -170,10 +169,10 @@ impl History {
         let most: u64 = clients.iter().map(|(number, _)| accepted(over_at, *number)).sum();
         let said: u64 = clients.iter().map(|(number, _)| u64::from(self.peers[*number].said)).sum();
         drop(model);
-        if sum.offered < least || sum.offered > most || sum.received > said {
+        if sum.tally.offered < least || sum.tally.offered > most || sum.tally.received > said {
             self.fault(format!(
                 "of {least} to {most} frames and {said} messages a survey tells {} and {}",
-                sum.offered, sum.received
+                sum.tally.offered, sum.tally.received
             ));
         }
     }
@@ -193,33 +192,33 @@ impl History {
         self.shards.iter_mut().flatten().for_each(|shard| shard.turn(self.now).unwrap());
         let all = self.engine.metrics();
         let engine = [
-            all.offered,
-            all.written,
-            all.dropped_timeout,
-            all.dropped_overflow,
-            all.discarded,
-            all.pending,
+            all.tally.offered,
+            all.tally.written,
+            all.tally.dropped.timeout,
+            all.tally.dropped.overflow,
+            all.tally.discarded,
+            all.tally.pending(),
             all.pending_bytes,
-            all.received,
+            all.tally.received,
             all.connections,
         ];
         let namespaces = [
-            sum.offered,
-            sum.written,
-            sum.dropped_timeout,
-            sum.dropped_overflow,
-            sum.discarded,
-            sum.pending,
+            sum.tally.offered,
+            sum.tally.written,
+            sum.tally.dropped.timeout,
+            sum.tally.dropped.overflow,
+            sum.tally.discarded,
+            sum.tally.pending(),
             sum.pending_bytes,
-            sum.received,
+            sum.tally.received,
             sum.connections,
         ];
         if engine != namespaces {
             self.fault(format!("the engine counts {engine:?} and its namespaces {namespaces:?}"));
         }
         let accounted =
-            all.written + all.dropped_timeout + all.dropped_overflow + all.discarded + all.pending;
-        if all.offered != accounted {
+            all.tally.written + all.tally.dropped.total() + all.tally.discarded + all.tally.pending();
+        if all.tally.offered != accounted {
             self.fault(format!("the engine's books: {all:?}"));
         }
         if all.retained_bytes as usize > self.engine_config.backlog_bytes_max {
@@ -283,13 +282,13 @@ impl History {
             self.fault(format!("waits for ever when all have gone: {:?}", job.effect));
         }
         let (all, opened) = (self.engine.metrics(), self.opened());
-        if !self.is_stopping && (all.connections, all.pending, all.retained_bytes) != (0, 0, 0) {
+        if !self.is_stopping && (all.connections, all.tally.pending(), all.retained_bytes) != (0, 0, 0) {
             self.fault(format!("left over: {all:?}"));
         }
         if all.adopted != all.ended || all.adopted != opened {
             self.fault(format!("{} adopted, {} ended, {opened} opened", all.adopted, all.ended));
         }
-        if all.offered != all.written + all.dropped_timeout + all.dropped_overflow + all.discarded {
+        if all.tally.offered != all.tally.written + all.tally.dropped.total() + all.tally.discarded {
             self.fault(format!("the engine's books at the end: {all:?}"));
         }
         if self.engine.connections() != self.jobs.len() {
@@ -327,8 +326,8 @@ impl History {
 }
 
 fn adds_up(part: &GroupMetrics) -> bool {
-    let dropped = part.dropped_timeout + part.dropped_overflow;
-    part.offered == part.written + dropped + part.discarded + part.pending
+    let dropped = part.tally.dropped.total();
+    part.tally.offered == part.tally.written + dropped + part.tally.discarded + part.tally.pending()
 }
 
 fn sum_of(parts: &[GroupMetrics]) -> GroupMetrics {
@@ -400,13 +399,13 @@ impl ClientCheck<'_> {
     fn check_open(&self, audit: &ConnectionAudit, fault: &mut impl FnMut(String)) {
         let Self { model, number, client, peer, record, .. } = self;
         let expected = &client.expected;
-        if audit.pending > 0 || audit.discarded > 0 {
+        if audit.pending > 0 || audit.tally.discarded > 0 {
             fault(format!("is open, and has not got all: {audit:?}"));
         }
-        if audit.offered != expected.len() as u64 {
-            fault(format!("was offered {} of {expected:?}", audit.offered));
+        if audit.tally.offered != expected.len() as u64 {
+            fault(format!("was offered {} of {expected:?}", audit.tally.offered));
         }
-        let dropped = audit.dropped_timeout + audit.dropped_overflow;
+        let dropped = audit.tally.dropped.total();
         if record.drops != dropped {
             fault(format!("was told of {} drops of {dropped}", record.drops));
         }
@@ -417,8 +416,8 @@ impl ClientCheck<'_> {
         let by_timeout = losses.clone().filter(|losses| losses.by_timeout).count() as u64;
         let by_overflow = losses.filter(|losses| losses.by_overflow).count() as u64;
         let is_right = missing.len() as u64 == dropped
-            && audit.dropped_timeout <= by_timeout
-            && audit.dropped_overflow <= by_overflow;
+            && audit.tally.dropped.timeout <= by_timeout
+            && audit.tally.dropped.overflow <= by_overflow;
         if !is_right {
             fault(format!(
                 "did not hear {missing:?}, {by_timeout} and {by_overflow} by their policy: {audit:?}"

@@ -717,7 +717,7 @@ impl History {
             (Effect::Frame { .. } | Effect::Close { .. }, _) if !job.is_accepted => self.found_nobody(effect),
             (Effect::Frame { number, .. }, Outcome::Receipt(Ok(receipt))) => {
                 lock(&self.model).frames[*number as usize].receipt = Some(receipt);
-                let lost = receipt.dropped_timeout + receipt.dropped_overflow + receipt.disconnected;
+                let lost = receipt.dropped.total() + receipt.disconnected;
                 if receipt.waited > receipt.targets || lost > receipt.waited {
                     self.fault(format!("a receipt that does not add up: {receipt:?}"));
                 }
@@ -881,7 +881,7 @@ impl History {
             if expected.iter().any(|number| model.may_lose(*number, client)) {
                 continue; // then the last that were offered are not the ones that wait
             }
-            let offered = connection.offered as usize;
+            let offered = connection.tally.offered as usize;
             let Some(waiting) = expected.get(offered - connection.waiting as usize..offered) else {
                 continue;
             };
