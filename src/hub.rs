@@ -89,7 +89,8 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     }
 
     /// A message to this connection was dropped by the policy; called once per drop, between messages like every other
-    /// method. [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops. Logs at trace level by default.
+    /// method. After every 1,000 calls in a row the shard's other connections have their turn.
+    /// [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops. Logs at trace level by default.
     fn on_message_drop(&self, connection_id: Arc<str>) -> impl Future<Output = ()> + Send {
         async move { tracing::trace!(id = %connection_id, "a message was dropped") }
     }

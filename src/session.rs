@@ -24,6 +24,9 @@ use crate::hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
+/// Drops that a hub is told of before its shard's other connections have their turn.
+const DROPS_PER_TURN: u32 = 1000;
+
 pub(crate) struct Session<H: WsHub> {
     /// None once it is being dropped.
     hub: Option<Arc<H>>,
@@ -55,6 +58,26 @@ pub(crate) type Over = Option<oneshot::Sender<()>>;
 #[derive(Default)]
 struct Apart {
     _bytes: [u64; 10],
+}
+
+/// Ends this turn of the task, and asks for another. Pending twice: the first poll of a turn goes without a waker
+/// (see [`Session::go_on`]), and would not end it.
+#[derive(Default)]
+struct GiveWay {
+    polls: u8,
+}
+
+impl Future for GiveWay {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut TaskContext<'_>) -> Poll<()> {
+        if self.polls == 2 {
+            return Poll::Ready(());
+        }
+        self.polls += 1;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    }
 }
 
 impl<H: WsHub> Session<H> {
@@ -182,7 +205,10 @@ impl<H: WsHub> Handler for Session<H> {
     fn on_drop(&mut self, frames: u32, context: &mut Context<'_>) -> Flow {
         let (hub, connection_id) = (self.hub(), self.peer.connection_id().clone());
         let telling = async move {
-            for _ in 0..frames {
+            for told in 0..frames {
+                if told > 0 && told % DROPS_PER_TURN == 0 {
+                    GiveWay::default().await;
+                }
                 hub.on_message_drop(connection_id.clone()).await;
             }
         };

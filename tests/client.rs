@@ -813,6 +813,99 @@ async fn on_close_that_panics_changes_nothing_about_how_the_connection_ended() {
     assert_eq!(soon(server).await.unwrap()[0], Message::text("last words"));
 }
 
+/// A server that writes `flood` over and over without a pause and answers nothing; its URL, and the bytes that it gets.
+async fn flooding_server(flood: Vec<u8>) -> (String, mpsc::UnboundedReceiver<u8>) {
+    use std::io::{Read as _, Write as _};
+
+    let (bytes, got) = mpsc::unbounded_channel();
+    let (url, _) = server(async move |peer| {
+        let mut stream = peer.into_inner().into_std().unwrap();
+        stream.set_nonblocking(false).unwrap();
+        let reader = stream.try_clone().unwrap();
+        // Threads, which have no turn to give away. They end with the client's socket.
+        std::thread::spawn(move || while stream.write_all(&flood).is_ok() {});
+        std::thread::spawn(move || {
+            for byte in reader.bytes().map_while(Result::ok) {
+                let _ = bytes.send(byte); // the test may be over
+            }
+        });
+    })
+    .await;
+    (url, got)
+}
+
+/// Many messages in each read of a socket, and many reads in each message: more than tokio lets a task read in a turn.
+fn floods() -> [Vec<u8>; 2] {
+    let short = [0x81, 0].repeat(32 * 1024);
+    let text = vec![b'x'; 4 << 20];
+    let long = [&[0x81, 127][..], &text.len().to_be_bytes(), &text].concat();
+    [short, long]
+}
+
+#[tokio::test]
+async fn what_a_client_sends_reaches_a_server_that_floods_it_without_pause() {
+    for flood in floods() {
+        let (url, mut got) = flooding_server(flood).await;
+        let mut client = raw_client(url);
+        let (sender, mut messages) = mpsc::channel(1);
+        client.on_message(move |message: String| drop(sender.try_send(message)));
+        client.connect().await.unwrap();
+        soon(messages.recv()).await.unwrap(); // the flood has come
+        for text in ["hello", "again"] {
+            client.send(text.into()).unwrap();
+            let mut frame = [0; 2 + 4 + 5];
+            for byte in &mut frame {
+                *byte = soon(got.recv()).await.unwrap();
+            }
+            let (key, payload) = (&frame[2..6], &frame[6..]);
+            let payload: Vec<u8> =
+                payload.iter().zip(key.iter().cycle()).map(|(byte, key)| byte ^ key).collect();
+            assert_eq!((frame[0], frame[1], payload.as_slice()), (0x81, 0x85, text.as_bytes()));
+        }
+    }
+}
+
+#[tokio::test]
+async fn disconnect_keeps_its_time_although_the_server_floods_without_pause() {
+    for flood in floods() {
+        let (url, _got) = flooding_server(flood).await;
+        let mut client = HubClient::builder(url)
+            .with_in_message::<String>()
+            .with_out_message::<String>()
+            .with_codec::<RawCodec>()
+            .with_disconnect_timeout(Duration::from_millis(50))
+            .build();
+        client.connect().await.unwrap();
+        let close = soon(client.disconnect()).await;
+        assert!(matches!(close, Some(ClientClose::Unanswered)), "{close:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_server_sends_reaches_a_client_that_sends_without_pause() {
+    // Reads all that comes, and answers a kilobyte once in a megabyte.
+    let (url, _server) = server(async move |peer| {
+        let mut stream = peer.into_inner();
+        let mut taken = vec![0; 1 << 20];
+        let answer = [&[0x81, 126, 4, 0][..], &[b'x'; 1024]].concat();
+        while stream.read_exact(&mut taken).await.is_ok() && stream.write_all(&answer).await.is_ok() {}
+    })
+    .await;
+    let mut client = raw_client(url);
+    let mut answers = received(&mut client);
+    client.connect().await.unwrap();
+    let sender = client.sender();
+    let sending = std::thread::spawn(move || {
+        let text = "x".repeat(10_000);
+        while !matches!(sender.send(text.clone()), Err(SendError::NotConnected(_))) {}
+    });
+    for _ in 0..3 {
+        assert_eq!(soon(answers.recv()).await.unwrap().len(), 1024);
+    }
+    drop(client);
+    sending.join().unwrap();
+}
+
 #[tokio::test]
 async fn after_any_end_the_client_can_connect_again_and_its_senders_with_it() {
     let (url, listener) = listen().await;

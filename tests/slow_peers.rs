@@ -8,13 +8,21 @@
 mod fixture;
 
 use std::io::ErrorKind;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use axum::Router;
+use axum::routing::any;
 use fixture::office::{Office, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
-use fixture::{PATIENCE, Peer, Server, desk_app, eventually, soon, visit};
-use shardcast::{BroadcastPolicy, CloseReason, ConnectionId, Receipt, WsHubConfig};
+use fixture::{PATIENCE, Peer, Server, desk_app, engine, eventually, soon, visit};
+use shardcast::{
+    BroadcastPolicy, CloseReason, ConnectionId, MessageContext, RawCodec, Receipt, RunOn, WebSocketUpgrade,
+    WsHub, WsHubConfig,
+};
 use socket2::SockRef;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinHandle, JoinSet};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -559,4 +567,87 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
     other.say("me served").await;
     other.hears(&["served"]).await;
     assert_eq!(office.others_ended(), []);
+}
+
+// ---- many drops
+
+/// Counts what it is told of drops. `wait` waits for a permit; `watch` waits for the first drop, and says how many
+/// there were when it had its turn.
+struct Teller(Arc<Told>);
+
+struct Told {
+    drops: AtomicU64,
+    first: Notify,
+    permits: Semaphore,
+    /// One permit for each method that has begun to wait.
+    begun: Semaphore,
+}
+
+impl WsHub for Teller {
+    type Codec = RawCodec;
+    type InMessage = String;
+    type OutMessage = String;
+
+    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+        ctx.unicast(ctx.connection_id().to_string()).await;
+    }
+
+    async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+        self.0.begun.add_permits(1);
+        if message == "wait" {
+            self.0.permits.acquire().await.unwrap().forget();
+        } else {
+            self.0.first.notified().await;
+            ctx.unicast(self.0.drops.load(Relaxed).to_string()).await;
+        }
+    }
+
+    async fn on_message_drop(&self, _: Arc<str>) {
+        if self.0.drops.fetch_add(1, Relaxed) == 0 {
+            self.0.first.notify_one();
+        }
+    }
+}
+
+#[tokio::test]
+async fn however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_meanwhile() {
+    const DROPS: u64 = 10_000;
+    for run_on in [RunOn::Shard, RunOn::Runtime] {
+        let engine = engine(1);
+        let hub = engine.hub::<Teller>(WsHubConfig { run_on, ..narrow(DROP_AT_ONCE) }).unwrap();
+        let told = Arc::new(Told {
+            drops: AtomicU64::new(0),
+            first: Notify::new(),
+            permits: Semaphore::new(0),
+            begun: Semaphore::new(0),
+        });
+        let route = {
+            let (hub, told) = (hub.clone(), told.clone());
+            any(async move |ws: WebSocketUpgrade| ws.serve(&hub, Teller(told.clone())))
+        };
+        let server = Server::start(Router::new().route("/ws", route)).await;
+        let (mut watcher, _) = visit(&server.url("/ws")).await;
+        let mut stalled = Raw::connect_narrow(server.address).await;
+        let id: ConnectionId = stalled.hears_text().await.parse().unwrap();
+        // It is told of no drop until its method is over.
+        stalled.says(&text("wait")).await;
+        watcher.say("watch").await;
+        soon(told.begun.acquire_many(2)).await.unwrap().forget();
+        let dropped = async || {
+            let counted = soon(hub.inspect(id)).await.unwrap().unwrap();
+            counted.dropped_timeout + counted.dropped_overflow
+        };
+        while dropped().await < DROPS {
+            for round in 0..1000 {
+                let message = numbered(round, MESSAGE_BYTES);
+                soon(hub.to(id).policy(DROP_AT_ONCE).publish(message)).await.unwrap();
+            }
+        }
+        assert_eq!(told.drops.load(Relaxed), 0);
+        told.permits.add_permits(1);
+        let until_its_turn: u64 = watcher.hear().await.parse().unwrap();
+        // 1,000 in a turn, and whose turn is the first in a round is not told.
+        assert!((1..=2000).contains(&until_its_turn), "{until_its_turn} on {run_on:?}");
+        eventually(dropped().await, || told.drops.load(Relaxed)).await;
+    }
 }

@@ -1,7 +1,8 @@
 //! The connection's task, from the handshake until the socket is gone.
 //!
 //! Reads and writes at the same time, calls the callbacks, decides how the connection ended, tells the server if the
-//! client ended it, and reports. Every wait ends by itself, and no callback can keep it from reporting.
+//! client ended it, and reports. Every wait ends by itself, and no callback can keep it from reporting. Neither half of
+//! the task can keep the other from its turn, nor from the timeouts, however much there is to read or to write.
 //! Knows codecs, callbacks and tungstenite. Does not know the handle.
 
 use std::{
@@ -15,14 +16,12 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{
-    FutureExt, Sink, SinkExt, Stream, StreamExt,
-    stream::{SplitSink, SplitStream},
-};
+use futures_util::{FutureExt, Sink, SinkExt, Stream, StreamExt};
 use shardcast_engine::MessageKind;
 use tokio::{
     io::AsyncReadExt,
     sync::{mpsc, oneshot},
+    task::{unconstrained, yield_now},
     time::{sleep, timeout},
 };
 use tokio_tungstenite::tungstenite::{
@@ -40,6 +39,9 @@ use crate::codec::Decode;
 
 /// What a Close frame without a code means (RFC 6455, section 7.1.5).
 const NO_CODE: u16 = 1005;
+
+/// Messages that are read, or written, before it is the other half's turn.
+const MESSAGES_PER_TURN: u32 = 32;
 
 /// The task's settings.
 #[derive(Clone, Copy)]
@@ -137,9 +139,13 @@ pub(super) async fn run<R, C>(
 }
 
 /// Reads and writes at the same time until there is a Close from the server, or will be none.
+///
+/// The order is that of what says most: what has been read comes before a failed write or a timeout. It is not unfair:
+/// each half gives way after [`MESSAGES_PER_TURN`]. Only the reading is held to tokio's budget for a task's turn. A
+/// long message can use all of that up, turn after turn, and the others would be pending although they are ready.
 async fn talk<R, C>(
-    sink: &mut SplitSink<Socket, Message>,
-    stream: &mut SplitStream<Socket>,
+    sink: &mut (impl Sink<Message, Error = tungstenite::Error> + Unpin),
+    stream: &mut (impl Stream<Item = Result<Message, tungstenite::Error>> + Unpin),
     queue: mpsc::Receiver<Message>,
     closing: oneshot::Receiver<()>,
     callbacks: &Callbacks<R>,
@@ -152,13 +158,13 @@ where
 {
     let close_sent = AtomicBool::new(false);
     let mut reading = pin!(read::<R, C>(stream, callbacks, &close_sent));
-    let mut writing = pin!(write(sink, queue, &close_sent));
-    let mut too_late = pin!(async {
+    let mut writing = pin!(unconstrained(write(sink, queue, &close_sent)));
+    let mut too_late = pin!(unconstrained(async {
         // Never sent, only dropped.
         let _ = closing.await;
         sleep(timeouts.disconnect).await;
-    });
-    let silence = pin!(life.silence(timeouts.silence));
+    }));
+    let silence = pin!(unconstrained(life.silence(timeouts.silence)));
     tokio::select! {
         biased;
         ending = &mut reading => ending,
@@ -170,7 +176,7 @@ where
                 _ => ending,
             },
             () = too_late => ClientClose::Unanswered.into(),
-            () = sleep(timeouts.disconnect) => ClientClose::lost(error).into(),
+            () = unconstrained(sleep(timeouts.disconnect)) => ClientClose::lost(error).into(),
         },
         () = &mut too_late => ClientClose::Unanswered.into(),
         timeout = silence => Ending {
@@ -189,7 +195,13 @@ async fn read<R, C>(
 where
     C: Decode<R>,
 {
+    let mut read_in_turn = 0;
     let error = loop {
+        if read_in_turn == MESSAGES_PER_TURN {
+            read_in_turn = 0;
+            yield_now().await;
+        }
+        read_in_turn += 1;
         match stream.next().await {
             Some(Ok(Message::Text(text))) => deliver::<R, C>(callbacks, MessageKind::Text, text.as_bytes()),
             Some(Ok(Message::Binary(bytes))) => deliver::<R, C>(callbacks, MessageKind::Binary, &bytes),
@@ -237,13 +249,16 @@ async fn write(
         let written = async {
             sink.feed(message).await?;
             // Whatever else is queued goes out with the same write.
-            while let Ok(message) = queue.try_recv() {
+            for _ in 1..MESSAGES_PER_TURN {
+                let Ok(message) = queue.try_recv() else { return sink.flush().await.map(|()| false) };
                 sink.feed(message).await?;
             }
-            sink.flush().await
+            sink.flush().await.map(|()| true)
         };
-        if let Err(error) = written.await {
-            return error;
+        match written.await {
+            Ok(true) => yield_now().await,
+            Ok(false) => {}
+            Err(error) => return error,
         }
     }
     close_sent.store(true, Ordering::Relaxed);
@@ -251,5 +266,113 @@ async fn write(
     match sink.send(Message::Close(Some(farewell))).await {
         Ok(()) => pending().await,
         Err(error) => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, time::Instant};
+
+    use futures_util::{sink, stream};
+
+    use super::*;
+    use crate::codec::RawCodec;
+
+    /// More than any turn may read.
+    const MANY: u32 = 100_000;
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// A stream that always has one message more, at the price of `reads` of a socket, until `is_over`.
+    fn flood(
+        reads: u32,
+        mut is_over: impl FnMut() -> bool,
+    ) -> impl Stream<Item = Result<Message, tungstenite::Error>> {
+        Box::pin(stream::unfold((), move |()| {
+            let is_over = is_over();
+            async move {
+                for _ in 0..reads {
+                    tokio::task::consume_budget().await;
+                }
+                (!is_over).then(|| (Ok(Message::text("flood")), ()))
+            }
+        }))
+    }
+
+    async fn talk_with(
+        sink: &mut (impl Sink<Message, Error = tungstenite::Error> + Unpin),
+        mut stream: impl Stream<Item = Result<Message, tungstenite::Error>> + Unpin,
+        queue: mpsc::Receiver<Message>,
+        closing: oneshot::Receiver<()>,
+    ) -> ClientClose {
+        let timeouts = Timeouts { disconnect: Duration::from_millis(1), silence: None };
+        let (callbacks, life) = (Callbacks::<String>::default(), Life::default());
+        talk::<String, RawCodec>(sink, &mut stream, queue, closing, &callbacks, &life, timeouts).await.close
+    }
+
+    /// Messages that cost a turn nothing, some of its budget, and more than all of it.
+    const READS: [u32; 3] = [0, 1, 500];
+
+    #[tokio::test]
+    async fn a_flood_of_messages_keeps_nothing_from_being_written() {
+        for reads in READS {
+            let (outgoing, queue) = mpsc::channel(4);
+            let (_open, closing) = oneshot::channel();
+            let mut written = 0;
+            let mut sink = Box::pin(sink::unfold((), |(), _| {
+                written += 1;
+                async { Ok(()) }
+            }));
+            let mut read = 0;
+            let flood = flood(reads, || {
+                read += 1;
+                let _ = outgoing.try_send(Message::text("out"));
+                read > MANY / reads.max(1)
+            });
+            // Ends when the flood does, which is later than anything is written.
+            let _ = talk_with(&mut sink, flood, queue, closing).await;
+            drop(sink);
+            assert!(written > 50, "{reads} reads each: {written}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_messages_does_not_prolong_the_closing_handshake() {
+        for reads in READS {
+            let (outgoing, queue) = mpsc::channel(4);
+            let (close, closing) = oneshot::channel();
+            drop((outgoing, close));
+            let mut sink = sink::drain().sink_map_err(|never| match never {});
+            let started = Instant::now();
+            let flood = flood(reads, || {
+                assert!(started.elapsed() < PATIENCE, "{reads} reads each: it goes on");
+                false
+            });
+            let close = talk_with(&mut sink, flood, queue, closing).await;
+            assert!(matches!(close, ClientClose::Unanswered), "{reads} reads each: {close:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_endless_queue_keeps_nothing_from_being_read() {
+        let (outgoing, queue) = mpsc::channel(1000);
+        let (_open, closing) = oneshot::channel();
+        let (read, read_meanwhile) = (Cell::new(0), Cell::new(0));
+        let mut sink = Box::pin(sink::unfold(0, |written, _| {
+            let _ = outgoing.try_send(Message::text("out"));
+            let is_over = written == MANY;
+            if is_over {
+                read_meanwhile.set(read.get());
+            }
+            async move { if is_over { Err(tungstenite::Error::ConnectionClosed) } else { Ok(written + 1) } }
+        }));
+        outgoing.try_send(Message::text("out")).unwrap();
+        let messages = stream::repeat_with(|| read.set(read.get() + 1));
+        // One message a turn, as much as a slow server sends.
+        let messages = Box::pin(messages.then(async |()| {
+            yield_now().await;
+            Ok(Message::text("in"))
+        }));
+        let _ = tokio::time::timeout(PATIENCE, talk_with(&mut sink, messages, queue, closing)).await;
+        assert!(read_meanwhile.get() > 100, "{read_meanwhile:?}");
     }
 }
