@@ -635,7 +635,7 @@ async fn however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_
         soon(told.begun.acquire_many(2)).await.unwrap().forget();
         let dropped = async || {
             let counted = soon(hub.inspect(id)).await.unwrap().unwrap();
-            counted.dropped_timeout + counted.dropped_overflow
+            counted.tally.dropped.timeout + counted.tally.dropped.overflow
         };
         while dropped().await < DROPS {
             for round in 0..1000 {

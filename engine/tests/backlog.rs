@@ -156,6 +156,56 @@ fn congestion_ends_when_nothing_waits_and_the_outbox_is_nearly_empty() {
     assert_eq!(publishing(&everyone, To::Everyone, 10).poll(), Some(Ok(())), "so nobody waits");
 }
 
+#[test]
+fn what_was_refused_or_found_nobody_takes_no_room_from_others() {
+    let engine =
+        EngineConfig { shards: Some(1), log_capacity: 2, mailbox_capacity: 2, ..EngineConfig::default() };
+    let mut rig = Rig::with(engine, outbox_of(10_000));
+    let mut client = rig.connect();
+    let gone = rig.connect().id();
+    rig.settle();
+    let everyone = rig.everyone.clone();
+    let all = [To::Everyone, To::Connection(client.id())];
+    for to in all {
+        let refused = (0..20).filter(|_| everyone.try_publish(to, &[], bytes(1000)).is_err()).count();
+        assert_eq!(refused, 18, "there is room for two, {to:?}");
+        rig.settle();
+    }
+    for _ in 0..20 {
+        everyone.try_publish(To::Connection(gone), &[], bytes(1000)).unwrap();
+        rig.settle();
+    }
+    assert_eq!(client.peer.hear_data().len(), 4);
+    for to in all {
+        let mut publisher = Task::new(everyone.publish(to, &[], bytes(10)));
+        assert_eq!(publisher.poll(), Some(Ok(())), "nothing is on its way, so nobody waits, {to:?}");
+        rig.settle();
+    }
+}
+
+#[test]
+fn who_publishes_what_may_be_dropped_waits_for_nobody() {
+    let mut rig = Rig::new(2);
+    let clients = rig.connect_many(2);
+    for _ in 0..3 {
+        rig.everyone.try_publish(To::Everyone, &[], bytes(1 << 20)).unwrap();
+    }
+    rig.settle(); // far more than half of an outbox waits for each
+    for policy in [
+        Policy::DropMessage { timeout: ms(1000) },
+        Policy::DropConnection { timeout: ms(1000), max_drops: 100 },
+        Policy::DropOnHighRtt { max_rtt: ms(1000), rtt_samples: 3 },
+    ] {
+        let dropping = rig.everyone.with_policy(policy).unwrap();
+        for to in [To::Everyone, To::Connection(clients[0].id())] {
+            // No shard has moved meanwhile.
+            let mut publisher = Task::new(dropping.publish(to, &[], bytes(1 << 20)));
+            assert_eq!(publisher.poll(), Some(Ok(())), "{policy:?} to {to:?}");
+        }
+        rig.settle();
+    }
+}
+
 // ---- Bounds -----------------------------------------------------------------------------------------------------
 
 #[test]

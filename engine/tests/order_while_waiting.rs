@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use fixture::{Client, Rig, Task, at_once};
 use shardcast_engine::{
-    ConnectionConfig, EngineConfig, Frame, GroupMetrics, Handler, Message, Namespace, SendError, Shutdown, To,
+    ConnectionConfig, ConnectionId, EngineConfig, Frame, GroupMetrics, Handler, Message, Namespace,
+    SendError, Shutdown, To,
 };
 
 /// An engine whose log takes four publications.
@@ -231,4 +232,57 @@ fn what_a_handler_publishes_before_it_closes_arrives_though_its_mailbox_is_full(
         assert_eq!(heard[..3], [data("one"), data("two"), data("three")], "full: {is_full}");
         assert_eq!(heard[3..], closed, "full: {is_full}");
     }
+}
+
+// ---- A turn that cannot finish ----------------------------------------------------------------------------------
+
+#[test]
+fn what_is_published_behind_more_commands_than_one_turn_takes_comes_behind_all_of_them() {
+    let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1 << 14, ..EngineConfig::default() };
+    let mut rig = Rig::with(engine, ConnectionConfig::default());
+    let mut clients = rig.connect_many(2);
+    let [first, second] = [clients[0].id(), clients[1].id()];
+    at_once(rig.everyone.join(second, "a")).unwrap();
+    rig.settle();
+    for _ in 0..10_000 {
+        at_once(rig.everyone.inspect(first, |_| ())).unwrap();
+    }
+    // The last of many commands: who is a member by now?
+    at_once(rig.everyone.join(first, "a")).unwrap();
+    at_once(rig.everyone.leave(second, "a")).unwrap();
+    rig.everyone.try_publish(To::Connection(first), &[], Frame::text("one")).unwrap();
+    for to in [To::Group("a"), To::Groups(&["a", "b"]), To::Everyone] {
+        rig.everyone.try_publish(to, &[], Frame::text("two")).unwrap();
+    }
+    rig.settle();
+    assert_eq!(clients[0].peer.hear_data(), ["one", "two", "two", "two"]);
+    assert_eq!(clients[1].peer.hear_data(), ["two"], "it had left the group");
+}
+
+/// Tells one connection and then everyone that there is a new one.
+struct Announces(Namespace, ConnectionId);
+
+impl Handler for Announces {
+    fn on_open(&mut self, _: &mut shardcast_engine::Context<'_>) -> shardcast_engine::Flow {
+        self.0.try_publish(To::Connection(self.1), &[], Frame::text("somebody comes")).unwrap();
+        self.0.try_publish(To::Everyone, &[], Frame::text("somebody has come")).unwrap();
+        shardcast_engine::Flow::Ready
+    }
+
+    fn on_message(
+        &mut self,
+        _: Message<'_>,
+        _: &mut shardcast_engine::Context<'_>,
+    ) -> shardcast_engine::Flow {
+        shardcast_engine::Flow::Ready
+    }
+}
+
+#[test]
+fn what_a_handler_sends_while_its_shard_empties_the_mailbox_keeps_its_order() {
+    let mut rig = Rig::new(1);
+    let mut client = rig.connect();
+    let (everyone, id) = (rig.everyone.clone(), client.id());
+    let _peer = rig.connect_handler(Box::new(move |_| Box::new(Announces(everyone, id))));
+    assert_eq!(client.peer.hear_data(), ["somebody comes", "somebody has come"]);
 }

@@ -329,6 +329,37 @@ fn too_many_drops_in_a_row_end_the_connection() {
 }
 
 #[test]
+fn how_many_drops_are_too_many_says_the_policy_of_the_frame_that_is_dropped() {
+    for (strict, lenient) in [(THREE_DROPS, DROP), (THREE_DROPS_AT_ONCE, DROP_AT_ONCE)] {
+        // The connection's own drops nothing, or ends nobody,
+        for (own, is_unicast) in [Policy::Block, lenient].map(|own| [(own, false), (own, true)]).concat() {
+            let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, own);
+            let strict = rig.everyone.with_policy(strict).unwrap();
+            let to = if is_unicast { To::Connection(stalled.id()) } else { EVERYONE };
+            for _ in 0..3 {
+                assert_lives(&stalled);
+                strict.try_publish(to, &[], big("lost")).unwrap();
+                rig.settle();
+                rig.pass(MS20);
+            }
+            assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
+        }
+        // or ends it after three, of which the last must be its own.
+        let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, strict);
+        let lenient = rig.everyone.with_policy(lenient).unwrap();
+        for _ in 0..10 {
+            lenient.try_publish(EVERYONE, &[], big("lost")).unwrap();
+            rig.settle();
+            rig.pass(MS20);
+        }
+        assert_eq!(stalled.record().drops, [1; 10]);
+        assert_lives(&stalled);
+        drop_one(&mut rig, EVERYONE);
+        assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
+    }
+}
+
+#[test]
 fn a_burst_of_drops_counts_as_many() {
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, THREE_DROPS);
     for _ in 0..3 {
@@ -843,6 +874,7 @@ fn a_group_counts_what_its_present_members_have_counted() {
     );
     assert_eq!(rig.survey(To::Groups(&["room", "none"]), &[]), room);
     assert_eq!(rig.survey(To::Connection(healthy.id()), &[]).tally.offered, second.tally.offered);
+    assert_eq!(rig.survey(To::Connection(healthy.id()), &[healthy.id()]), Default::default());
     assert_eq!(rig.survey(To::Group("none"), &[]), Default::default());
 
     // Who leaves is not counted there any more; among everyone even who has gone is.

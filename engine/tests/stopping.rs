@@ -1,0 +1,310 @@
+//! The end of an engine: who is closed when, with how much time, and how it is counted.
+//!
+//! One shard or two, driven with a clock of the test's own. What still arrives is in
+//! `ends.rs`, threads that do not end are in `threads.rs`.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::net::Shutdown as Half;
+use std::sync::{Arc, Mutex};
+use std::task::Waker;
+use std::time::Duration;
+
+use fixture::{Client, Heard, Rig, Task, at_once, lock, newcomer};
+use shardcast_engine::{
+    CloseCode, CloseReason, ConnectionConfig, Context, EngineConfig, Flow, Frame, Handler, Message, Policy,
+    Shutdown, ShutdownReport, Socket, To,
+};
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+const fn seconds(seconds: u64) -> Duration {
+    ms(1000 * seconds)
+}
+
+/// No pings, so that nothing but the shutdown ends anybody.
+fn quiet() -> ConnectionConfig {
+    ConnectionConfig { heartbeat_interval: seconds(86_400), stall_timeout: None, ..Default::default() }
+}
+
+/// All at once.
+fn within(within: Duration) -> Shutdown {
+    Shutdown { spread: Duration::ZERO, ..Shutdown::within(within) }
+}
+
+fn shut_down(rig: &mut Rig, shutdown: Shutdown) -> Task<'static, ShutdownReport> {
+    let engine = rig.engine.clone();
+    let mut end = Task::new(async move { engine.shutdown(shutdown).await.unwrap() });
+    assert!(end.poll().is_none());
+    rig.settle();
+    end
+}
+
+/// What the report says when its time is over: flushed, cut off, left over.
+fn report(rig: &mut Rig, mut end: Task<'static, ShutdownReport>) -> [u64; 3] {
+    rig.settle();
+    rig.shards.clear();
+    let report = end.poll().expect("all shards have ended");
+    [report.flushed, report.cut_off, report.left_over]
+}
+
+fn publish(rig: &Rig, to: To<'_>, text: &str) {
+    rig.everyone.try_publish(to, &[], Frame::text(text)).unwrap();
+}
+
+const GOES: [Heard; 2] = [Heard::Close(Some(1001)), Heard::End];
+
+/// Answers `Pending` when it is told the end.
+struct SlowToPart(Arc<Mutex<Option<Waker>>>);
+
+impl Handler for SlowToPart {
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+        Flow::Ready
+    }
+
+    fn on_close(&mut self, _: &CloseReason, context: &mut Context<'_>) -> Flow {
+        *lock(&self.0) = Some(context.waker());
+        Flow::Pending
+    }
+}
+
+/// Closes when it is told of drops.
+struct ClosesAtDrop;
+
+impl Handler for ClosesAtDrop {
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+        Flow::Ready
+    }
+
+    fn on_drop(&mut self, _: u32, context: &mut Context<'_>) -> Flow {
+        context.close(CloseReason::Application { code: CloseCode(4000), text: "too slow".into() });
+        Flow::Ready
+    }
+}
+
+// ---- Draining ---------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_busy_handler_is_waited_for_until_half_of_the_time_is_over() {
+    let mut rig = Rig::with(EngineConfig { shards: Some(2), ..Default::default() }, quiet());
+    let (mut busy, mut idle) = (rig.connect(), rig.connect());
+    busy.peer.text("wait");
+    rig.settle();
+    let end = shut_down(&mut rig, within(seconds(60)));
+    rig.pass(seconds(29));
+    assert_eq!((busy.peer.hear(), idle.peer.hear()), (vec![], vec![]), "it may still publish");
+    rig.pass(seconds(2));
+    assert_eq!((&busy.peer.hear()[..], &idle.peer.hear()[..]), (&GOES[..], &GOES[..]));
+    rig.pass(seconds(30));
+    assert_eq!(report(&mut rig, end), [2, 0, 1], "one handler never finished");
+    assert_eq!((busy.record().ends.len(), idle.record().ends.len()), (0, 1));
+}
+
+#[test]
+fn while_it_drains_an_engine_hands_over_no_message_and_takes_nobody_in() {
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
+    let (mut busy, mut other) = (rig.connect(), rig.connect());
+    busy.peer.text("wait");
+    rig.settle();
+    let (newcomer, mut late) = newcomer(&rig.engine, &rig.config, 4096); // its handshake is over
+    let _end = shut_down(&mut rig, within(seconds(60)));
+    busy.peer.text("too late");
+    other.peer.text("too late");
+    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    rig.settle();
+    assert_eq!(late.peer.hear(), GOES, "it was turned away");
+    assert_eq!((late.record().id, rig.everyone.len()), (None, 2));
+    publish(&rig, To::Everyone, "still accepted");
+    busy.release();
+    rig.settle();
+    assert_eq!(other.record().messages, [""; 0]);
+    assert_eq!(busy.record().messages, ["wait"]);
+    for client in [&mut busy, &mut other] {
+        assert_eq!(client.peer.hear()[0], Heard::Data("still accepted".into()));
+    }
+}
+
+#[test]
+fn a_handler_that_parts_slowly_holds_up_nobody() {
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
+    let waker = Arc::new(Mutex::new(None));
+    let handed = waker.clone();
+    let mut parting = rig.connect_handler(Box::new(|_| Box::new(SlowToPart(handed))));
+    parting.close(1000);
+    let mut other = rig.connect();
+    assert!(lock(&waker).is_some(), "it is parting");
+    let end = shut_down(&mut rig, within(seconds(60)));
+    assert_eq!(other.peer.hear(), GOES, "at once");
+    rig.pass(seconds(61));
+    drop(other);
+    let [_, _, left_over] = report(&mut rig, end);
+    assert_eq!(left_over, 1);
+}
+
+#[test]
+fn what_was_sent_before_an_engine_is_closed_goes_out_however_much_lies_before_it() {
+    let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1 << 14, ..Default::default() };
+    let mut rig = Rig::with(engine, quiet());
+    let mut client = rig.connect();
+    for _ in 0..10_000 {
+        at_once(rig.everyone.inspect(client.id(), |_| ())).unwrap();
+    }
+    publish(&rig, To::Connection(client.id()), "one");
+    publish(&rig, To::Everyone, "two");
+    let _end = shut_down(&mut rig, within(seconds(60)));
+    let data = |text: &str| Heard::Data(text.into());
+    assert_eq!(client.peer.hear()[..3], [data("one"), data("two"), Heard::Close(Some(1001))]);
+}
+
+#[test]
+fn an_end_that_a_handler_has_decided_comes_before_that_of_the_engine() {
+    let policy = Policy::DropMessage { timeout: ms(20) };
+    let config = ConnectionConfig { outbox_frames: 1, policy, ..quiet() };
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
+    let mut peer = rig.connect_handler(Box::new(|_| Box::new(ClosesAtDrop)));
+    for _ in 0..2 {
+        publish(&rig, To::Everyone, &"x".repeat(100_000));
+        rig.settle();
+    }
+    // In one turn: the frame's time is over, the handler is told and closes, the engine has nobody to wait for.
+    rig.now += ms(50);
+    let _end = shut_down(&mut rig, within(seconds(60)));
+    let mut heard = Vec::new();
+    while heard.last() != Some(&Heard::End) {
+        heard.extend(peer.hear());
+        rig.settle();
+    }
+    assert_eq!(heard[1..], [Heard::Close(Some(4000)), Heard::End]);
+}
+
+// ---- Closing ----------------------------------------------------------------------------------------------------
+
+#[test]
+fn connections_are_closed_at_even_distances_over_at_most_half_of_the_time() {
+    for (time, spread) in [(seconds(60), seconds(20)), (seconds(40), seconds(30))] {
+        let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
+        let mut clients = rig.connect_many(20);
+        let _end = shut_down(&mut rig, Shutdown { spread, ..Shutdown::within(time) });
+        let mut closed = 0;
+        for second in 1..=20 {
+            rig.pass(seconds(1));
+            let hears = |client: &mut Client| client.peer.hear().first() == GOES.first();
+            closed += clients.iter_mut().map(hears).filter(|hears| *hears).count();
+            clients.retain(|client| client.record().ends.is_empty());
+            assert!(closed.abs_diff(second) <= 3, "{closed} of 20 after {second} of 20 s, within {time:?}");
+        }
+        rig.pass(seconds(1));
+        assert_eq!((clients.len(), rig.everyone.len()), (0, 0), "within {time:?}");
+    }
+}
+
+#[test]
+fn who_does_not_end_its_side_is_left_after_the_close_timeout() {
+    let config = ConnectionConfig { close_timeout: seconds(5), ..quiet() };
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
+    let mut client = rig.connect();
+    let end = shut_down(&mut rig, within(seconds(60)));
+    assert_eq!(client.peer.hear(), GOES);
+    rig.pass(seconds(4));
+    assert_eq!(rig.engine.connections(), 1, "it may still end its side");
+    rig.pass(seconds(2));
+    assert_eq!(rig.engine.connections(), 0, "of 60 s");
+    assert_eq!(report(&mut rig, end), [1, 0, 0]);
+}
+
+#[test]
+fn who_has_ended_its_side_is_let_go_as_soon_as_all_is_written() {
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
+    let mut client = rig.connect();
+    client.peer.close(1000);
+    client.peer.stream.shutdown(Half::Write).unwrap();
+    rig.settle();
+    assert_eq!(client.peer.hear(), [Heard::Close(Some(1000)), Heard::End]);
+    assert_eq!(rig.engine.connections(), 0);
+}
+
+/// Lets the client take so many bytes each second, until it has heard the end or so many seconds are over.
+fn take_slowly(rig: &mut Rig, client: &mut Client, bytes: usize, seconds_max: usize) -> Vec<Heard> {
+    let mut heard = Vec::new();
+    for _ in 0..seconds_max {
+        rig.pass(seconds(1));
+        let mut left = bytes;
+        while left > 0 {
+            heard.extend(client.peer.hear_some(left.min(4000)));
+            left = left.saturating_sub(4000);
+            rig.settle();
+        }
+        if matches!(heard.last(), Some(Heard::Close(_))) {
+            break;
+        }
+    }
+    heard
+}
+
+#[test]
+fn who_takes_slowly_what_is_its_own_has_the_time_of_the_shutdown_for_it() {
+    // Half a megabyte at 20 KB each second, with a close timeout of two seconds.
+    let config = ConnectionConfig { close_timeout: seconds(2), ..quiet() };
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
+    let mut client = rig.connect();
+    for _ in 0..10 {
+        publish(&rig, To::Everyone, &"x".repeat(50_000));
+    }
+    let end = shut_down(&mut rig, within(seconds(60)));
+    let heard = take_slowly(&mut rig, &mut client, 20_000, 50);
+    assert_eq!(heard.len(), 11, "all, and the Close");
+    assert_eq!(heard[10], Heard::Close(Some(1001)));
+    rig.pass(seconds(5));
+    assert_eq!(report(&mut rig, end), [1, 0, 0]);
+}
+
+#[test]
+fn who_has_not_got_everything_is_counted_as_cut_off() {
+    let config = ConnectionConfig { close_timeout: seconds(5), ..quiet() };
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
+    // One gets everything, one does not read what the kernel has for it, one gets less than half before its backlog
+    // is given up and hears its Close, one does not read at all.
+    let mut clients = rig.connect_many(4);
+    publish(&rig, To::Connection(clients[1].id()), "unread");
+    for client in &clients[2..] {
+        for _ in 0..10 {
+            publish(&rig, To::Connection(client.id()), &"x".repeat(50_000));
+        }
+    }
+    let end = shut_down(&mut rig, within(seconds(20)));
+    assert_eq!(clients[0].peer.hear(), GOES);
+    let heard = take_slowly(&mut rig, &mut clients[2], 12_000, 19);
+    assert!((2..8).contains(&heard.len()), "a part of it: {}", heard.len());
+    assert_eq!(heard.last(), Some(&Heard::Close(Some(1001))));
+    assert!(matches!(clients[2].peer.hear()[..], [] | [Heard::End]));
+    rig.pass(seconds(10));
+    assert_eq!(report(&mut rig, end), [1, 3, 0]);
+}
+
+#[test]
+fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
+    let mut clients: Vec<_> = (0..2)
+        .map(|_| {
+            let (mut newcomer, mut client) = newcomer(&rig.engine, &rig.config, 4096);
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            newcomer.socket = Socket::bridge(ours);
+            client.peer = fixture::Peer::new(theirs);
+            at_once(rig.everyone.adopt(newcomer)).unwrap();
+            client
+        })
+        .collect();
+    rig.settle();
+    let end = shut_down(&mut rig, within(seconds(60)));
+    for client in &mut clients {
+        assert_eq!(client.peer.hear(), GOES);
+    }
+    clients[0].peer.stream.shutdown(Half::Write).unwrap();
+    rig.settle();
+    rig.pass(seconds(61));
+    assert_eq!(report(&mut rig, end), [1, 1, 0]);
+}
