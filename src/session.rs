@@ -61,7 +61,7 @@ struct Apart {
 }
 
 /// Ends this turn of the task, and asks for another. Pending twice: the first poll of a turn goes without a waker
-/// (see [`Session::go_on`]), and would not end it.
+/// (see [`Session::start`]), and would not end it.
 #[derive(Default)]
 struct GiveWay {
     polls: u8,
@@ -115,16 +115,25 @@ impl<H: WsHub> Session<H> {
         future: impl Future<Output = ()> + Send + 'static,
         context: &mut Context<'_>,
     ) -> Flow {
-        match &mut self.special {
-            Some(special) if special.run_on == RunOn::Runtime => {
-                special.running = Some(match &special.runtime {
-                    Some(runtime) => runtime.spawn(future),
-                    None => tokio::spawn(future),
-                });
-            }
-            _ => self.task = Some(Box::pin(future)),
+        if self.start(future) { Flow::Ready } else { self.go_on(context) }
+    }
+
+    /// Begins something; true if it is over already, all of it done on this thread.
+    fn start(&mut self, future: impl Future<Output = ()> + Send + 'static) -> bool {
+        if let Some(special) = self.special.as_mut().filter(|special| special.run_on == RunOn::Runtime) {
+            special.running = Some(match &special.runtime {
+                Some(runtime) => runtime.spawn(future),
+                None => tokio::spawn(future),
+            });
+            return false;
         }
-        self.go_on(context)
+        let mut task: Task = Box::pin(future);
+        let _entered = self.runtime().map(Handle::enter);
+        // Most are ready at once and never use their waker, so the first poll goes without one. A future
+        // that is pending is polled again with a real one, which replaces the first: that is the contract.
+        let is_over = task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_ready();
+        self.task = (!is_over).then_some(task);
+        is_over
     }
 
     fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
@@ -134,11 +143,6 @@ impl<H: WsHub> Session<H> {
         // Taken, so that a future that panics is not polled again.
         let Some(mut task) = self.task.take() else { return Flow::Ready };
         let _entered = self.runtime().map(Handle::enter);
-        // Most are ready at once and never use their waker, so the first poll goes without one. A future
-        // that is pending is polled again with a real one, which replaces the first: that is the contract.
-        if task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_ready() {
-            return Flow::Ready;
-        }
         if task.as_mut().poll(&mut TaskContext::from_waker(&context.waker())).is_ready() {
             return Flow::Ready;
         }
@@ -182,7 +186,15 @@ impl<H: WsHub> Handler for Session<H> {
             hub.on_connect(ConnectionRequest { connection_id, id }).await;
             hub.on_open(call).await;
         };
-        self.begin(opening, context)
+        if self.start(opening) {
+            return Flow::Ready;
+        }
+        // What it has sent to all in the meantime may have been sent on another thread. So the shard must not take it for
+        // something that concerns this connection, and enters it behind everything: once more, and by `on_resume`.
+        if self.go_on(context) == Flow::Ready {
+            context.waker().wake();
+        }
+        Flow::Pending
     }
 
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {

@@ -119,3 +119,39 @@ async fn a_client_that_on_open_turns_away_hears_its_close_and_nothing_else() {
         assert_eq!(soon(rest).await.unwrap(), (4001, "not you".to_owned()));
     }
 }
+/// Tells all that it has come, on another thread, once it has been polled twice.
+struct Crier;
+
+impl WsHub for Crier {
+    type Codec = RawCodec;
+    type InMessage = String;
+    type OutMessage = String;
+
+    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+        tokio::task::yield_now().await;
+        let clients = ctx.clients().clone();
+        let tell = move || clients.to_all().try_publish("somebody has come".to_owned()).unwrap();
+        std::thread::spawn(tell).join().unwrap();
+    }
+
+    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+        ctx.broadcast(text).await;
+    }
+}
+
+#[tokio::test]
+async fn what_on_open_has_others_tell_all_does_not_reach_its_own_client() {
+    for run_on in [RunOn::Shard, RunOn::Runtime] {
+        let hub = engine(1).hub::<Crier>(WsHubConfig { run_on, ..WsHubConfig::default() }).unwrap();
+        let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Crier);
+        let server = Server::start(Router::new().route("/ws", any(serve))).await;
+        let mut ada = Peer::connect(server.url("/ws")).await;
+        ada.say("hello").await;
+        ada.hears(&["hello"]).await;
+        let mut bob = Peer::connect(server.url("/ws")).await;
+        ada.hears(&["somebody has come"]).await;
+        bob.say("hello Ada").await;
+        bob.hears(&["hello Ada"]).await;
+        ada.hears(&["hello Ada"]).await;
+    }
+}
