@@ -11,7 +11,19 @@ use std::path::{Path, PathBuf};
 
 /// The engine's modules from the ground up. A module imports what stands in the lines above its own.
 const ENGINE: Ranks = &[
-    &["sync", "id", "tally", "close_code", "utf8", "mask", "outq", "handshake", "pinning", "policy"],
+    &[
+        "sync",
+        "id",
+        "tally",
+        "close_code",
+        "utf8",
+        "mask",
+        "outq",
+        "handshake",
+        "pinning",
+        "policy",
+        "flush_schedule",
+    ],
     &["config", "frame", "wait_list"],
     &["close_reason", "heartbeat", "decoder", "held"],
     &["metrics"],

@@ -5,7 +5,6 @@
 //! ended. Knows connections and groups. Does not know the log, the mailbox or the sockets'
 //! poll.
 
-use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +16,7 @@ use crate::command::{Named, Publication, Survey};
 use crate::connection::Connection;
 use crate::deadlines::Deadlines;
 use crate::directory::Group;
+use crate::flush_schedule::FlushSchedule;
 use crate::frame::Frame;
 use crate::group::{GroupIndex, LocalKey};
 use crate::id::ConnectionId;
@@ -30,7 +30,7 @@ pub(crate) struct Crowd {
     pub(crate) connections: Slab<Connection>,
     pub(crate) groups: GroupIndex<Arc<Group>>,
     /// Slots with something to write.
-    pub(crate) dirty: VecDeque<u32>,
+    pub(crate) flushes: FlushSchedule<u32>,
     /// Ends decided in the middle of a fan-out.
     pub(crate) ends: Vec<(ConnectionId, CloseReason)>,
     /// Connections whose handlers are to be told of drops.
@@ -55,11 +55,11 @@ pub(crate) struct Crowd {
 }
 
 impl Crowd {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(coalesce: Duration) -> Self {
         Self {
             connections: Slab::new(),
             groups: GroupIndex::new(),
-            dirty: VecDeque::new(),
+            flushes: FlushSchedule::new(coalesce),
             ends: Vec::new(),
             drops: Vec::new(),
             deadlines: Deadlines::new(),
@@ -144,7 +144,7 @@ impl Crowd {
         connection.counts.offered += frames;
         self.metrics.tally.offered += frames;
         if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
-            self.dirty.push_back(slot);
+            self.flushes.mark(slot);
         }
         if let Some((max, samples)) = policy.and_then(|policy| policy.rtt_limit())
             && connection.heartbeat.is_rtt_above(max, samples)
@@ -331,7 +331,7 @@ impl Crowd {
             && connection.is_writable
             && !std::mem::replace(&mut connection.is_dirty, true)
         {
-            self.dirty.push_back(slot);
+            self.flushes.mark(slot);
         }
     }
 }

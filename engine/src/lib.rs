@@ -79,6 +79,7 @@ mod deadlines;
 mod decoder;
 mod directory;
 mod engine;
+mod flush_schedule;
 mod frame;
 mod group;
 mod handler;

@@ -66,8 +66,6 @@ const EVENTS_PER_ANSWER: usize = 32;
 const COMMANDS_PER_ANSWER: usize = 128;
 /// Frames put into outboxes in one turn (some 5 ns each).
 const OFFERS_PER_TURN: u64 = 200_000;
-/// Publications run before everybody was flushed; less where outboxes are small.
-const BURST_MAX: u64 = 256;
 /// A poll that took longer has slept.
 const SLEPT: Duration = Duration::from_micros(20);
 
@@ -99,16 +97,6 @@ pub struct Shard {
     /// Slots with something left to read.
     ready: Vec<u32>,
     offers_left: u64,
-    /// Publications run since everybody who is to be flushed has had a turn, and how many may be: else a peer that
-    /// keeps up would find its outbox full because the shard has not come round to it.
-    burst: u64,
-    burst_max: u64,
-    /// While writing waits for more to gather: since it does, when it is over.
-    flush_due: Option<Duration>,
-    /// How many of the first in the list of those to be flushed are not to wait any more.
-    flush_ripe: usize,
-    /// How many of the first in the list of those to be flushed have had no turn since.
-    round_left: usize,
     /// What was last added to the shared sums: bytes that outboxes keep here, and bytes of unfinished messages.
     retained_told: usize,
     unfinished_told: usize,
@@ -192,6 +180,7 @@ impl std::fmt::Debug for Shard {
 impl Shard {
     pub(crate) fn new(parts: Parts, now: Instant) -> Self {
         let Parts { index, shared, poll, reader } = parts;
+        let coalesce = shared.config.coalesce;
         let read = vec![0; shared.config.read_buffer_bytes];
         let seed = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), index);
         Self {
@@ -202,7 +191,7 @@ impl Shard {
             events: Events::with_capacity(EVENTS_PER_ANSWER),
             other_events: Events::with_capacity(EVENTS_PER_TURN - EVENTS_PER_ANSWER),
             reader,
-            crowd: Crowd::new(),
+            crowd: Crowd::new(coalesce),
             wheel: Wheel::new(),
             retained_told: 0,
             unfinished_told: 0,
@@ -222,11 +211,6 @@ impl Shard {
             later: VecDeque::new(),
             ready: Vec::new(),
             offers_left: 0,
-            burst: 0,
-            burst_max: BURST_MAX,
-            round_left: 0,
-            flush_due: None,
-            flush_ripe: 0,
             stop: None,
             scratch: Scratch { read, ..Scratch::default() },
         }
@@ -245,8 +229,7 @@ impl Shard {
 
     /// Whether another turn has something to do without anything new coming.
     pub fn has_work(&self) -> bool {
-        self.flush_ripe > 0
-            || (self.flush_due.is_none() && !self.crowd.dirty.is_empty())
+        self.crowd.flushes.has_work()
             || !self.ready.is_empty()
             || self.held.is_some()
             || !self.later.is_empty()
@@ -257,7 +240,7 @@ impl Shard {
     /// When the next timer is due, if one is set.
     pub fn next_due(&self) -> Option<Instant> {
         let timers = self.wheel.next().into_iter().chain(self.crowd.deadlines.next());
-        let due = timers.chain(self.flush_due).min();
+        let due = timers.chain(self.crowd.flushes.due()).min();
         due.map(|due| self.started + due)
     }
 
@@ -367,14 +350,14 @@ impl Shard {
     }
 
     /// Carries out and writes what has just been read for single connections, before others are read. Not if
-    /// something is to go to many, or has been asked to be held back: then gathering is worth more. `dirty` is how
+    /// something is to go to many, or has been asked to be held back: then gathering is worth more. `waiting` is how
     /// many were to be flushed before, and are left to their turn.
-    fn answer(&mut self, dirty: usize) -> bool {
+    fn answer(&mut self, waiting: usize) -> bool {
         let is_little = self.mailbox().len() <= COMMANDS_PER_ANSWER;
         let is_alone = self.shared.config.coalesce.is_zero() && self.reader.is_at_tail();
         let answers = is_little && is_alone && self.drain_mailbox();
         if answers {
-            self.flush_since(dirty);
+            self.flush_since(waiting);
         }
         answers
     }

@@ -114,7 +114,7 @@ impl Shard {
             }
             if connection.is_dirty {
                 dirty += 1;
-                if !self.crowd.dirty.contains(&(slot as u32)) {
+                if !self.crowd.flushes.contains(&(slot as u32)) {
                     wrong(format!("{} is dirty but not in the list", connection.id));
                 }
             } else if connection.is_writable
@@ -209,7 +209,7 @@ impl Shard {
         if sum != self.crowd.backlog_bytes {
             wrong(format!("backlog is {} but counted as {}", sum, self.crowd.backlog_bytes));
         }
-        if dirty > self.crowd.dirty.len() || ready > self.ready.len() {
+        if dirty > self.crowd.flushes.waiting() || ready > self.ready.len() {
             wrong("lists are shorter than their flags".to_owned());
         }
         if sum == 0 && self.crowd.retained.bytes() > 0 {

@@ -242,8 +242,7 @@ impl Shard {
             _place: place,
         });
         self.crowd.metrics.adopted += 1;
-        self.burst_max =
-            self.burst_max.min(self.crowd.connections[slot].config.outbox_frames as u64 / 4).max(1);
+        self.crowd.flushes.adopt_outbox(self.crowd.connections[slot].config.outbox_frames);
         let slot = slot as u32;
         self.beat(slot);
         let before = sent_by_this_thread();
@@ -268,7 +267,7 @@ impl Shard {
     /// Runs the log into the outboxes, up to `limit`; false if it did not get there.
     pub(super) fn run_log(&mut self, limit: u64) -> bool {
         while self.reader.position() < limit {
-            if self.offers_left == 0 || self.burst >= self.burst_max {
+            if self.offers_left == 0 || self.crowd.flushes.room() == 0 {
                 return false;
             }
             let Some(first) = self.reader.get(0) else { return false };
@@ -282,7 +281,7 @@ impl Shard {
                     match members {
                         None => 0,
                         Some(group) => {
-                            let room = limit.min(self.reader.position() + self.burst_max - self.burst);
+                            let room = limit.min(self.reader.position() + self.crowd.flushes.room());
                             let retained = &self.crowd.retained;
                             let chunk = join(&self.reader, first, frame, room, &mut count, retained);
                             self.crowd.fan_out(group, chunk, first)
@@ -310,7 +309,7 @@ impl Shard {
             };
             self.offers_left = self.offers_left.saturating_sub(offers);
             self.crowd.metrics.publications += count;
-            self.burst += count;
+            self.crowd.flushes.ran(count);
             self.reader.advance(count);
             self.carry_out_ends();
         }

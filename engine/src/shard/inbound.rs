@@ -28,14 +28,14 @@ const RESUMES_PER_TURN: usize = 4096;
 impl Shard {
     /// Reads whoever has something: some at a time, answering in between, as long as that is all there is to do.
     pub(super) fn read_sockets(&mut self) -> std::io::Result<()> {
-        let dirty = self.crowd.dirty.len();
+        let waiting = self.crowd.flushes.waiting();
         self.note_poll(self.polled, EVENTS_PER_ANSWER);
         self.read_polled(0);
         for _ in 1..EVENTS_PER_TURN / EVENTS_PER_ANSWER {
             if self.events.iter().count() < EVENTS_PER_ANSWER {
                 break;
             }
-            if !self.answer(dirty) {
+            if !self.answer(waiting) {
                 return self.read_rest();
             }
             self.poll_sockets(Some(Duration::ZERO))?;

@@ -11,8 +11,6 @@ use crate::connection::{Connection, Flushed, Phase};
 
 use super::Shard;
 
-/// Connections flushed in one turn (some 4 µs each).
-const FLUSHES_PER_TURN: usize = 512;
 /// While too much memory is held, the shard looks again whom to end when it holds more by this part of the maximum.
 const GROWTH: usize = 64;
 
@@ -26,44 +24,23 @@ pub(super) struct Shedding {
 }
 
 impl Shard {
-    /// How many of the `dirty` first may be flushed: with `coalesce`, none before its time is over, then all that
-    /// were there by then.
-    fn ripe(&mut self, dirty: usize) -> usize {
-        let coalesce = self.shared.config.coalesce;
-        if coalesce.is_zero() || self.stop.is_some() {
-            (self.flush_due, self.flush_ripe) = (None, dirty);
-        } else if dirty > 0 && self.flush_ripe == 0 {
-            let due = *self.flush_due.get_or_insert(self.crowd.now + coalesce);
-            if self.crowd.now >= due || self.burst >= self.burst_max {
-                (self.flush_due, self.flush_ripe) = (None, dirty);
-            }
-        }
-        self.flush_ripe
-    }
-
     /// One write for each connection with something queued; some are left for the next turn if there are many.
     pub(super) fn flush_dirty(&mut self) {
-        let count = self.ripe(self.crowd.dirty.len()).min(FLUSHES_PER_TURN);
-        // Who has waited longest comes first; who is marked meanwhile comes behind.
+        let count = self.crowd.flushes.begin(self.crowd.now, self.stop.is_some());
         for _ in 0..count {
-            if let Some(slot) = self.crowd.dirty.pop_front() {
+            if let Some(slot) = self.crowd.flushes.next() {
                 self.flush(slot);
             }
         }
         self.gather.clear();
-        self.flush_ripe -= count;
-        self.round_left = self.round_left.saturating_sub(count);
-        if self.round_left == 0 && (count > 0 || self.crowd.dirty.is_empty()) {
-            self.burst = 0;
-            self.round_left = self.crowd.dirty.len();
-        }
+        self.crowd.flushes.end(count);
     }
 
-    /// One write for each connection that was marked when `dirty` were marked already.
-    pub(super) fn flush_since(&mut self, dirty: usize) {
+    /// One write for each connection that has had something to write since so many waited.
+    pub(super) fn flush_since(&mut self, waiting: usize) {
         let mut slots = std::mem::take(&mut self.scratch.slots);
         slots.clear();
-        slots.extend(self.crowd.dirty.drain(dirty.min(self.crowd.dirty.len())..));
+        slots.extend(self.crowd.flushes.take_since(waiting));
         slots.iter().for_each(|slot| self.flush(*slot));
         self.gather.clear();
         self.scratch.slots = slots;

@@ -70,7 +70,7 @@ impl Shard {
                 Beat::Ping(payload) => {
                     connection.outbox.push_control(ControlFrame::ping(&payload).as_bytes());
                     if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
-                        self.crowd.dirty.push_back(slot);
+                        self.crowd.flushes.mark(slot);
                     }
                     continue;
                 }

@@ -1,0 +1,255 @@
+//! The flush schedule: whose outbox is written next, and how far the log may run ahead of that.
+//!
+//! Pure, and owned by one shard: it is told who has something to write and what time it is.
+//! Who has waited longest comes first, and a turn flushes a bounded number. With a time to
+//! coalesce, nobody is flushed before the first of those that wait has waited so long; then
+//! all that wait by then are. A *round* is over when all that waited at its beginning have
+//! been flushed. The log runs a bounded number of publications in a round, at most a
+//! quarter of the smallest outbox: so an outbox holds at most those of two rounds, and a
+//! client that keeps up never finds it full because its flush is late. Does not know
+//! outboxes or sockets.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Flushes in one turn (some 4 µs each).
+const FLUSHES_PER_TURN: usize = 512;
+/// Publications in a round; fewer where outboxes are small.
+const PUBLICATIONS_PER_ROUND: u64 = 256;
+
+#[derive(Debug)]
+pub(crate) struct FlushSchedule<T> {
+    waiting: VecDeque<T>,
+    coalesce: Duration,
+    /// When those that wait are flushed; none while nobody waits, or once that time has come.
+    due: Option<Duration>,
+    /// How many of the first in `waiting` are flushed without waiting any longer.
+    ripe: usize,
+    /// How many of the first in `waiting` the round is still to flush.
+    left_in_round: usize,
+    /// Publications run in this round.
+    publications: u64,
+    publications_max: u64,
+}
+
+impl<T> FlushSchedule<T> {
+    pub(crate) fn new(coalesce: Duration) -> Self {
+        Self {
+            waiting: VecDeque::new(),
+            coalesce,
+            due: None,
+            ripe: 0,
+            left_in_round: 0,
+            publications: 0,
+            publications_max: PUBLICATIONS_PER_ROUND,
+        }
+    }
+
+    /// There is an outbox of so many frames: the log may not run further ahead than that allows.
+    pub(crate) fn adopt_outbox(&mut self, frames: usize) {
+        self.publications_max = self.publications_max.min(frames as u64 / 4).max(1);
+    }
+
+    /// Somebody has something to write who did not wait yet.
+    #[inline]
+    pub(crate) fn mark(&mut self, item: T) {
+        self.waiting.push_back(item);
+    }
+
+    /// How many wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether somebody can be flushed at once.
+    pub(crate) fn has_work(&self) -> bool {
+        self.ripe > 0 || (self.due.is_none() && !self.waiting.is_empty())
+    }
+
+    /// When somebody is to be flushed who is not yet.
+    pub(crate) fn due(&self) -> Option<Duration> {
+        self.due
+    }
+
+    /// Begins the flushing of a turn; how many are to be taken by `next`. `is_urgent`: nobody is to wait.
+    pub(crate) fn begin(&mut self, now: Duration, is_urgent: bool) -> usize {
+        let waiting = self.waiting.len();
+        if self.coalesce.is_zero() || is_urgent {
+            (self.due, self.ripe) = (None, waiting);
+        } else if waiting > 0 && self.ripe == 0 {
+            let due = *self.due.get_or_insert(now + self.coalesce);
+            if now >= due || self.room() == 0 {
+                (self.due, self.ripe) = (None, waiting);
+            }
+        }
+        self.ripe.min(FLUSHES_PER_TURN)
+    }
+
+    /// The next to be flushed.
+    pub(crate) fn next(&mut self) -> Option<T> {
+        self.waiting.pop_front()
+    }
+
+    /// Ends the flushing of a turn, which has taken so many.
+    pub(crate) fn end(&mut self, flushed: usize) {
+        self.ripe -= flushed;
+        self.left_in_round = self.left_in_round.saturating_sub(flushed);
+        if self.left_in_round == 0 && (flushed > 0 || self.waiting.is_empty()) {
+            self.publications = 0;
+            self.left_in_round = self.waiting.len();
+        }
+    }
+
+    /// Takes those that began to wait when so many waited already.
+    pub(crate) fn take_since(&mut self, waiting: usize) -> impl Iterator<Item = T> + '_ {
+        self.waiting.drain(waiting.min(self.waiting.len())..)
+    }
+
+    /// How many publications may still be run in this round.
+    #[inline]
+    pub(crate) fn room(&self) -> u64 {
+        self.publications_max - self.publications.min(self.publications_max)
+    }
+
+    /// So many publications were run.
+    #[inline]
+    pub(crate) fn ran(&mut self, publications: u64) {
+        self.publications += publications;
+    }
+
+    #[cfg(feature = "audit")]
+    pub(crate) fn contains(&self, item: &T) -> bool
+    where
+        T: PartialEq,
+    {
+        self.waiting.contains(item)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// Outboxes that take everything at each flush, as those of clients that keep up.
+    struct Clients {
+        schedule: FlushSchedule<usize>,
+        frames: Vec<u64>,
+        is_marked: Vec<bool>,
+        now: Duration,
+    }
+
+    impl Clients {
+        fn new(count: usize, outbox_frames: usize, coalesce: Duration) -> Self {
+            let mut schedule = FlushSchedule::new(coalesce);
+            schedule.adopt_outbox(outbox_frames);
+            let (frames, is_marked) = (vec![0; count], vec![false; count]);
+            Self { schedule, frames, is_marked, now: Duration::ZERO }
+        }
+
+        fn offer(&mut self, client: usize, frames: u64) {
+            self.frames[client] += frames;
+            if !std::mem::replace(&mut self.is_marked[client], true) {
+                self.schedule.mark(client);
+            }
+        }
+
+        /// Runs as much of the log as may be run, up to `backlog`, to the clients that are members; how much that was.
+        fn run_log(&mut self, backlog: u64, is_member: impl Fn(usize) -> bool) -> u64 {
+            let run = backlog.min(self.schedule.room());
+            if run > 0 {
+                (0..self.frames.len())
+                    .filter(|client| is_member(*client))
+                    .for_each(|client| self.offer(client, run));
+                self.schedule.ran(run);
+            }
+            run
+        }
+
+        /// Flushes a turn's part; the first client has more to write after each flush if it `has_more`.
+        fn flush(&mut self, has_more: bool) {
+            let count = self.schedule.begin(self.now, false);
+            for _ in 0..count {
+                let client = self.schedule.next().expect("as many as it said");
+                (self.frames[client], self.is_marked[client]) = (0, false);
+                if client == 0 && has_more {
+                    self.offer(0, 0);
+                }
+            }
+            self.schedule.end(count);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_client_that_keeps_up_never_overflows_because_its_flush_is_late(
+            count in 1usize..2000,
+            outbox_frames in 4usize..300,
+            coalesce in 0u32..20,
+            turns in prop::collection::vec((0u64..1000, 1usize..7, 0u32..10), 1..60),
+        ) {
+            let mut clients = Clients::new(count, outbox_frames, coalesce * MS);
+            let mut backlog = 0;
+            for (published, every, passed) in turns {
+                backlog += published;
+                backlog -= clients.run_log(backlog, |client| client % every == 0);
+                prop_assert!(clients.frames.iter().all(|frames| *frames <= outbox_frames as u64));
+                clients.flush(false);
+                clients.now += passed * MS;
+            }
+        }
+
+        #[test]
+        fn everybody_is_flushed_and_the_log_goes_on(
+            count in 1usize..2000,
+            outbox_frames in 1usize..300,
+            coalesce in 0u32..20,
+            backlog in 1u64..5000,
+        ) {
+            let mut clients = Clients::new(count, outbox_frames, coalesce * MS);
+            let (mut left, mut turns) = (backlog, 0);
+            while left > 0 || clients.schedule.waiting() > 0 {
+                left -= clients.run_log(left, |_| true);
+                clients.flush(left > 0);
+                if !clients.schedule.has_work() && left == 0 {
+                    clients.now = clients.schedule.due().unwrap_or(clients.now); // it sleeps until then
+                }
+                turns += 1;
+                let rounds = backlog.div_ceil((outbox_frames as u64 / 4).clamp(1, PUBLICATIONS_PER_ROUND)) + 2;
+                prop_assert!(turns <= rounds * 2 * (count.div_ceil(FLUSHES_PER_TURN) as u64 + 1), "no progress");
+            }
+            prop_assert!(clients.frames.iter().all(|frames| *frames == 0));
+        }
+    }
+
+    #[test]
+    fn who_waits_is_flushed_when_the_first_has_waited_long_enough() {
+        let mut schedule = FlushSchedule::new(5 * MS);
+        schedule.mark('a');
+        assert_eq!(
+            (schedule.begin(MS, false), schedule.due(), schedule.has_work()),
+            (0, Some(6 * MS), false)
+        );
+        schedule.mark('b');
+        assert_eq!(schedule.begin(5 * MS, false), 0);
+        schedule.end(0);
+        assert_eq!(schedule.begin(6 * MS, false), 2);
+        assert_eq!([schedule.next(), schedule.next(), schedule.next()], [Some('a'), Some('b'), None]);
+        schedule.end(2);
+        schedule.mark('c');
+        assert_eq!(schedule.begin(6 * MS, true), 1, "at an end nobody waits");
+    }
+
+    #[test]
+    fn what_was_there_before_an_answer_waits_for_its_turn() {
+        let mut schedule = FlushSchedule::new(Duration::ZERO);
+        schedule.mark('a');
+        let before = schedule.waiting();
+        schedule.mark('b');
+        assert_eq!(schedule.take_since(before).collect::<String>(), "b");
+        assert_eq!(schedule.next(), Some('a'));
+    }
+}
