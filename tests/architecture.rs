@@ -45,6 +45,7 @@ const ENGINE: Ranks = &[
     &["command"],
     &["publisher"],
     &["connection", "namespace", "watchdog"],
+    &["connections"],
     &["crowd"],
     &["shard"],
     &["engine"],

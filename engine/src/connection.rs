@@ -33,6 +33,7 @@ use crate::metrics::{ConnectionMetrics, Counts, Metrics};
 use crate::outbox::{Bounds, Gather, Next, Outbox};
 use crate::receipt::Ticket;
 use crate::socket::Socket;
+use crate::wheel::UNARMED;
 
 /// Bytes that are gathered into one write, and given to one connection before the next one's turn.
 pub(crate) const WRITE_BYTES_MAX: usize = 64 << 10;
@@ -49,6 +50,19 @@ pub(crate) enum Phase {
     Open,
     Closing,
     Lingering,
+}
+
+/// Whether messages are handed to the handler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Intake {
+    Open,
+    /// The engine is ending: no more messages are handed over. Control frames are still answered.
+    Paused,
+    /// The end is decided and on its way, behind what was sent before: nothing more is listened to. What was read before
+    /// is still handed over, unless the engine is ending as well.
+    Over {
+        hands_held: bool,
+    },
 }
 
 /// What the handler is doing.
@@ -90,10 +104,7 @@ pub(crate) struct Connection {
     pub(crate) control_rate: ControlRate,
     pub(crate) phase: Phase,
     pub(crate) work: Work,
-    /// Nothing more is listened to: the end is on its way through the mailbox.
-    pub(crate) is_deaf: bool,
-    /// The engine is ending: no more messages are read.
-    pub(crate) is_paused: bool,
+    pub(crate) intake: Intake,
     /// The Close frame is still to be queued, behind all data.
     pub(crate) owes_close: bool,
     /// The kernel may have bytes for us.
@@ -185,6 +196,72 @@ pub(crate) enum Read {
 }
 
 impl Connection {
+    /// A connection that has begun at `now`.
+    pub(crate) fn open(
+        id: ConnectionId,
+        socket: Socket,
+        config: Arc<ConnectionConfig>,
+        directory: Arc<Directory>,
+        handler: Box<dyn Handler>,
+        place: Place,
+        now: Duration,
+    ) -> Self {
+        Self {
+            id,
+            socket: Some(socket),
+            heartbeat: Heartbeat::new(now, id.slot().spread() as f32, &config),
+            config,
+            directory,
+            decoder: Decoder::default(),
+            outbox: Outbox::new(),
+            handler: Some(handler),
+            resume: None,
+            held: None,
+            passage: None,
+            armed: UNARMED,
+            refused_since: 0,
+            written: 0,
+            taken: 0,
+            ping_end: 0,
+            counts: Counts::default(),
+            control_rate: ControlRate::default(),
+            phase: Phase::Open,
+            work: Work::Idle,
+            intake: Intake::Open,
+            owes_close: false,
+            is_readable: false,
+            is_read_closed: false,
+            is_input_over: false,
+            is_writable: true,
+            is_dirty: false,
+            is_ready: false,
+            is_congested: false,
+            _place: place,
+        }
+    }
+
+    /// The engine is ending.
+    pub(crate) fn pause(&mut self) {
+        self.intake = match self.intake {
+            Intake::Open | Intake::Paused => Intake::Paused,
+            Intake::Over { .. } => Intake::Over { hands_held: false },
+        };
+    }
+
+    /// The connection is to end; false if that was known.
+    pub(crate) fn stop_listening(&mut self) -> bool {
+        let before = self.intake;
+        if before != (Intake::Over { hands_held: false }) {
+            self.intake = Intake::Over { hands_held: before != Intake::Paused };
+        }
+        !matches!(before, Intake::Over { .. })
+    }
+
+    /// Whether its end is decided, though it may not have come yet.
+    pub(crate) fn is_over(&self) -> bool {
+        self.phase != Phase::Open || matches!(self.intake, Intake::Over { .. })
+    }
+
     pub(crate) fn bounds(&self) -> Bounds {
         Bounds {
             frames: self.config.outbox_frames,
@@ -260,13 +337,13 @@ impl Connection {
         self.phase == Phase::Open
             && self.work == Work::Idle
             && self.opening().is_none()
-            && !self.is_deaf
-            && !self.is_paused
+            && self.intake == Intake::Open
     }
 
     /// Whether the handler may be given what was held for it, as it is also after the end.
     pub(crate) fn takes_held(&self) -> bool {
-        let is_after_end = self.phase != Phase::Open && self.handler.is_some() && !self.is_paused;
+        let hands_held = !matches!(self.intake, Intake::Paused | Intake::Over { hands_held: false });
+        let is_after_end = self.phase != Phase::Open && self.handler.is_some() && hands_held;
         self.is_listening() || (is_after_end && self.work == Work::Idle)
     }
 
@@ -277,7 +354,7 @@ impl Connection {
             return usize::MAX;
         }
         let held = self.held.as_ref().map_or(0, |held| held.len());
-        if self.is_deaf { 0 } else { HELD_BYTES_MAX.saturating_sub(held) }
+        if self.is_over() { 0 } else { HELD_BYTES_MAX.saturating_sub(held) }
     }
 
     /// Whether the socket is to be read.

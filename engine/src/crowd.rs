@@ -9,17 +9,16 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use slab::Slab;
-
 use crate::close_reason::CloseReason;
 use crate::command::{Named, Publication, Survey};
 use crate::connection::Connection;
+use crate::connections::Connections;
 use crate::deadlines::Deadlines;
 use crate::directory::Group;
 use crate::flush_schedule::FlushSchedule;
 use crate::frame::Frame;
 use crate::group::{GroupIndex, LocalKey};
-use crate::id::ConnectionId;
+use crate::id::{ConnectionId, Slot};
 use crate::metrics::{GroupMetrics, Metrics};
 use crate::outbox::{Chunk, Dropped, Offer, Patience, Retained};
 use crate::policy::Policy;
@@ -27,10 +26,10 @@ use crate::receipt::Ticket;
 use crate::tally::DropCause;
 
 pub(crate) struct Crowd {
-    pub(crate) connections: Slab<Connection>,
+    pub(crate) connections: Connections,
     pub(crate) groups: GroupIndex<Arc<Group>>,
     /// Slots with something to write.
-    pub(crate) flushes: FlushSchedule<u32>,
+    pub(crate) flushes: FlushSchedule<Slot>,
     /// Ends decided in the middle of a fan-out.
     pub(crate) ends: Vec<(ConnectionId, CloseReason)>,
     /// Connections whose handlers are to be told of drops.
@@ -57,7 +56,7 @@ pub(crate) struct Crowd {
 impl Crowd {
     pub(crate) fn new(coalesce: Duration) -> Self {
         Self {
-            connections: Slab::new(),
+            connections: Connections::default(),
             groups: GroupIndex::new(),
             flushes: FlushSchedule::new(coalesce),
             ends: Vec::new(),
@@ -86,7 +85,7 @@ impl Crowd {
     }
 
     /// Offers the publication's frame to each slot; returns how many there were.
-    pub(crate) fn fan_out_to(&mut self, slots: &[u32], frame: &Frame, publication: &Publication) -> u64 {
+    pub(crate) fn fan_out_to(&mut self, slots: &[Slot], frame: &Frame, publication: &Publication) -> u64 {
         let chunk = Rc::new(Chunk::single(frame.bytes(), &self.retained));
         let (mut targets, mut waited) = (0, 0);
         for slot in slots {
@@ -98,13 +97,13 @@ impl Crowd {
     #[inline]
     fn offer_unless(
         &mut self,
-        slot: u32,
+        slot: Slot,
         chunk: &Rc<Chunk>,
         publication: &Publication,
         targets: &mut u64,
         waited: &mut u64,
     ) {
-        if publication.except.iter().any(|id| id.slot() == slot as usize && self.is(slot, *id)) {
+        if publication.except.iter().any(|id| id.slot() == slot && self.is(slot, *id)) {
             return;
         }
         *targets += 1;
@@ -114,31 +113,31 @@ impl Crowd {
     /// Notes the end of each slot; returns how many there were.
     pub(crate) fn note_ends(
         &mut self,
-        slots: &[u32],
+        slots: &[Slot],
         reason: &CloseReason,
         publication: &Publication,
     ) -> u64 {
-        let ids = slots.iter().filter_map(|slot| self.connections.get(*slot as usize)).map(|found| found.id);
+        let ids = slots.iter().filter_map(|slot| self.connections.get(*slot)).map(|found| found.id);
         let ids = ids.filter(|id| !publication.except.contains(id));
         let before = self.ends.len();
         self.ends.extend(ids.map(|id| (id, reason.clone())));
         count(publication, (self.ends.len() - before) as u64, 0)
     }
 
-    fn is(&self, slot: u32, id: ConnectionId) -> bool {
-        self.connections.get(slot as usize).is_some_and(|connection| connection.id == id)
+    fn is(&self, slot: Slot, id: ConnectionId) -> bool {
+        self.connections.get(slot).is_some_and(|connection| connection.id == id)
     }
 
     /// Puts the chunk into one outbox; true if something of it did not fit.
     #[inline]
     pub(crate) fn offer(
         &mut self,
-        slot: u32,
+        slot: Slot,
         chunk: &Rc<Chunk>,
         policy: Option<Policy>,
         ticket: Option<&Ticket>,
     ) -> bool {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return false };
+        let Some(connection) = self.connections.get_mut(slot) else { return false };
         let bounds = connection.bounds();
         let frames = u64::from(chunk.frames());
         connection.counts.offered += frames;
@@ -162,12 +161,12 @@ impl Crowd {
     /// Puts the chunk into an outbox that has something already, or that it fills; true if something of it did not fit.
     fn offer_more(
         &mut self,
-        slot: u32,
+        slot: Slot,
         chunk: &Rc<Chunk>,
         policy: Option<Policy>,
         ticket: Option<&Ticket>,
     ) -> bool {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return false };
+        let Some(connection) = self.connections.get_mut(slot) else { return false };
         let bounds = connection.bounds();
         let policy = policy.unwrap_or(connection.config.policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
@@ -196,7 +195,7 @@ impl Crowd {
     #[cold]
     fn offered_too_much(
         &mut self,
-        slot: u32,
+        slot: Slot,
         offer: Offer,
         policy: Policy,
         patience: Patience,
@@ -208,7 +207,7 @@ impl Crowd {
             }
             self.note_drop(slot, DropCause::Overflow, frames, patience.max_drops);
         }
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.connections.get_mut(slot) else { return };
         if offer == Offer::Overflow {
             self.ends.push((connection.id, CloseReason::SlowConsumer));
         }
@@ -224,10 +223,7 @@ impl Crowd {
 
     /// Drops what has waited too long for one connection.
     pub(crate) fn drop_late(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.get_mut(id.slot()).filter(|connection| connection.id == id)
-        else {
-            return;
-        };
+        let Some(connection) = self.connections.find_mut(id) else { return };
         let bounds = connection.bounds();
         let (before, queued) = (connection.outbox.backlog_bytes(), connection.outbox.queued());
         let mut drops: smallvec::SmallVec<[Dropped; 4]> = smallvec::SmallVec::new();
@@ -240,7 +236,7 @@ impl Crowd {
         self.backlog_bytes -= before - connection.outbox.backlog_bytes();
         let takes_more = connection.outbox.queued() > queued;
         for Dropped { frames, max_drops } in drops {
-            self.note_drop(id.slot() as u32, DropCause::Timeout, frames, max_drops);
+            self.note_drop(id.slot(), DropCause::Timeout, frames, max_drops);
         }
         if takes_more && let Some(connection) = self.connections.get_mut(id.slot()) {
             connection.counts.took(); // what waited behind was taken
@@ -248,12 +244,12 @@ impl Crowd {
         if let Some(until) = next {
             self.deadlines.push(until, id);
         }
-        self.relieve(id.slot() as u32);
+        self.relieve(id.slot());
     }
 
     /// Counts a drop, and notes it: for the handler, and against the connection if these were too many in a row.
-    fn note_drop(&mut self, slot: u32, cause: DropCause, frames: u32, max_drops: u32) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+    fn note_drop(&mut self, slot: Slot, cause: DropCause, frames: u32, max_drops: u32) {
+        let Some(connection) = self.connections.get_mut(slot) else { return };
         self.metrics.tally.dropped[cause] += u64::from(frames);
         let losses = connection.counts.lose();
         losses.dropped[cause] += u64::from(frames);
@@ -268,8 +264,8 @@ impl Crowd {
     }
 
     /// Stops counting a connection as congested if it has recovered. Called after everything that takes frames out.
-    pub(crate) fn relieve(&mut self, slot: u32) {
-        let Some(connection) = self.connections.get_mut(slot as usize) else { return };
+    pub(crate) fn relieve(&mut self, slot: Slot) {
+        let Some(connection) = self.connections.get_mut(slot) else { return };
         if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
             connection.is_congested = false;
             let blocks = connection.config.policy.blocks();
@@ -284,7 +280,7 @@ impl Crowd {
             None => survey.directory.ended(shard).sum(),
             Some(_) => GroupMetrics::default(),
         };
-        let mut add = |connection: &Connection| {
+        let add = |connection: &Connection| {
             if !survey.except.contains(&connection.id) {
                 sum += connection.metrics().into();
             }
@@ -293,13 +289,13 @@ impl Crowd {
             // Not by the index: who is just ending has left it.
             None => {
                 let key = survey.directory.key();
-                let ours = |(_, connection): &(usize, &Connection)| connection.directory.key() == key;
-                self.connections.iter().filter(ours).for_each(|(_, connection)| add(connection));
+                let ours = |connection: &&Connection| connection.directory.key() == key;
+                self.connections.iter().filter(ours).for_each(add);
             }
             Some(groups) => {
                 let mut slots = Vec::new();
                 self.groups.union(groups.iter().filter_map(Named::current_key), &mut slots);
-                slots.iter().filter_map(|slot| self.connections.get(*slot as usize)).for_each(add);
+                slots.iter().filter_map(|slot| self.connections.get(*slot)).for_each(add);
             }
         }
         sum
@@ -312,7 +308,7 @@ impl Crowd {
         bytes: usize,
         held: impl Fn(&Connection) -> usize,
     ) -> (Vec<ConnectionId>, usize) {
-        let all = self.connections.iter().map(|(_, connection)| (held(connection), connection.id));
+        let all = self.connections.iter().map(|connection| (held(connection), connection.id));
         let mut all: Vec<_> = all.filter(|(held, _)| *held > 0).collect();
         all.sort_unstable_by(|a, b| b.cmp(a));
         let (mut ids, mut sum) = (Vec::new(), 0);
@@ -326,8 +322,8 @@ impl Crowd {
         (ids, sum)
     }
 
-    pub(crate) fn mark_dirty(&mut self, slot: u32) {
-        if let Some(connection) = self.connections.get_mut(slot as usize)
+    pub(crate) fn mark_dirty(&mut self, slot: Slot) {
+        if let Some(connection) = self.connections.get_mut(slot)
             && connection.is_writable
             && !std::mem::replace(&mut connection.is_dirty, true)
         {

@@ -10,7 +10,7 @@ use rustc_hash::FxHashMap;
 use slab::Slab;
 use smallvec::SmallVec;
 
-use crate::id::GroupKey;
+use crate::id::{GroupKey, Slot};
 
 /// Places of a slot's own list that are found by looking at each.
 const SCANNED: usize = 8;
@@ -21,7 +21,7 @@ pub(crate) struct GroupIndex<G> {
     by_key: FxHashMap<GroupKey, u32>,
     /// (group, slot) → place in the slot's own list, for the places beyond `SCANNED`: most connections are in few
     /// groups, and an entry here for each would weigh more than the rest of their membership.
-    places: FxHashMap<(u32, u32), u32>,
+    places: FxHashMap<(u32, Slot), u32>,
     slots: Vec<SlotGroups>,
     epoch: u32,
 }
@@ -39,7 +39,7 @@ pub(crate) struct LocalKey(u32);
 
 #[derive(Debug, Clone, Copy)]
 struct Member {
-    slot: u32,
+    slot: Slot,
     /// Where the member's own list holds this group.
     own: u32,
 }
@@ -69,18 +69,18 @@ impl<G> GroupIndex<G> {
     }
 
     /// Adds a member; false if it already was one (and `shared` is dropped).
-    pub(crate) fn join(&mut self, key: GroupKey, shared: G, slot: u32) -> bool {
+    pub(crate) fn join(&mut self, key: GroupKey, shared: G, slot: Slot) -> bool {
         let group = *self
             .by_key
             .entry(key)
             .or_insert_with(|| self.groups.insert(LocalGroup { key, shared, members: Vec::new() }) as u32);
-        if self.slots.len() <= slot as usize {
-            self.slots.resize_with(slot as usize + 1, SlotGroups::default);
+        if self.slots.len() <= slot.index() {
+            self.slots.resize_with(slot.index() + 1, SlotGroups::default);
         }
         if self.place(group, slot).is_some() {
             return false;
         }
-        let own = &mut self.slots[slot as usize].own;
+        let own = &mut self.slots[slot.index()].own;
         let place = own.len() as u32;
         if place as usize >= SCANNED {
             self.places.insert((group, slot), place);
@@ -92,7 +92,7 @@ impl<G> GroupIndex<G> {
     }
 
     /// Removes a member.
-    pub(crate) fn leave(&mut self, key: GroupKey, slot: u32) -> Left {
+    pub(crate) fn leave(&mut self, key: GroupKey, slot: Slot) -> Left {
         match self.by_key.get(&key).and_then(|group| self.place(*group, slot)) {
             Some(place) => self.remove(slot, place),
             None => Left::WasNoMember,
@@ -100,8 +100,8 @@ impl<G> GroupIndex<G> {
     }
 
     /// Where the slot's own list holds the group.
-    fn place(&self, group: u32, slot: u32) -> Option<u32> {
-        let own = &self.slots.get(slot as usize)?.own;
+    fn place(&self, group: u32, slot: Slot) -> Option<u32> {
+        let own = &self.slots.get(slot.index())?.own;
         let near = own.iter().take(SCANNED).position(|membership| membership.group == group);
         match near {
             Some(place) => Some(place as u32),
@@ -111,17 +111,17 @@ impl<G> GroupIndex<G> {
     }
 
     /// The shared entry of each group that the slot is in.
-    pub(crate) fn groups_of(&self, slot: u32) -> impl Iterator<Item = &G> {
-        let own = self.slots.get(slot as usize).map_or(&[][..], |slot| &slot.own);
+    pub(crate) fn groups_of(&self, slot: Slot) -> impl Iterator<Item = &G> {
+        let own = self.slots.get(slot.index()).map_or(&[][..], |slot| &slot.own);
         own.iter().map(|membership| &self.groups[membership.group as usize].shared)
     }
 
     /// Removes the slot from one of its groups, until there are none.
-    pub(crate) fn leave_any(&mut self, slot: u32) -> Option<(G, Left)>
+    pub(crate) fn leave_any(&mut self, slot: Slot) -> Option<(G, Left)>
     where
         G: Clone,
     {
-        let own = &self.slots.get(slot as usize)?.own;
+        let own = &self.slots.get(slot.index())?.own;
         let place = own.len().checked_sub(1)?;
         let shared = self.groups[own[place].group as usize].shared.clone();
         Some((shared, self.remove(slot, place as u32)))
@@ -141,12 +141,12 @@ impl<G> GroupIndex<G> {
 
     /// The slot of the member at `place`.
     #[inline]
-    pub(crate) fn member(&self, group: LocalKey, place: usize) -> u32 {
+    pub(crate) fn member(&self, group: LocalKey, place: usize) -> Slot {
         self.groups[group.0 as usize].members[place].slot
     }
 
     /// The members of several groups, each slot once.
-    pub(crate) fn union(&mut self, keys: impl Iterator<Item = GroupKey>, slots: &mut Vec<u32>) {
+    pub(crate) fn union(&mut self, keys: impl Iterator<Item = GroupKey>, slots: &mut Vec<Slot>) {
         self.epoch = self.epoch.wrapping_add(1);
         if self.epoch == 0 {
             self.slots.iter_mut().for_each(|slot| slot.mark = 0);
@@ -156,7 +156,7 @@ impl<G> GroupIndex<G> {
         for key in keys {
             let Some(group) = self.by_key.get(&key) else { continue };
             for member in &self.groups[*group as usize].members {
-                let mark = &mut self.slots[member.slot as usize].mark;
+                let mark = &mut self.slots[member.slot.index()].mark;
                 if *mark != self.epoch {
                     *mark = self.epoch;
                     slots.push(member.slot);
@@ -166,19 +166,19 @@ impl<G> GroupIndex<G> {
     }
 
     /// How many groups the slot is in.
-    pub(crate) fn count(&self, slot: u32) -> usize {
-        self.slots.get(slot as usize).map_or(0, |groups| groups.own.len())
+    pub(crate) fn count(&self, slot: Slot) -> usize {
+        self.slots.get(slot.index()).map_or(0, |groups| groups.own.len())
     }
 
     #[cfg(feature = "audit")]
-    pub(crate) fn audit(&self) -> impl Iterator<Item = (&G, Vec<u32>)> {
+    pub(crate) fn audit(&self) -> impl Iterator<Item = (&G, Vec<Slot>)> {
         self.groups
             .iter()
             .map(|(_, group)| (&group.shared, group.members.iter().map(|member| member.slot).collect()))
     }
 
-    fn remove(&mut self, slot: u32, place: u32) -> Left {
-        let own = &mut self.slots[slot as usize].own;
+    fn remove(&mut self, slot: Slot, place: u32) -> Left {
+        let own = &mut self.slots[slot.index()].own;
         let Membership { group, position } = own.swap_remove(place as usize);
         let last = own.len();
         if place as usize >= SCANNED {
@@ -195,7 +195,7 @@ impl<G> GroupIndex<G> {
         let members = &mut self.groups[group as usize].members;
         members.swap_remove(position as usize);
         if let Some(moved) = members.get(position as usize).copied() {
-            self.slots[moved.slot as usize].own[moved.own as usize].position = position;
+            self.slots[moved.slot.index()].own[moved.own as usize].position = position;
         }
         if !self.groups[group as usize].members.is_empty() {
             return Left::OthersStay;
@@ -223,7 +223,7 @@ mod tests {
 
     use super::*;
 
-    fn members(index: &GroupIndex<u64>, key: u64) -> BTreeSet<u32> {
+    fn members(index: &GroupIndex<u64>, key: u64) -> BTreeSet<Slot> {
         let Some(group) = index.find(GroupKey(key)) else { return BTreeSet::new() };
         (0..index.len(group)).map(|place| index.member(group, place)).collect()
     }
@@ -232,22 +232,23 @@ mod tests {
     fn a_union_counts_each_member_once() {
         let mut index = GroupIndex::new();
         for (key, slot) in [(1, 5), (1, 6), (2, 6), (2, 7), (3, 8)] {
-            assert!(index.join(GroupKey(key), key, slot));
+            assert!(index.join(GroupKey(key), key, Slot::new(slot)));
         }
         let mut slots = Vec::new();
         index.union([1, 2, 9].map(GroupKey).into_iter(), &mut slots);
         slots.sort_unstable();
-        assert_eq!(slots, [5, 6, 7]);
+        assert_eq!(slots, [5, 6, 7].map(Slot::new));
     }
 
     proptest! {
         #[test]
         fn the_index_agrees_with_a_plain_map_of_sets(
-            steps in prop::collection::vec((0u8..10, 0u64..24, 0u32..4), 1..300)
+            steps in prop::collection::vec((0u8..10, 0u64..24, 0usize..4), 1..300)
         ) {
             let mut index = GroupIndex::new();
-            let mut model: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
+            let mut model: BTreeMap<u64, BTreeSet<Slot>> = BTreeMap::new();
             for (step, key, slot) in steps {
+                let slot = Slot::new(slot);
                 match step {
                     0..=5 => {
                         let new = model.entry(key).or_default().insert(slot);
@@ -274,7 +275,7 @@ mod tests {
                 let beyond = index.slots.iter().map(|slot| slot.own.len().saturating_sub(SCANNED));
                 prop_assert_eq!(index.places.len(), beyond.sum::<usize>());
             }
-            for slot in 0..12 {
+            for slot in (0..12).map(Slot::new) {
                 while index.leave_any(slot).is_some() {}
             }
             prop_assert!(index.groups.is_empty() && index.by_key.is_empty() && index.places.is_empty());

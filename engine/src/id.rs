@@ -1,8 +1,8 @@
 //! The names that the engine gives out: connections and groups.
 //!
 //! Plain numbers, so that hot paths compare and hash words instead of strings. A
-//! connection's id says where it lives (shard and slot) and which tenant of the slot it
-//! is, so no shared table of ids is needed and an id of a connection that has gone
+//! connection's id says where it lives (shard and slot) and which generation of the slot
+//! it is, so no shared table of ids is needed and an id of a connection that has gone
 //! reaches nobody. Knows nothing else.
 
 use std::fmt;
@@ -23,27 +23,47 @@ use std::str::FromStr;
 pub struct ConnectionId(u64);
 
 const SLOT_BITS: u32 = 24;
-const TENANT_BITS: u32 = 28;
+const GENERATION_BITS: u32 = 28;
 /// How many shards an id can tell apart.
-pub(crate) const SHARDS_MAX: usize = 1 << (64 - SLOT_BITS - TENANT_BITS);
+pub(crate) const SHARDS_MAX: usize = 1 << (64 - SLOT_BITS - GENERATION_BITS);
 /// How many connections one shard can hold at a time.
 pub(crate) const SLOTS_MAX: usize = 1 << SLOT_BITS;
 
 impl ConnectionId {
-    /// `tenant` wraps at 2^28.
-    pub(crate) fn new(shard: usize, slot: usize, tenant: u64) -> Self {
-        debug_assert!(shard < SHARDS_MAX && slot < SLOTS_MAX);
-        let tenant = tenant & ((1 << TENANT_BITS) - 1);
-        Self((shard as u64) << (SLOT_BITS + TENANT_BITS) | tenant << SLOT_BITS | slot as u64)
+    /// `generation` wraps at 2^28.
+    pub(crate) fn new(shard: usize, slot: Slot, generation: u64) -> Self {
+        debug_assert!(shard < SHARDS_MAX && slot.index() < SLOTS_MAX);
+        let generation = generation & ((1 << GENERATION_BITS) - 1);
+        Self((shard as u64) << (SLOT_BITS + GENERATION_BITS) | generation << SLOT_BITS | slot.index() as u64)
     }
 
     /// The index of the shard that owns the connection.
     pub fn shard(self) -> usize {
-        (self.0 >> (SLOT_BITS + TENANT_BITS)) as usize
+        (self.0 >> (SLOT_BITS + GENERATION_BITS)) as usize
     }
 
-    pub(crate) fn slot(self) -> usize {
-        (self.0 & ((1 << SLOT_BITS) - 1)) as usize
+    pub(crate) fn slot(self) -> Slot {
+        Slot((self.0 & ((1 << SLOT_BITS) - 1)) as u32)
+    }
+}
+
+/// Where a connection is in its shard. Its next generation is another connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Slot(u32);
+
+impl Slot {
+    pub(crate) fn new(index: usize) -> Self {
+        Self(index as u32)
+    }
+
+    #[inline]
+    pub(crate) fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// A number in [0, 1), such that neighbours lie far apart: the golden ratio spreads them.
+    pub(crate) fn spread(self) -> f64 {
+        (f64::from(self.0) * 0.618_033_988_749_895).fract()
     }
 }
 
@@ -101,10 +121,11 @@ mod tests {
 
     #[test]
     fn an_id_gives_back_what_it_was_made_of() {
-        let id = ConnectionId::new(SHARDS_MAX - 1, SLOTS_MAX - 1, u64::MAX);
-        assert_eq!((id.shard(), id.slot()), (SHARDS_MAX - 1, SLOTS_MAX - 1));
+        let id = ConnectionId::new(SHARDS_MAX - 1, Slot::new(SLOTS_MAX - 1), u64::MAX);
+        assert_eq!((id.shard(), id.slot().index()), (SHARDS_MAX - 1, SLOTS_MAX - 1));
         assert_eq!(id.to_string().parse(), Ok(id));
-        assert_ne!(ConnectionId::new(0, 7, 1), ConnectionId::new(0, 7, 2));
+        let slot = Slot::new(7);
+        assert_ne!(ConnectionId::new(0, slot, 1), ConnectionId::new(0, slot, 2));
     }
 
     #[test]

@@ -74,6 +74,7 @@ mod close_reason;
 mod command;
 mod config;
 mod connection;
+mod connections;
 mod crowd;
 mod deadlines;
 mod decoder;

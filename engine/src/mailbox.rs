@@ -190,6 +190,7 @@ mod models {
     use loom::thread;
 
     use super::*;
+    use crate::id::Slot;
     use crate::log::{Log, Weigh};
     use crate::sync::sleeper::Sleeper;
     use crate::wait_list::Registration;
@@ -239,7 +240,7 @@ mod models {
         loom::model(|| {
             let (mailbox, bell) = mailbox(1);
             let sender = mailbox.clone();
-            let sender = thread::spawn(move || sender.resume(ConnectionId::new(0, 7, 1)));
+            let sender = thread::spawn(move || sender.resume(ConnectionId::new(0, Slot::new(7), 1)));
             while mailbox.pop_resume().is_none() {
                 sleep(&mailbox, &bell, || true);
             }
@@ -259,7 +260,7 @@ mod models {
                         is_done.store(true, Relaxed);
                     }
                     if queued.set() {
-                        mailbox.resume(ConnectionId::new(0, 7, 1));
+                        mailbox.resume(ConnectionId::new(0, Slot::new(7), 1));
                     }
                 })
             });

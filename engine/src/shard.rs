@@ -36,7 +36,7 @@ use crate::command::{Command, Publication};
 use crate::connection::Connection;
 use crate::crowd::Crowd;
 use crate::handler::Post;
-use crate::id::ConnectionId;
+use crate::id::{ConnectionId, Slot};
 use crate::log::Reader;
 use crate::mailbox::{Entry, Mailbox};
 use crate::outbox::Gather;
@@ -85,8 +85,8 @@ pub struct Shard {
     wheel: Wheel<ConnectionId>,
     gather: Gather,
     started: Instant,
-    /// Adoptions so far; tells apart the tenants of a slot.
-    tenants: u64,
+    /// Adoptions so far; tells apart the generations of a slot.
+    generations: u64,
     nonces: u64,
     /// A command whose stamp the log has not reached.
     held: Option<Entry<Command>>,
@@ -95,7 +95,7 @@ pub struct Shard {
     /// What is to be done behind everything that handlers have sent.
     later: VecDeque<Later>,
     /// Slots with something left to read.
-    ready: Vec<u32>,
+    ready: Vec<Slot>,
     offers_left: u64,
     /// What was last added to the shared sums: bytes that outboxes keep here, and bytes of unfinished messages.
     retained_told: usize,
@@ -159,10 +159,10 @@ pub(crate) struct Parts {
 struct Scratch {
     read: Vec<u8>,
     /// Who sent what, as places in `read`.
-    arrivals: Vec<(u32, Range<usize>)>,
-    ready: Vec<u32>,
+    arrivals: Vec<(Slot, Range<usize>)>,
+    ready: Vec<Slot>,
     resumes: Vec<ConnectionId>,
-    slots: Vec<u32>,
+    slots: Vec<Slot>,
     due: Vec<(ConnectionId, u64)>,
     late: Vec<ConnectionId>,
 }
@@ -204,7 +204,7 @@ impl Shard {
             is_driven: true,
             gather: Gather::default(),
             started: now,
-            tenants: 0,
+            generations: 0,
             nonces: seed,
             held: None,
             commands: 0,
@@ -380,11 +380,6 @@ impl Shard {
     }
 
     fn find(&self, id: ConnectionId) -> Option<&Connection> {
-        self.crowd.connections.get(id.slot()).filter(|connection| connection.id == id)
+        self.crowd.connections.find(id)
     }
-}
-
-/// A number in [0, 1) for each slot, such that neighbours lie far apart.
-fn golden(slot: usize) -> f64 {
-    (slot as f64 * 0.618_033_988_749_895).fract()
 }

@@ -8,7 +8,7 @@
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use crate::connection::{Phase, Work};
+use crate::connection::{Intake, Phase, Work};
 use crate::id::ConnectionId;
 use crate::tally::{DropCause, Tally};
 
@@ -101,7 +101,8 @@ impl Shard {
         let mut wrong = |text: String| audit.errors.push(format!("shard {}: {text}", self.index));
         let (mut sum, mut unfinished, mut refused) = (0, 0, 0);
         let (mut dirty, mut ready) = (0, 0);
-        for (slot, connection) in &self.crowd.connections {
+        for connection in self.crowd.connections.iter() {
+            let slot = connection.id.slot();
             let metrics = connection.metrics();
             let bounds = connection.bounds();
             let outbox = &connection.outbox;
@@ -114,7 +115,7 @@ impl Shard {
             }
             if connection.is_dirty {
                 dirty += 1;
-                if !self.crowd.flushes.contains(&(slot as u32)) {
+                if !self.crowd.flushes.contains(&slot) {
                     wrong(format!("{} is dirty but not in the list", connection.id));
                 }
             } else if connection.is_writable
@@ -126,7 +127,7 @@ impl Shard {
             }
             if connection.is_ready {
                 ready += 1;
-                if !self.ready.contains(&(slot as u32)) {
+                if !self.ready.contains(&slot) {
                     wrong(format!("{} is ready but not in the list", connection.id));
                 }
             } else if connection.is_reading() {
@@ -136,8 +137,7 @@ impl Shard {
                 && connection.work == Work::Idle
                 && connection.held.is_some()
                 && connection.opening().is_none()
-                && !connection.is_deaf
-                && !connection.is_paused
+                && connection.intake == Intake::Open
             {
                 wrong(format!("{} has messages held and an idle handler", connection.id));
             }
@@ -161,9 +161,9 @@ impl Shard {
             if connection.is_congested && outbox.is_relieved(&bounds) {
                 wrong(format!("{} is counted as congested and relieved", connection.id));
             }
-            let groups = self.crowd.groups.groups_of(slot as u32).count();
+            let groups = self.crowd.groups.groups_of(slot).count();
             let is_open = connection.phase == Phase::Open;
-            if (is_open && connection.opening().is_none() && groups == 0 && !connection.is_deaf)
+            if (is_open && connection.opening().is_none() && groups == 0 && !connection.is_over())
                 || (!is_open && groups > 0)
             {
                 wrong(format!("{} is {:?} in {groups} groups", connection.id, connection.phase));
@@ -221,12 +221,12 @@ impl Shard {
         for (group, slots) in self.crowd.groups.audit() {
             let (mut congested, mut blocking) = (0, 0);
             for slot in &slots {
-                match self.crowd.connections.get(*slot as usize) {
+                match self.crowd.connections.get(*slot) {
                     Some(connection) => {
                         congested += u64::from(connection.is_congested);
                         blocking += u64::from(connection.is_congested && connection.config.policy.blocks());
                     }
-                    None => wrong(format!("slot {slot} is a member and empty")),
+                    None => wrong(format!("{slot:?} is a member and empty")),
                 }
             }
             if !group.audit_interest(self.index) {
@@ -243,7 +243,7 @@ impl Shard {
                 shared_blocking,
             });
         }
-        for (_, connection) in &self.crowd.connections {
+        for connection in self.crowd.connections.iter() {
             if let (Some(group), Some(blocks)) = (connection.provisional_group(), connection.congestion()) {
                 let (address, (shared_members, shared_congested, shared_blocking)) =
                     (std::ptr::from_ref(group) as usize, group.audit_counts());

@@ -11,23 +11,19 @@ use mio::Token;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Named, Payload, Publication, Target};
-use crate::connection::{Connection, ControlRate, Opening, Phase, WRITE_BYTES_MAX, Work};
-use crate::decoder::Decoder;
+use crate::connection::{Connection, Opening, Phase, WRITE_BYTES_MAX, Work};
 use crate::directory::Entrance;
 use crate::frame::{ControlFrame, Frame};
 use crate::handler::Flow;
-use crate::heartbeat::Heartbeat;
-use crate::id::{ConnectionId, SLOTS_MAX};
+use crate::id::{ConnectionId, Slot};
 use crate::log::Reader;
-use crate::metrics::Counts;
-use crate::outbox::{Chunk, Outbox, Retained};
+use crate::outbox::{Chunk, Retained};
 use crate::policy::Policy;
 use crate::publisher::sent_by_this_thread;
 use crate::receipt::Ticket;
 use crate::socket::Socket;
-use crate::wheel::UNARMED;
 
-use super::{Later, Shard, Step, golden};
+use super::{Later, Shard, Step};
 
 const COMMANDS_PER_TURN: usize = 4096;
 /// Pieces of 4 KiB that are read of what a peer has sent that is turned away.
@@ -106,16 +102,16 @@ impl Shard {
         let Some(Later { id, step, .. }) = self.later.pop_front() else { return true };
         if self.find(id).is_some() {
             match step {
-                Step::Enter => self.enter(id.slot() as u32),
-                Step::End(reason) => self.end(id.slot() as u32, reason),
+                Step::Enter => self.enter(id.slot()),
+                Step::End(reason) => self.end(id.slot(), reason),
             }
         }
         true
     }
 
     fn act(&mut self, id: ConnectionId, action: Action) {
-        let slot = id.slot() as u32;
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let slot = id.slot();
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let is_open = connection.phase == Phase::Open;
         match action {
             Action::Send { frame, policy, ticket, oversized } if is_open => {
@@ -142,8 +138,8 @@ impl Shard {
         }
     }
 
-    fn join(&mut self, slot: u32, entrance: Entrance) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    fn join(&mut self, slot: Slot, entrance: Entrance) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let max = connection.config.max_groups + usize::from(connection.opening().is_none()); // everyone is not counted
         let (group, congestion) = (entrance.group().clone(), connection.congestion());
         group.add_interest(self.index); // it may have been cleared while this join was on its way
@@ -159,9 +155,9 @@ impl Shard {
     }
 
     /// The handler is done with `on_open`: the connection joins everyone, behind all that was sent meanwhile.
-    pub(super) fn enter_in_order(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        let (id, is_turned_away) = (connection.id, connection.is_deaf);
+    pub(super) fn enter_in_order(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let (id, is_turned_away) = (connection.id, connection.is_over());
         if let Some(opening) = connection.opening_mut() {
             opening.is_done = true;
             if !is_turned_away {
@@ -170,30 +166,27 @@ impl Shard {
         }
     }
 
-    fn enter(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    fn enter(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let Some(opening) = connection.take_opening() else { return };
         self.join(slot, opening.everyone);
-        if self.crowd.connections.get(slot as usize).is_some_and(|connection| connection.work == Work::Idle) {
+        if self.crowd.connections.get(slot).is_some_and(|connection| connection.work == Work::Idle) {
             self.go_on(slot);
         }
     }
 
     fn adopt(&mut self, adoption: Adoption) {
         let Adoption { mut socket, received, handler, config, directory, place, entrance } = adoption;
-        if self.crowd.connections.vacant_key() >= SLOTS_MAX || self.stop.is_some() {
-            tracing::warn!(shard = self.index, "no room for a connection, or stopping: it was turned away");
-            let is_stopping = self.stop.is_some();
-            return turn_away(
-                &socket,
-                if is_stopping { CloseCode::GOING_AWAY } else { CloseCode::TRY_AGAIN_LATER },
-            );
+        if self.stop.is_some() {
+            return turn_away(&socket, CloseCode::GOING_AWAY);
         }
-        let vacant = self.crowd.connections.vacant_entry();
-        let slot = vacant.key();
-        self.tenants += 1;
-        let id = ConnectionId::new(self.index, slot, self.tenants);
-        if let Err(error) = socket.register(self.poll.registry(), Token(slot)) {
+        let Some(slot) = self.crowd.connections.vacant() else {
+            tracing::warn!(shard = self.index, "the shard has no room for a connection: it was turned away");
+            return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
+        };
+        self.generations += 1;
+        let id = ConnectionId::new(self.index, slot, self.generations);
+        if let Err(error) = socket.register(self.poll.registry(), Token(slot.index())) {
             tracing::warn!(shard = self.index, %error, "a connection could not be registered and was turned away");
             return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
         }
@@ -206,55 +199,21 @@ impl Shard {
             }
         };
         drop(shown);
-        // The golden ratio spreads neighbours over the interval.
-        let stagger = golden(slot) as f32;
-        vacant.insert(Connection {
-            id,
-            socket: Some(socket),
-            heartbeat: Heartbeat::new(self.crowd.now, stagger, &config),
-            config,
-            directory,
-            decoder: Decoder::default(),
-            outbox: Outbox::new(),
-            handler: Some(handler),
-            resume: None,
-            held: None,
-            passage: None,
-            armed: UNARMED,
-            refused_since: 0,
-            written: 0,
-            taken: 0,
-            ping_end: 0,
-            counts: Counts::default(),
-            control_rate: ControlRate::default(),
-            phase: Phase::Open,
-            work: Work::Idle,
-            is_deaf: false,
-            is_paused: false,
-            owes_close: false,
-            is_readable: false,
-            is_read_closed: false,
-            is_input_over: false,
-            is_writable: true,
-            is_dirty: false,
-            is_ready: false,
-            is_congested: false,
-            _place: place,
-        });
+        let connection = Connection::open(id, socket, config, directory, handler, place, self.crowd.now);
+        self.crowd.connections.insert(connection);
         self.crowd.metrics.adopted += 1;
         self.crowd.flushes.adopt_outbox(self.crowd.connections[slot].config.outbox_frames);
-        let slot = slot as u32;
         self.beat(slot);
         let before = sent_by_this_thread();
         let flow = self.call(slot, |handler, context| handler.on_open(context));
         if flow == Flow::Ready && sent_by_this_thread() == before {
             // Nothing was sent meanwhile that it must not get.
-            if !self.crowd.connections[slot as usize].is_deaf {
+            if !self.crowd.connections[slot].is_over() {
                 self.join(slot, entrance);
             }
         } else {
             let opening = Opening { everyone: entrance, is_done: false };
-            self.crowd.connections[slot as usize].begin_opening(opening);
+            self.crowd.connections[slot].begin_opening(opening);
             if flow == Flow::Ready {
                 self.enter_in_order(slot);
             }
@@ -316,7 +275,7 @@ impl Shard {
         true
     }
 
-    fn offer_one(&mut self, slot: u32, chunk: &Rc<Chunk>, policy: Policy, ticket: Option<Ticket>) {
+    fn offer_one(&mut self, slot: Slot, chunk: &Rc<Chunk>, policy: Policy, ticket: Option<Ticket>) {
         let waits = self.crowd.offer(slot, chunk, Some(policy), ticket.as_ref());
         if let Some(ticket) = ticket {
             ticket.count(1, u64::from(waits));
@@ -328,12 +287,12 @@ impl Shard {
     pub(super) fn carry_out_ends(&mut self) {
         while let Some(id) = self.crowd.drops.pop() {
             if self.find(id).is_some_and(|connection| connection.work == Work::Idle) {
-                let _ = self.tell_drops(id.slot() as u32); // if it is pending, it goes on by itself
+                let _ = self.tell_drops(id.slot()); // if it is pending, it goes on by itself
             }
         }
         while let Some((id, reason)) = self.crowd.ends.pop() {
             if self.find(id).is_some() {
-                self.end(id.slot() as u32, reason);
+                self.end(id.slot(), reason);
             }
         }
     }

@@ -13,20 +13,21 @@ use crate::decoder::Decoder;
 use crate::directory::{Directory, Group};
 use crate::group::Left;
 use crate::handler::Flow;
+use crate::id::Slot;
 
 use super::{Shard, Step};
 
 impl Shard {
     /// The stream is over: without a closing handshake if none has begun.
-    pub(super) fn hang_up(&mut self, slot: u32, reason: CloseReason) {
+    pub(super) fn hang_up(&mut self, slot: Slot, reason: CloseReason) {
         self.end(slot, reason);
         self.drop_socket(slot);
     }
 
     /// Ends a connection behind everything that its handler has sent before.
-    pub(super) fn end_in_order(&mut self, slot: u32, reason: CloseReason) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-        if connection.phase != Phase::Open || std::mem::replace(&mut connection.is_deaf, true) {
+    pub(super) fn end_in_order(&mut self, slot: Slot, reason: CloseReason) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        if connection.phase != Phase::Open || !connection.stop_listening() {
             return;
         }
         let id = connection.id;
@@ -34,8 +35,8 @@ impl Shard {
     }
 
     /// Decides the end of an open connection: it leaves every index at once, its peer is told, its handler too.
-    pub(super) fn end(&mut self, slot: u32, reason: CloseReason) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    pub(super) fn end(&mut self, slot: Slot, reason: CloseReason) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         if connection.phase != Phase::Open {
             return;
         }
@@ -54,7 +55,7 @@ impl Shard {
         if !reason.flushes_first() {
             self.discard(slot);
         }
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let now = self.crowd.now;
         let (by, close_timeout) = (now + self.shared.config.coalesce, connection.config.close_timeout);
         let by = match (&reason, &self.stop) {
@@ -111,8 +112,8 @@ impl Shard {
     }
 
     /// Takes a connection out of all its groups.
-    pub(super) fn leave_groups(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    pub(super) fn leave_groups(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let directory = connection.directory.clone();
         let congestion = connection.congestion();
         connection.is_congested = false;
@@ -123,8 +124,8 @@ impl Shard {
 
     /// Gives up everything that is queued for a connection, the frame that is being written included; returns how
     /// many frames that were.
-    pub(super) fn discard_all(&mut self, slot: u32) -> u64 {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return 0 };
+    pub(super) fn discard_all(&mut self, slot: Slot) -> u64 {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return 0 };
         self.crowd.backlog_bytes -= connection.outbox.backlog_bytes();
         let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
         connection.counts.discard(discarded);
@@ -154,8 +155,8 @@ impl Shard {
 
     /// Discards what is queued for a connection, except the frame that is being written. Returns how many frames that
     /// was.
-    pub(super) fn discard(&mut self, slot: u32) -> u64 {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return 0 };
+    pub(super) fn discard(&mut self, slot: Slot) -> u64 {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return 0 };
         let before = connection.outbox.backlog_bytes();
         let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
         self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
@@ -165,8 +166,8 @@ impl Shard {
     }
 
     /// Tells the handler of drops, if there were any; whether it is done with that.
-    pub(super) fn tell_drops(&mut self, slot: u32) -> Flow {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return Flow::Ready };
+    pub(super) fn tell_drops(&mut self, slot: Slot) -> Flow {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return Flow::Ready };
         match connection.counts.tell_drops() {
             0 => Flow::Ready,
             frames => self.call(slot, |handler, context| handler.on_drop(frames, context)),
@@ -174,19 +175,19 @@ impl Shard {
     }
 
     /// Tells the handler the end, unless it is busy: then when it is done.
-    pub(super) fn tell_end(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    pub(super) fn tell_end(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         if connection.work != Work::Idle || connection.handler.is_none() {
             return;
         }
         if self.tell_drops(slot) == Flow::Pending || !self.hand_held(slot) {
             return; // and again when it is done
         }
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let Some(reason) = connection.ending().map(|ending| ending.reason.clone()) else { return };
         match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
             Flow::Pending => {
-                if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+                if let Some(connection) = self.crowd.connections.get_mut(slot) {
                     connection.work = Work::Parting;
                 }
             }
@@ -195,8 +196,8 @@ impl Shard {
     }
 
     /// Lets go of a handler that has been told the end.
-    pub(super) fn part(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    pub(super) fn part(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let handler = connection.handler.take();
         let shown = self.shared.beacons.call(self.index, connection.directory.key());
         if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
@@ -206,8 +207,8 @@ impl Shard {
         self.remove_if_over(slot);
     }
 
-    pub(super) fn drop_socket(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    pub(super) fn drop_socket(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         if connection.socket.is_none() {
             return;
         }
@@ -223,12 +224,12 @@ impl Shard {
         self.remove_if_over(slot);
     }
 
-    fn remove_if_over(&mut self, slot: u32) {
-        let is_over = self.crowd.connections.get(slot as usize).is_some_and(|connection| {
+    fn remove_if_over(&mut self, slot: Slot) {
+        let is_over = self.crowd.connections.get(slot).is_some_and(|connection| {
             connection.phase != Phase::Open && connection.socket.is_none() && connection.handler.is_none()
         });
         if is_over {
-            let connection = self.crowd.connections.remove(slot as usize);
+            let connection = self.crowd.connections.remove(slot);
             self.crowd.unfinished_bytes -= connection.unfinished_bytes();
             connection.directory.ended(self.index).add(&connection.counts);
         }

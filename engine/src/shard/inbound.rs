@@ -19,6 +19,7 @@ use crate::connection::{Connection, Phase, Read, Work};
 use crate::decoder::Event;
 use crate::frame::ControlFrame;
 use crate::handler::{Context, Flow, Handler, Message};
+use crate::id::Slot;
 
 use super::{BELL, EVENTS_PER_ANSWER, EVENTS_PER_TURN, Shard};
 
@@ -63,7 +64,7 @@ impl Shard {
         slots.extend(self.ready.drain(left..));
         // A slot may stand here twice, once for a connection that has gone.
         slots.retain(|slot| {
-            let connection = self.crowd.connections.get_mut(*slot as usize);
+            let connection = self.crowd.connections.get_mut(*slot);
             connection.is_some_and(|connection| std::mem::take(&mut connection.is_ready))
         });
         self.rotate(&mut slots);
@@ -80,26 +81,26 @@ impl Shard {
             if event.token() == BELL {
                 continue;
             }
-            let slot = event.token().0;
+            let slot = Slot::new(event.token().0);
             let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
             if event.is_writable() && !connection.is_writable {
                 connection.is_writable = true;
                 connection.refused_since = 0;
                 self.crowd.refused -= 1;
-                self.crowd.mark_dirty(slot as u32);
+                self.crowd.mark_dirty(slot);
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
                 let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
                 connection.is_readable = true;
                 connection.is_read_closed |= event.is_read_closed() || event.is_error();
                 if connection.is_reading() {
-                    self.mark_ready(slot as u32);
+                    self.mark_ready(slot);
                 } else {
                     connection.heartbeat.heard(self.crowd.now, 0);
                     // Nobody reads now, but a socket that has failed need not be waited for. One that was
                     // closed may: what was said before is still to be read.
                     if event.is_error() {
-                        self.end(slot as u32, CloseReason::Transport(ErrorKind::ConnectionReset));
+                        self.end(slot, CloseReason::Transport(ErrorKind::ConnectionReset));
                     }
                 }
             }
@@ -107,8 +108,8 @@ impl Shard {
         self.events = events;
     }
 
-    pub(super) fn mark_ready(&mut self, slot: u32) {
-        if let Some(connection) = self.crowd.connections.get_mut(slot as usize)
+    pub(super) fn mark_ready(&mut self, slot: Slot) {
+        if let Some(connection) = self.crowd.connections.get_mut(slot)
             && !std::mem::replace(&mut connection.is_ready, true)
         {
             self.ready.push(slot);
@@ -116,14 +117,14 @@ impl Shard {
     }
 
     /// Reads each socket a few times; what remains is read in the next turn.
-    fn read(&mut self, slots: &[u32]) {
+    fn read(&mut self, slots: &[Slot]) {
         for _ in 0..READS_PER_SOCKET {
             if !self.read_once(slots) {
                 return;
             }
         }
         for slot in slots {
-            if self.crowd.connections.get(*slot as usize).is_some_and(Connection::is_reading) {
+            if self.crowd.connections.get(*slot).is_some_and(Connection::is_reading) {
                 self.mark_ready(*slot);
             }
         }
@@ -131,7 +132,7 @@ impl Shard {
 
     /// Reads each socket once and then hands over what they brought: the kernel's code and ours would drive each
     /// other out of the caches. True if there may be more.
-    fn read_once(&mut self, slots: &[u32]) -> bool {
+    fn read_once(&mut self, slots: &[Slot]) -> bool {
         let mut buffer = std::mem::take(&mut self.scratch.read);
         let mut arrivals = std::mem::take(&mut self.scratch.arrivals);
         let (mut free, mut has_more) = (0, false);
@@ -140,7 +141,7 @@ impl Shard {
                 self.hand_over(&mut arrivals, &mut buffer);
                 free = 0;
             }
-            let Some(connection) = self.crowd.connections.get_mut(*slot as usize) else { continue };
+            let Some(connection) = self.crowd.connections.get_mut(*slot) else { continue };
             if !connection.is_reading() {
                 continue;
             }
@@ -173,15 +174,15 @@ impl Shard {
         has_more
     }
 
-    fn hand_over(&mut self, arrivals: &mut Vec<(u32, Range<usize>)>, buffer: &mut [u8]) {
+    fn hand_over(&mut self, arrivals: &mut Vec<(Slot, Range<usize>)>, buffer: &mut [u8]) {
         for (slot, bytes) in arrivals.drain(..) {
             self.receive(slot, &mut buffer[bytes]);
         }
     }
 
     /// The peer sends no more. It may still read, so what is on its way to it goes out first.
-    fn end_of_input(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    fn end_of_input(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         match connection.phase {
             // A busy handler may still answer, and so may messages that are held for it.
             Phase::Open if connection.is_listening() && connection.held.is_none() => {
@@ -193,17 +194,17 @@ impl Shard {
     }
 
     /// What came together with the handshake is the first that the peer said.
-    pub(super) fn receive_early(&mut self, slot: u32, received: Bytes) {
+    pub(super) fn receive_early(&mut self, slot: Slot, received: Bytes) {
         let mut received = received.to_vec();
         self.receive(slot, &mut received);
     }
 
     /// Handles what `input` contains: control frames at once, messages as soon as the handler is idle.
-    fn receive(&mut self, slot: u32, input: &mut [u8]) {
-        let Some(connection) = self.crowd.connections.get(slot as usize) else { return };
+    fn receive(&mut self, slot: Slot, input: &mut [u8]) {
+        let Some(connection) = self.crowd.connections.get(slot) else { return };
         let before = connection.unfinished_bytes();
         self.decode(slot, input);
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         if connection.read_limit() == 0 {
             connection.heartbeat.paused();
         }
@@ -211,16 +212,16 @@ impl Shard {
     }
 
     /// Updates the sum of unfinished bytes by what has changed for a connection that had `before`.
-    pub(super) fn count_unfinished(&mut self, slot: u32, before: usize) {
-        let Some(connection) = self.crowd.connections.get(slot as usize) else { return };
+    pub(super) fn count_unfinished(&mut self, slot: Slot, before: usize) {
+        let Some(connection) = self.crowd.connections.get(slot) else { return };
         self.crowd.unfinished_bytes = self.crowd.unfinished_bytes + connection.unfinished_bytes() - before;
     }
 
-    fn decode(&mut self, slot: u32, input: &mut [u8]) {
+    fn decode(&mut self, slot: Slot, input: &mut [u8]) {
         let mut consumed = 0;
         while consumed < input.len() {
-            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
-            if connection.phase != Phase::Open || connection.is_deaf {
+            let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+            if connection.is_over() {
                 return; // said after the end: not listened to
             }
             let limits = connection.limits();
@@ -288,7 +289,7 @@ impl Shard {
                 }
                 Err(error) => Some(CloseReason::Protocol(error)),
             };
-            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+            if let Some(connection) = self.crowd.connections.get_mut(slot) {
                 connection.decoder.release();
             }
             if let Some(reason) = end {
@@ -298,9 +299,9 @@ impl Shard {
     }
 
     /// Gives the handler the messages that were held for it, until it is busy. Returns whether it is idle then.
-    pub(super) fn hand_held(&mut self, slot: u32) -> bool {
+    pub(super) fn hand_held(&mut self, slot: Slot) -> bool {
         loop {
-            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return false };
+            let Some(connection) = self.crowd.connections.get_mut(slot) else { return false };
             if !connection.takes_held() {
                 return connection.work == Work::Idle;
             }
@@ -318,7 +319,7 @@ impl Shard {
                 };
                 (_, end) = self.run_handler(slot, on_message);
             }
-            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+            if let Some(connection) = self.crowd.connections.get_mut(slot) {
                 connection.held = Some(held).filter(|held| !held.is_empty());
             }
             self.count_unfinished(slot, before);
@@ -340,9 +341,9 @@ impl Shard {
             if connection.work == Work::Idle {
                 continue;
             }
-            let flow = self.call(id.slot() as u32, |handler, context| handler.on_resume(context));
+            let flow = self.call(id.slot(), |handler, context| handler.on_resume(context));
             if flow == Flow::Ready {
-                self.proceed(id.slot() as u32);
+                self.proceed(id.slot());
             }
         }
         self.scratch.resumes = resumes;
@@ -356,8 +357,8 @@ impl Shard {
     }
 
     /// The handler is done with what kept it busy.
-    fn proceed(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    fn proceed(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let was = std::mem::replace(&mut connection.work, Work::Idle);
         if was == Work::Parting {
             self.part(slot);
@@ -370,8 +371,8 @@ impl Shard {
     }
 
     /// Goes on with a handler that is idle: with drops it was not told of, messages held for it, and new ones.
-    pub(super) fn go_on(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    pub(super) fn go_on(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         if connection.phase != Phase::Open || connection.socket.is_none() {
             self.tell_end(slot);
             return;
@@ -379,7 +380,7 @@ impl Shard {
         if self.tell_drops(slot) == Flow::Pending || !self.hand_held(slot) {
             return;
         }
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         if connection.is_input_over {
             self.end_of_input(slot);
         } else if connection.is_reading() {
@@ -390,7 +391,7 @@ impl Shard {
     /// Calls the handler; a panic ends the connection.
     pub(super) fn call(
         &mut self,
-        slot: u32,
+        slot: Slot,
         call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
     ) -> Flow {
         let (flow, end) = self.run_handler(slot, call);
@@ -403,11 +404,11 @@ impl Shard {
     /// Calls the handler; returns also whether, and why, the connection is to end now.
     fn run_handler(
         &mut self,
-        slot: u32,
+        slot: Slot,
         call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
     ) -> (Flow, Option<CloseReason>) {
         let nothing = (Flow::Ready, None);
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return nothing };
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return nothing };
         let Some(handler) = connection.handler.as_deref_mut() else { return nothing };
         let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
         let shown = self.shared.beacons.call(self.index, connection.directory.key());
@@ -423,8 +424,8 @@ impl Shard {
     }
 
     /// The handler has panicked or closes the connection: it gets no more messages, also none that came before the end.
-    fn end_by_handler(&mut self, slot: u32, reason: CloseReason) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         if connection.phase != Phase::Open {
             let before = connection.unfinished_bytes();
             connection.held = None;

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Connection, Flushed, Phase};
+use crate::id::Slot;
 
 use super::Shard;
 
@@ -46,8 +47,8 @@ impl Shard {
         self.scratch.slots = slots;
     }
 
-    fn flush(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    fn flush(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         connection.is_dirty = false;
         let before = connection.outbox.backlog_bytes();
         let has_ping = connection.heartbeat.has_queued_ping() && connection.is_writable;
@@ -63,14 +64,14 @@ impl Shard {
             Flushed::Refused => {
                 self.refusals += 1;
                 self.crowd.refused += 1;
-                let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+                let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
                 if let Some(due) = connection.look_at_stall(self.crowd.now) {
                     self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
                 }
             }
             Flushed::HasMore => self.crowd.mark_dirty(slot),
             Flushed::Finished => {
-                let connection = self.crowd.connections.get(slot as usize);
+                let connection = self.crowd.connections.get(slot);
                 // Whether it has taken everything is asked for the report of a shutdown only.
                 let is_over = |connection: &Connection| {
                     connection.is_input_over && (self.stop.is_none() || connection.is_delivered())
@@ -87,17 +88,17 @@ impl Shard {
 
     /// A ping has been written: its time runs from now.
     #[cold]
-    fn note_ping(&mut self, slot: u32, is_ahead: bool) {
+    fn note_ping(&mut self, slot: Slot, is_ahead: bool) {
         let now = self.clock();
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         connection.ping_sent(now, is_ahead);
         let due = now + connection.config.pong_timeout;
         self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
     }
 
     /// Everything has been written: what is left is the peer's to do, and it has the usual time for it.
-    fn linger(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    fn linger(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let by = self.crowd.now + connection.config.close_timeout;
         if let Some(ending) = connection.ending_mut().filter(|ending| ending.by > by) {
             ending.by = by;
@@ -140,8 +141,8 @@ impl Shard {
     fn shed(&mut self, excess: usize, reason: CloseReason, held: impl Fn(&Connection) -> usize) -> usize {
         let (largest, sum) = self.crowd.largest(excess, held);
         for id in largest {
-            let slot = id.slot() as u32;
-            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { continue };
+            let slot = id.slot();
+            let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
             if connection.phase == Phase::Open {
                 self.end(slot, reason.clone());
                 continue;

@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Connection, Phase, Work};
-use crate::id::ConnectionId;
+use crate::id::{ConnectionId, Slot};
 use crate::stopping::ShutdownReport;
 
 use super::Shard;
-use super::golden;
 
 /// How far this shard has got with ending.
 #[derive(Debug)]
@@ -64,13 +63,11 @@ impl Shard {
             let closing_by = by.saturating_sub(plan.within / 2);
             let report = ShutdownReport::default();
             self.stop = Some(Stop { by, closing_by, is_quiet: false, closings: None, report });
-            for (_, connection) in &mut self.crowd.connections {
-                connection.is_paused = true;
-            }
+            self.crowd.connections.iter_mut().for_each(Connection::pause);
         }
         let Some(stop) = &mut self.stop else { return };
         if stop.closings.is_none() {
-            let is_busy = |(_, connection): (usize, &Connection)| connection.work == Work::Busy;
+            let is_busy = |connection: &Connection| connection.work == Work::Busy;
             if !stop.is_quiet && !self.crowd.connections.iter().any(is_busy) {
                 stop.is_quiet = true;
                 if self.shared.stopping.tell_quiet() {
@@ -88,11 +85,9 @@ impl Shard {
             {
                 return; // what was sent before goes out first
             }
-            let open =
-                self.crowd.connections.iter().filter(|(_, connection)| connection.phase == Phase::Open);
-            // The golden ratio spreads neighbours over the window.
-            let closing = |(slot, connection): (usize, &Connection)| {
-                (now + plan.spread.mul_f64(golden(slot)), connection.id)
+            let open = self.crowd.connections.iter().filter(|connection| connection.phase == Phase::Open);
+            let closing = |connection: &Connection| {
+                (now + plan.spread.mul_f64(connection.id.slot().spread()), connection.id)
             };
             let mut closings: Vec<_> = open.map(closing).collect();
             closings.sort_unstable_by(|a, b| b.cmp(a));
@@ -103,7 +98,7 @@ impl Shard {
             && let Some((_, id)) = closings.pop_if(|(due, _)| *due <= now)
         {
             if self.find(id).is_some() {
-                self.end(id.slot() as u32, CloseReason::Shutdown { code: plan.code });
+                self.end(id.slot(), CloseReason::Shutdown { code: plan.code });
             }
         }
     }
@@ -119,13 +114,13 @@ impl Shard {
 impl Shard {
     /// What remains when the time is over: sockets are dropped with what is queued for them, handlers are abandoned.
     fn abandon(&mut self, report: &mut ShutdownReport) {
-        let slots: Vec<u32> = self.crowd.connections.iter().map(|(slot, _)| slot as u32).collect();
+        let slots: Vec<Slot> = self.crowd.connections.iter().map(|connection| connection.id.slot()).collect();
         for slot in slots {
-            if let Some(connection) = self.crowd.connections.get_mut(slot as usize) {
+            if let Some(connection) = self.crowd.connections.get_mut(slot) {
                 drop(connection.take_opening());
             }
             self.leave_groups(slot);
-            let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { continue };
+            let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
             self.crowd.metrics.ended += u64::from(connection.phase == Phase::Open);
             report.left_over += u64::from(connection.handler.is_some());
             let (has_socket, is_delivered) = (connection.socket.is_some(), connection.is_delivered());

@@ -9,6 +9,7 @@ use crate::close_reason::CloseReason;
 use crate::connection::Phase;
 use crate::frame::ControlFrame;
 use crate::heartbeat::Beat;
+use crate::id::Slot;
 use crate::wheel::UNARMED;
 
 use super::{Shard, Untold};
@@ -29,8 +30,8 @@ impl Shard {
         let mut due = std::mem::take(&mut self.scratch.due);
         self.wheel.expire(self.crowd.now, &mut due);
         for (id, tick) in due.drain(..) {
-            let slot = id.slot() as u32;
-            if let Some(connection) = self.crowd.connections.get_mut(slot as usize)
+            let slot = id.slot();
+            if let Some(connection) = self.crowd.connections.get_mut(slot)
                 && connection.id == id
                 && connection.armed == tick
             {
@@ -43,14 +44,14 @@ impl Shard {
     }
 
     /// Does what is due for a connection and arms its next reminder.
-    pub(super) fn beat(&mut self, slot: u32) {
+    pub(super) fn beat(&mut self, slot: Slot) {
         let (now, listened) = (self.crowd.now, self.crowd.listened);
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let id = connection.id;
         if connection.ending().is_some() {
             return self.beat_ending(slot);
         }
-        if connection.is_deaf {
+        if connection.is_over() {
             // Its end is decided and in the list, behind what was sent before.
             let due = now + connection.config.close_timeout;
             return self.wheel.arm_earlier(id, due, &mut connection.armed);
@@ -95,9 +96,9 @@ impl Shard {
     }
 
     /// Does what is due in a closing handshake: makes way for the Close frame, or drops the socket.
-    fn beat_ending(&mut self, slot: u32) {
+    fn beat_ending(&mut self, slot: Slot) {
         let now = self.crowd.now;
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let has_socket = connection.socket.is_some();
         let Some(ending) = connection.ending().filter(|_| has_socket) else {
             return; // only the handler is left, and it has the time it needs
@@ -108,9 +109,9 @@ impl Shard {
         if connection.is_input_over && connection.phase == Phase::Lingering && connection.is_delivered() {
             return self.drop_socket(slot);
         }
-        let Some(ending) = self.crowd.connections[slot as usize].ending_mut() else { return };
+        let Some(ending) = self.crowd.connections[slot].ending_mut() else { return };
         if ending.flush_by.take_if(|by| now >= *by).is_some() && self.discard(slot) > 0 {
-            if let Some(ending) = self.crowd.connections[slot as usize].ending_mut() {
+            if let Some(ending) = self.crowd.connections[slot].ending_mut() {
                 ending.is_cut = true;
             }
             self.crowd.mark_dirty(slot);
@@ -119,8 +120,8 @@ impl Shard {
     }
 
     /// Arms the reminder for what is due next in a closing handshake.
-    pub(super) fn arm_ending(&mut self, slot: u32) {
-        let Some(connection) = self.crowd.connections.get_mut(slot as usize) else { return };
+    pub(super) fn arm_ending(&mut self, slot: Slot) {
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let Some(ending) = connection.ending() else { return };
         let mut due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
         if connection.is_input_over && connection.phase == Phase::Lingering {
