@@ -14,6 +14,8 @@ pub(crate) static NO_PLACE: LogLimit = LogLimit::new();
 pub(crate) static NOT_TAKEN_OVER: LogLimit = LogLimit::new();
 /// The answer to a handshake was not sent.
 pub(crate) static NOT_SENT: LogLimit = LogLimit::new();
+/// A client was turned away without being waited for.
+pub(crate) static NOT_WAITED_FOR: LogLimit = LogLimit::new();
 /// An origin was refused.
 pub(crate) static FORBIDDEN_ORIGIN: LogLimit = LogLimit::new();
 /// A list of origins is wrong.
