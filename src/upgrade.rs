@@ -84,9 +84,18 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// then the handshake is forgotten, and its place given back.
 ///
 /// Over HTTP/1.1 the response's body finds that out. A middleware that wraps bodies must pass on
-/// [`is_end_stream`](axum::body::HttpBody::is_end_stream), as nearly all do. tower-http's `ResponseBodyTimeoutLayer` does not:
+/// [`is_end_stream`], as nearly all do. tower-http's `ResponseBodyTimeoutLayer` does not:
 /// keep it away from the routes of WebSockets. Behind it each socket is dropped at once, without a Close frame; the log
 /// says so at level `info`, at most once in a second.
+///
+/// A middleware that replaces the response must not ask its body for [`is_end_stream`] and then for [`size_hint`], as
+/// hyper does when it sends one: such a response passes for sent. Then a client that gets the other response and ends its
+/// stream within 5 s counts as a connection for a moment (`on_connect`, `on_open`, `on_disconnect`), and any other holds its
+/// place for these 5 s. Look at the status and the headers instead. Who asks one of the two, or in the other order,
+/// makes no connection, but the place may be held for 5 s.
+///
+/// [`is_end_stream`]: axum::body::HttpBody::is_end_stream
+/// [`size_hint`]: axum::body::HttpBody::size_hint
 #[must_use = "the handshake goes unanswered unless the response made from it is returned"]
 pub struct WebSocketUpgrade {
     answer: Answer,

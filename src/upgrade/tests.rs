@@ -205,6 +205,35 @@ async fn the_explicit_form_yields_the_socket_to_who_awaits_it() {
     server.abort();
 }
 
+/// What hyper asks a body when it sends a response is what the verdict goes by.
+#[tokio::test]
+async fn hyper_s_own_servers_are_seen_to_send_a_101() {
+    for is_auto in [true, false] {
+        let (listener, address) = tcp_listener().await;
+        let (pending, mut accepted) = mpsc::unbounded_channel();
+        let handler = async move |ws: WebSocketUpgrade| {
+            let (response, socket) = ws.accept().unwrap();
+            pending.send(socket).unwrap();
+            response
+        };
+        let app = Router::new().route("/ws", any(handler));
+        let server = tokio::spawn(async move {
+            if is_auto {
+                return serve(listener, app).await;
+            }
+            let (socket, _) = listener.accept().await.unwrap();
+            let connection = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(socket), TowerToHyperService::new(app));
+            connection.with_upgrades().await.unwrap();
+        });
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(request_bytes()).await.unwrap();
+        let verdict = accepted.recv().await.unwrap().verdict.unwrap();
+        assert_eq!(verdict.verdict().await, Verdict::Sent);
+        server.abort();
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_is_gone_before_the_answer_fails_the_upgrade() {
     let (listener, address) = tcp_listener().await;
