@@ -41,7 +41,9 @@ pub use crate::handshake::UpgradeRejection;
 use crate::{
     bridge::bridge,
     handshake::{self, Answer, RequestHead},
-    log_limit::{FORBIDDEN_ORIGIN, INVALID_ORIGIN, NO_SUBPROTOCOL, NOT_SENT, NOT_TAKEN_OVER, NOT_WAITED_FOR},
+    log_limit::{
+        Excerpt, FORBIDDEN_ORIGIN, INVALID_ORIGIN, NO_SUBPROTOCOL, NOT_SENT, NOT_TAKEN_OVER, NOT_WAITED_FOR,
+    },
     origin::AllowedOrigins,
     peer_address::{PeerAddress, TrustedProxies},
     turn_away::{self, turn_away, turn_away_at_once, turn_socket_away_at_once},
@@ -128,7 +130,7 @@ impl WebSocketUpgrade {
         self
     }
 
-    /// The subprotocols that the client offers, in its order.
+    /// The subprotocols that the client offers, in its order; the first 128, if there are more.
     pub fn requested_protocols(&self) -> impl Iterator<Item = &HeaderValue> {
         self.requested_protocols.iter()
     }
@@ -214,6 +216,7 @@ impl WebSocketUpgrade {
             Ok(allowed) => {
                 let is_allowed = allowed.allow(origin) && sent.next().is_none();
                 if !is_allowed && let Some(left_out) = FORBIDDEN_ORIGIN.allows() {
+                    let origin = Excerpt(origin.as_bytes());
                     tracing::warn!(?origin, %allowed, left_out, "a page of this origin may not connect");
                 }
                 is_allowed
@@ -268,7 +271,9 @@ impl WebSocketUpgrade {
             && !self.requested_protocols.is_empty()
             && let Some(left_out) = NO_SUBPROTOCOL.allows()
         {
-            let offered = &self.requested_protocols;
+            let offered: Vec<_> = self.requested_protocols.iter().map(HeaderValue::as_bytes).collect();
+            let offered = offered.join(&b", "[..]);
+            let offered = Excerpt(&offered);
             tracing::info!(
                 ?offered,
                 left_out,
