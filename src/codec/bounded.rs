@@ -577,6 +577,7 @@ mod tests {
     }
 
     /// Each recurses through a buffer of serde's own, of which it is decoded.
+    #[allow(clippy::large_enum_variant)] // that is the point
     mod buffered {
         use super::*;
 
