@@ -80,7 +80,27 @@ pub trait Encode<T>: Send + Sync + 'static {
 ///   is logged as a fault of the program.
 /// - It must not block: until it returns, the shard's other connections wait.
 ///
-/// The codecs of this crate guarantee all of it for every message type that derives `Deserialize`.
+/// The codecs of this crate guarantee all of it for every message type that derives `Deserialize`, but for some that
+/// serde reads through a buffer.
+///
+/// # Untagged enums, `flatten` and internal tags
+/// With `#[serde(untagged)]`, `#[serde(flatten)]` and `#[serde(tag = "…")]` without `content`, serde reads a value into a
+/// buffer of its own, and then the message type out of the buffer. [`BinaryCodec`] refuses such types. With [`JsonCodec`],
+/// and every other codec that uses [`deserialize_bounded`]:
+///
+/// - The buffer is bounded. It nests at most [`DEPTH_MAX`] levels, with what is around it, and is allocated as it
+///   fills: 32 bytes for each value, which is 16 times the length of a JSON array of digits.
+/// - Recursion out of the buffer is not counted. It ends with the buffer, and fits the stack, where each step of the type
+///   into itself needs a list, a map or a field in the message. It does **not end** in an untagged enum or a flattened
+///   struct that contains itself directly, or only through options and newtypes (`Wrap(Box<Self>)`, untagged): one
+///   short message overflows the stack and ends the process.
+/// - Time is **not bounded** in an untagged enum that contains itself. Its variants are tried one after the other, with a
+///   copy of the buffer's rest on each level. If two of them contain the enum under the same name, each level doubles the
+///   work, and 500 bytes keep a shard busy for days.
+///
+/// So do not make a message type that contains itself `untagged` or flattened. An externally tagged enum (serde's
+/// default), an adjacently tagged one (`tag` and `content`) or an internally tagged one (`tag`) is bounded: each step is a
+/// level of the message, and no variant is tried in vain. Types that do not contain themselves are bounded in every form.
 pub trait Decode<T>: Send + Sync + 'static {
     /// Reads a value that fills `payload` exactly. The payload of a text message has been checked to be UTF-8.
     ///
@@ -142,7 +162,8 @@ fn kind_name(kind: MessageKind) -> &'static str {
 }
 
 /// JSON. Writes text messages; reads text and binary ones, as many clients do not tell the two apart. What it reads may
-/// be nested [`DEPTH_MAX`] levels (128) deep.
+/// be nested [`DEPTH_MAX`] levels (128) deep. A message type that contains itself must not be `untagged` or flattened: see
+/// [`Decode`](Decode#untagged-enums-flatten-and-internal-tags).
 ///
 /// ```
 /// use shardcast::{Decode, Encode, JsonCodec, MessageKind};
@@ -177,7 +198,8 @@ impl<T: DeserializeOwned> Decode<T> for JsonCodec {
 /// messages only; both sides must have the same types, since the format carries no names.
 ///
 /// What it reads may be nested [`DEPTH_MAX`] levels (128) deep, and may have at most 65,536 elements that take no bytes
-/// (those of a `Vec<()>`): beyond that it is a [`CodecError::Decode`].
+/// (those of a `Vec<()>`): beyond that it is a [`CodecError::Decode`]. The format does not say of what type its values
+/// are, so `untagged`, `flatten` and internal tags (`tag` without `content`) are refused, too.
 ///
 /// ```
 /// use shardcast::{BinaryCodec, Decode, Encode, MessageKind};

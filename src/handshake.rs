@@ -188,7 +188,10 @@ pub(crate) fn check(request: RequestHead<'_>) -> Result<Answer, UpgradeRejection
     Ok(Answer::SwitchingProtocols { accept: shardcast_engine::accept_key(key.as_bytes()) })
 }
 
-/// The subprotocols that the client offers, in its order. What is not a list of names is skipped.
+/// How many subprotocols of a client are looked at. A request may name 200,000, each of which takes some 70 bytes.
+const PROTOCOLS_MAX: usize = 128;
+
+/// The first subprotocols that the client offers, in its order. What is not a list of names is skipped.
 pub(crate) fn requested_protocols(headers: &HeaderMap) -> Vec<HeaderValue> {
     headers
         .get_all(header::SEC_WEBSOCKET_PROTOCOL)
@@ -198,6 +201,7 @@ pub(crate) fn requested_protocols(headers: &HeaderMap) -> Vec<HeaderValue> {
         .map(str::trim)
         .filter(|name| !name.is_empty())
         .filter_map(|name| HeaderValue::from_str(name).ok())
+        .take(PROTOCOLS_MAX)
         .collect()
 }
 
@@ -469,6 +473,13 @@ mod tests {
             headers(&[("sec-websocket-protocol", "soap, wamp,,"), ("sec-websocket-protocol", " chat.v2 ")]);
         assert_eq!(requested_protocols(&request), ["soap", "wamp", "chat.v2"]);
         assert!(requested_protocols(&headers(&[])).is_empty());
+    }
+
+    #[test]
+    fn of_more_protocols_than_anyone_means_only_the_first_are_looked_at() {
+        let many = format!("first,{}", "a,".repeat(100_000));
+        let some = requested_protocols(&headers(&[("sec-websocket-protocol", many.as_str())]));
+        assert_eq!((some.len(), &some[0]), (PROTOCOLS_MAX, &HeaderValue::from_static("first")));
     }
 
     #[test]

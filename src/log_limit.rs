@@ -1,9 +1,10 @@
 //! The log limit: at most one line in a second of a kind that clients can cause as often as they like.
 //!
-//! The lines are the process's, and so are the times of the last ones: they are static, because no engine is known where
+//! Nor do strangers choose how long a line is. The lines are the process's, and so are the times of the last ones: they are static, because no engine is known where
 //! these lines are written. Knows the wall clock's seconds. Does not know what is logged.
 
 use std::{
+    fmt,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -14,6 +15,8 @@ pub(crate) static NO_PLACE: LogLimit = LogLimit::new();
 pub(crate) static NOT_TAKEN_OVER: LogLimit = LogLimit::new();
 /// The answer to a handshake was not sent.
 pub(crate) static NOT_SENT: LogLimit = LogLimit::new();
+/// A client was turned away without being waited for.
+pub(crate) static NOT_WAITED_FOR: LogLimit = LogLimit::new();
 /// An origin was refused.
 pub(crate) static FORBIDDEN_ORIGIN: LogLimit = LogLimit::new();
 /// A list of origins is wrong.
@@ -51,9 +54,32 @@ impl LogLimit {
     }
 }
 
+/// What a stranger has sent, as far as a line in the log shows it: 256 bytes.
+pub(crate) struct Excerpt<'a>(pub(crate) &'a [u8]);
+
+impl fmt::Debug for Excerpt<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN_BYTES: usize = 256;
+        let shown = &self.0[..self.0.len().min(SHOWN_BYTES)];
+        write!(formatter, "\"{}\"", shown.escape_ascii())?;
+        match self.0.len() - shown.len() {
+            0 => Ok(()),
+            more => write!(formatter, " and {more} bytes more"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_shows_little_of_what_a_stranger_has_sent_and_nothing_that_is_no_text() {
+        assert_eq!(format!("{:?}", Excerpt(b"https://a.test")), "\"https://a.test\"");
+        assert_eq!(format!("{:?}", Excerpt(b"a\n\"\xff")), r#""a\n\"\xff""#);
+        let long = format!("{:?}", Excerpt(&[b'x'; 400_000]));
+        assert_eq!(long, format!("\"{}\" and 399744 bytes more", "x".repeat(256)));
+    }
 
     #[test]
     fn a_second_has_one_line_and_the_next_line_tells_how_many_were_left_out() {

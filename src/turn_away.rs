@@ -3,48 +3,129 @@
 //! After a 101 a client has a WebSocket, and must not have to guess why it ends. A client that cannot be served is told
 //! in a short task that owns the stream: it writes one frame, ends its side, and reads what the client still
 //! sends, because closing a socket with unread bytes would destroy the frame on its way. All within [`LINGER`].
+//! Such tasks are the process's, because no engine is known where a WebSocket is dropped, and there are at most
+//! [`AT_ONCE_MAX`]: clients decide how many are turned away, and a limit on connections does not count them. Whoever is
+//! beyond gets the frame without being waited for.
 //! Knows streams and the Close frame. Does not know reasons, nor where the stream comes from.
 
-use std::{io, time::Duration};
+use std::{
+    io::{self, Read, Write},
+    pin::pin,
+    task::{Context, Waker},
+    time::Duration,
+};
 
 use shardcast_engine::{CloseCode, ControlFrame};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    sync::{Semaphore, SemaphorePermit},
     time::timeout,
 };
 
 /// How long a client that is turned away may take to read the frame and hang up, before it is cut off.
 pub(crate) const LINGER: Duration = Duration::from_secs(2);
 
+/// How many clients are waited for at once. Each costs a socket and a task.
+pub(crate) const AT_ONCE_MAX: usize = 1024;
+
+/// What is read of a client that is not waited for, so that a socket without unread bytes is closed: 64 KiB.
+const READS_AT_ONCE: usize = 16;
+const READ_BYTES: usize = 4096;
+
+/// The process's limit.
+pub(crate) static LIMIT: Limit = Limit(Semaphore::const_new(AT_ONCE_MAX));
+
+/// How many clients may be waited for at once.
+#[derive(Debug)]
+pub(crate) struct Limit(Semaphore);
+
+impl Limit {
+    #[cfg(test)]
+    pub(crate) fn new(at_once_max: usize) -> &'static Self {
+        Box::leak(Box::new(Self(Semaphore::new(at_once_max))))
+    }
+
+    /// Leave to wait for one more, until it is dropped.
+    pub(crate) fn permit(&'static self) -> Option<SemaphorePermit<'static>> {
+        self.0.try_acquire().ok()
+    }
+}
+
 /// Sends a Close frame, and waits for the client to hang up. Must be called within a tokio runtime.
-pub(crate) async fn turn_away<S>(mut stream: S, code: CloseCode, reason: &str)
+pub(crate) async fn turn_away<S>(stream: S, code: CloseCode, reason: &str)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let frame = ControlFrame::close(code, reason);
-    let farewell = async {
-        stream.write_all(frame.as_bytes()).await?;
-        stream.shutdown().await?;
-        while stream.read(&mut [0; 1024]).await? > 0 {}
+    // Nothing more can be done for a client that has gone or does not hang up.
+    let _ = timeout(LINGER, farewell(stream, code, reason, usize::MAX)).await;
+}
+
+/// The same without waiting: goes as far as it goes at once.
+pub(crate) fn turn_away_at_once<S>(stream: S, code: CloseCode, reason: &str)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let farewell = pin!(farewell(stream, code, reason, READS_AT_ONCE));
+    let _ = farewell.poll(&mut Context::from_waker(Waker::noop()));
+}
+
+/// The same without waiting, for a non-blocking socket that no runtime knows. `end` ends our side of it.
+pub(crate) fn turn_socket_away_at_once<S>(
+    mut stream: S,
+    end: impl FnOnce(&S) -> io::Result<()>,
+    code: CloseCode,
+    reason: &str,
+) where
+    S: Read + Write,
+{
+    let farewell = || {
+        stream.write_all(ControlFrame::close(code, reason).as_bytes())?;
+        end(&stream)?;
+        for _ in 0..READS_AT_ONCE {
+            if stream.read(&mut [0; READ_BYTES])? == 0 {
+                break;
+            }
+        }
         Ok::<_, io::Error>(())
     };
-    // Nothing more can be done for a client that has gone or does not hang up.
-    let _ = timeout(LINGER, farewell).await;
+    let _ = farewell(); // there is nothing more to try
+}
+
+async fn farewell<S>(mut stream: S, code: CloseCode, reason: &str, reads_max: usize) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    stream.write_all(ControlFrame::close(code, reason).as_bytes()).await?;
+    stream.shutdown().await?;
+    for _ in 0..reads_max {
+        if stream.read(&mut [0; READ_BYTES]).await? == 0 {
+            break;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::{io::duplex, time::Instant};
+    use tokio::{
+        io::{DuplexStream, duplex},
+        time::Instant,
+    };
 
     use super::*;
+
+    async fn frame(client: &mut DuplexStream) -> Vec<u8> {
+        let mut frame = Vec::new();
+        client.read_to_end(&mut frame).await.unwrap();
+        frame
+    }
 
     #[tokio::test]
     async fn a_client_that_is_still_talking_gets_the_frame() {
         let (mut client, stream) = duplex(64);
         let client = async {
             client.write_all(&[7; 500]).await.unwrap();
-            let mut frame = Vec::new();
-            client.read_to_end(&mut frame).await.unwrap();
+            let frame = frame(&mut client).await;
             drop(client);
             frame
         };
@@ -58,5 +139,13 @@ mod tests {
         let started = Instant::now();
         turn_away(stream, CloseCode::GOING_AWAY, "").await;
         assert_eq!(started.elapsed(), LINGER);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_not_waited_for_gets_the_frame_although_it_has_talked() {
+        let (mut client, stream) = duplex(64);
+        client.write_all(&[7; 60]).await.unwrap();
+        turn_away_at_once(stream, CloseCode::TRY_AGAIN_LATER, "full");
+        assert_eq!(frame(&mut client).await, b"\x88\x06\x03\xf5full");
     }
 }

@@ -10,7 +10,7 @@
 use std::{
     fmt,
     future::Future,
-    io::{self, Write as _},
+    io,
     net::{IpAddr, Shutdown, SocketAddr},
     os::unix,
     time::Duration,
@@ -27,12 +27,13 @@ use hyper::{
     upgrade::{OnUpgrade, Upgraded},
 };
 use hyper_util::{rt::TokioIo, server::conn::auto::upgrade::downcast};
-use shardcast_engine::{CloseCode, ControlFrame};
+use shardcast_engine::CloseCode;
 use socket2::SockRef;
 use thiserror::Error;
 use tokio::{
     net::{TcpStream, UnixStream},
     runtime::Handle,
+    sync::SemaphorePermit,
     time::timeout,
 };
 
@@ -40,10 +41,12 @@ pub use crate::handshake::UpgradeRejection;
 use crate::{
     bridge::bridge,
     handshake::{self, Answer, RequestHead},
-    log_limit::{FORBIDDEN_ORIGIN, INVALID_ORIGIN, NO_SUBPROTOCOL, NOT_SENT, NOT_TAKEN_OVER},
+    log_limit::{
+        Excerpt, FORBIDDEN_ORIGIN, INVALID_ORIGIN, NO_SUBPROTOCOL, NOT_SENT, NOT_TAKEN_OVER, NOT_WAITED_FOR,
+    },
     origin::AllowedOrigins,
     peer_address::{PeerAddress, TrustedProxies},
-    turn_away::turn_away,
+    turn_away::{self, turn_away, turn_away_at_once, turn_socket_away_at_once},
     verdict::{self, PendingVerdict, Verdict},
 };
 
@@ -83,9 +86,18 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// then the handshake is forgotten, and its place given back.
 ///
 /// Over HTTP/1.1 the response's body finds that out. A middleware that wraps bodies must pass on
-/// [`is_end_stream`](axum::body::HttpBody::is_end_stream), as nearly all do. tower-http's `ResponseBodyTimeoutLayer` does not:
+/// [`is_end_stream`], as nearly all do. tower-http's `ResponseBodyTimeoutLayer` does not:
 /// keep it away from the routes of WebSockets. Behind it each socket is dropped at once, without a Close frame; the log
 /// says so at level `info`, at most once in a second.
+///
+/// A middleware that replaces the response must not ask its body for [`is_end_stream`] and then for [`size_hint`], as
+/// hyper does when it sends one: such a response passes for sent. Then a client that gets the other response and ends its
+/// stream within 5 s counts as a connection for a moment (`on_connect`, `on_open`, `on_disconnect`), and any other holds its
+/// place for these 5 s. Look at the status and the headers instead. Who asks one of the two, or in the other order,
+/// makes no connection, but the place may be held for 5 s.
+///
+/// [`is_end_stream`]: axum::body::HttpBody::is_end_stream
+/// [`size_hint`]: axum::body::HttpBody::size_hint
 #[must_use = "the handshake goes unanswered unless the response made from it is returned"]
 pub struct WebSocketUpgrade {
     answer: Answer,
@@ -118,7 +130,7 @@ impl WebSocketUpgrade {
         self
     }
 
-    /// The subprotocols that the client offers, in its order.
+    /// The subprotocols that the client offers, in its order; the first 128, if there are more.
     pub fn requested_protocols(&self) -> impl Iterator<Item = &HeaderValue> {
         self.requested_protocols.iter()
     }
@@ -204,6 +216,7 @@ impl WebSocketUpgrade {
             Ok(allowed) => {
                 let is_allowed = allowed.allow(origin) && sent.next().is_none();
                 if !is_allowed && let Some(left_out) = FORBIDDEN_ORIGIN.allows() {
+                    let origin = Excerpt(origin.as_bytes());
                     tracing::warn!(?origin, %allowed, left_out, "a page of this origin may not connect");
                 }
                 is_allowed
@@ -258,7 +271,9 @@ impl WebSocketUpgrade {
             && !self.requested_protocols.is_empty()
             && let Some(left_out) = NO_SUBPROTOCOL.allows()
         {
-            let offered = &self.requested_protocols;
+            let offered: Vec<_> = self.requested_protocols.iter().map(HeaderValue::as_bytes).collect();
+            let offered = offered.join(&b", "[..]);
+            let offered = Excerpt(&offered);
             tracing::info!(
                 ?offered,
                 left_out,
@@ -455,19 +470,23 @@ impl RawSocket {
         }
     }
 
-    /// Ends it with a Close frame: in a task that waits for its arrival, or where there is no runtime, with one write.
+    /// Ends it with a Close frame: in a task that waits for the client, or without waiting where there is no runtime, or
+    /// too many are waited for.
     pub(crate) fn turn_away(self, code: CloseCode, reason: &'static str) {
-        let Ok(runtime) = Handle::try_current() else {
-            let frame = ControlFrame::close(code, reason);
-            // Whether it succeeds does not matter: there is nothing more to try.
-            let _ = match &self {
+        self.turn_away_within(&turn_away::LIMIT, code, reason);
+    }
+
+    fn turn_away_within(self, limit: &'static turn_away::Limit, code: CloseCode, reason: &'static str) {
+        let waiting = Handle::try_current().ok().and_then(|runtime| Some((runtime, permit(limit)?)));
+        let Some((runtime, permit)) = waiting else {
+            match &self {
                 Self::Tcp(stream) => {
-                    { stream }.write_all(frame.as_bytes()).and_then(|()| stream.shutdown(Shutdown::Write))
+                    turn_socket_away_at_once(stream, |stream| stream.shutdown(Shutdown::Write), code, reason);
                 }
                 Self::Unix(stream) | Self::Bridge(stream) => {
-                    { stream }.write_all(frame.as_bytes()).and_then(|()| stream.shutdown(Shutdown::Write))
+                    turn_socket_away_at_once(stream, |stream| stream.shutdown(Shutdown::Write), code, reason);
                 }
-            };
+            }
             return;
         };
         runtime.spawn(async move {
@@ -483,6 +502,7 @@ impl RawSocket {
                     }
                 }
             }
+            drop(permit);
         });
     }
 
@@ -503,6 +523,21 @@ impl RawSocket {
         };
         peeked.is_ok_and(|count| count == 0)
     }
+}
+
+/// Leave to wait for one more client that is turned away.
+fn permit(limit: &'static turn_away::Limit) -> Option<SemaphorePermit<'static>> {
+    let permit = limit.permit();
+    if permit.is_none()
+        && let Some(left_out) = NOT_WAITED_FOR.allows()
+    {
+        tracing::warn!(
+            at_once_max = turn_away::AT_ONCE_MAX,
+            left_out,
+            "too many clients are turned away at once: one got its Close frame without being waited for"
+        );
+    }
+    permit
 }
 
 /// The socket that an accepted handshake will leave behind.
@@ -541,7 +576,16 @@ impl PendingSocket {
             Err(Undetachable { error, upgraded }) => {
                 if let Some(upgraded) = upgraded {
                     let why = "no resources for one more connection";
-                    tokio::spawn(turn_away(TokioIo::new(upgraded), CloseCode::TRY_AGAIN_LATER, why));
+                    let (stream, code) = (TokioIo::new(upgraded), CloseCode::TRY_AGAIN_LATER);
+                    match permit(&turn_away::LIMIT) {
+                        Some(permit) => {
+                            tokio::spawn(async move {
+                                turn_away(stream, code, why).await;
+                                drop(permit);
+                            });
+                        }
+                        None => turn_away_at_once(stream, code, why),
+                    }
                 }
                 return Err(UpgradeError::SocketUnusable(error));
             }

@@ -4,11 +4,14 @@
 //! itself must tell. It carries a mark in its extensions and a body without bytes, and the order in which they are
 //! touched shows what became of it:
 //!
-//! - hyper takes a response apart into head and body, asks whether the body ends ([`Body::is_end_stream`]), writes the
-//!   head and drops it, the mark included. Then it drops the body of a 101 without reading it, but reads that of
-//!   every other response, because its length is not known.
-//! - A response that is replaced is dropped as a whole, the mark first, and its body is not asked anything. So is the
-//!   response to a client that has gone.
+//! - hyper takes a response apart into head and body, asks whether the body ends ([`Body::is_end_stream`]), then how long
+//!   it is ([`Body::size_hint`]), writes the head and drops it, the mark included. Then it drops the body of a 101
+//!   without reading it, but reads that of every other response, because its length is not known.
+//! - A response that is replaced is dropped as a whole, the mark first, and nobody has asked its body these two things
+//!   in this order. So is the response to a client that has gone. A middleware that asks as hyper does and replaces the
+//!   response after that cannot be told from hyper, of which the docs of `WebSocketUpgrade` warn.
+//! - Whether the body ends may have been asked by a middleware alone, or by hyper through a wrapper that does not pass on
+//!   the length.
 //! - A middleware that reads or replaces the body does so while it holds the head. What it does with the head after
 //!   that cannot be told from here.
 //!
@@ -27,7 +30,7 @@ use std::{
 
 use axum::response::Response;
 use bytes::Bytes;
-use hyper::body::{Body, Frame};
+use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::oneshot;
 
 /// What became of a response.
@@ -35,7 +38,8 @@ use tokio::sync::oneshot;
 pub(crate) enum Verdict {
     /// It was sent as it was. The socket follows.
     Sent,
-    /// A middleware has taken the body off. The head may have been sent, or another in its place.
+    /// A middleware has taken the body off, or asked what hyper asks. The head may have been sent, or another in its
+    /// place.
     Unclear,
     /// It was not sent: replaced, given another status, or dropped because the client has gone.
     NotSent,
@@ -65,6 +69,8 @@ const HEAD_DROPPED: u8 = 1;
 const BODY_ASKED: u8 = 2;
 const BODY_READ_WITHOUT_HEAD: u8 = 4;
 const BODY_DROPPED_FIRST: u8 = 8;
+/// Whether the body ends was asked, and how long it is after that.
+const LENGTH_ASKED_LAST: u8 = 16;
 
 /// What has happened to the parts. Gives the verdict when the last part is dropped.
 #[derive(Debug)]
@@ -80,6 +86,10 @@ impl Events {
         self.seen.fetch_or(event, AcqRel);
     }
 
+    fn forget(&self, event: u8) {
+        self.seen.fetch_and(!event, AcqRel);
+    }
+
     fn has(&self, event: u8) -> bool {
         self.seen.load(Acquire) & event != 0
     }
@@ -89,8 +99,10 @@ impl Events {
             Verdict::NotSent
         } else if self.has(BODY_DROPPED_FIRST) {
             Verdict::Unclear
-        } else if self.has(BODY_ASKED) {
+        } else if self.has(LENGTH_ASKED_LAST) {
             Verdict::Sent
+        } else if self.has(BODY_ASKED) {
+            Verdict::Unclear
         } else {
             Verdict::NotSent
         }
@@ -143,7 +155,15 @@ impl Body for WatchedBody {
 
     fn is_end_stream(&self) -> bool {
         self.events.note(BODY_ASKED);
+        self.events.forget(LENGTH_ASKED_LAST);
         false
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.events.has(BODY_ASKED) {
+            self.events.note(LENGTH_ASKED_LAST);
+        }
+        SizeHint::default()
     }
 }
 
@@ -212,6 +232,25 @@ mod tests {
         let (second, pending) = response();
         drop(second.map(|_| "another body"));
         assert_eq!(pending.verdict().await, Verdict::Unclear);
+    }
+
+    #[tokio::test]
+    async fn a_response_that_is_dropped_by_who_has_asked_less_than_hyper_is_not_known_to_be_sent() {
+        let (asked, pending) = response();
+        assert!(!asked.body().is_end_stream());
+        drop(asked);
+        assert_eq!(pending.verdict().await, Verdict::Unclear);
+
+        let (asked_in_another_order, pending) = response();
+        let body = asked_in_another_order.body();
+        assert!(body.size_hint().exact().is_none() && !body.is_end_stream());
+        drop(asked_in_another_order);
+        assert_eq!(pending.verdict().await, Verdict::Unclear);
+
+        let (asked_for_the_length, pending) = response();
+        assert!(asked_for_the_length.body().size_hint().exact().is_none());
+        drop(asked_for_the_length);
+        assert_eq!(pending.verdict().await, Verdict::NotSent);
     }
 
     #[tokio::test]

@@ -825,7 +825,7 @@ async fn flooding_server(flood: Vec<u8>) -> (String, mpsc::UnboundedReceiver<u8>
         // Threads, which have no turn to give away. They end with the client's socket.
         std::thread::spawn(move || while stream.write_all(&flood).is_ok() {});
         std::thread::spawn(move || {
-            for byte in reader.bytes().map_while(Result::ok) {
+            for byte in std::io::BufReader::new(reader).bytes().map_while(Result::ok) {
                 let _ = bytes.send(byte); // the test may be over
             }
         });

@@ -77,6 +77,12 @@ async fn replaced(_: Response) -> impl IntoResponse {
     StatusCode::FORBIDDEN
 }
 
+/// By a middleware that looks at the body first.
+async fn replaced_after_a_question(response: Response) -> impl IntoResponse {
+    assert!(!response.body().is_end_stream());
+    StatusCode::FORBIDDEN
+}
+
 async fn replaced_and_closed(_: Response) -> impl IntoResponse {
     (StatusCode::FORBIDDEN, [(header::CONNECTION, "close")])
 }
@@ -104,6 +110,7 @@ fn announcers(hub: Hub<Announcer>) -> Router {
     let route = || any(announce);
     Router::new()
         .route("/replaced", route().layer(map_response(replaced)))
+        .route("/replaced-after-a-question", route().layer(map_response(replaced_after_a_question)))
         .route("/replaced-and-closed", route().layer(map_response(replaced_and_closed)))
         .route("/changed", route().layer(map_response(changed)))
         .route("/changed-and-closed", route().layer(map_response(changed_and_closed)))
@@ -112,8 +119,14 @@ fn announcers(hub: Hub<Announcer>) -> Router {
         .with_state(hub)
 }
 
-const REFUSING: [&str; 5] =
-    ["/replaced", "/replaced-and-closed", "/changed", "/changed-and-closed", "/changed-behind-a-buffer"];
+const REFUSING: [&str; 6] = [
+    "/replaced",
+    "/replaced-after-a-question",
+    "/replaced-and-closed",
+    "/changed",
+    "/changed-and-closed",
+    "/changed-behind-a-buffer",
+];
 
 #[tokio::test]
 async fn a_client_refused_by_a_middleware_never_enters_the_hub() {

@@ -3,7 +3,8 @@
 //! A serde deserializer around another one. It counts where serde recurses, in the visitors, because formats differ in
 //! what they count themselves: postcard counts nothing, MessagePack (`rmp-serde`) only sequences and maps, JSON
 //! neither options nor newtypes. The reason for a refusal is kept beside serde's error, since postcard's errors carry
-//! no text. Knows serde. Does not know any format.
+//! no text. What serde's derive buffers (untagged and internally tagged enums, `flatten`) passes here on its way into
+//! the buffer only. Knows serde. Does not know any format.
 
 use std::cell::Cell;
 use std::fmt;
@@ -23,8 +24,14 @@ use super::CodecError;
 /// a build without optimisations. A type that contains itself should keep what is larger in a `Box`.
 pub const DEPTH_MAX: u8 = 128;
 
+/// Elements that a collection reserves room for before they have been read.
+const HINT_MAX: usize = 64;
+
 /// Reads one value, nested at most [`DEPTH_MAX`] levels: for codecs over serde formats that do not limit recursion, or
-/// not everywhere.
+/// not everywhere. For a length that is only claimed, a collection reserves room for 64 elements at most.
+///
+/// What serde buffers is counted while it is buffered, but not when the message is read out of the buffer; see
+/// [`Decode`](crate::Decode#untagged-enums-flatten-and-internal-tags) for what that means.
 ///
 /// ```
 /// use serde::de::DeserializeOwned;
@@ -134,11 +141,11 @@ impl<'b, T> Bounded<'b, T> {
         }
         Ok(())
     }
+}
 
-    /// A length that cannot be true must not lead to an allocation.
-    fn plausible(&self, hint: Option<usize>) -> Option<usize> {
-        hint.filter(|&elements| !self.is_counted || elements <= self.bounds.elements.get())
-    }
+/// A length that is only claimed must not lead to a large allocation. There can be one such length on each level.
+fn plausible(hint: Option<usize>) -> Option<usize> {
+    hint.map(|elements| elements.min(HINT_MAX))
 }
 
 macro_rules! deserialize_with {
@@ -305,7 +312,7 @@ impl<'de, A: SeqAccess<'de>> SeqAccess<'de> for Bounded<'_, A> {
 
     #[inline]
     fn size_hint(&self) -> Option<usize> {
-        self.plausible(self.inner.size_hint())
+        plausible(self.inner.size_hint())
     }
 }
 
@@ -330,7 +337,7 @@ impl<'de, A: MapAccess<'de>> MapAccess<'de> for Bounded<'_, A> {
 
     #[inline]
     fn size_hint(&self) -> Option<usize> {
-        self.plausible(self.inner.size_hint())
+        plausible(self.inner.size_hint())
     }
 }
 
@@ -567,5 +574,140 @@ mod tests {
         assert_eq!(decoded::<BinaryCodec, _>(&some).unwrap(), some);
         let bytes = vec![7_u8; 1 << 20];
         assert_eq!(decoded::<BinaryCodec, _>(&bytes).unwrap(), bytes);
+    }
+
+    /// Each recurses through a buffer of serde's own, of which it is decoded.
+    #[allow(clippy::large_enum_variant)] // that is the point
+    mod buffered {
+        use super::*;
+
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(untagged)]
+        pub(super) enum Untagged {
+            Leaf(u8),
+            Node { numbers: [[u64; 16]; 3], below: Box<Untagged> },
+            List(Vec<Untagged>),
+        }
+
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = "is")]
+        pub(super) enum Tagged {
+            Leaf,
+            Node { numbers: [[u64; 16]; 3], below: Box<Tagged> },
+        }
+
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        pub(super) struct Flat {
+            #[serde(flatten)]
+            pub(super) more: More,
+        }
+
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        pub(super) struct More {
+            pub(super) numbers: [[u64; 16]; 3],
+            pub(super) below: Option<Box<Flat>>,
+        }
+    }
+
+    /// A value within the limit, the arrays in it included, and one beyond it.
+    fn a_buffer_has_the_limit<C, T>(leaf: fn() -> T, nest: fn(T) -> T)
+    where
+        C: Encode<T> + Decode<T>,
+        T: PartialEq + Debug,
+    {
+        let nested = |levels| (0..levels).fold(leaf(), |value, _| nest(value));
+        let deepest = nested(DEPTH_MAX - 5);
+        assert_eq!(decoded::<C, T>(&deepest).unwrap(), deepest);
+        let refused = decoded::<C, T>(&nested(DEPTH_MAX + 1));
+        assert!(matches!(refused, Err(CodecError::Decode(_))), "{refused:?}");
+    }
+
+    fn buffers_have_the_limit<C>()
+    where
+        C: Encode<buffered::Untagged> + Decode<buffered::Untagged>,
+        C: Encode<buffered::Tagged> + Decode<buffered::Tagged>,
+        C: Encode<buffered::Flat> + Decode<buffered::Flat>,
+    {
+        use buffered::{Flat, More, Tagged, Untagged};
+
+        a_buffer_has_the_limit::<C, _>(|| Untagged::Leaf(7), |below| Untagged::List(vec![below]));
+        a_buffer_has_the_limit::<C, _>(
+            || Untagged::Leaf(7),
+            |below| Untagged::Node { numbers: [[1; 16]; 3], below: Box::new(below) },
+        );
+        a_buffer_has_the_limit::<C, _>(
+            || Tagged::Leaf,
+            |below| Tagged::Node { numbers: [[1; 16]; 3], below: Box::new(below) },
+        );
+        a_buffer_has_the_limit::<C, _>(
+            || Flat { more: More { numbers: [[1; 16]; 3], below: None } },
+            |below| Flat { more: More { numbers: [[1; 16]; 3], below: Some(Box::new(below)) } },
+        );
+    }
+
+    /// What is decoded of serde's buffer is not counted, but it is no deeper than the buffer.
+    #[test]
+    fn what_serde_buffers_nests_at_most_128_levels_and_fits_a_stack_of_2_mib_in_a_debug_build() {
+        let decoding = || {
+            buffers_have_the_limit::<JsonCodec>();
+            buffers_have_the_limit::<MessagePack>();
+        };
+        std::thread::Builder::new().stack_size(2 << 20).spawn(decoding).unwrap().join().unwrap();
+    }
+
+    /// Which is why what the limits do not hold for cannot happen there.
+    #[test]
+    fn postcard_refuses_what_serde_buffers() {
+        let refused = |result: Result<(), CodecError>| {
+            assert!(matches!(result, Err(CodecError::Decode(_))), "{result:?}");
+        };
+        for payload in [&[0][..], &[1, 1, 65, 0], &[0; 400]] {
+            refused(
+                <BinaryCodec as Decode<buffered::Untagged>>::decode(MessageKind::Binary, payload).map(drop),
+            );
+            refused(
+                <BinaryCodec as Decode<buffered::Tagged>>::decode(MessageKind::Binary, payload).map(drop),
+            );
+            refused(<BinaryCodec as Decode<buffered::Flat>>::decode(MessageKind::Binary, payload).map(drop));
+        }
+    }
+
+    /// What a sequence and a map say of their lengths, which is what collections reserve room for.
+    #[derive(Debug)]
+    struct Hint(Option<usize>);
+
+    impl<'de> Deserialize<'de> for Hint {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            struct HintVisitor;
+
+            impl<'de> Visitor<'de> for HintVisitor {
+                type Value = Hint;
+
+                fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    formatter.write_str("a sequence")
+                }
+
+                fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Hint, A::Error> {
+                    let hint = elements.size_hint();
+                    while elements.next_element::<u8>()?.is_some() {}
+                    Ok(Hint(hint))
+                }
+            }
+
+            deserializer.deserialize_seq(HintVisitor)
+        }
+    }
+
+    #[test]
+    fn a_length_that_is_only_claimed_reserves_room_for_few_elements() {
+        let elements = vec![7_u8; 1000];
+        let mut payload = Vec::new();
+        MessagePack::encode(&elements, &mut payload).unwrap();
+        let hint: Hint = MessagePack::decode(MessageKind::Binary, &payload).unwrap();
+        assert_eq!(hint.0, Some(HINT_MAX), "{hint:?}");
+        payload.clear();
+        BinaryCodec::encode(&elements, &mut payload).unwrap();
+        let hint: Hint = BinaryCodec::decode(MessageKind::Binary, &payload).unwrap();
+        assert_eq!(hint.0, Some(HINT_MAX), "{hint:?}");
     }
 }

@@ -205,6 +205,35 @@ async fn the_explicit_form_yields_the_socket_to_who_awaits_it() {
     server.abort();
 }
 
+/// What hyper asks a body when it sends a response is what the verdict goes by.
+#[tokio::test]
+async fn hyper_s_own_servers_are_seen_to_send_a_101() {
+    for is_auto in [true, false] {
+        let (listener, address) = tcp_listener().await;
+        let (pending, mut accepted) = mpsc::unbounded_channel();
+        let handler = async move |ws: WebSocketUpgrade| {
+            let (response, socket) = ws.accept().unwrap();
+            pending.send(socket).unwrap();
+            response
+        };
+        let app = Router::new().route("/ws", any(handler));
+        let server = tokio::spawn(async move {
+            if is_auto {
+                return serve(listener, app).await;
+            }
+            let (socket, _) = listener.accept().await.unwrap();
+            let connection = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(socket), TowerToHyperService::new(app));
+            connection.with_upgrades().await.unwrap();
+        });
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(request_bytes()).await.unwrap();
+        let verdict = accepted.recv().await.unwrap().verdict.unwrap();
+        assert_eq!(verdict.verdict().await, Verdict::Sent);
+        server.abort();
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_is_gone_before_the_answer_fails_the_upgrade() {
     let (listener, address) = tcp_listener().await;
@@ -440,4 +469,63 @@ async fn a_server_that_cannot_upgrade_refuses_with_426() {
     assert!(head.contains("\r\nupgrade: websocket\r\n"), "{head}");
     drop(client);
     server.await.unwrap();
+}
+
+/// A client, and our end of its socket as a handshake leaves it.
+async fn accepted() -> (TcpStream, RawSocket) {
+    let (listener, address) = tcp_listener().await;
+    let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+    (client.unwrap(), RawSocket::Tcp(accepted.unwrap().0.into_std().unwrap()))
+}
+
+/// All that a client is sent until the end of the stream. No reset may follow: it would destroy what the client has not
+/// read yet, if not on this system.
+async fn told(client: &mut TcpStream) -> Vec<u8> {
+    let mut told = Vec::new();
+    client.read_to_end(&mut told).await.unwrap();
+    assert!(client.take_error().unwrap().is_none(), "the socket was reset");
+    told
+}
+
+#[tokio::test]
+async fn clients_beyond_the_limit_are_turned_away_without_being_waited_for() {
+    let limit = turn_away::Limit::new(2);
+    let tasks = || Handle::current().metrics().num_alive_tasks();
+    let mut clients = Vec::new();
+    for number in 0..6 {
+        let (mut client, socket) = accepted().await;
+        // What it sends unasked must not cost it the frame.
+        client.write_all(&[7; 10_000]).await.unwrap();
+        socket.turn_away_within(limit, shardcast_engine::CloseCode::TRY_AGAIN_LATER, "full");
+        assert_eq!(told(&mut client).await, b"\x88\x06\x03\xf5full");
+        assert_eq!(tasks(), 2.min(number + 1));
+        clients.push(client);
+    }
+    drop(clients);
+    while tasks() > 0 {
+        tokio::task::yield_now().await;
+    }
+    let (_client, socket) = accepted().await;
+    socket.turn_away_within(limit, shardcast_engine::CloseCode::TRY_AGAIN_LATER, "full");
+    assert_eq!(tasks(), 1, "there is room again");
+}
+
+#[tokio::test]
+async fn a_client_that_sends_more_than_its_handshake_still_reads_why_it_is_turned_away() {
+    let (listener, address) = tcp_listener().await;
+    let (sockets, mut upgraded) = mpsc::unbounded_channel();
+    let handler =
+        async move |ws: WebSocketUpgrade| ws.on_upgrade(async move |socket| sockets.send(socket).unwrap());
+    let server = tokio::spawn(serve(listener, Router::new().route("/ws", any(handler))));
+    for (early, later) in [(9, 0), (9, 100_000), (30_000, 0), (30_000, 100_000)] {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(&[request_bytes(), &vec![0x81; early]].concat()).await.unwrap();
+        response_head(&mut client).await;
+        let socket = upgraded.recv().await.unwrap();
+        client.write_all(&vec![0x82; later]).await.unwrap();
+        // Nobody has read that when the socket is closed.
+        drop(socket);
+        assert_eq!(told(&mut client).await, b"\x88\x1f\x03\xf3the connection was not served");
+    }
+    server.abort();
 }
