@@ -182,6 +182,57 @@ fn the_last_frame_for_which_an_outbox_surely_has_room_is_the_last_that_nobody_wa
 }
 
 #[test]
+fn the_smallest_outbox_says_how_much_is_published_without_waiting() {
+    let narrow = |config| ConnectionConfig { outbox_frames: 4, ..config };
+    for small in [narrow(outbox_of(1 << 20)), outbox_of(20_000)] {
+        for small_first in [true, false] {
+            let mut rig = Rig::one(outbox_of(1 << 20));
+            let mut configs = [std::sync::Arc::new(small.clone()), rig.config.clone()];
+            configs.rotate_left(usize::from(!small_first));
+            let _clients = configs.map(|config| {
+                rig.config = config;
+                rig.connect()
+            });
+            let everyone = rig.everyone.clone();
+            let mut publishers: Vec<_> = (0..12).map(|_| publishing(&everyone, To::Everyone, 5000)).collect();
+            publishers.retain_mut(|publisher| publisher.poll().is_none());
+            rig.settle();
+            publishers.retain_mut(|publisher| publisher.poll().is_none());
+            let waiting: u64 =
+                rig.shards[0].audit().connections.iter().map(|connection| connection.waiting).sum();
+            assert_eq!(waiting, publishers.len() as u64, "{small:?}, first: {small_first}");
+            assert!(waiting > 0, "a test of something");
+        }
+    }
+}
+
+#[test]
+fn who_publishes_waits_only_for_members_whose_policy_is_block() {
+    let mut rig = Rig::one(outbox_of(100_000));
+    let blocking = rig.config.clone();
+    let policy = Policy::DropMessage { timeout: ms(3_600_000) };
+    rig.config = std::sync::Arc::new(ConnectionConfig { policy, ..outbox_of(100_000) });
+    let mut dropping = rig.connect();
+    rig.config = blocking;
+    let mut client = rig.connect();
+    let everyone = rig.everyone.clone();
+    everyone.try_publish(To::Connection(dropping.id()), &[], bytes(100_000)).unwrap();
+    rig.settle(); // its outbox is full
+    // More than surely fits, so the publisher is told when everybody has it for whom it waits.
+    let mut publisher = publishing(&everyone, To::Everyone, 80_000);
+    assert!(publisher.poll().is_none());
+    rig.settle();
+    assert_eq!(publisher.poll(), Some(Ok(())), "the frame waits for one that may drop it");
+    let mut heard = [0, 0];
+    for _ in 0..100 {
+        heard[0] += dropping.peer.hear_data().len();
+        heard[1] += client.peer.hear_data().len();
+        rig.settle();
+    }
+    assert_eq!(heard, [2, 1]);
+}
+
+#[test]
 fn what_was_refused_or_found_nobody_takes_no_room_from_others() {
     let engine =
         EngineConfig { shards: Some(1), log_capacity: 2, mailbox_capacity: 2, ..EngineConfig::default() };
