@@ -598,6 +598,15 @@ fn a_publication_may_have_a_policy_of_its_own() {
     assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([2, 1, 0, 1, 0])));
     assert_eq!(hear_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
     assert_eq!(outcome(&mut waits), Some([2, 1, 0, 0, 0]));
+    // Of two the last counts.
+    for last in [DROP_AT_ONCE, Policy::Block] {
+        let (mut rig, _stalled, _healthy) = stalled_and_healthy(1, DROP);
+        let first = if last == Policy::Block { DROP_AT_ONCE } else { Policy::Block };
+        let handle = rig.everyone.with_policy(first).unwrap().with_policy(last).unwrap();
+        let mut sending = send(&handle, EVERYONE, "waits or is dropped");
+        rig.settle();
+        assert_eq!(outcome(&mut sending).is_some(), last == DROP_AT_ONCE);
+    }
     let error = rig.everyone.with_policy(Policy::DropMessage { timeout: DAY }).unwrap_err();
     assert_eq!(error.field, "timeout");
 }

@@ -324,16 +324,18 @@ fn who_has_not_got_everything_is_counted_as_cut_off() {
 
 #[test]
 fn who_has_got_everything_when_the_time_is_over_is_counted_as_flushed_and_nobody_else() {
-    // Less time than for a closing handshake, which nobody finishes.
-    let config = ConnectionConfig { close_timeout: seconds(60), ..quiet() };
-    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
-    let mut clients = rig.connect_many(3);
-    publish(&rig, To::Connection(clients[1].id()), "unread");
-    publish(&rig, To::Connection(clients[2].id()), &"x".repeat(50_000));
-    let end = shut_down(&mut rig, within(seconds(3)));
-    assert_eq!(clients[0].peer.hear(), GOES);
-    rig.pass(seconds(4));
-    assert_eq!(report(&mut rig, end), [1, 2, 0]);
+    // Less time than for a closing handshake, which nobody finishes. Or the shard ends in the middle of it.
+    for passes in [seconds(4), Duration::ZERO] {
+        let config = ConnectionConfig { close_timeout: seconds(60), ..quiet() };
+        let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
+        let mut clients = rig.connect_many(3);
+        publish(&rig, To::Connection(clients[1].id()), "unread");
+        publish(&rig, To::Connection(clients[2].id()), &"x".repeat(50_000));
+        let end = shut_down(&mut rig, within(seconds(3)));
+        assert_eq!(clients[0].peer.hear(), GOES);
+        rig.pass(passes);
+        assert_eq!(report(&mut rig, end), [1, 2, 0]);
+    }
 }
 
 #[test]
@@ -359,7 +361,7 @@ fn what_a_connection_that_fails_had_not_taken_counts_it_as_cut_off() {
 #[test]
 fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
-    let mut clients: Vec<_> = (0..2)
+    let mut clients: Vec<_> = (0..3)
         .map(|_| {
             let (mut newcomer, mut client) = newcomer(&rig.engine, &rig.config, 4096);
             let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -370,12 +372,24 @@ fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
         })
         .collect();
     rig.settle();
+    // The last ends its side before all that was sent to it is written.
+    let mut last = clients.pop().unwrap();
+    publish(&rig, To::Connection(last.id()), &"x".repeat(1 << 20));
+    rig.settle();
+    last.peer.stream.shutdown(Half::Write).unwrap();
+    rig.settle();
     let end = shut_down(&mut rig, within(seconds(60)));
     for client in &mut clients {
         assert_eq!(client.peer.hear(), GOES);
     }
+    let mut heard = Vec::new();
+    while heard.last() != Some(&Heard::End) {
+        heard.extend(last.peer.hear());
+        rig.settle();
+    }
+    assert_eq!((heard.len(), last.record().ends), (2, vec![CloseReason::Vanished]));
     clients[0].peer.stream.shutdown(Half::Write).unwrap();
     rig.settle();
     rig.pass(seconds(61));
-    assert_eq!(report(&mut rig, end), [1, 1, 0]);
+    assert_eq!(report(&mut rig, end), [2, 1, 0]);
 }
