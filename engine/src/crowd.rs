@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::close_reason::CloseReason;
 use crate::command::{Named, Publication, Survey};
-use crate::connection::Connection;
+use crate::connection::{Connection, Phase};
 use crate::connections::Connections;
 use crate::deadlines::Deadlines;
 use crate::directory::Group;
@@ -301,18 +301,21 @@ impl Crowd {
         sum
     }
 
-    /// The connections that hold most, until these hold so many `bytes` together, and how many these are. What one
-    /// holds, `held` says.
+    /// The connections that hold most, until these hold so many `bytes` together, and how many these are; those that have
+    /// ended come first. What one holds, `held` says.
     pub(crate) fn largest(
         &self,
         bytes: usize,
         held: impl Fn(&Connection) -> usize,
     ) -> (Vec<ConnectionId>, usize) {
-        let all = self.connections.iter().map(|connection| (held(connection), connection.id));
-        let mut all: Vec<_> = all.filter(|(held, _)| *held > 0).collect();
+        let all = self.connections.iter().map(|connection| {
+            let has_ended = connection.phase != Phase::Open;
+            (has_ended, held(connection), connection.id)
+        });
+        let mut all: Vec<_> = all.filter(|(_, held, _)| *held > 0).collect();
         all.sort_unstable_by(|a, b| b.cmp(a));
         let (mut ids, mut sum) = (Vec::new(), 0);
-        for (held, id) in all {
+        for (_, held, id) in all {
             if sum >= bytes {
                 break;
             }

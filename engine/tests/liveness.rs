@@ -233,6 +233,31 @@ fn a_client_that_talks_and_answers_no_ping_lives() {
 }
 
 #[test]
+fn a_client_that_pings_and_answers_no_ping_lives() {
+    let mut rig = Rig::one(beating(1000, 300));
+    let mut client = rig.connect();
+    for _ in 0..100 {
+        client.peer.say(0x89, b"are you there");
+        rig.pass(ms(100));
+        let _ = client.peer.hear();
+    }
+    assert_eq!(client.record().ends, []);
+    rig.pass(ms(2000));
+    assert_eq!(client.record().ends, [CloseReason::PongTimeout], "it has fallen silent");
+}
+
+#[test]
+fn a_pong_that_is_read_in_the_turn_in_which_its_time_is_over_counts() {
+    for stuck in STUCK {
+        let (mut rig, client) = answered_but_busy(stuck, false, beating(1000, 300));
+        rig.now += ms(800); // of which the shard sees nothing
+        client.release();
+        rig.settle();
+        assert_eq!(client.record().ends, [], "{stuck:?}");
+    }
+}
+
+#[test]
 fn a_long_message_that_keeps_coming_keeps_its_connection() {
     let mut rig = Rig::one(beating(100, 100));
     let mut client = rig.connect();
@@ -278,13 +303,11 @@ fn a_ping_behind_many_messages_waits_as_long_as_the_peer_takes_some() {
     let mut rig = Rig::one(ConnectionConfig { stall_timeout: Some(ms(10_000)), ..beating(200, 200) });
     rig.send_buffer = 1 << 16;
     let mut client = rig.connect();
-    let mut messages = 0;
-    let mut publish = |rig: &mut Rig, count: usize| {
+    let publish = |rig: &mut Rig, count: usize| {
         for _ in 0..count {
             rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(1000))).unwrap();
             rig.settle(); // each is a write of its own
         }
-        messages += count;
     };
     publish(&mut rig, 25);
     rig.pass(ms(200));
@@ -304,6 +327,42 @@ fn a_ping_behind_many_messages_waits_as_long_as_the_peer_takes_some() {
     rig.settle();
     assert_eq!((client.record().ends, is_answered), (vec![], true));
     assert!(rig.now > began + ms(400), "a test of something");
+}
+
+#[test]
+fn who_gets_a_ping_late_has_the_whole_time_for_its_answer() {
+    // Pings wait in the kernel behind what the peer takes at its pace; it answers most of a timeout after it got one.
+    for pace in [70, 110, 130, 170, 300, 390] {
+        let mut rig = Rig::one(beating(1000, 400));
+        let mut client = rig.connect();
+        for _ in 0..300 {
+            rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(1000))).unwrap();
+        }
+        rig.settle();
+        let mut answers = std::collections::VecDeque::new();
+        let (mut heard, mut pings, mut next) = (0, 0, rig.now);
+        while heard < 300 && client.record().ends.is_empty() {
+            rig.pass(ms(10));
+            if rig.now >= next {
+                next = rig.now + ms(pace);
+                // As much as a local socket counts as one piece.
+                for one in client.peer.hear_some(5000) {
+                    match one {
+                        Heard::Ping(nonce) => {
+                            answers.push_back((rig.now + ms(300), nonce));
+                            pings += 1;
+                        }
+                        _ => heard += 1,
+                    }
+                }
+            }
+            while let Some((_, nonce)) = answers.pop_front_if(|(due, _)| *due <= rig.now) {
+                client.peer.say(0x8A, &nonce);
+            }
+        }
+        assert_eq!(client.record().ends, [], "a piece each {pace} ms");
+        assert!(pings > 0, "a test of something");
+    }
 }
 
 // ---- Pings of our own -------------------------------------------------------------------------------------------
@@ -524,6 +583,43 @@ fn who_is_silent_is_given_up_though_more_talk_than_one_turn_can_read() {
     assert_eq!(prompt.record().ends, [], "its answers lay there in time");
     assert_eq!(silent.record().ends, [CloseReason::PongTimeout]);
     assert_eq!(rig.engine.metrics().ended, 1, "nobody else");
+}
+
+#[test]
+fn who_hears_a_ping_and_does_not_answer_has_one_timeout_and_no_more() {
+    let mut rig = Rig::one(beating(1000, 400));
+    let mut client = rig.connect();
+    let _ = await_ping(&mut rig, &mut client.peer); // written at most 20 ms ago
+    rig.pass(ms(370));
+    assert_eq!(client.record().ends, []);
+    rig.pass(ms(80));
+    assert_eq!(client.record().ends, [CloseReason::PongTimeout]);
+}
+
+#[test]
+fn pongs_that_nobody_asked_for_keep_nobody_alive() {
+    let mut rig = Rig::one(beating(1000, 300));
+    let mut client = rig.connect();
+    let _ = await_ping(&mut rig, &mut client.peer);
+    for _ in 0..40 {
+        if client.record().ends.is_empty() {
+            client.peer.stream.write_all(&client_frame(0x8A, &[b'x'; 125])).unwrap();
+        }
+        rig.pass(ms(10));
+    }
+    assert_eq!(client.record().ends, [CloseReason::PongTimeout]);
+}
+
+#[test]
+fn the_stall_timeout_holds_though_a_ping_waits_as_well() {
+    let config = ConnectionConfig { stall_timeout: Some(ms(500)), ..beating(100, 5000) };
+    let mut rig = Rig::one(config);
+    let client = rig.connect();
+    rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(100_000))).unwrap();
+    rig.pass(ms(450));
+    assert_eq!(client.record().ends, []);
+    rig.pass(ms(200));
+    assert_eq!(client.record().ends, [CloseReason::SlowConsumer]);
 }
 
 #[test]

@@ -394,6 +394,25 @@ fn a_frame_taken_in_between_resets_the_count_of_drops() {
 }
 
 #[test]
+fn a_frame_taken_by_an_empty_outbox_resets_the_count_of_drops() {
+    let config = ConnectionConfig { outbox_bytes: 4096, outbox_frames: 1024, ..narrow(THREE_DROPS_AT_ONCE) };
+    let mut rig = rig(1, config);
+    let mut client = rig.connect();
+    let nobody = "0000000000000000".parse().unwrap(); // so each is offered by itself
+    for _ in 0..5 {
+        // Both in one turn: beside the first there is no room for the second.
+        for length in [10, 5000] {
+            let frame = Frame::text(&"x".repeat(length));
+            rig.everyone.try_publish(EVERYONE, &[nobody], frame).unwrap();
+        }
+        rig.settle();
+        assert_eq!(client.peer.hear_data().len(), 1);
+    }
+    assert_eq!(client.record().drops, [1; 5]);
+    assert_lives(&client);
+}
+
+#[test]
 fn a_frame_that_had_waited_and_is_taken_resets_the_count_of_drops() {
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, THREE_DROPS);
     drop_one(&mut rig, EVERYONE);
@@ -597,6 +616,15 @@ fn a_publication_may_have_a_policy_of_its_own() {
     assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([2, 1, 0, 1, 0])));
     assert_eq!(hear_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
     assert_eq!(outcome(&mut waits), Some([2, 1, 0, 0, 0]));
+    // Of two the last counts.
+    for last in [DROP_AT_ONCE, Policy::Block] {
+        let (mut rig, _stalled, _healthy) = stalled_and_healthy(1, DROP);
+        let first = if last == Policy::Block { DROP_AT_ONCE } else { Policy::Block };
+        let handle = rig.everyone.with_policy(first).unwrap().with_policy(last).unwrap();
+        let mut sending = send(&handle, EVERYONE, "waits or is dropped");
+        rig.settle();
+        assert_eq!(outcome(&mut sending).is_some(), last == DROP_AT_ONCE);
+    }
     let error = rig.everyone.with_policy(Policy::DropMessage { timeout: DAY }).unwrap_err();
     assert_eq!(error.field, "timeout");
 }

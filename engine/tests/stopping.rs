@@ -147,17 +147,41 @@ fn a_handler_that_parts_slowly_holds_up_nobody() {
 
 #[test]
 fn what_was_sent_before_an_engine_is_closed_goes_out_however_much_lies_before_it() {
-    let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1 << 14, ..Default::default() };
-    let mut rig = Rig::with(engine, quiet());
-    let mut client = rig.connect();
-    for _ in 0..10_000 {
-        at_once(rig.everyone.inspect(client.id(), |_| ())).unwrap();
+    for sent_to_many in [false, true] {
+        let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1 << 14, ..Default::default() };
+        let mut rig = Rig::with(engine, quiet());
+        let mut client = rig.connect();
+        for _ in 0..10_000 {
+            at_once(rig.everyone.inspect(client.id(), |_| ())).unwrap();
+        }
+        publish(&rig, To::Connection(client.id()), "one");
+        if sent_to_many {
+            publish(&rig, To::Everyone, "two");
+        }
+        let _end = shut_down(&mut rig, within(seconds(60)));
+        let texts = if sent_to_many { &["one", "two"][..] } else { &["one"] };
+        let mut expected: Vec<_> = texts.iter().map(|text| Heard::Data((*text).into())).collect();
+        expected.extend(GOES);
+        assert_eq!(client.peer.hear(), expected);
     }
-    publish(&rig, To::Connection(client.id()), "one");
-    publish(&rig, To::Everyone, "two");
+}
+
+#[cfg(feature = "audit")]
+#[test]
+fn a_shard_without_connections_is_there_for_newcomers_until_the_engine_is_closed() {
+    let mut rig = Rig::with(EngineConfig { shards: Some(2), ..Default::default() }, quiet());
+    let mut busy = rig.connect();
+    busy.peer.text("wait");
+    rig.settle();
     let _end = shut_down(&mut rig, within(seconds(60)));
-    let data = |text: &str| Heard::Data(text.into());
-    assert_eq!(client.peer.hear()[..3], [data("one"), data("two"), Heard::Close(Some(1001))]);
+    let is_over = |rig: &Rig| rig.shards.iter().map(shardcast_engine::Shard::is_over).collect::<Vec<_>>();
+    assert_eq!(is_over(&rig), [false, false], "the other one drains");
+    busy.release();
+    rig.settle();
+    assert_eq!(is_over(&rig), [false, true], "the peer has not ended its side");
+    drop(busy);
+    rig.settle();
+    assert_eq!(is_over(&rig), [true, true]);
 }
 
 #[test]
@@ -218,13 +242,26 @@ fn who_does_not_end_its_side_is_left_after_the_close_timeout() {
 
 #[test]
 fn who_has_ended_its_side_is_let_go_as_soon_as_all_is_written() {
-    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
-    let mut client = rig.connect();
-    client.peer.close(1000);
-    client.peer.stream.shutdown(Half::Write).unwrap();
-    rig.settle();
-    assert_eq!(client.peer.hear(), [Heard::Close(Some(1000)), Heard::End]);
-    assert_eq!(rig.engine.connections(), 0);
+    for is_first in [false, true] {
+        let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
+        let mut client = rig.connect();
+        client.peer.text("wait");
+        rig.settle();
+        if is_first {
+            client.peer.stream.shutdown(Half::Write).unwrap();
+            rig.settle();
+        }
+        at_once(rig.everyone.close(To::Everyone, &[], CloseCode(4000), "enough")).unwrap();
+        client.release();
+        rig.settle();
+        assert_eq!(client.peer.hear(), [Heard::Close(Some(4000)), Heard::End]);
+        if !is_first {
+            assert_eq!(rig.engine.connections(), 1);
+            client.peer.stream.shutdown(Half::Write).unwrap();
+            rig.settle();
+        }
+        assert_eq!(rig.engine.connections(), 0, "first: {is_first}");
+    }
 }
 
 /// Lets the client take so many bytes each second, until it has heard the end or so many seconds are over.
@@ -286,9 +323,45 @@ fn who_has_not_got_everything_is_counted_as_cut_off() {
 }
 
 #[test]
+fn who_has_got_everything_when_the_time_is_over_is_counted_as_flushed_and_nobody_else() {
+    // Less time than for a closing handshake, which nobody finishes. Or the shard ends in the middle of it.
+    for passes in [seconds(4), Duration::ZERO] {
+        let config = ConnectionConfig { close_timeout: seconds(60), ..quiet() };
+        let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
+        let mut clients = rig.connect_many(3);
+        publish(&rig, To::Connection(clients[1].id()), "unread");
+        publish(&rig, To::Connection(clients[2].id()), &"x".repeat(50_000));
+        let end = shut_down(&mut rig, within(seconds(3)));
+        assert_eq!(clients[0].peer.hear(), GOES);
+        rig.pass(passes);
+        assert_eq!(report(&mut rig, end), [1, 2, 0]);
+    }
+}
+
+#[test]
+fn what_a_connection_that_fails_had_not_taken_counts_it_as_cut_off() {
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
+    let mut busy = rig.connect(); // keeps the engine draining
+    busy.peer.text("wait");
+    let failing = rig.connect();
+    publish(&rig, To::Connection(failing.id()), &"x".repeat(50_000));
+    rig.settle(); // the kernel is full
+    let end = shut_down(&mut rig, within(seconds(60)));
+    drop(failing);
+    rig.settle();
+    busy.release();
+    rig.settle();
+    assert_eq!(busy.peer.hear(), GOES);
+    drop(busy);
+    rig.settle();
+    let [flushed, cut_off, _] = report(&mut rig, end);
+    assert_eq!((flushed, cut_off), (1, 1));
+}
+
+#[test]
 fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
-    let mut clients: Vec<_> = (0..2)
+    let mut clients: Vec<_> = (0..3)
         .map(|_| {
             let (mut newcomer, mut client) = newcomer(&rig.engine, &rig.config, 4096);
             let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -299,12 +372,24 @@ fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
         })
         .collect();
     rig.settle();
+    // The last ends its side before all that was sent to it is written.
+    let mut last = clients.pop().unwrap();
+    publish(&rig, To::Connection(last.id()), &"x".repeat(1 << 20));
+    rig.settle();
+    last.peer.stream.shutdown(Half::Write).unwrap();
+    rig.settle();
     let end = shut_down(&mut rig, within(seconds(60)));
     for client in &mut clients {
         assert_eq!(client.peer.hear(), GOES);
     }
+    let mut heard = Vec::new();
+    while heard.last() != Some(&Heard::End) {
+        heard.extend(last.peer.hear());
+        rig.settle();
+    }
+    assert_eq!((heard.len(), last.record().ends), (2, vec![CloseReason::Vanished]));
     clients[0].peer.stream.shutdown(Half::Write).unwrap();
     rig.settle();
     rig.pass(seconds(61));
-    assert_eq!(report(&mut rig, end), [1, 1, 0]);
+    assert_eq!(report(&mut rig, end), [2, 1, 0]);
 }

@@ -16,7 +16,7 @@ use super::Shard;
 const GROWTH: usize = 64;
 
 /// What has been done since more memory is held than may be.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Shedding {
     /// Bytes that the connections held which were ended; 0 if the last look found none.
     ended: usize,
@@ -110,29 +110,43 @@ impl Shard {
     /// most, until this shard's part of the excess is gone. A backlog counts only where the socket has refused a write:
     /// otherwise the flush has merely not come yet, and the peer is not slow.
     pub(super) fn keep_within_budget(&mut self) {
-        let (max, held) = (self.shared.config.backlog_bytes_max, self.crowd.retained.bytes());
-        let excess = excess(&self.shared.retained_bytes, &mut self.retained_told, held, max);
+        let excess = self.tell_retained();
         if excess == 0 {
             self.shedding = Shedding::default();
-        } else {
-            let growth = max / GROWTH / self.shared.mailboxes.len();
-            let is_news = std::mem::take(&mut self.refusals) > 0 || held >= self.shedding.looked_at + growth;
-            // A look costs as much as there are connections.
-            if self.crowd.refused > 0 && (is_news || self.shedding.ended > 0) {
-                let ended = self.shed(excess.max(self.shedding.ended), CloseReason::Shed, |connection| {
-                    if connection.is_writable { 0 } else { connection.outbox.held_bytes() }
-                });
-                // What these shared with others is free when the others are gone, too: so at each further look as much
-                // again is ended.
-                let ended = if ended == 0 { 0 } else { self.shedding.ended + ended };
-                self.shedding = Shedding { ended, looked_at: held };
-            }
+        } else if self.crowd.refused > 0 {
+            self.shed_backlog(excess);
         }
         let (max, held) = (self.shared.config.unfinished_bytes_max, self.crowd.unfinished_bytes);
         let excess = self::excess(&self.shared.unfinished_bytes, &mut self.unfinished_told, held, max);
         if excess > 0 {
             self.shed(excess, CloseReason::UnfinishedShed, Connection::unfinished_bytes);
         }
+    }
+
+    /// Adds what outboxes keep here to the shared sum; returns this shard's part of what is too much.
+    fn tell_retained(&mut self) -> usize {
+        let (max, held) = (self.shared.config.backlog_bytes_max, self.crowd.retained.bytes());
+        excess(&self.shared.retained_bytes, &mut self.retained_told, held, max)
+    }
+
+    /// Ends connections for their backlogs, if there is news since the last look: it costs as much as there are
+    /// connections.
+    fn shed_backlog(&mut self, excess: usize) {
+        let held = self.crowd.retained.bytes();
+        let growth = self.shared.config.backlog_bytes_max / GROWTH / self.shared.mailboxes.len();
+        let Shedding { ended, looked_at } = self.shedding;
+        if std::mem::take(&mut self.refusals) == 0 && held < looked_at + growth && ended == 0 {
+            return;
+        }
+        // What those that were ended shared with others is free when the others are gone, too: so as long as nothing
+        // has become free, each further look ends as much again.
+        let before = if held < looked_at { 0 } else { ended };
+        let ended = self.shed(excess.max(before), CloseReason::Shed, |connection| {
+            if connection.is_writable { 0 } else { connection.outbox.held_bytes() }
+        });
+        let ended = if ended == 0 { 0 } else { before + ended };
+        self.shedding = Shedding { ended, looked_at: held };
+        self.tell_retained(); // before another shard ends some for what is free now
     }
 
     /// Ends the connections that hold most, until these hold as much as `excess` together; returns how much that is.
