@@ -31,7 +31,7 @@ impl Connections {
     /// Takes over a connection whose slot is the vacant one.
     pub(crate) fn insert(&mut self, connection: Connection) {
         let entry = self.0.vacant_entry();
-        debug_assert_eq!(entry.key(), connection.id.slot().index());
+        debug_assert_eq!(entry.key(), connection.slot().index());
         entry.insert(connection);
     }
 
@@ -54,11 +54,11 @@ impl Connections {
     }
 
     pub(crate) fn find(&self, id: ConnectionId) -> Option<&Connection> {
-        self.get(id.slot()).filter(|connection| connection.id == id)
+        self.get(id.slot()).filter(|connection| connection.id() == id)
     }
 
     pub(crate) fn find_mut(&mut self, id: ConnectionId) -> Option<&mut Connection> {
-        self.get_mut(id.slot()).filter(|connection| connection.id == id)
+        self.get_mut(id.slot()).filter(|connection| connection.id() == id)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Connection> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::close_reason::CloseReason;
 use crate::command::{Named, Publication, Survey};
-use crate::connection::{Connection, Phase};
+use crate::connection::Connection;
 use crate::connections::Connections;
 use crate::deadlines::Deadlines;
 use crate::directory::Group;
@@ -117,7 +117,7 @@ impl Crowd {
         reason: &CloseReason,
         publication: &Publication,
     ) -> u64 {
-        let ids = slots.iter().filter_map(|slot| self.connections.get(*slot)).map(|found| found.id);
+        let ids = slots.iter().filter_map(|slot| self.connections.get(*slot)).map(Connection::id);
         let ids = ids.filter(|id| !publication.except.contains(id));
         let before = self.ends.len();
         self.ends.extend(ids.map(|id| (id, reason.clone())));
@@ -125,7 +125,7 @@ impl Crowd {
     }
 
     fn is(&self, slot: Slot, id: ConnectionId) -> bool {
-        self.connections.get(slot).is_some_and(|connection| connection.id == id)
+        self.connections.get(slot).is_some_and(|connection| connection.id() == id)
     }
 
     /// Puts the chunk into one outbox; true if something of it did not fit.
@@ -138,21 +138,19 @@ impl Crowd {
         ticket: Option<&Ticket>,
     ) -> bool {
         let Some(connection) = self.connections.get_mut(slot) else { return false };
-        let bounds = connection.bounds();
         let frames = u64::from(chunk.frames());
-        connection.counts.offered += frames;
+        connection.count_offered(frames);
         self.metrics.tally.offered += frames;
-        if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
+        if connection.mark_dirty() {
             self.flushes.mark(slot);
         }
         if let Some((max, samples)) = policy.and_then(|policy| policy.rtt_limit())
-            && connection.heartbeat.is_rtt_above(max, samples)
+            && connection.is_rtt_above(max, samples)
         {
-            self.ends.push((connection.id, CloseReason::HighRtt));
+            self.ends.push((connection.id(), CloseReason::HighRtt));
         }
-        if connection.outbox.begin(chunk, &bounds) {
+        if connection.take_first(chunk) {
             self.backlog_bytes += chunk.bytes();
-            connection.counts.took();
             return false;
         }
         self.offer_more(slot, chunk, policy, ticket)
@@ -167,22 +165,15 @@ impl Crowd {
         ticket: Option<&Ticket>,
     ) -> bool {
         let Some(connection) = self.connections.get_mut(slot) else { return false };
-        let bounds = connection.bounds();
-        let policy = policy.unwrap_or(connection.config.policy);
+        let policy = policy.unwrap_or(connection.config().policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
         let patience = Patience { until, max_drops: policy.max_drops() };
         let held = ticket.filter(|ticket| policy.blocks() || ticket.wants_outcome());
-        let (before, queued) = (connection.outbox.backlog_bytes(), connection.outbox.queued());
-        let offer = connection.outbox.offer(chunk, &bounds, self.now, patience, held.cloned());
-        self.backlog_bytes += connection.outbox.backlog_bytes() - before;
-        if !connection.is_congested && connection.outbox.is_congested(&bounds) {
-            connection.is_congested = true;
-            let blocks = connection.config.policy.blocks();
+        let (offer, bytes) = connection.offer(chunk, self.now, patience, held.cloned());
+        self.backlog_bytes += bytes;
+        if let Some(blocks) = connection.becomes_congested() {
             connection.provisional_group().into_iter().for_each(|group| group.add_congested(blocks));
             self.groups.groups_of(slot).for_each(|group| group.add_congested(blocks));
-        }
-        if connection.outbox.queued() > queued {
-            connection.counts.took(); // some of it was taken, whatever becomes of the rest
         }
         if offer == Offer::Queued {
             return false;
@@ -209,39 +200,38 @@ impl Crowd {
         }
         let Some(connection) = self.connections.get_mut(slot) else { return };
         if offer == Offer::Overflow {
-            self.ends.push((connection.id, CloseReason::SlowConsumer));
+            self.ends.push((connection.id(), CloseReason::SlowConsumer));
         }
         if let Some(until) = patience.until
-            && connection.outbox.waiting() > 0
+            && connection.has_waiting()
         {
-            self.deadlines.push(until, connection.id);
+            self.deadlines.push(until, connection.id());
         }
-        if policy.rtt_limit().is_some_and(|(max, samples)| connection.heartbeat.is_rtt_above(max, samples)) {
-            self.ends.push((connection.id, CloseReason::HighRtt));
+        if policy.rtt_limit().is_some_and(|(max, samples)| connection.is_rtt_above(max, samples)) {
+            self.ends.push((connection.id(), CloseReason::HighRtt));
         }
     }
 
     /// Drops what has waited too long for one connection.
     pub(crate) fn drop_late(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections.find_mut(id) else { return };
-        let bounds = connection.bounds();
-        let (before, queued) = (connection.outbox.backlog_bytes(), connection.outbox.queued());
         let mut drops: smallvec::SmallVec<[Dropped; 4]> = smallvec::SmallVec::new();
-        let next = connection.outbox.expire(self.now, &bounds, |dropped, ticket| {
+        let expired = connection.expire(self.now, |dropped, ticket| {
             if let Some(ticket) = ticket {
                 ticket.count_drop(DropCause::Timeout);
             }
             drops.push(dropped);
         });
-        self.backlog_bytes -= before - connection.outbox.backlog_bytes();
-        let takes_more = connection.outbox.queued() > queued;
+        self.backlog_bytes -= expired.bytes;
         for Dropped { frames, max_drops } in drops {
             self.note_drop(id.slot(), DropCause::Timeout, frames, max_drops);
         }
-        if takes_more && let Some(connection) = self.connections.get_mut(id.slot()) {
-            connection.counts.took(); // what waited behind was taken
+        if expired.has_taken
+            && let Some(connection) = self.connections.get_mut(id.slot())
+        {
+            connection.end_row_of_drops();
         }
-        if let Some(until) = next {
+        if let Some(until) = expired.next {
             self.deadlines.push(until, id);
         }
         self.relieve(id.slot());
@@ -251,24 +241,19 @@ impl Crowd {
     fn note_drop(&mut self, slot: Slot, cause: DropCause, frames: u32, max_drops: u32) {
         let Some(connection) = self.connections.get_mut(slot) else { return };
         self.metrics.tally.dropped[cause] += u64::from(frames);
-        let losses = connection.counts.lose();
-        losses.dropped[cause] += u64::from(frames);
-        if losses.untold == 0 {
-            self.drops.push(connection.id);
+        let loss = connection.count_drop(cause, frames);
+        if loss.is_news {
+            self.drops.push(connection.id());
         }
-        losses.untold = losses.untold.saturating_add(frames);
-        losses.in_a_row = losses.in_a_row.saturating_add(frames);
-        if max_drops > 0 && losses.in_a_row >= max_drops {
-            self.ends.push((connection.id, CloseReason::TooManyDrops));
+        if max_drops > 0 && loss.in_a_row >= max_drops {
+            self.ends.push((connection.id(), CloseReason::TooManyDrops));
         }
     }
 
     /// Stops counting a connection as congested if it has recovered. Called after everything that takes frames out.
     pub(crate) fn relieve(&mut self, slot: Slot) {
         let Some(connection) = self.connections.get_mut(slot) else { return };
-        if connection.is_congested && connection.outbox.is_relieved(&connection.bounds()) {
-            connection.is_congested = false;
-            let blocks = connection.config.policy.blocks();
+        if let Some(blocks) = connection.becomes_relieved() {
             connection.provisional_group().into_iter().for_each(|group| group.remove_congested(blocks));
             self.groups.groups_of(slot).for_each(|group| group.remove_congested(blocks));
         }
@@ -281,7 +266,7 @@ impl Crowd {
             Some(_) => GroupMetrics::default(),
         };
         let add = |connection: &Connection| {
-            if !survey.except.contains(&connection.id) {
+            if !survey.except.contains(&connection.id()) {
                 sum += connection.metrics().into();
             }
         };
@@ -289,7 +274,7 @@ impl Crowd {
             // Not by the index: who is just ending has left it.
             None => {
                 let key = survey.directory.key();
-                let ours = |connection: &&Connection| connection.directory.key() == key;
+                let ours = |connection: &&Connection| connection.directory().key() == key;
                 self.connections.iter().filter(ours).for_each(add);
             }
             Some(groups) => {
@@ -309,8 +294,8 @@ impl Crowd {
         held: impl Fn(&Connection) -> usize,
     ) -> (Vec<ConnectionId>, usize) {
         let all = self.connections.iter().map(|connection| {
-            let has_ended = connection.phase != Phase::Open;
-            (has_ended, held(connection), connection.id)
+            let has_ended = !connection.is_open();
+            (has_ended, held(connection), connection.id())
         });
         let mut all: Vec<_> = all.filter(|(_, held, _)| *held > 0).collect();
         all.sort_unstable_by(|a, b| b.cmp(a));
@@ -327,8 +312,7 @@ impl Crowd {
 
     pub(crate) fn mark_dirty(&mut self, slot: Slot) {
         if let Some(connection) = self.connections.get_mut(slot)
-            && connection.is_writable
-            && !std::mem::replace(&mut connection.is_dirty, true)
+            && connection.mark_dirty()
         {
             self.flushes.mark(slot);
         }

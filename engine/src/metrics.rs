@@ -144,8 +144,8 @@ impl std::ops::AddAssign for GroupMetrics {
 pub(crate) struct EndedTally(CachePadded<SharedTally>);
 
 impl EndedTally {
-    pub(crate) fn add(&self, counts: &Counts) {
-        tally::add::<Tally>(&self.0, counts.tally());
+    pub(crate) fn add(&self, tally: Tally) {
+        tally::add::<Tally>(&self.0, tally);
     }
 
     pub(crate) fn sum(&self) -> GroupMetrics {

@@ -8,7 +8,6 @@
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use crate::connection::{Intake, Phase, Work};
 use crate::id::ConnectionId;
 use crate::tally::{DropCause, Tally};
 
@@ -85,14 +84,11 @@ impl Shard {
     /// until it has.
     pub fn pretend_losses(&mut self, id: ConnectionId, frames: u64) {
         let Some(connection) = self.crowd.connections.get_mut(id.slot()) else { return };
-        connection.counts.offered += frames;
+        connection.pretend_losses(frames);
         self.crowd.metrics.tally.offered += frames;
-        let losses = connection.counts.lose();
         for cause in [DropCause::Timeout, DropCause::Overflow] {
-            losses.dropped[cause] += frames / 2;
             self.crowd.metrics.tally.dropped[cause] += frames / 2;
         }
-        losses.in_a_row = losses.in_a_row.saturating_add(u32::try_from(frames).unwrap_or(u32::MAX));
     }
 
     /// Looks at everything.
@@ -102,89 +98,79 @@ impl Shard {
         let (mut sum, mut unfinished, mut refused) = (0, 0, 0);
         let (mut dirty, mut ready) = (0, 0);
         for connection in self.crowd.connections.iter() {
-            let slot = connection.id.slot();
+            let slot = connection.slot();
             let metrics = connection.metrics();
             let bounds = connection.bounds();
-            let outbox = &connection.outbox;
+            let inside = connection.inside();
+            let outbox = inside.outbox;
             sum += outbox.backlog_bytes();
             unfinished += connection.unfinished_bytes();
-            refused += usize::from(!connection.is_writable);
+            refused += usize::from(!inside.is_writable);
             let (tally, pending) = (metrics.tally, outbox.pending());
             if tally.offered != tally.written + tally.dropped.total() + tally.discarded + pending {
-                wrong(format!("books of {}: {metrics:?}", connection.id));
+                wrong(format!("books of {}: {metrics:?}", connection.id()));
             }
-            if connection.is_dirty {
+            if inside.is_dirty {
                 dirty += 1;
                 if !self.crowd.flushes.contains(&slot) {
-                    wrong(format!("{} is dirty but not in the list", connection.id));
+                    wrong(format!("{} is dirty but not in the list", connection.id()));
                 }
-            } else if connection.is_writable
-                && connection.socket.is_some()
-                && connection.phase != Phase::Lingering
-                && (!outbox.is_empty() || connection.owes_close)
+            } else if inside.is_writable
+                && connection.has_socket()
+                && !connection.is_lingering()
+                && (!outbox.is_empty() || inside.owes_close)
             {
-                wrong(format!("{} has something to write, may write, and is not dirty", connection.id));
+                wrong(format!("{} has something to write, may write, and is not dirty", connection.id()));
             }
-            if connection.is_ready {
+            if connection.is_ready() {
                 ready += 1;
                 if !self.ready.contains(&slot) {
-                    wrong(format!("{} is ready but not in the list", connection.id));
+                    wrong(format!("{} is ready but not in the list", connection.id()));
                 }
             } else if connection.is_reading() {
-                wrong(format!("{} has something to read, may read, and is not ready", connection.id));
+                wrong(format!("{} has something to read, may read, and is not ready", connection.id()));
             }
-            if connection.phase == Phase::Open
-                && connection.work == Work::Idle
-                && connection.held.is_some()
-                && connection.opening().is_none()
-                && connection.intake == Intake::Open
-            {
-                wrong(format!("{} has messages held and an idle handler", connection.id));
+            if inside.keeps_messages {
+                wrong(format!("{} has messages held and an idle handler", connection.id()));
             }
-            if connection.phase == Phase::Open
-                && connection.work == Work::Idle
-                && connection.counts.losses().untold > 0
-            {
-                wrong(format!("{} has untold drops and an idle handler", connection.id));
+            if connection.is_open() && connection.is_idle() && inside.untold > 0 {
+                wrong(format!("{} has untold drops and an idle handler", connection.id()));
             }
             if let Some(until) = outbox.earliest_until()
-                && !self.crowd.deadlines.is_reminded(connection.id, until)
+                && !self.crowd.deadlines.is_reminded(connection.id(), until)
             {
-                wrong(format!("{} has a frame until {until:?} and no reminder", connection.id));
+                wrong(format!("{} has a frame until {until:?} and no reminder", connection.id()));
             }
-            if connection.socket.is_some() && !self.wheel.has(connection.id, connection.armed) {
-                wrong(format!("{} has a socket and nothing in the wheel", connection.id));
+            if connection.has_socket() && !self.wheel.has(connection.id(), inside.armed) {
+                wrong(format!("{} has a socket and nothing in the wheel", connection.id()));
             }
-            if outbox.is_congested(&bounds) && !connection.is_congested && connection.phase == Phase::Open {
-                wrong(format!("{} is congested and not counted", connection.id));
+            if outbox.is_congested(&bounds) && !inside.is_congested && connection.is_open() {
+                wrong(format!("{} is congested and not counted", connection.id()));
             }
-            if connection.is_congested && outbox.is_relieved(&bounds) {
-                wrong(format!("{} is counted as congested and relieved", connection.id));
+            if inside.is_congested && outbox.is_relieved(&bounds) {
+                wrong(format!("{} is counted as congested and relieved", connection.id()));
             }
             let groups = self.crowd.groups.groups_of(slot).count();
-            let is_open = connection.phase == Phase::Open;
+            let is_open = connection.is_open();
             if (is_open && connection.opening().is_none() && groups == 0 && !connection.is_over())
                 || (!is_open && groups > 0)
             {
-                wrong(format!("{} is {:?} in {groups} groups", connection.id, connection.phase));
+                wrong(format!("{} is in {groups} groups; open: {is_open}", connection.id()));
             }
-            if connection.socket.is_none() && connection.handler.is_none() {
-                wrong(format!("{} has neither socket nor handler", connection.id));
+            if !connection.has_socket() && !connection.has_handler() {
+                wrong(format!("{} has neither socket nor handler", connection.id()));
             }
-            if connection.socket.is_none() && pending > 0 {
-                wrong(format!("{} has no socket and something pending", connection.id));
+            if !connection.has_socket() && pending > 0 {
+                wrong(format!("{} has no socket and something pending", connection.id()));
             }
-            if connection.phase != Phase::Open
-                && connection.handler.is_some()
-                && connection.work == Work::Idle
-            {
-                wrong(format!("{} has ended, its handler is idle and was not let go", connection.id));
+            if !connection.is_open() && connection.has_handler() && connection.is_idle() {
+                wrong(format!("{} has ended, its handler is idle and was not let go", connection.id()));
             }
             let (queued_bytes, waiting_bytes) = outbox.audit_bytes();
             audit.connections.push(ConnectionAudit {
-                id: connection.id,
-                is_open: connection.phase == Phase::Open,
-                has_socket: connection.socket.is_some(),
+                id: connection.id(),
+                is_open: connection.is_open(),
+                has_socket: connection.has_socket(),
                 tally,
                 pending,
                 queued: outbox.queued().into(),
@@ -223,8 +209,8 @@ impl Shard {
             for slot in &slots {
                 match self.crowd.connections.get(*slot) {
                     Some(connection) => {
-                        congested += u64::from(connection.is_congested);
-                        blocking += u64::from(connection.is_congested && connection.config.policy.blocks());
+                        congested += u64::from(connection.congestion().is_some());
+                        blocking += u64::from(connection.congestion() == Some(true));
                     }
                     None => wrong(format!("{slot:?} is a member and empty")),
                 }

@@ -11,7 +11,7 @@ use mio::Token;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Named, Payload, Publication, Target};
-use crate::connection::{Connection, Opening, Phase, WRITE_BYTES_MAX, Work};
+use crate::connection::{Connection, Opening, WRITE_BYTES_MAX};
 use crate::directory::Entrance;
 use crate::frame::{ControlFrame, Frame};
 use crate::handler::Flow;
@@ -71,7 +71,7 @@ impl Shard {
                         bytes += frame.len() as u64;
                     }
                     let found =
-                        self.find(id).is_some_and(|connection| connection.directory.key() == namespace);
+                        self.find(id).is_some_and(|connection| connection.directory().key() == namespace);
                     if found {
                         self.act(id, action);
                     }
@@ -112,7 +112,7 @@ impl Shard {
     fn act(&mut self, id: ConnectionId, action: Action) {
         let slot = id.slot();
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let is_open = connection.phase == Phase::Open;
+        let is_open = connection.is_open();
         match action {
             Action::Send { frame, policy, ticket, oversized } if is_open => {
                 let chunk = Rc::new(Chunk::single(frame.into(), &self.crowd.retained));
@@ -122,14 +122,14 @@ impl Shard {
             Action::Join(entrance) if is_open => self.join(slot, entrance),
             Action::Leave { group } => {
                 let congestion = connection.congestion();
-                let directory = connection.directory.clone();
+                let directory = connection.directory().clone();
                 let left = self.crowd.groups.leave(group.key, slot);
                 self.has_left(&directory, &group, left, congestion);
             }
             Action::Close(reason) => self.end(slot, reason),
             Action::Inspect(on_metrics) => {
                 let metrics = connection.metrics();
-                let _call = self.shared.beacons.call(self.index, connection.directory.key());
+                let _call = self.shared.beacons.call(self.index, connection.directory().key());
                 if catch_unwind(AssertUnwindSafe(|| on_metrics(metrics))).is_err() {
                     tracing::error!(%id, "a callback for metrics panicked");
                 }
@@ -140,7 +140,7 @@ impl Shard {
 
     fn join(&mut self, slot: Slot, entrance: Entrance) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let max = connection.config.max_groups + usize::from(connection.opening().is_none()); // everyone is not counted
+        let max = connection.config().max_groups + usize::from(connection.opening().is_none()); // everyone is not counted
         let (group, congestion) = (entrance.group().clone(), connection.congestion());
         group.add_interest(self.index); // it may have been cleared while this join was on its way
         if self.crowd.groups.join(group.key, group.clone(), slot) {
@@ -157,7 +157,7 @@ impl Shard {
     /// The handler is done with `on_open`: the connection joins everyone, behind all that was sent meanwhile.
     pub(super) fn enter_in_order(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let (id, is_turned_away) = (connection.id, connection.is_over());
+        let (id, is_turned_away) = (connection.id(), connection.is_over());
         if let Some(opening) = connection.opening_mut() {
             opening.is_done = true;
             if !is_turned_away {
@@ -170,7 +170,7 @@ impl Shard {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let Some(opening) = connection.take_opening() else { return };
         self.join(slot, opening.everyone);
-        if self.crowd.connections.get(slot).is_some_and(|connection| connection.work == Work::Idle) {
+        if self.crowd.connections.get(slot).is_some_and(Connection::is_idle) {
             self.go_on(slot);
         }
     }
@@ -202,7 +202,7 @@ impl Shard {
         let connection = Connection::open(id, socket, config, directory, handler, place, self.crowd.now);
         self.crowd.connections.insert(connection);
         self.crowd.metrics.adopted += 1;
-        self.crowd.flushes.adopt_outbox(self.crowd.connections[slot].config.outbox_frames);
+        self.crowd.flushes.adopt_outbox(self.crowd.connections[slot].config().outbox_frames);
         self.beat(slot);
         let before = sent_by_this_thread();
         let flow = self.call(slot, |handler, context| handler.on_open(context));
@@ -286,7 +286,7 @@ impl Shard {
     /// Does what a fan-out could only note: tells of drops, ends connections.
     pub(super) fn carry_out_ends(&mut self) {
         while let Some(id) = self.crowd.drops.pop() {
-            if self.find(id).is_some_and(|connection| connection.work == Work::Idle) {
+            if self.find(id).is_some_and(Connection::is_idle) {
                 let _ = self.tell_drops(id.slot()); // if it is pending, it goes on by itself
             }
         }

@@ -8,8 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::close_reason::CloseReason;
-use crate::connection::{Ending, Phase, Work};
-use crate::decoder::Decoder;
+use crate::connection::{Connection, Discarded, Ending};
 use crate::directory::{Directory, Group};
 use crate::group::Left;
 use crate::handler::Flow;
@@ -27,29 +26,24 @@ impl Shard {
     /// Ends a connection behind everything that its handler has sent before.
     pub(super) fn end_in_order(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        if connection.phase != Phase::Open || !connection.stop_listening() {
+        if !connection.is_open() || !connection.stop_listening() {
             return;
         }
-        let id = connection.id;
+        let id = connection.id();
         self.do_later(id, Step::End(reason));
     }
 
     /// Decides the end of an open connection: it leaves every index at once, its peer is told, its handler too.
     pub(super) fn end(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        if connection.phase != Phase::Open {
+        if !connection.is_open() {
             return;
         }
-        tracing::debug!(id = %connection.id, %reason, "connection ended");
-        connection.phase = Phase::Closing;
-        drop(connection.take_opening());
+        tracing::debug!(id = %connection.id(), %reason, "connection ended");
         self.crowd.unfinished_bytes -= connection.unfinished_bytes();
-        connection.decoder = Decoder::default(); // nothing more is decoded
-        if !reason.is_in_input() {
-            connection.held = None;
-        }
+        connection.begin_closing(reason.is_in_input());
         self.crowd.unfinished_bytes += connection.unfinished_bytes();
-        let is_readable = connection.is_readable;
+        let is_readable = connection.is_readable();
         self.count_end(&reason);
         let is_told = reason.close_frame().is_some();
         if !reason.flushes_first() {
@@ -57,7 +51,7 @@ impl Shard {
         }
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let now = self.crowd.now;
-        let (by, close_timeout) = (now + self.shared.config.coalesce, connection.config.close_timeout);
+        let (by, close_timeout) = (now + self.shared.config.coalesce, connection.config().close_timeout);
         let by = match (&reason, &self.stop) {
             (CloseReason::Shutdown { .. }, Some(stop)) => stop.by,
             _ => by + close_timeout,
@@ -65,10 +59,9 @@ impl Shard {
         // A backlog may hold up the Close frame only so long that it still has time to get through.
         let flush_by = by - close_timeout.min(by.saturating_sub(now) / 2);
         // A peer that has ended the stream may still read: what is queued goes out, though no Close frame follows.
-        let is_flushed = is_told || (reason == CloseReason::Vanished && !connection.outbox.is_empty());
+        let is_flushed = is_told || (reason == CloseReason::Vanished && connection.has_backlog());
         let ending = Ending { reason, by, flush_by: Some(flush_by), is_cut: false };
-        connection.begin_ending(ending);
-        connection.owes_close = is_told;
+        connection.begin_ending(ending, is_told);
         if is_readable {
             self.mark_ready(slot);
         }
@@ -114,9 +107,7 @@ impl Shard {
     /// Takes a connection out of all its groups.
     pub(super) fn leave_groups(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let directory = connection.directory.clone();
-        let congestion = connection.congestion();
-        connection.is_congested = false;
+        let (directory, congestion) = (connection.directory().clone(), connection.take_congestion());
         while let Some((group, left)) = self.crowd.groups.leave_any(slot) {
             self.has_left(&directory, &group, left, congestion);
         }
@@ -126,11 +117,8 @@ impl Shard {
     /// many frames that were.
     pub(super) fn discard_all(&mut self, slot: Slot) -> u64 {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return 0 };
-        self.crowd.backlog_bytes -= connection.outbox.backlog_bytes();
-        let discarded = connection.outbox.discard_all(|ticket| ticket.count_disconnected());
-        connection.counts.discard(discarded);
-        self.crowd.metrics.tally.discarded += discarded;
-        discarded
+        let Discarded { frames, bytes } = connection.discard_all();
+        self.count_discarded(frames, bytes)
     }
 
     /// A member is no longer in this shard's index: so the directory must not count it either.
@@ -157,18 +145,20 @@ impl Shard {
     /// was.
     pub(super) fn discard(&mut self, slot: Slot) -> u64 {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return 0 };
-        let before = connection.outbox.backlog_bytes();
-        let discarded = connection.outbox.discard(|ticket| ticket.count_disconnected());
-        self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
-        connection.counts.discard(discarded);
-        self.crowd.metrics.tally.discarded += discarded;
-        discarded
+        let Discarded { frames, bytes } = connection.discard();
+        self.count_discarded(frames, bytes)
+    }
+
+    fn count_discarded(&mut self, frames: u64, bytes: usize) -> u64 {
+        self.crowd.backlog_bytes -= bytes;
+        self.crowd.metrics.tally.discarded += frames;
+        frames
     }
 
     /// Tells the handler of drops, if there were any; whether it is done with that.
     pub(super) fn tell_drops(&mut self, slot: Slot) -> Flow {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return Flow::Ready };
-        match connection.counts.tell_drops() {
+        match connection.tell_drops() {
             0 => Flow::Ready,
             frames => self.call(slot, |handler, context| handler.on_drop(frames, context)),
         }
@@ -177,7 +167,7 @@ impl Shard {
     /// Tells the handler the end, unless it is busy: then when it is done.
     pub(super) fn tell_end(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        if connection.work != Work::Idle || connection.handler.is_none() {
+        if !connection.is_idle() || !connection.has_handler() {
             return;
         }
         if self.tell_drops(slot) == Flow::Pending || !self.hand_held(slot) {
@@ -188,7 +178,7 @@ impl Shard {
         match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
             Flow::Pending => {
                 if let Some(connection) = self.crowd.connections.get_mut(slot) {
-                    connection.work = Work::Parting;
+                    connection.begin_parting();
                 }
             }
             Flow::Ready => self.part(slot),
@@ -198,10 +188,10 @@ impl Shard {
     /// Lets go of a handler that has been told the end.
     pub(super) fn part(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let handler = connection.handler.take();
-        let shown = self.shared.beacons.call(self.index, connection.directory.key());
+        let handler = connection.take_handler();
+        let shown = self.shared.beacons.call(self.index, connection.directory().key());
         if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
-            tracing::error!(id = %connection.id, "dropping a handler panicked");
+            tracing::error!(id = %connection.id(), "dropping a handler panicked");
         }
         drop(shown);
         self.remove_if_over(slot);
@@ -209,12 +199,11 @@ impl Shard {
 
     pub(super) fn drop_socket(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        if connection.socket.is_none() {
+        if !connection.has_socket() {
             return;
         }
         let is_delivered = connection.is_delivered();
-        connection.socket = None;
-        if !std::mem::replace(&mut connection.is_writable, true) {
+        if connection.drop_socket() {
             self.crowd.refused -= 1;
         }
         let discarded = self.discard_all(slot);
@@ -225,13 +214,10 @@ impl Shard {
     }
 
     fn remove_if_over(&mut self, slot: Slot) {
-        let is_over = self.crowd.connections.get(slot).is_some_and(|connection| {
-            connection.phase != Phase::Open && connection.socket.is_none() && connection.handler.is_none()
-        });
-        if is_over {
+        if self.crowd.connections.get(slot).is_some_and(Connection::is_gone) {
             let connection = self.crowd.connections.remove(slot);
             self.crowd.unfinished_bytes -= connection.unfinished_bytes();
-            connection.directory.ended(self.index).add(&connection.counts);
+            connection.directory().ended(self.index).add(connection.tally());
         }
     }
 }

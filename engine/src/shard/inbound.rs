@@ -8,16 +8,13 @@
 
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use bytes::Bytes;
 use mio::Events;
 
 use crate::close_reason::CloseReason;
-use crate::connection::{Connection, Phase, Read, Work};
-use crate::decoder::Event;
-use crate::frame::ControlFrame;
+use crate::connection::{Arrival, Connection, Read};
 use crate::handler::{Context, Flow, Handler, Message};
 use crate::id::Slot;
 
@@ -65,7 +62,7 @@ impl Shard {
         // A slot may stand here twice, once for a connection that has gone.
         slots.retain(|slot| {
             let connection = self.crowd.connections.get_mut(*slot);
-            connection.is_some_and(|connection| std::mem::take(&mut connection.is_ready))
+            connection.is_some_and(Connection::take_ready)
         });
         self.rotate(&mut slots);
         for slots in slots.chunks(EVENTS_PER_ANSWER) {
@@ -83,20 +80,17 @@ impl Shard {
             }
             let slot = Slot::new(event.token().0);
             let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
-            if event.is_writable() && !connection.is_writable {
-                connection.is_writable = true;
-                connection.refused_since = 0;
+            if event.is_writable() && connection.becomes_writable() {
                 self.crowd.refused -= 1;
                 self.crowd.mark_dirty(slot);
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
                 let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
-                connection.is_readable = true;
-                connection.is_read_closed |= event.is_read_closed() || event.is_error();
+                connection.becomes_readable(event.is_read_closed() || event.is_error());
                 if connection.is_reading() {
                     self.mark_ready(slot);
                 } else {
-                    connection.heartbeat.heard(self.crowd.now, 0);
+                    connection.heard(self.crowd.now, 0);
                     // Nobody reads now, but a socket that has failed need not be waited for. One that was
                     // closed may: what was said before is still to be read.
                     if event.is_error() {
@@ -110,7 +104,7 @@ impl Shard {
 
     pub(super) fn mark_ready(&mut self, slot: Slot) {
         if let Some(connection) = self.crowd.connections.get_mut(slot)
-            && !std::mem::replace(&mut connection.is_ready, true)
+            && connection.mark_ready()
         {
             self.ready.push(slot);
         }
@@ -146,16 +140,15 @@ impl Shard {
                 continue;
             }
             match connection.read(&mut buffer[free..]) {
-                Read::Bytes(_) if connection.phase != Phase::Open => {} // said after the end: not listened to
+                Read::Bytes(_) if !connection.is_open() => {} // said after the end: not listened to
                 Read::Bytes(count) => {
-                    connection.heartbeat.heard(self.crowd.now, count);
+                    connection.heard(self.crowd.now, count);
                     arrivals.push((*slot, free..free + count));
                     free += count;
                 }
                 Read::Nothing => {}
                 Read::End => {
-                    connection.is_input_over = true;
-                    connection.heartbeat.input_is_over();
+                    connection.end_input();
                     self.hand_over(&mut arrivals, &mut buffer); // the messages before the end
                     free = 0;
                     self.end_of_input(*slot);
@@ -183,13 +176,11 @@ impl Shard {
     /// The peer sends no more. It may still read, so what is on its way to it goes out first.
     fn end_of_input(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        match connection.phase {
-            // A busy handler may still answer, and so may messages that are held for it.
-            Phase::Open if connection.is_listening() && connection.held.is_none() => {
-                self.end_in_order(slot, CloseReason::Vanished);
-            }
-            Phase::Open | Phase::Closing => {}
-            Phase::Lingering => self.drop_socket(slot),
+        if connection.is_lingering() {
+            self.drop_socket(slot);
+        } else if connection.is_open() && connection.is_caught_up() {
+            // Until then a busy handler may still answer, and so may messages that are held for it.
+            self.end_in_order(slot, CloseReason::Vanished);
         }
     }
 
@@ -205,9 +196,7 @@ impl Shard {
         let before = connection.unfinished_bytes();
         self.decode(slot, input);
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        if connection.read_limit() == 0 {
-            connection.heartbeat.paused();
-        }
+        connection.note_pause();
         self.count_unfinished(slot, before);
     }
 
@@ -224,75 +213,16 @@ impl Shard {
             if connection.is_over() {
                 return; // said after the end: not listened to
             }
-            let limits = connection.limits();
-            let is_direct = connection.is_listening() && connection.held.is_none();
             let from = consumed;
-            let end = match connection.decoder.decode(&mut input[from..], &mut consumed, &limits) {
-                Ok(None) => None,
-                Ok(Some(Event::Message { kind, payload })) => {
-                    connection.heartbeat.answered();
-                    connection.heartbeat.heard_message(self.crowd.now);
-                    if is_direct {
-                        connection.counts.received += 1;
-                        self.crowd.metrics.tally.received += 1;
-                        let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
-                        let message = Message { kind, payload };
-                        let _call = self.shared.beacons.call(self.index, connection.directory.key());
-                        let handler = &mut connection.handler;
-                        let call =
-                            || handler.as_mut().map(|handler| handler.on_message(message, &mut context));
-                        match catch_unwind(AssertUnwindSafe(call)) {
-                            Ok(flow) => {
-                                if flow == Some(Flow::Pending) {
-                                    connection.work = Work::Busy;
-                                }
-                                context.into_close()
-                            }
-                            Err(_) => Some(CloseReason::HandlerPanicked),
-                        }
-                    } else {
-                        connection.held.get_or_insert_default().push(kind, payload);
-                        None
-                    }
-                }
-                Ok(Some(Event::Ping(payload))) => {
-                    connection.heartbeat.answered();
-                    let max = connection.config.control_frames_per_second;
-                    if connection.control_rate.admits(self.crowd.now, max) {
-                        connection.outbox.push_control(ControlFrame::pong(payload).as_bytes());
-                        self.crowd.mark_dirty(slot);
-                        None
-                    } else {
-                        Some(CloseReason::ControlFlood)
-                    }
-                }
-                Ok(Some(Event::Pong(payload))) => {
-                    let is_ours = connection.heartbeat.pong(self.crowd.arrived, payload);
-                    if is_ours {
-                        connection.heartbeat.answered();
-                    } else {
-                        connection.heartbeat.ignored();
-                    }
-                    let limit = connection.config.policy.rtt_limit().filter(|_| is_ours);
-                    let max = connection.config.control_frames_per_second;
-                    if limit.is_some_and(|(max, samples)| connection.heartbeat.is_rtt_above(max, samples)) {
-                        Some(CloseReason::HighRtt)
-                    } else if is_ours || connection.control_rate.admits(self.crowd.now, max) {
-                        None // answers to our pings are no flood
-                    } else {
-                        Some(CloseReason::ControlFlood)
-                    }
-                }
-                Ok(Some(Event::Close(close))) => {
-                    let (code, text) = close.unzip();
-                    Some(CloseReason::Peer { code, text: text.unwrap_or_default().into() })
-                }
-                Err(error) => Some(CloseReason::Protocol(error)),
-            };
-            if let Some(connection) = self.crowd.connections.get_mut(slot) {
-                connection.decoder.release();
+            let at = Arrival { now: self.crowd.now, arrived: self.crowd.arrived };
+            let shown = self.shared.beacons.call(self.index, connection.directory().key());
+            let received = connection.receive(&mut input[from..], &mut consumed, at, &self.post);
+            drop(shown);
+            self.crowd.metrics.tally.received += u64::from(received.is_handled);
+            if received.is_answered {
+                self.crowd.mark_dirty(slot);
             }
-            if let Some(reason) = end {
+            if let Some(reason) = received.end {
                 self.end_in_order(slot, reason);
             }
         }
@@ -302,14 +232,11 @@ impl Shard {
     pub(super) fn hand_held(&mut self, slot: Slot) -> bool {
         loop {
             let Some(connection) = self.crowd.connections.get_mut(slot) else { return false };
-            if !connection.takes_held() {
-                return connection.work == Work::Idle;
-            }
             let before = connection.unfinished_bytes();
-            let Some(mut held) = connection.held.take() else { return true };
+            let Some(mut held) = connection.take_held() else { return connection.is_idle() };
             let message = held.pop();
             if message.is_some() {
-                connection.counts.received += 1;
+                connection.count_received();
                 self.crowd.metrics.tally.received += 1;
             }
             let mut end = None;
@@ -320,7 +247,7 @@ impl Shard {
                 (_, end) = self.run_handler(slot, on_message);
             }
             if let Some(connection) = self.crowd.connections.get_mut(slot) {
-                connection.held = Some(held).filter(|held| !held.is_empty());
+                connection.give_back_held(held);
             }
             self.count_unfinished(slot, before);
             if let Some(reason) = end {
@@ -335,10 +262,8 @@ impl Shard {
         self.rotate(&mut resumes);
         for id in resumes.drain(..) {
             let Some(connection) = self.find(id) else { continue };
-            if let Some(resume) = &connection.resume {
-                resume.taken();
-            }
-            if connection.work == Work::Idle {
+            connection.take_resume();
+            if connection.is_idle() {
                 continue;
             }
             let flow = self.call(id.slot(), |handler, context| handler.on_resume(context));
@@ -359,8 +284,7 @@ impl Shard {
     /// The handler is done with what kept it busy.
     fn proceed(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let was = std::mem::replace(&mut connection.work, Work::Idle);
-        if was == Work::Parting {
+        if connection.finish_work() {
             self.part(slot);
             return;
         }
@@ -373,7 +297,7 @@ impl Shard {
     /// Goes on with a handler that is idle: with drops it was not told of, messages held for it, and new ones.
     pub(super) fn go_on(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        if connection.phase != Phase::Open || connection.socket.is_none() {
+        if !connection.is_open() || !connection.has_socket() {
             self.tell_end(slot);
             return;
         }
@@ -381,7 +305,7 @@ impl Shard {
             return;
         }
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        if connection.is_input_over {
+        if connection.is_input_over() {
             self.end_of_input(slot);
         } else if connection.is_reading() {
             self.mark_ready(slot); // not at once: others come first
@@ -407,28 +331,17 @@ impl Shard {
         slot: Slot,
         call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
     ) -> (Flow, Option<CloseReason>) {
-        let nothing = (Flow::Ready, None);
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return nothing };
-        let Some(handler) = connection.handler.as_deref_mut() else { return nothing };
-        let mut context = Context::new(connection.id, &self.post, &mut connection.resume);
-        let shown = self.shared.beacons.call(self.index, connection.directory.key());
-        let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
-            Ok(flow) => (flow, context.into_close()),
-            Err(_) => (Flow::Ready, Some(CloseReason::HandlerPanicked)),
-        };
-        drop(shown);
-        if flow == Flow::Pending && connection.work == Work::Idle {
-            connection.work = Work::Busy;
-        }
-        (flow, end)
+        let Some(connection) = self.crowd.connections.get_mut(slot) else { return (Flow::Ready, None) };
+        let _shown = self.shared.beacons.call(self.index, connection.directory().key());
+        connection.call(&self.post, call)
     }
 
     /// The handler has panicked or closes the connection: it gets no more messages, also none that came before the end.
     fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        if connection.phase != Phase::Open {
+        if !connection.is_open() {
             let before = connection.unfinished_bytes();
-            connection.held = None;
+            connection.forget_held();
             self.count_unfinished(slot, before);
         }
         self.end_in_order(slot, reason);

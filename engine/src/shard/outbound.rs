@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::close_reason::CloseReason;
-use crate::connection::{Connection, Flushed, Phase};
+use crate::connection::{Connection, Flushed};
 use crate::id::Slot;
 
 use super::Shard;
@@ -49,13 +49,13 @@ impl Shard {
 
     fn flush(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        connection.is_dirty = false;
-        let before = connection.outbox.backlog_bytes();
-        let has_ping = connection.heartbeat.has_queued_ping() && connection.is_writable;
-        let is_ahead = has_ping && connection.has_unacknowledged();
+        connection.clear_dirty();
+        let (before, ping) = (connection.backlog_bytes(), connection.ping_to_write());
         let flushed = connection.flush(&mut self.gather, &mut self.crowd.metrics, self.crowd.now);
-        self.crowd.backlog_bytes -= before - connection.outbox.backlog_bytes();
-        if has_ping && connection.outbox.has_no_control() {
+        self.crowd.backlog_bytes -= before - connection.backlog_bytes();
+        if let Some(is_ahead) = ping
+            && connection.has_no_control()
+        {
             self.note_ping(slot, is_ahead);
         }
         self.crowd.relieve(slot);
@@ -66,7 +66,7 @@ impl Shard {
                 self.crowd.refused += 1;
                 let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
                 if let Some(due) = connection.look_at_stall(self.crowd.now) {
-                    self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
+                    connection.remind_at(due, &mut self.wheel);
                 }
             }
             Flushed::HasMore => self.crowd.mark_dirty(slot),
@@ -74,7 +74,7 @@ impl Shard {
                 let connection = self.crowd.connections.get(slot);
                 // Whether it has taken everything is asked for the report of a shutdown only.
                 let is_over = |connection: &Connection| {
-                    connection.is_input_over && (self.stop.is_none() || connection.is_delivered())
+                    connection.is_input_over() && (self.stop.is_none() || connection.is_delivered())
                 };
                 if connection.is_some_and(is_over) {
                     self.drop_socket(slot);
@@ -92,14 +92,14 @@ impl Shard {
         let now = self.clock();
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         connection.ping_sent(now, is_ahead);
-        let due = now + connection.config.pong_timeout;
-        self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
+        let due = now + connection.config().pong_timeout;
+        connection.remind_at(due, &mut self.wheel);
     }
 
     /// Everything has been written: what is left is the peer's to do, and it has the usual time for it.
     fn linger(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let by = self.crowd.now + connection.config.close_timeout;
+        let by = self.crowd.now + connection.config().close_timeout;
         if let Some(ending) = connection.ending_mut().filter(|ending| ending.by > by) {
             ending.by = by;
         }
@@ -141,9 +141,7 @@ impl Shard {
         // What those that were ended shared with others is free when the others are gone, too: so as long as nothing
         // has become free, each further look ends as much again.
         let before = if held < looked_at { 0 } else { ended };
-        let ended = self.shed(excess.max(before), CloseReason::Shed, |connection| {
-            if connection.is_writable { 0 } else { connection.outbox.held_bytes() }
-        });
+        let ended = self.shed(excess.max(before), CloseReason::Shed, Connection::refused_bytes);
         let ended = if ended == 0 { 0 } else { before + ended };
         self.shedding = Shedding { ended, looked_at: held };
         self.tell_retained(); // before another shard ends some for what is free now
@@ -157,13 +155,13 @@ impl Shard {
         for id in largest {
             let slot = id.slot();
             let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
-            if connection.phase == Phase::Open {
+            if connection.is_open() {
                 self.end(slot, reason.clone());
                 continue;
             }
             if reason == CloseReason::UnfinishedShed {
                 let before = connection.unfinished_bytes();
-                connection.held = None;
+                connection.forget_held();
                 self.count_unfinished(slot, before);
             } else {
                 self.drop_socket(slot);

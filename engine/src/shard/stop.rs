@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use crate::close_reason::CloseReason;
-use crate::connection::{Connection, Phase, Work};
+use crate::connection::Connection;
 use crate::id::{ConnectionId, Slot};
 use crate::stopping::ShutdownReport;
 
@@ -67,8 +67,7 @@ impl Shard {
         }
         let Some(stop) = &mut self.stop else { return };
         if stop.closings.is_none() {
-            let is_busy = |connection: &Connection| connection.work == Work::Busy;
-            if !stop.is_quiet && !self.crowd.connections.iter().any(is_busy) {
+            if !stop.is_quiet && !self.crowd.connections.iter().any(Connection::is_busy) {
                 stop.is_quiet = true;
                 if self.shared.stopping.tell_quiet() {
                     self.shared.close();
@@ -85,9 +84,9 @@ impl Shard {
             {
                 return; // what was sent before goes out first
             }
-            let open = self.crowd.connections.iter().filter(|connection| connection.phase == Phase::Open);
+            let open = self.crowd.connections.iter().filter(|connection| connection.is_open());
             let closing = |connection: &Connection| {
-                (now + plan.spread.mul_f64(connection.id.slot().spread()), connection.id)
+                (now + plan.spread.mul_f64(connection.slot().spread()), connection.id())
             };
             let mut closings: Vec<_> = open.map(closing).collect();
             closings.sort_unstable_by(|a, b| b.cmp(a));
@@ -114,16 +113,16 @@ impl Shard {
 impl Shard {
     /// What remains when the time is over: sockets are dropped with what is queued for them, handlers are abandoned.
     fn abandon(&mut self, report: &mut ShutdownReport) {
-        let slots: Vec<Slot> = self.crowd.connections.iter().map(|connection| connection.id.slot()).collect();
+        let slots: Vec<Slot> = self.crowd.connections.iter().map(Connection::slot).collect();
         for slot in slots {
             if let Some(connection) = self.crowd.connections.get_mut(slot) {
                 drop(connection.take_opening());
             }
             self.leave_groups(slot);
             let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
-            self.crowd.metrics.ended += u64::from(connection.phase == Phase::Open);
-            report.left_over += u64::from(connection.handler.is_some());
-            let (has_socket, is_delivered) = (connection.socket.is_some(), connection.is_delivered());
+            self.crowd.metrics.ended += u64::from(connection.is_open());
+            report.left_over += u64::from(connection.has_handler());
+            let (has_socket, is_delivered) = (connection.has_socket(), connection.is_delivered());
             match self.discard_all(slot) {
                 _ if !has_socket => {}
                 0 if is_delivered => report.flushed += 1,

@@ -6,11 +6,8 @@
 use std::time::Duration;
 
 use crate::close_reason::CloseReason;
-use crate::connection::Phase;
-use crate::frame::ControlFrame;
 use crate::heartbeat::Beat;
 use crate::id::Slot;
-use crate::wheel::UNARMED;
 
 use super::{Shard, Untold};
 
@@ -32,10 +29,9 @@ impl Shard {
         for (id, tick) in due.drain(..) {
             let slot = id.slot();
             if let Some(connection) = self.crowd.connections.get_mut(slot)
-                && connection.id == id
-                && connection.armed == tick
+                && connection.id() == id
+                && connection.is_reminded(tick)
             {
-                connection.armed = UNARMED;
                 self.beat(slot);
             }
         }
@@ -47,44 +43,40 @@ impl Shard {
     pub(super) fn beat(&mut self, slot: Slot) {
         let (now, listened) = (self.crowd.now, self.crowd.listened);
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let id = connection.id;
         if connection.ending().is_some() {
             return self.beat_ending(slot);
         }
         if connection.is_over() {
             // Its end is decided and in the list, behind what was sent before.
-            let due = now + connection.config.close_timeout;
-            return self.wheel.arm_earlier(id, due, &mut connection.armed);
+            let due = now + connection.config().close_timeout;
+            return connection.remind_at(due, &mut self.wheel);
         }
-        let config = connection.config.clone();
         let nonces = &mut self.nonces;
         loop {
             if let Some(reason) = connection.judge_stall(now, listened) {
                 return self.end(slot, reason);
             }
-            let end = match connection.heartbeat.beat(now, listened, &config, || next_nonce(nonces)) {
+            let end = match connection.beat(now, listened, || next_nonce(nonces)) {
                 Beat::Wait(due) => {
                     let due = connection.look_at_stall(now).map_or(due, |look| look.min(due));
-                    self.wheel.arm_earlier(id, due, &mut connection.armed);
+                    connection.remind_at(due, &mut self.wheel);
                     return;
                 }
                 Beat::Ping(payload) => {
-                    connection.outbox.push_control(ControlFrame::ping(&payload).as_bytes());
-                    if connection.is_writable && !std::mem::replace(&mut connection.is_dirty, true) {
+                    connection.push_ping(&payload);
+                    if connection.mark_dirty() {
                         self.crowd.flushes.mark(slot);
                     }
                     continue;
                 }
                 // Something has arrived that has not been read.
-                Beat::Unanswered | Beat::Idle if connection.is_ready => {
-                    self.wheel.arm_earlier(id, now, &mut connection.armed);
+                Beat::Unanswered | Beat::Idle if connection.is_ready() => {
+                    connection.remind_at(now, &mut self.wheel);
                     return;
                 }
-                Beat::Unanswered if connection.excuses_silence(now) && connection.heartbeat.prolong(now) => {
-                    continue;
-                }
+                Beat::Unanswered if connection.prolongs_wait(now) => continue,
                 Beat::Idle if connection.has_unread() => {
-                    connection.heartbeat.restart_silence(now);
+                    connection.restart_silence(now);
                     continue;
                 }
                 Beat::Unanswered => CloseReason::PongTimeout,
@@ -99,14 +91,14 @@ impl Shard {
     fn beat_ending(&mut self, slot: Slot) {
         let now = self.crowd.now;
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let has_socket = connection.socket.is_some();
+        let has_socket = connection.has_socket();
         let Some(ending) = connection.ending().filter(|_| has_socket) else {
             return; // only the handler is left, and it has the time it needs
         };
         if now >= ending.by {
             return self.drop_socket(slot);
         }
-        if connection.is_input_over && connection.phase == Phase::Lingering && connection.is_delivered() {
+        if connection.awaits_acknowledgement() && connection.is_delivered() {
             return self.drop_socket(slot);
         }
         let Some(ending) = self.crowd.connections[slot].ending_mut() else { return };
@@ -124,10 +116,10 @@ impl Shard {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let Some(ending) = connection.ending() else { return };
         let mut due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
-        if connection.is_input_over && connection.phase == Phase::Lingering {
+        if connection.awaits_acknowledgement() {
             due = due.min(self.crowd.now + LOOK_INTERVAL); // nothing announces that it has taken everything
         }
-        self.wheel.arm_earlier(connection.id, due, &mut connection.armed);
+        connection.remind_at(due, &mut self.wheel);
     }
 
     /// Logs now and then how many connections were ended because of their peers. Single ones are logged at `debug`.

@@ -1,0 +1,46 @@
+//! What a connection looks like from inside. Only for the engine's own tests, behind the feature `audit`.
+
+use crate::outbox::Outbox;
+use crate::receipt::Ticket;
+use crate::tally::DropCause;
+
+use super::{Connection, Intake};
+
+/// What only the connection itself looks at otherwise.
+pub(crate) struct Inside<'a> {
+    pub(crate) outbox: &'a Outbox<Ticket>,
+    pub(crate) is_writable: bool,
+    pub(crate) is_dirty: bool,
+    pub(crate) is_congested: bool,
+    pub(crate) owes_close: bool,
+    /// Messages are held although the handler may be given them.
+    pub(crate) keeps_messages: bool,
+    /// Drops that the handler has not been told of.
+    pub(crate) untold: u32,
+    /// The tick of its reminder.
+    pub(crate) armed: u64,
+}
+
+impl Connection {
+    pub(crate) fn inside(&self) -> Inside<'_> {
+        Inside {
+            outbox: &self.outbox,
+            is_writable: self.is_writable,
+            is_dirty: self.is_dirty,
+            is_congested: self.is_congested,
+            owes_close: self.owes_close,
+            keeps_messages: self.held.is_some() && self.intake == Intake::Open && self.is_listening(),
+            untold: self.counts.losses().untold,
+            armed: self.armed,
+        }
+    }
+
+    /// Lets it have lost so many frames before, half of them for each cause.
+    pub(crate) fn pretend_losses(&mut self, frames: u64) {
+        self.counts.offered += frames;
+        let losses = self.counts.lose();
+        losses.dropped[DropCause::Timeout] += frames / 2;
+        losses.dropped[DropCause::Overflow] += frames / 2;
+        losses.in_a_row = losses.in_a_row.saturating_add(u32::try_from(frames).unwrap_or(u32::MAX));
+    }
+}

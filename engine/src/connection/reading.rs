@@ -1,0 +1,291 @@
+//! What comes in: from the socket to the decoder, and what control frames say.
+//!
+//! Control frames are answered here; a message is handed to the handler if it is idle, and is held
+//! for it otherwise. Does not know when it is this connection's turn.
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::close_reason::CloseReason;
+use crate::decoder::{Event, Limits};
+use crate::frame::{ControlFrame, MessageKind};
+use crate::handler::{Message, Post};
+use crate::held::Held;
+
+use super::{Connection, Intake, Phase};
+
+/// Bytes of messages that are held for a busy handler. With so many nothing more is read before the handler is done:
+/// no pings and no Close.
+const HELD_BYTES_MAX: usize = 16 << 10;
+
+/// What a read brought.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Read {
+    Bytes(usize),
+    Nothing,
+    End,
+    Failed(ErrorKind),
+}
+
+/// What one decoded piece of input led to.
+#[derive(Debug, Default)]
+pub(crate) struct Received {
+    /// A message was handed to the handler.
+    pub(crate) is_handled: bool,
+    /// An answer was queued.
+    pub(crate) is_answered: bool,
+    /// The connection is to end.
+    pub(crate) end: Option<CloseReason>,
+}
+
+/// When input is handled.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrival {
+    pub(crate) now: Duration,
+    /// The earliest time at which it may have arrived.
+    pub(crate) arrived: Duration,
+}
+
+/// Control frames of the peer in the current second.
+#[derive(Debug, Default)]
+pub(super) struct ControlRate {
+    second: u32,
+    frames: u32,
+}
+
+impl ControlRate {
+    /// Counts one; false if that is too many.
+    fn admits(&mut self, now: Duration, max: u16) -> bool {
+        let second = now.as_secs() as u32; // only compared: may wrap
+        if self.second != second {
+            (self.second, self.frames) = (second, 0);
+        }
+        self.frames = self.frames.saturating_add(1);
+        self.frames <= max.into()
+    }
+}
+
+impl Connection {
+    /// Whether the next message may be handed over.
+    pub(crate) fn is_listening(&self) -> bool {
+        self.phase == Phase::Open && self.is_idle() && self.opening().is_none() && self.intake == Intake::Open
+    }
+
+    /// Whether the handler may be given what was held for it, as it is also after the end.
+    pub(crate) fn takes_held(&self) -> bool {
+        let hands_held = !matches!(self.intake, Intake::Paused | Intake::Over { hands_held: false });
+        let is_after_end = self.phase != Phase::Open && self.handler.is_some() && hands_held;
+        self.is_listening() || (is_after_end && self.is_idle())
+    }
+
+    /// How many bytes may be read now. While the handler is busy, that depends on what is held for it; after the end,
+    /// what is left in the kernel is read and discarded.
+    pub(crate) fn read_limit(&self) -> usize {
+        if self.phase != Phase::Open || self.is_listening() {
+            return usize::MAX;
+        }
+        let held = self.held.as_ref().map_or(0, |held| held.len());
+        if self.is_over() { 0 } else { HELD_BYTES_MAX.saturating_sub(held) }
+    }
+
+    /// Whether the socket is to be read.
+    pub(crate) fn is_reading(&self) -> bool {
+        self.socket.is_some() && self.is_readable && !self.is_input_over && self.read_limit() > 0
+    }
+
+    /// Whether something has arrived that is not read as long as the handler is busy.
+    pub(crate) fn has_unread(&self) -> bool {
+        self.is_readable && self.read_limit() == 0
+    }
+
+    /// Bytes of memory that are held for what has not arrived whole, or waits for the handler.
+    pub(crate) fn unfinished_bytes(&self) -> usize {
+        self.decoder.heap_bytes() + self.held.as_ref().map_or(0, |held| held.heap_bytes())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { max_message_bytes: self.config.max_message_bytes, max_fragments: self.config.max_fragments }
+    }
+
+    /// Reads once, at most what may be read.
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Read {
+        let max = self.read_limit().min(buffer.len());
+        let (Some(socket), buffer) = (&self.socket, &mut buffer[..max]) else { return Read::Nothing };
+        loop {
+            match socket.read(buffer) {
+                Ok(0) => return Read::End,
+                Ok(count) => {
+                    // Edge-triggered: a short read has emptied the kernel's buffer.
+                    self.is_readable = count == buffer.len() || self.is_read_closed;
+                    return Read::Bytes(count);
+                }
+                Err(error) => match error.kind() {
+                    ErrorKind::Interrupted => {}
+                    ErrorKind::WouldBlock => {
+                        self.is_readable = false;
+                        return Read::Nothing;
+                    }
+                    kind => return Read::Failed(kind),
+                },
+            }
+        }
+    }
+
+    /// The kernel may have bytes for us; or the end of the stream, if it says so.
+    pub(crate) fn becomes_readable(&mut self, is_closed: bool) {
+        self.is_readable = true;
+        self.is_read_closed |= is_closed;
+    }
+
+    /// Whether the kernel may have bytes for us.
+    pub(crate) fn is_readable(&self) -> bool {
+        self.is_readable
+    }
+
+    /// Whether the peer has ended its side, and all before that was read.
+    pub(crate) fn is_input_over(&self) -> bool {
+        self.is_input_over
+    }
+
+    pub(crate) fn end_input(&mut self) {
+        self.is_input_over = true;
+        self.heartbeat.input_is_over();
+    }
+
+    /// Something has arrived: so many bytes, or something that is not read now.
+    pub(crate) fn heard(&mut self, now: Duration, bytes: usize) {
+        self.heartbeat.heard(now, bytes);
+    }
+
+    /// What lay unread is no silence of the peer's.
+    pub(crate) fn restart_silence(&mut self, now: Duration) {
+        self.heartbeat.restart_silence(now);
+    }
+
+    /// Reading pauses if nothing more may be read.
+    pub(crate) fn note_pause(&mut self) {
+        if self.read_limit() == 0 {
+            self.heartbeat.paused();
+        }
+    }
+
+    /// Whether it is in the shard's list of those to be read.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
+    /// Puts it into that list; false if it was there.
+    pub(crate) fn mark_ready(&mut self) -> bool {
+        !std::mem::replace(&mut self.is_ready, true)
+    }
+
+    /// Takes it out of that list; false if it was not there.
+    pub(crate) fn take_ready(&mut self) -> bool {
+        std::mem::take(&mut self.is_ready)
+    }
+
+    /// Whether nothing is held for the handler, and it takes the next message.
+    pub(crate) fn is_caught_up(&self) -> bool {
+        self.is_listening() && self.held.is_none()
+    }
+
+    /// The messages that are held, if the handler may be given one. To be given back.
+    pub(crate) fn take_held(&mut self) -> Option<Box<Held>> {
+        if self.takes_held() { self.held.take() } else { None }
+    }
+
+    pub(crate) fn give_back_held(&mut self, held: Box<Held>) {
+        self.held = Some(held).filter(|held| !held.is_empty());
+    }
+
+    pub(crate) fn forget_held(&mut self) {
+        self.held = None;
+    }
+
+    /// A message was handed to the handler.
+    pub(crate) fn count_received(&mut self) {
+        self.counts.received += 1;
+    }
+
+    /// Decodes what stands next in `input`, and does what it says. `consumed` is set behind it.
+    pub(crate) fn receive(
+        &mut self,
+        input: &mut [u8],
+        consumed: &mut usize,
+        at: Arrival,
+        post: &Arc<dyn Post>,
+    ) -> Received {
+        let (limits, is_caught_up) = (self.limits(), self.is_caught_up());
+        let mut decoder = std::mem::take(&mut self.decoder);
+        let received = match decoder.decode(input, consumed, &limits) {
+            Ok(None) => Received::default(),
+            Ok(Some(Event::Message { kind, payload })) => {
+                self.heartbeat.answered();
+                self.heartbeat.heard_message(at.now);
+                self.receive_message(kind, payload, is_caught_up, post)
+            }
+            Ok(Some(Event::Ping(payload))) => self.receive_ping(payload, at.now),
+            Ok(Some(Event::Pong(payload))) => self.receive_pong(payload, at),
+            Ok(Some(Event::Close(close))) => {
+                let (code, text) = close.unzip();
+                let text = text.unwrap_or_default().into();
+                Received { end: Some(CloseReason::Peer { code, text }), ..Received::default() }
+            }
+            Err(error) => Received { end: Some(CloseReason::Protocol(error)), ..Received::default() },
+        };
+        decoder.release();
+        self.decoder = decoder;
+        received
+    }
+
+    fn receive_message(
+        &mut self,
+        kind: MessageKind,
+        payload: &[u8],
+        is_caught_up: bool,
+        post: &Arc<dyn Post>,
+    ) -> Received {
+        if !is_caught_up {
+            self.held.get_or_insert_default().push(kind, payload);
+            return Received::default();
+        }
+        self.count_received();
+        let (_, end) =
+            self.call(post, |handler, context| handler.on_message(Message { kind, payload }, context));
+        Received { is_handled: true, end, ..Received::default() }
+    }
+
+    fn receive_ping(&mut self, payload: &[u8], now: Duration) -> Received {
+        self.heartbeat.answered();
+        if !self.control_rate.admits(now, self.config.control_frames_per_second) {
+            return Received { end: Some(CloseReason::ControlFlood), ..Received::default() };
+        }
+        self.outbox.push_control(ControlFrame::pong(payload).as_bytes());
+        Received { is_answered: true, ..Received::default() }
+    }
+
+    fn receive_pong(&mut self, payload: &[u8], Arrival { now, arrived }: Arrival) -> Received {
+        let is_ours = self.heartbeat.pong(arrived, payload);
+        if is_ours {
+            self.heartbeat.answered();
+        } else {
+            self.heartbeat.ignored();
+        }
+        let limit = self.config.policy.rtt_limit().filter(|_| is_ours);
+        let end = if limit.is_some_and(|(max, samples)| self.heartbeat.is_rtt_above(max, samples)) {
+            Some(CloseReason::HighRtt)
+        } else if is_ours || self.control_rate.admits(now, self.config.control_frames_per_second) {
+            None // answers to our pings are no flood
+        } else {
+            Some(CloseReason::ControlFlood)
+        };
+        Received { end, ..Received::default() }
+    }
+
+    /// Whether the average of the last round trips is above `max`.
+    pub(crate) fn is_rtt_above(&mut self, max: Duration, samples: usize) -> bool {
+        self.heartbeat.is_rtt_above(max, samples)
+    }
+}
