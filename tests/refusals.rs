@@ -525,5 +525,5 @@ async fn a_client_that_offers_subprotocols_and_gets_none_leaves_a_line_in_the_lo
     let server = Server::start(app).await;
     let more = "sec-websocket-protocol: chat.v1\r\n";
     logs(server.address, "/ws", more, &logged, r#"no subprotocol was selected"#).await;
-    assert!(logged(r#"offered=["chat.v1"]"#) > 0);
+    assert!(logged(r#"offered="chat.v1""#) > 0);
 }
