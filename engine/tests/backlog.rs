@@ -11,7 +11,7 @@ mod fixture;
 
 use std::time::Duration;
 
-use fixture::{Client, Heard, Rig, Task};
+use fixture::{Client, Heard, Rig, Task, ask_for_descriptors};
 use shardcast_engine::{
     CloseReason, ConnectionAudit, ConnectionConfig, EngineConfig, Frame, Namespace, Policy, SendError, To,
 };
@@ -309,16 +309,6 @@ fn a_frame_of_any_size_follows_a_small_one_that_was_sent_just_before() {
             assert_eq!(client.record().ends, [], "healthy; unicast: {is_unicast}");
             assert_eq!(heard.iter().map(String::len).collect::<Vec<_>>(), [2, 100_000]);
         }
-    }
-}
-
-/// Sockets that the system refuses without: some systems give 1,024 descriptors until they are asked for more.
-fn ask_for_descriptors(count: u64) {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    if current.is_some_and(|current| current < count) {
-        let limit = Rlimit { current: Some(count), maximum };
-        setrlimit(Resource::Nofile, limit).expect("so many descriptors are allowed");
     }
 }
 

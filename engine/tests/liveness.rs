@@ -278,6 +278,37 @@ fn who_talks_to_a_busy_handler_is_not_idle() {
 }
 
 #[test]
+fn who_has_spoken_in_time_and_was_not_read_yet_is_not_silent() {
+    // More than one turn looks at.
+    const CLIENTS: usize = 1100;
+    fixture::ask_for_descriptors(2 * CLIENTS as u64 + 200);
+    let quiet = beating(86_400_000, 1000);
+    for config in [
+        ConnectionConfig { idle_timeout: Some(ms(1000)), ..quiet.clone() },
+        ConnectionConfig { message_timeout: Some(ms(1000)), ..quiet },
+    ] {
+        let mut rig = Rig::one(config.clone());
+        let mut clients: Vec<_> = (0..CLIENTS)
+            .map(|_| {
+                let (newcomer, client) = fixture::newcomer(&rig.engine, &rig.config, rig.send_buffer);
+                at_once(rig.everyone.adopt(newcomer)).unwrap();
+                client
+            })
+            .collect();
+        rig.settle();
+        clients.iter_mut().for_each(|client| client.peer.text("here I am"));
+        rig.now += ms(1200);
+        rig.turn();
+        let received = rig.engine.metrics().received;
+        assert!(received < CLIENTS as u64, "{received}");
+        rig.settle();
+        assert_eq!((rig.engine.metrics().received, rig.everyone.len()), (CLIENTS as u64, CLIENTS));
+        rig.pass(ms(1100));
+        assert_eq!(rig.everyone.len(), 0, "they have fallen silent; {config:?}");
+    }
+}
+
+#[test]
 fn a_long_message_that_keeps_coming_keeps_its_connection() {
     let mut rig = Rig::one(beating(100, 100));
     let mut client = rig.connect();

@@ -300,6 +300,25 @@ fn who_takes_slowly_what_is_its_own_has_the_time_of_the_shutdown_for_it() {
 }
 
 #[test]
+fn who_takes_the_last_frame_in_the_last_moment_has_got_everything() {
+    let config = ConnectionConfig { close_timeout: seconds(5), ..quiet() };
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
+    let mut client = rig.connect();
+    publish(&rig, To::Everyone, &"x".repeat(100_000));
+    let end = shut_down(&mut rig, within(seconds(20)));
+    // What has been begun is not given up to make way for the Close.
+    rig.pass(seconds(17));
+    let mut heard = Vec::new();
+    while heard.last() != Some(&Heard::End) {
+        heard.extend(client.peer.hear());
+        rig.settle();
+    }
+    assert_eq!((heard.len(), &heard[1..]), (3, &GOES[..]));
+    rig.pass(seconds(4));
+    assert_eq!(report(&mut rig, end), [1, 0, 0]);
+}
+
+#[test]
 fn who_has_not_got_everything_is_counted_as_cut_off() {
     let config = ConnectionConfig { close_timeout: seconds(5), ..quiet() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
