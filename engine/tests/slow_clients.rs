@@ -906,12 +906,13 @@ fn what_is_asked_about_connections_is_answered_behind_what_was_sent_before() {
         let told = seen.clone();
         let see = move |metrics: ConnectionMetrics| lock(&told).push((asked, metrics.offered));
         at_once(rig.everyone.inspect(clients[0].id(), see)).unwrap();
+        rig.everyone.try_publish(EVERYONE, &[], Frame::text("to both")).unwrap();
         let told = seen.clone();
         let see = move |part: GroupMetrics| lock(&told).push((asked, part.offered));
         at_once(rig.everyone.survey(EVERYONE, &[], see)).unwrap();
     }
     rig.settle();
-    assert_eq!(*lock(&seen), [(1, 1), (1, 2), (2, 2), (2, 4), (3, 3), (3, 6)]);
+    assert_eq!(*lock(&seen), [(1, 1), (1, 4), (2, 3), (2, 8), (3, 5), (3, 12)]);
 }
 
 #[test]
