@@ -207,6 +207,77 @@ fn the_smallest_outbox_says_how_much_is_published_without_waiting() {
 }
 
 #[test]
+fn a_unicast_waits_where_what_is_on_its_way_may_fill_the_outbox() {
+    // In the mailbox, each of which fits by itself; or in the log.
+    let unicasts = |count| vec![(true, 20_000); count];
+    for ahead in [unicasts(7), vec![(false, 90_000)]] {
+        let mut rig = Rig::one(outbox_of(100_000));
+        let client = rig.connect();
+        let (everyone, id) = (rig.everyone.clone(), client.id());
+        let mut publishers = Vec::new();
+        for (is_unicast, length) in &ahead {
+            match is_unicast {
+                true => publishers.push(publishing(&everyone, To::Connection(id), *length)),
+                false => everyone.try_publish(To::Everyone, &[], bytes(*length)).unwrap(),
+            }
+        }
+        publishers.push(publishing(&everyone, To::Connection(id), 20_000));
+        publishers.retain_mut(|publisher| publisher.poll().is_none());
+        rig.settle();
+        publishers.retain_mut(|publisher| publisher.poll().is_none());
+        let look = look(&rig);
+        assert!(look.waiting > 0, "a test of something");
+        assert_eq!(publishers.len() as u64, look.waiting, "{look:?}");
+    }
+}
+
+#[test]
+fn who_publishes_under_block_waits_for_every_member_that_is_behind() {
+    // Its own policy would let its frames be dropped.
+    let policy = Policy::DropMessage { timeout: ms(3_600_000) };
+    let mut rig = Rig::one(ConnectionConfig { policy, ..outbox_of(100_000) });
+    let (behind, other) = (rig.connect(), rig.connect());
+    let everyone = rig.everyone.clone();
+    let blocking = everyone.with_policy(Policy::Block).unwrap();
+    for (id, group) in [(other.id(), "a"), (behind.id(), "b")] {
+        fixture::at_once(everyone.join(id, group)).unwrap();
+    }
+    blocking.try_publish(To::Connection(behind.id()), &[], bytes(150_000)).unwrap();
+    rig.settle(); // what the kernel did not take fills its outbox
+    // One that is on its way into a group counts there already.
+    fixture::at_once(everyone.join(behind.id(), "c")).unwrap();
+    let targets = [To::Everyone, To::Groups(&["a", "b"]), To::Group("b"), To::Group("c")];
+    let mut publishers: Vec<_> = targets.map(|to| publishing(&blocking, to, 10)).into();
+    publishers.push(publishing(&everyone, To::Connection(behind.id()), 10));
+    let polled: Vec<_> = publishers.iter_mut().map(Task::poll).collect();
+    assert_eq!(polled, [None; 5], "no shard has moved");
+    rig.settle();
+    assert!(publishers.iter_mut().all(|publisher| publisher.poll().is_none()), "it has no room");
+    assert_eq!(
+        publishing(&everyone, To::Everyone, 10).poll(),
+        Some(Ok(())),
+        "by its own policy nobody waits"
+    );
+    drop(behind);
+    rig.settle();
+    assert!(publishers.iter_mut().all(|publisher| publisher.poll() == Some(Ok(()))));
+}
+
+#[test]
+fn one_that_is_behind_and_on_its_way_into_a_group_is_waited_for_there() {
+    let mut rig = Rig::one(outbox_of(100_000));
+    let behind = rig.connect();
+    let everyone = rig.everyone.clone();
+    everyone.try_publish(To::Connection(behind.id()), &[], bytes(150_000)).unwrap();
+    rig.settle();
+    fixture::at_once(everyone.join(behind.id(), "a")).unwrap();
+    let mut publisher = publishing(&everyone, To::Group("a"), 10);
+    assert_eq!(publisher.poll(), None, "no shard has moved");
+    rig.settle();
+    assert_eq!((publisher.poll(), look(&rig).waiting), (None, 1));
+}
+
+#[test]
 fn who_publishes_waits_only_for_members_whose_policy_is_block() {
     let mut rig = Rig::one(outbox_of(100_000));
     let blocking = rig.config.clone();

@@ -258,6 +258,31 @@ fn a_pong_that_is_read_in_the_turn_in_which_its_time_is_over_counts() {
 }
 
 #[test]
+fn who_has_spoken_in_time_and_was_not_read_yet_is_not_silent() {
+    // More than one turn looks at.
+    const CLIENTS: usize = 1100;
+    fixture::ask_for_descriptors(2 * CLIENTS as u64 + 200);
+    let quiet = beating(86_400_000, 1000);
+    for config in [
+        ConnectionConfig { idle_timeout: Some(ms(1000)), ..quiet.clone() },
+        ConnectionConfig { message_timeout: Some(ms(1000)), ..quiet },
+    ] {
+        let mut rig = Rig::one(config.clone());
+        let mut clients: Vec<_> = (0..CLIENTS).map(|_| rig.connect_at_once()).collect();
+        rig.settle();
+        clients.iter_mut().for_each(|client| client.peer.text("here I am"));
+        rig.now += ms(1200);
+        rig.turn();
+        let received = rig.engine.metrics().tally.received;
+        assert!(received < CLIENTS as u64, "{received}");
+        rig.settle();
+        assert_eq!((rig.engine.metrics().tally.received, rig.everyone.len()), (CLIENTS as u64, CLIENTS));
+        rig.pass(ms(1100));
+        assert_eq!(rig.everyone.len(), 0, "they have fallen silent; {config:?}");
+    }
+}
+
+#[test]
 fn a_long_message_that_keeps_coming_keeps_its_connection() {
     let mut rig = Rig::one(beating(100, 100));
     let mut client = rig.connect();

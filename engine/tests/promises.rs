@@ -16,7 +16,7 @@ use std::time::Duration;
 use fixture::{Client, Heard, Peer, Rig, Task, at_once, block_on, client_frame, newcomer};
 use shardcast_engine::{
     CloseCode, CloseReason, ConnectionConfig, ConnectionId, Engine, EngineConfig, Frame, FrameError,
-    MessageKind, Namespace, SendError, To, TrySendError,
+    MessageKind, Namespace, Policy, SendError, Socket, To, TrySendError,
 };
 
 const EVERYONE: To<'_> = To::Everyone;
@@ -635,6 +635,55 @@ fn a_fan_out_to_many_does_not_starve_reading() {
     assert_eq!(speaker.record().messages.len(), 2);
     rig.settle();
     assert_eq!((rig.engine.metrics().tally.written, listener.len()), (MANY as u64 + 1, MANY));
+}
+
+/// So many connections that take everything as soon as it is written to them.
+fn connect_sinks(rig: &mut Rig, count: usize) {
+    for _ in 0..count {
+        let (mut newcomer, _) = newcomer(&rig.engine, &rig.config, 4096);
+        newcomer.socket = Socket::sink();
+        at_once(rig.everyone.adopt(newcomer)).unwrap();
+        rig.turn();
+    }
+    rig.settle();
+}
+
+#[test]
+fn one_turn_puts_no_more_frames_into_outboxes_than_a_bound() {
+    const MANY: u64 = 1000;
+    let mut rig = Rig::new(1);
+    connect_sinks(&mut rig, MANY as usize);
+    let nobody = "0000000000000000".parse().unwrap(); // so each is offered by itself
+    for _ in 0..250 {
+        rig.everyone.try_publish(EVERYONE, &[nobody], frame("to all")).unwrap();
+    }
+    rig.turn();
+    let offered = rig.engine.metrics().tally.offered;
+    assert!((100_000..200_000 + MANY).contains(&offered), "{offered}");
+    rig.settle();
+    assert_eq!(rig.engine.metrics().tally.written, 250 * MANY);
+}
+
+#[test]
+fn who_keeps_up_loses_nothing_however_much_is_published_at_once() {
+    // With so many clients a turn does not write to all of them.
+    for (count, is_joined) in [(1, true), (1, false), (3000, true), (3000, false)] {
+        let policy = Policy::DropMessage { timeout: Duration::ZERO };
+        let mut rig = Rig::one(ConnectionConfig { outbox_frames: 8, policy, ..ConnectionConfig::default() });
+        connect_sinks(&mut rig, count);
+        let nobody = "0000000000000000".parse().unwrap();
+        let except = if is_joined { &[][..] } else { &[nobody] };
+        for _ in 0..60 {
+            rig.everyone.try_publish(EVERYONE, except, frame("to all")).unwrap();
+        }
+        rig.settle();
+        let all = rig.engine.metrics();
+        assert_eq!(
+            (all.tally.written, all.tally.dropped.overflow),
+            (60 * count as u64, 0),
+            "joined: {is_joined}"
+        );
+    }
 }
 
 #[test]

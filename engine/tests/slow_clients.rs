@@ -8,13 +8,14 @@
 
 mod fixture;
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use fixture::{Client, Heard, Rig, Task, at_once};
+use fixture::{Client, Heard, Rig, Task, at_once, lock};
 use proptest::prelude::*;
 use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, EngineConfig, Frame, Namespace, Policy,
-    Receipt, SendError, To,
+    CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, EngineConfig, Frame, GroupMetrics,
+    Namespace, Policy, Receipt, SendError, To,
 };
 
 const EVERYONE: To<'_> = To::Everyone;
@@ -901,6 +902,7 @@ fn a_group_counts_what_its_present_members_have_counted() {
         (1, second.tally.offered, 0)
     );
     assert_eq!(rig.survey(To::Groups(&["room", "none"]), &[]), room);
+    assert_eq!(rig.survey(To::Groups(&["room", "a", "b", "room"]), &[]), room, "both are in all three");
     assert_eq!(rig.survey(To::Connection(healthy.id()), &[]).tally.offered, second.tally.offered);
     assert_eq!(rig.survey(To::Connection(healthy.id()), &[healthy.id()]), Default::default());
     assert_eq!(rig.survey(To::Group("none"), &[]), Default::default());
@@ -915,6 +917,26 @@ fn a_group_counts_what_its_present_members_have_counted() {
     rig.settle();
     let after = rig.survey(EVERYONE, &[]);
     assert_eq!((after.connections, after.tally.offered), (before.connections - 1, before.tally.offered));
+}
+
+#[test]
+fn what_is_asked_about_connections_is_answered_behind_what_was_sent_before() {
+    // With so small an outbox the shard runs one publication a turn.
+    let mut rig = rig(1, narrow(Policy::Block));
+    let clients = rig.connect_many(2);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    for asked in 1..=3 {
+        rig.everyone.try_publish(EVERYONE, &[], Frame::text("to both")).unwrap();
+        let told = seen.clone();
+        let see = move |metrics: ConnectionMetrics| lock(&told).push((asked, metrics.tally.offered));
+        at_once(rig.everyone.inspect(clients[0].id(), see)).unwrap();
+        rig.everyone.try_publish(EVERYONE, &[], Frame::text("to both")).unwrap();
+        let told = seen.clone();
+        let see = move |part: GroupMetrics| lock(&told).push((asked, part.tally.offered));
+        at_once(rig.everyone.survey(EVERYONE, &[], see)).unwrap();
+    }
+    rig.settle();
+    assert_eq!(*lock(&seen), [(1, 1), (1, 4), (2, 3), (2, 8), (3, 5), (3, 12)]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod fixture;
 use std::net::Shutdown as Half;
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fixture::{Client, Heard, Rig, Task, at_once, lock, newcomer};
 use shardcast_engine::{
@@ -40,6 +40,7 @@ fn shut_down(rig: &mut Rig, shutdown: Shutdown) -> Task<'static, ShutdownReport>
     let engine = rig.engine.clone();
     let mut end = Task::new(async move { engine.shutdown(shutdown).await.unwrap() });
     assert!(end.poll().is_none());
+    rig.now = rig.now.max(Instant::now()); // its time counts from the real one
     rig.settle();
     end
 }
@@ -296,6 +297,25 @@ fn who_takes_slowly_what_is_its_own_has_the_time_of_the_shutdown_for_it() {
     assert_eq!(heard.len(), 11, "all, and the Close");
     assert_eq!(heard[10], Heard::Close(Some(1001)));
     rig.pass(seconds(5));
+    assert_eq!(report(&mut rig, end), [1, 0, 0]);
+}
+
+#[test]
+fn who_takes_the_last_frame_in_the_last_moment_has_got_everything() {
+    let config = ConnectionConfig { close_timeout: seconds(5), ..quiet() };
+    let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
+    let mut client = rig.connect();
+    publish(&rig, To::Everyone, &"x".repeat(100_000));
+    let end = shut_down(&mut rig, within(seconds(20)));
+    // What has been begun is not given up to make way for the Close.
+    rig.pass(seconds(17));
+    let mut heard = Vec::new();
+    while heard.last() != Some(&Heard::End) {
+        heard.extend(client.peer.hear());
+        rig.settle();
+    }
+    assert_eq!((heard.len(), &heard[1..]), (3, &GOES[..]));
+    rig.pass(seconds(4));
     assert_eq!(report(&mut rig, end), [1, 0, 0]);
 }
 

@@ -11,7 +11,10 @@ mod fixture;
 use std::time::Duration;
 
 use fixture::{Client, Rig, Task, at_once};
-use shardcast_engine::{ConnectionConfig, EngineConfig, Frame, Policy, To};
+use shardcast_engine::{
+    CloseCode, CloseReason, ConnectionConfig, Context, EngineConfig, Flow, Frame, Handler, Message, Policy,
+    To,
+};
 
 fn asleep(shards: usize) -> Rig {
     let engine = EngineConfig { shards: Some(shards), ..EngineConfig::default() };
@@ -146,4 +149,34 @@ fn a_frame_that_may_be_dropped_wakes_its_shard_when_its_time_is_over() {
     let receipt = sending.poll().expect("its time is over").unwrap();
     assert_eq!((receipt.targets, receipt.dropped.timeout), (1, 1));
     assert_eq!(client.record().drops, [1]);
+}
+
+/// Closes when it is told of drops.
+struct ClosesAtDrop;
+
+impl Handler for ClosesAtDrop {
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+        Flow::Ready
+    }
+
+    fn on_drop(&mut self, _: u32, context: &mut Context<'_>) -> Flow {
+        context.close(CloseReason::Application { code: CloseCode(4000), text: "too slow".into() });
+        Flow::Ready
+    }
+}
+
+#[test]
+fn what_a_handler_decides_at_the_end_of_a_turn_keeps_its_shard_awake() {
+    let policy = Policy::DropMessage { timeout: Duration::from_millis(20) };
+    let config = ConnectionConfig { outbox_frames: 1, policy, ..ConnectionConfig::default() };
+    let mut rig = Rig::one(config).sleepy();
+    let _peer = rig.connect_handler(Box::new(|_| Box::new(ClosesAtDrop)));
+    for length in [100_000, 10] {
+        publish(&rig, To::Everyone, &"x".repeat(length));
+        rig.settle();
+    }
+    assert_eq!(rig.everyone.len(), 1);
+    rig.now += Duration::from_millis(20);
+    rig.settle(); // it is told of the drop when sockets and mailbox have been looked at
+    assert_eq!(rig.everyone.len(), 0, "it has closed");
 }
