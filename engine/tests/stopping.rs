@@ -379,6 +379,38 @@ fn what_a_connection_that_fails_had_not_taken_counts_it_as_cut_off() {
 }
 
 #[test]
+fn whose_close_frame_was_not_written_is_counted_as_cut_off() {
+    let mut rig = Rig::one(quiet());
+    let mut client = rig.connect();
+    let engine = rig.engine.clone();
+    let mut end = Task::new(async move { engine.shutdown(within(ms(0))).await.unwrap() });
+    assert!(end.poll().is_none());
+    rig.turn();
+    assert_eq!(report(&mut rig, end), [0, 1, 0]);
+    assert_eq!(client.peer.hear(), [Heard::End], "no Close");
+}
+
+#[test]
+fn who_resets_with_something_unread_is_counted_as_cut_off() {
+    let mut rig = Rig::one(quiet());
+    let mut busy = rig.connect();
+    busy.peer.text("wait");
+    let failing = rig.connect();
+    publish(&rig, To::Connection(failing.id()), "unread");
+    rig.settle();
+    let end = shut_down(&mut rig, within(seconds(60)));
+    let record = failing.record.clone();
+    drop(failing);
+    rig.settle();
+    assert!(matches!(lock(&record).ends[..], [CloseReason::Transport(_)]));
+    busy.release();
+    rig.settle();
+    assert_eq!(busy.peer.hear(), GOES);
+    drop(busy);
+    assert_eq!(report(&mut rig, end), [1, 1, 0]);
+}
+
+#[test]
 fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
     let mut clients: Vec<_> = (0..3)

@@ -330,9 +330,13 @@ impl Connection {
 
     /// Whether the peer has everything that was sent to it, its Close frame included, as far as this is known.
     pub(crate) fn is_delivered(&self) -> bool {
-        let is_told = self.ending().is_none_or(|ending| ending.reason.close_frame().is_some());
+        let reason = self.ending().map(|ending| &ending.reason);
+        let is_told = reason.is_none_or(|reason| reason.close_frame().is_some());
         match &self.socket {
             _ if self.ending().is_some_and(|ending| ending.is_cut) => false,
+            // A failed socket does not say what the peer had taken before.
+            _ if matches!(reason, Some(CloseReason::Transport(_))) => false,
+            Some(_) if is_told && !self.is_lingering() => false, // its Close frame has not been written
             Some(socket) if socket.is_direct() => socket.unacknowledged().is_none_or(|bytes| bytes == 0),
             Some(_) => !is_told || self.is_input_over,
             None => true,
