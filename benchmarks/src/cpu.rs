@@ -1,9 +1,11 @@
 //! Which core a process runs on.
 //!
 //! A thread that pins itself before it starts others or processes passes the mask on to them, so one call pins the
-//! whole process where the main thread makes it first. Knows nothing of what runs there.
+//! whole process where the main thread makes it first. On Linux only; elsewhere there are no cores to choose from.
+//! Knows nothing of what runs there.
 
-use core_affinity::CoreId;
+#[cfg(target_os = "linux")]
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Why a process could not be pinned.
 #[derive(Debug, thiserror::Error)]
@@ -15,14 +17,36 @@ pub(crate) enum PinError {
 /// Pins the calling thread, and every thread it starts later, to `cpu`; `None` leaves it free.
 pub(crate) fn pin(cpu: Option<usize>) -> Result<(), PinError> {
     match cpu {
-        Some(id) if !core_affinity::set_for_current(CoreId { id }) => Err(PinError::Refused(id)),
+        Some(cpu) if !set(cpu) => Err(PinError::Refused(cpu)),
         _ => Ok(()),
     }
 }
 
+#[cfg(target_os = "linux")]
+fn set(cpu: usize) -> bool {
+    let mut own = CpuSet::new();
+    if cpu >= CpuSet::MAX_CPU {
+        return false;
+    }
+    own.set(cpu);
+    sched_setaffinity(None, &own).is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn set(_: usize) -> bool {
+    false
+}
+
 /// The cores that this process may use.
+#[cfg(target_os = "linux")]
 pub(crate) fn all() -> Vec<usize> {
-    core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect()
+    let allowed = sched_getaffinity(None).unwrap_or_default();
+    (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect()
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn all() -> Vec<usize> {
+    Vec::new()
 }
 
 /// One core for the server and another for the client, when this process may use two.

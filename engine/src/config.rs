@@ -23,8 +23,9 @@ pub struct EngineConfig {
     pub shards: Option<usize>,
     /// Whether each shard is pinned to one of the allowed CPUs. Default: true. With more shards
     /// than CPUs, CPUs are shared; where the system refuses, the shard runs unpinned and says so.
+    /// On Linux only: on other systems no shard is pinned.
     ///
-    /// On Linux a shard is bound to its CPU only while it waits for something to do, and what a handler starts
+    /// A shard is bound to its CPU only while it waits for something to do, and what a handler starts
     /// (threads, processes) may use all of the process's CPUs. Engines choose CPUs that no other has: each shard holds
     /// a claim, an abstract Unix socket named `shardcast/cpu/NUMBER/CLAIM`, which engines in other processes of the
     /// same network namespace see; where all are claimed, they share those with the fewest shards.

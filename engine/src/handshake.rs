@@ -5,7 +5,7 @@
 //! Knows SHA-1 and base64. Does not know HTTP, headers, or whether the key is well formed.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use sha1::{Digest, Sha1};
+use sha1_smol::Sha1;
 
 /// Every WebSocket server appends this GUID, so that no server answers right by accident.
 const WEBSOCKET_GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
@@ -19,7 +19,7 @@ pub fn accept_key(key: &[u8]) -> String {
     let mut hash = Sha1::new();
     hash.update(key);
     hash.update(WEBSOCKET_GUID);
-    STANDARD.encode(hash.finalize())
+    STANDARD.encode(hash.digest().bytes())
 }
 
 #[cfg(test)]

@@ -222,45 +222,36 @@ mod linux {
     }
 }
 
+/// Nothing is pinned: macOS takes no more than a hint, and none on its own chips, and the other systems would need
+/// `unsafe` here.
 #[cfg(not(target_os = "linux"))]
 mod elsewhere {
     use std::time::Instant;
 
-    use core_affinity::CoreId;
-
-    /// The CPUs that the process may use.
-    pub(crate) struct Cpus {
-        each: Vec<CoreId>,
-        taken: usize,
-    }
+    /// No CPUs to choose from.
+    pub(crate) struct Cpus;
 
     impl Cpus {
         pub(crate) fn allowed() -> Self {
-            Self { each: core_affinity::get_core_ids().unwrap_or_default(), taken: 0 }
+            Self
         }
 
-        /// A CPU for one more shard, one after the other.
         pub(crate) fn take(&mut self) -> Option<Pin> {
-            let cpu = *self.each.get(self.taken % self.each.len().max(1))?;
-            self.taken += 1;
-            Some(Pin { cpu, is_done: false })
+            None
         }
     }
 
-    /// A shard's CPU, for its thread's whole life.
+    /// There is none.
     #[derive(Debug)]
-    pub(crate) struct Pin {
-        cpu: CoreId,
-        is_done: bool,
-    }
+    pub(crate) enum Pin {}
 
     impl Pin {
         pub(crate) fn before_poll(&mut self, _may_block: bool, _now: Instant) {
-            if !std::mem::replace(&mut self.is_done, true) && !core_affinity::set_for_current(self.cpu) {
-                tracing::warn!(cpu = self.cpu.id, "a shard could not be pinned and runs unpinned");
-            }
+            match *self {}
         }
 
-        pub(crate) fn after_poll(&mut self) {}
+        pub(crate) fn after_poll(&mut self) {
+            match *self {}
+        }
     }
 }

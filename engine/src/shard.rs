@@ -87,7 +87,7 @@ pub struct Shard {
     started: Instant,
     /// Adoptions so far; tells apart the generations of a slot.
     generations: u64,
-    nonces: u64,
+    nonces: timer::Nonces,
     /// A command whose stamp the log has not reached.
     held: Option<Entry<Command>>,
     /// Commands taken out of the mailbox so far.
@@ -182,7 +182,6 @@ impl Shard {
         let Parts { index, shared, poll, reader } = parts;
         let coalesce = shared.config.coalesce;
         let read = vec![0; shared.config.read_buffer_bytes];
-        let seed = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), index);
         Self {
             index,
             post: shared.clone(),
@@ -205,7 +204,7 @@ impl Shard {
             gather: Gather::default(),
             started: now,
             generations: 0,
-            nonces: seed,
+            nonces: timer::Nonces::default(),
             held: None,
             commands: 0,
             later: VecDeque::new(),

@@ -3,6 +3,7 @@
 //! The wheel and the deadlines only remind; what is to be done, each connection's own times
 //! say. Does not know why a connection ends beyond the reason it is given.
 
+use std::hash::{BuildHasher as _, RandomState};
 use std::time::Duration;
 
 use crate::close_reason::CloseReason;
@@ -56,7 +57,7 @@ impl Shard {
             if let Some(reason) = connection.judge_stall(now, listened) {
                 return self.end(slot, reason);
             }
-            let end = match connection.beat(now, listened, || next_nonce(nonces)) {
+            let end = match connection.beat(now, listened, || nonces.next()) {
                 Beat::Wait(due) => {
                     let due = connection.look_at_stall(now).map_or(due, |look| look.min(due));
                     connection.remind_at(due, &mut self.wheel);
@@ -144,11 +145,39 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// Time between two such lines, at least.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
-/// SplitMix64: unpredictable enough that a peer cannot answer a ping that it has not seen.
-fn next_nonce(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let mut mixed = *state;
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    mixed ^ (mixed >> 31)
+/// The numbers in a shard's pings, which nobody can guess: a peer that answered pings before they came would pass for
+/// alive and fast though it reads nothing, and it knows all that were sent to it. So each is a keyed hash (SipHash) of how
+/// many there were, with a key that only this shard has.
+#[derive(Default)]
+pub(super) struct Nonces {
+    key: RandomState,
+    count: u64,
+}
+
+impl Nonces {
+    fn next(&mut self) -> u64 {
+        self.count += 1;
+        self.key.hash_one(self.count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::hash::{BuildHasherDefault, DefaultHasher};
+
+    use super::*;
+
+    #[test]
+    fn the_next_ping_cannot_be_guessed_from_those_before_or_on_another_shard() {
+        let known = BuildHasherDefault::<DefaultHasher>::default();
+        let mut seen = HashSet::new();
+        for mut nonces in [Nonces::default(), Nonces::default()] {
+            for count in 1..=1000_u64 {
+                let nonce = nonces.next();
+                assert!(seen.insert(nonce), "it has been in a ping of this shard or of another");
+                assert_ne!(nonce, known.hash_one(count), "a hash whose key everybody knows");
+            }
+        }
+    }
 }
