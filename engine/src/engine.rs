@@ -17,12 +17,12 @@ use crate::admission::Place;
 use crate::beacon::Beacons;
 use crate::close_code::InvalidCloseCode;
 use crate::config::{ConfigError, EngineConfig};
+use crate::engine_core::EngineCore;
 use crate::log::Log;
 use crate::mailbox::Mailbox;
 use crate::metrics::{Metrics, PublishedMetrics};
 use crate::namespace::Namespace;
 use crate::pinning::Cpus;
-use crate::publisher::Shared;
 use crate::shard::{BELL, Parts, Shard};
 use crate::stopping::{EngineState, Shutdown, ShutdownReport};
 use crate::wait_list::Registration;
@@ -46,7 +46,7 @@ pub struct Engine {
 /// Ends the shards when the last handle goes.
 #[derive(Debug)]
 struct Owner {
-    shared: Arc<Shared>,
+    core: Arc<EngineCore>,
     /// None for an engine that is driven.
     watchdog: Option<JoinHandle<()>>,
     /// The threads of the shards, once all have been started.
@@ -84,13 +84,13 @@ impl Engine {
         around: impl Fn(&mut dyn FnMut()) + Clone + Send + 'static,
     ) -> Result<Self, StartError> {
         let pin = config.pin;
-        let (shared, parts) = prepare(config, Instant::now())?;
+        let (core, parts) = prepare(config, Instant::now())?;
         let (threads, started) = mpsc::channel();
-        let watchdog = Watchdog::new(shared.clone(), started);
+        let watchdog = Watchdog::new(core.clone(), started);
         let watchdog = thread::Builder::new().name("shard-watchdog".to_owned()).spawn(|| watchdog.run())?;
-        shared.stopping.set_watchdog(watchdog.thread().clone());
-        shared.beacons.set_watchdog(watchdog.thread().clone());
-        let owner = Owner { shared, watchdog: Some(watchdog), shards: OnceLock::new() };
+        core.stopping.set_watchdog(watchdog.thread().clone());
+        core.beacons.set_watchdog(watchdog.thread().clone());
+        let owner = Owner { core, watchdog: Some(watchdog), shards: OnceLock::new() };
 
         let mut cpus = pin.then(Cpus::allowed);
         let (mut ids, mut failure) = (Vec::new(), None);
@@ -120,7 +120,7 @@ impl Engine {
                 }
                 Err(error) => {
                     failure = failure.or(error);
-                    owner.shared.stopping.tell_end(index, &ShutdownReport::default());
+                    owner.core.stopping.tell_end(index, &ShutdownReport::default());
                 }
             }
         }
@@ -137,8 +137,8 @@ impl Engine {
     /// # Errors
     /// As for [`start`](Self::start).
     pub fn driven(config: EngineConfig, now: Instant) -> Result<(Self, Vec<Shard>), StartError> {
-        let (shared, parts) = prepare(config, now)?;
-        let owner = Owner { shared, watchdog: None, shards: OnceLock::new() };
+        let (core, parts) = prepare(config, now)?;
+        let owner = Owner { core, watchdog: None, shards: OnceLock::new() };
         let shards = parts.into_iter().map(|parts| Shard::new(parts, now)).collect();
         Ok((Self { owner: Arc::new(owner) }, shards))
     }
@@ -150,13 +150,13 @@ impl Engine {
 
     /// The same with a name, by which log lines speak of it. Names need not differ.
     pub fn namespace_named(&self, name: &str) -> Namespace {
-        Namespace::new(self.owner.shared.clone(), name)
+        Namespace::new(self.owner.core.clone(), name)
     }
 
     /// A place for one more connection, or none if `max_connections` are here, or `max_connections_per_address` of
     /// its address, or the engine is stopping. Ask before the handshake is answered.
     pub fn admit(&self, address: Option<IpAddr>) -> Option<Place> {
-        if self.owner.shared.stopping.is_asked() { None } else { self.owner.shared.admission.admit(address) }
+        if self.owner.core.stopping.is_asked() { None } else { self.owner.core.admission.admit(address) }
     }
 
     /// Ends the engine in order: admits no more connections, reads no more messages, lets handlers finish, writes
@@ -174,47 +174,47 @@ impl Engine {
         if !shutdown.code.is_valid_on_wire() {
             return Err(InvalidCloseCode(shutdown.code));
         }
-        let shared = &self.owner.shared;
-        shared.shut_down(shutdown, Instant::now());
+        let core = &self.owner.core;
+        core.shut_down(shutdown, Instant::now());
         let mut registration = Registration::default();
-        Ok(poll_fn(|context| shared.stopping.poll(&mut registration, context.waker())).await)
+        Ok(poll_fn(|context| core.stopping.poll(&mut registration, context.waker())).await)
     }
 
     /// Waits until the engine has ended, for whatever reason: [`EngineState::Ended`] or [`EngineState::Failed`]. Does
     /// not end it, nor keep it alive.
     pub fn ended(&self) -> impl Future<Output = EngineState> + Send + use<> {
-        let shared = self.owner.shared.clone();
+        let core = self.owner.core.clone();
         async move {
             let mut registration = Registration::default();
-            let _ = poll_fn(|context| shared.stopping.poll(&mut registration, context.waker())).await;
-            shared.stopping.state()
+            let _ = poll_fn(|context| core.stopping.poll(&mut registration, context.waker())).await;
+            core.stopping.state()
         }
     }
 
     /// What the engine is doing. Never goes back.
     pub fn state(&self) -> EngineState {
-        self.owner.shared.stopping.state()
+        self.owner.core.stopping.state()
     }
 
     /// Whether the engine ends or has ended, for whatever reason: it takes no more connections.
     pub fn is_stopping(&self) -> bool {
-        self.owner.shared.stopping.is_asked()
+        self.owner.core.stopping.is_asked()
     }
 
     /// Connections that are here or on their way.
     pub fn connections(&self) -> usize {
-        self.owner.shared.admission.taken()
+        self.owner.core.admission.taken()
     }
 
     /// The number of shards.
     pub fn shards(&self) -> usize {
-        self.owner.shared.mailboxes.len()
+        self.owner.core.mailboxes.len()
     }
 
     /// What each shard has counted, as of its last turn; [`lag_micros`](Metrics::lag_micros) and
     /// [`blocked`](Metrics::blocked) as of now, also of a shard that is held up.
     pub fn shard_metrics(&self) -> Vec<Metrics> {
-        let Shared { metrics, beacons, .. } = &*self.owner.shared;
+        let EngineCore { metrics, beacons, .. } = &*self.owner.core;
         let now = Instant::now();
         let seen = |(shard, metrics): (usize, &PublishedMetrics)| {
             let metrics = metrics.read();
@@ -236,7 +236,7 @@ impl Engine {
 }
 
 /// What an engine's threads share, and what each shard is made of.
-fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<Shared>, Vec<Parts>), StartError> {
+fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<EngineCore>, Vec<Parts>), StartError> {
     config.validate()?;
     let count = match config.shards {
         Some(count) => count,
@@ -249,11 +249,11 @@ fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<Shared>, Vec<Parts
         Ok(Mailbox::new(config.mailbox_capacity, config.publishers_waiting_max, bell))
     });
     let mailboxes = mailboxes.collect::<Result<Box<[_]>, std::io::Error>>()?;
-    let shared = Arc::new(Shared::new(config, log, mailboxes, Beacons::new(count, now)));
+    let core = Arc::new(EngineCore::new(config, log, mailboxes, Beacons::new(count, now)));
     let parts = polls.into_iter().zip(readers).enumerate();
-    let parts = parts.map(|(index, (poll, reader))| Parts { index, shared: shared.clone(), poll, reader });
+    let parts = parts.map(|(index, (poll, reader))| Parts { index, core: core.clone(), poll, reader });
     let parts = parts.collect();
-    Ok((shared, parts))
+    Ok((core, parts))
 }
 
 /// For the random histories in `tests/`.
@@ -262,18 +262,18 @@ fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<Shared>, Vec<Parts
 impl Engine {
     /// Grows by one with each publication or command that is taken, as long as no shard takes a turn.
     pub fn audit_accepted(&self) -> u64 {
-        let shared = &self.owner.shared;
-        shared.log.tail() + shared.mailboxes.iter().map(|mailbox| mailbox.len() as u64).sum::<u64>()
+        let core = &self.owner.core;
+        core.log.tail() + core.mailboxes.iter().map(|mailbox| mailbox.len() as u64).sum::<u64>()
     }
 
     pub fn audit_is_closed(&self) -> bool {
-        self.owner.shared.stopping.is_closed()
+        self.owner.core.stopping.is_closed()
     }
 }
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        self.shared.stop(STOP_GRACE, Instant::now());
+        self.core.stop(STOP_GRACE, Instant::now());
         let Some(watchdog) = self.watchdog.take() else { return };
         // The last handle may be dropped by a handler, on a shard, or by a task that the watchdog wakes. A thread
         // cannot wait for itself; they end on their own.

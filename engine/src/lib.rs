@@ -80,6 +80,7 @@ mod deadlines;
 mod decoder;
 mod directory;
 mod engine;
+mod engine_core;
 mod flush_schedule;
 mod frame;
 mod group;
@@ -122,8 +123,9 @@ pub use heartbeat::Rtt;
 pub use id::{ConnectionId, InvalidConnectionId};
 pub use mask::unmask;
 pub use metrics::{ConnectionMetrics, GroupMetrics, Metrics};
-pub use namespace::{AdoptError, GROUP_NAME_BYTES_MAX, Namespace, Newcomer, SendError, To, TrySendError};
+pub use namespace::{AdoptError, Namespace, Newcomer};
 pub use policy::Policy;
+pub use publisher::{GROUP_NAME_BYTES_MAX, SendError, To, TrySendError};
 pub use receipt::Receipt;
 pub use shard::Shard;
 #[cfg(feature = "audit")]

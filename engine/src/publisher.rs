@@ -1,157 +1,446 @@
-//! The publishers' side of the engine: what any thread may do with the shards.
+//! The publisher: how something gets from any thread to the shards, and who waits for what.
 //!
-//! Shared by handles, handlers and shards. Everything here is short and never blocks; who
-//! finds the log or a mailbox full gets the value back. Knows the log, the mailboxes and
-//! the directory. Does not know sockets or connections.
+//! Owned by a namespace's handles; needs no particular runtime. There is one path: a target is
+//! resolved to groups, the frame goes through the log (or, for one connection, through its
+//! shard's mailbox), and who must wait waits here. A publisher that waits for room in the log
+//! resolves its target anew with each try, because members come and go meanwhile. Does not
+//! know sockets, nor what payloads mean.
+//!
+//! When a publisher waits: only for members whose policy is `Block`, or for a receipt.
+//! While no outbox of the target is more than a quarter full, and what is on its way takes
+//! at most half of the smallest outbox in the log and a quarter in its shard's mailbox
+//! (the *window*), every member has room, so publishing ends when the log has taken the
+//! frame. Otherwise the publication carries a ticket, and publishing ends when every target
+//! has taken it or has gone. A publisher reserves its bytes before it looks at the window,
+//! so two that act at once do not both take the last of it. What others push between that
+//! look and its own push, in the same instant, it does not see: then its frame may wait
+//! although it has returned.
 
-use std::cell::Cell;
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize};
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::Poll;
 
-use crate::admission::Admission;
-use crate::beacon::Beacons;
-use crate::close_code::CloseCode;
-use crate::command::{Command, Named, Publication, Target};
-use crate::config::EngineConfig;
-use crate::directory::Group;
-use crate::handler::Post;
+use smallvec::SmallVec;
+
+use crate::close_code::InvalidCloseCode;
+use crate::command::{Action, Command, Named, Payload, Publication, Target};
+use crate::config::ConnectionConfig;
+use crate::directory::{Directory, Group, Oversized};
+use crate::engine_core::EngineCore;
+use crate::frame::Frame;
 use crate::id::ConnectionId;
 use crate::log::Log;
 use crate::mailbox::Mailbox;
-use crate::metrics::PublishedMetrics;
-use crate::stopping::{Shutdown, Stopping};
-use crate::wait_list::Refused;
+use crate::policy::Policy;
+use crate::receipt::{self, Awaited, Receipt, Ticket};
+use crate::wait_list::{Refused, Registration, WaitList};
 
-/// Publications after which even a shard that they do not concern is woken to pass them.
-const LAG_MAX: u64 = 256;
-
-thread_local! {
-    /// What this thread has tried to send so far, to any engine. Only looked at before and after a call, so that a shard
-    /// knows whether a handler has sent something in between: what other threads send meanwhile is not its doing.
-    static SENT: Cell<u64> = const { Cell::new(0) };
+/// Whom a frame is for.
+#[derive(Debug, Clone, Copy)]
+pub enum To<'a> {
+    /// Every connection of the namespace.
+    Everyone,
+    /// The members of one group. A group without members is no error: nobody gets it.
+    Group(&'a str),
+    /// The members of several groups, each connection once.
+    Groups(&'a [&'a str]),
+    /// One connection. If it has gone, nobody gets it.
+    Connection(ConnectionId),
 }
 
-/// Grows with each publication or command that the calling thread tries to send.
-pub(crate) fn sent_by_this_thread() -> u64 {
-    SENT.get()
+/// A frame could not be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// The engine is stopping or has ended. Who awaited a receipt gets this as well if a shard was left behind
+    /// ([`ShutdownReport::stuck`](crate::ShutdownReport::stuck)) that has not said what became of the frame.
+    #[error("the engine has ended")]
+    Closed,
+    /// `publishers_waiting_max` publishers wait for room already.
+    #[error("too many publishers wait for room already")]
+    Overloaded,
+    /// The frame is longer than [`Frame::BYTES_MAX`] (4 GiB − 1 B): send it in parts.
+    #[error("the frame is longer than {max} bytes: send it in parts", max = Frame::BYTES_MAX)]
+    TooLong,
+    /// The group's name is longer than [`GROUP_NAME_BYTES_MAX`].
+    #[error("the group's name is longer than {GROUP_NAME_BYTES_MAX} bytes")]
+    GroupNameTooLong,
+    /// The close code may not stand in a Close frame.
+    #[error(transparent)]
+    InvalidCloseCode(#[from] InvalidCloseCode),
 }
 
+/// The longest name of a group, in bytes. A name is kept once, however many members the group has.
+pub const GROUP_NAME_BYTES_MAX: usize = 1024;
+
+/// A frame was not sent, and is given back.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrySendError {
+    /// The log or the connection's mailbox is full: its shard is behind. Nobody got the frame.
+    #[error("the log or the mailbox is full")]
+    Full(Frame),
+    /// The engine is stopping or has ended.
+    #[error("the engine has ended")]
+    Closed(Frame),
+    /// The frame is longer than [`Frame::BYTES_MAX`] (4 GiB − 1 B): send it in parts.
+    #[error("the frame is longer than {max} bytes: send it in parts", max = Frame::BYTES_MAX)]
+    TooLong(Frame),
+}
+
+/// Sends to the connections of one namespace.
+#[derive(Debug, Clone)]
+pub(crate) struct Publisher {
+    core: Arc<EngineCore>,
+    directory: Arc<Directory>,
+    window: Arc<Window>,
+    /// Overrides the default: each connection's own policy for several connections, `Block` for one.
+    policy: Option<Policy>,
+}
+
+/// How much may be on its way without anybody asking whether there is room: parts of the
+/// smallest outbox that a connection of the namespace was adopted with.
 #[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) config: EngineConfig,
-    pub(crate) log: Arc<Log<Publication>>,
-    pub(crate) mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
-    pub(crate) metrics: Box<[PublishedMetrics]>,
-    pub(crate) admission: Arc<Admission>,
-    pub(crate) next_group: Arc<AtomicU64>,
-    /// Bytes that all outboxes keep in memory, and bytes of unfinished messages, as of the shards' last turns.
-    pub(crate) retained_bytes: AtomicUsize,
-    pub(crate) unfinished_bytes: AtomicUsize,
-    pub(crate) stopping: Stopping,
-    pub(crate) beacons: Beacons,
+struct Window {
+    frames: AtomicU64,
+    bytes: AtomicU64,
 }
 
-impl Shared {
-    pub(crate) fn new(
-        config: EngineConfig,
-        log: Arc<Log<Publication>>,
-        mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
-        beacons: Beacons,
-    ) -> Self {
-        let shards = mailboxes.len();
-        Self {
-            log,
-            metrics: (0..shards).map(|_| PublishedMetrics::default()).collect(),
-            admission: Admission::new(config.max_connections, config.max_connections_per_address, shards),
-            next_group: Arc::new(AtomicU64::new(0)),
-            retained_bytes: AtomicUsize::new(0),
-            unfinished_bytes: AtomicUsize::new(0),
-            stopping: Stopping::new(shards),
-            beacons,
-            mailboxes,
-            config,
+impl Publisher {
+    pub(crate) fn new(core: Arc<EngineCore>, name: &str) -> Self {
+        let directory = Directory::new(name, core.mailboxes.len(), core.next_group.clone());
+        core.beacons.name(directory.key(), directory.name());
+        let window = Window { frames: AtomicU64::new(u64::MAX), bytes: AtomicU64::new(u64::MAX) };
+        Self { core, directory: Arc::new(directory), window: Arc::new(window), policy: None }
+    }
+
+    pub(crate) fn with_policy(&self, policy: Policy) -> Self {
+        Self { policy: Some(policy), ..self.clone() }
+    }
+
+    pub(crate) fn core(&self) -> &EngineCore {
+        &self.core
+    }
+
+    pub(crate) fn directory(&self) -> &Arc<Directory> {
+        &self.directory
+    }
+
+    pub(crate) fn shards(&self) -> usize {
+        self.core.mailboxes.len()
+    }
+
+    /// A connection with these settings is about to be handed over.
+    pub(crate) fn expect(&self, config: &ConnectionConfig) {
+        // Relaxed: the push into the mailbox, before which the connection is no target, makes this visible.
+        self.window.frames.fetch_min(config.outbox_frames as u64, Relaxed);
+        self.window.bytes.fetch_min(config.outbox_bytes as u64, Relaxed);
+    }
+
+    /// Sends to a target as soon as there is room in the log or the mailbox, and waits for what it `wants` to know.
+    pub(crate) async fn submit(
+        &self,
+        to: To<'_>,
+        except: &[ConnectionId],
+        payload: Payload,
+        wants: Wants,
+    ) -> Result<Receipt, SendError> {
+        if matches!(&payload, Payload::Frame(frame) if frame.len() > Frame::BYTES_MAX) {
+            return Err(SendError::TooLong);
+        }
+        let awaited = match self.try_submit(to, except, payload, wants) {
+            Ok(awaited) => awaited,
+            Err(Refused::Closed(_)) => return Err(SendError::Closed),
+            Err(Refused::Full(payload)) => {
+                let narrow: &(dyn Narrow + Sync) = match to {
+                    To::Connection(id) => &self.core.mailboxes[id.shard()],
+                    _ => &*self.core.log,
+                };
+                let attempt = move |payload| self.try_submit(to, except, payload, wants);
+                let room: Room<'_, _> = Box::pin(self.wait_for_room(narrow, payload, attempt));
+                room.await?
+            }
+        };
+        match awaited {
+            Some(awaited) => self.outcome(awaited).await,
+            None => Ok(Receipt::default()),
         }
     }
 
-    /// Puts a publication into the log and wakes the shards that it concerns. Its bytes have been reserved.
-    pub(crate) fn try_publish(&self, publication: Publication) -> Result<(), Refused<Publication>> {
-        SENT.set(SENT.get() + 1);
-        let waited_for = publication.ticket.is_some();
-        let concerned = publication.target.clone();
-        let position = self.log.try_push(publication)?;
-        if waited_for {
-            // The ticket comes back when every shard has passed, also those without members.
-            self.mailboxes.iter().for_each(Mailbox::wake);
-            self.log.reclaim(); // for the case that all shards have just ended
-        } else {
-            match &concerned {
-                Target::One(group) => self.wake_members(group),
-                Target::Several(groups) => {
-                    groups.iter().filter_map(Named::find).for_each(|group| self.wake_members(&group));
+    /// Waits until every target has taken the frame or has gone.
+    async fn outcome(&self, awaited: Awaited) -> Result<Receipt, SendError> {
+        let mut registration = Registration::default();
+        poll_fn(|context| {
+            let outcome = awaited.poll(context.waker()).map(Ok);
+            let is_lost = outcome.is_pending()
+                && self.core.stopping.has_left_behind(awaited.number(), &mut registration, context.waker());
+            if !is_lost {
+                return outcome;
+            }
+            // A shard that was left behind at the engine's end never says what became of it.
+            match awaited.poll(context.waker()) {
+                Poll::Ready(receipt) => Poll::Ready(Ok(receipt)),
+                Poll::Pending => Poll::Ready(Err(SendError::Closed)),
+            }
+        })
+        .await
+    }
+
+    /// Tries once: resolves the target as it is now, decides whether anybody must be waited for, and hands the payload
+    /// over. Returns nothing if the target has no members or nobody must be waited for.
+    pub(crate) fn try_submit(
+        &self,
+        to: To<'_>,
+        except: &[ConnectionId],
+        payload: Payload,
+        wants: Wants,
+    ) -> Result<Option<Awaited>, Refused<Payload>> {
+        let destination = self.resolve(to, except);
+        // Looked at last: where nobody is there any more, that may be because the end has come.
+        if self.core.stopping.is_closed() {
+            return Err(Refused::Closed(payload));
+        }
+        match destination {
+            None => Ok(None),
+            Some(Destination::Shard(id)) => self.attempt_one(id, payload, wants),
+            Some(Destination::Log(target)) => self.attempt_many(target, except, payload, wants),
+        }
+    }
+
+    fn attempt_one(
+        &self,
+        id: ConnectionId,
+        payload: Payload,
+        wants: Wants,
+    ) -> Result<Option<Awaited>, Refused<Payload>> {
+        let (shard, mailbox, bytes) = (id.shard(), &self.core.mailboxes[id.shard()], payload.bytes());
+        let (action, awaited) = match payload {
+            Payload::End(reason) => (Action::Close(reason), None),
+            Payload::Frame(frame) => {
+                let is_within = self.window.holds(4, mailbox.len() as u64 + 1, mailbox.reserve(bytes))
+                    && self.window.holds(2, self.core.log.in_flight(), self.core.log.bytes_in_flight());
+                let oversized = (!is_within).then(|| Oversized::new(self.directory.clone()));
+                // For one connection `Block` holds, whatever its own policy is.
+                let policy = self.policy.unwrap_or_default();
+                let has_room = is_within && !self.directory.everyone().is_congested();
+                let (ticket, awaited) = wants.ticket(has_room || !policy.blocks());
+                (Action::Send { frame, policy, ticket, oversized }, awaited)
+            }
+        };
+        let command = Command::For { id, namespace: self.directory.key(), action };
+        self.core.try_command(shard, command).map(|()| awaited).map_err(|refused| {
+            mailbox.release(bytes);
+            refused.map(|command| match command {
+                Command::For { action: Action::Send { frame, .. }, .. } => Payload::Frame(frame),
+                Command::For { action: Action::Close(reason), .. } => Payload::End(reason),
+                _ => unreachable!("what is refused is given back"),
+            })
+        })
+    }
+
+    fn attempt_many(
+        &self,
+        target: Target,
+        except: &[ConnectionId],
+        payload: Payload,
+        wants: Wants,
+    ) -> Result<Option<Awaited>, Refused<Payload>> {
+        let (log, bytes) = (&self.core.log, payload.bytes());
+        log.reserve(bytes);
+        let has_room = || {
+            self.window.holds(2, log.in_flight() + 1, log.bytes_in_flight())
+                && !self.directory.has_oversized()
+                && !self.must_be_waited_for(&target)
+        };
+        let blocks = self.policy.is_none_or(|policy| policy.blocks());
+        let (ticket, awaited) = wants.ticket(!blocks || wants == Wants::Room && has_room());
+        let except = SmallVec::from_slice(except);
+        let publication = Publication { target, except, payload, policy: self.policy, ticket };
+        self.core.try_publish(publication).map(|()| awaited).map_err(|refused| {
+            log.unreserve(bytes);
+            refused.map(|publication| publication.payload)
+        })
+    }
+
+    /// Whether a member for which publishers wait is congested.
+    fn must_be_waited_for(&self, target: &Target) -> bool {
+        let for_any = self.policy.is_some();
+        let is_behind = |group: &Group| if for_any { group.is_congested() } else { group.is_blocking() };
+        match target {
+            Target::One(group) => is_behind(group),
+            Target::Several(groups) => groups.iter().filter_map(Named::find).any(|group| is_behind(&group)),
+        }
+    }
+
+    /// Where a target's members are; none if nobody is there.
+    fn resolve(&self, to: To<'_>, except: &[ConnectionId]) -> Option<Destination> {
+        let occupied = |group: &Arc<Group>| !group.is_empty();
+        Some(match to {
+            To::Connection(id) => {
+                let is_here = id.shard() < self.core.mailboxes.len();
+                Destination::Shard(Some(id).filter(|id| is_here && !except.contains(id))?)
+            }
+            To::Everyone => {
+                let everyone = Some(self.directory.everyone()).filter(|group| occupied(group))?;
+                Destination::Log(Target::One(everyone.clone()))
+            }
+            To::Group(name) => Destination::Log(Target::One(self.directory.find(name).filter(occupied)?)),
+            To::Groups(names) => {
+                let groups = self.named(names);
+                if !groups.iter().any(|named| matches!(named, Named::Group(_))) {
+                    return None;
                 }
+                Destination::Log(Target::Several(groups))
+            }
+        })
+    }
+
+    /// These groups, wherever their members will be when a shard looks.
+    pub(crate) fn named(&self, names: &[&str]) -> Arc<[Named]> {
+        // No group has a longer name.
+        let names = names.iter().filter(|name| name.len() <= GROUP_NAME_BYTES_MAX);
+        let find = |name: &&str| match self.directory.find(name).filter(|group| !group.is_empty()) {
+            Some(group) => Named::Group(group),
+            None => Named::Absent { directory: self.directory.clone(), name: (*name).into() },
+        };
+        names.map(find).collect()
+    }
+
+    pub(crate) async fn command(&self, id: ConnectionId, action: Action) -> Result<(), SendError> {
+        if id.shard() >= self.core.mailboxes.len() {
+            return Ok(()); // an id of another engine: nobody here has it
+        }
+        let command = Command::For { id, namespace: self.directory.key(), action };
+        self.submit_command(id.shard(), command).await
+    }
+
+    /// Puts a command into a shard's mailbox, as soon as there is room.
+    pub(crate) async fn submit_command(&self, shard: usize, command: Command) -> Result<(), SendError> {
+        let attempt = move |command| {
+            if self.core.stopping.is_closed() {
+                return Err(Refused::Closed(command));
+            }
+            self.core.try_command(shard, command)
+        };
+        match attempt(command) {
+            Ok(()) => Ok(()),
+            Err(Refused::Closed(_)) => Err(SendError::Closed),
+            Err(Refused::Full(command)) => {
+                let mailbox = &self.core.mailboxes[shard];
+                let room: Room<'_, _> = Box::pin(self.wait_for_room(mailbox, command, attempt));
+                room.await
             }
         }
-        // Shards that sleep because nothing concerns them hold back the gate: wake them in good time.
-        let distance = (self.log.capacity() / 4).clamp(1, LAG_MAX);
-        if position % distance == 0 {
-            self.wake_laggards(distance);
-        }
-        Ok(())
     }
 
-    /// Wakes the shards that may have members now. Joins that returned before the log's position was claimed are seen.
-    fn wake_members(&self, group: &Group) {
-        if group.is_closed() {
-            // Members that have joined since are in another entry, which the shards find.
-            self.mailboxes.iter().for_each(Mailbox::wake);
-        } else {
-            group.interested(|shard| self.mailboxes[shard].wake());
-        }
-    }
-
-    pub(crate) fn wake_laggards(&self, distance: u64) {
-        for shard in self.log.laggards(distance) {
-            self.mailboxes[shard].wake();
-        }
-    }
-
-    /// Puts a command into a shard's mailbox, to be carried out after all that was published before.
-    pub(crate) fn try_command(&self, shard: usize, command: Command) -> Result<(), Refused<Command>> {
-        SENT.set(SENT.get() + 1);
-        match self.mailboxes.get(shard) {
-            Some(mailbox) => mailbox.push(self.log.tail(), command),
-            None => Err(Refused::Closed(command)),
-        }
-    }
-
-    /// Asks all shards to end in order.
-    pub(crate) fn shut_down(&self, shutdown: Shutdown, now: Instant) {
-        self.stopping.ask(shutdown, now);
-        self.wake_all();
-    }
-
-    /// Asks all shards to end now: what is queued is flushed for as long as `within`, nothing else is waited for.
-    pub(crate) fn stop(&self, within: Duration, now: Instant) {
-        let shutdown = Shutdown { within, spread: Duration::ZERO, code: CloseCode::GOING_AWAY };
-        self.stopping.ask(shutdown, now);
-        self.close();
-    }
-
-    /// Refuses publications from now on, and tells the shards.
-    pub(crate) fn close(&self) {
-        self.log.close(); // first: who sees the engine closed sees the log's last tail
-        self.stopping.close();
-        self.wake_all();
-    }
-
-    fn wake_all(&self) {
-        self.mailboxes.iter().for_each(Mailbox::wake);
+    /// Tries again whenever there may be room.
+    async fn wait_for_room<T, U>(
+        &self,
+        narrow: &(dyn Narrow + Sync),
+        value: T,
+        mut attempt: impl FnMut(T) -> Result<U, Refused<T>>,
+    ) -> Result<U, SendError> {
+        let mut value = Some(value);
+        let mut registration = Registration::default();
+        poll_fn(|context| {
+            // Twice: what makes room between the first try and the registration wakes nobody.
+            for registered in [false, true] {
+                // An attempt costs a look at each member group, and everybody is woken when there is room for one.
+                if !narrow.is_full() {
+                    let Some(taken) = value.take() else { return Poll::Ready(Err(SendError::Closed)) };
+                    match attempt(taken) {
+                        Ok(done) => return Poll::Ready(Ok(done)),
+                        Err(Refused::Closed(_)) => return Poll::Ready(Err(SendError::Closed)),
+                        Err(Refused::Full(refused)) => value = Some(refused),
+                    }
+                }
+                if !registered && !narrow.waiting().register(&mut registration, context.waker()) {
+                    return Poll::Ready(Err(SendError::Overloaded));
+                }
+            }
+            self.core.wake_laggards(1);
+            Poll::Pending
+        })
+        .await
     }
 }
 
-impl Post for Shared {
-    fn resume(&self, id: ConnectionId) {
-        self.mailboxes[id.shard()].resume(id);
+/// What publishers wait at: the log, or a mailbox.
+trait Narrow {
+    /// Whether it has no room now. Not once it is closed.
+    fn is_full(&self) -> bool;
+
+    fn waiting(&self) -> &WaitList;
+}
+
+impl Narrow for Log<Publication> {
+    fn is_full(&self) -> bool {
+        Self::is_full(self)
+    }
+
+    fn waiting(&self) -> &WaitList {
+        &self.waiting
+    }
+}
+
+impl Narrow for Mailbox<Command, mio::Waker> {
+    fn is_full(&self) -> bool {
+        Self::is_full(self)
+    }
+
+    fn waiting(&self) -> &WaitList {
+        &self.waiting
+    }
+}
+
+/// Ends when there was room. Boxed, because it is rare and large: held by value, it would make the
+/// futures of all who publish as large.
+type Room<'a, T> = Pin<Box<dyn Future<Output = Result<T, SendError>> + Send + 'a>>;
+
+/// Where something is to go: to one connection's shard, or through the log.
+enum Destination {
+    Shard(ConnectionId),
+    Log(Target),
+}
+
+/// What a publisher waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wants {
+    Nothing,
+    /// That every target has room, which it may have already.
+    Room,
+    /// What became of the frame.
+    Outcome,
+}
+
+impl Wants {
+    /// The ticket that the frame takes along, if it is to be waited for.
+    fn ticket(self, has_room: bool) -> (Option<Ticket>, Option<Awaited>) {
+        match self {
+            Self::Nothing => None,
+            Self::Room => (!has_room).then(|| receipt::ticket(false)),
+            Self::Outcome => Some(receipt::ticket(true)),
+        }
+        .unzip()
+    }
+}
+
+impl Window {
+    /// Whether so much is at most one `part`th of every outbox.
+    fn holds(&self, part: u64, frames: u64, bytes: u64) -> bool {
+        // Relaxed: see `expect`.
+        frames <= self.frames.load(Relaxed) / part && bytes <= self.bytes.load(Relaxed) / part
+    }
+}
+
+impl Payload {
+    pub(crate) fn into_frame(self) -> Frame {
+        match self {
+            Self::Frame(frame) => frame,
+            Self::End(_) => unreachable!("a frame was tried to be sent"),
+        }
     }
 }

@@ -35,13 +35,13 @@ use crate::close_reason::CloseReason;
 use crate::command::{Command, Publication};
 use crate::connection::Connection;
 use crate::crowd::Crowd;
+use crate::engine_core::EngineCore;
 use crate::handler::Post;
 use crate::id::{ConnectionId, Slot};
 use crate::log::Reader;
 use crate::mailbox::{Entry, Mailbox};
 use crate::outbox::Gather;
 use crate::pinning::Pin;
-use crate::publisher::Shared;
 use crate::wheel::Wheel;
 
 #[cfg(feature = "audit")]
@@ -72,7 +72,7 @@ const SLEPT: Duration = Duration::from_micros(20);
 /// One thread's worth of connections; see [`Engine::driven`](crate::Engine::driven) for how to drive it by hand.
 pub struct Shard {
     index: usize,
-    shared: Arc<Shared>,
+    core: Arc<EngineCore>,
     /// The same, as handlers' wakers see it.
     post: Arc<dyn Post>,
     poll: Poll,
@@ -149,7 +149,7 @@ struct Untold {
 /// What a shard is made of, on its own thread: it shares frames there by `Rc`.
 pub(crate) struct Parts {
     pub(crate) index: usize,
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) core: Arc<EngineCore>,
     pub(crate) poll: Poll,
     pub(crate) reader: Reader<Publication>,
 }
@@ -179,13 +179,13 @@ impl std::fmt::Debug for Shard {
 
 impl Shard {
     pub(crate) fn new(parts: Parts, now: Instant) -> Self {
-        let Parts { index, shared, poll, reader } = parts;
-        let coalesce = shared.config.coalesce;
-        let read = vec![0; shared.config.read_buffer_bytes];
+        let Parts { index, core, poll, reader } = parts;
+        let coalesce = core.config.coalesce;
+        let read = vec![0; core.config.read_buffer_bytes];
         Self {
             index,
-            post: shared.clone(),
-            shared,
+            post: core.clone(),
+            core,
             poll,
             events: Events::with_capacity(EVENTS_PER_ANSWER),
             other_events: Events::with_capacity(EVENTS_PER_TURN - EVENTS_PER_ANSWER),
@@ -263,11 +263,11 @@ impl Shard {
             let arrived = began.saturating_duration_since(self.started);
             self.crowd.arrived = if slept { arrived } else { self.before };
             self.before = arrived;
-            self.shared.beacons.turn(self.index, began);
+            self.core.beacons.turn(self.index, began);
             if let Err(error) = polled.and_then(|()| self.work(began)) {
                 tracing::error!(shard = self.index, %error, "polling failed; the engine stops");
-                self.shared.stopping.fail();
-                self.shared.stop(Duration::ZERO, Instant::now());
+                self.core.stopping.fail();
+                self.core.stop(Duration::ZERO, Instant::now());
                 break;
             }
             ended = Instant::now();
@@ -297,7 +297,7 @@ impl Shard {
     fn before_poll(&self, wait: Option<Duration>, now: Instant, pin: &mut Option<Pin>) {
         let may_block = wait != Some(Duration::ZERO);
         if may_block {
-            self.shared.beacons.sleep(self.index);
+            self.core.beacons.sleep(self.index);
         }
         pin.iter_mut().for_each(|pin| pin.before_poll(may_block, now));
     }
@@ -333,7 +333,7 @@ impl Shard {
         self.offers_left = OFFERS_PER_TURN;
         self.read_sockets()?;
         self.resume_handlers();
-        let tail = self.shared.log.tail();
+        let tail = self.core.log.tail();
         if self.drain_mailbox() {
             self.run_log(tail);
         }
@@ -353,7 +353,7 @@ impl Shard {
     /// many were to be flushed before, and are left to their turn.
     fn answer(&mut self, waiting: usize) -> bool {
         let is_little = self.mailbox().len() <= COMMANDS_PER_ANSWER;
-        let is_alone = self.shared.config.coalesce.is_zero() && self.reader.is_at_tail();
+        let is_alone = self.core.config.coalesce.is_zero() && self.reader.is_at_tail();
         let answers = is_little && is_alone && self.drain_mailbox();
         if answers {
             self.flush_since(waiting);
@@ -371,11 +371,11 @@ impl Shard {
         self.crowd.metrics.pending_bytes = self.crowd.backlog_bytes as u64;
         self.crowd.metrics.retained_bytes = self.crowd.retained.bytes() as u64;
         self.crowd.metrics.unfinished_bytes = self.crowd.unfinished_bytes as u64;
-        self.shared.metrics[self.index].publish(&self.crowd.metrics);
+        self.core.metrics[self.index].publish(&self.crowd.metrics);
     }
 
     fn mailbox(&self) -> &Mailbox<Command, mio::Waker> {
-        &self.shared.mailboxes[self.index]
+        &self.core.mailboxes[self.index]
     }
 
     fn find(&self, id: ConnectionId) -> Option<&Connection> {

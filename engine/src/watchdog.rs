@@ -13,8 +13,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::beacon::Beacons;
+use crate::engine_core::EngineCore;
 use crate::id::GroupKey;
-use crate::publisher::Shared;
 use crate::stopping::Stopping;
 
 /// How long after a shutdown's time a shard that is still in a turn from before counts as stuck.
@@ -32,7 +32,7 @@ const SILENCE: Duration = Duration::from_secs(60);
 const OVERSLEPT: Duration = Duration::from_millis(100);
 
 pub(crate) struct Watchdog {
-    shared: Arc<Shared>,
+    core: Arc<EngineCore>,
     /// The shards' threads.
     threads: Receiver<(usize, JoinHandle<()>)>,
     sampler: Option<Sampler>,
@@ -46,15 +46,15 @@ enum Next {
 }
 
 impl Watchdog {
-    pub(crate) fn new(shared: Arc<Shared>, threads: Receiver<(usize, JoinHandle<()>)>) -> Self {
-        let shards = shared.mailboxes.len();
-        let sampler = shared.config.blocked_after.map(|after| Sampler::new(after, shards));
-        Self { shared, threads, sampler }
+    pub(crate) fn new(core: Arc<EngineCore>, threads: Receiver<(usize, JoinHandle<()>)>) -> Self {
+        let shards = core.mailboxes.len();
+        let sampler = core.config.blocked_after.map(|after| Sampler::new(after, shards));
+        Self { core, threads, sampler }
     }
 
     /// Watches until the engine is over.
     pub(crate) fn run(mut self) {
-        let Shared { beacons, stopping, .. } = &*self.shared;
+        let EngineCore { beacons, stopping, .. } = &*self.core;
         let mut quiet_looks = 0;
         loop {
             let now = Instant::now();
@@ -79,7 +79,7 @@ impl Watchdog {
     }
 
     fn conclude(&self) {
-        let Shared { stopping, metrics, mailboxes, .. } = &*self.shared;
+        let EngineCore { stopping, metrics, mailboxes, .. } = &*self.core;
         let remaining = stopping.remaining();
         for (shard, thread) in self.threads.try_iter().filter(|(shard, _)| !remaining.contains(shard)) {
             // It has ended but for what the application does at a thread's end, which may take its time as well.

@@ -13,13 +13,13 @@ use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Named, Payload, Publication, Target};
 use crate::connection::{Connection, Opening, WRITE_BYTES_MAX};
 use crate::directory::Entrance;
+use crate::engine_core::sent_by_this_thread;
 use crate::frame::{ControlFrame, Frame};
 use crate::handler::Flow;
 use crate::id::{ConnectionId, Slot};
 use crate::log::Reader;
 use crate::outbox::{Chunk, Retained};
 use crate::policy::Policy;
-use crate::publisher::sent_by_this_thread;
 use crate::receipt::Ticket;
 use crate::socket::Socket;
 
@@ -61,7 +61,7 @@ impl Shard {
                 Command::Adopt(adoption) => self.adopt(*adoption),
                 Command::Survey(survey) => {
                     let metrics = self.crowd.survey(&survey, self.index);
-                    let _call = self.shared.beacons.call(self.index, survey.directory.key());
+                    let _call = self.core.beacons.call(self.index, survey.directory.key());
                     if catch_unwind(AssertUnwindSafe(|| (survey.on_metrics)(metrics))).is_err() {
                         tracing::error!("a callback for metrics panicked");
                     }
@@ -89,7 +89,7 @@ impl Shard {
 
     /// Puts a step into the list, behind everything that has been sent until now.
     pub(super) fn do_later(&mut self, id: ConnectionId, step: Step) {
-        let (stamp, commands) = (self.shared.log.tail(), self.commands + self.mailbox().len() as u64);
+        let (stamp, commands) = (self.core.log.tail(), self.commands + self.mailbox().len() as u64);
         self.later.push_back(Later { stamp, commands, id, step });
     }
 
@@ -129,7 +129,7 @@ impl Shard {
             Action::Close(reason) => self.end(slot, reason),
             Action::Inspect(on_metrics) => {
                 let metrics = connection.metrics();
-                let _call = self.shared.beacons.call(self.index, connection.directory().key());
+                let _call = self.core.beacons.call(self.index, connection.directory().key());
                 if catch_unwind(AssertUnwindSafe(|| on_metrics(metrics))).is_err() {
                     tracing::error!(%id, "a callback for metrics panicked");
                 }
@@ -190,7 +190,7 @@ impl Shard {
             tracing::warn!(shard = self.index, %error, "a connection could not be registered and was turned away");
             return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
         }
-        let shown = self.shared.beacons.call(self.index, directory.key());
+        let shown = self.core.beacons.call(self.index, directory.key());
         let handler = match catch_unwind(AssertUnwindSafe(|| handler(id))) {
             Ok(handler) => handler,
             Err(_) => {

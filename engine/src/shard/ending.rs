@@ -51,7 +51,7 @@ impl Shard {
         }
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let now = self.crowd.now;
-        let (by, close_timeout) = (now + self.shared.config.coalesce, connection.config().close_timeout);
+        let (by, close_timeout) = (now + self.core.config.coalesce, connection.config().close_timeout);
         let by = match (&reason, &self.stop) {
             (CloseReason::Shutdown { .. }, Some(stop)) => stop.by,
             _ => by + close_timeout,
@@ -189,7 +189,7 @@ impl Shard {
     pub(super) fn part(&mut self, slot: Slot) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let handler = connection.take_handler();
-        let shown = self.shared.beacons.call(self.index, connection.directory().key());
+        let shown = self.core.beacons.call(self.index, connection.directory().key());
         if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
             tracing::error!(id = %connection.id(), "dropping a handler panicked");
         }

@@ -215,7 +215,7 @@ impl Shard {
             }
             let from = consumed;
             let at = Arrival { now: self.crowd.now, arrived: self.crowd.arrived };
-            let shown = self.shared.beacons.call(self.index, connection.directory().key());
+            let shown = self.core.beacons.call(self.index, connection.directory().key());
             let received = connection.receive(&mut input[from..], &mut consumed, at, &self.post);
             drop(shown);
             self.crowd.metrics.tally.received += u64::from(received.is_handled);
@@ -332,7 +332,7 @@ impl Shard {
         call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
     ) -> (Flow, Option<CloseReason>) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return (Flow::Ready, None) };
-        let _shown = self.shared.beacons.call(self.index, connection.directory().key());
+        let _shown = self.core.beacons.call(self.index, connection.directory().key());
         connection.call(&self.post, call)
     }
 

@@ -116,8 +116,8 @@ impl Shard {
         } else if self.crowd.refused > 0 {
             self.shed_backlog(excess);
         }
-        let (max, held) = (self.shared.config.unfinished_bytes_max, self.crowd.unfinished_bytes);
-        let excess = self::excess(&self.shared.unfinished_bytes, &mut self.unfinished_told, held, max);
+        let (max, held) = (self.core.config.unfinished_bytes_max, self.crowd.unfinished_bytes);
+        let excess = self::excess(&self.core.unfinished_bytes, &mut self.unfinished_told, held, max);
         if excess > 0 {
             self.shed(excess, CloseReason::UnfinishedShed, Connection::unfinished_bytes);
         }
@@ -125,15 +125,15 @@ impl Shard {
 
     /// Adds what outboxes keep here to the shared sum; returns this shard's part of what is too much.
     fn tell_retained(&mut self) -> usize {
-        let (max, held) = (self.shared.config.backlog_bytes_max, self.crowd.retained.bytes());
-        excess(&self.shared.retained_bytes, &mut self.retained_told, held, max)
+        let (max, held) = (self.core.config.backlog_bytes_max, self.crowd.retained.bytes());
+        excess(&self.core.retained_bytes, &mut self.retained_told, held, max)
     }
 
     /// Ends connections for their backlogs, if there is news since the last look: it costs as much as there are
     /// connections.
     fn shed_backlog(&mut self, excess: usize) {
         let held = self.crowd.retained.bytes();
-        let growth = self.shared.config.backlog_bytes_max / GROWTH / self.shared.mailboxes.len();
+        let growth = self.core.config.backlog_bytes_max / GROWTH / self.core.mailboxes.len();
         let Shedding { ended, looked_at } = self.shedding;
         if std::mem::take(&mut self.refusals) == 0 && held < looked_at + growth && ended == 0 {
             return;

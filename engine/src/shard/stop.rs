@@ -49,14 +49,14 @@ impl Shard {
     /// Whether the engine's ending has come further than this shard has followed.
     pub(super) fn has_news_of_stopping(&self) -> bool {
         match &self.stop {
-            None => self.shared.stopping.is_asked(),
-            Some(stop) => stop.closings.is_none() && self.shared.stopping.is_closed(),
+            None => self.core.stopping.is_asked(),
+            Some(stop) => stop.closings.is_none() && self.core.stopping.is_closed(),
         }
     }
 
     /// Takes part in the engine's ending, as far as it has come.
     pub(super) fn follow_stop(&mut self) {
-        let Some(plan) = self.shared.stopping.plan() else { return };
+        let Some(plan) = self.core.stopping.plan() else { return };
         let now = self.crowd.now;
         if self.stop.is_none() {
             let by = plan.by.saturating_duration_since(self.started);
@@ -69,16 +69,16 @@ impl Shard {
         if stop.closings.is_none() {
             if !stop.is_quiet && !self.crowd.connections.iter().any(Connection::is_busy) {
                 stop.is_quiet = true;
-                if self.shared.stopping.tell_quiet() {
-                    self.shared.close();
+                if self.core.stopping.tell_quiet() {
+                    self.core.close();
                 }
             }
             if now >= stop.closing_by {
-                self.shared.close();
+                self.core.close();
             }
-            let mailbox = &self.shared.mailboxes[self.index];
+            let mailbox = &self.core.mailboxes[self.index];
             let has_commands = self.held.is_some() || !self.later.is_empty() || !mailbox.is_empty();
-            if !self.shared.stopping.is_closed()
+            if !self.core.stopping.is_closed()
                 || !self.reader.is_at_tail()
                 || (has_commands && now < stop.closing_by)
             {
@@ -147,11 +147,11 @@ impl Drop for Shard {
         if std::thread::panicking() {
             // Promises cannot be kept with a part of the connections gone: the whole engine stops.
             tracing::error!(shard = self.index, "a shard panicked; the engine stops");
-            self.shared.stopping.fail();
-            self.shared.stop(Duration::ZERO, Instant::now());
+            self.core.stopping.fail();
+            self.core.stop(Duration::ZERO, Instant::now());
         } else {
             self.abandon(&mut report);
         }
-        self.shared.stopping.tell_end(self.index, &report);
+        self.core.stopping.tell_end(self.index, &report);
     }
 }

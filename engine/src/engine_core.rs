@@ -1,0 +1,157 @@
+//! The engine's core: what all its threads share, and what any of them may do with the shards.
+//!
+//! Shared by handles, handlers and shards. Everything here is short and never blocks; who
+//! finds the log or a mailbox full gets the value back. Knows the log, the mailboxes and
+//! the directory. Does not know sockets or connections, nor how publishers wait.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::time::{Duration, Instant};
+
+use crate::admission::Admission;
+use crate::beacon::Beacons;
+use crate::close_code::CloseCode;
+use crate::command::{Command, Named, Publication, Target};
+use crate::config::EngineConfig;
+use crate::directory::Group;
+use crate::handler::Post;
+use crate::id::ConnectionId;
+use crate::log::Log;
+use crate::mailbox::Mailbox;
+use crate::metrics::PublishedMetrics;
+use crate::stopping::{Shutdown, Stopping};
+use crate::wait_list::Refused;
+
+/// Publications after which even a shard that they do not concern is woken to pass them.
+const LAG_MAX: u64 = 256;
+
+thread_local! {
+    /// What this thread has tried to send so far, to any engine. Only looked at before and after a call, so that a shard
+    /// knows whether a handler has sent something in between: what other threads send meanwhile is not its doing.
+    static SENT: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Grows with each publication or command that the calling thread tries to send.
+pub(crate) fn sent_by_this_thread() -> u64 {
+    SENT.get()
+}
+
+#[derive(Debug)]
+pub(crate) struct EngineCore {
+    pub(crate) config: EngineConfig,
+    pub(crate) log: Arc<Log<Publication>>,
+    pub(crate) mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
+    pub(crate) metrics: Box<[PublishedMetrics]>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) next_group: Arc<AtomicU64>,
+    /// Bytes that all outboxes keep in memory, and bytes of unfinished messages, as of the shards' last turns.
+    pub(crate) retained_bytes: AtomicUsize,
+    pub(crate) unfinished_bytes: AtomicUsize,
+    pub(crate) stopping: Stopping,
+    pub(crate) beacons: Beacons,
+}
+
+impl EngineCore {
+    pub(crate) fn new(
+        config: EngineConfig,
+        log: Arc<Log<Publication>>,
+        mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
+        beacons: Beacons,
+    ) -> Self {
+        let shards = mailboxes.len();
+        Self {
+            log,
+            metrics: (0..shards).map(|_| PublishedMetrics::default()).collect(),
+            admission: Admission::new(config.max_connections, config.max_connections_per_address, shards),
+            next_group: Arc::new(AtomicU64::new(0)),
+            retained_bytes: AtomicUsize::new(0),
+            unfinished_bytes: AtomicUsize::new(0),
+            stopping: Stopping::new(shards),
+            beacons,
+            mailboxes,
+            config,
+        }
+    }
+
+    /// Puts a publication into the log and wakes the shards that it concerns. Its bytes have been reserved.
+    pub(crate) fn try_publish(&self, publication: Publication) -> Result<(), Refused<Publication>> {
+        SENT.set(SENT.get() + 1);
+        let waited_for = publication.ticket.is_some();
+        let concerned = publication.target.clone();
+        let position = self.log.try_push(publication)?;
+        if waited_for {
+            // The ticket comes back when every shard has passed, also those without members.
+            self.mailboxes.iter().for_each(Mailbox::wake);
+            self.log.reclaim(); // for the case that all shards have just ended
+        } else {
+            match &concerned {
+                Target::One(group) => self.wake_members(group),
+                Target::Several(groups) => {
+                    groups.iter().filter_map(Named::find).for_each(|group| self.wake_members(&group));
+                }
+            }
+        }
+        // Shards that sleep because nothing concerns them hold back the gate: wake them in good time.
+        let distance = (self.log.capacity() / 4).clamp(1, LAG_MAX);
+        if position % distance == 0 {
+            self.wake_laggards(distance);
+        }
+        Ok(())
+    }
+
+    /// Wakes the shards that may have members now. Joins that returned before the log's position was claimed are seen.
+    fn wake_members(&self, group: &Group) {
+        if group.is_closed() {
+            // Members that have joined since are in another entry, which the shards find.
+            self.mailboxes.iter().for_each(Mailbox::wake);
+        } else {
+            group.interested(|shard| self.mailboxes[shard].wake());
+        }
+    }
+
+    pub(crate) fn wake_laggards(&self, distance: u64) {
+        for shard in self.log.laggards(distance) {
+            self.mailboxes[shard].wake();
+        }
+    }
+
+    /// Puts a command into a shard's mailbox, to be carried out after all that was published before.
+    pub(crate) fn try_command(&self, shard: usize, command: Command) -> Result<(), Refused<Command>> {
+        SENT.set(SENT.get() + 1);
+        match self.mailboxes.get(shard) {
+            Some(mailbox) => mailbox.push(self.log.tail(), command),
+            None => Err(Refused::Closed(command)),
+        }
+    }
+
+    /// Asks all shards to end in order.
+    pub(crate) fn shut_down(&self, shutdown: Shutdown, now: Instant) {
+        self.stopping.ask(shutdown, now);
+        self.wake_all();
+    }
+
+    /// Asks all shards to end now: what is queued is flushed for as long as `within`, nothing else is waited for.
+    pub(crate) fn stop(&self, within: Duration, now: Instant) {
+        let shutdown = Shutdown { within, spread: Duration::ZERO, code: CloseCode::GOING_AWAY };
+        self.stopping.ask(shutdown, now);
+        self.close();
+    }
+
+    /// Refuses publications from now on, and tells the shards.
+    pub(crate) fn close(&self) {
+        self.log.close(); // first: who sees the engine closed sees the log's last tail
+        self.stopping.close();
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
+        self.mailboxes.iter().for_each(Mailbox::wake);
+    }
+}
+
+impl Post for EngineCore {
+    fn resume(&self, id: ConnectionId) {
+        self.mailboxes[id.shard()].resume(id);
+    }
+}
