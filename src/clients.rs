@@ -12,8 +12,8 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use shardcast_engine::{
-    CloseCode, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, InvalidCloseCode, Namespace, Receipt,
-    SendError as EngineError, To, TrySendError as TryEngineError,
+    CloseCode, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, InvalidCloseCode, Namespace, Position,
+    Receipt, SendError as EngineError, To, TrySendError as TryEngineError,
 };
 
 use crate::codec::{CodecError, Encode};
@@ -90,9 +90,12 @@ impl<M, C> Clients<M, C> {
     /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing. One that is in
     /// [`max_groups`](crate::WsHubConfig::max_groups) groups already is ended (1008).
     ///
+    /// Returns a place in the order of all messages that were published: each one behind it reaches the client; of those
+    /// before, only some that were published during this call may.
+    ///
     /// # Errors
     /// The engine has ended, too many wait for the client's shard, or the group's name is too long.
-    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
+    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, SendError> {
         Ok(self.inner.namespace.join(id, group).await?)
     }
 

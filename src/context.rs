@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use shardcast_engine::{CloseCode, ConnectionId};
+use shardcast_engine::{CloseCode, ConnectionId, Position};
 
 use crate::clients::{Clients, SendError, Target};
 use crate::codec::Encode;
@@ -16,6 +16,7 @@ use crate::codec::Encode;
 /// Cloneable; may be kept and used after the call, from any task.
 pub struct MessageContext<M, C> {
     peer: Arc<Peer<M, C>>,
+    position: Position,
 }
 
 /// What belongs to one connection. Not its hub: a hub may keep its context, and must end all the same.
@@ -42,7 +43,7 @@ impl<M, C> Peer<M, C> {
 
 impl<M, C> Clone for MessageContext<M, C> {
     fn clone(&self) -> Self {
-        Self { peer: self.peer.clone() }
+        Self { peer: self.peer.clone(), position: self.position }
     }
 }
 
@@ -53,13 +54,19 @@ impl<M, C> std::fmt::Debug for MessageContext<M, C> {
 }
 
 impl<M, C> MessageContext<M, C> {
-    pub(crate) fn new(peer: Arc<Peer<M, C>>) -> Self {
-        Self { peer }
+    pub(crate) fn new(peer: Arc<Peer<M, C>>, position: Position) -> Self {
+        Self { peer, position }
     }
 
     /// The id of this connection.
     pub fn id(&self) -> ConnectionId {
         self.peer.id()
+    }
+
+    /// How far the client had come in the order of all published messages when this method was called: those before this
+    /// place had been queued for it, were dropped, or were not for it.
+    pub fn position(&self) -> Position {
+        self.position
     }
 
     /// The id of this connection as text: what [`broadcast_except`](Self::broadcast_except) takes.
@@ -74,7 +81,7 @@ impl<M, C> MessageContext<M, C> {
 
     /// Makes this connection a member of a group. The next message to the group reaches it.
     pub async fn add_to_group(&self, group: &str) {
-        report(self.clients().join(self.id(), group).await);
+        report(self.clients().join(self.id(), group).await.map(drop));
     }
 
     /// Ends this connection's membership of a group. The next message to the group does not reach it.

@@ -101,8 +101,8 @@ impl<H: WsHub> Session<H> {
         self.hub.clone().expect("it is taken by the drop only")
     }
 
-    fn context(&self) -> MessageContext<H::OutMessage, H::Codec> {
-        MessageContext::new(self.peer.clone())
+    fn context(&self, context: &Context<'_>) -> MessageContext<H::OutMessage, H::Codec> {
+        MessageContext::new(self.peer.clone(), context.position())
     }
 
     fn runtime(&self) -> Option<&Handle> {
@@ -179,7 +179,7 @@ impl<H: WsHub> Session<H> {
 
 impl<H: WsHub> Handler for Session<H> {
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
-        let (hub, call, id) = (self.hub(), self.context(), self.peer.id());
+        let (hub, call, id) = (self.hub(), self.context(context), self.peer.id());
         let opening = async move {
             // A name of its own: the peer's would stay for as long as the connection.
             let connection_id = id.to_string().into();
@@ -200,7 +200,7 @@ impl<H: WsHub> Handler for Session<H> {
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
         match <H::Codec as Decode<H::InMessage>>::decode(message.kind, message.payload) {
             Ok(message) => {
-                let (hub, call) = (self.hub(), self.context());
+                let (hub, call) = (self.hub(), self.context(context));
                 self.begin(async move { hub.on_message(message, call).await }, context)
             }
             Err(error) => {

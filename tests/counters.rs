@@ -8,7 +8,7 @@ mod fixture;
 
 use fixture::office::Office;
 use fixture::{eventually, soon};
-use shardcast::{CloseReason, ConnectionId, GroupMetrics, SendError, WsHubConfig};
+use shardcast::{CloseReason, ConnectionId, GroupMetrics, Position, SendError, WsHubConfig};
 
 /// Whether frames are pending exactly where bytes are, which are counted in the outboxes.
 fn is_balanced(metrics: GroupMetrics) -> bool {
@@ -61,6 +61,8 @@ async fn what_is_counted_and_reported_serializes_for_dashboards() {
     assert_eq!(text, format!("\"{id}\""));
     assert_eq!(serde_json::from_str::<ConnectionId>(&text).unwrap(), id);
     assert!(serde_json::from_str::<ConnectionId>("\"no id\"").is_err());
+    let position = serde_json::to_string(&receipt.position).unwrap();
+    assert_eq!(serde_json::from_str::<Position>(&position).unwrap(), receipt.position);
     let report = soon(office.engine.shutdown(std::time::Duration::ZERO)).await;
     assert_eq!(serde_json::to_value(report).unwrap()["stuck"], serde_json::json!([]));
     let reason = serde_json::to_value(CloseReason::SlowConsumer).unwrap();

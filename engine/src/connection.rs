@@ -32,6 +32,7 @@ use crate::held::Held;
 use crate::id::{ConnectionId, Slot};
 use crate::metrics::{ConnectionMetrics, Counts};
 use crate::outbox::{Bounds, Outbox};
+use crate::position::Position;
 use crate::receipt::Ticket;
 use crate::socket::Socket;
 use crate::tally::Tally;
@@ -124,6 +125,13 @@ pub(crate) struct Connection {
     /// Is counted as congested in its groups.
     is_congested: bool,
     _place: Place,
+}
+
+/// From where its shard calls a handler.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CallSite<'a> {
+    pub(crate) position: Position,
+    pub(crate) post: &'a Arc<dyn Post>,
 }
 
 /// State that a connection has only at its beginning or only at its end.
@@ -295,11 +303,11 @@ impl Connection {
     /// Calls the handler; returns also whether, and why, the connection is to end now: by the handler's wish or its panic.
     pub(crate) fn call(
         &mut self,
-        post: &Arc<dyn Post>,
+        site: &CallSite<'_>,
         call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
     ) -> (Flow, Option<CloseReason>) {
         let Some(handler) = self.handler.as_deref_mut() else { return (Flow::Ready, None) };
-        let mut context = Context::new(self.id, post, &mut self.resume);
+        let mut context = Context::new(self.id, site.position, site.post, &mut self.resume);
         let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
             Ok(flow) => (flow, context.into_close()),
             Err(_) => (Flow::Ready, Some(CloseReason::HandlerPanicked)),

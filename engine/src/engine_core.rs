@@ -5,6 +5,7 @@
 //! the directory. Does not know sockets or connections, nor how publishers wait.
 
 use std::cell::Cell;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
@@ -20,6 +21,7 @@ use crate::id::ConnectionId;
 use crate::log::Log;
 use crate::mailbox::Mailbox;
 use crate::metrics::PublishedMetrics;
+use crate::position::Position;
 use crate::stopping::{Shutdown, Stopping};
 use crate::wait_list::Refused;
 
@@ -40,6 +42,8 @@ pub(crate) fn sent_by_this_thread() -> u64 {
 #[derive(Debug)]
 pub(crate) struct EngineCore {
     pub(crate) config: EngineConfig,
+    /// Names this run of the engine.
+    epoch: u64,
     pub(crate) log: Arc<Log<Publication>>,
     pub(crate) mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
     pub(crate) metrics: Box<[PublishedMetrics]>,
@@ -61,6 +65,7 @@ impl EngineCore {
     ) -> Self {
         let shards = mailboxes.len();
         Self {
+            epoch: RandomState::new().hash_one(0),
             log,
             metrics: (0..shards).map(|_| PublishedMetrics::default()).collect(),
             admission: Admission::new(config.max_connections, config.max_connections_per_address, shards),
@@ -74,8 +79,19 @@ impl EngineCore {
         }
     }
 
-    /// Puts a publication into the log and wakes the shards that it concerns. Its bytes have been reserved.
-    pub(crate) fn try_publish(&self, publication: Publication) -> Result<(), Refused<Publication>> {
+    /// The place in the order behind so many publications.
+    pub(crate) fn position(&self, sequence: u64) -> Position {
+        Position { epoch: self.epoch, sequence }
+    }
+
+    /// The place in the order behind everything that was published until now.
+    pub(crate) fn tail(&self) -> Position {
+        self.position(self.log.tail())
+    }
+
+    /// Puts a publication into the log and wakes the shards that it concerns; returns the place behind it. Its bytes have
+    /// been reserved.
+    pub(crate) fn try_publish(&self, publication: Publication) -> Result<Position, Refused<Publication>> {
         SENT.set(SENT.get() + 1);
         let waited_for = publication.ticket.is_some();
         let concerned = publication.target.clone();
@@ -97,7 +113,7 @@ impl EngineCore {
         if position % distance == 0 {
             self.wake_laggards(distance);
         }
-        Ok(())
+        Ok(self.position(position + 1))
     }
 
     /// Wakes the shards that may have members now. Joins that returned before the log's position was claimed are seen.
@@ -116,13 +132,14 @@ impl EngineCore {
         }
     }
 
-    /// Puts a command into a shard's mailbox, to be carried out after all that was published before.
-    pub(crate) fn try_command(&self, shard: usize, command: Command) -> Result<(), Refused<Command>> {
+    /// Puts a command into a shard's mailbox, to be carried out after all that was published before; returns a place
+    /// in the order that it comes before.
+    pub(crate) fn try_command(&self, shard: usize, command: Command) -> Result<Position, Refused<Command>> {
         SENT.set(SENT.get() + 1);
-        match self.mailboxes.get(shard) {
-            Some(mailbox) => mailbox.push(self.log.tail(), command),
-            None => Err(Refused::Closed(command)),
-        }
+        let Some(mailbox) = self.mailboxes.get(shard) else { return Err(Refused::Closed(command)) };
+        mailbox.push(self.log.tail(), command)?;
+        // Looked at again: of what was published meanwhile, a shard may have run some before it takes the command.
+        Ok(self.tail())
     }
 
     /// Asks all shards to end in order.

@@ -15,6 +15,7 @@ use crate::close_reason::CloseReason;
 use crate::frame::MessageKind;
 use crate::id::ConnectionId;
 use crate::mailbox::Queued;
+use crate::position::Position;
 
 /// Makes the handler of a connection that has been given an id, on its shard.
 pub type MakeHandler = Box<dyn FnOnce(ConnectionId) -> Box<dyn Handler> + Send>;
@@ -83,6 +84,7 @@ pub enum Flow {
 #[derive(Debug)]
 pub struct Context<'a> {
     id: ConnectionId,
+    position: Position,
     post: &'a Arc<dyn Post>,
     resume: &'a mut Option<Arc<Resume>>,
     close: Option<CloseReason>,
@@ -91,15 +93,22 @@ pub struct Context<'a> {
 impl<'a> Context<'a> {
     pub(crate) fn new(
         id: ConnectionId,
+        position: Position,
         post: &'a Arc<dyn Post>,
         resume: &'a mut Option<Arc<Resume>>,
     ) -> Self {
-        Self { id, post, resume, close: None }
+        Self { id, position, post, resume, close: None }
     }
 
     /// The connection's id.
     pub fn id(&self) -> ConnectionId {
         self.id
+    }
+
+    /// How far the connection has come in the order: publications before this place have been queued for it, were dropped,
+    /// or were not for it; those behind it come later.
+    pub fn position(&self) -> Position {
+        self.position
     }
 
     /// A waker that brings about `on_resume`. May be woken from any thread, at any time, more than once.

@@ -20,6 +20,7 @@ use crate::handler::MakeHandler;
 use crate::id::ConnectionId;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::policy::Policy;
+use crate::position::Position;
 use crate::publisher::{GROUP_NAME_BYTES_MAX, Publisher, SendError, To, TrySendError, Wants};
 use crate::receipt::Receipt;
 use crate::socket::Socket;
@@ -96,17 +97,19 @@ impl Namespace {
 
     /// Makes the connection a member of the group. When this has returned, the next publication by anyone
     /// includes it; earlier ones do not. Joining twice is joining once; a connection that has gone joins nothing.
-    /// One that is in [`max_groups`](ConnectionConfig::max_groups) groups already is ended. Everyone has a connection as
+    /// One that is in [`max_groups`](ConnectionConfig::max_groups) groups already is ended. Returns a place in the order:
+    /// every publication behind it includes the connection; of those before, only some that were published during this call
+    /// may. Everyone has a connection as
     /// a member only when its [`on_open`](crate::Handler::on_open) is done; groups have it at once.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish), and [`SendError::GroupNameTooLong`].
-    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
+    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, SendError> {
         if group.len() > GROUP_NAME_BYTES_MAX {
             return Err(SendError::GroupNameTooLong);
         }
         if id.shard() >= self.publisher.shards() {
-            return Ok(());
+            return Ok(self.publisher.core().tail());
         }
         self.publisher.command(id, Action::Join(self.publisher.directory().enter(group, id.shard()))).await
     }
@@ -117,7 +120,7 @@ impl Namespace {
     /// As for [`publish`](Self::publish).
     pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
         match self.publisher.directory().find(group) {
-            Some(group) => self.publisher.command(id, Action::Leave { group }).await,
+            Some(group) => self.publisher.command(id, Action::Leave { group }).await.map(drop),
             None => Ok(()),
         }
     }
@@ -150,7 +153,7 @@ impl Namespace {
         id: ConnectionId,
         on_metrics: impl FnOnce(ConnectionMetrics) + Send + 'static,
     ) -> Result<(), SendError> {
-        self.publisher.command(id, Action::Inspect(Box::new(on_metrics))).await
+        self.publisher.command(id, Action::Inspect(Box::new(on_metrics))).await.map(drop)
     }
 
     /// What all of `to` but `except` have counted together, after everything that was sent before. `on_metrics` is
@@ -219,7 +222,8 @@ impl Namespace {
         let entrance = self.publisher.directory().enter_everyone(shard);
         let directory = self.publisher.directory().clone();
         let adoption = Adoption { socket, received, handler, config, directory, place, entrance };
-        Ok(self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?)
+        self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
+        Ok(())
     }
 }
 

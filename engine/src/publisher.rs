@@ -35,6 +35,7 @@ use crate::id::ConnectionId;
 use crate::log::Log;
 use crate::mailbox::Mailbox;
 use crate::policy::Policy;
+use crate::position::Position;
 use crate::receipt::{self, Awaited, Receipt, Ticket};
 use crate::wait_list::{Refused, Registration, WaitList};
 
@@ -151,8 +152,8 @@ impl Publisher {
         if matches!(&payload, Payload::Frame(frame) if frame.len() > Frame::BYTES_MAX) {
             return Err(SendError::TooLong);
         }
-        let awaited = match self.try_submit(to, except, payload, wants) {
-            Ok(awaited) => awaited,
+        let (position, awaited) = match self.try_submit(to, except, payload, wants) {
+            Ok(submitted) => submitted,
             Err(Refused::Closed(_)) => return Err(SendError::Closed),
             Err(Refused::Full(payload)) => {
                 let narrow: &(dyn Narrow + Sync) = match to {
@@ -165,8 +166,8 @@ impl Publisher {
             }
         };
         match awaited {
-            Some(awaited) => self.outcome(awaited).await,
-            None => Ok(Receipt::default()),
+            Some(awaited) => Ok(Receipt { position, ..self.outcome(awaited).await? }),
+            None => Ok(Receipt { position, ..Receipt::default() }),
         }
     }
 
@@ -197,14 +198,14 @@ impl Publisher {
         except: &[ConnectionId],
         payload: Payload,
         wants: Wants,
-    ) -> Result<Option<Awaited>, Refused<Payload>> {
+    ) -> Result<Submitted, Refused<Payload>> {
         let destination = self.resolve(to, except);
         // Looked at last: where nobody is there any more, that may be because the end has come.
         if self.core.stopping.is_closed() {
             return Err(Refused::Closed(payload));
         }
         match destination {
-            None => Ok(None),
+            None => Ok((self.core.tail(), None)),
             Some(Destination::Shard(id)) => self.attempt_one(id, payload, wants),
             Some(Destination::Log(target)) => self.attempt_many(target, except, payload, wants),
         }
@@ -215,7 +216,7 @@ impl Publisher {
         id: ConnectionId,
         payload: Payload,
         wants: Wants,
-    ) -> Result<Option<Awaited>, Refused<Payload>> {
+    ) -> Result<Submitted, Refused<Payload>> {
         let (shard, mailbox, bytes) = (id.shard(), &self.core.mailboxes[id.shard()], payload.bytes());
         let (action, awaited) = match payload {
             Payload::End(reason) => (Action::Close(reason), None),
@@ -231,7 +232,7 @@ impl Publisher {
             }
         };
         let command = Command::For { id, namespace: self.directory.key(), action };
-        self.core.try_command(shard, command).map(|()| awaited).map_err(|refused| {
+        self.core.try_command(shard, command).map(|position| (position, awaited)).map_err(|refused| {
             mailbox.release(bytes);
             refused.map(|command| match command {
                 Command::For { action: Action::Send { frame, .. }, .. } => Payload::Frame(frame),
@@ -247,7 +248,7 @@ impl Publisher {
         except: &[ConnectionId],
         payload: Payload,
         wants: Wants,
-    ) -> Result<Option<Awaited>, Refused<Payload>> {
+    ) -> Result<Submitted, Refused<Payload>> {
         let (log, bytes) = (&self.core.log, payload.bytes());
         log.reserve(bytes);
         let has_room = || {
@@ -259,7 +260,7 @@ impl Publisher {
         let (ticket, awaited) = wants.ticket(!blocks || wants == Wants::Room && has_room());
         let except = SmallVec::from_slice(except);
         let publication = Publication { target, except, payload, policy: self.policy, ticket };
-        self.core.try_publish(publication).map(|()| awaited).map_err(|refused| {
+        self.core.try_publish(publication).map(|position| (position, awaited)).map_err(|refused| {
             log.unreserve(bytes);
             refused.map(|publication| publication.payload)
         })
@@ -309,16 +310,16 @@ impl Publisher {
         names.map(find).collect()
     }
 
-    pub(crate) async fn command(&self, id: ConnectionId, action: Action) -> Result<(), SendError> {
+    pub(crate) async fn command(&self, id: ConnectionId, action: Action) -> Result<Position, SendError> {
         if id.shard() >= self.core.mailboxes.len() {
-            return Ok(()); // an id of another engine: nobody here has it
+            return Ok(self.core.tail()); // an id of another engine: nobody here has it
         }
         let command = Command::For { id, namespace: self.directory.key(), action };
         self.submit_command(id.shard(), command).await
     }
 
     /// Puts a command into a shard's mailbox, as soon as there is room.
-    pub(crate) async fn submit_command(&self, shard: usize, command: Command) -> Result<(), SendError> {
+    pub(crate) async fn submit_command(&self, shard: usize, command: Command) -> Result<Position, SendError> {
         let attempt = move |command| {
             if self.core.stopping.is_closed() {
                 return Err(Refused::Closed(command));
@@ -326,7 +327,7 @@ impl Publisher {
             self.core.try_command(shard, command)
         };
         match attempt(command) {
-            Ok(()) => Ok(()),
+            Ok(position) => Ok(position),
             Err(Refused::Closed(_)) => Err(SendError::Closed),
             Err(Refused::Full(command)) => {
                 let mailbox = &self.core.mailboxes[shard];
@@ -399,6 +400,9 @@ impl Narrow for Mailbox<Command, mio::Waker> {
 /// Ends when there was room. Boxed, because it is rare and large: held by value, it would make the
 /// futures of all who publish as large.
 type Room<'a, T> = Pin<Box<dyn Future<Output = Result<T, SendError>> + Send + 'a>>;
+
+/// Its place in the order, and what is to be waited for if its publisher wants to know more.
+type Submitted = (Position, Option<Awaited>);
 
 /// Where something is to go: to one connection's shard, or through the log.
 enum Destination {

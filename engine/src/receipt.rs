@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
 
+use crate::position::Position;
 use crate::tally::{Counter, DropCause, Drops, SharedDrops};
 
 /// What became of one publication.
@@ -26,6 +27,9 @@ pub struct Receipt {
     pub dropped: Drops,
     /// Of those that waited, connections that ended before they took the frame.
     pub disconnected: u64,
+    /// The place in the order: of a publication, behind it; of a frame to one connection, or to nobody, behind what had
+    /// been published before.
+    pub position: Position,
 }
 
 impl Receipt {
@@ -120,6 +124,7 @@ impl Awaited {
             waited: waited.load(Relaxed),
             dropped: Drops::load(dropped),
             disconnected: disconnected.load(Relaxed),
+            position: Position::default(),
         })
     }
 }

@@ -4,16 +4,15 @@
 //! for it otherwise. Does not know when it is this connection's turn.
 
 use std::io::ErrorKind;
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::close_reason::CloseReason;
 use crate::decoder::{Event, Limits};
 use crate::frame::{ControlFrame, MessageKind};
-use crate::handler::{Message, Post};
+use crate::handler::Message;
 use crate::held::Held;
 
-use super::{Connection, Intake, Phase};
+use super::{CallSite, Connection, Intake, Phase};
 
 /// Bytes of messages that are held for a busy handler. With so many nothing more is read before the handler is done:
 /// no pings and no Close.
@@ -215,7 +214,7 @@ impl Connection {
         input: &mut [u8],
         consumed: &mut usize,
         at: Arrival,
-        post: &Arc<dyn Post>,
+        site: &CallSite<'_>,
     ) -> Received {
         let (limits, is_caught_up) = (self.limits(), self.is_caught_up());
         let mut decoder = std::mem::take(&mut self.decoder);
@@ -224,7 +223,7 @@ impl Connection {
             Ok(Some(Event::Message { kind, payload })) => {
                 self.heartbeat.answered();
                 self.heartbeat.heard_message(at.now);
-                self.receive_message(kind, payload, is_caught_up, post)
+                self.receive_message(kind, payload, is_caught_up, site)
             }
             Ok(Some(Event::Ping(payload))) => self.receive_ping(payload, at.now),
             Ok(Some(Event::Pong(payload))) => self.receive_pong(payload, at),
@@ -245,7 +244,7 @@ impl Connection {
         kind: MessageKind,
         payload: &[u8],
         is_caught_up: bool,
-        post: &Arc<dyn Post>,
+        site: &CallSite<'_>,
     ) -> Received {
         if !is_caught_up {
             self.held.get_or_insert_default().push(kind, payload);
@@ -253,7 +252,7 @@ impl Connection {
         }
         self.count_received();
         let (_, end) =
-            self.call(post, |handler, context| handler.on_message(Message { kind, payload }, context));
+            self.call(site, |handler, context| handler.on_message(Message { kind, payload }, context));
         Received { is_handled: true, end, ..Received::default() }
     }
 

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use mio::Events;
 
 use crate::close_reason::CloseReason;
-use crate::connection::{Arrival, Connection, Read};
+use crate::connection::{Arrival, CallSite, Connection, Read};
 use crate::handler::{Context, Flow, Handler, Message};
 use crate::id::Slot;
 
@@ -214,9 +214,10 @@ impl Shard {
                 return; // said after the end: not listened to
             }
             let from = consumed;
+            let site = CallSite { position: self.core.position(self.reader.position()), post: &self.post };
             let at = Arrival { now: self.crowd.now, arrived: self.crowd.arrived };
             let shown = self.core.beacons.call(self.index, connection.directory().key());
-            let received = connection.receive(&mut input[from..], &mut consumed, at, &self.post);
+            let received = connection.receive(&mut input[from..], &mut consumed, at, &site);
             drop(shown);
             self.crowd.metrics.tally.received += u64::from(received.is_handled);
             if received.is_answered {
@@ -333,7 +334,8 @@ impl Shard {
     ) -> (Flow, Option<CloseReason>) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return (Flow::Ready, None) };
         let _shown = self.core.beacons.call(self.index, connection.directory().key());
-        connection.call(&self.post, call)
+        let site = CallSite { position: self.core.position(self.reader.position()), post: &self.post };
+        connection.call(&site, call)
     }
 
     /// The handler has panicked or closes the connection: it gets no more messages, also none that came before the end.

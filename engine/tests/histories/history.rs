@@ -486,7 +486,7 @@ impl History {
         let place = Place::Mailbox(id.shard());
         if self.random.below(5) < 3 {
             self.begin(Effect::Join { client, group }, place, async move {
-                Outcome::Done(namespace.join(id, GROUPS[group]).await)
+                Outcome::Done(namespace.join(id, GROUPS[group]).await.map(drop))
             });
         } else {
             self.begin(Effect::Leave { client, group }, place, async move {

@@ -1,0 +1,88 @@
+//! Places in the one order: what receipts, joins and handlers' calls say of them.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fixture;
+
+use std::sync::{Arc, Mutex};
+
+use fixture::{Rig, Task, at_once, lock};
+use shardcast_engine::{Context, Flow, Frame, Handler, Message, Position, To};
+
+/// Sends, lets everything settle, and returns where that was.
+fn send(rig: &mut Rig, to: To<'_>, text: &str) -> Position {
+    let everyone = rig.everyone.clone();
+    let mut sending = Task::new(everyone.send(to, &[], Frame::text(text)));
+    let early = sending.poll();
+    rig.settle();
+    early.or_else(|| sending.poll()).expect("every target has taken it").unwrap().position
+}
+
+#[test]
+fn a_receipt_says_where_in_the_order_its_publication_is() {
+    let mut rig = Rig::new(2);
+    let clients = rig.connect_many(2);
+    at_once(rig.everyone.join(clients[0].id(), "room")).unwrap();
+    let first = send(&mut rig, To::Everyone, "one");
+    let second = send(&mut rig, To::Group("room"), "two");
+    assert_eq!([first.sequence, second.sequence], [1, 2]);
+    assert_eq!(
+        send(&mut rig, To::Connection(clients[1].id()), "for one"),
+        second,
+        "behind what was published"
+    );
+    assert_eq!(send(&mut rig, To::Group("nobody"), "for nobody"), second);
+    let third = send(&mut rig, To::Groups(&["room", "nobody"]), "three");
+    assert!(first < second && second < third);
+    let mut other = Rig::new(1);
+    let _client = other.connect();
+    let elsewhere = send(&mut other, To::Everyone, "one");
+    assert_ne!(elsewhere.epoch, first.epoch);
+    assert_eq!(elsewhere.partial_cmp(&first), None, "they are not comparable");
+}
+
+#[test]
+fn a_join_says_from_where_on_publications_include_the_connection() {
+    let mut rig = Rig::new(2);
+    let mut clients = rig.connect_many(2);
+    let mut sent: Vec<_> = (0..3).map(|number| send(&mut rig, To::Everyone, &format!("{number}"))).collect();
+    at_once(rig.everyone.join(clients[0].id(), "room")).unwrap();
+    rig.settle();
+    for number in 3..6 {
+        sent.push(send(&mut rig, To::Group("room"), &format!("{number}")));
+    }
+    let joined = at_once(rig.everyone.join(clients[1].id(), "room")).unwrap();
+    for number in 6..9 {
+        sent.push(send(&mut rig, To::Group("room"), &format!("{number}")));
+    }
+    let behind = (3..9).filter(|number| sent[*number] > joined).map(|number| number.to_string());
+    let behind: Vec<_> = behind.collect();
+    assert_eq!(behind.len(), 3);
+    assert_eq!(clients[1].peer.hear_data()[3..], behind, "beside what was for everyone");
+}
+
+/// Notes where its calls are.
+struct Noting(Arc<Mutex<Vec<Position>>>);
+
+impl Handler for Noting {
+    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Flow {
+        lock(&self.0).push(context.position());
+        Flow::Ready
+    }
+}
+
+#[test]
+fn a_handler_knows_how_far_its_connection_has_come() {
+    let mut rig = Rig::new(1);
+    let noted = Arc::new(Mutex::new(Vec::new()));
+    let told = noted.clone();
+    let mut peer = rig.connect_handler(Box::new(|_| Box::new(Noting(told))));
+    let mut expected = Vec::new();
+    for number in 0..3 {
+        expected.push(send(&mut rig, To::Everyone, "news"));
+        assert_eq!(peer.hear_data(), ["news"]);
+        peer.text(&format!("{number}"));
+        rig.settle();
+    }
+    assert_eq!(*lock(&noted), expected);
+}
