@@ -44,7 +44,7 @@ pub use serve::ServeError;
 pub use serve_hub::serve_hub;
 pub use shardcast_engine::{
     AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, DropCause, Drops, EngineState,
-    FrameError, GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode, InvalidConnectionId, MessageKind,
-    Metrics, Receipt, Rtt, Shutdown, ShutdownReport, StartError, Tally, prepare_tcp,
+    FrameError, GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode, InvalidConnectionId, InvalidPosition,
+    MessageKind, Metrics, Position, Receipt, Rtt, Shutdown, ShutdownReport, StartError, Tally, prepare_tcp,
 };
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};
