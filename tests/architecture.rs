@@ -22,6 +22,7 @@ const ENGINE: Ranks = &[
         "handshake",
         "pinning",
         "policy",
+        "position",
         "flush_schedule",
     ],
     &["config", "frame", "wait_list"],
