@@ -67,6 +67,11 @@
 //! # }
 //! ```
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_os = "macos", target_os = "freebsd")))]
+compile_error!("shardcast does not support this system: build it for Linux, macOS, FreeBSD or Android");
+
 mod admission;
 mod beacon;
 mod close_code;
