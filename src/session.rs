@@ -189,8 +189,8 @@ impl<H: WsHub> Handler for Session<H> {
         if self.start(opening) {
             return Flow::Ready;
         }
-        // What it has sent to all in the meantime may have been sent on another thread. So the shard must not take it for
-        // something that concerns this connection, and enters it behind everything: once more, and by `on_resume`.
+        // Another thread may have published on its behalf, which the shard does not see. After `Pending` the shard lets the
+        // connection enter behind everything that was published.
         if self.go_on(context) == Flow::Ready {
             context.waker().wake();
         }

@@ -217,7 +217,10 @@ fn no_file_is_named_after_nothing() {
 #[test]
 fn an_example_is_built_without_what_the_tests_depend_on() {
     let (face, examples) = (read(&root().join("Cargo.toml")), read(&root().join("examples/Cargo.toml")));
-    assert!(face.contains("autoexamples = false") && !face.contains("[[example]]"), "it has dev-dependencies");
+    assert!(
+        face.contains("autoexamples = false") && !face.contains("[[example]]"),
+        "it has dev-dependencies"
+    );
     assert!(!examples.contains("dev-dependencies"), "every example is compiled with them");
 }
 
@@ -226,14 +229,9 @@ fn the_tests_and_files_that_the_documents_name_exist() {
     let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src"];
     let all: String = sources(&folders).iter().map(|path| read(path)).collect();
     let mut found = Vec::new();
-    for document in [
-        "README.md",
-        "ARCHITECTURE.md",
-        "CHANGELOG.md",
-        "CONTRIBUTING.md",
-        "SECURITY.md",
-        "engine/README.md",
-    ] {
+    for document in
+        ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "engine/README.md"]
+    {
         let text = read(&root().join(document));
         for name in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)) {
             let is_path = name.contains('/') && name.ends_with(".rs") && !name.contains(' ');
