@@ -258,8 +258,9 @@ impl Shard {
             let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
             let began = Instant::now();
             // What woke a poll that slept has just arrived. Otherwise it may have arrived at any time since the last turn
-            // began, and the peer must not be blamed for the difference.
-            let slept = began - ended > SLEPT;
+            // began, and the peer must not be blamed for the difference. A poll that may not sleep takes long only where
+            // this thread had to wait for its CPU.
+            let slept = wait != Some(Duration::ZERO) && began - ended > SLEPT;
             let arrived = began.saturating_duration_since(self.started);
             self.crowd.arrived = if slept { arrived } else { self.before };
             self.before = arrived;

@@ -178,7 +178,7 @@ impl Handler for Blocker {
 fn a_neighbour_that_blocks_the_shard_is_no_round_trip() {
     // The peer is a little away, so that its pongs arrive while the shard is blocked, and far from being too far.
     const AWAY: Duration = ms(100);
-    const MAX: Duration = ms(500);
+    const MAX: Duration = ms(1000);
     let engine =
         Engine::start(EngineConfig { shards: Some(1), pin: false, ..EngineConfig::default() }).unwrap();
     let everyone = engine.namespace();
