@@ -243,12 +243,12 @@ impl Connection {
         !self.is_open() && self.socket.is_none() && self.handler.is_none()
     }
 
-    /// Reminds the shard of it at `due`, if no earlier reminder is set.
+    /// Sets its timer to `due`, unless it fires earlier already.
     pub(crate) fn remind_at(&mut self, due: Duration, wheel: &mut Wheel<ConnectionId>) {
         wheel.arm_earlier(self.id, due, &mut self.armed);
     }
 
-    /// A reminder has come; false if another one has been set since.
+    /// A timer has fired; false if it was replaced by a later one.
     pub(crate) fn is_reminded(&mut self, tick: u64) -> bool {
         let is_current = self.armed == tick;
         if is_current {
@@ -355,7 +355,7 @@ impl Connection {
         !matches!(before, Intake::Over { .. })
     }
 
-    /// Whether its end is decided, though it may not have come yet.
+    /// Whether the connection is closing, or will as soon as what was sent before has been handled.
     pub(crate) fn is_over(&self) -> bool {
         self.phase != Phase::Open || matches!(self.intake, Intake::Over { .. })
     }

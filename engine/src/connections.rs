@@ -1,8 +1,8 @@
 //! The connections of one shard, by slot.
 //!
-//! Owned by one shard. A slot is looked up here and nowhere else. An id also names the
-//! generation of its slot, so that of a connection that has gone finds nobody. Does not
-//! know what connections do.
+//! Owned by one shard. A slot is looked up here and nowhere else. An id also contains the
+//! generation of its slot, so the id of a closed connection finds nothing. Does not know
+//! what connections do.
 
 use std::ops::{Index, IndexMut};
 

@@ -286,8 +286,8 @@ impl Crowd {
         sum
     }
 
-    /// The connections that hold most, until these hold so many `bytes` together, and how many these are; those that have
-    /// ended come first. What one holds, `held` says.
+    /// The connections that hold the most memory, as many as together hold `bytes`, and how much they hold. Connections that
+    /// are closing come first. `held` returns what one connection holds.
     pub(crate) fn largest(
         &self,
         bytes: usize,

@@ -2,8 +2,8 @@
 //!
 //! Pure, and owned by one shard: it is told who has something to write and what time it is.
 //! Who has waited longest comes first, and a turn flushes a bounded number. With a time to
-//! coalesce, nobody is flushed before the first of those that wait has waited so long; then
-//! all that wait by then are. A *round* is over when all that waited at its beginning have
+//! coalesce, nothing is flushed until the first in the queue has waited that long; then
+//! everything in the queue is. A *round* is over when all that waited at its beginning have
 //! been flushed. The log runs a bounded number of publications in a round, at most a
 //! quarter of the smallest outbox: so an outbox holds at most those of two rounds, and a
 //! client that keeps up never finds it full because its flush is late. Does not know
@@ -21,7 +21,7 @@ const PUBLICATIONS_PER_ROUND: u64 = 256;
 pub(crate) struct FlushSchedule<T> {
     waiting: VecDeque<T>,
     coalesce: Duration,
-    /// When those that wait are flushed; none while nobody waits, or once that time has come.
+    /// When the coalescing time ends; none while the queue is empty or flushing has begun.
     due: Option<Duration>,
     /// How many of the first in `waiting` are flushed without waiting any longer.
     ripe: usize,
@@ -66,12 +66,12 @@ impl<T> FlushSchedule<T> {
         self.ripe > 0 || (self.due.is_none() && !self.waiting.is_empty())
     }
 
-    /// When somebody is to be flushed who is not yet.
+    /// When the coalescing time ends, if it is running.
     pub(crate) fn due(&self) -> Option<Duration> {
         self.due
     }
 
-    /// Begins the flushing of a turn; how many are to be taken by `next`. `is_urgent`: nobody is to wait.
+    /// Begins the flushing of a turn; returns how many to take by `next`. `is_urgent` ends the coalescing time.
     pub(crate) fn begin(&mut self, now: Duration, is_urgent: bool) -> usize {
         let waiting = self.waiting.len();
         if self.coalesce.is_zero() || is_urgent {
@@ -100,7 +100,7 @@ impl<T> FlushSchedule<T> {
         }
     }
 
-    /// Takes those that began to wait when so many waited already.
+    /// Takes everything behind the first `waiting` in the queue.
     pub(crate) fn take_since(&mut self, waiting: usize) -> impl Iterator<Item = T> + '_ {
         self.waiting.drain(waiting.min(self.waiting.len())..)
     }

@@ -401,7 +401,7 @@ impl Narrow for Mailbox<Command, mio::Waker> {
 /// futures of all who publish as large.
 type Room<'a, T> = Pin<Box<dyn Future<Output = Result<T, SendError>> + Send + 'a>>;
 
-/// Its place in the order, and what is to be waited for if its publisher wants to know more.
+/// Its position, and the outcome to wait for, if the publisher wants one.
 type Submitted = (Position, Option<Awaited>);
 
 /// Where something is to go: to one connection's shard, or through the log.
@@ -421,7 +421,7 @@ pub(crate) enum Wants {
 }
 
 impl Wants {
-    /// The ticket that the frame takes along, if it is to be waited for.
+    /// The ticket for the frame, if its publisher waits.
     fn ticket(self, has_room: bool) -> (Option<Ticket>, Option<Awaited>) {
         match self {
             Self::Nothing => None,

@@ -66,7 +66,7 @@ const EVENTS_PER_ANSWER: usize = 32;
 const COMMANDS_PER_ANSWER: usize = 128;
 /// Frames put into outboxes in one turn (some 5 ns each).
 const OFFERS_PER_TURN: u64 = 200_000;
-/// A poll that took longer has slept.
+/// A poll that may block and took longer than this has blocked.
 const SLEPT: Duration = Duration::from_micros(20);
 
 /// One thread's worth of connections; see [`Engine::driven`](crate::Engine::driven) for how to drive it by hand.

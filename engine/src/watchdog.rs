@@ -94,7 +94,7 @@ impl Watchdog {
             }
         }
         for shard in stopping.conclude(|shard| metrics[shard].read().connections) {
-            mailboxes[shard].close(); // what lies there will not be taken, nor more of it
+            mailboxes[shard].close(); // its commands will never be carried out
             tracing::error!(
                 shard,
                 "a shard is stuck: it has not ended in time and was left behind with its connections; a handler computes \

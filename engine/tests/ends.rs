@@ -12,14 +12,12 @@ mod fixture;
 use std::io::Read as _;
 use std::net::Shutdown as Half;
 use std::sync::{Arc, Mutex};
-use std::task::Waker;
 use std::time::Duration;
 
-use fixture::{Client, Heard, Rig, Task, at_once, client_frame, lock, newcomer};
+use fixture::{Client, Heard, Rig, SlowToPart, Task, at_once, client_frame, lock, newcomer};
 use shardcast_engine::{
-    AdoptError, CloseCode, CloseReason, ConnectionConfig, Context, EngineConfig, Flow, Frame, FrameError,
-    GROUP_NAME_BYTES_MAX, Handler, InvalidCloseCode, Message, Policy, SendError, Shutdown, ShutdownReport,
-    To,
+    AdoptError, CloseCode, CloseReason, ConnectionConfig, EngineConfig, Frame, FrameError,
+    GROUP_NAME_BYTES_MAX, InvalidCloseCode, Policy, SendError, Shutdown, ShutdownReport, To,
 };
 
 const fn ms(millis: u64) -> Duration {
@@ -107,20 +105,6 @@ fn who_is_turned_away_while_it_talks_hears_why() {
     client.peer.stream.set_nonblocking(true).unwrap();
     client.peer.stream.read_to_end(&mut heard).unwrap();
     assert_eq!(heard, [0x88, 2, 0x03, 0xE9]);
-}
-
-/// Takes its time to part, as an asynchronous `on_disconnect` does.
-struct SlowToPart(Arc<Mutex<Option<Waker>>>);
-
-impl Handler for SlowToPart {
-    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
-        Flow::Ready
-    }
-
-    fn on_close(&mut self, _: &CloseReason, context: &mut Context<'_>) -> Flow {
-        *lock(&self.0) = Some(context.waker());
-        Flow::Pending
-    }
 }
 
 #[test]

@@ -9,13 +9,12 @@ mod fixture;
 
 use std::net::Shutdown as Half;
 use std::sync::{Arc, Mutex};
-use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use fixture::{Client, Heard, Rig, Task, at_once, lock, newcomer};
+use fixture::{Client, ClosesAtDrop, Heard, Rig, SlowToPart, Task, at_once, lock, newcomer};
 use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, Context, EngineConfig, Flow, Frame, Handler, Message, Policy,
-    Shutdown, ShutdownReport, Socket, To,
+    CloseCode, CloseReason, ConnectionConfig, EngineConfig, Frame, Policy, Shutdown, ShutdownReport, Socket,
+    To,
 };
 
 const fn ms(millis: u64) -> Duration {
@@ -58,34 +57,6 @@ fn publish(rig: &Rig, to: To<'_>, text: &str) {
 }
 
 const GOES: [Heard; 2] = [Heard::Close(Some(1001)), Heard::End];
-
-/// Answers `Pending` when it is told the end.
-struct SlowToPart(Arc<Mutex<Option<Waker>>>);
-
-impl Handler for SlowToPart {
-    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
-        Flow::Ready
-    }
-
-    fn on_close(&mut self, _: &CloseReason, context: &mut Context<'_>) -> Flow {
-        *lock(&self.0) = Some(context.waker());
-        Flow::Pending
-    }
-}
-
-/// Closes when it is told of drops.
-struct ClosesAtDrop;
-
-impl Handler for ClosesAtDrop {
-    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
-        Flow::Ready
-    }
-
-    fn on_drop(&mut self, _: u32, context: &mut Context<'_>) -> Flow {
-        context.close(CloseReason::Application { code: CloseCode(4000), text: "too slow".into() });
-        Flow::Ready
-    }
-}
 
 // ---- Draining ---------------------------------------------------------------------------------------------------
 

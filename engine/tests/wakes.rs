@@ -10,11 +10,8 @@ mod fixture;
 
 use std::time::Duration;
 
-use fixture::{Client, Rig, Task, at_once};
-use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, Context, EngineConfig, Flow, Frame, Handler, Message, Policy,
-    To,
-};
+use fixture::{Client, ClosesAtDrop, Rig, Task, at_once};
+use shardcast_engine::{ConnectionConfig, EngineConfig, Frame, Policy, To};
 
 fn asleep(shards: usize) -> Rig {
     let engine = EngineConfig { shards: Some(shards), ..EngineConfig::default() };
@@ -149,20 +146,6 @@ fn a_frame_that_may_be_dropped_wakes_its_shard_when_its_time_is_over() {
     let receipt = sending.poll().expect("its time is over").unwrap();
     assert_eq!((receipt.targets, receipt.dropped.timeout), (1, 1));
     assert_eq!(client.record().drops, [1]);
-}
-
-/// Closes when it is told of drops.
-struct ClosesAtDrop;
-
-impl Handler for ClosesAtDrop {
-    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
-        Flow::Ready
-    }
-
-    fn on_drop(&mut self, _: u32, context: &mut Context<'_>) -> Flow {
-        context.close(CloseReason::Application { code: CloseCode(4000), text: "too slow".into() });
-        Flow::Ready
-    }
 }
 
 #[test]

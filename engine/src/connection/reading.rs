@@ -89,7 +89,7 @@ impl Connection {
         if self.is_over() { 0 } else { HELD_BYTES_MAX.saturating_sub(held) }
     }
 
-    /// Whether the socket is to be read.
+    /// Whether the shard should read the socket.
     pub(crate) fn is_reading(&self) -> bool {
         self.socket.is_some() && self.is_readable && !self.is_input_over && self.read_limit() > 0
     }
@@ -170,7 +170,7 @@ impl Connection {
         }
     }
 
-    /// Whether it is in the shard's list of those to be read.
+    /// Whether it is in the shard's list of connections to read.
     pub(crate) fn is_ready(&self) -> bool {
         self.is_ready
     }
@@ -208,7 +208,7 @@ impl Connection {
         self.counts.received += 1;
     }
 
-    /// Decodes what stands next in `input`, and does what it says. `consumed` is set behind it.
+    /// Decodes the next piece of `input` and acts on it. `consumed` is moved behind that piece.
     pub(crate) fn receive(
         &mut self,
         input: &mut [u8],

@@ -150,14 +150,15 @@ impl Connection {
         Discarded { frames, bytes }
     }
 
-    /// Whether it has become congested, and is to be counted as such; `blocks`: as one that publishers wait for.
+    /// Marks it as congested if it has just become so. Then returns whether publishers wait for it, for the counts of its
+    /// groups.
     pub(crate) fn becomes_congested(&mut self) -> Option<bool> {
         let becomes = !self.is_congested && self.outbox.is_congested(&self.bounds());
         self.is_congested |= becomes;
         becomes.then(|| self.config.policy.blocks())
     }
 
-    /// Whether it has recovered, and is to be counted as congested no more; `blocks` as above.
+    /// Removes that mark if it has recovered; returns the same.
     pub(crate) fn becomes_relieved(&mut self) -> Option<bool> {
         let becomes = self.is_congested && self.outbox.is_relieved(&self.bounds());
         self.is_congested &= !becomes;
@@ -176,15 +177,15 @@ impl Connection {
         self.is_congested.then(|| self.config.policy.blocks())
     }
 
-    // ---- The list of those to be flushed ----
+    // ---- The list of connections to flush ----
 
-    /// It has something to write: true if it is to be put into the shard's list of those to be flushed.
+    /// Marks it as having something to write; true if the shard must add it to the list of connections to flush.
     #[inline]
     pub(crate) fn mark_dirty(&mut self) -> bool {
         self.is_writable && !std::mem::replace(&mut self.is_dirty, true)
     }
 
-    /// It is taken out of that list.
+    /// Notes that it was taken out of that list.
     pub(crate) fn clear_dirty(&mut self) {
         self.is_dirty = false;
     }

@@ -138,8 +138,8 @@ impl Shard {
         if std::mem::take(&mut self.refusals) == 0 && held < looked_at + growth && ended == 0 {
             return;
         }
-        // What those that were ended shared with others is free when the others are gone, too: so as long as nothing
-        // has become free, each further look ends as much again.
+        // A shared chunk is freed only when its last holder is closed. So while nothing has been freed, each further look
+        // closes as much again.
         let before = if held < looked_at { 0 } else { ended };
         let ended = self.shed(excess.max(before), CloseReason::Shed, Connection::refused_bytes);
         let ended = if ended == 0 { 0 } else { before + ended };
