@@ -12,8 +12,8 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use shardcast_engine::{
-    CloseCode, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, InvalidCloseCode, Namespace, Position,
-    Receipt, SendError as EngineError, To, TrySendError as TryEngineError,
+    Address, CloseCode, ConnectionId, ConnectionMetrics, Delivery, GroupMetrics, InvalidCloseCode, Namespace,
+    Payload, Position, Publication, PublishError as EngineError, Receipt, TryPublishError as TryEngineError,
 };
 
 use crate::codec::{CodecError, Encode};
@@ -64,25 +64,25 @@ impl<M, C> Clients<M, C> {
 
     /// Every client whose [`on_open`](crate::WsHub::on_open) has returned.
     pub fn to_all(&self) -> Target<'_, M, C> {
-        self.target(To::Everyone)
+        self.target(Address::Everyone)
     }
 
     /// The members of a group. A group without members is no error: nobody gets the message.
-    pub fn to_group<'a>(&'a self, group: &'a str) -> Target<'a, M, C> {
-        self.target(To::Group(group))
+    pub fn to_group(&self, group: &str) -> Target<'_, M, C> {
+        self.target(Address::group(group))
     }
 
     /// The members of several groups, each client once.
-    pub fn to_groups<'a>(&'a self, groups: &'a [&'a str]) -> Target<'a, M, C> {
-        self.target(To::Groups(groups))
+    pub fn to_groups(&self, groups: &[&str]) -> Target<'_, M, C> {
+        self.target(Address::groups(groups.iter().copied()))
     }
 
     /// One client. If it has gone, nobody gets the message.
     pub fn to(&self, id: ConnectionId) -> Target<'_, M, C> {
-        self.target(To::Connection(id))
+        self.target(Address::Connection(id))
     }
 
-    fn target<'a>(&'a self, to: To<'a>) -> Target<'a, M, C> {
+    fn target(&self, to: Address) -> Target<'_, M, C> {
         Target { clients: self, to, except: &[], policy: None }
     }
 
@@ -131,7 +131,7 @@ impl<M, C> Clients<M, C> {
         let answer = |metrics| {
             let _ = sender.send(metrics); // who has stopped waiting does not want to know
         };
-        self.inner.namespace.inspect(id, answer).await?;
+        self.inner.namespace.connection_metrics(id, answer).await?;
         Ok(receiver.await.ok())
     }
 
@@ -161,7 +161,7 @@ impl<M, C> Clients<M, C> {
 
     /// Groups that have members.
     pub fn groups(&self) -> usize {
-        self.inner.namespace.groups()
+        self.inner.namespace.group_count()
     }
 
     /// Messages that could not be encoded, and reached nobody, since the start.
@@ -174,18 +174,16 @@ impl<M, C> Clients<M, C> {
 #[must_use = "nothing is sent before `publish`, `send` or `try_publish`"]
 pub struct Target<'a, M, C> {
     clients: &'a Clients<M, C>,
-    to: To<'a>,
+    to: Address,
     except: &'a [ConnectionId],
     policy: Option<BroadcastPolicy>,
 }
 
 impl<M, C> Clone for Target<'_, M, C> {
     fn clone(&self) -> Self {
-        *self
+        Self { to: self.to.clone(), ..*self }
     }
 }
-
-impl<M, C> Copy for Target<'_, M, C> {}
 
 impl<M, C> std::fmt::Debug for Target<'_, M, C> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -209,7 +207,8 @@ impl<'a, M, C> Target<'a, M, C> {
         code: CloseCode,
         reason: impl Into<Cow<'static, str>>,
     ) -> Result<(), SendError> {
-        Ok(self.clients.inner.namespace.close(self.to, self.except, code, reason).await?)
+        let publication = Publication::close(&self.to, code, reason)?.except(self.except);
+        Ok(self.clients.inner.namespace.publish(publication).await?)
     }
 
     /// What the target's clients have counted together, after everything that was sent before: for groups their
@@ -223,7 +222,7 @@ impl<'a, M, C> Target<'a, M, C> {
         let on_metrics = move |part| {
             let _ = sender.send(part); // who has stopped waiting does not want to know
         };
-        self.clients.inner.namespace.survey(self.to, self.except, on_metrics).await?;
+        self.clients.inner.namespace.collect_metrics(&self.to, self.except, on_metrics).await?;
         let mut sum = GroupMetrics::default();
         while let Some(part) = parts.recv().await {
             sum += part;
@@ -249,9 +248,9 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
     /// # Errors
     /// A message that cannot be encoded, an engine that has ended, too many who wait already.
     pub async fn publish(&self, message: impl Borrow<M> + Send) -> Result<(), SendError> {
-        let frame = self.encode(message.borrow())?;
+        let publication = self.publication(message.borrow())?;
         drop(message);
-        Ok(self.namespace()?.publish(self.to, self.except, frame).await?)
+        Ok(self.clients.inner.namespace.publish(publication).await?)
     }
 
     /// Like [`publish`](Self::publish), but always ends only when every client of the target has taken the message
@@ -260,9 +259,9 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
     /// # Errors
     /// As for `publish`.
     pub async fn send(&self, message: impl Borrow<M> + Send) -> Result<Receipt, SendError> {
-        let frame = self.encode(message.borrow())?;
+        let publication = self.publication(message.borrow())?;
         drop(message);
-        Ok(self.namespace()?.send(self.to, self.except, frame).await?)
+        Ok(self.clients.inner.namespace.deliver(publication).await?)
     }
 
     /// Like [`publish`](Self::publish), but never waits: for code that is not async. A client that is behind gets the
@@ -271,8 +270,12 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
     /// # Errors
     /// [`TrySendError::Full`] where `publish` would have waited for a shard; nobody has got the message then.
     pub fn try_publish(&self, message: impl Borrow<M>) -> Result<(), TrySendError> {
-        let frame = self.encode(message.borrow())?;
-        let sent = self.namespace()?.try_publish(self.to, self.except, frame);
+        let publication = self.publication(message.borrow()).map_err(|error| match error {
+            SendError::Policy(error) => TrySendError::Policy(error),
+            SendError::Encode(error) => TrySendError::Encode(error),
+            _ => TrySendError::Closed,
+        })?;
+        let sent = self.clients.inner.namespace.try_publish(publication);
         sent.map_err(|error| match error {
             TryEngineError::Full(_) => TrySendError::Full,
             TryEngineError::TooLong(_) => TrySendError::TooLong,
@@ -280,17 +283,15 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
         })
     }
 
-    fn namespace(&self) -> Result<Cow<'_, Namespace>, ConfigError> {
-        let namespace = &self.clients.inner.namespace;
-        match self.policy {
-            None => Ok(Cow::Borrowed(namespace)),
-            Some(policy) => namespace.with_policy(policy).map(Cow::Owned),
-        }
+    fn publication(&self, message: &M) -> Result<Publication, SendError> {
+        let delivery = self.policy.map(Delivery::with_policy).transpose()?.unwrap_or_default();
+        let payload = self.encode(message)?;
+        Ok(Publication::message(&self.to, payload).except(self.except).with_delivery(delivery))
     }
 
-    fn encode(&self, message: &M) -> Result<Frame, CodecError> {
+    fn encode(&self, message: &M) -> Result<Payload, CodecError> {
         const PAYLOAD_BYTES_HINT: usize = 118; // with a header of up to 10 bytes: two cache lines
-        let encoded = Frame::build(PAYLOAD_BYTES_HINT, |payload| {
+        let encoded = Payload::build(PAYLOAD_BYTES_HINT, |payload| {
             let header = payload.len();
             let kind = C::encode(message, payload)?;
             // Peers close on text that is not UTF-8; a codec that says text must mean it.
@@ -338,7 +339,6 @@ impl From<EngineError> for SendError {
             EngineError::Overloaded => Self::Overloaded,
             EngineError::TooLong => Self::TooLong,
             EngineError::GroupNameTooLong => Self::GroupNameTooLong,
-            EngineError::InvalidCloseCode(error) => Self::InvalidCloseCode(error),
             _ => Self::Closed,
         }
     }

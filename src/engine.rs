@@ -127,12 +127,12 @@ impl Engine {
 
     /// The number of shards.
     pub fn shards(&self) -> usize {
-        self.inner.shards()
+        self.inner.shard_count()
     }
 
     /// Connections of all hubs that are here or on their way.
     pub fn connections(&self) -> usize {
-        self.inner.connections()
+        self.inner.connection_count()
     }
 
     /// What all shards have counted together, as of their last turns.
