@@ -199,6 +199,14 @@ fn an_encoding_of_another_engine_is_refused() {
     assert_eq!((rig.everyone.len(), rig.engine.connection_count()), (0, 0));
 }
 
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
 /// Clients of both encodings connect and leave during a flood from several threads, on several shards, so that the second
 /// encoding comes into use and out of use in the middle of it. One client sees the whole flood; what any other
 /// sees must be a part of that without a gap, in its own encoding.
@@ -223,6 +231,11 @@ fn clients_of_two_encodings_that_come_and_go_during_a_flood_see_one_order_withou
     };
     let is_over = AtomicBool::new(false);
     let (whole, parts) = thread::scope(|scope| {
+        // A test that fails must not leave threads behind that publish or read for ever.
+        let _end = OnDrop(|| {
+            is_over.store(true, Relaxed);
+            close(EVERYONE);
+        });
         // Everything that a client gets until it is closed. Tells its id with the first message.
         let read = |encoding| {
             let (Client { mut peer, record }, (tell_id, id)) = (connect(encoding), channel());
@@ -261,7 +274,8 @@ fn clients_of_two_encodings_that_come_and_go_during_a_flood_see_one_order_withou
         let (mut visitors, mut open) = (Vec::new(), VecDeque::new());
         for visitor in 0..VISITORS {
             // Runs that are longer than those who are there at a time: then nobody uses the other encoding.
-            let encoding = if visitor / (2 * OPEN_AT_A_TIME) % 2 == 0 { Encoding::PLAIN } else { other };
+            let encoding =
+                if (visitor / (2 * OPEN_AT_A_TIME)).is_multiple_of(2) { Encoding::PLAIN } else { other };
             let (reader, id) = read(encoding);
             visitors.push(reader);
             open.push_back(id.recv().unwrap());
