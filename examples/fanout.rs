@@ -22,7 +22,7 @@ use axum::response::Response;
 use axum::routing::any;
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BroadcastPolicy, Engine, EngineConfig, Hub, JsonCodec, MessageContext, RawCodec, RawMessage,
+    BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, RawCodec, RawMessage,
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,8 +33,6 @@ struct Tick {
     p: String,
 }
 
-type Context = MessageContext<Tick, JsonCodec>;
-
 struct All;
 
 impl WsHub for All {
@@ -42,7 +40,7 @@ impl WsHub for All {
     type InMessage = Tick;
     type OutMessage = Tick;
 
-    async fn on_message(&self, tick: Tick, ctx: Context) {
+    async fn on_message(&self, tick: Tick, ctx: HubContext<Self>) {
         ctx.broadcast(tick).await;
     }
 }
@@ -54,7 +52,7 @@ impl WsHub for Echo {
     type InMessage = Tick;
     type OutMessage = Tick;
 
-    async fn on_message(&self, tick: Tick, ctx: Context) {
+    async fn on_message(&self, tick: Tick, ctx: HubContext<Self>) {
         ctx.unicast(tick).await;
     }
 }
@@ -68,11 +66,11 @@ impl WsHub for Group {
     type InMessage = Tick;
     type OutMessage = Tick;
 
-    async fn on_open(&self, ctx: Context) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         ctx.add_to_group(&self.name).await;
     }
 
-    async fn on_message(&self, tick: Tick, ctx: Context) {
+    async fn on_message(&self, tick: Tick, ctx: HubContext<Self>) {
         ctx.broadcast_group(&self.name, tick).await;
     }
 }
@@ -84,7 +82,7 @@ impl WsHub for Raw {
     type InMessage = RawMessage;
     type OutMessage = RawMessage;
 
-    async fn on_message(&self, message: RawMessage, ctx: MessageContext<RawMessage, RawCodec>) {
+    async fn on_message(&self, message: RawMessage, ctx: HubContext<Self>) {
         ctx.unicast(message).await;
     }
 }

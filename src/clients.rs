@@ -1,61 +1,61 @@
 //! The clients of a hub, and ways to reach some or all of them.
 //!
-//! Cloneable, usable from any thread or task. Encodes a value once, puts it behind its
-//! frame header and gives it to the engine; whom it is for is a target, and every short
-//! form (`broadcast`, `unicast`, …) is a name for one. Knows codecs and namespaces. Does
-//! not know hubs, sessions or sockets.
+//! Cloneable, usable from any thread or task. Encodes a message once, writes the frame header in
+//! front of it and passes it to the engine; a target says who gets it, and every short form
+//! (`broadcast`, `unicast`, …) is a name for a target. The codec is a function pointer here and not
+//! a type parameter, because a codec has no state and whoever publishes need not name it. Knows
+//! codecs and namespaces. Does not know hubs, handlers or sockets.
 
 use std::borrow::{Borrow, Cow};
-use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use shardcast_engine::{
-    CloseCode, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, InvalidCloseCode, Namespace, Position,
-    Receipt, SendError as EngineError, To, TrySendError as TryEngineError,
+    CloseCode, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, InvalidCloseCode, MessageKind,
+    Namespace, Position, Receipt, SendError as EngineError, To, TrySendError as TryEngineError,
 };
 
 use crate::codec::{CodecError, Encode};
 use crate::config::{BroadcastPolicy, ConfigError};
 
-/// The clients of one hub, which get messages `M` in the encoding of `C`.
+/// The clients of one hub, which receive messages `M` in the hub's codec. Cloneable, and usable from any thread or task.
 ///
 /// ```no_run
-/// # use shardcast::{Clients, JsonCodec, ConnectionId};
-/// # async fn example(clients: Clients<String, JsonCodec>, id: ConnectionId) -> Result<(), shardcast::SendError> {
+/// # use shardcast::{Clients, ConnectionId};
+/// # async fn example(clients: Clients<String>, id: ConnectionId) -> Result<(), shardcast::SendError> {
 /// clients.to_all().publish("to everyone".to_owned()).await?;
 /// clients.to(id).publish("to one".to_owned()).await?;
 /// let receipt = clients.to_group("lobby").except(&[id]).send("to the others".to_owned()).await?;
 /// println!("{} had to be waited for", receipt.waited);
 /// # Ok(()) }
 /// ```
-pub struct Clients<M, C> {
-    inner: Arc<Inner>,
-    types: PhantomData<fn(M) -> C>,
+pub struct Clients<M> {
+    inner: Arc<Inner<M>>,
 }
 
-#[derive(Debug)]
-struct Inner {
+struct Inner<M> {
     namespace: Namespace,
+    /// The hub's codec. Here and not in each handle, because every connection has one.
+    encode: fn(&M, &mut Vec<u8>) -> Result<MessageKind, CodecError>,
     unencodable: AtomicU64,
 }
 
-impl<M, C> Clone for Clients<M, C> {
+impl<M> Clone for Clients<M> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), types: PhantomData }
+        Self { inner: self.inner.clone() }
     }
 }
 
-impl<M, C> std::fmt::Debug for Clients<M, C> {
+impl<M> std::fmt::Debug for Clients<M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Clients").field("connections", &self.len()).finish_non_exhaustive()
     }
 }
 
-impl<M, C> Clients<M, C> {
-    pub(crate) fn new(namespace: Namespace) -> Self {
-        Self { inner: Arc::new(Inner { namespace, unencodable: AtomicU64::new(0) }), types: PhantomData }
+impl<M> Clients<M> {
+    pub(crate) fn new<C: Encode<M>>(namespace: Namespace) -> Self {
+        Self { inner: Arc::new(Inner { namespace, encode: C::encode, unencodable: AtomicU64::new(0) }) }
     }
 
     pub(crate) fn namespace(&self) -> &Namespace {
@@ -63,26 +63,26 @@ impl<M, C> Clients<M, C> {
     }
 
     /// Every client whose [`on_open`](crate::WsHub::on_open) has returned.
-    pub fn to_all(&self) -> Target<'_, M, C> {
+    pub fn to_all(&self) -> Target<'_, M> {
         self.target(To::Everyone)
     }
 
     /// The members of a group. A group without members is no error: nobody gets the message.
-    pub fn to_group<'a>(&'a self, group: &'a str) -> Target<'a, M, C> {
+    pub fn to_group<'a>(&'a self, group: &'a str) -> Target<'a, M> {
         self.target(To::Group(group))
     }
 
     /// The members of several groups, each client once.
-    pub fn to_groups<'a>(&'a self, groups: &'a [&'a str]) -> Target<'a, M, C> {
+    pub fn to_groups<'a>(&'a self, groups: &'a [&'a str]) -> Target<'a, M> {
         self.target(To::Groups(groups))
     }
 
     /// One client. If it has gone, nobody gets the message.
-    pub fn to(&self, id: ConnectionId) -> Target<'_, M, C> {
+    pub fn to(&self, id: ConnectionId) -> Target<'_, M> {
         self.target(To::Connection(id))
     }
 
-    fn target<'a>(&'a self, to: To<'a>) -> Target<'a, M, C> {
+    fn target<'a>(&'a self, to: To<'a>) -> Target<'a, M> {
         Target { clients: self, to, except: &[], policy: None }
     }
 
@@ -172,28 +172,28 @@ impl<M, C> Clients<M, C> {
 
 /// Whom a message is for; see [`Clients`].
 #[must_use = "nothing is sent before `publish`, `send` or `try_publish`"]
-pub struct Target<'a, M, C> {
-    clients: &'a Clients<M, C>,
+pub struct Target<'a, M> {
+    clients: &'a Clients<M>,
     to: To<'a>,
     except: &'a [ConnectionId],
     policy: Option<BroadcastPolicy>,
 }
 
-impl<M, C> Clone for Target<'_, M, C> {
+impl<M> Clone for Target<'_, M> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<M, C> Copy for Target<'_, M, C> {}
+impl<M> Copy for Target<'_, M> {}
 
-impl<M, C> std::fmt::Debug for Target<'_, M, C> {
+impl<M> std::fmt::Debug for Target<'_, M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Target").field("to", &self.to).field("except", &self.except).finish_non_exhaustive()
     }
 }
 
-impl<'a, M, C> Target<'a, M, C> {
+impl<'a, M> Target<'a, M> {
     /// Leaves out these clients.
     pub fn except(self, except: &'a [ConnectionId]) -> Self {
         Self { except, ..self }
@@ -237,7 +237,7 @@ impl<'a, M, C> Target<'a, M, C> {
     }
 }
 
-impl<M, C: Encode<M>> Target<'_, M, C> {
+impl<M> Target<'_, M> {
     /// Sends the message. Ends when every client of the target has taken it or has gone; while none is behind,
     /// and under every policy but `Block`, that is as soon as the engine has it. What one task sends one after the
     /// other, every client gets in that order.
@@ -292,9 +292,9 @@ impl<M, C: Encode<M>> Target<'_, M, C> {
         const PAYLOAD_BYTES_HINT: usize = 118; // with a header of up to 10 bytes: two cache lines
         let encoded = Frame::build(PAYLOAD_BYTES_HINT, |payload| {
             let header = payload.len();
-            let kind = C::encode(message, payload)?;
+            let kind = (self.clients.inner.encode)(message, payload)?;
             // Peers close on text that is not UTF-8; a codec that says text must mean it.
-            if kind == shardcast_engine::MessageKind::Text {
+            if kind == MessageKind::Text {
                 std::str::from_utf8(&payload[header..]).map_err(CodecError::encode)?;
             }
             Ok(kind)

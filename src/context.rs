@@ -4,31 +4,34 @@
 //! nothing; what fails is logged and counted. For results, use the clients themselves.
 //! Does not know sessions or the engine's shards.
 
+use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 
 use shardcast_engine::{CloseCode, ConnectionId, Position};
 
 use crate::clients::{Clients, SendError, Target};
-use crate::codec::Encode;
 
 /// The connection that a hub's method is called for, and through it all clients of the hub.
+/// [`HubContext<Self>`](crate::HubContext) is the shorter way to write this type in a hub.
 ///
-/// Cloneable; may be kept and used after the call, from any task.
+/// `M` is what the hub's clients receive and `C` the hub's codec. Cloneable; may be kept and used after the call, from
+/// any task.
 pub struct MessageContext<M, C> {
-    peer: Arc<Peer<M, C>>,
+    peer: Arc<Peer<M>>,
     position: Position,
+    codec: PhantomData<fn() -> C>,
 }
 
 /// What belongs to one connection. Not its hub: a hub may keep its context, and must end all the same.
-pub(crate) struct Peer<M, C> {
-    clients: Clients<M, C>,
+pub(crate) struct Peer<M> {
+    clients: Clients<M>,
     id: ConnectionId,
     /// Made when it is first asked for: many hubs never do.
     connection_id: OnceLock<Arc<str>>,
 }
 
-impl<M, C> Peer<M, C> {
-    pub(crate) fn new(clients: Clients<M, C>, id: ConnectionId) -> Self {
+impl<M> Peer<M> {
+    pub(crate) fn new(clients: Clients<M>, id: ConnectionId) -> Self {
         Self { clients, id, connection_id: OnceLock::new() }
     }
 
@@ -43,7 +46,7 @@ impl<M, C> Peer<M, C> {
 
 impl<M, C> Clone for MessageContext<M, C> {
     fn clone(&self) -> Self {
-        Self { peer: self.peer.clone(), position: self.position }
+        Self { peer: self.peer.clone(), position: self.position, codec: PhantomData }
     }
 }
 
@@ -54,8 +57,8 @@ impl<M, C> std::fmt::Debug for MessageContext<M, C> {
 }
 
 impl<M, C> MessageContext<M, C> {
-    pub(crate) fn new(peer: Arc<Peer<M, C>>, position: Position) -> Self {
-        Self { peer, position }
+    pub(crate) fn new(peer: Arc<Peer<M>>, position: Position) -> Self {
+        Self { peer, position, codec: PhantomData }
     }
 
     /// The id of this connection.
@@ -75,7 +78,7 @@ impl<M, C> MessageContext<M, C> {
     }
 
     /// All clients of the hub, for what the short forms below do not say.
-    pub fn clients(&self) -> &Clients<M, C> {
+    pub fn clients(&self) -> &Clients<M> {
         &self.peer.clients
     }
 
@@ -95,7 +98,7 @@ impl<M, C> MessageContext<M, C> {
     }
 }
 
-impl<M: Send, C: Encode<M>> MessageContext<M, C> {
+impl<M: Send, C> MessageContext<M, C> {
     /// Sends to this client only.
     pub async fn unicast(&self, message: M) {
         self.short(self.clients().to(self.id()), &[], message).await;
@@ -126,7 +129,7 @@ impl<M: Send, C: Encode<M>> MessageContext<M, C> {
         self.short(self.clients().to_groups(groups), &[], message).await;
     }
 
-    async fn short(&self, target: Target<'_, M, C>, except: &[&str], message: M) {
+    async fn short(&self, target: Target<'_, M>, except: &[&str], message: M) {
         let except: Vec<ConnectionId> = except.iter().filter_map(|id| id.parse().ok()).collect();
         report(target.except(&except).publish(message).await);
     }

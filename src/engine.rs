@@ -19,11 +19,11 @@ use crate::hub::{Hub, WsHub};
 /// leaves behind what is stuck, as [`shutdown`](Self::shutdown) does, and on one of the engine's threads it does not wait.
 ///
 /// ```no_run
-/// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, MessageContext, JsonCodec};
+/// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, HubContext, JsonCodec};
 /// # struct Chat;
 /// # impl WsHub for Chat {
 /// #     type Codec = JsonCodec; type InMessage = (); type OutMessage = ();
-/// #     async fn on_message(&self, _: (), _: MessageContext<(), JsonCodec>) {}
+/// #     async fn on_message(&self, _: (), _: HubContext<Self>) {}
 /// # }
 /// let engine = Engine::start(EngineConfig::default())?; // one shard per allowed CPU, pinned
 /// let chat = engine.hub::<Chat>(WsHubConfig::default())?; // cloneable; lives in the router's state

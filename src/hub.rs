@@ -28,7 +28,7 @@ use crate::context::MessageContext;
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
-/// use shardcast::{JsonCodec, MessageContext, WsHub};
+/// use shardcast::{HubContext, JsonCodec, WsHub};
 ///
 /// #[derive(Deserialize)]
 /// struct Say { text: String }
@@ -43,7 +43,7 @@ use crate::context::MessageContext;
 ///     type InMessage = Say;
 ///     type OutMessage = Said;
 ///
-///     async fn on_message(&self, say: Say, ctx: MessageContext<Said, JsonCodec>) {
+///     async fn on_message(&self, say: Say, ctx: HubContext<Self>) {
 ///         ctx.broadcast(Said { text: say.text }).await
 ///     }
 /// }
@@ -67,10 +67,7 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     /// among [`to_all`](Clients::to_all) only when this has returned, behind everything that was sent until then, so
     /// nothing reaches a client ahead of its greeting, nor one that is turned away here
     /// ([`MessageContext::disconnect`]). A group that is joined here is joined at once.
-    fn on_open(
-        &self,
-        context: MessageContext<Self::OutMessage, Self::Codec>,
-    ) -> impl Future<Output = ()> + Send {
+    fn on_open(&self, context: HubContext<Self>) -> impl Future<Output = ()> + Send {
         drop(context);
         async {}
     }
@@ -79,7 +76,7 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     fn on_message(
         &self,
         message: Self::InMessage,
-        context: MessageContext<Self::OutMessage, Self::Codec>,
+        context: HubContext<Self>,
     ) -> impl Future<Output = ()> + Send;
 
     /// The connection has ended, is in no group any more, and the messages that came before a Close have been handled.
@@ -95,6 +92,10 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { tracing::trace!(id = %connection_id, "a message was dropped") }
     }
 }
+
+/// What the methods of the hub `H` are given, and what they reach its clients by: `HubContext<Self>` in an
+/// implementation of [`WsHub`]. See [`MessageContext`].
+pub type HubContext<H> = MessageContext<<H as WsHub>::OutMessage, <H as WsHub>::Codec>;
 
 /// A connection that has come.
 #[derive(Debug, Clone)]
@@ -124,7 +125,7 @@ pub struct Hub<H: WsHub> {
     engine: shardcast_engine::Engine,
     /// The runtime that the shards' threads have entered.
     runtime: Option<runtime::Id>,
-    clients: Clients<H::OutMessage, H::Codec>,
+    clients: Clients<H::OutMessage>,
     config: Arc<ConnectionConfig>,
     run_on: RunOn,
 }
@@ -143,7 +144,7 @@ impl<H: WsHub> std::fmt::Debug for Hub<H> {
 }
 
 impl<H: WsHub> Deref for Hub<H> {
-    type Target = Clients<H::OutMessage, H::Codec>;
+    type Target = Clients<H::OutMessage>;
 
     fn deref(&self) -> &Self::Target {
         &self.clients
@@ -157,7 +158,7 @@ impl<H: WsHub> Hub<H> {
         config: &WsHubConfig,
     ) -> Result<Self, ConfigError> {
         let (clients, run_on) =
-            (Clients::new(engine.namespace_named(std::any::type_name::<H>())), config.run_on);
+            (Clients::new::<H::Codec>(engine.namespace_named(std::any::type_name::<H>())), config.run_on);
         Ok(Self { engine, runtime, clients, config: Arc::new(config.connection_config()?), run_on })
     }
 
@@ -169,7 +170,7 @@ impl<H: WsHub> Hub<H> {
     }
 
     /// The clients of this hub.
-    pub fn clients(&self) -> &Clients<H::OutMessage, H::Codec> {
+    pub fn clients(&self) -> &Clients<H::OutMessage> {
         &self.clients
     }
 

@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use crate::codec::{CodecError, Decode};
 use crate::config::RunOn;
 use crate::context::{MessageContext, Peer};
-use crate::hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
+use crate::hub::{ConnectionRequest, DisconnectRequest, Hub, HubContext, WsHub};
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -30,7 +30,7 @@ const DROPS_PER_TURN: u32 = 1000;
 pub(crate) struct Session<H: WsHub> {
     /// None once it is being dropped.
     hub: Option<Arc<H>>,
-    peer: Arc<Peer<H::OutMessage, H::Codec>>,
+    peer: Arc<Peer<H::OutMessage>>,
     /// What the handler is busy with, on its shard.
     task: Option<Task>,
     /// None where nothing of it is needed: there is one of these for each idle connection.
@@ -101,7 +101,7 @@ impl<H: WsHub> Session<H> {
         self.hub.clone().expect("it is taken by the drop only")
     }
 
-    fn context(&self, context: &Context<'_>) -> MessageContext<H::OutMessage, H::Codec> {
+    fn context(&self, context: &Context<'_>) -> HubContext<H> {
         MessageContext::new(self.peer.clone(), context.position())
     }
 

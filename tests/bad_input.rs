@@ -13,8 +13,8 @@ use fixture::raw::{BINARY, CLOSE, FIN, PING, Raw, TEXT, frame};
 use fixture::{Peer, Server, engine, eventually, soon};
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BinaryCodec, CloseReason, Decode, DisconnectRequest, Encode, Engine, Hub, JsonCodec, MessageContext,
-    Metrics, WebSocketUpgrade, WsHub, WsHubConfig,
+    BinaryCodec, CloseReason, Decode, DisconnectRequest, Encode, Engine, Hub, HubContext, JsonCodec, Metrics,
+    WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -34,7 +34,7 @@ impl<C: Encode<Note> + Decode<Note>> WsHub for Notes<C> {
     type Codec = C;
     type InMessage = Note;
     type OutMessage = Note;
-    async fn on_message(&self, note: Note, ctx: MessageContext<Note, C>) {
+    async fn on_message(&self, note: Note, ctx: HubContext<Self>) {
         ctx.unicast(note).await;
     }
     async fn on_disconnect(&self, request: DisconnectRequest) {

@@ -16,7 +16,7 @@ use fixture::{Peer, Server, engine, soon};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BinaryCodec, CodecError, Decode, DisconnectRequest, Encode, Hub, JsonCodec, MessageContext, MessageKind,
+    BinaryCodec, CodecError, Decode, DisconnectRequest, Encode, Hub, HubContext, JsonCodec, MessageKind,
     RawCodec, WebSocketUpgrade, WsHub, WsHubConfig, deserialize_bounded,
 };
 use tokio::process::Command;
@@ -65,7 +65,7 @@ impl<C: Decode<Tree> + Encode<usize>> WsHub for Trees<C> {
     type InMessage = Tree;
     type OutMessage = usize;
 
-    async fn on_message(&self, tree: Tree, ctx: MessageContext<usize, C>) {
+    async fn on_message(&self, tree: Tree, ctx: HubContext<Self>) {
         ctx.unicast(tree.depth()).await;
     }
 }
@@ -172,7 +172,7 @@ impl WsHub for Echo {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, Panics>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.unicast(text).await;
     }
 

@@ -20,7 +20,7 @@ use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseCode, CloseReason, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub,
-    JsonCodec, MessageContext, RawCodec, RawMessage, RunOn, SendError, WebSocketUpgrade, WsHub, WsHubConfig,
+    HubContext, JsonCodec, RawCodec, RawMessage, RunOn, SendError, WebSocketUpgrade, WsHub, WsHubConfig,
     serve_hub,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -202,7 +202,7 @@ async fn a_message_that_cannot_be_encoded_reaches_nobody_and_is_counted() {
         type Codec = JsonCodec;
         type InMessage = u32;
         type OutMessage = HashMap<Option<u32>, u32>;
-        async fn on_message(&self, key: u32, ctx: MessageContext<Self::OutMessage, JsonCodec>) {
+        async fn on_message(&self, key: u32, ctx: HubContext<Self>) {
             // JSON has no key for `Some(7)` nested once more.
             ctx.broadcast(HashMap::from([((key != 0).then_some(key), 1)])).await;
         }
@@ -229,7 +229,7 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
         type Codec = RawCodec;
         type InMessage = String;
         type OutMessage = String;
-        async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+        async fn on_open(&self, ctx: HubContext<Self>) {
             ctx.unicast(format!("welcome to {}", self.room)).await;
             ctx.add_to_group(&self.room).await;
             // What comes meanwhile must wait.
@@ -237,7 +237,7 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
             let members = ctx.clients().to_group(&self.room).send("one more".to_owned()).await.unwrap();
             ctx.unicast(format!("{} here", members.targets)).await;
         }
-        async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+        async fn on_message(&self, text: String, ctx: HubContext<Self>) {
             ctx.broadcast_group(&self.room, text).await;
         }
     }
@@ -335,12 +335,12 @@ impl WsHub for Busy {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         tokio::time::sleep(Duration::from_millis(1)).await;
         ctx.unicast("open".to_owned()).await;
     }
 
-    async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, message: String, ctx: HubContext<Self>) {
         let answer = match message.split_once(' ') {
             Some(("sleep", millis)) => {
                 tokio::time::sleep(Duration::from_millis(millis.parse().unwrap())).await;
@@ -448,7 +448,7 @@ impl WsHub for Short {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.unicast(format!("{} bytes", text.len())).await;
     }
     async fn on_disconnect(&self, request: DisconnectRequest) {
@@ -533,7 +533,7 @@ async fn a_binary_hub_speaks_postcard() {
         type Codec = BinaryCodec;
         type InMessage = Reading;
         type OutMessage = Reading;
-        async fn on_message(&self, reading: Reading, ctx: MessageContext<Reading, BinaryCodec>) {
+        async fn on_message(&self, reading: Reading, ctx: HubContext<Self>) {
             ctx.broadcast(Reading { celsius: reading.celsius + 1.0, ..reading }).await;
         }
     }
@@ -568,7 +568,7 @@ async fn a_raw_hub_passes_text_as_text_and_binary_as_binary() {
         type Codec = RawCodec;
         type InMessage = RawMessage;
         type OutMessage = RawMessage;
-        async fn on_message(&self, message: RawMessage, ctx: MessageContext<RawMessage, RawCodec>) {
+        async fn on_message(&self, message: RawMessage, ctx: HubContext<Self>) {
             ctx.unicast(message).await;
         }
     }
@@ -626,11 +626,11 @@ impl WsHub for Fragile {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, _: MessageContext<String, RawCodec>) {
+    async fn on_open(&self, _: HubContext<Self>) {
         assert_ne!(self.at, "open", "told to");
     }
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         if self.at == "later" {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -708,7 +708,7 @@ impl WsHub for Tidy {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.unicast(text).await;
     }
 }
@@ -738,7 +738,7 @@ async fn a_hub_cleans_up_within_its_runtime_and_its_panic_there_harms_no_other()
 
 /// Keeps the context, to have it in `on_disconnect`.
 struct Keeper {
-    context: Mutex<Option<MessageContext<String, RawCodec>>>,
+    context: Mutex<Option<HubContext<Self>>>,
     dropped: UnboundedSender<()>,
 }
 
@@ -746,11 +746,11 @@ impl WsHub for Keeper {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         ctx.unicast("open".to_owned()).await;
         *self.context.lock().unwrap() = Some(ctx);
     }
-    async fn on_message(&self, _: String, _: MessageContext<String, RawCodec>) {}
+    async fn on_message(&self, _: String, _: HubContext<Self>) {}
     async fn on_disconnect(&self, _: DisconnectRequest) {
         let context = self.context.lock().unwrap().clone().unwrap();
         context.broadcast("one has left".to_owned()).await;
@@ -804,7 +804,7 @@ async fn every_connection_of_a_route_may_have_a_hub_value_of_its_own() {
         type Codec = RawCodec;
         type InMessage = String;
         type OutMessage = String;
-        async fn on_message(&self, _: String, ctx: MessageContext<String, RawCodec>) {
+        async fn on_message(&self, _: String, ctx: HubContext<Self>) {
             let seen = self.seen.fetch_add(1, Relaxed) + 1;
             let all = self.all.fetch_add(1, Relaxed) + 1;
             ctx.unicast(format!("{seen} of {all}")).await;

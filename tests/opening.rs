@@ -13,7 +13,7 @@ use axum::extract::Query;
 use axum::routing::any;
 use fixture::{Peer, Server, engine, soon};
 use serde::Deserialize;
-use shardcast::{CloseCode, Hub, MessageContext, RawCodec, RunOn, WebSocketUpgrade, WsHub, WsHubConfig};
+use shardcast::{CloseCode, Hub, HubContext, RawCodec, RunOn, WebSocketUpgrade, WsHub, WsHubConfig};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -29,7 +29,7 @@ impl WsHub for Doorman {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         ctx.add_to_group("early").await;
         self.opening.send(()).unwrap();
         self.looked_up.acquire().await.unwrap().forget();
@@ -40,7 +40,7 @@ impl WsHub for Doorman {
         }
     }
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.broadcast(text).await;
     }
 }
@@ -127,14 +127,14 @@ impl WsHub for Crier {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         tokio::task::yield_now().await;
         let clients = ctx.clients().clone();
         let tell = move || clients.to_all().try_publish("somebody has come".to_owned()).unwrap();
         std::thread::spawn(tell).join().unwrap();
     }
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.broadcast(text).await;
     }
 }

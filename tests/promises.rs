@@ -18,7 +18,7 @@ use axum::extract::Path;
 use axum::routing::any;
 use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit, visit_amid};
 use shardcast::{
-    CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, MessageContext, RawCodec, RunOn,
+    CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, RunOn,
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::io::AsyncWriteExt as _;
@@ -169,11 +169,11 @@ impl WsHub for Actor {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         ctx.unicast(ctx.connection_id().to_string()).await;
     }
 
-    async fn on_message(&self, name: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, name: String, ctx: HubContext<Self>) {
         ctx.broadcast(format!("{name} 1 all")).await;
         ctx.unicast(format!("{name} 2 me")).await;
         ctx.add_to_group("stage").await;
@@ -465,7 +465,7 @@ impl WsHub for Slow {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_message(&self, number: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, number: String, ctx: HubContext<Self>) {
         assert!(!self.busy.swap(true, SeqCst), "two calls at a time");
         let number: usize = number.parse().unwrap();
         match number % 7 {
@@ -529,7 +529,7 @@ impl WsHub for Gate {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_message(&self, _: String, _: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, _: String, _: HubContext<Self>) {
         self.permits.acquire().await.unwrap().forget();
         self.handled.fetch_add(1, SeqCst);
     }
@@ -588,13 +588,13 @@ impl WsHub for Mortal {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         ctx.add_to_group("mortals").await;
         ctx.add_to_group(&format!("alone {}", ctx.id())).await;
         ctx.unicast(ctx.id().to_string()).await;
     }
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         match text.as_str() {
             "panic" => panic!("told to"),
             "end" => ctx.disconnect(CloseCode(4000), "asked for").await,

@@ -19,7 +19,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
 use shardcast::{
-    Engine, EngineConfig, Hub, MessageContext, RawCodec, ServeError, TrustedProxies, WebSocketUpgrade, WsHub,
+    Engine, EngineConfig, Hub, HubContext, RawCodec, ServeError, TrustedProxies, WebSocketUpgrade, WsHub,
     WsHubConfig, serve_hub,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -34,11 +34,11 @@ impl WsHub for Announcer {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         ctx.broadcast("somebody has come".to_owned()).await;
     }
 
-    async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, message: String, ctx: HubContext<Self>) {
         ctx.unicast(message).await;
     }
 }

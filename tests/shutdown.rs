@@ -18,8 +18,8 @@ use fixture::{Desk, Peer, desk_app, engine, eventually, soon, visit};
 use futures_util::{SinkExt as _, poll};
 use serde_json::{Value, json};
 use shardcast::{
-    CloseCode, CloseReason, EngineState, MessageContext, RawCodec, RunOn, SendError, Shutdown,
-    ShutdownReport, TrySendError, WebSocketUpgrade, WsHub, WsHubConfig,
+    CloseCode, CloseReason, EngineState, HubContext, RawCodec, RunOn, SendError, Shutdown, ShutdownReport,
+    TrySendError, WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -302,7 +302,7 @@ async fn a_child_of_these_tests() {
         type InMessage = String;
         type OutMessage = String;
 
-        async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+        async fn on_message(&self, message: String, ctx: HubContext<Self>) {
             println!("\nholds {message}");
             if message == "sleep" {
                 std::thread::sleep(DAY);
@@ -372,7 +372,7 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
         type InMessage = String;
         type OutMessage = String;
 
-        async fn on_message(&self, _: String, _: MessageContext<String, RawCodec>) {
+        async fn on_message(&self, _: String, _: HubContext<Self>) {
             std::future::pending().await
         }
     }

@@ -18,7 +18,7 @@ use fixture::office::{Office, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
 use fixture::{PATIENCE, Peer, Server, desk_app, engine, eventually, soon, visit};
 use shardcast::{
-    BroadcastPolicy, CloseReason, ConnectionId, MessageContext, RawCodec, Receipt, RunOn, WebSocketUpgrade,
+    BroadcastPolicy, CloseReason, ConnectionId, HubContext, RawCodec, Receipt, RunOn, WebSocketUpgrade,
     WsHub, WsHubConfig,
 };
 use socket2::SockRef;
@@ -588,11 +588,11 @@ impl WsHub for Teller {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         ctx.unicast(ctx.connection_id().to_string()).await;
     }
 
-    async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, message: String, ctx: HubContext<Self>) {
         self.0.begun.add_permits(1);
         if message == "wait" {
             self.0.permits.acquire().await.unwrap().forget();

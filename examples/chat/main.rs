@@ -22,8 +22,8 @@ use axum::response::{Html, Response};
 use axum::routing::{any, get};
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    Clients, CloseCode, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub, JsonCodec,
-    MessageContext, WebSocketUpgrade, WsHub, WsHubConfig,
+    Clients, CloseCode, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub, HubContext, JsonCodec,
+    WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -92,8 +92,6 @@ struct Members {
     /// the newer one.
     change: u64,
 }
-
-type Context = MessageContext<ToGuest, JsonCodec>;
 
 /// Who is in which room. Locked for an instant only, never across an await.
 #[derive(Default)]
@@ -183,7 +181,7 @@ struct Guest {
 
 struct Entered {
     name: Arc<str>,
-    others: Clients<ToGuest, JsonCodec>,
+    others: Clients<ToGuest>,
 }
 
 impl WsHub for Guest {
@@ -191,7 +189,7 @@ impl WsHub for Guest {
     type InMessage = FromGuest;
     type OutMessage = ToGuest;
 
-    async fn on_open(&self, ctx: Context) {
+    async fn on_open(&self, ctx: HubContext<Self>) {
         let is_name = |name: &str| !name.trim().is_empty() && name.chars().count() <= NAME_MAX;
         let reason = if !is_name(&self.wished) || !is_name(&self.room) {
             "name and room have 1 to 32 characters"
@@ -220,7 +218,7 @@ impl WsHub for Guest {
         }
     }
 
-    async fn on_message(&self, message: FromGuest, ctx: Context) {
+    async fn on_message(&self, message: FromGuest, ctx: HubContext<Self>) {
         let Some(Entered { name, .. }) = self.entered.get() else { return };
         let text = match message {
             FromGuest::Say { text } => text,
