@@ -9,7 +9,7 @@ struct Readme;
 
 mod bridge;
 #[cfg(feature = "client")]
-mod client;
+pub mod client;
 mod clients;
 mod codec;
 mod config;
@@ -28,10 +28,8 @@ mod upgrade;
 mod verdict;
 
 #[cfg(feature = "client")]
-pub use client::{
-    ClientClose, ClientError, HubClient, HubClientBuilder, HubSender, SendError as ClientSendError, Unset,
-};
-pub use clients::{Clients, SendError, Target, TrySendError};
+pub use client::{HubClient, HubClientBuilder};
+pub use clients::{Clients, Prepared, PublishError, Target, TryPublishError};
 pub use codec::{
     BinaryCodec, CodecError, DEPTH_MAX, Decode, Encode, JsonCodec, RawCodec, RawMessage, deserialize_bounded,
 };

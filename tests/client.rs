@@ -12,8 +12,8 @@ use std::{
 use futures_util::{FutureExt as _, SinkExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BinaryCodec, ClientClose, ClientError, ClientSendError as SendError, CodecError, Decode, Encode,
-    HubClient, JsonCodec, RawCodec, RawMessage,
+    BinaryCodec, CodecError, Decode, Encode, HubClient, JsonCodec, RawCodec, RawMessage,
+    client::{ClientClose, ClientError, SendError},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -456,13 +456,15 @@ async fn a_full_queue_gives_the_message_back_and_loses_none_that_it_took() {
         client.send(Plain(number)).unwrap();
     }
     let error = client.send(Plain(4)).unwrap_err();
-    assert!(error.is_full());
-    assert_eq!(format!("{error} {error:?}"), "the queue is full Full(..)");
-    assert_eq!(error.into_message().0, 4);
+    assert!(error.is_full() && !error.is_closed());
+    assert_eq!(format!("{error} {error:?}"), "the queue is full: try again later Full(..)");
+    assert_eq!(error.into_inner().0, 4);
 
     client.disconnect().await;
     let refused = client.send(Plain(5)).unwrap_err();
     assert!(matches!(&refused, SendError::NotConnected(Plain(5))), "{refused}");
+    assert!(refused.is_closed() && !refused.is_full());
+    assert_eq!(refused.into_inner().0, 5);
 
     let mut messages = server.await.unwrap();
     assert!(messages.pop().unwrap().is_close());
