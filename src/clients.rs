@@ -6,7 +6,9 @@
 //! a type parameter, because a codec has no state and whoever publishes need not name it. Knows
 //! codecs and namespaces. Does not know hubs, handlers or sockets.
 
-use std::borrow::{Borrow, Cow};
+use std::any::TypeId;
+use std::borrow::Cow;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -23,11 +25,11 @@ use crate::config::{BroadcastPolicy, ConfigError};
 ///
 /// ```no_run
 /// # use shardcast::{Clients, ConnectionId};
-/// # async fn example(clients: Clients<String>, id: ConnectionId) -> Result<(), shardcast::SendError> {
-/// clients.to_all().publish("to everyone".to_owned()).await?;
-/// clients.to(id).publish("to one".to_owned()).await?;
-/// let receipt = clients.to_group("lobby").except(&[id]).send("to the others".to_owned()).await?;
-/// println!("{} had to be waited for", receipt.waited);
+/// # async fn example(clients: Clients<String>, id: ConnectionId) -> Result<(), shardcast::PublishError> {
+/// clients.to_all().publish(&"to everyone".to_owned()).await?;
+/// clients.to(id).publish(&"to one".to_owned()).await?;
+/// let receipt = clients.to_group("lobby").except(&[id]).deliver(&"to the others".to_owned()).await?;
+/// println!("{} clients, of which {} had to be waited for", receipt.targets, receipt.waited);
 /// # Ok(()) }
 /// ```
 pub struct Clients<M> {
@@ -38,6 +40,8 @@ struct Inner<M> {
     namespace: Namespace,
     /// The hub's codec. Here and not in each handle, because every connection has one.
     encode: fn(&M, &mut Vec<u8>) -> Result<MessageKind, CodecError>,
+    /// Its type, by which messages that were prepared for another one are refused.
+    codec: TypeId,
     unencodable: AtomicU64,
 }
 
@@ -55,7 +59,8 @@ impl<M> std::fmt::Debug for Clients<M> {
 
 impl<M> Clients<M> {
     pub(crate) fn new<C: Encode<M>>(namespace: Namespace) -> Self {
-        Self { inner: Arc::new(Inner { namespace, encode: C::encode, unencodable: AtomicU64::new(0) }) }
+        let (encode, codec) = (C::encode, TypeId::of::<C>());
+        Self { inner: Arc::new(Inner { namespace, encode, codec, unencodable: AtomicU64::new(0) }) }
     }
 
     pub(crate) fn namespace(&self) -> &Namespace {
@@ -86,6 +91,53 @@ impl<M> Clients<M> {
         Target { clients: self, to, except: &[], policy: None }
     }
 
+    /// Encodes a message once, to be sent to several targets: [`Target::publish_prepared`],
+    /// [`deliver_prepared`](Target::deliver_prepared), [`try_publish_prepared`](Target::try_publish_prepared). It may be
+    /// sent by every hub that has this codec.
+    ///
+    /// ```
+    /// # use shardcast::{Clients, PublishError};
+    /// # async fn example(clients: Clients<String>) -> Result<(), PublishError> {
+    /// let goal = clients.prepare(&"2:1".to_owned())?;
+    /// clients.to_group("match-7").publish_prepared(&goal).await?;
+    /// clients.to_group("all-matches").publish_prepared(&goal).await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// A message that cannot be encoded.
+    pub fn prepare(&self, message: &M) -> Result<Prepared<M>, CodecError> {
+        let frame = self.encode(message)?;
+        Ok(Prepared { frame, codec: self.inner.codec, message: PhantomData })
+    }
+
+    fn encode(&self, message: &M) -> Result<Frame, CodecError> {
+        const PAYLOAD_BYTES_HINT: usize = 118; // with a header of up to 10 bytes: two cache lines
+        let encoded = Frame::build(PAYLOAD_BYTES_HINT, |payload| {
+            let header = payload.len();
+            let kind = (self.inner.encode)(message, payload)?;
+            // Clients close on text that is not UTF-8, so a codec that says text is checked.
+            if kind == MessageKind::Text {
+                std::str::from_utf8(&payload[header..]).map_err(CodecError::encode)?;
+            }
+            Ok(kind)
+        });
+        encoded.inspect_err(|_| {
+            self.inner.unencodable.fetch_add(1, Relaxed);
+        })
+    }
+
+    /// The message's frame, unless these clients could not read it.
+    fn frame_of(&self, message: &Prepared<M>) -> Result<Frame, CodecError> {
+        if message.codec == self.inner.codec {
+            return Ok(message.frame.clone());
+        }
+        self.inner.unencodable.fetch_add(1, Relaxed);
+        Err(CodecError::encode(
+            "the message was prepared for another codec: prepare it with this hub's clients",
+        ))
+    }
+
     /// Makes a client a member of a group. When this has returned, the next message to the group by anyone reaches
     /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing. One that is in
     /// [`max_groups`](crate::WsHubConfig::max_groups) groups already is ended (1008).
@@ -95,7 +147,7 @@ impl<M> Clients<M> {
     ///
     /// # Errors
     /// The engine has ended, too many wait for the client's shard, or the group's name is too long.
-    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, SendError> {
+    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
         Ok(self.inner.namespace.join(id, group).await?)
     }
 
@@ -103,7 +155,7 @@ impl<M> Clients<M> {
     ///
     /// # Errors
     /// As for [`join`](Self::join).
-    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
+    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), PublishError> {
         Ok(self.inner.namespace.leave(id, group).await?)
     }
 
@@ -117,7 +169,7 @@ impl<M> Clients<M> {
         id: ConnectionId,
         code: CloseCode,
         reason: impl Into<Cow<'static, str>>,
-    ) -> Result<(), SendError> {
+    ) -> Result<(), PublishError> {
         self.to(id).disconnect(code, reason).await
     }
 
@@ -126,7 +178,7 @@ impl<M> Clients<M> {
     ///
     /// # Errors
     /// As for [`join`](Self::join).
-    pub async fn inspect(&self, id: ConnectionId) -> Result<Option<ConnectionMetrics>, SendError> {
+    pub async fn inspect(&self, id: ConnectionId) -> Result<Option<ConnectionMetrics>, PublishError> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let answer = |metrics| {
             let _ = sender.send(metrics); // who has stopped waiting does not want to know
@@ -140,7 +192,7 @@ impl<M> Clients<M> {
     ///
     /// # Errors
     /// As for [`join`](Self::join).
-    pub async fn metrics(&self) -> Result<GroupMetrics, SendError> {
+    pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
         self.to_all().metrics().await
     }
 
@@ -171,7 +223,7 @@ impl<M> Clients<M> {
 }
 
 /// Whom a message is for; see [`Clients`].
-#[must_use = "nothing is sent before `publish`, `send` or `try_publish`"]
+#[must_use = "nothing is sent before `publish`, `deliver` or `try_publish`"]
 pub struct Target<'a, M> {
     clients: &'a Clients<M>,
     to: To<'a>,
@@ -208,7 +260,7 @@ impl<'a, M> Target<'a, M> {
         &self,
         code: CloseCode,
         reason: impl Into<Cow<'static, str>>,
-    ) -> Result<(), SendError> {
+    ) -> Result<(), PublishError> {
         Ok(self.clients.inner.namespace.close(self.to, self.except, code, reason).await?)
     }
 
@@ -218,7 +270,7 @@ impl<'a, M> Target<'a, M> {
     ///
     /// # Errors
     /// An engine that has ended, too many who wait already.
-    pub async fn metrics(&self) -> Result<GroupMetrics, SendError> {
+    pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
         let (sender, mut parts) = tokio::sync::mpsc::unbounded_channel();
         let on_metrics = move |part| {
             let _ = sender.send(part); // who has stopped waiting does not want to know
@@ -231,108 +283,167 @@ impl<'a, M> Target<'a, M> {
         Ok(sum)
     }
 
-    /// Follows this policy instead of the hub's. A message to one client waits for room unless told otherwise here.
-    pub fn policy(self, policy: BroadcastPolicy) -> Self {
-        Self { policy: Some(policy), ..self }
-    }
-}
-
-impl<M> Target<'_, M> {
-    /// Sends the message. Ends when every client of the target has taken it or has gone; while none is behind,
-    /// and under every policy but `Block`, that is as soon as the engine has it. What one task sends one after the
-    /// other, every client gets in that order.
-    ///
-    /// Dropping this future, as `tokio::time::timeout` around it does, does not take the message back: once the engine
-    /// has it, it is delivered, and sending it again sends it twice. To wait no longer than a certain time for slow
-    /// clients, use a policy with a timeout.
+    /// Sends under this policy instead of each connection's own. Without it a message to one client waits for room
+    /// ([`Block`](BroadcastPolicy::Block)), whatever the hub's policy is.
     ///
     /// # Errors
-    /// A message that cannot be encoded, an engine that has ended, too many who wait already.
-    pub async fn publish(&self, message: impl Borrow<M> + Send) -> Result<(), SendError> {
-        let frame = self.encode(message.borrow())?;
-        drop(message);
-        Ok(self.namespace()?.publish(self.to, self.except, frame).await?)
+    /// A setting of the policy that is out of range, by name.
+    pub fn policy(self, policy: BroadcastPolicy) -> Result<Self, ConfigError> {
+        policy.validate()?;
+        Ok(Self { policy: Some(policy), ..self })
     }
 
-    /// Like [`publish`](Self::publish), but always ends only when every client of the target has taken the message
-    /// or has gone, and tells how many there were.
+    /// Sends the message. The future completes when every client of the target has accepted the message or has
+    /// disconnected; while none of them is slow, and under every policy but [`Block`](BroadcastPolicy::Block), that is as
+    /// soon as the engine has accepted it.
+    ///
+    /// The message is encoded by the call, and sent when the future is first polled: a future that is never polled sends
+    /// nothing. What one task awaits in sequence, every client receives in that sequence.
+    ///
+    /// Dropping the future after it was polled, as `tokio::time::timeout` around it does, does not take the message back:
+    /// the engine may have accepted it, and sending it again may send it twice. To limit the time for slow clients, use a
+    /// policy with a timeout.
     ///
     /// # Errors
-    /// As for `publish`.
-    pub async fn send(&self, message: impl Borrow<M> + Send) -> Result<Receipt, SendError> {
-        let frame = self.encode(message.borrow())?;
-        drop(message);
-        Ok(self.namespace()?.send(self.to, self.except, frame).await?)
+    /// A message that cannot be encoded or is too long, an engine that has ended, too many publishers that wait already.
+    pub fn publish(&self, message: &M) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
+        self.publish_encoded(self.clients.encode(message).map_err(PublishError::from))
     }
 
-    /// Like [`publish`](Self::publish), but never waits: for code that is not async. A client that is behind gets the
-    /// message when it has room.
+    /// [`publish`](Self::publish) for a message that was encoded before.
     ///
     /// # Errors
-    /// [`TrySendError::Full`] where `publish` would have waited for a shard; nobody has got the message then.
-    pub fn try_publish(&self, message: impl Borrow<M>) -> Result<(), TrySendError> {
-        let frame = self.encode(message.borrow())?;
-        let sent = self.namespace()?.try_publish(self.to, self.except, frame);
+    /// As for [`publish`](Self::publish); a message that was prepared for another codec is one that cannot be encoded.
+    pub fn publish_prepared(
+        &self,
+        message: &Prepared<M>,
+    ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
+        self.publish_encoded(self.clients.frame_of(message).map_err(PublishError::from))
+    }
+
+    /// Sends the message as [`publish`](Self::publish) does, but the future completes only when every client of the target
+    /// has accepted the message, has disconnected or had it dropped, under every policy. The receipt has the counts.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub fn deliver(
+        &self,
+        message: &M,
+    ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
+        self.deliver_encoded(self.clients.encode(message).map_err(PublishError::from))
+    }
+
+    /// [`deliver`](Self::deliver) for a message that was encoded before.
+    ///
+    /// # Errors
+    /// As for [`publish_prepared`](Self::publish_prepared).
+    pub fn deliver_prepared(
+        &self,
+        message: &Prepared<M>,
+    ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
+        self.deliver_encoded(self.clients.frame_of(message).map_err(PublishError::from))
+    }
+
+    /// Sends the message as [`publish`](Self::publish) does, but never waits: for code that is not async. A slow client
+    /// gets the message when it has room.
+    ///
+    /// # Errors
+    /// [`TryPublishError::Full`] where `publish` would have waited for a shard; nobody gets the message then. The error has
+    /// the encoded message, so that [`try_publish_prepared`](Self::try_publish_prepared) need not encode it again.
+    pub fn try_publish(&self, message: &M) -> Result<(), TryPublishError<Prepared<M>>> {
+        self.try_publish_prepared(&self.clients.prepare(message)?)
+    }
+
+    /// [`try_publish`](Self::try_publish) for a message that was encoded before.
+    ///
+    /// # Errors
+    /// As for [`try_publish`](Self::try_publish), and [`TryPublishError::Encode`] for a message that was prepared for
+    /// another codec.
+    pub fn try_publish_prepared(&self, message: &Prepared<M>) -> Result<(), TryPublishError<Prepared<M>>> {
+        let frame = self.clients.frame_of(message)?;
+        let sent = self.namespace().try_publish(self.to, self.except, frame);
         sent.map_err(|error| match error {
-            TryEngineError::Full(_) => TrySendError::Full,
-            TryEngineError::TooLong(_) => TrySendError::TooLong,
-            _ => TrySendError::Closed,
+            TryEngineError::Full(_) => TryPublishError::Full(message.clone()),
+            TryEngineError::TooLong(_) => TryPublishError::TooLong(message.clone()),
+            _ => TryPublishError::Closed(message.clone()),
         })
     }
 
-    fn namespace(&self) -> Result<Cow<'_, Namespace>, ConfigError> {
+    fn publish_encoded(
+        &self,
+        frame: Result<Frame, PublishError>,
+    ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
+        let target = *self;
+        async move { Ok(target.namespace().publish(target.to, target.except, frame?).await?) }
+    }
+
+    fn deliver_encoded(
+        &self,
+        frame: Result<Frame, PublishError>,
+    ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
+        let target = *self;
+        async move { Ok(target.namespace().send(target.to, target.except, frame?).await?) }
+    }
+
+    fn namespace(&self) -> Cow<'a, Namespace> {
         let namespace = &self.clients.inner.namespace;
         match self.policy {
-            None => Ok(Cow::Borrowed(namespace)),
-            Some(policy) => namespace.with_policy(policy).map(Cow::Owned),
-        }
-    }
-
-    fn encode(&self, message: &M) -> Result<Frame, CodecError> {
-        const PAYLOAD_BYTES_HINT: usize = 118; // with a header of up to 10 bytes: two cache lines
-        let encoded = Frame::build(PAYLOAD_BYTES_HINT, |payload| {
-            let header = payload.len();
-            let kind = (self.clients.inner.encode)(message, payload)?;
-            // Peers close on text that is not UTF-8; a codec that says text must mean it.
-            if kind == MessageKind::Text {
-                std::str::from_utf8(&payload[header..]).map_err(CodecError::encode)?;
+            None => Cow::Borrowed(namespace),
+            Some(policy) => {
+                Cow::Owned(namespace.with_policy(policy).expect("`Target::policy` has checked it"))
             }
-            Ok(kind)
-        });
-        encoded.inspect_err(|_| {
-            self.clients.inner.unencodable.fetch_add(1, Relaxed);
-        })
+        }
     }
 }
 
-/// A message was not sent.
+/// A message that was encoded once, to be sent to several targets: see [`Clients::prepare`]. Cloneable; clones share the
+/// bytes.
+pub struct Prepared<M> {
+    frame: Frame,
+    codec: TypeId,
+    message: PhantomData<fn(&M)>,
+}
+
+impl<M> Clone for Prepared<M> {
+    fn clone(&self) -> Self {
+        Self { frame: self.frame.clone(), ..*self }
+    }
+}
+
+impl<M> std::fmt::Debug for Prepared<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared").field("payload_bytes", &self.frame.payload().len()).finish_non_exhaustive()
+    }
+}
+
+/// A message was not sent, or a command (join, leave, disconnect, a question for metrics) was not carried out.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum SendError {
-    /// The codec could not encode it.
+pub enum PublishError {
+    /// The codec could not encode the message.
     #[error(transparent)]
     Encode(#[from] CodecError),
-    /// The policy that was asked for is out of range.
-    #[error(transparent)]
-    Policy(#[from] ConfigError),
     /// The engine has ended.
-    #[error("the engine has ended")]
+    #[error("the engine has ended: start another one")]
     Closed,
-    /// `publishers_waiting_max` others wait already.
-    #[error("too many publishers wait for room already")]
+    /// [`publishers_waiting_max`](crate::EngineConfig::publishers_waiting_max) publishers wait already.
+    #[error("too many publishers wait for room already: try again later, or raise `publishers_waiting_max`")]
     Overloaded,
-    /// Encoded, it is longer than a frame can be (4 GiB − 1 B).
+    /// Encoded, the message is longer than a frame can be (4 GiB − 1 B).
     #[error("the message is longer than 4 GiB: send it in parts")]
     TooLong,
-    /// The name of the group to be joined is longer than [`GROUP_NAME_BYTES_MAX`](crate::GROUP_NAME_BYTES_MAX).
-    #[error("the group's name is longer than {} bytes", shardcast_engine::GROUP_NAME_BYTES_MAX)]
+    /// The name of the group is longer than [`GROUP_NAME_BYTES_MAX`](crate::GROUP_NAME_BYTES_MAX).
+    #[error(
+        "the group's name is longer than {} bytes: choose a shorter one",
+        shardcast_engine::GROUP_NAME_BYTES_MAX
+    )]
     GroupNameTooLong,
-    /// The close code may not stand in a Close frame. Nobody was disconnected.
+    /// The close code may not be in a Close frame. Nobody was disconnected.
     #[error(transparent)]
     InvalidCloseCode(#[from] InvalidCloseCode),
 }
 
-impl From<EngineError> for SendError {
+impl From<EngineError> for PublishError {
     fn from(error: EngineError) -> Self {
         match error {
             EngineError::Overloaded => Self::Overloaded,
@@ -344,23 +455,52 @@ impl From<EngineError> for SendError {
     }
 }
 
-/// A message was not sent, and nobody waited.
-#[derive(Debug, thiserror::Error)]
+/// A message was not sent, and nobody waited. `T` is the message, encoded: [`Prepared`].
+#[derive(thiserror::Error)]
 #[non_exhaustive]
-pub enum TrySendError {
-    /// The codec could not encode it.
+pub enum TryPublishError<T> {
+    /// The publication log (for one client: its shard's mailbox) is full. Nobody got the message.
+    #[error("the publication log or a shard's mailbox is full: try again later")]
+    Full(T),
+    /// The engine has ended.
+    #[error("the engine has ended: start another one")]
+    Closed(T),
+    /// Encoded, the message is longer than a frame can be (4 GiB − 1 B).
+    #[error("the message is longer than 4 GiB: send it in parts")]
+    TooLong(T),
+    /// The codec could not encode the message.
     #[error(transparent)]
     Encode(#[from] CodecError),
-    /// The policy that was asked for is out of range.
-    #[error(transparent)]
-    Policy(#[from] ConfigError),
-    /// The log (for one client: its shard's mailbox) is full.
-    #[error("the log or the mailbox is full")]
-    Full,
-    /// The engine has ended.
-    #[error("the engine has ended")]
-    Closed,
-    /// Encoded, it is longer than a frame can be (4 GiB − 1 B).
-    #[error("the message is longer than 4 GiB: send it in parts")]
-    TooLong,
+}
+
+impl<T> TryPublishError<T> {
+    /// Whether the same message may be accepted later.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Full(_))
+    }
+
+    /// Whether the engine has ended, so that no message will be accepted any more.
+    pub fn is_closed(&self) -> bool {
+        matches!(self, Self::Closed(_))
+    }
+
+    /// The message that was not sent; none if it could not be encoded.
+    pub fn into_inner(self) -> Option<T> {
+        match self {
+            Self::Full(message) | Self::Closed(message) | Self::TooLong(message) => Some(message),
+            Self::Encode(_) => None,
+        }
+    }
+}
+
+/// Without the message, which need not be `Debug`.
+impl<T> std::fmt::Debug for TryPublishError<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Full(_) => f.write_str("Full(..)"),
+            Self::Closed(_) => f.write_str("Closed(..)"),
+            Self::TooLong(_) => f.write_str("TooLong(..)"),
+            Self::Encode(error) => f.debug_tuple("Encode").field(error).finish(),
+        }
+    }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use shardcast_engine::{CloseCode, ConnectionId, Position};
 
-use crate::clients::{Clients, SendError, Target};
+use crate::clients::{Clients, PublishError, Target};
 
 /// The connection that a hub's method is called for, and through it all clients of the hub.
 /// [`HubContext<Self>`](crate::HubContext) is the shorter way to write this type in a hub.
@@ -131,15 +131,15 @@ impl<M: Send, C> MessageContext<M, C> {
 
     async fn short(&self, target: Target<'_, M>, except: &[&str], message: M) {
         let except: Vec<ConnectionId> = except.iter().filter_map(|id| id.parse().ok()).collect();
-        report(target.except(&except).publish(message).await);
+        report(target.except(&except).publish(&message).await);
     }
 }
 
 /// The short forms have nobody to tell.
-fn report(result: Result<(), SendError>) {
+fn report(result: Result<(), PublishError>) {
     match result {
         Ok(()) => {}
-        Err(SendError::Closed) => tracing::debug!("nothing was sent: the engine has ended"),
+        Err(PublishError::Closed) => tracing::debug!("nothing was sent: the engine has ended"),
         Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "a message was not sent"),
     }
 }

@@ -14,8 +14,8 @@ use fixture::raw::Raw;
 use fixture::{Peer, eventually, soon};
 use futures_util::poll;
 use shardcast::{
-    BroadcastPolicy, CloseReason, ConnectionId, ConnectionMetrics, EngineConfig, SendError, TrySendError,
-    WsHubConfig,
+    BroadcastPolicy, CloseReason, ConnectionId, ConnectionMetrics, EngineConfig, PublishError,
+    TryPublishError, WsHubConfig,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -38,7 +38,7 @@ async fn most_pending(office: &Office, id: ConnectionId) -> (u64, u64, Option<Co
     let (mut frames, mut bytes) = (0, 0);
     let mut last = None;
     for round in 0..ENOUGH {
-        office.hub.to_all().try_publish(numbered(round, MESSAGE_BYTES)).unwrap();
+        office.hub.to_all().try_publish(&numbered(round, MESSAGE_BYTES)).unwrap();
         let counted = soon(office.hub.inspect(id)).await.unwrap();
         last = counted.filter(|_| !office.hub.is_empty()); // it can be asked for until its socket has gone
         let Some(counted) = last else { break };
@@ -76,7 +76,7 @@ async fn an_outbox_keeps_so_many_bytes_and_then_the_policy_decides() {
     // What is larger than the bound passes alone: else nobody could ever get it.
     let (mut reader, reader_id) = office.visit().await;
     let large = numbered(7, 50_000);
-    office.hub.to(reader_id).policy(DROP_AT_ONCE).publish(large.clone()).await.unwrap();
+    office.hub.to(reader_id).policy(DROP_AT_ONCE).unwrap().publish(&large.clone()).await.unwrap();
     reader.hears(&[&large]).await;
 }
 
@@ -136,7 +136,7 @@ async fn beyond_the_budget_for_all_backlogs_the_largest_is_shed_with_1013_and_th
     let (mut small, small_id) = office.visit_raw().await;
     let (mut large, large_id) = office.visit_raw().await;
     let (mut middle, middle_id) = office.visit_raw().await;
-    let publish = |id, number| office.hub.to(id).try_publish(numbered(number, BYTES)).unwrap();
+    let publish = |id, number| office.hub.to(id).try_publish(&numbered(number, BYTES)).unwrap();
     (0..20).for_each(|number| publish(small_id, number));
     (0..40).for_each(|number| publish(middle_id, number));
     let pending = async |id| office.counted(id).await.pending_bytes;
@@ -194,27 +194,27 @@ async fn a_full_mailbox_refuses_lets_wait_and_is_overloaded_and_what_was_accepte
     let (office, (mut holder, holder_id), (mut free, free_id)) = held_up(engine).await;
     let held = office.hub.to(holder_id);
     for number in 0..8 {
-        held.try_publish(numbered(number, 10)).unwrap();
+        held.try_publish(&numbered(number, 10)).unwrap();
     }
-    assert!(matches!(held.try_publish("refused".to_owned()), Err(TrySendError::Full)));
+    assert!(matches!(held.try_publish(&"refused".to_owned()), Err(TryPublishError::Full(_))));
     // Two may wait for room, in that order of arrival or another; more may not.
-    let mut first = Box::pin(held.publish(numbered(8, 10)));
+    let mut first = Box::pin(held.publish(&numbered(8, 10)));
     assert!(poll!(&mut first).is_pending());
     let mut second = Box::pin(office.hub.join(holder_id, "late"));
     assert!(poll!(&mut second).is_pending());
-    let refused = soon(held.publish("refused".to_owned())).await;
-    assert!(matches!(refused, Err(SendError::Overloaded)), "{refused:?}");
+    let refused = soon(held.publish(&"refused".to_owned())).await;
+    assert!(matches!(refused, Err(PublishError::Overloaded)), "{refused:?}");
     let refused = soon(office.hub.join(holder_id, "never")).await;
-    assert!(matches!(refused, Err(SendError::Overloaded)), "{refused:?}");
+    assert!(matches!(refused, Err(PublishError::Overloaded)), "{refused:?}");
     // The other shard's mailbox has room.
-    soon(office.hub.to(free_id).publish("free".to_owned())).await.unwrap();
+    soon(office.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
     free.hears(&["free"]).await;
 
     office.ledger.let_go();
     soon(first).await.unwrap();
     soon(second).await.unwrap();
     hears_numbers(&mut holder, 9).await;
-    soon(office.hub.to_groups(&["late", "never"]).publish(numbered(9, 10))).await.unwrap();
+    soon(office.hub.to_groups(&["late", "never"]).publish(&numbered(9, 10))).await.unwrap();
     assert_eq!(holder.hears_text().await, numbered(9, 10), "and nothing that was refused");
     assert_eq!((office.hub.group_len("late"), office.hub.group_len("never")), (1, 0));
 }
@@ -225,31 +225,31 @@ async fn a_full_log_refuses_lets_wait_and_is_overloaded_and_what_was_accepted_ar
     let (office, (mut holder, _), (mut free, free_id)) = held_up(engine).await;
     let all = office.hub.to_all();
     for number in 0..8 {
-        all.try_publish(numbered(number, 10)).unwrap();
+        all.try_publish(&numbered(number, 10)).unwrap();
     }
-    assert!(matches!(all.try_publish("refused".to_owned()), Err(TrySendError::Full)));
+    assert!(matches!(all.try_publish(&"refused".to_owned()), Err(TryPublishError::Full(_))));
     let mut waiting = Vec::new();
     for number in 8..10 {
-        let mut publishing = Box::pin(all.publish(numbered(number, 10)));
+        let mut publishing = Box::pin(all.publish(&numbered(number, 10)));
         assert!(poll!(&mut publishing).is_pending());
         waiting.push(publishing);
     }
     for _ in 0..2 {
-        let refused = soon(all.publish("refused".to_owned())).await;
-        assert!(matches!(refused, Err(SendError::Overloaded)), "{refused:?}");
+        let refused = soon(all.publish(&"refused".to_owned())).await;
+        assert!(matches!(refused, Err(PublishError::Overloaded)), "{refused:?}");
     }
     // Who is on the other shard has it all by now, and what goes another way still comes.
     for number in 0..8 {
         free.hears(&[&numbered(number, 10)]).await;
     }
-    soon(office.hub.to(free_id).publish("free".to_owned())).await.unwrap();
+    soon(office.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
     free.hears(&["free"]).await;
 
     office.ledger.let_go();
     for publishing in waiting {
         soon(publishing).await.unwrap();
     }
-    all.publish(numbered(10, 10)).await.unwrap();
+    all.publish(&numbered(10, 10)).await.unwrap();
     hears_numbers(&mut holder, 11).await;
     for number in 8..11 {
         free.hears(&[&numbered(number, 10)]).await;

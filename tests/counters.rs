@@ -8,7 +8,7 @@ mod fixture;
 
 use fixture::office::Office;
 use fixture::{eventually, soon};
-use shardcast::{CloseReason, ConnectionId, GroupMetrics, Position, SendError, WsHubConfig};
+use shardcast::{CloseReason, ConnectionId, GroupMetrics, Position, PublishError, WsHubConfig};
 
 /// Whether frames are pending exactly where bytes are, which are counted in the outboxes.
 fn is_balanced(metrics: GroupMetrics) -> bool {
@@ -26,7 +26,7 @@ async fn a_hub_counts_all_clients_since_its_start_and_a_group_its_present_member
         soon(office.hub.join(id, "room")).await.unwrap();
     }
     for _ in 0..MESSAGES {
-        soon(office.hub.to_group("room").publish("in the room".to_owned())).await.unwrap();
+        soon(office.hub.to_group("room").publish(&"in the room".to_owned())).await.unwrap();
     }
     // Each was told its id, and then what was for its group: also what was published a moment ago.
     let room = soon(office.hub.to_group("room").metrics()).await.unwrap();
@@ -51,7 +51,7 @@ async fn a_hub_counts_all_clients_since_its_start_and_a_group_its_present_member
 async fn what_is_counted_and_reported_serializes_for_dashboards() {
     let office = Office::open(1, WsHubConfig::default()).await;
     let (_client, id) = office.visit().await;
-    let receipt = soon(office.hub.to_all().send("news".to_owned())).await.unwrap();
+    let receipt = soon(office.hub.to_all().deliver(&"news".to_owned())).await.unwrap();
     let json = serde_json::to_value(receipt).unwrap();
     assert_eq!((&json["targets"], &json["dropped"]["overflow"]), (&1.into(), &0.into()));
     let counted = serde_json::to_value(office.counted(id).await).unwrap();
@@ -73,5 +73,5 @@ async fn what_is_counted_and_reported_serializes_for_dashboards() {
 async fn the_counters_of_an_engine_that_has_ended_are_an_error_and_no_zero() {
     let office = Office::open(1, WsHubConfig::default()).await;
     soon(office.engine.shutdown(std::time::Duration::from_secs(1))).await;
-    assert!(matches!(soon(office.hub.metrics()).await, Err(SendError::Closed)));
+    assert!(matches!(soon(office.hub.metrics()).await, Err(PublishError::Closed)));
 }

@@ -13,7 +13,7 @@ use fixture::office::{Office, numbered};
 use fixture::raw::{BINARY, CLOSE, FIN, PING, PONG, frame, text};
 use fixture::{Peer, Server, desk_app, eventually, soon, visit};
 use shardcast::{
-    BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, SendError,
+    BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, PublishError,
     Shutdown, ShutdownReport, WsHubConfig,
 };
 use tokio::io::AsyncWriteExt as _;
@@ -133,7 +133,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
                 while !office.hub.is_empty() {
                     assert!(number < 10_000, "{way:?}: nobody ends it");
                     let bytes = if way == Way::KeepsTooMuch { 50_000 } else { 2000 };
-                    office.hub.to_all().try_publish(numbered(number, bytes)).unwrap();
+                    office.hub.to_all().try_publish(&numbered(number, bytes)).unwrap();
                     soon(office.hub.inspect(id)).await.unwrap();
                     number += 1;
                 }
@@ -235,7 +235,7 @@ async fn a_close_code_that_cannot_be_sent_is_an_error_and_ends_nobody() {
     let (mut peer, id) = office.visit().await;
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
         let refused = office.hub.disconnect(id, code, "upstream gone").await;
-        assert!(matches!(refused, Err(SendError::InvalidCloseCode(_))), "{code}: {refused:?}");
+        assert!(matches!(refused, Err(PublishError::InvalidCloseCode(_))), "{code}: {refused:?}");
         let refused = office.engine.shutdown_with(Shutdown { code, ..Shutdown::within(ms(1000)) }).await;
         assert!(refused.is_err(), "{code}");
     }
@@ -271,10 +271,10 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
     let mut all_ended = Vec::new();
 
     // A group but one; what was sent before arrives, what is sent after does not.
-    office.hub.to_all().publish("one".to_owned()).await.unwrap();
+    office.hub.to_all().publish(&"one".to_owned()).await.unwrap();
     let but_one = [ids[1]];
     office.hub.to_group("red").except(&but_one).disconnect(CloseCode(4001), "red is over").await.unwrap();
-    office.hub.to_all().publish("two".to_owned()).await.unwrap();
+    office.hub.to_all().publish(&"two".to_owned()).await.unwrap();
     for peer in [red, red_too] {
         hears_then_ends(peer, &["one"], 4001, "red is over").await;
     }
@@ -298,7 +298,7 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
         .disconnect(CloseCode::SERVICE_RESTART, "back at six")
         .await
         .unwrap();
-    office.hub.to_all().publish("three".to_owned()).await.unwrap();
+    office.hub.to_all().publish(&"three".to_owned()).await.unwrap();
     for peer in [spared, other] {
         hears_then_ends(peer, &["one", "two"], 1012, "back at six").await;
         all_ended.push(office.ended().await);

@@ -20,7 +20,7 @@ use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseCode, CloseReason, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub,
-    HubContext, JsonCodec, RawCodec, RawMessage, RunOn, SendError, WebSocketUpgrade, WsHub, WsHubConfig,
+    HubContext, JsonCodec, PublishError, RawCodec, RawMessage, RunOn, WebSocketUpgrade, WsHub, WsHubConfig,
     serve_hub,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -82,7 +82,7 @@ async fn dropping_the_last_handle_ends_the_engine_and_clients_see_1001() {
         peers.push(visit(&server.url("/ws")).await.0);
     }
     // What was published before the end is still delivered.
-    clients.to_all().publish("last words".to_owned()).await.unwrap();
+    clients.to_all().publish(&"last words".to_owned()).await.unwrap();
     server.stop().await;
     let ends: Vec<_> = peers.into_iter().map(|peer| tokio::spawn(peer.rest())).collect();
     // The drop waits for the shards, and they for their peers.
@@ -92,8 +92,8 @@ async fn dropping_the_last_handle_ends_the_engine_and_clients_see_1001() {
         assert_eq!(texts, ["last words"]);
         assert_eq!(close, Some((1001, String::new())));
     }
-    let refused = clients.to_all().send("too late".to_owned()).await;
-    assert!(matches!(refused, Err(SendError::Closed)) || clients.is_empty(), "{refused:?}");
+    let refused = clients.to_all().deliver(&"too late".to_owned()).await;
+    assert!(matches!(refused, Err(PublishError::Closed)) || clients.is_empty(), "{refused:?}");
 }
 
 // ---- hubs side by side
@@ -118,20 +118,20 @@ async fn hubs_on_one_engine_do_not_hear_each_other() {
     ada.hears(&["from Ada", "to Ada's room"]).await;
 
     // An id of one hub is nobody's in the other, whatever is done with it.
-    assert_eq!(red.to(bob_id).send("unicast".to_owned()).await.unwrap().targets, 0);
+    assert_eq!(red.to(bob_id).deliver(&"unicast".to_owned()).await.unwrap().targets, 0);
     red.join(cyd_id, "room").await.unwrap();
     red.leave(bob_id, "room").await.unwrap();
     red.disconnect(bob_id, CloseCode::NORMAL, "").await.unwrap();
     assert_eq!(red.inspect(bob_id).await.unwrap(), None);
     assert!(red.inspect(ada_id).await.unwrap().is_some());
-    assert_eq!(red.to_group("room").send("the room".to_owned()).await.unwrap().targets, 1);
-    assert_eq!(red.to_all().except(&[bob_id, cyd_id]).send("all".to_owned()).await.unwrap().targets, 1);
+    assert_eq!(red.to_group("room").deliver(&"the room".to_owned()).await.unwrap().targets, 1);
+    assert_eq!(red.to_all().except(&[bob_id, cyd_id]).deliver(&"all".to_owned()).await.unwrap().targets, 1);
     ada.hears(&["the room", "all"]).await;
 
     assert_eq!((red.len(), blue.len(), engine.connections()), (1, 2, 3));
     assert_eq!((red.group_len("room"), blue.group_len("room")), (1, 1));
-    blue.to_group("room").publish("still a member".to_owned()).await.unwrap();
-    blue.to_all().publish("done".to_owned()).await.unwrap();
+    blue.to_group("room").publish(&"still a member".to_owned()).await.unwrap();
+    blue.to_all().publish(&"done".to_owned()).await.unwrap();
     bob.hears(&["still a member", "done"]).await;
     cyd.hears(&["done"]).await;
 }
@@ -145,7 +145,7 @@ async fn an_id_that_nobody_ever_had_reaches_nobody() {
     eventually(0, || hub.len()).await;
     // One that has gone, and one of a slot that was never taken.
     for id in [id, "0000000001ffffff".parse().unwrap()] {
-        assert_eq!(hub.to(id).send("hello?".to_owned()).await.unwrap().targets, 0);
+        assert_eq!(hub.to(id).deliver(&"hello?".to_owned()).await.unwrap().targets, 0);
         hub.join(id, "room").await.unwrap();
         hub.leave(id, "room").await.unwrap();
         hub.disconnect(id, CloseCode::NORMAL, "").await.unwrap();
@@ -160,7 +160,7 @@ async fn an_id_that_nobody_ever_had_reaches_nobody() {
 async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
     let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
     let server = Server::start(desk_app(hub.clone())).await;
-    assert_eq!(hub.to_all().send("nobody is here".to_owned()).await.unwrap().targets, 0);
+    assert_eq!(hub.to_all().deliver(&"nobody is here".to_owned()).await.unwrap().targets, 0);
     let (mut ada, ada_id) = visit(&server.url("/ws")).await;
     let (mut bob, bob_id) = visit(&server.url("/ws")).await;
     let (mut cyd, cyd_id) = visit(&server.url("/ws")).await;
@@ -170,20 +170,20 @@ async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
     assert_eq!((hub.len(), hub.groups(), hub.group_len("red")), (3, 2, 2));
 
     let text = |text: &str| text.to_owned();
-    hub.to_all().publish(text("published")).await.unwrap();
-    hub.to_all().try_publish(text("tried")).unwrap();
-    let all = hub.to_all().send(text("sent")).await.unwrap();
-    let but_one = hub.to_all().except(&[ada_id]).send(text("but Ada")).await.unwrap();
-    let red = hub.to_group("red").send(text("red")).await.unwrap();
-    let both = hub.to_groups(&["red", "blue", "none"]).send(text("both")).await.unwrap();
+    hub.to_all().publish(&text("published")).await.unwrap();
+    hub.to_all().try_publish(&text("tried")).unwrap();
+    let all = hub.to_all().deliver(&text("sent")).await.unwrap();
+    let but_one = hub.to_all().except(&[ada_id]).deliver(&text("but Ada")).await.unwrap();
+    let red = hub.to_group("red").deliver(&text("red")).await.unwrap();
+    let both = hub.to_groups(&["red", "blue", "none"]).deliver(&text("both")).await.unwrap();
     let both_but =
-        hub.to_groups(&["red", "blue"]).except(&[bob_id]).send(text("both but Bob")).await.unwrap();
-    let none = hub.to_group("none").send(text("none")).await.unwrap();
-    let one = hub.to(cyd_id).send(text("one")).await.unwrap();
-    let left_out = hub.to(cyd_id).except(&[cyd_id]).send(text("left out")).await.unwrap();
+        hub.to_groups(&["red", "blue"]).except(&[bob_id]).deliver(&text("both but Bob")).await.unwrap();
+    let none = hub.to_group("none").deliver(&text("none")).await.unwrap();
+    let one = hub.to(cyd_id).deliver(&text("one")).await.unwrap();
+    let left_out = hub.to(cyd_id).except(&[cyd_id]).deliver(&text("left out")).await.unwrap();
     // From a thread without a runtime.
     let from_a_thread = hub.clone();
-    std::thread::spawn(move || from_a_thread.to_all().try_publish("from a thread".to_owned()).unwrap())
+    std::thread::spawn(move || from_a_thread.to_all().try_publish(&"from a thread".to_owned()).unwrap())
         .join()
         .unwrap();
 
@@ -215,8 +215,8 @@ async fn a_message_that_cannot_be_encoded_reaches_nobody_and_is_counted() {
     peer.say("7").await;
     peer.hears(&[r#"{"7":1}"#]).await;
     assert_eq!(hub.unencodable(), 1);
-    let refused = hub.to_all().send(HashMap::from([(None, 1)])).await;
-    assert!(matches!(refused, Err(SendError::Encode(_))), "{refused:?}");
+    let refused = hub.to_all().deliver(&HashMap::from([(None, 1)])).await;
+    assert!(matches!(refused, Err(PublishError::Encode(_))), "{refused:?}");
     assert_eq!(hub.unencodable(), 2);
 }
 
@@ -234,7 +234,7 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
             ctx.add_to_group(&self.room).await;
             // What comes meanwhile must wait.
             tokio::time::sleep(Duration::from_millis(5)).await;
-            let members = ctx.clients().to_group(&self.room).send("one more".to_owned()).await.unwrap();
+            let members = ctx.clients().to_group(&self.room).deliver(&"one more".to_owned()).await.unwrap();
             ctx.unicast(format!("{} here", members.targets)).await;
         }
         async fn on_message(&self, text: String, ctx: HubContext<Self>) {
@@ -597,10 +597,10 @@ async fn disconnect_tells_the_client_its_code_and_reason_after_what_was_sent_bef
     let (ada, ada_id) = visit(&server.url("/ws")).await;
     let (mut bob, bob_id) = visit(&server.url("/ws")).await;
     let (mut cyd, _) = visit(&server.url("/ws")).await;
-    hub.to(ada_id).publish("first".to_owned()).await.unwrap();
-    hub.to_all().publish("second".to_owned()).await.unwrap();
+    hub.to(ada_id).publish(&"first".to_owned()).await.unwrap();
+    hub.to_all().publish(&"second".to_owned()).await.unwrap();
     hub.disconnect(ada_id, CloseCode(4321), "you know why").await.unwrap();
-    hub.to_all().publish("third".to_owned()).await.unwrap();
+    hub.to_all().publish(&"third".to_owned()).await.unwrap();
     let (texts, close) = ada.rest().await;
     assert_eq!(texts, ["first", "second"]);
     assert_eq!(close, Some((4321, "you know why".to_owned())));
@@ -611,7 +611,7 @@ async fn disconnect_tells_the_client_its_code_and_reason_after_what_was_sent_bef
     bob.say(format!("end 1008 {reason}")).await;
     assert_eq!(bob.closed().await, (1008, cut));
     eventually(1, || hub.len()).await;
-    assert_eq!(hub.to(bob_id).send("gone".to_owned()).await.unwrap().targets, 0);
+    assert_eq!(hub.to(bob_id).deliver(&"gone".to_owned()).await.unwrap().targets, 0);
     cyd.hears(&["second", "third"]).await;
 }
 

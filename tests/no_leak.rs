@@ -39,7 +39,7 @@ async fn one_engine(round: usize) -> Weak<Ledger> {
         peers.push(tokio::spawn(peer.rest()));
         raws.push(office.visit_raw().await.0);
     }
-    soon(office.hub.to_all().publish("hello".to_owned())).await.unwrap();
+    soon(office.hub.to_all().publish(&"hello".to_owned())).await.unwrap();
     raws.pop().unwrap().reset();
     if round % 10 == 9 {
         // A handler that never ends by itself, and peers that do not answer.

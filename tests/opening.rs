@@ -78,7 +78,7 @@ impl Door {
     }
 
     async fn tell(&self, text: &str) -> u64 {
-        soon(self.hub.to_all().send(text.to_owned())).await.unwrap().targets
+        soon(self.hub.to_all().deliver(&text.to_owned())).await.unwrap().targets
     }
 }
 
@@ -89,7 +89,7 @@ async fn nothing_that_is_for_all_reaches_a_client_before_its_on_open_is_over() {
         let mut ada = door.visit(false).await;
         assert_eq!(door.tell("a secret").await, 0);
         // It is a member of what it has joined.
-        let receipt = soon(door.hub.to_group("early").send("to the group".to_owned())).await.unwrap();
+        let receipt = soon(door.hub.to_group("early").deliver(&"to the group".to_owned())).await.unwrap();
         assert_eq!(receipt.targets, 1);
         door.looked_up.add_permits(1);
         // What it says is handled when it is among all.
@@ -130,7 +130,7 @@ impl WsHub for Crier {
     async fn on_open(&self, ctx: HubContext<Self>) {
         tokio::task::yield_now().await;
         let clients = ctx.clients().clone();
-        let tell = move || clients.to_all().try_publish("somebody has come".to_owned()).unwrap();
+        let tell = move || clients.to_all().try_publish(&"somebody has come".to_owned()).unwrap();
         std::thread::spawn(tell).join().unwrap();
     }
 

@@ -78,9 +78,9 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
         publishers.spawn(async move {
             for count in 0..EACH {
                 let text = |target| format!("task {publisher} {count} {target}");
-                soon(hub.to_all().publish(text("all"))).await.unwrap();
-                soon(hub.to_group("red").publish(text("red"))).await.unwrap();
-                soon(hub.to_groups(&["blue", "red"]).publish(text("both"))).await.unwrap();
+                soon(hub.to_all().publish(&text("all"))).await.unwrap();
+                soon(hub.to_group("red").publish(&text("red"))).await.unwrap();
+                soon(hub.to_groups(&["blue", "red"]).publish(&text("both"))).await.unwrap();
             }
         });
     }
@@ -121,7 +121,7 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
         let filler = tokio::spawn(async move {
             let mut count = 0;
             while stopped.try_recv().is_err() {
-                hub.to_all().publish(format!("filler {count}")).await.unwrap();
+                hub.to_all().publish(&format!("filler {count}")).await.unwrap();
                 count += 1;
                 tokio::task::yield_now().await;
             }
@@ -134,7 +134,7 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
         soon(filler).await.unwrap();
         heard
     };
-    hub.to_all().publish("done".to_owned()).await.unwrap();
+    hub.to_all().publish(&"done".to_owned()).await.unwrap();
 
     let mut by_groups: HashMap<Vec<&str>, Vec<String>> = HashMap::new();
     for (groups, reader) in readers {
@@ -221,15 +221,15 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
         acting.spawn(async move {
             for round in 0..ROUNDS {
                 let name = format!("{name} {round}");
-                hub.to_all().publish(format!("{name} 1 all")).await.unwrap();
-                hub.to(id).publish(format!("{name} 2 me")).await.unwrap();
+                hub.to_all().publish(&format!("{name} 1 all")).await.unwrap();
+                hub.to(id).publish(&format!("{name} 2 me")).await.unwrap();
                 hub.join(id, "stage").await.unwrap();
-                hub.to_group("stage").publish(format!("{name} 3 stage")).await.unwrap();
-                hub.to(id).publish(format!("{name} 4 me")).await.unwrap();
-                hub.to_all().publish(format!("{name} 5 all")).await.unwrap();
+                hub.to_group("stage").publish(&format!("{name} 3 stage")).await.unwrap();
+                hub.to(id).publish(&format!("{name} 4 me")).await.unwrap();
+                hub.to_all().publish(&format!("{name} 5 all")).await.unwrap();
                 hub.leave(id, "stage").await.unwrap();
-                hub.to_group("stage").publish(format!("{name} 6 stage")).await.unwrap();
-                hub.to(id).publish(format!("{name} 7 me")).await.unwrap();
+                hub.to_group("stage").publish(&format!("{name} 6 stage")).await.unwrap();
+                hub.to(id).publish(&format!("{name} 7 me")).await.unwrap();
             }
         });
     }
@@ -238,7 +238,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
     }
     // All actors' messages have been handled when their last deeds have been counted.
     eventually(5 * ROUNDS as u64, || engine.metrics().tally.received).await;
-    hub.to_all().publish("done".to_owned()).await.unwrap();
+    hub.to_all().publish(&"done".to_owned()).await.unwrap();
 
     let names: Vec<String> = on_stage.iter().map(|(name, _)| name.clone()).collect();
     let of = |heard: &[String], name: &str| -> Vec<String> {
@@ -280,7 +280,7 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
         let (hub, stop) = (hub.clone(), stop.clone());
         noise.spawn(async move {
             while !stop.load(SeqCst) {
-                hub.to_group("room").publish("noise".to_owned()).await.unwrap();
+                hub.to_group("room").publish(&"noise".to_owned()).await.unwrap();
                 tokio::task::yield_now().await;
             }
         });
@@ -295,7 +295,7 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
             for round in 0..ROUNDS {
                 let elsewhere = async |when: &'static str| {
                     let (hub, text) = (hub.clone(), format!("{member} {round} {when}"));
-                    let publish = async move { hub.to_group("room").publish(text).await.unwrap() };
+                    let publish = async move { hub.to_group("room").publish(&text).await.unwrap() };
                     soon(tokio::spawn(publish)).await.unwrap();
                 };
                 elsewhere("before").await;
@@ -315,7 +315,7 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
     while let Some(noisy) = soon(noise.join_next()).await {
         noisy.unwrap();
     }
-    hub.to_all().publish("done".to_owned()).await.unwrap();
+    hub.to_all().publish(&"done".to_owned()).await.unwrap();
     for (member, reader) in members {
         let heard = soon(reader).await.unwrap();
         let own: Vec<_> = heard.into_iter().filter(|text| text.starts_with(&format!("{member} "))).collect();
@@ -345,7 +345,7 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
         let (hub, big) = (hub.clone(), big.clone());
         async move {
             loop {
-                hub.to(stalled_id).publish(big.clone()).await.unwrap();
+                hub.to(stalled_id).publish(&big.clone()).await.unwrap();
             }
         }
     };
@@ -360,7 +360,7 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
     bob.hears(&["for everybody"]).await;
     for round in 0..200 {
         let text = format!("round {round}");
-        soon(hub.to_group("others").publish(text.clone())).await.unwrap();
+        soon(hub.to_group("others").publish(&text.clone())).await.unwrap();
         ada.say(format!("me {text}, too")).await;
         ada.hears(&[&text, &format!("{text}, too")]).await;
         bob.hears(&[&text]).await;
@@ -427,7 +427,7 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
     }
     eventually(12, || hub.len()).await;
     // All has been published. Each one's own account agrees with what it has read, to the frame.
-    let receipt = soon(hub.to_all().send("last".to_owned())).await.unwrap();
+    let receipt = soon(hub.to_all().deliver(&"last".to_owned())).await.unwrap();
     assert_eq!(receipt.targets, 12);
     let mut written_to_stayers = 0;
     for (id, mut heard, mut peer) in stayers {
@@ -629,7 +629,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
         let (hub, stop) = (hub.clone(), stop.clone());
         tokio::spawn(async move {
             while !stop.load(SeqCst) {
-                hub.to_group("mortals").publish("on its way".to_owned()).await.unwrap();
+                hub.to_group("mortals").publish(&"on its way".to_owned()).await.unwrap();
                 tokio::task::yield_now().await;
             }
         })

@@ -18,8 +18,8 @@ use fixture::{Desk, Peer, desk_app, engine, eventually, soon, visit};
 use futures_util::{SinkExt as _, poll};
 use serde_json::{Value, json};
 use shardcast::{
-    CloseCode, CloseReason, EngineState, HubContext, RawCodec, RunOn, SendError, Shutdown, ShutdownReport,
-    TrySendError, WebSocketUpgrade, WsHub, WsHubConfig,
+    CloseCode, CloseReason, EngineState, HubContext, PublishError, RawCodec, RunOn, Shutdown, ShutdownReport,
+    TryPublishError, WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -71,7 +71,7 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
             let clients = office.hub.clients().clone();
             tokio::spawn(async move {
                 for count in 0..EACH {
-                    clients.to_all().publish(format!("{count} {publisher}")).await.unwrap();
+                    clients.to_all().publish(&format!("{count} {publisher}")).await.unwrap();
                 }
             })
         })
@@ -97,9 +97,9 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     }
     assert_eq!(office.others_ended(), []);
     // Nothing more is taken, and asking again tells the same.
-    assert!(matches!(office.hub.to_all().try_publish("late".to_owned()), Err(TrySendError::Closed)));
-    let refused = office.hub.to_all().send("late".to_owned()).await;
-    assert!(matches!(refused, Err(SendError::Closed)), "{refused:?}");
+    assert!(matches!(office.hub.to_all().try_publish(&"late".to_owned()), Err(TryPublishError::Closed(_))));
+    let refused = office.hub.to_all().deliver(&"late".to_owned()).await;
+    assert!(matches!(refused, Err(PublishError::Closed)), "{refused:?}");
     assert_eq!(soon(office.engine.shutdown(LONG)).await, report);
 }
 
@@ -119,9 +119,9 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
             std::thread::spawn(move || {
                 let mut accepted = 0;
                 loop {
-                    match clients.to_all().try_publish(String::new()) {
+                    match clients.to_all().try_publish(&String::new()) {
                         Ok(()) => accepted += 1,
-                        Err(TrySendError::Full) => std::thread::yield_now(),
+                        Err(TryPublishError::Full(_)) => std::thread::yield_now(),
                         Err(_) => return accepted,
                     }
                 }
@@ -161,7 +161,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
     }
     other.say("all unheard").await;
     busy.say("all unheard").await;
-    soon(office.hub.to_all().publish("still taken".to_owned())).await.unwrap();
+    soon(office.hub.to_all().publish(&"still taken".to_owned())).await.unwrap();
     other.hears(&["still taken"]).await;
     assert!(poll!(&mut shutdown).is_pending());
     assert_eq!(office.others_ended(), []);
@@ -207,7 +207,7 @@ async fn stalled_and_reading(messages: usize) -> (Office, Raw, JoinHandle<Heard>
     let (stalled, _) = office.visit_raw().await;
     let reader = reads_to_the_end(office.visit().await.0);
     for number in 0..messages {
-        soon(office.hub.to_all().publish(numbered(number, MESSAGE_BYTES))).await.unwrap();
+        soon(office.hub.to_all().publish(&numbered(number, MESSAGE_BYTES))).await.unwrap();
     }
     (office, stalled, reader)
 }
@@ -241,10 +241,10 @@ async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let (_stalled, id) = office.visit_raw().await;
     office.hub.join(id, "room").await.unwrap();
     for number in 0..100 {
-        office.hub.to_all().try_publish(numbered(number, MESSAGE_BYTES)).unwrap();
+        office.hub.to_all().try_publish(&numbered(number, MESSAGE_BYTES)).unwrap();
     }
     let hub = office.hub.clone();
-    let sending = tokio::spawn(async move { hub.to_all().send("last".to_owned()).await.unwrap() });
+    let sending = tokio::spawn(async move { hub.to_all().deliver(&"last".to_owned()).await.unwrap() });
     eventually(101, || office.engine.metrics().publications).await;
     let report = soon(office.engine.shutdown_with(at_once(SHORT))).await.unwrap();
     assert_eq!(counts(&report), [0, 1, 0]);
@@ -308,7 +308,7 @@ async fn a_child_of_these_tests() {
                 std::thread::sleep(DAY);
             } else {
                 // Its own shard is among those that this waits for.
-                let _ = Handle::current().block_on(ctx.clients().to_all().send(message));
+                let _ = Handle::current().block_on(ctx.clients().to_all().deliver(&message));
             }
         }
     }
@@ -360,7 +360,7 @@ async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears
         assert!(error.to_string().contains(&format!("close code {code} may not be sent")), "{error}");
     }
     assert!(!office.engine.is_stopping());
-    office.hub.to_all().publish("all is well".to_owned()).await.unwrap();
+    office.hub.to_all().publish(&"all is well".to_owned()).await.unwrap();
     peer.hears(&["all is well"]).await;
 }
 
@@ -390,7 +390,7 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
     });
     let mut peer = Peer::connect(format!("ws://{}/ws", soon(address).await.unwrap())).await;
     // A client is among all when `on_open` is done, which takes its time on a runtime.
-    while soon(hub.to_all().send("welcome".to_owned())).await.unwrap().targets == 0 {
+    while soon(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().targets == 0 {
         tokio::task::yield_now().await;
     }
     peer.hears(&["welcome"]).await;
@@ -436,7 +436,7 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
     for _ in 0..5 {
         readers.push(reads_to_the_end(visit(&format!("ws://{address}/ws")).await.0));
     }
-    hub.to_all().publish("last words".to_owned()).await.unwrap();
+    hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     stop.send(()).unwrap();
     for reader in readers {
         let (heard, close) = soon(reader).await.unwrap();

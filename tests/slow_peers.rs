@@ -74,17 +74,17 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         if drops {
             // Who wants a receipt waits for the slow one's time to be over; the others get the message meanwhile.
             let target = office.hub.to_all();
-            let both = async { tokio::join!(target.send(&message), all_hear(&mut others, &message)).0 };
+            let both = async { tokio::join!(target.deliver(&message), all_hear(&mut others, &message)).0 };
             receipts.push(soon(both).await.unwrap());
         } else {
             // Its receipt may take until the slow one reads; the next one's ticket may not come before this one's.
             let (hub, to_all) = (office.hub.clone(), message.clone());
-            let sending = tokio::spawn(async move { hub.to_all().send(to_all).await.unwrap() });
+            let sending = tokio::spawn(async move { hub.to_all().deliver(&to_all).await.unwrap() });
             all_hear(&mut others, &message).await;
             unfinished.push(sending);
             // Who does not publish to the slow one is not held up by it.
             let aside = format!("aside {round}");
-            soon(office.hub.to_group("others").publish(aside.clone())).await.unwrap();
+            soon(office.hub.to_group("others").publish(&aside.clone())).await.unwrap();
             all_hear(&mut others, &aside).await;
         }
         slow.sip(sip);
@@ -121,9 +121,9 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
     // Now it reads: whole frames, in order, exactly those that the receipts do not call dropped.
     let last = numbered(ROUNDS, 10);
     if policy == HIGH_RTT {
-        soon(office.hub.to_all().publish(last)).await.unwrap(); // nobody waits under this policy
+        soon(office.hub.to_all().publish(&last)).await.unwrap(); // nobody waits under this policy
     } else {
-        office.hub.to(slow_id).try_publish(last).unwrap();
+        office.hub.to(slow_id).try_publish(&last).unwrap();
     }
     let mut heard = Vec::new();
     while heard.last() != Some(&ROUNDS) {
@@ -199,7 +199,7 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
             let message = numbered(rounds, MESSAGE_BYTES);
             let target = office.hub.to_group("both");
             let hearing = all_hear(std::slice::from_mut(&mut other), &message);
-            let both = async { tokio::join!(target.send(&message), hearing).0 };
+            let both = async { tokio::join!(target.deliver(&message), hearing).0 };
             let receipt = soon(both).await.unwrap();
             losses += receipt.dropped.total();
             rounds += 1;
@@ -309,11 +309,11 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
     let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
     let (_silent, id) = office.visit_raw().await;
     for round in 0..60 {
-        office.hub.to_all().try_publish(numbered(round, MESSAGE_BYTES)).unwrap();
+        office.hub.to_all().try_publish(&numbered(round, MESSAGE_BYTES)).unwrap();
     }
     let waiting = {
         let hub = office.hub.clone();
-        tokio::spawn(async move { hub.to_all().send(numbered(60, MESSAGE_BYTES)).await.unwrap() })
+        tokio::spawn(async move { hub.to_all().deliver(&numbered(60, MESSAGE_BYTES)).await.unwrap() })
     };
     assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
     let receipt = soon(waiting).await.unwrap();
@@ -469,13 +469,13 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
     let mut round = 0;
     while !resets.is_empty() || office.hub.len() > 4 {
         assert!(round < MANY, "nobody notices");
-        soon(office.hub.to_all().publish(numbered(round, MESSAGE_BYTES))).await.unwrap();
+        soon(office.hub.to_all().publish(&numbered(round, MESSAGE_BYTES))).await.unwrap();
         round += 1;
         while let Some(reset) = resets.try_join_next() {
             reset.unwrap();
         }
     }
-    soon(office.hub.to_all().publish(numbered(LAST, 30))).await.unwrap();
+    soon(office.hub.to_all().publish(&numbered(LAST, 30))).await.unwrap();
     for reader in readers {
         let (heard, _peer) = soon(reader).await.unwrap();
         assert!(heard.iter().copied().eq((0..round).chain([LAST])), "everything, in order");
@@ -640,7 +640,7 @@ async fn however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_
         while dropped().await < DROPS {
             for round in 0..1000 {
                 let message = numbered(round, MESSAGE_BYTES);
-                soon(hub.to(id).policy(DROP_AT_ONCE).publish(message)).await.unwrap();
+                soon(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
             }
         }
         assert_eq!(told.drops.load(Relaxed), 0);

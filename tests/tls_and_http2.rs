@@ -243,7 +243,7 @@ async fn one_broadcast_reaches_clients_that_came_every_way_in_one_order() {
         ada.say(format!("all plain {round}")).await;
         bob.say(format!("all TLS {round}")).await;
         cyd.say(format!("all HTTP/2 {round}")).await;
-        let receipt = soon(hub.to_all().send(format!("task {round}"))).await.unwrap();
+        let receipt = soon(hub.to_all().deliver(&format!("task {round}"))).await.unwrap();
         assert_eq!(receipt.targets, 3);
         let mut orders = Vec::new();
         for _ in 0..4 {
@@ -294,7 +294,7 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     let big = "x".repeat(64 << 10);
     for round in 0..MESSAGES {
         // Who does not wait, does not wait: what the stalled client cannot take is kept for it.
-        hub.to_all().try_publish(format!("{round} {big}")).unwrap();
+        hub.to_all().try_publish(&format!("{round} {big}")).unwrap();
         let (ada_heard, bob_heard) = tokio::join!(ada.hear(), bob.hear());
         for heard in [ada_heard, bob_heard] {
             assert!(heard.starts_with(&format!("{round} ")) && heard.ends_with(&big));
@@ -309,7 +309,7 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     // Who awaits it, waits for it, and is let go when it has gone.
     let waiting = {
         let hub = hub.clone();
-        tokio::spawn(async move { hub.to_all().send("awaited".to_owned()).await.unwrap() })
+        tokio::spawn(async move { hub.to_all().deliver(&"awaited".to_owned()).await.unwrap() })
     };
     ada.hears(&["awaited"]).await;
     bob.hears(&["awaited"]).await;
@@ -334,7 +334,7 @@ async fn a_tls_client_that_has_got_everything_and_its_close_is_reported_as_flush
     for _ in 0..3 {
         readers.push(tokio::spawn(server.visit().await.0.rest()));
     }
-    hub.to_all().publish("last words".to_owned()).await.unwrap();
+    hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(fixture::PATIENCE) };
     let report = soon(engine.shutdown_with(shutdown)).await.unwrap();
     assert_eq!((report.flushed, report.cut_off), (3, 0));
@@ -355,7 +355,7 @@ async fn a_tls_client_is_not_reported_as_flushed_for_what_is_still_on_its_way_to
         for _ in 0..3 {
             stalled.push(server.visit().await.0);
         }
-        hub.to_all().try_publish("x".repeat(bytes)).unwrap();
+        hub.to_all().try_publish(&"x".repeat(bytes)).unwrap();
         // Nobody reads, and so nobody answers a Close.
         let report = soon(engine.shutdown(Duration::from_millis(500))).await;
         assert_eq!((report.flushed, report.cut_off), (0, 3), "{bytes} bytes");

@@ -239,7 +239,7 @@ impl WsHub for Guest {
         let Some((name, members)) = self.rooms.leave(&self.room, request.id) else { return };
         let left = ToGuest::Left { name, members, at: now() };
         // Fails only while the server is shutting down.
-        others.to_group(&self.room).publish(left).await.ok();
+        others.to_group(&self.room).publish(&left).await.ok();
     }
 }
 
