@@ -22,7 +22,7 @@ use axum::response::Response;
 use axum::routing::any;
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, RawCodec, RawMessage,
+    BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, RawCodec, RawMessage, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -66,8 +66,9 @@ impl WsHub for Group {
     type InMessage = Tick;
     type OutMessage = Tick;
 
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.add_to_group(&self.name).await;
+        Ok(())
     }
 
     async fn on_message(&self, tick: Tick, ctx: HubContext<Self>) {

@@ -67,7 +67,7 @@ impl<M> Clients<M> {
         &self.inner.namespace
     }
 
-    /// Every client whose [`on_open`](crate::WsHub::on_open) has returned.
+    /// Every client whose [`on_connected`](crate::WsHub::on_connected) has returned.
     pub fn to_all(&self) -> Target<'_, M> {
         self.target(To::Everyone)
     }

@@ -4,83 +4,139 @@
 //! cloneable, publishes from anywhere, carries what its connections will need; it keeps
 //! its engine alive. Knows clients. Does not know sessions, the upgrade or shards.
 
+use std::borrow::Cow;
 use std::future::Future;
 use std::net::IpAddr;
-use std::ops::Deref;
+use std::ops::{ControlFlow, Deref};
 use std::sync::Arc;
 
-use shardcast_engine::{CloseReason, ConnectionConfig, ConnectionId, Place};
+use shardcast_engine::{CloseCode, CloseReason, ConnectionConfig, ConnectionId, Place};
 use tokio::runtime;
 
 use crate::clients::Clients;
-use crate::codec::{Decode, Encode};
+use crate::codec::{CodecError, Decode, Encode};
 use crate::config::{ConfigError, RunOn, WsHubConfig};
 use crate::context::MessageContext;
 
 /// An application's hub: one value of it for each connection.
 ///
-/// A connection's methods are called one after the other: `on_connect`, `on_open`, then `on_message` for each
-/// message in the order of arrival, at last `on_disconnect`, exactly once. While one is pending, pings are answered and a
-/// Close is seen, and messages are held for it until they make up 16 KiB; then nothing more is read, and the sender has
-/// to wait (TCP backpressure). A panic ends the connection (1011) and harms no other.
+/// A connection's methods are called one after the other: [`on_connected`](Self::on_connected), then
+/// [`on_message`](Self::on_message) for each message in the order of arrival, and finally
+/// [`on_disconnected`](Self::on_disconnected), exactly once. While one of them is pending, pings are answered, a Close is
+/// noticed, and up to 16 KiB of messages are read ahead; after that nothing is read, and the sender has to wait (TCP
+/// backpressure). A panic ends the connection (1011) and affects no other.
 ///
-/// The methods run on the connection's shard unless [`RunOn::Runtime`] is set; they may use everything of tokio.
+/// The methods take `&self`: share what they change, or implement [`StatefulHub`](crate::StatefulHub), whose methods take
+/// `&mut self`. They run on the connection's shard unless [`RunOn::Runtime`] is set, and may use everything of tokio.
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
-/// use shardcast::{HubContext, JsonCodec, WsHub};
+/// use shardcast::{CloseCode, HubContext, JsonCodec, Refusal, WsHub};
 ///
 /// #[derive(Deserialize)]
 /// struct Say { text: String }
 ///
 /// #[derive(Serialize)]
-/// struct Said { text: String }
+/// struct Said { by: String, text: String }
 ///
-/// struct Chat;
+/// struct Chat { name: String }
 ///
 /// impl WsHub for Chat {
 ///     type Codec = JsonCodec;
 ///     type InMessage = Say;
 ///     type OutMessage = Said;
 ///
+///     async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
+///         if self.name.is_empty() {
+///             return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "a name is needed"));
+///         }
+///         ctx.add_to_group("lobby").await;
+///         Ok(())
+///     }
+///
 ///     async fn on_message(&self, say: Say, ctx: HubContext<Self>) {
-///         ctx.broadcast(Said { text: say.text }).await
+///         ctx.broadcast_group("lobby", Said { by: self.name.clone(), text: say.text }).await
 ///     }
 /// }
 /// ```
+///
+/// # The compatible hooks
+/// [`on_connect`](Self::on_connect), [`on_disconnect`](Self::on_disconnect) and
+/// [`on_message_drop`](Self::on_message_drop) are those of the `axum-signal` crate, for programs that come from there. They
+/// are called by the defaults of the hooks with a context, and not where such a hook is implemented.
 pub trait WsHub: Send + Sync + Sized + 'static {
     /// How messages become payloads: [`JsonCodec`](crate::JsonCodec), [`BinaryCodec`](crate::BinaryCodec) or one
     /// of your own.
     type Codec: Decode<Self::InMessage> + Encode<Self::OutMessage>;
-    /// What clients send. A message that cannot be decoded ends its connection (1007, or 1003 for the wrong kind
-    /// of frame).
+    /// What clients send.
     type InMessage: Send + 'static;
-    /// What clients get.
+    /// What clients receive.
     type OutMessage: Send + 'static;
 
-    /// A connection has come. Logs by default. To greet it or join groups, see [`on_open`](Self::on_open).
-    fn on_connect(&self, request: ConnectionRequest) -> impl Future<Output = ()> + Send {
-        async move { tracing::debug!(id = %request.connection_id, "connected") }
-    }
-
-    /// The connection is open: the place to greet it and to join groups, before its first message is handled. It is
-    /// among [`to_all`](Clients::to_all) only when this has returned, behind everything that was sent until then, so
-    /// nothing reaches a client ahead of its greeting, nor one that is turned away here
-    /// ([`MessageContext::disconnect`]). A group that is joined here is joined at once.
-    fn on_open(&self, context: HubContext<Self>) -> impl Future<Output = ()> + Send {
+    /// A client is connected. Greet it, join groups or refuse it here: its first message is handled when this has returned.
+    ///
+    /// The connection joins [`to_all`](Clients::to_all) only when this has returned `Ok`, behind everything that was sent
+    /// until then. So nothing reaches a client ahead of its greeting, and a refused client receives nothing that is sent to
+    /// all. Groups that are joined here are joined at once.
+    ///
+    /// By default calls [`on_connect`](Self::on_connect) and returns `Ok`.
+    ///
+    /// # Errors
+    /// A [`Refusal`] ends the connection with its code and reason, after what this method has sent to it.
+    /// [`on_disconnected`](Self::on_disconnected) is called for it as for every other.
+    fn on_connected(&self, context: HubContext<Self>) -> impl Future<Output = Result<(), Refusal>> + Send {
+        // A text of its own: the context's would be kept for as long as the connection.
+        let (connection_id, id) = (context.id().to_string().into(), context.id());
         drop(context);
-        async {}
+        async move {
+            self.on_connect(ConnectionRequest { connection_id, id }).await;
+            Ok(())
+        }
     }
 
-    /// A message has come.
+    /// A message has arrived.
     fn on_message(
         &self,
         message: Self::InMessage,
         context: HubContext<Self>,
     ) -> impl Future<Output = ()> + Send;
 
-    /// The connection has ended, is in no group any more, and the messages that came before a Close have been handled.
-    /// Logs by default.
+    /// A message has arrived that the codec cannot decode. `Break` ends the connection: with 1003 if the message was of the
+    /// wrong kind ([`CodecError::WrongKind`]), with 1007 otherwise. `Continue` goes on with the next message; a hub may
+    /// send the client an error message first.
+    ///
+    /// By default logs at debug level and breaks.
+    fn on_undecodable(
+        &self,
+        context: HubContext<Self>,
+        error: CodecError,
+    ) -> impl Future<Output = ControlFlow<()>> + Send {
+        log_undecodable(context.id(), &error);
+        async { ControlFlow::Break(()) }
+    }
+
+    /// The connection has ended. It is in no group any more, and the messages that arrived before a Close have been
+    /// handled. Called exactly once for every connection whose [`on_connected`](Self::on_connected) was called, refused ones
+    /// and those whose method has panicked included. Two ends of the process prevent it: an engine that ends while a method
+    /// of the connection is still pending, and under [`RunOn::Runtime`] a runtime that has shut down before the engine.
+    ///
+    /// By default calls [`on_disconnect`](Self::on_disconnect).
+    fn on_disconnected(
+        &self,
+        context: HubContext<Self>,
+        reason: CloseReason,
+    ) -> impl Future<Output = ()> + Send {
+        let (connection_id, id) = (context.connection_id().clone(), context.id());
+        drop(context);
+        async move { self.on_disconnect(DisconnectRequest { connection_id, id, reason }).await }
+    }
+
+    /// Called by the default of [`on_connected`](Self::on_connected). Logs at debug level by default.
+    fn on_connect(&self, request: ConnectionRequest) -> impl Future<Output = ()> + Send {
+        async move { tracing::debug!(id = %request.connection_id, "connected") }
+    }
+
+    /// Called by the default of [`on_disconnected`](Self::on_disconnected). Logs at debug level by default.
     fn on_disconnect(&self, request: DisconnectRequest) -> impl Future<Output = ()> + Send {
         async move { tracing::debug!(id = %request.connection_id, reason = %request.reason, "disconnected") }
     }
@@ -93,11 +149,47 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     }
 }
 
+pub(crate) fn log_undecodable(id: ConnectionId, error: &CodecError) {
+    tracing::debug!(%id, error = error as &dyn std::error::Error, "a message could not be decoded");
+}
+
+/// Why a hub does not serve a client: the code and the reason of the Close frame that the client gets.
+///
+/// A code that may not be in a Close frame ([`CloseCode::is_valid_on_wire`]) is logged as an error, and the client gets
+/// 1011.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the client was refused with {code}: {reason}")]
+pub struct Refusal {
+    code: CloseCode,
+    reason: Cow<'static, str>,
+}
+
+impl Refusal {
+    /// A refusal with this close code and at most 123 bytes of `reason`; the rest is cut off.
+    pub fn new(code: CloseCode, reason: impl Into<Cow<'static, str>>) -> Self {
+        Self { code, reason: reason.into() }
+    }
+
+    /// The close code.
+    pub fn code(&self) -> CloseCode {
+        self.code
+    }
+
+    /// The reason.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    pub(crate) fn into_close_reason(self) -> CloseReason {
+        CloseReason::Application { code: self.code, text: self.reason }
+    }
+}
+
 /// What the methods of the hub `H` are given, and what they reach its clients by: `HubContext<Self>` in an
 /// implementation of [`WsHub`]. See [`MessageContext`].
 pub type HubContext<H> = MessageContext<<H as WsHub>::OutMessage, <H as WsHub>::Codec>;
 
-/// A connection that has come.
+/// A client that has connected.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ConnectionRequest {
@@ -115,7 +207,7 @@ pub struct DisconnectRequest {
     pub connection_id: Arc<str>,
     /// Its id.
     pub id: ConnectionId,
-    /// Why it has ended.
+    /// Why it ended.
     pub reason: CloseReason,
 }
 

@@ -23,6 +23,7 @@ mod peer_address;
 mod serve;
 mod serve_hub;
 mod session;
+mod stateful_hub;
 mod turn_away;
 mod upgrade;
 mod verdict;
@@ -36,7 +37,7 @@ pub use codec::{
 pub use config::{BroadcastPolicy, ConfigError, EngineConfig, RunOn, WsHubConfig};
 pub use context::MessageContext;
 pub use engine::Engine;
-pub use hub::{ConnectionRequest, DisconnectRequest, Hub, HubContext, WsHub};
+pub use hub::{ConnectionRequest, DisconnectRequest, Hub, HubContext, Refusal, WsHub};
 pub use origin::{AllowedOrigins, InvalidOrigin};
 pub use peer_address::{InvalidNetwork, TrustedProxies};
 pub use serve::ServeError;
@@ -46,4 +47,5 @@ pub use shardcast_engine::{
     FrameError, GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode, InvalidConnectionId, InvalidPosition,
     MessageKind, Metrics, Position, Receipt, Rtt, Shutdown, ShutdownReport, StartError, Tally, prepare_tcp,
 };
+pub use stateful_hub::{Stateful, StatefulHub};
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

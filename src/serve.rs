@@ -32,7 +32,8 @@ impl WebSocketUpgrade {
     /// 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2 it is not
     /// known even then, and nobody is counted. That is logged once for each engine, as an error.
     #[must_use = "the handshake goes unanswered unless this response is returned"]
-    pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: H) -> Response {
+    pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: impl Into<H>) -> Response {
+        let instance = instance.into();
         let Some(place) = hub.admit(self.peer_address()) else {
             log_no_place(hub, "503");
             let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
@@ -73,7 +74,8 @@ impl<H: WsHub> Hub<H> {
     /// # Errors
     /// Too many connections, an engine that is stopping, a socket that cannot be prepared. The client gets a Close frame
     /// then: 1013, 1001 and 1011.
-    pub async fn serve(&self, socket: WebSocket, instance: H) -> Result<(), ServeError> {
+    pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
+        let instance = instance.into();
         let Some(place) = self.admit(socket.peer_address()) else {
             let error = if self.is_stopping() { ServeError::Stopping } else { ServeError::Full };
             error.turn_away(socket);

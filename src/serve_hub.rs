@@ -23,7 +23,7 @@ use crate::upgrade::WebSocket;
 static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
 static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(None);
 
-/// Serves one WebSocket with one hub and ends when the connection and its `on_disconnect` are over.
+/// Serves one WebSocket with one hub and ends when the connection has ended and its `on_disconnected` has returned.
 ///
 /// All connections served with the same hub type are each other's clients. `config` holds for this connection. The
 /// engine behind it has one shard for each allowed CPU; to choose, to have several hubs of one type, to publish from

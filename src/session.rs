@@ -1,12 +1,14 @@
 //! The session: a hub's methods behind the engine's handler.
 //!
-//! One for each connection, living on its shard. Decodes a message, calls the hub, polls
-//! what that returns at once; only if it is pending does the connection stop reading,
-//! and the waker brings the shard back to it. Knows hubs, codecs and the engine's handler
+//! One for each connection, owned by its shard. Decodes a message, calls the hub and polls the
+//! returned future at once; if that is pending, the connection is busy until the future's waker
+//! makes the shard resume it. A method's future may end the connection by its output, so that the
+//! end follows everything that the method has sent. Knows hubs, codecs and the engine's handler
 //! trait. Does not know sockets or frames.
 
 use std::borrow::Cow;
 use std::future::Future;
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,9 +22,12 @@ use tokio::task::JoinHandle;
 use crate::codec::{CodecError, Decode};
 use crate::config::RunOn;
 use crate::context::{MessageContext, Peer};
-use crate::hub::{ConnectionRequest, DisconnectRequest, Hub, HubContext, WsHub};
+use crate::hub::{Hub, HubContext, WsHub};
 
-type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// What a hub's method leaves behind: an error ends the connection for that reason.
+type Outcome = Result<(), Box<CloseReason>>;
+
+type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
 /// Drops that a hub is told of before its shard's other connections have their turn.
 const DROPS_PER_TURN: u32 = 1000;
@@ -44,7 +49,7 @@ struct Special {
     runtime: Option<Handle>,
     run_on: RunOn,
     /// What the handler is busy with, on the runtime.
-    running: Option<JoinHandle<()>>,
+    running: Option<JoinHandle<Outcome>>,
     /// Nothing can run there any more, which was logged.
     is_runtime_gone: bool,
     _over: Over,
@@ -81,7 +86,7 @@ impl Future for GiveWay {
 }
 
 impl<H: WsHub> Session<H> {
-    /// What makes the session, once the connection has an id. `over` is dropped when `on_disconnect` is over.
+    /// What makes the session, once the connection has an id. `over` is dropped when `on_disconnected` is over.
     pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, over: Over) -> MakeHandler {
         let (clients, run_on) = (handle.clients().clone(), handle.run_on());
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
@@ -109,31 +114,34 @@ impl<H: WsHub> Session<H> {
         self.special.as_ref()?.runtime.as_ref()
     }
 
-    /// Begins something, and goes on with it as far as it goes at once.
+    /// Starts a method and polls it as far as it gets now.
     fn begin(
         &mut self,
-        future: impl Future<Output = ()> + Send + 'static,
+        future: impl Future<Output = Outcome> + Send + 'static,
         context: &mut Context<'_>,
     ) -> Flow {
-        if self.start(future) { Flow::Ready } else { self.go_on(context) }
+        match self.start(future) {
+            Poll::Ready(outcome) => finish(outcome, context),
+            Poll::Pending => self.go_on(context),
+        }
     }
 
-    /// Begins something; true if it is over already, all of it done on this thread.
-    fn start(&mut self, future: impl Future<Output = ()> + Send + 'static) -> bool {
+    /// Starts a method; ready if it is done already, all of it on this thread.
+    fn start(&mut self, future: impl Future<Output = Outcome> + Send + 'static) -> Poll<Outcome> {
         if let Some(special) = self.special.as_mut().filter(|special| special.run_on == RunOn::Runtime) {
             special.running = Some(match &special.runtime {
                 Some(runtime) => runtime.spawn(future),
                 None => tokio::spawn(future),
             });
-            return false;
+            return Poll::Pending;
         }
         let mut task: Task = Box::pin(future);
         let _entered = self.runtime().map(Handle::enter);
         // Most are ready at once and never use their waker, so the first poll goes without one. A future
         // that is pending is polled again with a real one, which replaces the first: that is the contract.
-        let is_over = task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_ready();
-        self.task = (!is_over).then_some(task);
-        is_over
+        let polled = task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop()));
+        self.task = polled.is_pending().then_some(task);
+        polled
     }
 
     fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
@@ -143,21 +151,23 @@ impl<H: WsHub> Session<H> {
         // Taken, so that a future that panics is not polled again.
         let Some(mut task) = self.task.take() else { return Flow::Ready };
         let _entered = self.runtime().map(Handle::enter);
-        if task.as_mut().poll(&mut TaskContext::from_waker(&context.waker())).is_ready() {
-            return Flow::Ready;
+        match task.as_mut().poll(&mut TaskContext::from_waker(&context.waker())) {
+            Poll::Ready(outcome) => finish(outcome, context),
+            Poll::Pending => {
+                self.task = Some(task);
+                Flow::Pending
+            }
         }
-        self.task = Some(task);
-        Flow::Pending
     }
 
-    fn wait_for(&mut self, mut running: JoinHandle<()>, context: &mut Context<'_>) -> Flow {
+    fn wait_for(&mut self, mut running: JoinHandle<Outcome>, context: &mut Context<'_>) -> Flow {
         let Some(special) = &mut self.special else { return Flow::Ready };
         match Pin::new(&mut running).poll(&mut TaskContext::from_waker(&context.waker())) {
             Poll::Pending => {
                 special.running = Some(running);
                 return Flow::Pending;
             }
-            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Ok(outcome)) => return finish(outcome, context),
             Poll::Ready(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
             // Cancelled, because the runtime has shut down: nobody else does that. No method of this connection can run
             // any more, so its client is told instead of being left without answers.
@@ -165,7 +175,7 @@ impl<H: WsHub> Session<H> {
                 tracing::error!(
                     id = %context.id(),
                     hub = std::any::type_name::<H>(),
-                    "a hub's runtime has shut down before its engine: the connection ends without `on_disconnect`; \
+                    "a hub's runtime has shut down before its engine: the connection ends without `on_disconnected`; \
                      shut the engine down first"
                 );
                 let text = Cow::Borrowed("the server's runtime has ended");
@@ -177,20 +187,24 @@ impl<H: WsHub> Session<H> {
     }
 }
 
+fn finish(outcome: Outcome, context: &mut Context<'_>) -> Flow {
+    if let Err(reason) = outcome {
+        context.close(*reason);
+    }
+    Flow::Ready
+}
+
 impl<H: WsHub> Handler for Session<H> {
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
-        let (hub, call, id) = (self.hub(), self.context(context), self.peer.id());
-        let opening = async move {
-            // A name of its own: the peer's would stay for as long as the connection.
-            let connection_id = id.to_string().into();
-            hub.on_connect(ConnectionRequest { connection_id, id }).await;
-            hub.on_open(call).await;
+        let (hub, call) = (self.hub(), self.context(context));
+        let connecting = async move {
+            hub.on_connected(call).await.map_err(|refusal| Box::new(refusal.into_close_reason()))
         };
-        if self.start(opening) {
-            return Flow::Ready;
+        if let Poll::Ready(outcome) = self.start(connecting) {
+            return finish(outcome, context);
         }
-        // Another thread may have published on its behalf, which the shard does not see. After `Pending` the shard lets the
-        // connection enter behind everything that was published.
+        // Another thread may have published on its behalf, which the shard cannot know. After `Pending` the shard adds the
+        // connection to everyone behind everything that was published until then.
         if self.go_on(context) == Flow::Ready {
             context.waker().wake();
         }
@@ -201,15 +215,25 @@ impl<H: WsHub> Handler for Session<H> {
         match <H::Codec as Decode<H::InMessage>>::decode(message.kind, message.payload) {
             Ok(message) => {
                 let (hub, call) = (self.hub(), self.context(context));
-                self.begin(async move { hub.on_message(message, call).await }, context)
+                let handling = async move {
+                    hub.on_message(message, call).await;
+                    Ok(())
+                };
+                self.begin(handling, context)
             }
             Err(error) => {
-                tracing::debug!(id = %context.id(), error = &error as &dyn std::error::Error, "undecodable message");
-                context.close(match error {
+                let reason = match error {
                     CodecError::WrongKind { .. } => CloseReason::WrongKind,
                     _ => CloseReason::Undecodable,
-                });
-                Flow::Ready
+                };
+                let (hub, call) = (self.hub(), self.context(context));
+                let asking = async move {
+                    match hub.on_undecodable(call, error).await {
+                        ControlFlow::Continue(()) => Ok(()),
+                        ControlFlow::Break(()) => Err(Box::new(reason)),
+                    }
+                };
+                self.begin(asking, context)
             }
         }
     }
@@ -223,6 +247,7 @@ impl<H: WsHub> Handler for Session<H> {
                 }
                 hub.on_message_drop(connection_id.clone()).await;
             }
+            Ok(())
         };
         self.begin(telling, context)
     }
@@ -232,9 +257,12 @@ impl<H: WsHub> Handler for Session<H> {
     }
 
     fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
-        let (hub, connection_id) = (self.hub(), self.peer.connection_id().clone());
-        let parting = DisconnectRequest { connection_id, id: self.peer.id(), reason: reason.clone() };
-        self.begin(async move { hub.on_disconnect(parting).await }, context)
+        let (hub, call, reason) = (self.hub(), self.context(context), reason.clone());
+        let parting = async move {
+            hub.on_disconnected(call, reason).await;
+            Ok(())
+        };
+        self.begin(parting, context)
     }
 }
 

@@ -92,7 +92,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// A middleware that replaces the response must not ask its body for [`is_end_stream`] and then for [`size_hint`], as
 /// hyper does when it sends one: such a response passes for sent. Then a client that gets the other response and ends its
-/// stream within 5 s counts as a connection for a moment (`on_connect`, `on_open`, `on_disconnect`), and any other holds its
+/// stream within 5 s counts as a connection for a moment (`on_connected`, `on_disconnected`), and any other holds its
 /// place for these 5 s. Look at the status and the headers instead. Who asks one of the two, or in the other order,
 /// makes no connection, but the place may be held for 5 s.
 ///

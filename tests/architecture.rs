@@ -68,7 +68,7 @@ const FACE: Ranks = &[
     &["upgrade", "clients", "client"],
     &["context"],
     &["hub"],
-    &["session", "engine"],
+    &["session", "stateful_hub", "engine"],
     &["serve"],
     &["serve_hub"],
 ];
@@ -141,6 +141,8 @@ fn what_is_dangerous_stands_in_few_places() {
                 "engine/src/wait_list.rs",
                 "src/client/callback.rs",
                 "src/serve_hub.rs",
+                // tokio's, never contended.
+                "src/stateful_hub.rs",
             ],
         ),
         ("RwLock", &["src/client/outlet.rs"]),

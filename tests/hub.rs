@@ -20,8 +20,8 @@ use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseCode, CloseReason, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub,
-    HubContext, JsonCodec, PublishError, RawCodec, RawMessage, RunOn, WebSocketUpgrade, WsHub, WsHubConfig,
-    serve_hub,
+    HubContext, JsonCodec, PublishError, RawCodec, RawMessage, Refusal, RunOn, WebSocketUpgrade, WsHub,
+    WsHubConfig, serve_hub,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -229,13 +229,14 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
         type Codec = RawCodec;
         type InMessage = String;
         type OutMessage = String;
-        async fn on_open(&self, ctx: HubContext<Self>) {
+        async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
             ctx.unicast(format!("welcome to {}", self.room)).await;
             ctx.add_to_group(&self.room).await;
             // What comes meanwhile must wait.
             tokio::time::sleep(Duration::from_millis(5)).await;
             let members = ctx.clients().to_group(&self.room).deliver(&"one more".to_owned()).await.unwrap();
             ctx.unicast(format!("{} here", members.targets)).await;
+            Ok(())
         }
         async fn on_message(&self, text: String, ctx: HubContext<Self>) {
             ctx.broadcast_group(&self.room, text).await;
@@ -335,9 +336,10 @@ impl WsHub for Busy {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         tokio::time::sleep(Duration::from_millis(1)).await;
         ctx.unicast("open".to_owned()).await;
+        Ok(())
     }
 
     async fn on_message(&self, message: String, ctx: HubContext<Self>) {
@@ -626,8 +628,9 @@ impl WsHub for Fragile {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, _: HubContext<Self>) {
+    async fn on_connected(&self, _: HubContext<Self>) -> Result<(), Refusal> {
         assert_ne!(self.at, "open", "told to");
+        Ok(())
     }
 
     async fn on_message(&self, text: String, ctx: HubContext<Self>) {
@@ -746,9 +749,10 @@ impl WsHub for Keeper {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.unicast("open".to_owned()).await;
         *self.context.lock().unwrap() = Some(ctx);
+        Ok(())
     }
     async fn on_message(&self, _: String, _: HubContext<Self>) {}
     async fn on_disconnect(&self, _: DisconnectRequest) {

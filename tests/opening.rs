@@ -1,4 +1,4 @@
-//! What reaches a client before its hub's `on_open` is over, over real sockets.
+//! What reaches a client before its hub's `on_connected` has returned, over real sockets.
 //!
 //! Nothing that is for all: so nobody hears secrets ahead of the greeting, and who is turned away hears none at all.
 
@@ -13,7 +13,7 @@ use axum::extract::Query;
 use axum::routing::any;
 use fixture::{Peer, Server, engine, soon};
 use serde::Deserialize;
-use shardcast::{CloseCode, Hub, HubContext, RawCodec, RunOn, WebSocketUpgrade, WsHub, WsHubConfig};
+use shardcast::{CloseCode, Hub, HubContext, RawCodec, Refusal, RunOn, WebSocketUpgrade, WsHub, WsHubConfig};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -29,15 +29,15 @@ impl WsHub for Doorman {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.add_to_group("early").await;
         self.opening.send(()).unwrap();
         self.looked_up.acquire().await.unwrap().forget();
         if self.turns_away {
-            ctx.disconnect(CloseCode(4001), "not you").await;
-        } else {
-            ctx.unicast("welcome".to_owned()).await;
+            return Err(Refusal::new(CloseCode(4001), "not you"));
         }
+        ctx.unicast("welcome".to_owned()).await;
+        Ok(())
     }
 
     async fn on_message(&self, text: String, ctx: HubContext<Self>) {
@@ -83,7 +83,7 @@ impl Door {
 }
 
 #[tokio::test]
-async fn nothing_that_is_for_all_reaches_a_client_before_its_on_open_is_over() {
+async fn nothing_that_is_for_all_reaches_a_client_before_its_on_connected_has_returned() {
     for run_on in [RunOn::Shard, RunOn::Runtime] {
         let mut door = Door::open(run_on).await;
         let mut ada = door.visit(false).await;
@@ -105,7 +105,7 @@ async fn nothing_that_is_for_all_reaches_a_client_before_its_on_open_is_over() {
 }
 
 #[tokio::test]
-async fn a_client_that_on_open_turns_away_hears_its_close_and_nothing_else() {
+async fn a_client_that_on_connected_refuses_receives_its_close_and_nothing_else() {
     for run_on in [RunOn::Shard, RunOn::Runtime] {
         let mut door = Door::open(run_on).await;
         let eve = door.visit(true).await;
@@ -127,11 +127,12 @@ impl WsHub for Crier {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         tokio::task::yield_now().await;
         let clients = ctx.clients().clone();
         let tell = move || clients.to_all().try_publish(&"somebody has come".to_owned()).unwrap();
         std::thread::spawn(tell).join().unwrap();
+        Ok(())
     }
 
     async fn on_message(&self, text: String, ctx: HubContext<Self>) {
@@ -140,7 +141,7 @@ impl WsHub for Crier {
 }
 
 #[tokio::test]
-async fn what_on_open_has_others_tell_all_does_not_reach_its_own_client() {
+async fn what_on_connected_has_others_tell_all_does_not_reach_its_own_client() {
     for run_on in [RunOn::Shard, RunOn::Runtime] {
         let hub = engine(1).hub::<Crier>(WsHubConfig { run_on, ..WsHubConfig::default() }).unwrap();
         let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Crier);

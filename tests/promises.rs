@@ -18,7 +18,7 @@ use axum::extract::Path;
 use axum::routing::any;
 use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit, visit_amid};
 use shardcast::{
-    CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, RunOn,
+    CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, Refusal, RunOn,
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::io::AsyncWriteExt as _;
@@ -169,8 +169,9 @@ impl WsHub for Actor {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.unicast(ctx.connection_id().to_string()).await;
+        Ok(())
     }
 
     async fn on_message(&self, name: String, ctx: HubContext<Self>) {
@@ -588,10 +589,11 @@ impl WsHub for Mortal {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.add_to_group("mortals").await;
         ctx.add_to_group(&format!("alone {}", ctx.id())).await;
         ctx.unicast(ctx.id().to_string()).await;
+        Ok(())
     }
 
     async fn on_message(&self, text: String, ctx: HubContext<Self>) {

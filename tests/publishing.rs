@@ -18,8 +18,8 @@ use axum::routing::any;
 use fixture::{Desk, Peer, Server, desk_app, engine, soon, visit};
 use serde::{Serialize, Serializer};
 use shardcast::{
-    BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, PublishError, TryPublishError,
-    WebSocketUpgrade, WsHub, WsHubConfig,
+    BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, PublishError, Refusal,
+    TryPublishError, WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -58,9 +58,10 @@ impl WsHub for Counting {
     type InMessage = u32;
     type OutMessage = Counted;
 
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.add_to_group("a").await;
         ctx.unicast(Counted::new("hello")).await;
+        Ok(())
     }
 
     async fn on_message(&self, _: u32, _: HubContext<Self>) {

@@ -19,8 +19,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
 use shardcast::{
-    Engine, EngineConfig, Hub, HubContext, RawCodec, ServeError, TrustedProxies, WebSocketUpgrade, WsHub,
-    WsHubConfig, serve_hub,
+    Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, ServeError, TrustedProxies, WebSocketUpgrade,
+    WsHub, WsHubConfig, serve_hub,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -34,8 +34,9 @@ impl WsHub for Announcer {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.broadcast("somebody has come".to_owned()).await;
+        Ok(())
     }
 
     async fn on_message(&self, message: String, ctx: HubContext<Self>) {

@@ -243,7 +243,7 @@ mod targeting {
     // added
     use axum::{Router, extract::Query, routing::get};
     use serde::{Deserialize, Serialize};
-    use shardcast::{JsonCodec, MessageContext, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
+    use shardcast::{JsonCodec, MessageContext, Refusal, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
 
     // added
     #[derive(Deserialize)]
@@ -271,11 +271,15 @@ mod targeting {
         type OutMessage = MyReply;
 
         // added: members for the groups that the method below sends to
-        async fn on_open(&self, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+        async fn on_connected(
+            &self,
+            ctx: MessageContext<Self::OutMessage, Self::Codec>,
+        ) -> Result<(), Refusal> {
             for room in self.rooms.split(',') {
                 ctx.add_to_group(room).await;
             }
             ctx.unicast(MyReply::Here).await;
+            Ok(())
         }
 
         async fn on_message(&self, msg: Self::InMessage, ctx: MessageContext<Self::OutMessage, Self::Codec>) {

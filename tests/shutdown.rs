@@ -389,7 +389,7 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
         address
     });
     let mut peer = Peer::connect(format!("ws://{}/ws", soon(address).await.unwrap())).await;
-    // A client is among all when `on_open` is done, which takes its time on a runtime.
+    // A client is among all when `on_connected` has returned, which takes some time on a runtime.
     while soon(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().targets == 0 {
         tokio::task::yield_now().await;
     }

@@ -18,8 +18,8 @@ use fixture::office::{Office, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
 use fixture::{PATIENCE, Peer, Server, desk_app, engine, eventually, soon, visit};
 use shardcast::{
-    BroadcastPolicy, CloseReason, ConnectionId, HubContext, RawCodec, Receipt, RunOn, WebSocketUpgrade,
-    WsHub, WsHubConfig,
+    BroadcastPolicy, CloseReason, ConnectionId, HubContext, RawCodec, Receipt, Refusal, RunOn,
+    WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use socket2::SockRef;
 use tokio::sync::{Notify, Semaphore};
@@ -588,8 +588,9 @@ impl WsHub for Teller {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: HubContext<Self>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.unicast(ctx.connection_id().to_string()).await;
+        Ok(())
     }
 
     async fn on_message(&self, message: String, ctx: HubContext<Self>) {
