@@ -14,7 +14,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll, Waker};
 
-use shardcast_engine::{CloseCode, CloseReason, Context, Flow, Handler, MakeHandler, Message};
+use shardcast_engine::{CloseCode, CloseReason, Context, DropNotice, Flow, Handler, MakeHandler, Message};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -30,7 +30,7 @@ type Outcome = Result<(), Box<CloseReason>>;
 type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
 /// Drops that a hub is told of before its shard's other connections have their turn.
-const DROPS_PER_TURN: u32 = 1000;
+const DROPS_PER_TURN: u64 = 1000;
 
 pub(crate) struct Session<H: WsHub> {
     /// None once it is being dropped.
@@ -238,8 +238,8 @@ impl<H: WsHub> Handler for Session<H> {
         }
     }
 
-    fn on_drop(&mut self, frames: u32, context: &mut Context<'_>) -> Flow {
-        let (hub, connection_id) = (self.hub(), self.peer.connection_id().clone());
+    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Flow {
+        let (hub, connection_id, frames) = (self.hub(), self.peer.connection_id().clone(), notice.frames);
         let telling = async move {
             for told in 0..frames {
                 if told > 0 && told % DROPS_PER_TURN == 0 {

@@ -25,7 +25,7 @@ const ENGINE: Ranks = &[
         "position",
         "flush_schedule",
     ],
-    &["config", "frame", "wait_list"],
+    &["config", "frame", "wait_list", "drop_notice"],
     &["close_reason", "heartbeat", "decoder", "held"],
     &["metrics"],
     &[

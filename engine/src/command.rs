@@ -93,6 +93,14 @@ impl Payload {
 }
 
 impl Publication {
+    /// The name of the one group that it is for; none for everyone.
+    pub(crate) fn group(&self) -> Option<&Arc<str>> {
+        match &self.target {
+            Target::One(group) => group.name(),
+            Target::Several(_) => None,
+        }
+    }
+
     pub(crate) fn frame(&self) -> Option<&Frame> {
         match &self.payload {
             Payload::Frame(frame) => Some(frame),

@@ -25,6 +25,7 @@ use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
 use crate::decoder::Decoder;
 use crate::directory::{Directory, Entrance, Group};
+use crate::drop_notice::DropNotice;
 use crate::frame::ControlFrame;
 use crate::handler::{Context, Flow, Handler, Post, Resume};
 use crate::heartbeat::{Beat, Heartbeat};
@@ -33,7 +34,7 @@ use crate::id::{ConnectionId, Slot};
 use crate::metrics::{ConnectionMetrics, Counts};
 use crate::outbox::{Bounds, Outbox};
 use crate::position::Position;
-use crate::receipt::Ticket;
+use crate::receipt::Origin;
 use crate::socket::Socket;
 use crate::tally::Tally;
 use crate::wheel::{UNARMED, Wheel};
@@ -85,7 +86,7 @@ pub(crate) struct Connection {
     config: Arc<ConnectionConfig>,
     directory: Arc<Directory>,
     decoder: Decoder,
-    outbox: Outbox<Ticket>,
+    outbox: Outbox<Origin>,
     /// None when it has parted.
     handler: Option<Box<dyn Handler>>,
     resume: Option<Arc<Resume>>,
@@ -323,9 +324,13 @@ impl Connection {
         self.handler.take()
     }
 
-    /// Frames that were dropped and that the handler has not been told of: it is told now.
-    pub(crate) fn tell_drops(&mut self) -> u32 {
-        self.counts.tell_drops()
+    /// Takes the oldest drops that the handler has not been told of.
+    pub(crate) fn take_drop_notice(&mut self) -> Option<DropNotice> {
+        self.counts.take_drop_notice()
+    }
+
+    pub(crate) fn forget_drop_notices(&mut self) {
+        while self.counts.take_drop_notice().is_some() {}
     }
 
     /// Its end is decided: nothing more is decoded. What was read before is still handed over if it `keeps_held`.

@@ -9,6 +9,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use crate::close_reason::CloseReason;
 use crate::command::{Named, Publication, Survey};
 use crate::connection::Connection;
@@ -22,8 +24,32 @@ use crate::id::{ConnectionId, Slot};
 use crate::metrics::{GroupMetrics, Metrics};
 use crate::outbox::{Chunk, Dropped, Offer, Patience, Retained};
 use crate::policy::Policy;
-use crate::receipt::Ticket;
+use crate::receipt::{Origin, Ticket};
 use crate::tally::DropCause;
+
+/// How a chunk is offered: what holds for all of its frames besides their bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Terms<'a> {
+    /// Overrides each connection's own.
+    pub(crate) policy: Option<Policy>,
+    pub(crate) ticket: Option<&'a Ticket>,
+    /// The one group that they were published to.
+    pub(crate) group: Option<&'a Arc<str>>,
+}
+
+impl<'a> Terms<'a> {
+    fn of(publication: &'a Publication) -> Self {
+        let Publication { policy, ticket, .. } = publication;
+        Self { policy: *policy, ticket: ticket.as_ref(), group: publication.group() }
+    }
+
+    /// What a frame keeps if it must wait under this policy.
+    fn origin(&self, policy: Policy) -> Option<Origin> {
+        let ticket = self.ticket.filter(|ticket| policy.blocks() || ticket.wants_outcome());
+        let is_needed = ticket.is_some() || self.group.is_some();
+        is_needed.then(|| Origin { ticket: ticket.cloned(), group: self.group.cloned() })
+    }
+}
 
 pub(crate) struct Crowd {
     pub(crate) connections: Connections,
@@ -107,7 +133,7 @@ impl Crowd {
             return;
         }
         *targets += 1;
-        *waited += u64::from(self.offer(slot, chunk, publication.policy, publication.ticket.as_ref()));
+        *waited += u64::from(self.offer(slot, chunk, Terms::of(publication)));
     }
 
     /// Notes the end of each slot; returns how many there were.
@@ -130,13 +156,7 @@ impl Crowd {
 
     /// Puts the chunk into one outbox; true if something of it did not fit.
     #[inline]
-    pub(crate) fn offer(
-        &mut self,
-        slot: Slot,
-        chunk: &Rc<Chunk>,
-        policy: Option<Policy>,
-        ticket: Option<&Ticket>,
-    ) -> bool {
+    pub(crate) fn offer(&mut self, slot: Slot, chunk: &Rc<Chunk>, terms: Terms<'_>) -> bool {
         let Some(connection) = self.connections.get_mut(slot) else { return false };
         let frames = u64::from(chunk.frames());
         connection.count_offered(frames);
@@ -144,7 +164,7 @@ impl Crowd {
         if connection.mark_dirty() {
             self.flushes.mark(slot);
         }
-        if let Some((max, samples)) = policy.and_then(|policy| policy.rtt_limit())
+        if let Some((max, samples)) = terms.policy.and_then(|policy| policy.rtt_limit())
             && connection.is_rtt_above(max, samples)
         {
             self.ends.push((connection.id(), CloseReason::HighRtt));
@@ -153,23 +173,16 @@ impl Crowd {
             self.backlog_bytes += chunk.bytes();
             return false;
         }
-        self.offer_more(slot, chunk, policy, ticket)
+        self.offer_more(slot, chunk, terms)
     }
 
     /// Puts the chunk into an outbox that has something already, or that it fills; true if something of it did not fit.
-    fn offer_more(
-        &mut self,
-        slot: Slot,
-        chunk: &Rc<Chunk>,
-        policy: Option<Policy>,
-        ticket: Option<&Ticket>,
-    ) -> bool {
+    fn offer_more(&mut self, slot: Slot, chunk: &Rc<Chunk>, terms: Terms<'_>) -> bool {
         let Some(connection) = self.connections.get_mut(slot) else { return false };
-        let policy = policy.unwrap_or(connection.config().policy);
+        let policy = terms.policy.unwrap_or(connection.config().policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
         let patience = Patience { until, max_drops: policy.max_drops() };
-        let held = ticket.filter(|ticket| policy.blocks() || ticket.wants_outcome());
-        let (offer, bytes) = connection.offer(chunk, self.now, patience, held.cloned());
+        let (offer, bytes) = connection.offer(chunk, self.now, patience, || terms.origin(policy));
         self.backlog_bytes += bytes;
         if let Some(blocks) = connection.becomes_congested() {
             connection.provisional_group().into_iter().for_each(|group| group.add_congested(blocks));
@@ -178,7 +191,7 @@ impl Crowd {
         if offer == Offer::Queued {
             return false;
         }
-        self.offered_too_much(slot, offer, policy, patience, ticket);
+        self.offered_too_much(slot, offer, policy, patience, terms);
         true
     }
 
@@ -190,13 +203,14 @@ impl Crowd {
         offer: Offer,
         policy: Policy,
         patience: Patience,
-        ticket: Option<&Ticket>,
+        terms: Terms<'_>,
     ) {
         if let Offer::Drops(frames) = offer {
-            if let Some(ticket) = ticket {
+            if let Some(ticket) = terms.ticket {
                 ticket.count_drop(DropCause::Overflow);
             }
-            self.note_drop(slot, DropCause::Overflow, frames, patience.max_drops);
+            let dropped = Dropped { frames, max_drops: patience.max_drops };
+            self.note_drop(slot, DropCause::Overflow, dropped, terms.group);
         }
         let Some(connection) = self.connections.get_mut(slot) else { return };
         if offer == Offer::Overflow {
@@ -215,16 +229,16 @@ impl Crowd {
     /// Drops what has waited too long for one connection.
     pub(crate) fn drop_late(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections.find_mut(id) else { return };
-        let mut drops: smallvec::SmallVec<[Dropped; 4]> = smallvec::SmallVec::new();
-        let expired = connection.expire(self.now, |dropped, ticket| {
-            if let Some(ticket) = ticket {
+        let mut drops: SmallVec<[(Dropped, Option<Arc<str>>); 4]> = SmallVec::new();
+        let expired = connection.expire(self.now, |dropped, origin| {
+            if let Some(ticket) = origin.and_then(|origin| origin.ticket.as_ref()) {
                 ticket.count_drop(DropCause::Timeout);
             }
-            drops.push(dropped);
+            drops.push((dropped, origin.and_then(|origin| origin.group.clone())));
         });
         self.backlog_bytes -= expired.bytes;
-        for Dropped { frames, max_drops } in drops {
-            self.note_drop(id.slot(), DropCause::Timeout, frames, max_drops);
+        for (dropped, group) in drops {
+            self.note_drop(id.slot(), DropCause::Timeout, dropped, group.as_ref());
         }
         if expired.has_taken
             && let Some(connection) = self.connections.get_mut(id.slot())
@@ -238,10 +252,11 @@ impl Crowd {
     }
 
     /// Counts a drop, and notes it: for the handler, and against the connection if these were too many in a row.
-    fn note_drop(&mut self, slot: Slot, cause: DropCause, frames: u32, max_drops: u32) {
+    fn note_drop(&mut self, slot: Slot, cause: DropCause, dropped: Dropped, group: Option<&Arc<str>>) {
+        let Dropped { frames, max_drops } = dropped;
         let Some(connection) = self.connections.get_mut(slot) else { return };
         self.metrics.tally.dropped[cause] += u64::from(frames);
-        let loss = connection.count_drop(cause, frames);
+        let loss = connection.count_drop(cause, frames, group);
         if loss.is_news {
             self.drops.push(connection.id());
         }

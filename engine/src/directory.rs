@@ -56,6 +56,11 @@ impl Group {
         }
     }
 
+    /// None for everyone.
+    pub(crate) fn name(&self) -> Option<&Arc<str>> {
+        self.name.as_ref()
+    }
+
     fn try_enter(&self) -> bool {
         // AcqRel/Acquire: whoever comes later sees the count; partner is `exit`.
         self.members.fetch_update(AcqRel, Acquire, |count| (count != CLOSED).then(|| count + 1)).is_ok()

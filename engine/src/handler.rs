@@ -12,6 +12,7 @@ use std::task::{Wake, Waker};
 
 use crate::close_code::{CloseCode, InvalidCloseCode};
 use crate::close_reason::CloseReason;
+use crate::drop_notice::DropNotice;
 use crate::frame::MessageKind;
 use crate::id::ConnectionId;
 use crate::mailbox::Queued;
@@ -39,10 +40,10 @@ pub trait Handler {
     /// A whole message has arrived. Payloads of text are valid UTF-8.
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow;
 
-    /// Frames for this connection were dropped by the policy since the last call. Not called while another call is
-    /// pending, but before the next message and before the end.
-    fn on_drop(&mut self, frames: u32, context: &mut Context<'_>) -> Flow {
-        let _ = (frames, context);
+    /// Frames for this connection were dropped by the policy. Called once for each cause and group since the last
+    /// calls; not while another call is pending, but before the next message and before the end.
+    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Flow {
+        let _ = (notice, context);
         Flow::Ready
     }
 

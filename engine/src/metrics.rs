@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 
+use crate::drop_notice::{DropNotice, DropNotices};
 use crate::heartbeat::Rtt;
 use crate::tally::{self, Counter, Drops, SharedTally, Tally, counters};
 
@@ -163,25 +164,26 @@ pub(crate) struct Counts {
 }
 
 /// What one connection has lost.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default)]
 pub(crate) struct Losses {
     pub(crate) dropped: Drops,
     pub(crate) discarded: u64,
     /// Frames dropped since one was last taken.
     pub(crate) in_a_row: u32,
-    /// Frames dropped that the handler has not been told of.
-    pub(crate) untold: u32,
+    /// What of it the handler has not been told yet.
+    pub(crate) notices: DropNotices,
 }
 
 impl Counts {
     pub(crate) fn tally(&self) -> Tally {
         let Self { offered, written, received, .. } = *self;
-        let Losses { dropped, discarded, .. } = self.losses();
+        let (dropped, discarded) =
+            self.losses.as_ref().map_or_else(Default::default, |losses| (losses.dropped, losses.discarded));
         Tally { offered, written, dropped, discarded, received }
     }
 
-    pub(crate) fn losses(&self) -> Losses {
-        self.losses.as_deref().copied().unwrap_or_default()
+    pub(crate) fn losses(&self) -> Option<&Losses> {
+        self.losses.as_deref()
     }
 
     pub(crate) fn lose(&mut self) -> &mut Losses {
@@ -203,8 +205,8 @@ impl Counts {
         }
     }
 
-    /// Takes the number of drops that the handler has not been told of: it is told now.
-    pub(crate) fn tell_drops(&mut self) -> u32 {
-        self.losses.as_mut().map_or(0, |losses| std::mem::take(&mut losses.untold))
+    /// Takes the oldest drops that the handler has not been told of.
+    pub(crate) fn take_drop_notice(&mut self) -> Option<DropNotice> {
+        self.losses.as_mut()?.notices.take_first()
     }
 }

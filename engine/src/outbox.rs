@@ -2,8 +2,8 @@
 //!
 //! Owned by one shard, never shared. Bounded in frames and in bytes, because a peer that
 //! stops reading must cost a known amount of memory and nothing else. Nothing is
-//! allocated while at most one piece is queued. Beyond the bound frames wait, with the
-//! tickets of those who await them. Control frames go first, never inside a frame.
+//! allocated while at most one piece is queued. Beyond the bound frames wait, with
+//! what is to be known of their origin then. Control frames go first, never inside a frame.
 //! Knows frames. Does not know sockets, time, groups or other connections.
 
 use std::cell::Cell;
@@ -108,12 +108,12 @@ impl Segment {
     }
 }
 
-/// Frames beyond the bound; `ticket` is dropped when they are taken or gone.
+/// Frames beyond the bound; `origin` is dropped when they are taken or gone.
 #[derive(Debug)]
 struct Waiting<T> {
     segment: Segment,
     patience: Patience,
-    ticket: Option<T>,
+    origin: Option<T>,
 }
 
 /// How long a frame waits for room, and what it means if it does not get any.
@@ -269,7 +269,7 @@ impl<T> Outbox<T> {
         true
     }
 
-    /// Appends all frames of `chunk`, as far as the bounds allow; what does not fit waits with `ticket`, or is
+    /// Appends all frames of `chunk`, as far as the bounds allow; what does not fit waits with its `origin`, or is
     /// dropped at once if `patience` ends `now`.
     pub(crate) fn offer(
         &mut self,
@@ -277,7 +277,7 @@ impl<T> Outbox<T> {
         bounds: &Bounds,
         now: Duration,
         patience: Patience,
-        ticket: Option<T>,
+        origin: impl FnOnce() -> Option<T>,
     ) -> Offer {
         let all = Segment { chunk: chunk.clone(), next: 0, end: chunk.frames() };
         if !self.has_waiting() {
@@ -289,9 +289,9 @@ impl<T> Outbox<T> {
             if fitting > 0 {
                 self.append(Segment { end: fitting, ..all.clone() });
             }
-            return self.wait(Segment { next: fitting, ..all }, bounds, now, patience, ticket);
+            return self.wait(Segment { next: fitting, ..all }, bounds, now, patience, origin);
         }
-        self.wait(all, bounds, now, patience, ticket)
+        self.wait(all, bounds, now, patience, origin)
     }
 
     fn wait(
@@ -300,7 +300,7 @@ impl<T> Outbox<T> {
         bounds: &Bounds,
         now: Duration,
         patience: Patience,
-        ticket: Option<T>,
+        origin: impl FnOnce() -> Option<T>,
     ) -> Offer {
         let frames = segment.frames();
         let mut room = bounds.waiting.saturating_sub(self.waiting()).min(frames as usize) as u32;
@@ -323,7 +323,7 @@ impl<T> Outbox<T> {
             let more = self.more.get_or_insert_default();
             more.waiting_frames += may_wait as usize;
             more.waiting_bytes += segment.bytes();
-            more.waiting.push_back(Waiting { segment, patience, ticket });
+            more.waiting.push_back(Waiting { segment, patience, origin: origin() });
         }
         match may_wait {
             _ if may_wait < frames => Offer::Drops(frames - may_wait),
@@ -332,7 +332,7 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// Drops what has waited until `now`; tells `on_drop` how many frames of which ticket, and how seriously to take it.
+    /// Drops what has waited until `now`; tells `on_drop` how many frames of which origin, and how seriously to take it.
     /// Returns when the next of those that still wait is to be dropped.
     pub(crate) fn expire(
         &mut self,
@@ -349,7 +349,7 @@ impl<T> Outbox<T> {
                 bytes += waiting.segment.bytes();
                 let dropped =
                     Dropped { frames: waiting.segment.frames(), max_drops: waiting.patience.max_drops };
-                on_drop(dropped, waiting.ticket.as_ref());
+                on_drop(dropped, waiting.origin.as_ref());
             } else if let Some(until) = waiting.patience.until {
                 next = Some(next.map_or(until, |next: Duration| next.min(until)));
             }
@@ -539,12 +539,12 @@ impl<T> Outbox<T> {
     }
 
     /// Forgets everything but the frame that is being written; returns how many frames were forgotten. Calls
-    /// `on_gone` with the ticket of each that waited.
+    /// `on_gone` with the origin of each that waited.
     pub(crate) fn discard(&mut self, mut on_gone: impl FnMut(&T)) -> u64 {
         let before = self.pending();
         if let Some(more) = &mut self.more {
             more.rest = VecDeque::new();
-            more.waiting.iter().filter_map(|waiting| waiting.ticket.as_ref()).for_each(&mut on_gone);
+            more.waiting.iter().filter_map(|waiting| waiting.origin.as_ref()).for_each(&mut on_gone);
             more.waiting = VecDeque::new();
             more.waiting_frames = 0;
             more.waiting_bytes = 0;
@@ -761,7 +761,7 @@ mod tests {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
                             Offer::Queued
                         } else {
-                            outbox.offer(&chunk, &BOUNDS, Duration::ZERO, FOR_EVER, Some(ticket))
+                            outbox.offer(&chunk, &BOUNDS, Duration::ZERO, FOR_EVER, || Some(ticket))
                         };
                         let waiting = pending.len() - outbox.frames as usize;
                         let expected = match waiting {
@@ -840,7 +840,7 @@ mod tests {
     fn one_piece_allocates_nothing() {
         let mut outbox: Outbox<()> = Outbox::new();
         let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
-        assert_eq!(outbox.offer(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Queued);
+        assert_eq!(outbox.offer(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, || None), Offer::Queued);
         assert!(outbox.more.is_none() && !outbox.is_empty());
         assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (1, 2));
         assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (2, 0));
@@ -851,11 +851,11 @@ mod tests {
     fn a_frame_larger_than_the_bound_passes_alone() {
         let mut outbox: Outbox<()> = Outbox::new();
         assert_eq!(
-            outbox.offer(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, None),
+            outbox.offer(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
             Offer::Queued
         );
         assert_eq!(
-            outbox.offer(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, None),
+            outbox.offer(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
             Offer::Waits
         );
         assert_eq!((outbox.frames, outbox.pending()), (1, 2));
@@ -868,7 +868,7 @@ mod tests {
         let mut outboxes: [Outbox<()>; 2] = [Outbox::new(), Outbox::new()];
         for outbox in &mut outboxes {
             for piece in &pieces {
-                assert_eq!(outbox.offer(piece, &BOUNDS, Duration::ZERO, FOR_EVER, None), Offer::Queued);
+                assert_eq!(outbox.offer(piece, &BOUNDS, Duration::ZERO, FOR_EVER, || None), Offer::Queued);
             }
         }
         let first = gather.gather(&outboxes[0], 1000).as_ptr();

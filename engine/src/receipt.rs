@@ -63,6 +63,23 @@ struct End {
     waker: Option<Waker>,
 }
 
+/// What a frame that waits for room keeps of its publication, until it is taken or gone.
+#[derive(Debug)]
+pub(crate) struct Origin {
+    pub(crate) ticket: Option<Ticket>,
+    /// The one group that it was published to.
+    pub(crate) group: Option<Arc<str>>,
+}
+
+impl Origin {
+    /// The connection ended before it took the frame.
+    pub(crate) fn count_disconnected(&self) {
+        if let Some(ticket) = &self.ticket {
+            ticket.count_disconnected();
+        }
+    }
+}
+
 /// The publisher's side.
 #[derive(Debug)]
 pub(crate) struct Awaited(Arc<State>);

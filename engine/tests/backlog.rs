@@ -693,7 +693,7 @@ fn drops_are_counted_beyond_32_bits() {
     ] {
         assert_eq!((timeout, overflow), (before / 2 + 5, before / 2 + 5));
     }
-    assert_eq!(client.record().drops.iter().sum::<u32>(), 10, "the handler is told of the ten");
+    assert_eq!(client.record().drops.iter().sum::<u64>(), 10, "the handler is told of the ten");
     assert_eq!(client.record().ends, []);
 }
 

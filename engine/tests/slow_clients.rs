@@ -14,8 +14,8 @@ use std::time::Duration;
 use fixture::{Client, Heard, Rig, Task, at_once, lock};
 use proptest::prelude::*;
 use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, EngineConfig, Frame, GroupMetrics,
-    Namespace, Policy, Receipt, SendError, To,
+    CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, DropCause, EngineConfig, Frame,
+    GroupMetrics, Namespace, Policy, Receipt, SendError, To,
 };
 
 const EVERYONE: To<'_> = To::Everyone;
@@ -188,6 +188,40 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
 }
 
 #[test]
+fn a_handler_is_told_which_drops_by_cause_and_group() {
+    for (policy, cause) in [(DROP, DropCause::Timeout), (DROP_AT_ONCE, DropCause::Overflow)] {
+        let (mut rig, stalled, _healthy) = stalled_and_healthy(1, policy);
+        let everyone = rig.everyone.clone();
+        let one = To::Connection(stalled.id());
+        lock(&stalled.record).waits_at_drop = true; // so the rest is told later
+        let to = [To::Group("a"), To::Group("b"), To::Group("a"), TARGETS[2], EVERYONE];
+        for to in to {
+            everyone.try_publish(to, &[], big("lost")).unwrap();
+            rig.settle();
+        }
+        let dropping = everyone.with_policy(policy).unwrap(); // for one connection `Block` holds otherwise
+        dropping.try_publish(one, &[], big("lost")).unwrap();
+        rig.settle();
+        rig.pass(MS20);
+        lock(&stalled.record).waits_at_drop = false;
+        lock(&stalled.record).waker.take().unwrap().wake();
+        rig.settle();
+        let notices = stalled.record().drop_notices;
+        let mut sums = std::collections::BTreeMap::<_, u64>::new();
+        for notice in &notices {
+            assert_eq!(notice.cause, cause);
+            *sums.entry(notice.group.as_deref().map(str::to_owned)).or_default() += notice.frames;
+        }
+        let expected = [(None, 3), (Some("a".to_owned()), 2), (Some("b".to_owned()), 1)];
+        assert_eq!(sums.into_iter().collect::<Vec<_>>(), expected);
+        assert!(
+            notices.len() <= 4,
+            "those that came while the handler was busy are told together: {notices:?}"
+        );
+    }
+}
+
+#[test]
 fn each_frame_has_its_own_time() {
     let (mut rig, stalled, _healthy) = stalled_and_healthy(1, DROP);
     let everyone = rig.everyone.clone();
@@ -202,7 +236,7 @@ fn each_frame_has_its_own_time() {
     let mut dropped = vec![stalled.record().drops.len()];
     for _ in 0..4 {
         rig.pass(ms(5));
-        dropped.push(stalled.record().drops.iter().sum::<u32>() as usize);
+        dropped.push(stalled.record().drops.iter().sum::<u64>() as usize);
     }
     assert_eq!(dropped, [0, 1, 3, 4, 4]);
     assert!(sendings.iter_mut().all(|sending| outcome(sending) == Some([2, 1, 1, 0, 0])));
@@ -272,7 +306,7 @@ fn drops_leave_the_order_of_what_is_delivered() {
     let dropped = after.tally.dropped.total();
     assert_eq!((heard.len() as u64, after.tally.pending()), (300 - dropped, 0));
     assert!(dropped > 30 && heard.len() > 30, "a test of something: {dropped}");
-    assert_eq!(client.record().drops.iter().map(|frames| u64::from(*frames)).sum::<u64>(), dropped);
+    assert_eq!(client.record().drops.iter().sum::<u64>(), dropped);
 }
 
 #[test]
@@ -295,7 +329,7 @@ fn recipients_clocks_run_together() {
         assert_eq!(outcome(&mut sending), Some([all, all, all, 0, 0]));
         assert_eq!(rig.now - began, MS20, "one timeout, not fifty");
     }
-    assert!(stalled.iter().all(|client| client.record().drops.iter().sum::<u32>() == 4));
+    assert!(stalled.iter().all(|client| client.record().drops.iter().sum::<u64>() == 4));
 }
 
 // ---- DropConnection ---------------------------------------------------------------------------------------------
@@ -371,7 +405,7 @@ fn a_burst_of_drops_counts_as_many() {
     assert_lives(&stalled);
     rig.pass(ms(1));
     assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
-    assert_eq!(stalled.record().drops.iter().sum::<u32>(), 3);
+    assert_eq!(stalled.record().drops.iter().sum::<u64>(), 3);
 }
 
 #[test]
@@ -667,7 +701,7 @@ fn beyond_the_bound_of_what_waits_the_excess_is_dropped_at_once() {
         let now = metrics(&mut rig, &stalled);
         assert_eq!((now.tally.pending(), now.tally.dropped.overflow, now.tally.dropped.timeout), (7, 2, 0));
         assert_eq!(
-            (stalled.record().drops.iter().sum::<u32>(), rig.engine.metrics().tally.dropped.overflow),
+            (stalled.record().drops.iter().sum::<u64>(), rig.engine.metrics().tally.dropped.overflow),
             (2, 2)
         );
         assert!(hear_all_data(&mut rig, &mut stalled).ends_with(&["0".into(), "1".into(), "2".into()]));
@@ -765,7 +799,7 @@ fn a_busy_handler_is_told_of_drops_before_its_next_message_and_before_the_end() 
     stalled.peer.text("wait");
     rig.settle();
     drop_one(&mut rig, EVERYONE);
-    drop_one(&mut rig, To::Group("a"));
+    drop_one(&mut rig, EVERYONE);
     stalled.peer.text("next");
     rig.settle();
     assert_eq!(
@@ -1008,7 +1042,7 @@ fn assert_balance(rig: &mut Rig, clients: &[Client]) {
         assert_eq!(now.tally.offered, accounted, "{now:?}");
         assert!(now.tally.pending() > 0 || now.pending_bytes == 0, "{now:?}");
         let record = client.record();
-        let told = record.drops.iter().map(|frames| u64::from(*frames)).sum::<u64>();
+        let told = record.drops.iter().sum::<u64>();
         if record.ends.is_empty() && record.waker.is_none() {
             assert_eq!(told, now.tally.dropped.total(), "{now:?}");
         }

@@ -1,14 +1,14 @@
 //! What a connection looks like from inside. Only for the engine's own tests, behind the feature `audit`.
 
 use crate::outbox::Outbox;
-use crate::receipt::Ticket;
+use crate::receipt::Origin;
 use crate::tally::DropCause;
 
 use super::{Connection, Intake};
 
 /// What only the connection itself looks at otherwise.
 pub(crate) struct Inside<'a> {
-    pub(crate) outbox: &'a Outbox<Ticket>,
+    pub(crate) outbox: &'a Outbox<Origin>,
     pub(crate) is_writable: bool,
     pub(crate) is_dirty: bool,
     pub(crate) is_congested: bool,
@@ -16,7 +16,7 @@ pub(crate) struct Inside<'a> {
     /// Messages are held although the handler may be given them.
     pub(crate) keeps_messages: bool,
     /// Drops that the handler has not been told of.
-    pub(crate) untold: u32,
+    pub(crate) untold: u64,
     /// The tick of its reminder.
     pub(crate) armed: u64,
 }
@@ -30,7 +30,7 @@ impl Connection {
             is_congested: self.is_congested,
             owes_close: self.owes_close,
             keeps_messages: self.held.is_some() && self.intake == Intake::Open && self.is_listening(),
-            untold: self.counts.losses().untold,
+            untold: self.counts.losses().map_or(0, |losses| losses.notices.frames()),
             armed: self.armed,
         }
     }

@@ -5,13 +5,14 @@
 
 use std::io::ErrorKind;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::close_reason::CloseReason;
 use crate::frame::ControlFrame;
 use crate::metrics::Metrics;
 use crate::outbox::{Chunk, Dropped, Gather, Next, Offer, Patience};
-use crate::receipt::Ticket;
+use crate::receipt::Origin;
 use crate::socket::Socket;
 use crate::tally::DropCause;
 
@@ -102,10 +103,10 @@ impl Connection {
         chunk: &Rc<Chunk>,
         now: Duration,
         patience: Patience,
-        ticket: Option<Ticket>,
+        origin: impl FnOnce() -> Option<Origin>,
     ) -> (Offer, usize) {
         let (bytes, queued) = (self.outbox.backlog_bytes(), self.outbox.queued());
-        let offer = self.outbox.offer(chunk, &self.bounds(), now, patience, ticket);
+        let offer = self.outbox.offer(chunk, &self.bounds(), now, patience, origin);
         if self.outbox.queued() > queued {
             self.counts.took(); // some of it was taken, whatever becomes of the rest
         }
@@ -113,7 +114,7 @@ impl Connection {
     }
 
     /// Drops what has waited as long as it may.
-    pub(crate) fn expire(&mut self, now: Duration, on_drop: impl FnMut(Dropped, Option<&Ticket>)) -> Expired {
+    pub(crate) fn expire(&mut self, now: Duration, on_drop: impl FnMut(Dropped, Option<&Origin>)) -> Expired {
         let (bytes, queued) = (self.outbox.backlog_bytes(), self.outbox.queued());
         let next = self.outbox.expire(now, &self.bounds(), on_drop);
         let (bytes, has_taken) = (bytes - self.outbox.backlog_bytes(), self.outbox.queued() > queued);
@@ -125,11 +126,11 @@ impl Connection {
         self.counts.took();
     }
 
-    pub(crate) fn count_drop(&mut self, cause: DropCause, frames: u32) -> Loss {
+    pub(crate) fn count_drop(&mut self, cause: DropCause, frames: u32, group: Option<&Arc<str>>) -> Loss {
         let losses = self.counts.lose();
         losses.dropped[cause] += u64::from(frames);
-        let is_news = losses.untold == 0;
-        losses.untold = losses.untold.saturating_add(frames);
+        let is_news = losses.notices.is_empty();
+        losses.notices.add(frames.into(), cause, group);
         losses.in_a_row = losses.in_a_row.saturating_add(frames);
         Loss { is_news, in_a_row: losses.in_a_row }
     }
@@ -137,7 +138,7 @@ impl Connection {
     /// Discards what is queued, except the frame that is being written.
     pub(crate) fn discard(&mut self) -> Discarded {
         let before = self.outbox.backlog_bytes();
-        let frames = self.outbox.discard(|ticket| ticket.count_disconnected());
+        let frames = self.outbox.discard(Origin::count_disconnected);
         self.counts.discard(frames);
         Discarded { frames, bytes: before - self.outbox.backlog_bytes() }
     }
@@ -145,7 +146,7 @@ impl Connection {
     /// Discards even the frame that is being written.
     pub(crate) fn discard_all(&mut self) -> Discarded {
         let bytes = self.outbox.backlog_bytes();
-        let frames = self.outbox.discard_all(|ticket| ticket.count_disconnected());
+        let frames = self.outbox.discard_all(Origin::count_disconnected);
         self.counts.discard(frames);
         Discarded { frames, bytes }
     }

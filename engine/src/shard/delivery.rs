@@ -12,6 +12,7 @@ use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Command, Named, Payload, Publication, Target};
 use crate::connection::{Connection, Opening, WRITE_BYTES_MAX};
+use crate::crowd::Terms;
 use crate::directory::Entrance;
 use crate::engine_core::sent_by_this_thread;
 use crate::frame::{ControlFrame, Frame};
@@ -276,7 +277,8 @@ impl Shard {
     }
 
     fn offer_one(&mut self, slot: Slot, chunk: &Rc<Chunk>, policy: Policy, ticket: Option<Ticket>) {
-        let waits = self.crowd.offer(slot, chunk, Some(policy), ticket.as_ref());
+        let terms = Terms { policy: Some(policy), ticket: ticket.as_ref(), group: None };
+        let waits = self.crowd.offer(slot, chunk, terms);
         if let Some(ticket) = ticket {
             ticket.count(1, u64::from(waits));
         }

@@ -157,11 +157,22 @@ impl Shard {
 
     /// Tells the handler of drops, if there were any; whether it is done with that.
     pub(super) fn tell_drops(&mut self, slot: Slot) -> Flow {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return Flow::Ready };
-        match connection.tell_drops() {
-            0 => Flow::Ready,
-            frames => self.call(slot, |handler, context| handler.on_drop(frames, context)),
+        while let Some(connection) = self.crowd.connections.get_mut(slot)
+            && let Some(notice) = connection.take_drop_notice()
+        {
+            let (flow, end) = self.run_handler(slot, |handler, context| handler.on_drop(&notice, context));
+            if let Some(reason) = end {
+                // It has panicked, or wants no more.
+                if let Some(connection) = self.crowd.connections.get_mut(slot) {
+                    connection.forget_drop_notices();
+                }
+                self.end_by_handler(slot, reason);
+            }
+            if flow == Flow::Pending {
+                return flow;
+            }
         }
+        Flow::Ready
     }
 
     /// Tells the handler the end, unless it is busy: then when it is done.

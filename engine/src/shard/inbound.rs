@@ -327,7 +327,7 @@ impl Shard {
     }
 
     /// Calls the handler; returns also whether, and why, the connection is to end now.
-    fn run_handler(
+    pub(super) fn run_handler(
         &mut self,
         slot: Slot,
         call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
@@ -339,7 +339,7 @@ impl Shard {
     }
 
     /// The handler has panicked or closes the connection: it gets no more messages, also none that came before the end.
-    fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
+    pub(super) fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         if !connection.is_open() {
             let before = connection.unfinished_bytes();

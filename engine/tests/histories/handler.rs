@@ -6,7 +6,9 @@
 
 use std::task::Waker;
 
-use shardcast_engine::{CloseCode, CloseReason, Context, Flow, Handler, Message, Namespace, Policy, To};
+use shardcast_engine::{
+    CloseCode, CloseReason, Context, DropNotice, Flow, Handler, Message, Namespace, Policy, To,
+};
 
 use super::ON_PURPOSE;
 use super::model::{GROUPS, Model, Shared, Target, lock};
@@ -146,9 +148,9 @@ impl Handler for Obedient {
         Flow::Ready
     }
 
-    fn on_drop(&mut self, frames: u32, context: &mut Context<'_>) -> Flow {
+    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Flow {
         self.note_call("on_drop");
-        lock(&self.record).drops += u64::from(frames);
+        lock(&self.record).drops += notice.frames;
         self.wait_if(|record| record.waits_at_drop, context)
     }
 

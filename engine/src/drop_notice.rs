@@ -1,0 +1,81 @@
+//! Drop notices: which dropped frames a handler still has to be told of.
+//!
+//! One list for each connection that has lost something, owned by its shard. Bounded, because a handler that is
+//! busy must not make a list grow with the number of groups. Does not know connections or handlers.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::tally::DropCause;
+
+/// Notices that are kept apart by their group, for one connection. Beyond it a drop is added to a notice of the
+/// same cause that names no group.
+const KEPT_APART: usize = 16;
+
+/// Frames for one connection that its policy dropped, for the same cause and published to the same group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DropNotice {
+    /// How many frames, at least 1.
+    pub frames: u64,
+    /// Why.
+    pub cause: DropCause,
+    /// The group that they were published to. None for frames to everyone, to several groups or to this connection
+    /// alone; and for a handler that is busy while frames of more than 16 groups are dropped.
+    pub group: Option<Arc<str>>,
+}
+
+/// What one handler has not been told of yet, oldest first.
+#[derive(Debug, Default)]
+pub(crate) struct DropNotices(VecDeque<DropNotice>);
+
+impl DropNotices {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn add(&mut self, frames: u64, cause: DropCause, group: Option<&Arc<str>>) {
+        let group = group.filter(|_| self.0.len() < KEPT_APART || self.find(cause, group).is_some());
+        match self.find(cause, group) {
+            Some(index) => self.0[index].frames += frames,
+            None => self.0.push_back(DropNotice { frames, cause, group: group.cloned() }),
+        }
+    }
+
+    pub(crate) fn take_first(&mut self) -> Option<DropNotice> {
+        self.0.pop_front()
+    }
+
+    #[cfg(feature = "audit")]
+    pub(crate) fn frames(&self) -> u64 {
+        self.0.iter().map(|notice| notice.frames).sum()
+    }
+
+    fn find(&self, cause: DropCause, group: Option<&Arc<str>>) -> Option<usize> {
+        self.0.iter().position(|notice| notice.cause == cause && notice.group.as_ref() == group)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drops_are_told_apart_by_cause_and_group_and_the_list_is_bounded() {
+        let mut notices = DropNotices::default();
+        let names: Vec<Arc<str>> = (0..1000).map(|number| number.to_string().into()).collect();
+        for name in names.iter().chain(&names) {
+            notices.add(1, DropCause::Overflow, Some(name));
+            notices.add(1, DropCause::Timeout, None);
+        }
+        let first = notices.take_first();
+        assert_eq!(
+            first,
+            Some(DropNotice { frames: 2, cause: DropCause::Overflow, group: Some("0".into()) })
+        );
+        assert_eq!(notices.take_first().map(|notice| (notice.frames, notice.group)), Some((2000, None)));
+        let rest: Vec<_> = std::iter::from_fn(|| notices.take_first()).collect();
+        assert!(rest.len() <= KEPT_APART);
+        assert_eq!(rest.iter().map(|notice| notice.frames).sum::<u64>(), 2000 - 2);
+    }
+}
