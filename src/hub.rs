@@ -8,15 +8,20 @@ use std::borrow::Cow;
 use std::future::Future;
 use std::net::IpAddr;
 use std::ops::{ControlFlow, Deref};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
 
-use shardcast_engine::{CloseCode, CloseReason, ConnectionConfig, ConnectionId, Place};
+use shardcast_engine::{CloseCode, CloseReason, ConnectionConfig, ConnectionId, DropCause, Place};
 use tokio::runtime;
 
 use crate::clients::Clients;
 use crate::codec::{CodecError, Decode, Encode};
 use crate::config::{ConfigError, RunOn, WsHubConfig};
 use crate::context::MessageContext;
+
+/// Calls of `on_message_drop` before the shard's other connections have their turn.
+const DROPS_PER_TURN: u64 = 1000;
 
 /// An application's hub: one value of it for each connection.
 ///
@@ -131,6 +136,26 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { self.on_disconnect(DisconnectRequest { connection_id, id, reason }).await }
     }
 
+    /// Messages to this connection were dropped by its policy, or by that of a message
+    /// ([`Target::policy`](crate::Target::policy)). Called between messages like every other method, before the next message
+    /// and before [`on_disconnected`](Self::on_disconnected), once for each cause and group since the last calls.
+    /// [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops.
+    ///
+    /// By default calls [`on_message_drop`](Self::on_message_drop) once for each message. After every 1,000 calls in a row the
+    /// shard's other connections have their turn.
+    fn on_dropped(&self, context: HubContext<Self>, dropped: Dropped) -> impl Future<Output = ()> + Send {
+        let connection_id = context.connection_id().clone();
+        drop(context);
+        async move {
+            for told in 0..dropped.messages {
+                if told > 0 && told % DROPS_PER_TURN == 0 {
+                    GiveWay::default().await;
+                }
+                self.on_message_drop(connection_id.clone()).await;
+            }
+        }
+    }
+
     /// Called by the default of [`on_connected`](Self::on_connected). Logs at debug level by default.
     fn on_connect(&self, request: ConnectionRequest) -> impl Future<Output = ()> + Send {
         async move { tracing::debug!(id = %request.connection_id, "connected") }
@@ -141,11 +166,29 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { tracing::debug!(id = %request.connection_id, reason = %request.reason, "disconnected") }
     }
 
-    /// A message to this connection was dropped by the policy; called once per drop, between messages like every other
-    /// method. After every 1,000 calls in a row the shard's other connections have their turn.
-    /// [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops. Logs at trace level by default.
+    /// Called by the default of [`on_dropped`](Self::on_dropped), once for each message. Logs at trace level by default.
     fn on_message_drop(&self, connection_id: Arc<str>) -> impl Future<Output = ()> + Send {
         async move { tracing::trace!(id = %connection_id, "a message was dropped") }
+    }
+}
+
+/// Lets the shard's other connections have their turn. Pending twice: a method's first poll is repeated at once with a
+/// waker, which the first does without (see the session's `start`).
+#[derive(Default)]
+struct GiveWay {
+    polls: u8,
+}
+
+impl Future for GiveWay {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut TaskContext<'_>) -> Poll<()> {
+        if self.polls == 2 {
+            return Poll::Ready(());
+        }
+        self.polls += 1;
+        context.waker().wake_by_ref();
+        Poll::Pending
     }
 }
 
@@ -188,6 +231,19 @@ impl Refusal {
 /// What the methods of the hub `H` are given, and what they reach its clients by: `HubContext<Self>` in an
 /// implementation of [`WsHub`]. See [`MessageContext`].
 pub type HubContext<H> = MessageContext<<H as WsHub>::OutMessage, <H as WsHub>::Codec>;
+
+/// Messages to one connection that were dropped for the same cause, and that were published to the same group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Dropped {
+    /// How many messages, at least 1.
+    pub messages: u64,
+    /// Why.
+    pub cause: DropCause,
+    /// The group that they were published to. None for messages to all, to several groups or to this client alone; and for
+    /// messages of more than 16 groups that were dropped while a method was pending.
+    pub group: Option<Arc<str>>,
+}
 
 /// A client that has connected.
 #[derive(Debug, Clone)]

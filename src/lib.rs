@@ -37,7 +37,7 @@ pub use codec::{
 pub use config::{BroadcastPolicy, ConfigError, EngineConfig, RunOn, WsHubConfig};
 pub use context::MessageContext;
 pub use engine::Engine;
-pub use hub::{ConnectionRequest, DisconnectRequest, Hub, HubContext, Refusal, WsHub};
+pub use hub::{ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, Refusal, WsHub};
 pub use origin::{AllowedOrigins, InvalidOrigin};
 pub use peer_address::{InvalidNetwork, TrustedProxies};
 pub use serve::ServeError;

@@ -22,15 +22,12 @@ use tokio::task::JoinHandle;
 use crate::codec::{CodecError, Decode};
 use crate::config::RunOn;
 use crate::context::{MessageContext, Peer};
-use crate::hub::{Hub, HubContext, WsHub};
+use crate::hub::{Dropped, Hub, HubContext, WsHub};
 
 /// What a hub's method leaves behind: an error ends the connection for that reason.
 type Outcome = Result<(), Box<CloseReason>>;
 
 type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
-
-/// Drops that a hub is told of before its shard's other connections have their turn.
-const DROPS_PER_TURN: u64 = 1000;
 
 pub(crate) struct Session<H: WsHub> {
     /// None once it is being dropped.
@@ -63,26 +60,6 @@ pub(crate) type Over = Option<oneshot::Sender<()>>;
 #[derive(Default)]
 struct Apart {
     _bytes: [u64; 10],
-}
-
-/// Ends this turn of the task, and asks for another. Pending twice: the first poll of a turn goes without a waker
-/// (see [`Session::start`]), and would not end it.
-#[derive(Default)]
-struct GiveWay {
-    polls: u8,
-}
-
-impl Future for GiveWay {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut TaskContext<'_>) -> Poll<()> {
-        if self.polls == 2 {
-            return Poll::Ready(());
-        }
-        self.polls += 1;
-        context.waker().wake_by_ref();
-        Poll::Pending
-    }
 }
 
 impl<H: WsHub> Session<H> {
@@ -239,14 +216,10 @@ impl<H: WsHub> Handler for Session<H> {
     }
 
     fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Flow {
-        let (hub, connection_id, frames) = (self.hub(), self.peer.connection_id().clone(), notice.frames);
+        let (hub, call) = (self.hub(), self.context(context));
+        let dropped = Dropped { messages: notice.frames, cause: notice.cause, group: notice.group.clone() };
         let telling = async move {
-            for told in 0..frames {
-                if told > 0 && told % DROPS_PER_TURN == 0 {
-                    GiveWay::default().await;
-                }
-                hub.on_message_drop(connection_id.clone()).await;
-            }
+            hub.on_dropped(call, dropped).await;
             Ok(())
         };
         self.begin(telling, context)

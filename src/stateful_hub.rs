@@ -13,7 +13,7 @@ use shardcast_engine::CloseReason;
 use tokio::sync::Mutex;
 
 use crate::codec::{CodecError, Decode, Encode};
-use crate::hub::{HubContext, Refusal, WsHub, log_undecodable};
+use crate::hub::{Dropped, HubContext, Refusal, WsHub, log_undecodable};
 
 /// An application's hub with state of its own: a [`WsHub`] whose methods take `&mut self`, and which need not be `Sync`.
 ///
@@ -91,6 +91,17 @@ pub trait StatefulHub: Send + Sized + 'static {
         async { ControlFlow::Break(()) }
     }
 
+    /// Messages to this connection were dropped; see [`WsHub::on_dropped`]. By default logs at trace level.
+    fn on_dropped(
+        &mut self,
+        context: HubContext<Stateful<Self>>,
+        dropped: Dropped,
+    ) -> impl Future<Output = ()> + Send {
+        tracing::trace!(id = %context.id(), ?dropped, "messages were dropped");
+        drop(context);
+        async {}
+    }
+
     /// The connection has ended; see [`WsHub::on_disconnected`]. By default logs at debug level.
     fn on_disconnected(
         &mut self,
@@ -133,6 +144,10 @@ impl<H: StatefulHub> WsHub for Stateful<H> {
 
     async fn on_undecodable(&self, context: HubContext<Self>, error: CodecError) -> ControlFlow<()> {
         self.0.lock().await.on_undecodable(context, error).await
+    }
+
+    async fn on_dropped(&self, context: HubContext<Self>, dropped: Dropped) {
+        self.0.lock().await.on_dropped(context, dropped).await;
     }
 
     async fn on_disconnected(&self, context: HubContext<Self>, reason: CloseReason) {

@@ -18,10 +18,11 @@ use fixture::office::{Office, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
 use fixture::{PATIENCE, Peer, Server, desk_app, engine, eventually, soon, visit};
 use shardcast::{
-    BroadcastPolicy, CloseReason, ConnectionId, HubContext, RawCodec, Receipt, Refusal, RunOn,
-    WebSocketUpgrade, WsHub, WsHubConfig,
+    BroadcastPolicy, CloseReason, ConnectionId, DropCause, Dropped, HubContext, RawCodec, Receipt, Refusal,
+    RunOn, WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use socket2::SockRef;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -651,4 +652,75 @@ async fn however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_
         assert!((1..=2000).contains(&until_its_turn), "{until_its_turn} on {run_on:?}");
         eventually(dropped().await, || told.drops.load(Relaxed)).await;
     }
+}
+
+/// Keeps what it is told of drops. `wait` waits for a permit.
+struct DropRecorder {
+    dropped: UnboundedSender<Dropped>,
+    permits: Arc<Semaphore>,
+}
+
+impl WsHub for DropRecorder {
+    type Codec = RawCodec;
+    type InMessage = String;
+    type OutMessage = String;
+
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
+        ctx.add_to_group("prices").await;
+        ctx.unicast(ctx.connection_id().to_string()).await;
+        Ok(())
+    }
+
+    async fn on_message(&self, _: String, ctx: HubContext<Self>) {
+        ctx.unicast("waiting".to_owned()).await;
+        self.permits.acquire().await.unwrap().forget();
+    }
+
+    async fn on_dropped(&self, _: HubContext<Self>, dropped: Dropped) {
+        self.dropped.send(dropped).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_returned() {
+    let hub = engine(1).hub::<DropRecorder>(narrow(DROP_AT_ONCE)).unwrap();
+    let (dropped, mut told) = unbounded_channel();
+    let permits = Arc::new(Semaphore::new(0));
+    let route = {
+        let (hub, permits) = (hub.clone(), permits.clone());
+        let instance = move || DropRecorder { dropped: dropped.clone(), permits: permits.clone() };
+        any(async move |ws: WebSocketUpgrade| ws.serve(&hub, instance()))
+    };
+    let server = Server::start(Router::new().route("/ws", route)).await;
+    let mut stalled = Raw::connect_narrow(server.address).await;
+    let id: ConnectionId = stalled.hears_text().await.parse().unwrap();
+    stalled.says(&text("wait")).await;
+    assert_eq!(stalled.hears_text().await, "waiting");
+
+    // To one and to a group, until the client has lost some of both.
+    let lost = async || soon(hub.inspect(id)).await.unwrap().unwrap().tally.dropped.overflow;
+    let message = numbered(0, MESSAGE_BYTES);
+    let (mut alone, mut both) = (0, 0);
+    for _ in 0..MANY {
+        soon(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
+        alone = lost().await;
+        if alone > 0 {
+            break;
+        }
+    }
+    for _ in 0..MANY {
+        soon(hub.to_group("prices").publish(&message)).await.unwrap();
+        both = lost().await;
+        if both > alone + 10 {
+            break;
+        }
+    }
+    assert!(alone > 0 && both > alone, "{alone} {both}");
+    assert!(told.try_recv().is_err(), "told while a method was pending");
+
+    permits.add_permits(1);
+    let notices = [soon(told.recv()).await.unwrap(), soon(told.recv()).await.unwrap()];
+    let seen = notices.map(|notice| (notice.messages, notice.cause, notice.group));
+    let group = Some(Arc::from("prices"));
+    assert_eq!(seen, [(alone, DropCause::Overflow, None), (both - alone, DropCause::Overflow, group)]);
 }
