@@ -42,7 +42,7 @@ struct Inner<M> {
     encode: fn(&M, &mut Vec<u8>) -> Result<MessageKind, CodecError>,
     /// Its type, by which messages that were prepared for another one are refused.
     codec: TypeId,
-    unencodable: AtomicU64,
+    encode_failures: AtomicU64,
 }
 
 impl<M> Clone for Clients<M> {
@@ -60,7 +60,7 @@ impl<M> std::fmt::Debug for Clients<M> {
 impl<M> Clients<M> {
     pub(crate) fn new<C: Encode<M>>(namespace: Namespace) -> Self {
         let (encode, codec) = (C::encode, TypeId::of::<C>());
-        Self { inner: Arc::new(Inner { namespace, encode, codec, unencodable: AtomicU64::new(0) }) }
+        Self { inner: Arc::new(Inner { namespace, encode, codec, encode_failures: AtomicU64::new(0) }) }
     }
 
     pub(crate) fn namespace(&self) -> &Namespace {
@@ -82,7 +82,7 @@ impl<M> Clients<M> {
         self.target(To::Groups(groups))
     }
 
-    /// One client. If it has gone, nobody gets the message.
+    /// One client. If it has disconnected, nobody gets the message.
     pub fn to(&self, id: ConnectionId) -> Target<'_, M> {
         self.target(To::Connection(id))
     }
@@ -123,7 +123,7 @@ impl<M> Clients<M> {
             Ok(kind)
         });
         encoded.inspect_err(|_| {
-            self.inner.unencodable.fetch_add(1, Relaxed);
+            self.inner.encode_failures.fetch_add(1, Relaxed);
         })
     }
 
@@ -132,26 +132,26 @@ impl<M> Clients<M> {
         if message.codec == self.inner.codec {
             return Ok(message.frame.clone());
         }
-        self.inner.unencodable.fetch_add(1, Relaxed);
+        self.inner.encode_failures.fetch_add(1, Relaxed);
         Err(CodecError::encode(
             "the message was prepared for another codec: prepare it with this hub's clients",
         ))
     }
 
     /// Makes a client a member of a group. When this has returned, the next message to the group by anyone reaches
-    /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing. One that is in
-    /// [`max_groups`](crate::WsHubConfig::max_groups) groups already is ended (1008).
+    /// it; earlier ones do not. Joining twice has no further effect, and joining a client that has disconnected has none. A client
+    /// that is in [`max_groups`](crate::WsHubConfig::max_groups) groups already is disconnected (1008).
     ///
-    /// Returns a place in the order of all messages that were published: each one behind it reaches the client; of those
-    /// before, only some that were published during this call may.
+    /// Returns a position in the order of all published messages: every message to the group behind it reaches the client;
+    /// of those before it, only messages that were published during this call may.
     ///
     /// # Errors
-    /// The engine has ended, too many wait for the client's shard, or the group's name is too long.
+    /// An engine that has ended, too many publishers that wait for the client's shard, a group's name that is too long.
     pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
         Ok(self.inner.namespace.join(id, group).await?)
     }
 
-    /// Ends a membership: messages to the group after this do not reach the client, earlier ones do.
+    /// Ends a membership: messages that are published to the group from now on do not reach the client, earlier ones do.
     ///
     /// # Errors
     /// As for [`join`](Self::join).
@@ -163,7 +163,7 @@ impl<M> Clients<M> {
     /// 123 bytes of `reason`.
     ///
     /// # Errors
-    /// A close code that cannot be sent, an engine that has ended, too many who wait for the client's shard.
+    /// A close code that may not be sent, an engine that has ended, too many publishers that wait for the client's shard.
     pub async fn disconnect(
         &self,
         id: ConnectionId,
@@ -173,22 +173,25 @@ impl<M> Clients<M> {
         self.to(id).disconnect(code, reason).await
     }
 
-    /// What a connection has counted, after everything that was sent before; none if it has
-    /// gone, its closing handshake included.
+    /// The counters of a connection, taken after everything that was sent before. None when it has ended, its closing
+    /// handshake included.
     ///
     /// # Errors
     /// As for [`join`](Self::join).
-    pub async fn inspect(&self, id: ConnectionId) -> Result<Option<ConnectionMetrics>, PublishError> {
+    pub async fn connection_metrics(
+        &self,
+        id: ConnectionId,
+    ) -> Result<Option<ConnectionMetrics>, PublishError> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let answer = |metrics| {
-            let _ = sender.send(metrics); // who has stopped waiting does not want to know
+            let _ = sender.send(metrics); // fails when nobody waits for the answer any more
         };
         self.inner.namespace.inspect(id, answer).await?;
         Ok(receiver.await.ok())
     }
 
-    /// What all clients of the hub have counted together since the start, those that have gone included, after
-    /// everything that was sent before. For a part of them: [`Target::metrics`].
+    /// The sums of the counters of all clients since the hub was made, those that have disconnected included, taken after
+    /// everything that was sent before. For some of the clients: [`Target::metrics`].
     ///
     /// # Errors
     /// As for [`join`](Self::join).
@@ -196,33 +199,33 @@ impl<M> Clients<M> {
         self.to_all().metrics().await
     }
 
-    /// Clients connected now, those on their way to their shard included.
+    /// How many clients are connected, those on their way to their shard included.
     pub fn len(&self) -> usize {
         self.inner.namespace.len()
     }
 
-    /// Whether nobody is connected.
+    /// Whether no client is connected.
     pub fn is_empty(&self) -> bool {
         self.inner.namespace.is_empty()
     }
 
-    /// Members of a group.
+    /// How many members a group has.
     pub fn group_len(&self, group: &str) -> usize {
         self.inner.namespace.group_len(group)
     }
 
-    /// Groups that have members.
-    pub fn groups(&self) -> usize {
+    /// How many groups have members.
+    pub fn group_count(&self) -> usize {
         self.inner.namespace.groups()
     }
 
-    /// Messages that could not be encoded, and reached nobody, since the start.
-    pub fn unencodable(&self) -> u64 {
-        self.inner.unencodable.load(Relaxed)
+    /// How many messages could not be encoded, and reached nobody, since the hub was made.
+    pub fn encode_failures(&self) -> u64 {
+        self.inner.encode_failures.load(Relaxed)
     }
 }
 
-/// Whom a message is for; see [`Clients`].
+/// The clients that a message is for; see [`Clients`].
 #[must_use = "nothing is sent before `publish`, `deliver` or `try_publish`"]
 pub struct Target<'a, M> {
     clients: &'a Clients<M>,
@@ -246,7 +249,7 @@ impl<M> std::fmt::Debug for Target<'_, M> {
 }
 
 impl<'a, M> Target<'a, M> {
-    /// Leaves out these clients.
+    /// The same target without these clients.
     pub fn except(self, except: &'a [ConnectionId]) -> Self {
         Self { except, ..self }
     }
@@ -255,7 +258,7 @@ impl<'a, M> Target<'a, M> {
     /// `code` and at most 123 bytes of `reason`.
     ///
     /// # Errors
-    /// A close code that cannot be sent, an engine that has ended, too many who wait already.
+    /// A close code that may not be sent, an engine that has ended, too many publishers that wait already.
     pub async fn disconnect(
         &self,
         code: CloseCode,
@@ -264,16 +267,16 @@ impl<'a, M> Target<'a, M> {
         Ok(self.clients.inner.namespace.close(self.to, self.except, code, reason).await?)
     }
 
-    /// What the target's clients have counted together, after everything that was sent before: for groups their
-    /// present members, for [`to_all`](Clients::to_all) also those that have gone. Costs each shard a look at each
-    /// of them: for every few seconds, not for every message.
+    /// The sums of the counters of the target's clients, taken after everything that was sent before: of a group's present
+    /// members, and for [`to_all`](Clients::to_all) of clients that have disconnected, too. Every shard visits each of these
+    /// connections, so ask every few seconds and not for every message.
     ///
     /// # Errors
-    /// An engine that has ended, too many who wait already.
+    /// An engine that has ended, too many publishers that wait already.
     pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
         let (sender, mut parts) = tokio::sync::mpsc::unbounded_channel();
         let on_metrics = move |part| {
-            let _ = sender.send(part); // who has stopped waiting does not want to know
+            let _ = sender.send(part); // fails when nobody waits for the answer any more
         };
         self.clients.inner.namespace.survey(self.to, self.except, on_metrics).await?;
         let mut sum = GroupMetrics::default();

@@ -126,12 +126,12 @@ impl Engine {
     }
 
     /// The number of shards.
-    pub fn shards(&self) -> usize {
+    pub fn shard_count(&self) -> usize {
         self.inner.shards()
     }
 
-    /// Connections of all hubs that are here or on their way.
-    pub fn connections(&self) -> usize {
+    /// How many connections all hubs have, those on their way to their shard included.
+    pub fn connection_count(&self) -> usize {
         self.inner.connections()
     }
 

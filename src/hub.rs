@@ -7,15 +7,18 @@
 use std::borrow::Cow;
 use std::future::Future;
 use std::net::IpAddr;
-use std::ops::{ControlFlow, Deref};
+use std::ops::ControlFlow;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 
-use shardcast_engine::{CloseCode, CloseReason, ConnectionConfig, ConnectionId, DropCause, Place};
+use shardcast_engine::{
+    CloseCode, CloseReason, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause, GroupMetrics,
+    Place, Position,
+};
 use tokio::runtime;
 
-use crate::clients::Clients;
+use crate::clients::{Clients, Prepared, PublishError, Target};
 use crate::codec::{CodecError, Decode, Encode};
 use crate::config::{ConfigError, RunOn, WsHubConfig};
 use crate::context::MessageContext;
@@ -267,8 +270,8 @@ pub struct DisconnectRequest {
     pub reason: CloseReason,
 }
 
-/// A handle to a running hub: serves connections, and reaches their clients from anywhere (it dereferences to
-/// [`Clients`]). Cloneable; keeps its engine alive.
+/// A handle to a running hub: serves connections, and reaches their clients from anywhere. Cloneable; keeps its engine
+/// alive. A handle that does not is [`clients`](Self::clients).
 pub struct Hub<H: WsHub> {
     engine: shardcast_engine::Engine,
     /// The runtime that the shards' threads have entered.
@@ -291,14 +294,6 @@ impl<H: WsHub> std::fmt::Debug for Hub<H> {
     }
 }
 
-impl<H: WsHub> Deref for Hub<H> {
-    type Target = Clients<H::OutMessage>;
-
-    fn deref(&self) -> &Self::Target {
-        &self.clients
-    }
-}
-
 impl<H: WsHub> Hub<H> {
     pub(crate) fn new(
         engine: shardcast_engine::Engine,
@@ -317,9 +312,110 @@ impl<H: WsHub> Hub<H> {
         Ok(Self { config: config_shared, run_on: config.run_on, ..self.clone() })
     }
 
-    /// The clients of this hub.
+    /// The clients of this hub. A clone of them does not keep the engine alive.
     pub fn clients(&self) -> &Clients<H::OutMessage> {
         &self.clients
+    }
+
+    /// See [`Clients::to_all`].
+    pub fn to_all(&self) -> Target<'_, H::OutMessage> {
+        self.clients.to_all()
+    }
+
+    /// See [`Clients::to_group`].
+    pub fn to_group<'a>(&'a self, group: &'a str) -> Target<'a, H::OutMessage> {
+        self.clients.to_group(group)
+    }
+
+    /// See [`Clients::to_groups`].
+    pub fn to_groups<'a>(&'a self, groups: &'a [&'a str]) -> Target<'a, H::OutMessage> {
+        self.clients.to_groups(groups)
+    }
+
+    /// See [`Clients::to`].
+    pub fn to(&self, id: ConnectionId) -> Target<'_, H::OutMessage> {
+        self.clients.to(id)
+    }
+
+    /// See [`Clients::prepare`].
+    ///
+    /// # Errors
+    /// A message that cannot be encoded.
+    pub fn prepare(&self, message: &H::OutMessage) -> Result<Prepared<H::OutMessage>, CodecError> {
+        self.clients.prepare(message)
+    }
+
+    /// See [`Clients::join`].
+    ///
+    /// # Errors
+    /// As for [`Clients::join`].
+    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
+        self.clients.join(id, group).await
+    }
+
+    /// See [`Clients::leave`].
+    ///
+    /// # Errors
+    /// As for [`Clients::leave`].
+    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), PublishError> {
+        self.clients.leave(id, group).await
+    }
+
+    /// See [`Clients::disconnect`].
+    ///
+    /// # Errors
+    /// As for [`Clients::disconnect`].
+    pub async fn disconnect(
+        &self,
+        id: ConnectionId,
+        code: CloseCode,
+        reason: impl Into<Cow<'static, str>>,
+    ) -> Result<(), PublishError> {
+        self.clients.disconnect(id, code, reason).await
+    }
+
+    /// See [`Clients::connection_metrics`].
+    ///
+    /// # Errors
+    /// As for [`Clients::connection_metrics`].
+    pub async fn connection_metrics(
+        &self,
+        id: ConnectionId,
+    ) -> Result<Option<ConnectionMetrics>, PublishError> {
+        self.clients.connection_metrics(id).await
+    }
+
+    /// See [`Clients::metrics`].
+    ///
+    /// # Errors
+    /// As for [`Clients::metrics`].
+    pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
+        self.clients.metrics().await
+    }
+
+    /// See [`Clients::len`].
+    pub fn len(&self) -> usize {
+        self.clients.len()
+    }
+
+    /// See [`Clients::is_empty`].
+    pub fn is_empty(&self) -> bool {
+        self.clients.is_empty()
+    }
+
+    /// See [`Clients::group_len`].
+    pub fn group_len(&self, group: &str) -> usize {
+        self.clients.group_len(group)
+    }
+
+    /// See [`Clients::group_count`].
+    pub fn group_count(&self) -> usize {
+        self.clients.group_count()
+    }
+
+    /// See [`Clients::encode_failures`].
+    pub fn encode_failures(&self) -> u64 {
+        self.clients.encode_failures()
     }
 
     pub(crate) fn config(&self) -> &Arc<ConnectionConfig> {

@@ -272,7 +272,7 @@ async fn a_handshake_that_is_none_says_why_and_takes_no_connection() {
     }
     scene.bystander_goes_on().await;
     eventually(1, || scene.engine.metrics().adopted).await;
-    assert_eq!(scene.engine.connections(), 1);
+    assert_eq!(scene.engine.connection_count(), 1);
 }
 
 #[test]

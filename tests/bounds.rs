@@ -39,7 +39,7 @@ async fn most_pending(office: &Office, id: ConnectionId) -> (u64, u64, Option<Co
     let mut last = None;
     for round in 0..ENOUGH {
         office.hub.to_all().try_publish(&numbered(round, MESSAGE_BYTES)).unwrap();
-        let counted = soon(office.hub.inspect(id)).await.unwrap();
+        let counted = soon(office.hub.connection_metrics(id)).await.unwrap();
         last = counted.filter(|_| !office.hub.is_empty()); // it can be asked for until its socket has gone
         let Some(counted) = last else { break };
         frames = frames.max(counted.tally.pending());

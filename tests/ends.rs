@@ -134,7 +134,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
                     assert!(number < 10_000, "{way:?}: nobody ends it");
                     let bytes = if way == Way::KeepsTooMuch { 50_000 } else { 2000 };
                     office.hub.to_all().try_publish(&numbered(number, bytes)).unwrap();
-                    soon(office.hub.inspect(id)).await.unwrap();
+                    soon(office.hub.connection_metrics(id)).await.unwrap();
                     number += 1;
                 }
             }
@@ -171,7 +171,10 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
         let (ended, reason) = office.ended().await;
         assert_eq!((ended, &reason), (id, &expected), "{way:?}");
         assert_eq!(reason.invites_return(), invites_return, "{way:?}");
-        eventually((0, 0, 0), || (office.hub.len(), office.hub.groups(), office.engine.connections())).await;
+        eventually((0, 0, 0), || {
+            (office.hub.len(), office.hub.group_count(), office.engine.connection_count())
+        })
+        .await;
         assert_eq!(office.others_ended(), [], "{way:?}: once");
         if let Some(shutdown) = shutdown {
             soon(shutdown).await.unwrap();
@@ -287,7 +290,7 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
         hears_then_ends(peer, &["one", "two"], 1000, "").await;
         all_ended.push(office.ended().await);
     }
-    assert_eq!((office.hub.len(), office.hub.groups()), (3, 1));
+    assert_eq!((office.hub.len(), office.hub.group_count()), (3, 1));
 
     // Everyone but one; then that one alone.
     let but_last = [ids[7]];
@@ -319,7 +322,8 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
             "{reasons:?}"
         );
     }
-    eventually((0, 0, 0), || (office.hub.len(), office.hub.groups(), office.engine.connections())).await;
+    eventually((0, 0, 0), || (office.hub.len(), office.hub.group_count(), office.engine.connection_count()))
+        .await;
     assert_eq!(office.others_ended(), []);
 }
 
@@ -350,9 +354,9 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     refused(here).await;
     let (mut stranger, _) = soon(Peer::try_connect_from(there, server.address)).await.unwrap();
     stranger.hear().await;
-    assert_eq!(engine.connections(), 3);
+    assert_eq!(engine.connection_count(), 3);
     first.leave().await;
-    eventually(2, || engine.connections()).await;
+    eventually(2, || engine.connection_count()).await;
     let (_third, _) = visit(&server.url("/ws")).await;
     refused(here).await;
     second.say("all still here").await;

@@ -35,7 +35,7 @@ async fn an_engine_is_built_from_json_and_runs() {
     let config: EngineConfig = serde_json::from_str(r#"{"shards": 3, "pin": false}"#).unwrap();
     assert_eq!(config, EngineConfig { shards: Some(3), pin: false, ..EngineConfig::default() });
     let engine = Engine::start(config).unwrap();
-    assert_eq!(engine.shards(), 3);
+    assert_eq!(engine.shard_count(), 3);
     let server = Server::start(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
     let mut shards = Vec::new();
     let mut peers = Vec::new();
@@ -46,7 +46,7 @@ async fn an_engine_is_built_from_json_and_runs() {
     }
     shards.sort_unstable();
     assert_eq!(shards, [0, 1, 2], "each goes to the least loaded shard");
-    assert_eq!(engine.connections(), 3);
+    assert_eq!(engine.connection_count(), 3);
     eventually(3, || engine.metrics().adopted).await;
     assert_eq!(engine.shard_metrics().iter().map(|shard| shard.adopted).collect::<Vec<_>>(), [1, 1, 1]);
 }
@@ -122,13 +122,13 @@ async fn hubs_on_one_engine_do_not_hear_each_other() {
     red.join(cyd_id, "room").await.unwrap();
     red.leave(bob_id, "room").await.unwrap();
     red.disconnect(bob_id, CloseCode::NORMAL, "").await.unwrap();
-    assert_eq!(red.inspect(bob_id).await.unwrap(), None);
-    assert!(red.inspect(ada_id).await.unwrap().is_some());
+    assert_eq!(red.connection_metrics(bob_id).await.unwrap(), None);
+    assert!(red.connection_metrics(ada_id).await.unwrap().is_some());
     assert_eq!(red.to_group("room").deliver(&"the room".to_owned()).await.unwrap().targets, 1);
     assert_eq!(red.to_all().except(&[bob_id, cyd_id]).deliver(&"all".to_owned()).await.unwrap().targets, 1);
     ada.hears(&["the room", "all"]).await;
 
-    assert_eq!((red.len(), blue.len(), engine.connections()), (1, 2, 3));
+    assert_eq!((red.len(), blue.len(), engine.connection_count()), (1, 2, 3));
     assert_eq!((red.group_len("room"), blue.group_len("room")), (1, 1));
     blue.to_group("room").publish(&"still a member".to_owned()).await.unwrap();
     blue.to_all().publish(&"done".to_owned()).await.unwrap();
@@ -149,9 +149,9 @@ async fn an_id_that_nobody_ever_had_reaches_nobody() {
         hub.join(id, "room").await.unwrap();
         hub.leave(id, "room").await.unwrap();
         hub.disconnect(id, CloseCode::NORMAL, "").await.unwrap();
-        assert_eq!(hub.inspect(id).await.unwrap(), None);
+        assert_eq!(hub.connection_metrics(id).await.unwrap(), None);
     }
-    assert_eq!(hub.groups(), 0);
+    assert_eq!(hub.group_count(), 0);
 }
 
 // ---- publishing from outside
@@ -167,7 +167,7 @@ async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
     hub.join(ada_id, "red").await.unwrap();
     hub.join(bob_id, "red").await.unwrap();
     hub.join(bob_id, "blue").await.unwrap();
-    assert_eq!((hub.len(), hub.groups(), hub.group_len("red")), (3, 2, 2));
+    assert_eq!((hub.len(), hub.group_count(), hub.group_len("red")), (3, 2, 2));
 
     let text = |text: &str| text.to_owned();
     hub.to_all().publish(&text("published")).await.unwrap();
@@ -214,10 +214,10 @@ async fn a_message_that_cannot_be_encoded_reaches_nobody_and_is_counted() {
     peer.say("0").await;
     peer.say("7").await;
     peer.hears(&[r#"{"7":1}"#]).await;
-    assert_eq!(hub.unencodable(), 1);
+    assert_eq!(hub.encode_failures(), 1);
     let refused = hub.to_all().deliver(&HashMap::from([(None, 1)])).await;
     assert!(matches!(refused, Err(PublishError::Encode(_))), "{refused:?}");
-    assert_eq!(hub.unencodable(), 2);
+    assert_eq!(hub.encode_failures(), 2);
 }
 
 #[tokio::test]
@@ -275,18 +275,18 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
     second.say("me undisturbed").await;
     second.hears(&["undisturbed"]).await;
     first.leave().await;
-    eventually(1, || engine.connections()).await;
+    eventually(1, || engine.connection_count()).await;
     let (mut third, _) = visit(&server.url("/ws")).await;
     third.say("all hello").await;
     second.hears(&["hello"]).await;
     // A handshake that is refused for another reason takes no place.
     third.leave().await;
-    eventually(1, || engine.connections()).await;
+    eventually(1, || engine.connection_count()).await;
     for _ in 0..3 {
         let refused = soon(Peer::try_connect(server.url("/ws"), &[("sec-websocket-version", "8")])).await;
         assert!(refused.is_err());
     }
-    assert_eq!(engine.connections(), 1);
+    assert_eq!(engine.connection_count(), 1);
 }
 
 #[tokio::test]
@@ -675,7 +675,7 @@ async fn a_panic_ends_only_its_own_connection(run_on: RunOn) {
     let at_end = Peer::connect(server.url("/disconnect")).await;
     at_end.leave().await;
     assert!(matches!(soon(ended.recv()).await, Some(CloseReason::Peer { .. })));
-    eventually(1, || engine.connections()).await;
+    eventually(1, || engine.connection_count()).await;
     bystander.say("still here").await;
     bystander.hears(&["still here"]).await;
     assert!(ended.try_recv().is_err(), "each is told its end once");
@@ -736,7 +736,7 @@ async fn a_hub_cleans_up_within_its_runtime_and_its_panic_there_harms_no_other()
     }
     bystander.say("still here").await;
     bystander.hears(&["still here"]).await;
-    eventually(1, || engine.connections()).await;
+    eventually(1, || engine.connection_count()).await;
 }
 
 /// Keeps the context, to have it in `on_disconnect`.
@@ -793,7 +793,7 @@ async fn what_a_connection_has_counted_can_be_asked_for() {
         peer.say("me x").await;
         peer.hears(&["x"]).await;
     }
-    let metrics = soon(hub.inspect(id)).await.unwrap().unwrap();
+    let metrics = soon(hub.connection_metrics(id)).await.unwrap().unwrap();
     assert_eq!((metrics.tally.received, metrics.tally.offered, metrics.tally.written), (5, 6, 6));
     assert_eq!((metrics.tally.discarded, metrics.tally.pending()), (0, 0));
 }

@@ -64,7 +64,7 @@ async fn one_engine(round: usize) -> Weak<Ledger> {
         let (heard, close) = soon(peer).await.unwrap();
         assert_eq!((heard, close), (vec!["hello".to_owned()], Some((1001, String::new()))));
     }
-    assert_eq!((clients.len(), clients.groups()), (0, 0), "round {round}");
+    assert_eq!((clients.len(), clients.group_count()), (0, 0), "round {round}");
     ledger
 }
 

@@ -351,7 +351,7 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
         }
     };
     let waiting = tokio::spawn(publish);
-    let inspect = async || soon(hub.inspect(stalled_id)).await.unwrap().unwrap();
+    let inspect = async || soon(hub.connection_metrics(stalled_id)).await.unwrap().unwrap();
     while inspect().await.tally.pending() < 3 {
         tokio::task::yield_now().await;
     }
@@ -436,13 +436,13 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
             heard += 1;
         }
         heard += 1;
-        let metrics = soon(hub.inspect(id)).await.unwrap().unwrap();
+        let metrics = soon(hub.connection_metrics(id)).await.unwrap().unwrap();
         assert_eq!((metrics.tally.written, metrics.tally.offered), (heard, heard), "{metrics:?}");
         assert_eq!((metrics.tally.pending(), metrics.tally.discarded), (0, 0));
         assert_eq!(peer.leave().await, Vec::<String>::new());
         written_to_stayers += heard;
     }
-    eventually(0, || engine.connections()).await;
+    eventually(0, || engine.connection_count()).await;
     // A shard publishes its counters behind its turn, one after the other: they add up once it rests.
     eventually((20, 20, 0, 0, 0), || {
         let metrics = engine.metrics();
@@ -713,7 +713,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
     }
     stop.store(true, SeqCst);
     soon(publishing).await.unwrap();
-    eventually((0, 0, 0), || (hub.len(), hub.groups(), engine.connections())).await;
+    eventually((0, 0, 0), || (hub.len(), hub.group_count(), engine.connection_count())).await;
     let all = (WAYS.len() * EACH) as u64;
     eventually((all, all, 0, 6, 6, 0), || {
         let metrics = engine.metrics();

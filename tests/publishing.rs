@@ -194,7 +194,7 @@ async fn a_message_that_was_prepared_for_another_codec_reaches_nobody() {
     assert!(matches!(refused, Err(PublishError::Encode(_))), "{refused:?}");
     let refused = soon(hub.to(id).deliver_prepared(&prepared)).await;
     assert!(matches!(refused, Err(PublishError::Encode(_))), "{refused:?}");
-    assert_eq!(hub.unencodable(), 3);
+    assert_eq!(hub.encode_failures(), 3);
 
     let prepared = same_codec.prepare(&"understood".to_owned()).unwrap();
     soon(hub.to(id).publish_prepared(&prepared)).await.unwrap();

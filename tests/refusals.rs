@@ -155,7 +155,7 @@ async fn a_client_refused_by_a_middleware_never_enters_the_hub() {
             }
         }
     }
-    eventually(1, || engine.connections()).await;
+    eventually(1, || engine.connection_count()).await;
     neighbour.say("nobody").await;
     neighbour.hears(&["nobody"]).await;
 }
@@ -171,7 +171,7 @@ async fn a_refused_client_gives_its_place_back_at_once_however_long_it_stays() {
         let head = shake_hands(&mut client, path, "").await;
         assert!(head.starts_with("HTTP/1.1 403 "), "{path}: {head}");
         staying.push(client);
-        eventually(0, || engine.connections()).await;
+        eventually(0, || engine.connection_count()).await;
     }
     let mut good = Peer::connect(server.url("/ws")).await;
     good.say("there").await;
@@ -187,15 +187,15 @@ async fn a_connection_goes_on_with_requests_and_handshakes_after_a_refused_one()
     let mut client = TcpStream::connect(server.address).await.unwrap();
     for _ in 0..3 {
         assert!(shake_hands(&mut client, "/replaced", "").await.starts_with("HTTP/1.1 403 "));
-        eventually(0, || engine.connections()).await;
+        eventually(0, || engine.connection_count()).await;
         client.write_all(b"GET /page HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
         assert!(head(&mut client).await.starts_with("HTTP/1.1 200 "));
         client.read_exact(&mut [0; 4]).await.unwrap();
     }
     assert!(shake_hands(&mut client, "/ws", "").await.starts_with("HTTP/1.1 101 "));
-    eventually(1, || engine.connections()).await;
+    eventually(1, || engine.connection_count()).await;
     drop(client);
-    eventually(0, || engine.connections()).await;
+    eventually(0, || engine.connection_count()).await;
 }
 
 #[tokio::test]
@@ -216,9 +216,9 @@ async fn an_answer_that_nobody_waits_for_any_more_holds_no_place() {
     let mut client = TcpStream::connect(server.address).await.unwrap();
     client.write_all(&handshake("/ws", "Upgrade", "")).await.unwrap();
     soon(waits.recv()).await.unwrap();
-    assert_eq!(engine.connections(), 1);
+    assert_eq!(engine.connection_count(), 1);
     drop(client);
-    eventually(0, || engine.connections()).await;
+    eventually(0, || engine.connection_count()).await;
 }
 
 /// A body in another that says nothing of itself, as a compressing middleware makes it.
@@ -322,7 +322,7 @@ async fn a_client_without_a_place_after_its_handshake_is_told_to_come_back_later
     second.say("what it says does not destroy what it is told").await;
     assert_eq!(second.closed().await.0, 1013);
     assert!(matches!(soon(outcome.recv()).await, Some(Err(ServeError::Full))));
-    assert_eq!(engine.connections(), 1);
+    assert_eq!(engine.connection_count(), 1);
 }
 
 #[tokio::test]
@@ -424,7 +424,7 @@ async fn a_limit_by_address_that_sees_no_address_says_so_once_and_holds_all_the_
     }
     assert_eq!(logged("into_make_service_with_connect_info"), 1, "once, with what to write instead");
     first.leave().await;
-    eventually(0, || engine.connections()).await;
+    eventually(0, || engine.connection_count()).await;
     visit(&server.url("/ws")).await;
 }
 

@@ -81,7 +81,7 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     }
     let report = soon(office.engine.shutdown(Duration::from_secs(10))).await;
     assert_eq!(counts(&report), [CLIENTS as u64, 0, 0]);
-    assert_eq!((office.engine.connections(), office.hub.len(), office.hub.groups()), (0, 0, 0));
+    assert_eq!((office.engine.connection_count(), office.hub.len(), office.hub.group_count()), (0, 0, 0));
     let mut first = None;
     for reader in readers {
         let (heard, close) = soon(reader).await.unwrap();
@@ -178,7 +178,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
         let reason = CloseReason::Shutdown { code: CloseCode::SERVICE_RESTART };
         assert_eq!(office.ended().await.1, reason);
     }
-    assert_eq!((office.engine.metrics().tally.received, office.engine.connections()), (1, 0));
+    assert_eq!((office.engine.metrics().tally.received, office.engine.connection_count()), (1, 0));
 }
 
 #[tokio::test]
@@ -198,7 +198,7 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
     }
     assert_eq!(office.ended().await, (other_id, gone()));
     assert_eq!(office.others_ended(), [], "the busy one was dropped without a word");
-    assert_eq!(office.engine.connections(), 0);
+    assert_eq!(office.engine.connection_count(), 0);
 }
 
 /// Somebody who does not read, somebody who does, and many messages for both.
@@ -231,7 +231,7 @@ async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_e
     for _ in 0..2 {
         assert_eq!(office.ended().await.1, gone(), "for the hub both have ended in order");
     }
-    assert_eq!(office.engine.connections(), 0);
+    assert_eq!(office.engine.connection_count(), 0);
 }
 
 #[tokio::test]
@@ -257,7 +257,7 @@ async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
         (after.tally.offered, true),
         "{after:?}"
     );
-    assert_eq!((office.hub.len(), office.hub.groups()), (0, 0));
+    assert_eq!((office.hub.len(), office.hub.group_count()), (0, 0));
 }
 
 #[tokio::test]
@@ -287,7 +287,7 @@ async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its
     assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
     assert_eq!(office.engine.state(), EngineState::Ended);
     office.ledger.let_go();
-    eventually(0, || office.engine.connections()).await;
+    eventually(0, || office.engine.connection_count()).await;
 }
 
 const CHILD: &str = "SHARDCAST_TEST_CHILD";

@@ -208,7 +208,7 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
         assert_eq!(losses, u64::from(MAX_DROPS), "each loss in a row counts, none before");
         assert_eq!(office.ended().await, (stalled_id, CloseReason::TooManyDrops));
         assert_eq!(office.ledger.drops(stalled_id), losses, "the hub was told before the end");
-        let left = (office.hub.group_len("both"), office.hub.group_len("alone"), office.hub.groups());
+        let left = (office.hub.group_len("both"), office.hub.group_len("alone"), office.hub.group_count());
         assert_eq!(left, (1, 0, 1));
         // What the kernel had is whole and in one piece, then it is told why.
         let (texts, code) = stalled.rest().await;
@@ -216,7 +216,7 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
         assert!(texts.iter().map(|text| number_of(text)).eq(0..texts.len()));
         let (own, written) = (texts.len() as u64 + 1, rounds as u64 + 1);
         drop(stalled);
-        eventually(1, || office.engine.connections()).await;
+        eventually(1, || office.engine.connection_count()).await;
         eventually((own + written, losses, 1, 0), || {
             let all = office.engine.metrics();
             (all.tally.written, all.tally.dropped.total(), all.ended_slow, all.tally.pending())
@@ -249,7 +249,7 @@ async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_a
     assert_eq!(office.ended().await, (late_id, CloseReason::HighRtt));
     assert_eq!(late.close_code().await, Some(1013));
     drop(late);
-    eventually(1, || office.engine.connections()).await;
+    eventually(1, || office.engine.connection_count()).await;
     assert_eq!(office.engine.metrics().ended_slow, 1);
     assert!(office.counted(prompt_id).await.rtt.last.is_some());
     assert_eq!(office.others_ended(), []);
@@ -274,14 +274,14 @@ async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
     let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
     let (mut silent, id) = office.visit_raw().await;
     assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
-    assert_eq!((office.hub.len(), office.hub.groups()), (0, 0));
+    assert_eq!((office.hub.len(), office.hub.group_count()), (0, 0));
     silent.is_pinged().await;
     assert_eq!(
         silent.frame().await,
         Some((CLOSE, [&1011u16.to_be_bytes()[..], b"no pong in time"].concat()))
     );
     assert_eq!(silent.frame().await, None);
-    eventually(1, || office.engine.connections()).await;
+    eventually(1, || office.engine.connection_count()).await;
     neighbour.say("undisturbed").await;
     neighbour.hears(&["undisturbed"]).await;
     assert_eq!(office.others_ended(), []);
@@ -298,10 +298,10 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy()
     neighbour.say("undisturbed").await;
     neighbour.hears(&["undisturbed"]).await;
     assert_eq!(office.others_ended(), [], "its handler is not interrupted");
-    assert_eq!(office.engine.connections(), 2, "so something of it is still there");
+    assert_eq!(office.engine.connection_count(), 2, "so something of it is still there");
     office.ledger.permits.add_permits(1);
     assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
-    eventually(1, || office.engine.connections()).await;
+    eventually(1, || office.engine.connection_count()).await;
     assert_eq!(office.others_ended(), []);
 }
 
@@ -324,7 +324,7 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
         "who waited for it goes on"
     );
     // It does not even read the Close, and is dropped after its time.
-    eventually(1, || office.engine.connections()).await;
+    eventually(1, || office.engine.connection_count()).await;
     eventually((62 + 1, 0), || {
         let all = office.engine.metrics();
         (all.tally.written + all.tally.discarded, all.tally.pending())
@@ -636,7 +636,7 @@ async fn however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_
         watcher.say("watch").await;
         soon(told.begun.acquire_many(2)).await.unwrap().forget();
         let dropped = async || {
-            let counted = soon(hub.inspect(id)).await.unwrap().unwrap();
+            let counted = soon(hub.connection_metrics(id)).await.unwrap().unwrap();
             counted.tally.dropped.timeout + counted.tally.dropped.overflow
         };
         while dropped().await < DROPS {
@@ -698,7 +698,7 @@ async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_r
     assert_eq!(stalled.hears_text().await, "waiting");
 
     // To one and to a group, until the client has lost some of both.
-    let lost = async || soon(hub.inspect(id)).await.unwrap().unwrap().tally.dropped.overflow;
+    let lost = async || soon(hub.connection_metrics(id)).await.unwrap().unwrap().tally.dropped.overflow;
     let message = numbered(0, MESSAGE_BYTES);
     let (mut alone, mut both) = (0, 0);
     for _ in 0..MANY {

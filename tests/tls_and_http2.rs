@@ -300,7 +300,7 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
             assert!(heard.starts_with(&format!("{round} ")) && heard.ends_with(&big));
         }
     }
-    let metrics = soon(hub.inspect(stalled_id)).await.unwrap().unwrap();
+    let metrics = soon(hub.connection_metrics(stalled_id)).await.unwrap().unwrap();
     assert_eq!(metrics.tally.offered, 1 + MESSAGES as u64);
     assert!(
         metrics.tally.pending() > MESSAGES as u64 / 2,
