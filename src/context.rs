@@ -1,8 +1,8 @@
-//! What a hub's method may do: the seed's short forms over the hub's clients.
+//! What a hub's method can do: short forms over the hub's clients, for the connection that it is called for.
 //!
-//! One for each call, sharing what belongs to the connection. The short forms return
-//! nothing; what fails is logged and counted. For results, use the clients themselves.
-//! Does not know sessions or the engine's shards.
+//! One for each call, sharing what belongs to the connection. The short forms are those of the seed's programs, so ids are
+//! text in them, and they return nothing: what fails is logged and counted. For results, use the clients. Does not know
+//! handlers or the engine's shards.
 
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use shardcast_engine::{CloseCode, ConnectionId, Position};
 
 use crate::clients::{Clients, PublishError, Target};
+use crate::log_limit::NO_ID;
 
 /// The connection that a hub's method is called for, and through it all clients of the hub.
 /// [`HubContext<Self>`](crate::HubContext) is the shorter way to write this type in a hub.
@@ -66,8 +67,8 @@ impl<M, C> MessageContext<M, C> {
         self.peer.id()
     }
 
-    /// How far the client had come in the order of all published messages when this method was called: those before this
-    /// place had been queued for it, were dropped, or were not for it.
+    /// The client's position in the order of all published messages when this method was called: messages before it had been
+    /// queued for the client, were dropped, or were not for it.
     pub fn position(&self) -> Position {
         self.position
     }
@@ -77,7 +78,7 @@ impl<M, C> MessageContext<M, C> {
         self.peer.connection_id()
     }
 
-    /// All clients of the hub, for what the short forms below do not say.
+    /// All clients of the hub, for everything that has no short form here.
     pub fn clients(&self) -> &Clients<M> {
         &self.peer.clients
     }
@@ -109,7 +110,10 @@ impl<M: Send, C> MessageContext<M, C> {
         self.short(self.clients().to_all(), &[], message).await;
     }
 
-    /// Sends to all clients but some. What is not the id of a connection excludes nobody.
+    /// Sends to all clients but those with these ids ([`connection_id`](Self::connection_id)). An id of a connection that has
+    /// ended excludes nobody. So does a text that is no id; that is a mistake, and is logged: as an error in debug builds, as
+    /// a warning in release builds, at most once in a second. With ids that are no text:
+    /// `ctx.clients().to_all().except(&[id])`.
     pub async fn broadcast_except(&self, except: &[&str], message: M) {
         self.short(self.clients().to_all(), except, message).await;
     }
@@ -119,7 +123,7 @@ impl<M: Send, C> MessageContext<M, C> {
         self.short(self.clients().to_group(group), &[], message).await;
     }
 
-    /// Sends to the members of a group but some.
+    /// Sends to the members of a group but those with these ids; see [`broadcast_except`](Self::broadcast_except).
     pub async fn broadcast_group_except(&self, group: &str, except: &[&str], message: M) {
         self.short(self.clients().to_group(group), except, message).await;
     }
@@ -130,12 +134,32 @@ impl<M: Send, C> MessageContext<M, C> {
     }
 
     async fn short(&self, target: Target<'_, M>, except: &[&str], message: M) {
-        let except: Vec<ConnectionId> = except.iter().filter_map(|id| id.parse().ok()).collect();
+        let except: Vec<ConnectionId> = except.iter().filter_map(|text| parse_id(text)).collect();
         report(target.except(&except).publish(&message).await);
     }
 }
 
-/// The short forms have nobody to tell.
+fn parse_id(text: &str) -> Option<ConnectionId> {
+    const SHOWN_CHARS: usize = 64;
+    /// The message reaches a client that it should not, so a test should show it.
+    const LEVEL: tracing::Level =
+        if cfg!(debug_assertions) { tracing::Level::ERROR } else { tracing::Level::WARN };
+    let id = text.parse().ok();
+    if id.is_none()
+        && let Some(left_out) = NO_ID.allows()
+    {
+        let text: String = text.chars().take(SHOWN_CHARS).collect();
+        tracing::event!(
+            LEVEL,
+            text,
+            left_out,
+            "a client was to be excluded by a text that is no connection id: it excludes nobody"
+        );
+    }
+    id
+}
+
+/// Logs what the short forms do not return.
 fn report(result: Result<(), PublishError>) {
     match result {
         Ok(()) => {}
