@@ -14,12 +14,12 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use shardcast_engine::{
-    CloseCode, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, InvalidCloseCode, MessageKind,
-    Namespace, Position, Receipt, SendError as EngineError, To, TrySendError as TryEngineError,
+    CloseCode, ConfigError, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, InvalidCloseCode,
+    MessageKind, Namespace, Policy, Position, Receipt, SendError as EngineError, To,
+    TrySendError as TryEngineError,
 };
 
 use crate::codec::{CodecError, Encode};
-use crate::config::{BroadcastPolicy, ConfigError};
 
 /// The clients of one hub, which receive messages `M` in the hub's codec. Cloneable, and usable from any thread or task.
 ///
@@ -231,7 +231,7 @@ pub struct Target<'a, M> {
     clients: &'a Clients<M>,
     to: To<'a>,
     except: &'a [ConnectionId],
-    policy: Option<BroadcastPolicy>,
+    policy: Option<Policy>,
 }
 
 impl<M> Clone for Target<'_, M> {
@@ -287,17 +287,17 @@ impl<'a, M> Target<'a, M> {
     }
 
     /// Sends under this policy instead of each connection's own. Without it a message to one client waits for room
-    /// ([`Block`](BroadcastPolicy::Block)), whatever the hub's policy is.
+    /// ([`Block`](Policy::Block)), whatever the hub's policy is.
     ///
     /// # Errors
     /// A setting of the policy that is out of range, by name.
-    pub fn policy(self, policy: BroadcastPolicy) -> Result<Self, ConfigError> {
+    pub fn policy(self, policy: Policy) -> Result<Self, ConfigError> {
         policy.validate()?;
         Ok(Self { policy: Some(policy), ..self })
     }
 
     /// Sends the message. The future completes when every client of the target has accepted the message or has
-    /// disconnected; while none of them is slow, and under every policy but [`Block`](BroadcastPolicy::Block), that is as
+    /// disconnected; while none of them is slow, and under every policy but [`Block`](Policy::Block), that is as
     /// soon as the engine has accepted it.
     ///
     /// The message is encoded by the call, and sent when the future is first polled: a future that is never polled sends

@@ -2,14 +2,15 @@
 //!
 //! A thin handle over the engine crate's. Does not know connections.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use shardcast_engine::{
-    EngineConfig, EngineState, InvalidCloseCode, Metrics, Shutdown, ShutdownReport, StartError,
+    ConfigError, ConnectionConfig, EngineConfig, EngineState, InvalidCloseCode, Metrics, Shutdown,
+    ShutdownReport, StartError,
 };
 use tokio::runtime;
 
-use crate::config::{ConfigError, WsHubConfig};
 use crate::hub::{Hub, WsHub};
 
 /// A running engine: its shards own the connections of all its hubs.
@@ -52,12 +53,12 @@ impl Engine {
         Ok(Self { inner, runtime: id })
     }
 
-    /// A new hub, with clients and groups of its own.
+    /// A new hub, with clients and groups of its own. `config` is a [`WsHubConfig`](crate::WsHubConfig) for its connections.
     ///
     /// # Errors
     /// A setting out of range, by name.
-    pub fn hub<H: WsHub>(&self, config: WsHubConfig) -> Result<Hub<H>, ConfigError> {
-        Hub::new(self.inner.clone(), self.runtime, &config)
+    pub fn hub<H: WsHub>(&self, config: impl Into<Arc<ConnectionConfig>>) -> Result<Hub<H>, ConfigError> {
+        Hub::new(self.inner.clone(), self.runtime, config.into())
     }
 
     /// Ends the engine in order, within the given time: refuses upgrades (503), reads no more messages, lets hubs'

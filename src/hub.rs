@@ -13,14 +13,13 @@ use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 
 use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause, GroupMetrics,
-    Place, Position,
+    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause,
+    GroupMetrics, Place, Position,
 };
 use tokio::runtime;
 
 use crate::clients::{Clients, Prepared, PublishError, Target};
 use crate::codec::{CodecError, Decode, Encode};
-use crate::config::{ConfigError, RunOn, WsHubConfig};
 use crate::context::MessageContext;
 
 /// Calls of `on_message_drop` before the shard's other connections have their turn.
@@ -35,7 +34,7 @@ const DROPS_PER_TURN: u64 = 1000;
 /// backpressure). A panic ends the connection (1011) and affects no other.
 ///
 /// The methods take `&self`: share what they change, or implement [`StatefulHub`](crate::StatefulHub), whose methods take
-/// `&mut self`. They run on the connection's shard unless [`RunOn::Runtime`] is set, and may use everything of tokio.
+/// `&mut self`. They run on the connection's shard unless [`RUN_ON`](Self::RUN_ON) says otherwise, and may use everything of tokio.
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
@@ -80,6 +79,8 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     type InMessage: Send + 'static;
     /// What clients receive.
     type OutMessage: Send + 'static;
+    /// Where the methods run. Default: [`RunOn::Shard`].
+    const RUN_ON: RunOn = RunOn::Shard;
 
     /// A client is connected. Greet it, join groups or refuse it here: its first message is handled when this has returned.
     ///
@@ -231,6 +232,19 @@ impl Refusal {
     }
 }
 
+/// Where the methods of a hub run: [`WsHub::RUN_ON`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum RunOn {
+    /// On the connection's shard, at once. Best for methods that await and compute little: no thread is changed. A method
+    /// that computes for a millisecond holds up the shard's other connections for a millisecond.
+    #[default]
+    Shard,
+    /// On the tokio runtime, as a task. For hubs that compute for long; costs two changes of thread for each message. The
+    /// messages of one connection are still handled one after the other, in order.
+    Runtime,
+}
+
 /// What the methods of the hub `H` are given, and what they reach its clients by: `HubContext<Self>` in an
 /// implementation of [`WsHub`]. See [`MessageContext`].
 pub type HubContext<H> = MessageContext<<H as WsHub>::OutMessage, <H as WsHub>::Codec>;
@@ -278,13 +292,12 @@ pub struct Hub<H: WsHub> {
     runtime: Option<runtime::Id>,
     clients: Clients<H::OutMessage>,
     config: Arc<ConnectionConfig>,
-    run_on: RunOn,
 }
 
 impl<H: WsHub> Clone for Hub<H> {
     fn clone(&self) -> Self {
         let (engine, clients, config) = (self.engine.clone(), self.clients.clone(), self.config.clone());
-        Self { engine, runtime: self.runtime, clients, config, run_on: self.run_on }
+        Self { engine, runtime: self.runtime, clients, config }
     }
 }
 
@@ -298,18 +311,20 @@ impl<H: WsHub> Hub<H> {
     pub(crate) fn new(
         engine: shardcast_engine::Engine,
         runtime: Option<runtime::Id>,
-        config: &WsHubConfig,
+        config: Arc<ConnectionConfig>,
     ) -> Result<Self, ConfigError> {
-        let (clients, run_on) =
-            (Clients::new::<H::Codec>(engine.namespace_named(std::any::type_name::<H>())), config.run_on);
-        Ok(Self { engine, runtime, clients, config: Arc::new(config.connection_config()?), run_on })
+        config.validate()?;
+        let clients = Clients::new::<H::Codec>(engine.namespace_named(std::any::type_name::<H>()));
+        Ok(Self { engine, runtime, clients, config })
     }
 
     /// The same clients, with other settings for connections to come.
-    pub(crate) fn reconfigured(&self, config: &WsHubConfig) -> Result<Self, ConfigError> {
-        let fresh = config.connection_config()?;
-        let config_shared = if fresh == *self.config { self.config.clone() } else { Arc::new(fresh) };
-        Ok(Self { config: config_shared, run_on: config.run_on, ..self.clone() })
+    pub(crate) fn reconfigured(&self, config: &ConnectionConfig) -> Result<Self, ConfigError> {
+        if *config == *self.config {
+            return Ok(self.clone());
+        }
+        config.validate()?;
+        Ok(Self { config: Arc::new(config.clone()), ..self.clone() })
     }
 
     /// The clients of this hub. A clone of them does not keep the engine alive.
@@ -420,10 +435,6 @@ impl<H: WsHub> Hub<H> {
 
     pub(crate) fn config(&self) -> &Arc<ConnectionConfig> {
         &self.config
-    }
-
-    pub(crate) fn run_on(&self) -> RunOn {
-        self.run_on
     }
 
     /// The runtime that the shards' threads have entered.

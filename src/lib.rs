@@ -12,7 +12,6 @@ mod bridge;
 pub mod client;
 mod clients;
 mod codec;
-mod config;
 mod context;
 mod engine;
 mod handshake;
@@ -34,18 +33,20 @@ pub use clients::{Clients, Prepared, PublishError, Target, TryPublishError};
 pub use codec::{
     BinaryCodec, CodecError, DEPTH_MAX, Decode, Encode, JsonCodec, RawCodec, RawMessage, deserialize_bounded,
 };
-pub use config::{BroadcastPolicy, ConfigError, EngineConfig, RunOn, WsHubConfig};
 pub use context::MessageContext;
 pub use engine::Engine;
-pub use hub::{ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, Refusal, WsHub};
+pub use hub::{ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, Refusal, RunOn, WsHub};
 pub use origin::{AllowedOrigins, InvalidOrigin};
 pub use peer_address::{InvalidNetwork, TrustedProxies};
 pub use serve::ServeError;
 pub use serve_hub::serve_hub;
+pub use shardcast_engine::ConnectionConfig as WsHubConfig;
+pub use shardcast_engine::Policy as BroadcastPolicy;
 pub use shardcast_engine::{
-    AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, DropCause, Drops, EngineState,
-    FrameError, GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode, InvalidConnectionId, InvalidPosition,
-    MessageKind, Metrics, Position, Receipt, Rtt, Shutdown, ShutdownReport, StartError, Tally, prepare_tcp,
+    AdoptError, CloseCode, CloseReason, ConfigError, ConnectionId, ConnectionMetrics, DropCause, Drops,
+    EngineConfig, EngineState, FrameError, GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode,
+    InvalidConnectionId, InvalidPosition, MessageKind, Metrics, Position, Receipt, Rtt, Shutdown,
+    ShutdownReport, StartError, Tally, prepare_tcp,
 };
 pub use stateful_hub::{Stateful, StatefulHub};
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

@@ -9,11 +9,10 @@ use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use shardcast_engine::CloseCode;
+use shardcast_engine::{CloseCode, ConfigError, ConnectionConfig, EngineConfig};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use crate::config::{ConfigError, EngineConfig, WsHubConfig};
 use crate::engine::Engine;
 use crate::hub::{Hub, WsHub};
 use crate::serve::{ServeError, log_no_place};
@@ -30,9 +29,9 @@ static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(No
 /// outside or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
 ///
 /// A config out of range is logged as an error and the connection closed (1011); check yours with
-/// [`WsHubConfig::validate`]. Above a limit on connections it is closed with 1013.
+/// [`WsHubConfig::validate`](crate::WsHubConfig::validate). Above a limit on connections it is closed with 1013.
 /// Must be called within a tokio runtime.
-pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig) {
+pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionConfig) {
     let handle = match hub_of_type::<H>(config) {
         Ok(Some(handle)) => handle,
         Ok(None) => {
@@ -63,7 +62,7 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig
 }
 
 /// The one hub of this type, made at the first call.
-fn hub_of_type<H: WsHub>(config: &WsHubConfig) -> Result<Option<Hub<H>>, ConfigError> {
+fn hub_of_type<H: WsHub>(config: &ConnectionConfig) -> Result<Option<Hub<H>>, ConfigError> {
     let engine = ENGINE.get_or_init(|| match Engine::start(EngineConfig::default()) {
         Ok(engine) => Some(engine),
         Err(error) => {

@@ -20,9 +20,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::codec::{CodecError, Decode};
-use crate::config::RunOn;
 use crate::context::{MessageContext, Peer};
-use crate::hub::{Dropped, Hub, HubContext, WsHub};
+use crate::hub::{Dropped, Hub, HubContext, RunOn, WsHub};
 
 /// What a hub's method leaves behind: an error ends the connection for that reason.
 type Outcome = Result<(), Box<CloseReason>>;
@@ -44,7 +43,6 @@ struct Special {
     /// The runtime of whoever served the connection: the hub's methods use its timers, sockets and tasks.
     /// None if the shard's thread has entered it already.
     runtime: Option<Handle>,
-    run_on: RunOn,
     /// What the handler is busy with, on the runtime.
     running: Option<JoinHandle<Outcome>>,
     /// Nothing can run there any more, which was logged.
@@ -65,12 +63,11 @@ struct Apart {
 impl<H: WsHub> Session<H> {
     /// What makes the session, once the connection has an id. `over` is dropped when `on_disconnected` is over.
     pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, over: Over) -> MakeHandler {
-        let (clients, run_on) = (handle.clients().clone(), handle.run_on());
+        let clients = handle.clients().clone();
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
-        let is_special = runtime.is_some() || run_on != RunOn::Shard || over.is_some();
-        let special = is_special.then(|| {
-            Box::new(Special { runtime, run_on, running: None, is_runtime_gone: false, _over: over })
-        });
+        let is_special = runtime.is_some() || H::RUN_ON != RunOn::Shard || over.is_some();
+        let special = is_special
+            .then(|| Box::new(Special { runtime, running: None, is_runtime_gone: false, _over: over }));
         let apart = Apart::default();
         Box::new(move |id| {
             let _apart = apart;
@@ -105,7 +102,7 @@ impl<H: WsHub> Session<H> {
 
     /// Starts a method; ready if it is done already, all of it on this thread.
     fn start(&mut self, future: impl Future<Output = Outcome> + Send + 'static) -> Poll<Outcome> {
-        if let Some(special) = self.special.as_mut().filter(|special| special.run_on == RunOn::Runtime) {
+        if let Some(special) = self.special.as_mut().filter(|_| H::RUN_ON == RunOn::Runtime) {
             special.running = Some(match &special.runtime {
                 Some(runtime) => runtime.spawn(future),
                 None => tokio::spawn(future),

@@ -13,7 +13,7 @@ use shardcast_engine::CloseReason;
 use tokio::sync::Mutex;
 
 use crate::codec::{CodecError, Decode, Encode};
-use crate::hub::{Dropped, HubContext, Refusal, WsHub, log_undecodable};
+use crate::hub::{Dropped, HubContext, Refusal, RunOn, WsHub, log_undecodable};
 
 /// An application's hub with state of its own: a [`WsHub`] whose methods take `&mut self`, and which need not be `Sync`.
 ///
@@ -59,6 +59,8 @@ pub trait StatefulHub: Send + Sized + 'static {
     type InMessage: Send + 'static;
     /// What clients receive.
     type OutMessage: Send + 'static;
+    /// Where the methods run; see [`WsHub::RUN_ON`].
+    const RUN_ON: RunOn = RunOn::Shard;
 
     /// A client is connected; see [`WsHub::on_connected`]. By default logs at debug level and returns `Ok`.
     ///
@@ -133,6 +135,7 @@ impl<H: StatefulHub> WsHub for Stateful<H> {
     type Codec = H::Codec;
     type InMessage = H::InMessage;
     type OutMessage = H::OutMessage;
+    const RUN_ON: RunOn = H::RUN_ON;
 
     async fn on_connected(&self, context: HubContext<Self>) -> Result<(), Refusal> {
         self.0.lock().await.on_connected(context).await

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// The engine's modules from the ground up. A module imports what stands in the lines above its own.
 const ENGINE: Ranks = &[
+    &["duration_text"],
     &[
         "sync",
         "id",
@@ -54,17 +55,7 @@ const ENGINE: Ranks = &[
 
 /// The face's.
 const FACE: Ranks = &[
-    &[
-        "handshake",
-        "origin",
-        "peer_address",
-        "verdict",
-        "bridge",
-        "turn_away",
-        "log_limit",
-        "codec",
-        "config",
-    ],
+    &["handshake", "origin", "peer_address", "verdict", "bridge", "turn_away", "log_limit", "codec"],
     &["upgrade", "clients", "client"],
     &["context"],
     &["hub"],

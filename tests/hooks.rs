@@ -11,10 +11,10 @@ use std::ops::ControlFlow;
 use axum::Router;
 use axum::extract::Query;
 use axum::routing::any;
-use fixture::{Peer, Server, engine, soon};
+use fixture::{OnRuntime, Peer, Server, engine, soon};
 use serde::Deserialize;
 use shardcast::{
-    CloseCode, CloseReason, CodecError, ConnectionId, Hub, HubContext, JsonCodec, RawCodec, Refusal, RunOn,
+    CloseCode, CloseReason, CodecError, ConnectionId, Hub, HubContext, JsonCodec, RawCodec, Refusal,
     Stateful, StatefulHub, WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -60,8 +60,9 @@ struct Asked {
     panics: bool,
 }
 
-async fn strict(run_on: RunOn) -> (Hub<Strict>, Server, UnboundedReceiver<(ConnectionId, CloseReason)>) {
-    let hub = engine(1).hub::<Strict>(WsHubConfig { run_on, ..WsHubConfig::default() }).unwrap();
+async fn strict<H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Strict>>()
+-> (Hub<H>, Server, UnboundedReceiver<(ConnectionId, CloseReason)>) {
+    let hub = engine(1).hub::<H>(WsHubConfig::default()).unwrap();
     let (ends, ended) = unbounded_channel();
     let serving = hub.clone();
     let serve = async move |ws: WebSocketUpgrade, Query(Asked { code, panics }): Query<Asked>| {
@@ -73,28 +74,33 @@ async fn strict(run_on: RunOn) -> (Hub<Strict>, Server, UnboundedReceiver<(Conne
 
 #[tokio::test]
 async fn a_refused_client_gets_its_code_and_reason_after_its_greeting_and_its_end_is_told_once() {
-    for run_on in [RunOn::Shard, RunOn::Runtime] {
-        let (hub, server, mut ended) = strict(run_on).await;
-        let refused = Peer::connect(server.url("/ws?code=4001")).await;
-        let (texts, close) = refused.rest().await;
-        assert_eq!((texts, close), (vec!["hello".to_owned()], Some((4001, "no: 4001".to_owned()))));
-        let text = "no: 4001".into();
-        let (id, reason) = soon(ended.recv()).await.unwrap();
-        assert_eq!(reason, CloseReason::Application { code: CloseCode(4001), text });
-        assert_eq!(soon(hub.to(id).deliver(&"late".to_owned())).await.unwrap().targets, 0);
+    a_refusal_is_told_once::<Strict>().await;
+    a_refusal_is_told_once::<OnRuntime<Strict>>().await;
+}
 
-        // The next one's end is the next that is told.
-        let mut served = Peer::connect(server.url("/ws")).await;
-        served.hears(&["hello"]).await;
-        served.leave().await;
-        let (next, reason) = soon(ended.recv()).await.unwrap();
-        assert!(next != id && matches!(reason, CloseReason::Peer { .. }), "{reason:?}");
-    }
+async fn a_refusal_is_told_once<
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Strict>,
+>() {
+    let (hub, server, mut ended) = strict::<H>().await;
+    let refused = Peer::connect(server.url("/ws?code=4001")).await;
+    let (texts, close) = refused.rest().await;
+    assert_eq!((texts, close), (vec!["hello".to_owned()], Some((4001, "no: 4001".to_owned()))));
+    let text = "no: 4001".into();
+    let (id, reason) = soon(ended.recv()).await.unwrap();
+    assert_eq!(reason, CloseReason::Application { code: CloseCode(4001), text });
+    assert_eq!(soon(hub.to(id).deliver(&"late".to_owned())).await.unwrap().targets, 0);
+
+    // The next one's end is the next that is told.
+    let mut served = Peer::connect(server.url("/ws")).await;
+    served.hears(&["hello"]).await;
+    served.leave().await;
+    let (next, reason) = soon(ended.recv()).await.unwrap();
+    assert!(next != id && matches!(reason, CloseReason::Peer { .. }), "{reason:?}");
 }
 
 #[tokio::test]
 async fn a_refusal_with_a_code_that_cannot_be_sent_is_a_1011() {
-    let (_hub, server, mut ended) = strict(RunOn::Shard).await;
+    let (_hub, server, mut ended) = strict::<Strict>().await;
     let refused = Peer::connect(server.url("/ws?code=1006")).await;
     assert_eq!(refused.rest().await.1, Some((1011, "no: 1006".to_owned())));
     assert!(soon(ended.recv()).await.is_some());
@@ -102,12 +108,17 @@ async fn a_refusal_with_a_code_that_cannot_be_sent_is_a_1011() {
 
 #[tokio::test]
 async fn a_panic_in_on_connected_ends_the_connection_and_its_end_is_told() {
-    for run_on in [RunOn::Shard, RunOn::Runtime] {
-        let (_hub, server, mut ended) = strict(run_on).await;
-        let peer = Peer::connect(server.url("/ws?panics=true")).await;
-        assert_eq!(peer.rest().await.1.unwrap().0, 1011);
-        assert_eq!(soon(ended.recv()).await.unwrap().1, CloseReason::HandlerPanicked);
-    }
+    a_panic_in_on_connected_is_told::<Strict>().await;
+    a_panic_in_on_connected_is_told::<OnRuntime<Strict>>().await;
+}
+
+async fn a_panic_in_on_connected_is_told<
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Strict>,
+>() {
+    let (_hub, server, mut ended) = strict::<H>().await;
+    let peer = Peer::connect(server.url("/ws?panics=true")).await;
+    assert_eq!(peer.rest().await.1.unwrap().0, 1011);
+    assert_eq!(soon(ended.recv()).await.unwrap().1, CloseReason::HandlerPanicked);
 }
 
 /// Answers what it cannot decode, up to a limit, and says what it has counted when the client leaves.
@@ -144,48 +155,56 @@ impl StatefulHub for Lenient {
     }
 }
 
-async fn lenient(run_on: RunOn) -> (Server, UnboundedReceiver<(u32, u32, CloseReason)>) {
-    let hub = engine(1).hub::<Stateful<Lenient>>(WsHubConfig { run_on, ..WsHubConfig::default() }).unwrap();
+async fn lenient<H: WsHub + From<Stateful<Lenient>>>() -> (Server, UnboundedReceiver<(u32, u32, CloseReason)>)
+{
+    let hub = engine(1).hub::<H>(WsHubConfig::default()).unwrap();
     let (results, ended) = unbounded_channel();
     let serve = async move |ws: WebSocketUpgrade| {
-        ws.serve(&hub, Lenient { undecodable: 0, sum: 0, results: results.clone() })
+        let hub_of_client = Lenient { undecodable: 0, sum: 0, results: results.clone() };
+        ws.serve(&hub, Stateful::from(hub_of_client))
     };
     (Server::start(Router::new().route("/ws", any(serve))).await, ended)
 }
 
 #[tokio::test]
 async fn a_hub_may_answer_what_it_cannot_decode_and_keep_the_client() {
-    for run_on in [RunOn::Shard, RunOn::Runtime] {
-        let (server, mut ended) = lenient(run_on).await;
-        let mut peer = Peer::connect(server.url("/ws")).await;
-        for text in ["one", "1", "two", "2", "three", "3"] {
-            peer.say(text).await;
-        }
-        let refused = r#""the payload cannot be decoded""#;
-        peer.hears(&[refused, r#""sum 1""#, refused, r#""sum 3""#, refused]).await;
-        assert_eq!(peer.closed().await.0, 1007);
-        assert_eq!(soon(ended.recv()).await.unwrap(), (3, 3, CloseReason::Undecodable));
+    a_hub_answers_what_it_cannot_decode::<Stateful<Lenient>>().await;
+    a_hub_answers_what_it_cannot_decode::<OnRuntime<Stateful<Lenient>>>().await;
+}
+
+async fn a_hub_answers_what_it_cannot_decode<H: WsHub + From<Stateful<Lenient>>>() {
+    let (server, mut ended) = lenient::<H>().await;
+    let mut peer = Peer::connect(server.url("/ws")).await;
+    for text in ["one", "1", "two", "2", "three", "3"] {
+        peer.say(text).await;
     }
+    let refused = r#""the payload cannot be decoded""#;
+    peer.hears(&[refused, r#""sum 1""#, refused, r#""sum 3""#, refused]).await;
+    assert_eq!(peer.closed().await.0, 1007);
+    assert_eq!(soon(ended.recv()).await.unwrap(), (3, 3, CloseReason::Undecodable));
 }
 
 #[tokio::test]
 async fn a_stateful_hub_changes_without_a_mutex_and_its_state_survives_a_panic() {
-    for run_on in [RunOn::Shard, RunOn::Runtime] {
-        let (server, mut ended) = lenient(run_on).await;
-        let mut peer = Peer::connect(server.url("/ws")).await;
-        for number in ["1", "2", "3"] {
-            peer.say(number).await;
-        }
-        peer.hears(&[r#""sum 1""#, r#""sum 3""#, r#""sum 6""#]).await;
-        peer.say("13").await;
-        assert_eq!(peer.closed().await.0, 1011);
-        assert_eq!(soon(ended.recv()).await.unwrap(), (19, 0, CloseReason::HandlerPanicked));
-        // Another client has a state of its own, and the end of the first was told once.
-        let mut peer = Peer::connect(server.url("/ws")).await;
-        peer.say("5").await;
-        peer.hears(&[r#""sum 5""#]).await;
-        peer.leave().await;
-        let (sum, _, reason) = soon(ended.recv()).await.unwrap();
-        assert!(sum == 5 && matches!(reason, CloseReason::Peer { .. }), "{sum} {reason:?}");
+    state_changes_and_survives_a_panic::<Stateful<Lenient>>().await;
+    state_changes_and_survives_a_panic::<OnRuntime<Stateful<Lenient>>>().await;
+}
+
+async fn state_changes_and_survives_a_panic<H: WsHub + From<Stateful<Lenient>>>() {
+    let (server, mut ended) = lenient::<H>().await;
+    let mut peer = Peer::connect(server.url("/ws")).await;
+    for number in ["1", "2", "3"] {
+        peer.say(number).await;
     }
+    peer.hears(&[r#""sum 1""#, r#""sum 3""#, r#""sum 6""#]).await;
+    peer.say("13").await;
+    assert_eq!(peer.closed().await.0, 1011);
+    assert_eq!(soon(ended.recv()).await.unwrap(), (19, 0, CloseReason::HandlerPanicked));
+    // Another client has a state of its own, and the end of the first was told once.
+    let mut peer = Peer::connect(server.url("/ws")).await;
+    peer.say("5").await;
+    peer.hears(&[r#""sum 5""#]).await;
+    peer.leave().await;
+    let (sum, _, reason) = soon(ended.recv()).await.unwrap();
+    assert!(sum == 5 && matches!(reason, CloseReason::Peer { .. }), "{sum} {reason:?}");
 }

@@ -16,7 +16,7 @@ use axum::extract::{Path, State};
 use axum::response::{Html, IntoResponse as _, Response};
 use axum::routing::{any, get};
 use bytes::Bytes;
-use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
+use fixture::{Desk, OnRuntime, Peer, Server, desk_app, engine, eventually, soon, visit};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseCode, CloseReason, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub,
@@ -378,10 +378,12 @@ impl WsHub for Busy {
     }
 }
 
-async fn methods_use_all_of_tokio_in_order(run_on: RunOn) {
+async fn methods_use_all_of_tokio_in_order<H>()
+where
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Busy>,
+{
     let (ends, mut ended) = unbounded_channel();
-    let config = WsHubConfig { run_on, ..WsHubConfig::default() };
-    let hub = engine(2).hub::<Busy>(config).unwrap();
+    let hub = engine(2).hub::<H>(WsHubConfig::default()).unwrap();
     let serve = {
         let hub = hub.clone();
         async move |ws: WebSocketUpgrade| ws.serve(&hub, Busy { ends })
@@ -420,7 +422,7 @@ async fn methods_use_all_of_tokio_in_order(run_on: RunOn) {
         peer.hears(&["by TCP", "end"]).await;
         peer.say("thread x").await;
         let thread = peer.hear().await;
-        assert_eq!(thread.starts_with("shard-"), run_on == RunOn::Shard, "{thread}");
+        assert_eq!(thread.starts_with("shard-"), H::RUN_ON == RunOn::Shard, "{thread}");
     }
     for peer in peers {
         peer.leave().await;
@@ -432,12 +434,12 @@ async fn methods_use_all_of_tokio_in_order(run_on: RunOn) {
 
 #[tokio::test]
 async fn methods_on_the_shard_use_all_of_tokio_and_answer_in_order() {
-    methods_use_all_of_tokio_in_order(RunOn::Shard).await;
+    methods_use_all_of_tokio_in_order::<Busy>().await;
 }
 
 #[tokio::test]
 async fn methods_on_the_runtime_use_all_of_tokio_and_answer_in_order() {
-    methods_use_all_of_tokio_in_order(RunOn::Runtime).await;
+    methods_use_all_of_tokio_in_order::<OnRuntime<Busy>>().await;
 }
 
 // ---- the short form
@@ -647,11 +649,13 @@ impl WsHub for Fragile {
     }
 }
 
-async fn a_panic_ends_only_its_own_connection(run_on: RunOn) {
+async fn a_panic_ends_only_its_own_connection<H>()
+where
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Fragile>,
+{
     let engine = engine(1);
     let (ends, mut ended) = unbounded_channel();
-    let config = WsHubConfig { run_on, ..WsHubConfig::default() };
-    let hub = engine.hub::<Fragile>(config).unwrap();
+    let hub = engine.hub::<H>(WsHubConfig::default()).unwrap();
     let routes = ["open", "message", "later", "disconnect", "never"].map(|at| (at, ends.clone()));
     let app = routes.into_iter().fold(Router::new(), |app, (at, ends)| {
         let hub = hub.clone();
@@ -685,12 +689,12 @@ async fn a_panic_ends_only_its_own_connection(run_on: RunOn) {
 
 #[tokio::test]
 async fn a_panic_on_the_shard_ends_only_its_own_connection_with_1011() {
-    a_panic_ends_only_its_own_connection(RunOn::Shard).await;
+    a_panic_ends_only_its_own_connection::<Fragile>().await;
 }
 
 #[tokio::test]
 async fn a_panic_on_the_runtime_ends_only_its_own_connection_with_1011() {
-    a_panic_ends_only_its_own_connection(RunOn::Runtime).await;
+    a_panic_ends_only_its_own_connection::<OnRuntime<Fragile>>().await;
 }
 
 /// Cleans up in its `Drop`, by a task of its runtime, and fails at it if told so.

@@ -16,9 +16,9 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Path;
 use axum::routing::any;
-use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit, visit_amid};
+use fixture::{Desk, OnRuntime, Peer, Server, desk_app, engine, eventually, soon, visit, visit_amid};
 use shardcast::{
-    CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, Refusal, RunOn,
+    CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::io::AsyncWriteExt as _;
@@ -481,10 +481,10 @@ impl WsHub for Slow {
     }
 }
 
-async fn one_connections_messages_are_handled_in_order(run_on: RunOn) {
+async fn one_connections_messages_are_handled_in_order<H: WsHub + From<Slow>>() {
     const MESSAGES: usize = 300;
     let engine = engine(2);
-    let hub = engine.hub::<Slow>(WsHubConfig { run_on, ..WsHubConfig::default() }).unwrap();
+    let hub = engine.hub::<H>(WsHubConfig::default()).unwrap();
     let serve = async move |ws: WebSocketUpgrade| {
         ws.serve(&hub, Slow { busy: AtomicBool::new(false), handled: Mutex::default() })
     };
@@ -512,12 +512,12 @@ async fn one_connections_messages_are_handled_in_order(run_on: RunOn) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_7_messages_are_handled_one_after_the_other_on_the_shard() {
-    one_connections_messages_are_handled_in_order(RunOn::Shard).await;
+    one_connections_messages_are_handled_in_order::<Slow>().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_7_messages_are_handled_one_after_the_other_on_the_runtime() {
-    one_connections_messages_are_handled_in_order(RunOn::Runtime).await;
+    one_connections_messages_are_handled_in_order::<OnRuntime<Slow>>().await;
 }
 
 /// Handles a message for each permit.

@@ -371,14 +371,14 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
         type Codec = RawCodec;
         type InMessage = String;
         type OutMessage = String;
+        const RUN_ON: RunOn = RunOn::Runtime;
 
         async fn on_message(&self, _: String, _: HubContext<Self>) {
             std::future::pending().await
         }
     }
     let engine = engine(1);
-    let hub =
-        engine.hub::<Pending>(WsHubConfig { run_on: RunOn::Runtime, ..WsHubConfig::default() }).unwrap();
+    let hub = engine.hub::<Pending>(WsHubConfig::default()).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let serving = hub.clone();
     let app = Router::new().route("/ws", any(async move |ws: WebSocketUpgrade| ws.serve(&serving, Pending)));

@@ -16,10 +16,10 @@ use axum::Router;
 use axum::routing::any;
 use fixture::office::{Office, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
-use fixture::{PATIENCE, Peer, Server, desk_app, engine, eventually, soon, visit};
+use fixture::{OnRuntime, PATIENCE, Peer, Server, desk_app, engine, eventually, soon, visit};
 use shardcast::{
     BroadcastPolicy, CloseReason, ConnectionId, DropCause, Dropped, HubContext, RawCodec, Receipt, Refusal,
-    RunOn, WebSocketUpgrade, WsHub, WsHubConfig,
+    WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use socket2::SockRef;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -613,45 +613,50 @@ impl WsHub for Teller {
 
 #[tokio::test]
 async fn however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_meanwhile() {
+    others_have_their_turn_between_drops::<Teller>().await;
+    others_have_their_turn_between_drops::<OnRuntime<Teller>>().await;
+}
+
+async fn others_have_their_turn_between_drops<
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Teller>,
+>() {
     const DROPS: u64 = 10_000;
-    for run_on in [RunOn::Shard, RunOn::Runtime] {
-        let engine = engine(1);
-        let hub = engine.hub::<Teller>(WsHubConfig { run_on, ..narrow(DROP_AT_ONCE) }).unwrap();
-        let told = Arc::new(Told {
-            drops: AtomicU64::new(0),
-            first: Notify::new(),
-            permits: Semaphore::new(0),
-            begun: Semaphore::new(0),
-        });
-        let route = {
-            let (hub, told) = (hub.clone(), told.clone());
-            any(async move |ws: WebSocketUpgrade| ws.serve(&hub, Teller(told.clone())))
-        };
-        let server = Server::start(Router::new().route("/ws", route)).await;
-        let (mut watcher, _) = visit(&server.url("/ws")).await;
-        let mut stalled = Raw::connect_narrow(server.address).await;
-        let id: ConnectionId = stalled.hears_text().await.parse().unwrap();
-        // It is told of no drop until its method is over.
-        stalled.says(&text("wait")).await;
-        watcher.say("watch").await;
-        soon(told.begun.acquire_many(2)).await.unwrap().forget();
-        let dropped = async || {
-            let counted = soon(hub.connection_metrics(id)).await.unwrap().unwrap();
-            counted.tally.dropped.timeout + counted.tally.dropped.overflow
-        };
-        while dropped().await < DROPS {
-            for round in 0..1000 {
-                let message = numbered(round, MESSAGE_BYTES);
-                soon(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
-            }
+    let engine = engine(1);
+    let hub = engine.hub::<H>(narrow(DROP_AT_ONCE)).unwrap();
+    let told = Arc::new(Told {
+        drops: AtomicU64::new(0),
+        first: Notify::new(),
+        permits: Semaphore::new(0),
+        begun: Semaphore::new(0),
+    });
+    let route = {
+        let (hub, told) = (hub.clone(), told.clone());
+        any(async move |ws: WebSocketUpgrade| ws.serve(&hub, Teller(told.clone())))
+    };
+    let server = Server::start(Router::new().route("/ws", route)).await;
+    let (mut watcher, _) = visit(&server.url("/ws")).await;
+    let mut stalled = Raw::connect_narrow(server.address).await;
+    let id: ConnectionId = stalled.hears_text().await.parse().unwrap();
+    // It is told of no drop until its method is over.
+    stalled.says(&text("wait")).await;
+    watcher.say("watch").await;
+    soon(told.begun.acquire_many(2)).await.unwrap().forget();
+    let dropped = async || {
+        let counted = soon(hub.connection_metrics(id)).await.unwrap().unwrap();
+        counted.tally.dropped.timeout + counted.tally.dropped.overflow
+    };
+    while dropped().await < DROPS {
+        for round in 0..1000 {
+            let message = numbered(round, MESSAGE_BYTES);
+            soon(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
         }
-        assert_eq!(told.drops.load(Relaxed), 0);
-        told.permits.add_permits(1);
-        let until_its_turn: u64 = watcher.hear().await.parse().unwrap();
-        // 1,000 in a turn, and whose turn is the first in a round is not told.
-        assert!((1..=2000).contains(&until_its_turn), "{until_its_turn} on {run_on:?}");
-        eventually(dropped().await, || told.drops.load(Relaxed)).await;
     }
+    assert_eq!(told.drops.load(Relaxed), 0);
+    told.permits.add_permits(1);
+    let until_its_turn: u64 = watcher.hear().await.parse().unwrap();
+    // 1,000 in a turn, and whose turn is the first in a round is not told.
+    assert!((1..=2000).contains(&until_its_turn), "{until_its_turn} on {:?}", H::RUN_ON);
+    eventually(dropped().await, || told.drops.load(Relaxed)).await;
 }
 
 /// Keeps what it is told of drops. `wait` waits for a permit.
