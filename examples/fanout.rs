@@ -18,7 +18,6 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Path, State};
-use axum::response::Response;
 use axum::routing::any;
 use serde::{Deserialize, Serialize};
 use shardcast::{
@@ -172,14 +171,12 @@ async fn serve() -> Result<(), Box<dyn Error>> {
         group: engine.hub(hub.clone())?,
         raw: engine.hub(WsHubConfig { max_message_bytes: 16 << 20, max_fragments: 1 << 20, ..hub })?,
     };
-    let all = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| -> Response { ws.serve(&hubs.all, All) };
-    let echo =
-        async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| -> Response { ws.serve(&hubs.echo, Echo) };
-    let raw = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| -> Response { ws.serve(&hubs.raw, Raw) };
-    let group = async |ws: WebSocketUpgrade,
-                       Path(name): Path<String>,
-                       State(hubs): State<Hubs>|
-           -> Response { ws.serve(&hubs.group, Group { name }) };
+    let all = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| ws.serve(&hubs.all, All);
+    let echo = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| ws.serve(&hubs.echo, Echo);
+    let raw = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| ws.serve(&hubs.raw, Raw);
+    let group = async |ws: WebSocketUpgrade, Path(name): Path<String>, State(hubs): State<Hubs>| {
+        ws.serve(&hubs.group, Group { name })
+    };
     let app = Router::new()
         .route("/ws", any(all))
         .route("/echo", any(echo))

@@ -318,13 +318,10 @@ impl<H: WsHub> Hub<H> {
         Ok(Self { engine, runtime, clients, config })
     }
 
-    /// The same clients, with other settings for connections to come.
-    pub(crate) fn reconfigured(&self, config: &ConnectionConfig) -> Result<Self, ConfigError> {
-        if *config == *self.config {
-            return Ok(self.clone());
-        }
+    /// The same clients, with these settings for connections to come.
+    pub(crate) fn with_config(&self, config: Arc<ConnectionConfig>) -> Result<Self, ConfigError> {
         config.validate()?;
-        Ok(Self { config: Arc::new(config.clone()), ..self.clone() })
+        Ok(Self { config, ..self.clone() })
     }
 
     /// The clients of this hub. A clone of them does not keep the engine alive.

@@ -38,7 +38,7 @@ pub use engine::Engine;
 pub use hub::{ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, Refusal, RunOn, WsHub};
 pub use origin::{AllowedOrigins, InvalidOrigin};
 pub use peer_address::{InvalidNetwork, TrustedProxies};
-pub use serve::ServeError;
+pub use serve::{Serve, ServeError};
 pub use serve_hub::serve_hub;
 pub use shardcast_engine::ConnectionConfig as WsHubConfig;
 pub use shardcast_engine::Policy as BroadcastPolicy;

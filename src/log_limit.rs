@@ -25,6 +25,8 @@ pub(crate) static INVALID_ORIGIN: LogLimit = LogLimit::new();
 /// No subprotocol was selected.
 pub(crate) static NO_SUBPROTOCOL: LogLimit = LogLimit::new();
 
+/// The config of a connection is out of range.
+pub(crate) static INVALID_CONFIG: LogLimit = LogLimit::new();
 /// A text that should be a connection id is none.
 pub(crate) static NO_ID: LogLimit = LogLimit::new();
 

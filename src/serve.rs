@@ -1,41 +1,111 @@
-//! How a connection comes to a hub: the handshake is answered, a shard gets the socket.
+//! How a connection is served by a hub: the handshake is answered, and a shard gets the socket.
 //!
-//! From the upgrade in one step, or from an open WebSocket. A client that no shard takes is told why: by 503 before the
-//! upgrade, by a Close frame after it. Knows the upgrade, hubs and sessions. Does not know frames or groups.
+//! From the upgrade in one step, by a response that is built (`Serve`), or from an open WebSocket. A client that no shard
+//! takes is told why: by an HTTP status before the upgrade, by a Close frame after it. Knows the upgrade, hubs and sessions.
+//! Does not know frames or groups.
 
 use std::collections::hash_map::RandomState;
+use std::fmt;
 use std::hash::{BuildHasher as _, Hasher as _};
+use std::sync::Arc;
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
-use shardcast_engine::{AdoptError, CloseCode, MakeHandler, Newcomer, Place, SendError};
+use shardcast_engine::{AdoptError, CloseCode, ConnectionConfig, MakeHandler, Newcomer, Place, SendError};
 use tokio::runtime::Handle;
 
 use crate::hub::{Hub, WsHub};
-use crate::log_limit::{NO_PLACE, NOT_TAKEN_OVER};
+use crate::log_limit::{INVALID_CONFIG, NO_PLACE, NOT_TAKEN_OVER};
 use crate::session::Session;
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
-/// Seconds after which a client that was refused should try again. Drawn for each, so that those who were refused
-/// together do not come back together.
+/// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused together do
+/// not come back together.
 const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=10;
 
 impl WebSocketUpgrade {
-    /// Answers the handshake and gives the connection to `hub`, with `instance` to handle it. From then on a shard
-    /// owns the socket, and no task is left of it.
+    /// The response that accepts the handshake and gives the connection to `hub`, with `instance` to handle it: the hub's
+    /// value, or for a [`Stateful`](crate::Stateful) hub what is inside. Return it from the route's handler.
+    pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: impl Into<H>) -> Serve<H> {
+        Serve { upgrade: self, hub: hub.clone(), instance: instance.into(), config: None }
+    }
+}
+
+/// The response that accepts a handshake and gives the connection to a hub; made by [`WebSocketUpgrade::serve`].
+///
+/// When it is sent, a shard owns the socket, and no task is left of it.
+///
+/// At [`max_connections`](crate::EngineConfig::max_connections) or
+/// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address), or when the engine is stopping, it is
+/// a 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn for each client. A connection counts from when the response
+/// is made, and no longer if it turns out that it was not sent.
+///
+/// A limit for each address needs the [address](WebSocketUpgrade::peer_address). Without connect info it is known only after
+/// the 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2 it is not known
+/// even then, and no client is counted. That is logged once for each engine, as an error.
+///
+/// ```
+/// use axum::extract::State;
+/// use shardcast::{Hub, Serve, WebSocketUpgrade, WsHub, WsHubConfig};
+/// # struct Chat;
+/// # impl WsHub for Chat {
+/// #     type Codec = shardcast::RawCodec; type InMessage = String; type OutMessage = String;
+/// #     async fn on_message(&self, _: String, _: shardcast::HubContext<Self>) {}
+/// # }
+///
+/// async fn connect(ws: WebSocketUpgrade, State(chat): State<Hub<Chat>>) -> Serve<Chat> {
+///     ws.serve(&chat, Chat)
+/// }
+///
+/// /// The same hub, with longer messages.
+/// async fn upload(ws: WebSocketUpgrade, State(chat): State<Hub<Chat>>) -> Serve<Chat> {
+///     ws.serve(&chat, Chat).config(WsHubConfig { max_message_bytes: 16 << 20, ..WsHubConfig::default() })
+/// }
+/// ```
+#[must_use = "the handshake goes unanswered unless this response is returned"]
+pub struct Serve<H: WsHub> {
+    upgrade: WebSocketUpgrade,
+    hub: Hub<H>,
+    instance: H,
+    config: Option<Arc<ConnectionConfig>>,
+}
+
+impl<H: WsHub> Serve<H> {
+    /// Settings for this connection instead of the hub's: a [`WsHubConfig`](crate::WsHubConfig), or an `Arc` of one that
+    /// several connections share.
     ///
-    /// With no place left ([`EngineConfig::max_connections`](crate::EngineConfig), in all or for the peer's address),
-    /// or when the engine is stopping, answers 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn anew each
-    /// time. A place is taken with the answer and given back at once if that is not sent.
-    ///
-    /// A limit for each address needs the [address](Self::peer_address). Without connect info it is known only after the
-    /// 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2 it is not
-    /// known even then, and nobody is counted. That is logged once for each engine, as an error.
-    #[must_use = "the handshake goes unanswered unless this response is returned"]
-    pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: impl Into<H>) -> Response {
-        let instance = instance.into();
-        let Some(place) = hub.admit(self.peer_address()) else {
-            log_no_place(hub, "503");
+    /// It is checked when the response is made. If a field is out of range, that is logged as an error and the client gets a
+    /// 500 that names the field; check yours with [`WsHubConfig::validate`](crate::WsHubConfig::validate).
+    pub fn config(self, config: impl Into<Arc<ConnectionConfig>>) -> Self {
+        Self { config: Some(config.into()), ..self }
+    }
+}
+
+impl<H: WsHub> fmt::Debug for Serve<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Serve").field("upgrade", &self.upgrade).finish_non_exhaustive()
+    }
+}
+
+impl<H: WsHub> IntoResponse for Serve<H> {
+    fn into_response(self) -> Response {
+        let Self { upgrade, hub, instance, config } = self;
+        let hub = match config.map_or_else(|| Ok(hub.clone()), |config| hub.with_config(config)) {
+            Ok(hub) => hub,
+            Err(error) => {
+                if let Some(left_out) = INVALID_CONFIG.allows() {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::error!(
+                        error,
+                        left_out,
+                        "a connection was refused (500): its config is out of range"
+                    );
+                }
+                return (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response();
+            }
+        };
+        let Some(place) = hub.admit(upgrade.peer_address()) else {
+            log_no_place(&hub, "503");
             let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
             let why = "no place for one more connection";
             return (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response();
@@ -48,8 +118,7 @@ impl WebSocketUpgrade {
                  handshake (Close frame 1013 instead of 503), and not at all for TLS and HTTP/2"
             );
         }
-        let hub = hub.clone();
-        self.on_upgrade(move |socket| async move {
+        upgrade.on_upgrade(move |socket| async move {
             let mut place = place;
             if place.lacks_address()
                 && let Some(address) = socket.peer_address()

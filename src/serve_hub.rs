@@ -7,7 +7,7 @@
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use shardcast_engine::{CloseCode, ConfigError, ConnectionConfig, EngineConfig};
 use tokio::runtime::Handle;
@@ -75,7 +75,8 @@ fn hub_of_type<H: WsHub>(config: &ConnectionConfig) -> Result<Option<Hub<H>>, Co
     let hubs = hubs.get_or_insert_default();
     let known = hubs.get(&TypeId::of::<H>()).and_then(|hub| hub.downcast_ref::<Hub<H>>());
     let hub = match known {
-        Some(hub) => hub.reconfigured(config)?,
+        Some(hub) if **hub.config() == *config => return Ok(Some(hub.clone())),
+        Some(hub) => hub.with_config(Arc::new(config.clone()))?,
         None => engine.hub::<H>(config.clone())?,
     };
     // The latest: connections of the same settings share them.

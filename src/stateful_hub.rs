@@ -20,8 +20,8 @@ use crate::hub::{Dropped, HubContext, Refusal, RunOn, WsHub, log_undecodable};
 /// The hub's type is [`Stateful<Self>`](Stateful). `serve` takes the bare value:
 ///
 /// ```
-/// use axum::{extract::State, response::IntoResponse};
-/// use shardcast::{Engine, EngineConfig, Hub, HubContext, JsonCodec, Stateful, StatefulHub, WebSocketUpgrade, WsHubConfig};
+/// use axum::extract::State;
+/// use shardcast::{Engine, EngineConfig, Hub, HubContext, JsonCodec, Serve, Stateful, StatefulHub, WebSocketUpgrade, WsHubConfig};
 ///
 /// /// Tells each client the sum of what it has sent.
 /// #[derive(Default)]
@@ -40,7 +40,7 @@ use crate::hub::{Dropped, HubContext, Refusal, RunOn, WsHub, log_undecodable};
 ///     }
 /// }
 ///
-/// async fn connect(ws: WebSocketUpgrade, State(sums): State<Hub<Stateful<Sum>>>) -> impl IntoResponse {
+/// async fn connect(ws: WebSocketUpgrade, State(sums): State<Hub<Stateful<Sum>>>) -> Serve<Stateful<Sum>> {
 ///     ws.serve(&sums, Sum::default())
 /// }
 ///

@@ -309,7 +309,7 @@ async fn one_route_serves_a_page_and_a_hub() {
     let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
     let app = async |ws: Option<WebSocketUpgrade>, State(hub): State<Hub<Desk>>| -> Response {
         match ws {
-            Some(ws) => ws.serve(&hub, Desk),
+            Some(ws) => ws.serve(&hub, Desk).into_response(),
             None => Html("<h1>a page</h1>").into_response(),
         }
     };
@@ -829,4 +829,45 @@ async fn every_connection_of_a_route_may_have_a_hub_value_of_its_own() {
         bob.say("x").await;
         bob.hears(&[bob_hears]).await;
     }
+}
+
+#[tokio::test]
+async fn one_connection_of_a_hub_may_have_settings_of_its_own() {
+    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
+    let short: Arc<WsHubConfig> = Arc::new(WsHubConfig { max_message_bytes: 10, ..WsHubConfig::default() });
+    let app = async move |ws: WebSocketUpgrade, Path(length): Path<String>, State(hub): State<Hub<Desk>>| {
+        match length.as_str() {
+            "short" => ws.serve(&hub, Desk).config(short.clone()),
+            _ => ws.serve(&hub, Desk),
+        }
+    };
+    let server = Server::start(Router::new().route("/{length}", any(app)).with_state(hub.clone())).await;
+    let (mut limited, _) = visit(&server.url("/short")).await;
+    let (mut other, _) = visit(&server.url("/long")).await;
+    for text in ["0123456789", "0123456789-"] {
+        other.say(text).await;
+        other.hears(&[text]).await;
+    }
+    limited.say("0123456789").await;
+    limited.hears(&["0123456789"]).await;
+    limited.say("0123456789-").await;
+    assert_eq!(limited.closed().await.0, 1009);
+    // They are clients of the same hub.
+    eventually(1, || hub.len()).await;
+}
+
+#[tokio::test]
+async fn a_connection_s_setting_out_of_range_is_a_500_that_names_it() {
+    let engine = engine(1);
+    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<Desk>>| {
+        ws.serve(&hub, Desk).config(WsHubConfig { outbox_frames: 0, ..WsHubConfig::default() })
+    };
+    let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
+    let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await;
+    let Err(tungstenite::Error::Http(response)) = refused.map(drop) else { panic!("it was upgraded") };
+    assert_eq!(response.status(), 500);
+    let text = String::from_utf8(response.into_body().unwrap()).unwrap();
+    assert_eq!(text, "`outbox_frames` is 0, but must be from 1 to 16777216");
+    assert_eq!(engine.connection_count(), 0);
 }

@@ -19,8 +19,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
 use shardcast::{
-    Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, ServeError, TrustedProxies, WebSocketUpgrade,
-    WsHub, WsHubConfig, serve_hub,
+    Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, Serve, ServeError, TrustedProxies,
+    WebSocketUpgrade, WsHub, WsHubConfig, serve_hub,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -44,7 +44,7 @@ impl WsHub for Announcer {
     }
 }
 
-async fn announce(ws: WebSocketUpgrade, State(hub): State<Hub<Announcer>>) -> Response {
+async fn announce(ws: WebSocketUpgrade, State(hub): State<Hub<Announcer>>) -> Serve<Announcer> {
     ws.serve(&hub, Announcer)
 }
 

@@ -18,11 +18,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{Query, State};
-use axum::response::{Html, Response};
+use axum::response::Html;
 use axum::routing::{any, get};
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, Hub, HubContext, JsonCodec, Refusal,
+    CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, Hub, HubContext, JsonCodec, Refusal, Serve,
     Stateful, StatefulHub, WebSocketUpgrade, WsHubConfig,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -253,7 +253,11 @@ struct Wish {
     token: String,
 }
 
-async fn enter(ws: WebSocketUpgrade, State(chat): State<Chat>, Query(wish): Query<Wish>) -> Response {
+async fn enter(
+    ws: WebSocketUpgrade,
+    State(chat): State<Chat>,
+    Query(wish): Query<Wish>,
+) -> Serve<Stateful<Guest>> {
     let Wish { room, name: wished, token } = wish;
     let (room, token) = (room.into(), token.into());
     ws.serve(&chat.hub, Guest { rooms: chat.rooms, room, wished, token, name: None })
