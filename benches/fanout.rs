@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use audience::driven::Driven;
 use audience::running::Running;
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use shardcast_engine::Frame;
+use shardcast_engine::Payload;
 
 const SHARDS: [usize; 4] = [1, 2, 4, 8];
 const MEMBERS: [usize; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
@@ -36,8 +36,8 @@ const BATCH: u64 = 1024;
 const LULL: Duration = Duration::from_micros(200);
 
 /// So small that 64 for a million stay below the budget for backlogs, beyond which connections are ended.
-fn frame() -> Frame {
-    Frame::binary(b"12345678")
+fn frame() -> Payload {
+    Payload::binary(b"12345678")
 }
 
 fn delivery(criterion: &mut Criterion) {

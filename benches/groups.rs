@@ -58,7 +58,7 @@ impl Visits {
 
     fn new(mut audience: Driven, list: Vec<(ConnectionId, String)>) -> Self {
         audience.settle();
-        let before = (audience.everyone.groups(), audience.everyone.group_len(&list[0].1));
+        let before = (audience.everyone.group_count(), audience.everyone.group_len(&list[0].1));
         Self { audience, list, before }
     }
 
@@ -75,7 +75,7 @@ impl Visits {
         list.iter().for_each(|(id, group)| audience.leave(*id, group));
         audience.settle();
         let left = started.elapsed();
-        let after = (audience.everyone.groups(), audience.everyone.group_len(&list[0].1));
+        let after = (audience.everyone.group_count(), audience.everyone.group_len(&list[0].1));
         assert_eq!(after, self.before);
         (joined, left)
     }
@@ -141,12 +141,12 @@ fn end_in(bencher: &mut Bencher<'_>, groups: usize) {
                 names.iter().for_each(|name| audience.join(*id, name));
             }
             audience.settle();
-            assert_eq!(audience.everyone.groups(), count * groups);
+            assert_eq!(audience.everyone.group_count(), count * groups);
             let started = Instant::now();
             ids.into_iter().for_each(|id| audience.close(id));
             audience.settle();
             let took = started.elapsed();
-            assert_eq!((audience.everyone.groups(), audience.everyone.len()), (0, 0));
+            assert_eq!((audience.everyone.group_count(), audience.everyone.len()), (0, 0));
             audience.pass(2 * CLOSE_TIMEOUT); // nobody answers the Close frames
             took
         })

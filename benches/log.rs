@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use audience::running::Running;
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use shardcast_engine::Frame;
+use shardcast_engine::Payload;
 use tokio::sync::broadcast;
 
 const PUBLISHERS: [usize; 3] = [1, 2, 4];
@@ -40,7 +40,7 @@ const TOTAL: u64 = 20_000;
 fn race(
     publishers: usize,
     total: u64,
-    publish: impl Fn(Frame) + Sync,
+    publish: impl Fn(Payload) + Sync,
     consumers: Vec<impl FnOnce(u64) + Send>,
 ) -> Duration {
     let start = Barrier::new(publishers + consumers.len() + 1);
@@ -49,7 +49,7 @@ fn race(
         for _ in 0..publishers {
             scope.spawn(|| {
                 start.wait();
-                (0..each).for_each(|number| publish(Frame::binary(&number.to_be_bytes())));
+                (0..each).for_each(|number| publish(Payload::binary(&number.to_be_bytes())));
             });
         }
         let start = &start;
@@ -79,13 +79,13 @@ fn through_engine(audience: &mut Running, publishers: usize, total: u64) -> Dura
 
 fn through_crossbeam(publishers: usize, consumers: usize, total: u64) -> Duration {
     let (senders, receivers): (Vec<_>, Vec<_>) =
-        (0..consumers).map(|_| crossbeam_channel::bounded::<Frame>(CAPACITY)).unzip();
-    let publish = |frame: Frame| {
+        (0..consumers).map(|_| crossbeam_channel::bounded::<Payload>(CAPACITY)).unzip();
+    let publish = |frame: Payload| {
         let (last, others) = senders.split_last().expect("somebody consumes");
         others.iter().for_each(|sender| sender.send(frame.clone()).expect("the consumer is there"));
         last.send(frame).expect("the consumer is there");
     };
-    let consume = |receiver: crossbeam_channel::Receiver<Frame>| {
+    let consume = |receiver: crossbeam_channel::Receiver<Payload>| {
         move |total| {
             (0..total).for_each(|_| drop(receiver.recv().expect("a publisher is there")));
             assert!(receiver.is_empty());
@@ -95,7 +95,7 @@ fn through_crossbeam(publishers: usize, consumers: usize, total: u64) -> Duratio
 }
 
 fn through_tokio(publishers: usize, consumers: usize, total: u64) -> Duration {
-    let (sender, _) = broadcast::channel::<Frame>(CAPACITY);
+    let (sender, _) = broadcast::channel::<Payload>(CAPACITY);
     let publish = |frame| {
         // All may pass this at once, and each adds one.
         while sender.len() + publishers > CAPACITY {
@@ -103,7 +103,7 @@ fn through_tokio(publishers: usize, consumers: usize, total: u64) -> Duration {
         }
         sender.send(frame).expect("a consumer is there");
     };
-    let consume = |mut receiver: broadcast::Receiver<Frame>| {
+    let consume = |mut receiver: broadcast::Receiver<Payload>| {
         move |total| {
             (0..total).for_each(|_| drop(receiver.blocking_recv().expect("nothing was overwritten")));
             assert!(receiver.is_empty());

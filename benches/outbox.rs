@@ -18,13 +18,13 @@ use std::time::Duration;
 
 use audience::driven::Driven;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use shardcast_engine::{ConnectionConfig, Frame, Policy, Socket};
+use shardcast_engine::{ConnectionConfig, Payload, Policy, Socket};
 
 const MEMBERS: usize = 1000;
 const STALLED: usize = 100;
 
-fn frame() -> Frame {
-    Frame::binary(&[b'x'; 64])
+fn frame() -> Payload {
+    Payload::binary(&[b'x'; 64])
 }
 
 fn flush(criterion: &mut Criterion) {
@@ -55,7 +55,7 @@ fn stall(audience: &mut Driven) -> Vec<UnixStream> {
     let config = ConnectionConfig { outbox_frames: 16, policy, ..audience::config() };
     audience.adopt(ours.into_iter().map(Socket::from), config);
     // All take the same, and one frame more than the last that fits is dropped by all.
-    let large = Frame::binary(&[b'x'; 16 << 10]);
+    let large = Payload::binary(&[b'x'; 16 << 10]);
     while audience.metrics().tally.dropped.overflow == 0 {
         audience.publish(&large, 1);
         audience.settle();

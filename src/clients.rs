@@ -14,9 +14,9 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use shardcast_engine::{
-    CloseCode, ConfigError, ConnectionId, ConnectionMetrics, Frame, GroupMetrics, InvalidCloseCode,
-    MessageKind, Namespace, Policy, Position, Receipt, SendError as EngineError, To,
-    TrySendError as TryEngineError,
+    Address, CloseCode, ConfigError, ConnectionId, ConnectionMetrics, Delivery, GroupMetrics,
+    InvalidCloseCode, MessageKind, Namespace, Payload, Policy as BroadcastPolicy, Position, Publication,
+    PublishError as EngineError, Receipt, TryPublishError as TryEngineError,
 };
 
 use crate::codec::{CodecError, Encode};
@@ -69,26 +69,26 @@ impl<M> Clients<M> {
 
     /// Every client whose [`on_connected`](crate::WsHub::on_connected) has returned.
     pub fn to_all(&self) -> Target<'_, M> {
-        self.target(To::Everyone)
+        self.target(Address::Everyone)
     }
 
     /// The members of a group. A group without members is no error: nobody gets the message.
-    pub fn to_group<'a>(&'a self, group: &'a str) -> Target<'a, M> {
-        self.target(To::Group(group))
+    pub fn to_group(&self, group: &str) -> Target<'_, M> {
+        self.target(Address::group(group))
     }
 
     /// The members of several groups, each client once.
-    pub fn to_groups<'a>(&'a self, groups: &'a [&'a str]) -> Target<'a, M> {
-        self.target(To::Groups(groups))
+    pub fn to_groups(&self, groups: &[&str]) -> Target<'_, M> {
+        self.target(Address::groups(groups.iter().copied()))
     }
 
     /// One client. If it has disconnected, nobody gets the message.
     pub fn to(&self, id: ConnectionId) -> Target<'_, M> {
-        self.target(To::Connection(id))
+        self.target(Address::Connection(id))
     }
 
-    fn target<'a>(&'a self, to: To<'a>) -> Target<'a, M> {
-        Target { clients: self, to, except: &[], policy: None }
+    fn target(&self, to: Address) -> Target<'_, M> {
+        Target { clients: self, to, except: &[], delivery: Delivery::default() }
     }
 
     /// Encodes a message once, to be sent to several targets: [`Target::publish_prepared`],
@@ -107,13 +107,13 @@ impl<M> Clients<M> {
     /// # Errors
     /// A message that cannot be encoded.
     pub fn prepare(&self, message: &M) -> Result<Prepared<M>, CodecError> {
-        let frame = self.encode(message)?;
-        Ok(Prepared { frame, codec: self.inner.codec, message: PhantomData })
+        let payload = self.encode(message)?;
+        Ok(Prepared { payload, codec: self.inner.codec, message: PhantomData })
     }
 
-    fn encode(&self, message: &M) -> Result<Frame, CodecError> {
+    fn encode(&self, message: &M) -> Result<Payload, CodecError> {
         const PAYLOAD_BYTES_HINT: usize = 118; // with a header of up to 10 bytes: two cache lines
-        let encoded = Frame::build(PAYLOAD_BYTES_HINT, |payload| {
+        let encoded = Payload::build(PAYLOAD_BYTES_HINT, |payload| {
             let header = payload.len();
             let kind = (self.inner.encode)(message, payload)?;
             // Clients close on text that is not UTF-8, so a codec that says text is checked.
@@ -127,10 +127,10 @@ impl<M> Clients<M> {
         })
     }
 
-    /// The message's frame, unless these clients could not read it.
-    fn frame_of(&self, message: &Prepared<M>) -> Result<Frame, CodecError> {
+    /// The message's payload, unless these clients could not read it.
+    fn payload_of(&self, message: &Prepared<M>) -> Result<Payload, CodecError> {
         if message.codec == self.inner.codec {
-            return Ok(message.frame.clone());
+            return Ok(message.payload.clone());
         }
         self.inner.encode_failures.fetch_add(1, Relaxed);
         Err(CodecError::encode(
@@ -186,7 +186,7 @@ impl<M> Clients<M> {
         let answer = |metrics| {
             let _ = sender.send(metrics); // fails when nobody waits for the answer any more
         };
-        self.inner.namespace.inspect(id, answer).await?;
+        self.inner.namespace.connection_metrics(id, answer).await?;
         Ok(receiver.await.ok())
     }
 
@@ -216,7 +216,7 @@ impl<M> Clients<M> {
 
     /// How many groups have members.
     pub fn group_count(&self) -> usize {
-        self.inner.namespace.groups()
+        self.inner.namespace.group_count()
     }
 
     /// How many messages could not be encoded, and reached nobody, since the hub was made.
@@ -229,18 +229,16 @@ impl<M> Clients<M> {
 #[must_use = "nothing is sent before `publish`, `deliver` or `try_publish`"]
 pub struct Target<'a, M> {
     clients: &'a Clients<M>,
-    to: To<'a>,
+    to: Address,
     except: &'a [ConnectionId],
-    policy: Option<Policy>,
+    delivery: Delivery,
 }
 
 impl<M> Clone for Target<'_, M> {
     fn clone(&self) -> Self {
-        *self
+        Self { to: self.to.clone(), ..*self }
     }
 }
-
-impl<M> Copy for Target<'_, M> {}
 
 impl<M> std::fmt::Debug for Target<'_, M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -264,7 +262,8 @@ impl<'a, M> Target<'a, M> {
         code: CloseCode,
         reason: impl Into<Cow<'static, str>>,
     ) -> Result<(), PublishError> {
-        Ok(self.clients.inner.namespace.close(self.to, self.except, code, reason).await?)
+        let publication = Publication::close(&self.to, code, reason)?.except(self.except);
+        Ok(self.clients.inner.namespace.publish(publication).await?)
     }
 
     /// The sums of the counters of the target's clients, taken after everything that was sent before: of a group's present
@@ -278,7 +277,7 @@ impl<'a, M> Target<'a, M> {
         let on_metrics = move |part| {
             let _ = sender.send(part); // fails when nobody waits for the answer any more
         };
-        self.clients.inner.namespace.survey(self.to, self.except, on_metrics).await?;
+        self.clients.inner.namespace.collect_metrics(&self.to, self.except, on_metrics).await?;
         let mut sum = GroupMetrics::default();
         while let Some(part) = parts.recv().await {
             sum += part;
@@ -287,17 +286,16 @@ impl<'a, M> Target<'a, M> {
     }
 
     /// Sends under this policy instead of each connection's own. Without it a message to one client waits for room
-    /// ([`Block`](Policy::Block)), whatever the hub's policy is.
+    /// ([`Block`](BroadcastPolicy::Block)), whatever the hub's policy is.
     ///
     /// # Errors
     /// A setting of the policy that is out of range, by name.
-    pub fn policy(self, policy: Policy) -> Result<Self, ConfigError> {
-        policy.validate()?;
-        Ok(Self { policy: Some(policy), ..self })
+    pub fn policy(self, policy: BroadcastPolicy) -> Result<Self, ConfigError> {
+        Ok(Self { delivery: Delivery::with_policy(policy)?, ..self })
     }
 
     /// Sends the message. The future completes when every client of the target has accepted the message or has
-    /// disconnected; while none of them is slow, and under every policy but [`Block`](Policy::Block), that is as
+    /// disconnected; while none of them is slow, and under every policy but [`Block`](BroadcastPolicy::Block), that is as
     /// soon as the engine has accepted it.
     ///
     /// The message is encoded by the call, and sent when the future is first polled: a future that is never polled sends
@@ -310,7 +308,7 @@ impl<'a, M> Target<'a, M> {
     /// # Errors
     /// A message that cannot be encoded or is too long, an engine that has ended, too many publishers that wait already.
     pub fn publish(&self, message: &M) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
-        self.publish_encoded(self.clients.encode(message).map_err(PublishError::from))
+        self.publish_encoded(self.clients.encode(message))
     }
 
     /// [`publish`](Self::publish) for a message that was encoded before.
@@ -321,7 +319,7 @@ impl<'a, M> Target<'a, M> {
         &self,
         message: &Prepared<M>,
     ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
-        self.publish_encoded(self.clients.frame_of(message).map_err(PublishError::from))
+        self.publish_encoded(self.clients.payload_of(message))
     }
 
     /// Sends the message as [`publish`](Self::publish) does, but the future completes only when every client of the target
@@ -333,7 +331,7 @@ impl<'a, M> Target<'a, M> {
         &self,
         message: &M,
     ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
-        self.deliver_encoded(self.clients.encode(message).map_err(PublishError::from))
+        self.deliver_encoded(self.clients.encode(message))
     }
 
     /// [`deliver`](Self::deliver) for a message that was encoded before.
@@ -344,7 +342,7 @@ impl<'a, M> Target<'a, M> {
         &self,
         message: &Prepared<M>,
     ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
-        self.deliver_encoded(self.clients.frame_of(message).map_err(PublishError::from))
+        self.deliver_encoded(self.clients.payload_of(message))
     }
 
     /// Sends the message as [`publish`](Self::publish) does, but never waits: for code that is not async. A slow client
@@ -363,8 +361,8 @@ impl<'a, M> Target<'a, M> {
     /// As for [`try_publish`](Self::try_publish), and [`TryPublishError::Encode`] for a message that was prepared for
     /// another codec.
     pub fn try_publish_prepared(&self, message: &Prepared<M>) -> Result<(), TryPublishError<Prepared<M>>> {
-        let frame = self.clients.frame_of(message)?;
-        let sent = self.namespace().try_publish(self.to, self.except, frame);
+        let payload = self.clients.payload_of(message)?;
+        let sent = self.clients.inner.namespace.try_publish(self.publication(payload));
         sent.map_err(|error| match error {
             TryEngineError::Full(_) => TryPublishError::Full(message.clone()),
             TryEngineError::TooLong(_) => TryPublishError::TooLong(message.clone()),
@@ -374,48 +372,44 @@ impl<'a, M> Target<'a, M> {
 
     fn publish_encoded(
         &self,
-        frame: Result<Frame, PublishError>,
+        payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
-        let target = *self;
-        async move { Ok(target.namespace().publish(target.to, target.except, frame?).await?) }
+        let (namespace, publication) =
+            (&self.clients.inner.namespace, payload.map(|it| self.publication(it)));
+        async move { Ok(namespace.publish(publication?).await?) }
     }
 
     fn deliver_encoded(
         &self,
-        frame: Result<Frame, PublishError>,
+        payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
-        let target = *self;
-        async move { Ok(target.namespace().send(target.to, target.except, frame?).await?) }
+        let (namespace, publication) =
+            (&self.clients.inner.namespace, payload.map(|it| self.publication(it)));
+        async move { Ok(namespace.deliver(publication?).await?) }
     }
 
-    fn namespace(&self) -> Cow<'a, Namespace> {
-        let namespace = &self.clients.inner.namespace;
-        match self.policy {
-            None => Cow::Borrowed(namespace),
-            Some(policy) => {
-                Cow::Owned(namespace.with_policy(policy).expect("`Target::policy` has checked it"))
-            }
-        }
+    fn publication(&self, payload: Payload) -> Publication {
+        Publication::message(&self.to, payload).except(self.except).with_delivery(self.delivery)
     }
 }
 
 /// A message that was encoded once, to be sent to several targets: see [`Clients::prepare`]. Cloneable; clones share the
 /// bytes.
 pub struct Prepared<M> {
-    frame: Frame,
+    payload: Payload,
     codec: TypeId,
     message: PhantomData<fn(&M)>,
 }
 
 impl<M> Clone for Prepared<M> {
     fn clone(&self) -> Self {
-        Self { frame: self.frame.clone(), ..*self }
+        Self { payload: self.payload.clone(), ..*self }
     }
 }
 
 impl<M> std::fmt::Debug for Prepared<M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Prepared").field("payload_bytes", &self.frame.payload().len()).finish_non_exhaustive()
+        f.debug_struct("Prepared").field("payload", &self.payload).finish_non_exhaustive()
     }
 }
 
@@ -452,7 +446,6 @@ impl From<EngineError> for PublishError {
             EngineError::Overloaded => Self::Overloaded,
             EngineError::TooLong => Self::TooLong,
             EngineError::GroupNameTooLong => Self::GroupNameTooLong,
-            EngineError::InvalidCloseCode(error) => Self::InvalidCloseCode(error),
             _ => Self::Closed,
         }
     }

@@ -128,12 +128,12 @@ impl Engine {
 
     /// The number of shards.
     pub fn shard_count(&self) -> usize {
-        self.inner.shards()
+        self.inner.shard_count()
     }
 
     /// How many connections all hubs have, those on their way to their shard included.
     pub fn connection_count(&self) -> usize {
-        self.inner.connections()
+        self.inner.connection_count()
     }
 
     /// What all shards have counted together, as of their last turns.

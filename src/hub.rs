@@ -335,12 +335,12 @@ impl<H: WsHub> Hub<H> {
     }
 
     /// See [`Clients::to_group`].
-    pub fn to_group<'a>(&'a self, group: &'a str) -> Target<'a, H::OutMessage> {
+    pub fn to_group(&self, group: &str) -> Target<'_, H::OutMessage> {
         self.clients.to_group(group)
     }
 
     /// See [`Clients::to_groups`].
-    pub fn to_groups<'a>(&'a self, groups: &'a [&'a str]) -> Target<'a, H::OutMessage> {
+    pub fn to_groups(&self, groups: &[&str]) -> Target<'_, H::OutMessage> {
         self.clients.to_groups(groups)
     }
 

@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
-use shardcast_engine::{AdoptError, CloseCode, ConnectionConfig, MakeHandler, Newcomer, Place, SendError};
+use shardcast_engine::{
+    AdoptError, CloseCode, ConnectionConfig, Encoding, MakeHandler, NewConnection, Place, PublishError,
+};
 use tokio::runtime::Handle;
 
 use crate::hub::{Hub, WsHub};
@@ -178,8 +180,9 @@ impl<H: WsHub> Hub<H> {
             RawSocket::Unix(stream) => stream.into(),
             RawSocket::Bridge(stream) => shardcast_engine::Socket::bridge(stream),
         };
-        let newcomer = Newcomer { socket, received, handler, config, place };
-        match self.clients().namespace().adopt(newcomer).await {
+        let encoding = Encoding::PLAIN;
+        let connection = NewConnection { socket, received, handler, config, encoding, place };
+        match self.clients().namespace().adopt(connection).await {
             Ok(()) => Ok(()),
             Err(error) => {
                 let error = ServeError::from(error);
@@ -213,10 +216,10 @@ impl ServeError {
     /// What the client is told.
     fn farewell(&self) -> (CloseCode, &'static str) {
         match self {
-            Self::Full | Self::Adopt(AdoptError::Send(SendError::Overloaded)) => {
+            Self::Full | Self::Adopt(AdoptError::Refused(PublishError::Overloaded)) => {
                 (CloseCode::TRY_AGAIN_LATER, "no place for one more connection")
             }
-            Self::Stopping | Self::Adopt(AdoptError::Send(SendError::Closed)) => {
+            Self::Stopping | Self::Adopt(AdoptError::Refused(PublishError::Closed)) => {
                 (CloseCode::GOING_AWAY, "the server is stopping")
             }
             Self::Adopt(_) => (CloseCode::INTERNAL_ERROR, "the connection could not be taken over"),

@@ -9,83 +9,38 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The engine's modules from the ground up. A module imports what stands in the lines above its own.
-const ENGINE: Ranks = &[
-    &["duration_text"],
-    &[
-        "sync",
-        "id",
-        "tally",
-        "close_code",
-        "utf8",
-        "mask",
-        "outq",
-        "handshake",
-        "pinning",
-        "policy",
-        "position",
-        "flush_schedule",
-    ],
-    &["config", "frame", "wait_list", "drop_notice"],
-    &["close_reason", "heartbeat", "decoder", "held"],
-    &["metrics"],
-    &[
-        "group",
-        "outbox",
-        "log",
-        "mailbox",
-        "directory",
-        "wheel",
-        "deadlines",
-        "admission",
-        "beacon",
-        "receipt",
-        "socket",
-        "stopping",
-    ],
-    &["handler"],
-    &["command"],
-    &["engine_core"],
-    &["connection", "publisher", "watchdog"],
-    &["connections", "namespace"],
-    &["crowd"],
-    &["shard"],
-    &["engine"],
-];
+/// The crates whose modules have ranks: their folder, and the heading of their table in ARCHITECTURE.md.
+const CRATES: [(&str, &str); 2] =
+    [("engine/src", "### engine/src, from the ground up"), ("src", "### src, on top of it")];
 
-/// The face's.
-const FACE: Ranks = &[
-    &["handshake", "origin", "peer_address", "verdict", "bridge", "turn_away", "log_limit", "codec"],
-    &["upgrade", "clients", "client"],
-    &["context"],
-    &["hub"],
-    &["session", "stateful_hub", "engine"],
-    &["serve"],
-    &["serve_hub"],
-];
-
-type Ranks = &'static [&'static [&'static str]];
+/// Module → its rank. A module imports only modules of a lower rank.
+type Ranks = BTreeMap<String, usize>;
 
 #[test]
-fn a_module_imports_only_what_stands_below_it() {
+fn a_module_imports_only_modules_of_a_lower_rank() {
+    let document = read(&root().join("ARCHITECTURE.md"));
     let mut found = Vec::new();
-    for (folder, ranks) in [("engine/src", ENGINE), ("src", FACE)] {
-        for (module, import) in upward(ranks, &modules(folder)) {
-            found.push(format!("{folder}: `{module}` imports `{import}`, which does not stand below it"));
+    for (folder, heading) in CRATES {
+        for (module, import) in upward(&ranks(&document, heading), &modules(folder)) {
+            found.push(format!("{folder}: `{module}` imports `{import}`, whose rank is not lower"));
         }
     }
     assert_none(&found);
 }
 
 #[test]
-fn every_module_has_a_rank() {
-    for (folder, ranks) in [("engine/src", ENGINE), ("src", FACE)] {
+fn the_code_map_lists_every_module_and_file() {
+    let document = read(&root().join("ARCHITECTURE.md"));
+    for (folder, heading) in CRATES {
         let there: BTreeSet<String> = modules(folder).into_keys().filter(|module| module != "lib").collect();
-        let listed: Vec<String> =
-            ranks.iter().copied().flatten().map(|module| (*module).to_owned()).collect();
-        let ranked: BTreeSet<String> = listed.iter().cloned().collect();
-        assert_eq!(listed.len(), ranked.len(), "{folder}: a module is listed twice");
-        assert_eq!(there, ranked, "{folder}: the modules there (left) and those with a rank (right) differ");
+        let listed: BTreeSet<String> = ranks(&document, heading).into_keys().collect();
+        assert_eq!(there, listed, "{folder}: the modules there (left) and in the table (right) differ");
+        let table = table(&document, heading);
+        let parts = sources(&[folder]).into_iter().filter(|path| path.parent() != Some(&root().join(folder)));
+        for path in parts.filter(|path| !path.ends_with("tests.rs")) {
+            let file = path.file_name().expect("a source has a name").to_string_lossy().into_owned();
+            assert!(table.contains(&format!("— `{file}`")), "the table lacks {}", name(&path));
+        }
     }
 }
 
@@ -245,10 +200,13 @@ fn the_tests_and_files_that_the_documents_name_exist() {
 
 #[test]
 fn an_import_upwards_is_found_in_every_spelling() {
-    let ranks: Ranks = &[&["ground", "equal"], &["middle"], &["top"]];
+    let table = "### x\n| rank | file | what |\n|--:|---|---|\n| 1 | `ground.rs` | |\n| 1 | `equal.rs` | |\n\
+                 | 2 | `middle.rs` | and in `middle/`: |\n|    | — `part.rs` | |\n| 3 | `top.rs` | |\n### y\n";
+    let ranks = ranks(table, "### x");
+    assert_eq!(ranks.len(), 4);
     let find = |module: &str, text: &str| {
         upward(
-            ranks,
+            &ranks,
             &BTreeMap::from([
                 ("lib".to_owned(), "pub use top::Thing;\npub use middle::{A, B as C};".to_owned()),
                 (module.to_owned(), text.to_owned()),
@@ -344,6 +302,26 @@ fn sources(folders: &[&str]) -> Vec<PathBuf> {
     found
 }
 
+/// The part of a document from a heading to the next.
+fn table<'a>(document: &'a str, heading: &str) -> &'a str {
+    let start = document.find(&format!("{heading}\n")).unwrap_or_else(|| panic!("no heading {heading}"));
+    document[start + heading.len()..].split("\n#").next().unwrap_or_default()
+}
+
+/// The ranks in the table below a heading: rows like "| 3 | `held.rs` | what it is |".
+fn ranks(document: &str, heading: &str) -> Ranks {
+    let mut ranks = Ranks::new();
+    for row in table(document, heading).lines() {
+        let mut cells = row.split('|').skip(1).map(str::trim);
+        let (Some(rank), Some(file)) = (cells.next(), cells.next()) else { continue };
+        let (Ok(rank), Some(module)) = (rank.parse(), file.trim_matches('`').strip_suffix(".rs")) else {
+            continue;
+        };
+        assert!(ranks.insert(module.to_owned(), rank).is_none(), "{heading}: `{module}` is listed twice");
+    }
+    ranks
+}
+
 /// Module → its text. What lies in a folder belongs to the module that the folder is named after.
 fn modules(folder: &str) -> BTreeMap<String, String> {
     let mut modules = BTreeMap::new();
@@ -362,8 +340,8 @@ fn modules(folder: &str) -> BTreeMap<String, String> {
 }
 
 /// The imports that do not go down: (module, what it imports).
-fn upward(ranks: Ranks, modules: &BTreeMap<String, String>) -> Vec<(String, String)> {
-    let rank = |module: &str| ranks.iter().position(|rank| rank.contains(&module));
+fn upward(ranks: &Ranks, modules: &BTreeMap<String, String>) -> Vec<(String, String)> {
+    let rank = |module: &str| ranks.get(module).copied();
     let exports = modules.get("lib").map(|lib| exports(&code_of(lib))).unwrap_or_default();
     let mut found = Vec::new();
     for (module, text) in modules.iter().filter(|(module, _)| *module != "lib") {

@@ -9,8 +9,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use shardcast_engine::{
-    CloseCode, ConnectionConfig, ConnectionId, Engine, EngineConfig, Frame, Metrics, Namespace, Shard,
-    Socket, To,
+    Address, CloseCode, ConnectionConfig, ConnectionId, Engine, EngineConfig, Metrics, Namespace, Payload,
+    Publication, Shard, Socket,
 };
 
 pub(crate) struct Driven {
@@ -65,12 +65,14 @@ impl Driven {
 
     /// Ends the connection in the next turn.
     pub(crate) fn close(&mut self, id: ConnectionId) {
-        let closing = self.everyone.close(To::Connection(id), &[], CloseCode::NORMAL, "");
+        let closing = self
+            .everyone
+            .publish(Publication::close(Address::Connection(id), CloseCode::NORMAL, "").unwrap());
         drive(&mut self.shards, self.now, closing).expect("the engine runs");
     }
 
     /// Publishes the frame `count` times to everyone.
-    pub(crate) fn publish(&self, frame: &Frame, count: u64) {
+    pub(crate) fn publish(&self, frame: &Payload, count: u64) {
         for _ in 0..count {
             super::publish(&self.everyone, frame.clone());
         }

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardcast_engine::{
-    ConnectionConfig, ConnectionId, Context, Engine, Flow, Frame, Handler, Message, Metrics, Namespace,
-    Newcomer, Socket, To, TrySendError,
+    Address, ConnectionConfig, ConnectionId, Context, Encoding, Engine, Flow, Handler, Message, Metrics,
+    Namespace, NewConnection, Payload, Publication, Socket, TryPublishError,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -40,8 +40,8 @@ fn newcomer(
     socket: Socket,
     config: &Arc<ConnectionConfig>,
     on_id: impl FnOnce(ConnectionId) + Send + 'static,
-) -> Newcomer {
-    Newcomer {
+) -> NewConnection {
+    NewConnection {
         socket,
         received: Default::default(),
         handler: Box::new(|id| {
@@ -49,16 +49,18 @@ fn newcomer(
             Box::new(Silent)
         }),
         config: config.clone(),
+        encoding: Encoding::PLAIN,
         place: engine.admit(None).expect("there is a place for everybody"),
     }
 }
 
 /// Publishes to everyone; while the log is full, lets others run.
-pub(crate) fn publish(everyone: &Namespace, mut frame: Frame) {
+pub(crate) fn publish(everyone: &Namespace, payload: Payload) {
+    let mut publication = Publication::message(Address::Everyone, payload);
     loop {
-        match everyone.try_publish(To::Everyone, &[], frame) {
+        match everyone.try_publish(publication) {
             Ok(()) => return,
-            Err(TrySendError::Full(refused)) => frame = refused,
+            Err(TryPublishError::Full(refused)) => publication = refused,
             Err(error) => panic!("{error}"),
         }
         std::thread::yield_now();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shardcast_engine::{Engine, EngineConfig, Frame, Metrics, Namespace, Socket};
+use shardcast_engine::{Engine, EngineConfig, Metrics, Namespace, Payload, Socket};
 
 /// After which the engine is believed to hang.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -46,7 +46,7 @@ impl Running {
     }
 
     /// Publishes the frame `count` times to everyone.
-    pub(crate) fn publish(&mut self, frame: &Frame, count: u64) {
+    pub(crate) fn publish(&mut self, frame: &Payload, count: u64) {
         self.owe(count);
         for _ in 0..count {
             super::publish(&self.everyone, frame.clone());

@@ -15,8 +15,8 @@ use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::time::Duration;
 
 use shardcast_engine::{
-    CloseReason, ConnectionConfig, Context, Engine, EngineConfig, Flow, Frame, Handler, MakeHandler, Message,
-    MessageKind, Namespace, Newcomer, To, accept_key,
+    Address, CloseReason, ConnectionConfig, Context, Encoding, Engine, EngineConfig, Flow, Handler,
+    MakeHandler, Message, MessageKind, Namespace, NewConnection, Payload, Publication, accept_key,
 };
 
 /// Sends every message back as it came.
@@ -27,10 +27,11 @@ struct Echo {
 impl Handler for Echo {
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
         let frame = match (message.kind, std::str::from_utf8(message.payload)) {
-            (MessageKind::Text, Ok(text)) => Frame::text(text),
-            _ => Frame::binary(message.payload),
+            (MessageKind::Text, Ok(text)) => Payload::text(text),
+            _ => Payload::binary(message.payload),
         };
-        if self.everyone.try_publish(To::Connection(context.id()), &[], frame).is_err() {
+        if self.everyone.try_publish(Publication::message(Address::Connection(context.id()), frame)).is_err()
+        {
             // Its mailbox is full. A real handler would answer `Pending` and try again.
             context.close(CloseReason::SlowConsumer);
         }
@@ -108,7 +109,8 @@ fn welcome(
     let received = request[head..].to_vec().into();
     let echo = Echo { everyone: everyone.clone() };
     let handler: MakeHandler = Box::new(|_| Box::new(echo));
-    let newcomer = Newcomer { socket: stream.into(), received, handler, config, place };
+    let newcomer =
+        NewConnection { socket: stream.into(), received, handler, config, encoding: Encoding::PLAIN, place };
     block_on(everyone.adopt(newcomer))?;
     Ok(())
 }

@@ -76,6 +76,9 @@ pub enum CloseReason {
         /// The reason sent to the peer; at most 123 bytes of it.
         text: Cow<'static, str>,
     },
+    /// A message could not be brought into the connection's encoding (1011): the encoding panicked.
+    #[error("a message could not be brought into the connection's encoding")]
+    RenderFailed,
     /// The handler panicked (1011).
     #[error("the handler panicked")]
     HandlerPanicked,
@@ -127,6 +130,7 @@ impl CloseReason {
             Self::TooManyGroups => "too_many_groups",
             Self::ControlFlood => "control_flood",
             Self::Application { .. } => "application",
+            Self::RenderFailed => "render_failed",
             Self::HandlerPanicked => "handler_panicked",
             Self::Shutdown { .. } => "shutdown",
         }
@@ -152,7 +156,7 @@ impl CloseReason {
             Self::TooManyGroups => (CloseCode::POLICY_VIOLATION, "too many groups"),
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
             Self::Application { code, text } => (*code, &**text),
-            Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
+            Self::RenderFailed | Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
             Self::Shutdown { code } => (*code, ""),
         };
         Some((code, text.into()))

@@ -35,6 +35,7 @@ use crate::metrics::{ConnectionMetrics, Counts};
 use crate::outbox::{Bounds, Outbox};
 use crate::position::Position;
 use crate::receipt::Origin;
+use crate::rendition::Encoding;
 use crate::socket::Socket;
 use crate::tally::Tally;
 use crate::wheel::{UNARMED, Wheel};
@@ -125,6 +126,7 @@ pub(crate) struct Connection {
     is_ready: bool,
     /// Is counted as congested in its groups.
     is_congested: bool,
+    encoding: Encoding,
     _place: Place,
 }
 
@@ -164,10 +166,12 @@ pub(crate) struct Opening {
 
 impl Connection {
     /// A connection that has begun at `now`.
+    #[expect(clippy::too_many_arguments, reason = "it is built in one place, of what an adoption brings")]
     pub(crate) fn open(
         id: ConnectionId,
         socket: Socket,
         config: Arc<ConnectionConfig>,
+        encoding: Encoding,
         directory: Arc<Directory>,
         handler: Box<dyn Handler>,
         place: Place,
@@ -203,6 +207,7 @@ impl Connection {
             is_dirty: false,
             is_ready: false,
             is_congested: false,
+            encoding,
             _place: place,
         }
     }
@@ -221,6 +226,10 @@ impl Connection {
 
     pub(crate) fn directory(&self) -> &Arc<Directory> {
         &self.directory
+    }
+
+    pub(crate) fn encoding(&self) -> Encoding {
+        self.encoding
     }
 
     pub(crate) fn has_socket(&self) -> bool {

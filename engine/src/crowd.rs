@@ -11,14 +11,15 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
+use crate::batch::Batch;
 use crate::close_reason::CloseReason;
-use crate::command::{Named, Publication, Survey};
+use crate::command::Query;
 use crate::connection::Connection;
 use crate::connections::Connections;
 use crate::deadlines::Deadlines;
 use crate::directory::Group;
+use crate::entry::{Entry, Named};
 use crate::flush_schedule::FlushSchedule;
-use crate::frame::Frame;
 use crate::group::{GroupIndex, LocalKey};
 use crate::id::{ConnectionId, Slot};
 use crate::metrics::{GroupMetrics, Metrics};
@@ -38,9 +39,9 @@ pub(crate) struct Terms<'a> {
 }
 
 impl<'a> Terms<'a> {
-    fn of(publication: &'a Publication) -> Self {
-        let Publication { policy, ticket, .. } = publication;
-        Self { policy: *policy, ticket: ticket.as_ref(), group: publication.group() }
+    fn of(entry: &'a Entry) -> Self {
+        let policy = entry.publication.delivery.policy();
+        Self { policy, ticket: entry.ticket.as_ref(), group: entry.group() }
     }
 
     /// What a frame keeps if it must wait under this policy.
@@ -99,59 +100,63 @@ impl Crowd {
         }
     }
 
-    /// Offers the chunk to each member of a group; returns how many there were.
-    pub(crate) fn fan_out(&mut self, group: LocalKey, chunk: Chunk, publication: &Publication) -> u64 {
-        let chunk = Rc::new(chunk);
+    /// Offers the batch to each member of a group; returns how many there were. `entry` is its first.
+    pub(crate) fn fan_out(&mut self, group: LocalKey, batch: &mut Batch<'_>, entry: &Entry) -> u64 {
         let (mut targets, mut waited) = (0, 0);
         for place in 0..self.groups.len(group) {
             let slot = self.groups.member(group, place);
-            self.offer_unless(slot, &chunk, publication, &mut targets, &mut waited);
+            self.offer_unless(slot, batch, entry, &mut targets, &mut waited);
         }
-        count(publication, targets, waited)
+        count(entry, targets, waited)
     }
 
-    /// Offers the publication's frame to each slot; returns how many there were.
-    pub(crate) fn fan_out_to(&mut self, slots: &[Slot], frame: &Frame, publication: &Publication) -> u64 {
-        let chunk = Rc::new(Chunk::single(frame.bytes(), &self.retained));
+    /// Offers the batch to each slot; returns how many there were.
+    pub(crate) fn fan_out_to(&mut self, slots: &[Slot], batch: &mut Batch<'_>, entry: &Entry) -> u64 {
         let (mut targets, mut waited) = (0, 0);
         for slot in slots {
-            self.offer_unless(*slot, &chunk, publication, &mut targets, &mut waited);
+            self.offer_unless(*slot, batch, entry, &mut targets, &mut waited);
         }
-        count(publication, targets, waited)
+        count(entry, targets, waited)
     }
 
     #[inline]
     fn offer_unless(
         &mut self,
         slot: Slot,
-        chunk: &Rc<Chunk>,
-        publication: &Publication,
+        batch: &mut Batch<'_>,
+        entry: &Entry,
         targets: &mut u64,
         waited: &mut u64,
     ) {
-        if publication.except.iter().any(|id| id.slot() == slot && self.is(slot, *id)) {
+        let Some(connection) = self.connections.get(slot) else { return };
+        if entry.publication.except.contains(&connection.id()) {
             return;
         }
         *targets += 1;
-        *waited += u64::from(self.offer(slot, chunk, Terms::of(publication)));
+        match batch.chunk(connection.encoding()) {
+            Some(chunk) => *waited += u64::from(self.offer(slot, chunk, Terms::of(entry))),
+            None => self.cannot_render(slot, entry.ticket.as_ref()),
+        }
+    }
+
+    /// Ends a connection for which a message cannot be brought into its encoding.
+    #[cold]
+    pub(crate) fn cannot_render(&mut self, slot: Slot, ticket: Option<&Ticket>) {
+        if let Some(ticket) = ticket {
+            ticket.count_disconnected();
+        }
+        if let Some(connection) = self.connections.get(slot) {
+            self.ends.push((connection.id(), CloseReason::RenderFailed));
+        }
     }
 
     /// Notes the end of each slot; returns how many there were.
-    pub(crate) fn note_ends(
-        &mut self,
-        slots: &[Slot],
-        reason: &CloseReason,
-        publication: &Publication,
-    ) -> u64 {
+    pub(crate) fn note_ends(&mut self, slots: &[Slot], reason: &CloseReason, entry: &Entry) -> u64 {
         let ids = slots.iter().filter_map(|slot| self.connections.get(*slot)).map(Connection::id);
-        let ids = ids.filter(|id| !publication.except.contains(id));
+        let ids = ids.filter(|id| !entry.publication.except.contains(id));
         let before = self.ends.len();
         self.ends.extend(ids.map(|id| (id, reason.clone())));
-        count(publication, (self.ends.len() - before) as u64, 0)
-    }
-
-    fn is(&self, slot: Slot, id: ConnectionId) -> bool {
-        self.connections.get(slot).is_some_and(|connection| connection.id() == id)
+        count(entry, (self.ends.len() - before) as u64, 0)
     }
 
     /// Puts the chunk into one outbox; true if something of it did not fit.
@@ -274,31 +279,46 @@ impl Crowd {
         }
     }
 
-    /// What the connections that are asked for have counted on this shard.
-    pub(crate) fn survey(&mut self, survey: &Survey, shard: usize) -> GroupMetrics {
-        let mut sum = match &survey.groups {
-            None => survey.directory.ended(shard).sum(),
+    /// What the connections that are asked for have counted together on this shard.
+    pub(crate) fn sum_metrics(&mut self, query: &Query, shard: usize) -> GroupMetrics {
+        let mut sum = match &query.groups {
+            None => query.directory.ended(shard).sum(),
             Some(_) => GroupMetrics::default(),
         };
-        let add = |connection: &Connection| {
-            if !survey.except.contains(&connection.id()) {
-                sum += connection.metrics().into();
+        self.for_each(query, |connection| sum += connection.metrics().into());
+        sum
+    }
+
+    /// Those of them that are open and belong to everyone.
+    pub(crate) fn members(&mut self, query: &Query) -> Vec<ConnectionId> {
+        let mut members = Vec::new();
+        self.for_each(query, |connection| {
+            let is_member =
+                connection.is_open() && (query.groups.is_some() || connection.opening().is_none());
+            members.extend(is_member.then(|| connection.id()));
+        });
+        members
+    }
+
+    fn for_each(&mut self, query: &Query, mut each: impl FnMut(&Connection)) {
+        let each = |connection: &Connection| {
+            if !query.except.contains(&connection.id()) {
+                each(connection);
             }
         };
-        match &survey.groups {
-            // Not by the index: who is just ending has left it.
+        match &query.groups {
+            // Not by the index: a connection that is just closing has left it.
             None => {
-                let key = survey.directory.key();
+                let key = query.directory.key();
                 let ours = |connection: &&Connection| connection.directory().key() == key;
-                self.connections.iter().filter(ours).for_each(add);
+                self.connections.iter().filter(ours).for_each(each);
             }
             Some(groups) => {
                 let mut slots = Vec::new();
                 self.groups.union(groups.iter().filter_map(Named::current_key), &mut slots);
-                slots.iter().filter_map(|slot| self.connections.get(*slot)).for_each(add);
+                slots.iter().filter_map(|slot| self.connections.get(*slot)).for_each(each);
             }
         }
-        sum
     }
 
     /// The connections that hold the most memory, as many as together hold `bytes`, and how much they hold. Connections that
@@ -334,8 +354,8 @@ impl Crowd {
     }
 }
 
-fn count(publication: &Publication, targets: u64, waited: u64) -> u64 {
-    if let Some(ticket) = &publication.ticket {
+fn count(entry: &Entry, targets: u64, waited: u64) -> u64 {
+    if let Some(ticket) = &entry.ticket {
         ticket.count(targets, waited);
     }
     targets

@@ -15,6 +15,7 @@ use std::sync::{Arc, Weak};
 
 use crate::id::GroupKey;
 use crate::metrics::EndedTally;
+use crate::rendition::{ENCODINGS_MAX, Encoding};
 
 const CLOSED: u64 = u64::MAX;
 
@@ -168,6 +169,8 @@ pub(crate) struct Directory {
     oversized: AtomicU32,
     /// For each shard, which alone uses it: what connections of the namespace counted that have ended there.
     ended: Box<[EndedTally]>,
+    /// Connections that use each encoding.
+    encodings: [AtomicU32; ENCODINGS_MAX],
 }
 
 impl Directory {
@@ -175,7 +178,15 @@ impl Directory {
     pub(crate) fn new(name: &str, shards: usize, next_key: Arc<AtomicU64>) -> Self {
         let everyone = Arc::new(Group::new(new_key(&next_key), None, Weak::new(), shards));
         let (ended, oversized) = ((0..shards).map(|_| EndedTally::default()).collect(), AtomicU32::new(0));
-        Self { name: name.into(), everyone, groups: papaya::HashMap::new(), next_key, oversized, ended }
+        Self {
+            name: name.into(),
+            everyone,
+            groups: papaya::HashMap::new(),
+            next_key,
+            oversized,
+            ended,
+            encodings: Default::default(),
+        }
     }
 
     /// The group of all connections; its key also names the namespace.
@@ -200,6 +211,22 @@ impl Directory {
         self.oversized.load(Acquire) > 0 // pairs with the drop of `Oversized`
     }
 
+    /// One more connection uses the encoding.
+    pub(crate) fn add_encoding(&self, encoding: Encoding) {
+        // Relaxed: a hint for publishers. A frame that they have not made is made by a shard.
+        self.encodings[encoding.index()].fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn remove_encoding(&self, encoding: Encoding) {
+        self.encodings[encoding.index()].fetch_sub(1, Relaxed); // Relaxed: as above
+    }
+
+    /// The encodings besides the plain one that connections use now.
+    pub(crate) fn encodings_in_use(&self) -> impl Iterator<Item = Encoding> {
+        let others = self.encodings.iter().enumerate().skip(1);
+        others.filter(|(_, users)| users.load(Relaxed) > 0).map(|(index, _)| Encoding::from_index(index))
+    }
+
     /// One more connection, on `shard`.
     pub(crate) fn enter_everyone(self: &Arc<Self>, shard: usize) -> Entrance {
         self.everyone.try_enter();
@@ -213,6 +240,13 @@ impl Directory {
 
     pub(crate) fn len(&self) -> usize {
         self.groups.len()
+    }
+
+    /// Each group's name and number of members.
+    pub(crate) fn list(&self) -> Vec<(Arc<str>, usize)> {
+        let groups = self.groups.pin();
+        let all = groups.iter().map(|(name, group)| (name.clone(), group.len()));
+        all.filter(|(_, members)| *members > 0).collect()
     }
 
     /// The entry of `name`, made if needed, with one more member, on `shard`.

@@ -18,11 +18,14 @@ use crate::beacon::Beacons;
 use crate::close_code::InvalidCloseCode;
 use crate::config::{ConfigError, EngineConfig};
 use crate::engine_core::EngineCore;
+use crate::frame::Frame;
 use crate::log::Log;
 use crate::mailbox::Mailbox;
 use crate::metrics::{Metrics, PublishedMetrics};
 use crate::namespace::Namespace;
+use crate::payload::Payload;
 use crate::pinning::Cpus;
+use crate::rendition::{Encoding, TooManyEncodings};
 use crate::shard::{BELL, Parts, Shard};
 use crate::stopping::{EngineState, Shutdown, ShutdownReport};
 use crate::wait_list::Registration;
@@ -153,6 +156,23 @@ impl Engine {
         Namespace::new(self.owner.core.clone(), name)
     }
 
+    /// Registers an encoding: from now on connections may be handed over with it, and `render` makes the frames that they
+    /// get of the payloads that are published.
+    ///
+    /// `render` is called by publishers, once for each publication to several connections while some connection of the
+    /// namespace uses the encoding, and by shards for what they find not rendered. It must be quick, and the frame that it
+    /// returns must not be longer than [`Frame::BYTES_MAX`](crate::Frame::BYTES_MAX). If it panics, the connections that would
+    /// have got the frame are closed (1011).
+    ///
+    /// # Errors
+    /// There are 8 encodings, [`Encoding::PLAIN`] included.
+    pub fn register_encoding(
+        &self,
+        render: impl Fn(&Payload) -> Frame + Send + Sync + 'static,
+    ) -> Result<Encoding, TooManyEncodings> {
+        self.owner.core.encodings.register(Box::new(render))
+    }
+
     /// A place for one more connection, or none if `max_connections` are here, or `max_connections_per_address` of
     /// its address, or the engine is stopping. Ask before the handshake is answered.
     pub fn admit(&self, address: Option<IpAddr>) -> Option<Place> {
@@ -201,13 +221,13 @@ impl Engine {
         self.owner.core.stopping.is_asked()
     }
 
-    /// Connections that are here or on their way.
-    pub fn connections(&self) -> usize {
+    /// The number of connections, those on their way to their shard included.
+    pub fn connection_count(&self) -> usize {
         self.owner.core.admission.taken()
     }
 
     /// The number of shards.
-    pub fn shards(&self) -> usize {
+    pub fn shard_count(&self) -> usize {
         self.owner.core.mailboxes.len()
     }
 

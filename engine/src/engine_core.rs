@@ -13,15 +13,17 @@ use std::time::{Duration, Instant};
 use crate::admission::Admission;
 use crate::beacon::Beacons;
 use crate::close_code::CloseCode;
-use crate::command::{Command, Named, Publication, Target};
+use crate::command::Command;
 use crate::config::EngineConfig;
 use crate::directory::Group;
+use crate::entry::{Entry, Named, Target};
 use crate::handler::Post;
 use crate::id::ConnectionId;
 use crate::log::Log;
 use crate::mailbox::Mailbox;
 use crate::metrics::PublishedMetrics;
 use crate::position::Position;
+use crate::rendition::Encodings;
 use crate::stopping::{Shutdown, Stopping};
 use crate::wait_list::Refused;
 
@@ -44,11 +46,12 @@ pub(crate) struct EngineCore {
     pub(crate) config: EngineConfig,
     /// Names this run of the engine.
     epoch: u64,
-    pub(crate) log: Arc<Log<Publication>>,
+    pub(crate) log: Arc<Log<Entry>>,
     pub(crate) mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
     pub(crate) metrics: Box<[PublishedMetrics]>,
     pub(crate) admission: Arc<Admission>,
     pub(crate) next_group: Arc<AtomicU64>,
+    pub(crate) encodings: Encodings,
     /// Bytes that all outboxes keep in memory, and bytes of unfinished messages, as of the shards' last turns.
     pub(crate) retained_bytes: AtomicUsize,
     pub(crate) unfinished_bytes: AtomicUsize,
@@ -59,7 +62,7 @@ pub(crate) struct EngineCore {
 impl EngineCore {
     pub(crate) fn new(
         config: EngineConfig,
-        log: Arc<Log<Publication>>,
+        log: Arc<Log<Entry>>,
         mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
         beacons: Beacons,
     ) -> Self {
@@ -70,6 +73,7 @@ impl EngineCore {
             metrics: (0..shards).map(|_| PublishedMetrics::default()).collect(),
             admission: Admission::new(config.max_connections, config.max_connections_per_address, shards),
             next_group: Arc::new(AtomicU64::new(0)),
+            encodings: Encodings::default(),
             retained_bytes: AtomicUsize::new(0),
             unfinished_bytes: AtomicUsize::new(0),
             stopping: Stopping::new(shards),
@@ -90,12 +94,12 @@ impl EngineCore {
     }
 
     /// Puts a publication into the log and wakes the shards that it concerns; returns the place behind it. Its bytes have
-    /// been reserved.
-    pub(crate) fn try_publish(&self, publication: Publication) -> Result<Position, Refused<Publication>> {
+    /// been reserved. What is refused is boxed: that is rare, and the value is large.
+    pub(crate) fn try_publish(&self, entry: Entry) -> Result<Position, Refused<Box<Entry>>> {
         SENT.set(SENT.get() + 1);
-        let waited_for = publication.ticket.is_some();
-        let concerned = publication.target.clone();
-        let position = self.log.try_push(publication)?;
+        let waited_for = entry.ticket.is_some();
+        let concerned = entry.target.clone();
+        let position = self.log.try_push(entry).map_err(|refused| refused.map(Box::new))?;
         if waited_for {
             // The ticket comes back when every shard has passed, also those without members.
             self.mailboxes.iter().for_each(Mailbox::wake);

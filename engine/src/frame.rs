@@ -235,6 +235,8 @@ pub struct Frame {
 impl Frame {
     /// The longest frame that can be sent, header included, in bytes: outboxes count with 32 bits where a frame ends.
     pub const BYTES_MAX: usize = u32::MAX as usize;
+    /// The longest header of a frame to a client, in bytes.
+    pub const HEADER_BYTES_MAX: usize = SERVER_HEADER_BYTES_MAX;
 
     /// A text message. One allocation, one copy.
     #[must_use]

@@ -42,6 +42,11 @@ impl ConnectionId {
         (self.0 >> (SLOT_BITS + GENERATION_BITS)) as usize
     }
 
+    #[cfg(test)]
+    pub(crate) fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
     pub(crate) fn slot(self) -> Slot {
         Slot((self.0 & ((1 << SLOT_BITS) - 1)) as u32)
     }

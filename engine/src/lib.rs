@@ -16,7 +16,8 @@
 //! use std::time::Instant;
 //!
 //! use shardcast_engine::{
-//!     ConnectionConfig, Context, Engine, EngineConfig, Flow, Frame, Handler, Message, Namespace, Newcomer, To,
+//!     Address, ConnectionConfig, Context, Encoding, Engine, EngineConfig, Flow, Handler, Message, Namespace,
+//!     NewConnection, Payload, Publication,
 //! };
 //!
 //! /// Tells everybody how long each message was.
@@ -24,8 +25,8 @@
 //!
 //! impl Handler for Lengths {
 //!     fn on_message(&mut self, message: Message<'_>, _: &mut Context<'_>) -> Flow {
-//!         let frame = Frame::text(&format!("{} bytes", message.payload.len()));
-//!         self.0.try_publish(To::Everyone, &[], frame).ok(); // refused if the log is full
+//!         let payload = Payload::text(&format!("{} bytes", message.payload.len()));
+//!         self.0.try_publish(Publication::message(Address::Everyone, payload)).ok(); // refused if the log is full
 //!         Flow::Ready
 //!     }
 //! }
@@ -47,14 +48,15 @@
 //! let lengths = Lengths(everyone.clone());
 //!
 //! let (ours, mut peer) = UnixStream::pair()?; // a server takes over a `TcpStream` after the handshake
-//! let newcomer = Newcomer {
+//! let connection = NewConnection {
 //!     socket: ours.into(),
 //!     received: Default::default(),
 //!     handler: Box::new(|_| Box::new(lengths)), // made on the shard, once there is an id
 //!     config: Arc::new(ConnectionConfig::default()),
+//!     encoding: Encoding::PLAIN,
 //!     place: engine.admit(None).expect("there is room for one"),
 //! };
-//! block_on(everyone.adopt(newcomer))?;
+//! block_on(everyone.adopt(connection))?;
 //! shards[0].turn(Instant::now())?;
 //!
 //! peer.write_all(b"\x81\x85\0\0\0\0hello")?; // a masked text frame
@@ -73,6 +75,7 @@
 compile_error!("shardcast does not support this system: build it for Linux, macOS, FreeBSD or Android");
 
 mod admission;
+mod batch;
 mod beacon;
 mod close_code;
 mod close_reason;
@@ -89,6 +92,7 @@ mod drop_notice;
 mod duration_text;
 mod engine;
 mod engine_core;
+mod entry;
 mod flush_schedule;
 mod frame;
 mod group;
@@ -104,11 +108,14 @@ mod metrics;
 mod namespace;
 mod outbox;
 mod outq;
+mod payload;
 mod pinning;
 mod policy;
 mod position;
+mod publication;
 mod publisher;
 mod receipt;
+mod rendition;
 mod shard;
 mod socket;
 mod stopping;
@@ -133,11 +140,14 @@ pub use heartbeat::Rtt;
 pub use id::{ConnectionId, InvalidConnectionId};
 pub use mask::unmask;
 pub use metrics::{ConnectionMetrics, GroupMetrics, Metrics};
-pub use namespace::{AdoptError, Namespace, Newcomer};
+pub use namespace::{AdoptError, Namespace, NewConnection};
+pub use payload::Payload;
 pub use policy::Policy;
 pub use position::{InvalidPosition, Position};
-pub use publisher::{GROUP_NAME_BYTES_MAX, SendError, To, TrySendError};
+pub use publication::{Address, Delivery, Publication};
+pub use publisher::{GROUP_NAME_BYTES_MAX, PublishError, TryPublishError};
 pub use receipt::Receipt;
+pub use rendition::{Encoding, TooManyEncodings};
 pub use shard::Shard;
 #[cfg(feature = "audit")]
 #[doc(hidden)]

@@ -36,15 +36,15 @@ impl Bell for mio::Waker {
 }
 
 #[derive(Debug)]
-pub(crate) struct Entry<C> {
-    /// The log position that this entry must come after.
+pub(crate) struct Stamped<C> {
+    /// The log position that the command must come after.
     pub(crate) stamp: u64,
     pub(crate) command: C,
 }
 
 #[derive(Debug)]
 pub(crate) struct Mailbox<C, B> {
-    entries: ArrayQueue<Entry<C>>,
+    entries: ArrayQueue<Stamped<C>>,
     resumes: SegQueue<ConnectionId>,
     asleep: CachePadded<AtomicBool>,
     closed: AtomicBool,
@@ -103,7 +103,7 @@ impl<C, B: Bell> Mailbox<C, B> {
         if self.closed.load(Relaxed) {
             return Err(Refused::Closed(command)); // Relaxed: the exact check follows below
         }
-        self.entries.push(Entry { stamp, command }).map_err(|entry| Refused::Full(entry.command))?;
+        self.entries.push(Stamped { stamp, command }).map_err(|entry| Refused::Full(entry.command))?;
         self.wake();
         // After the fence in `wake`: either `close` drains this entry or we see it closed.
         if self.closed.load(Relaxed) {
@@ -148,7 +148,7 @@ impl<C, B: Bell> Mailbox<C, B> {
         self.asleep.store(false, Relaxed); // Relaxed: a ring too many is harmless
     }
 
-    pub(crate) fn pop(&self) -> Option<Entry<C>> {
+    pub(crate) fn pop(&self) -> Option<Stamped<C>> {
         self.entries.pop()
     }
 

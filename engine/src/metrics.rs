@@ -31,7 +31,7 @@ counters! {
         ended_timeout: u64,
         /// Connections ended because the peer was slow, or what waited for it or came from it took too much memory.
         ended_slow: u64,
-        /// Connections ended because their handler panicked.
+        /// Connections ended because their handler, or the encoding of a message for them, panicked.
         ended_panic: u64,
         /// What became of the frames that were meant for connections, those that have ended included.
         tally: Tally,

@@ -1,6 +1,6 @@
 //! A namespace: connections that can be addressed together, and their groups.
 //!
-//! The handle through which everything is sent. Cloneable, usable from any thread and any
+//! The handle through which everything is published. Cloneable, usable from any thread and any
 //! task. Does not know how things get to the shards (`publisher.rs`), sockets, or what
 //! payloads mean.
 
@@ -10,19 +10,18 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::admission::Place;
-use crate::close_code::{CloseCode, InvalidCloseCode};
-use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Command, Payload, Survey};
+use crate::command::{Action, Adoption, Answer, Command, Query};
 use crate::config::{ConfigError, ConnectionConfig};
 use crate::engine_core::EngineCore;
-use crate::frame::Frame;
 use crate::handler::MakeHandler;
 use crate::id::ConnectionId;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
-use crate::policy::Policy;
+use crate::payload::Payload;
 use crate::position::Position;
-use crate::publisher::{GROUP_NAME_BYTES_MAX, Publisher, SendError, To, TrySendError, Wants};
+use crate::publication::{Address, Publication};
+use crate::publisher::{GROUP_NAME_BYTES_MAX, PublishError, Publisher, TryPublishError, Wants};
 use crate::receipt::Receipt;
+use crate::rendition::Encoding;
 use crate::socket::Socket;
 use crate::wait_list::Refused;
 
@@ -37,158 +36,183 @@ impl Namespace {
         Self { publisher: Publisher::new(core, name) }
     }
 
-    /// A handle to the same connections whose publications follow `policy`, whatever a connection's own is.
+    /// Publishes. Returns when every connection that it is for has taken it or has disconnected; while none is
+    /// slow whose policy is `Block`, that is as soon as the log has it.
+    ///
+    /// What is published one after the other reaches every connection in that order. Dropping this future, as a timeout
+    /// around it does, does not take the publication back: once it was accepted it is delivered, and publishing it again may
+    /// deliver it twice.
     ///
     /// # Errors
-    /// A setting out of range.
-    pub fn with_policy(&self, policy: Policy) -> Result<Self, ConfigError> {
-        policy.validate()?;
-        Ok(Self { publisher: self.publisher.with_policy(policy) })
+    /// [`PublishError::Closed`] if the engine has ended, [`PublishError::Overloaded`] if too many publishers wait,
+    /// [`PublishError::TooLong`] for a payload that no outbox can hold.
+    pub async fn publish(&self, publication: Publication) -> Result<(), PublishError> {
+        // Nobody waits for room where connections are closed.
+        let wants = if publication.payload().is_some() { Wants::Room } else { Wants::Nothing };
+        self.publisher.submit(publication, wants).await.map(drop)
     }
 
-    /// Sends `frame` to all of `to` but `except`. Ends when every target has taken it or has gone; while
-    /// nobody is behind whose policy is `Block`, that is as soon as the log has it.
-    ///
-    /// Frames sent one after the other reach every connection in that order. Dropping this future, as a timeout
-    /// around it does, does not take the frame back: once it was accepted it is delivered, so sending it again may send
-    /// it twice.
+    /// Publishes, and always returns only when every connection that it is for has taken it or has disconnected, with the
+    /// number of them.
     ///
     /// # Errors
-    /// [`SendError::Closed`] if the engine has ended, [`SendError::Overloaded`] if too many publishers wait,
-    /// [`SendError::TooLong`] for a frame that no outbox can hold.
-    pub async fn publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), SendError> {
-        self.publisher.submit(to, except, Payload::Frame(frame), Wants::Room).await.map(drop)
+    /// As for [`publish`](Self::publish).
+    pub async fn deliver(&self, publication: Publication) -> Result<Receipt, PublishError> {
+        self.publisher.submit(publication, Wants::Outcome).await
     }
 
-    /// Like [`publish`](Self::publish), but always ends only when every target has taken the frame or has gone,
-    /// and tells how many there were.
+    /// Publishes without waiting: for code that is not async. A slow consumer gets the message when it has room.
     ///
     /// # Errors
-    /// As for `publish`.
-    pub async fn send(
-        &self,
-        to: To<'_>,
-        except: &[ConnectionId],
-        frame: Frame,
-    ) -> Result<Receipt, SendError> {
-        self.publisher.submit(to, except, Payload::Frame(frame), Wants::Outcome).await
-    }
-
-    /// Like [`publish`](Self::publish), but never waits: for code that is not async. A peer that is behind
-    /// gets the frame when it has room.
-    ///
-    /// # Errors
-    /// [`TrySendError::Full`] if the log (for one connection: its shard's mailbox) is full; otherwise as for
+    /// [`TryPublishError::Full`] if the log (for one connection: its shard's mailbox) is full; otherwise as for
     /// [`publish`](Self::publish).
-    pub fn try_publish(&self, to: To<'_>, except: &[ConnectionId], frame: Frame) -> Result<(), TrySendError> {
-        if frame.len() > Frame::BYTES_MAX {
-            return Err(TrySendError::TooLong(frame));
+    pub fn try_publish(&self, publication: Publication) -> Result<(), TryPublishError<Publication>> {
+        if publication.payload().is_some_and(|payload| payload.bytes().len() > Payload::BYTES_MAX) {
+            return Err(TryPublishError::TooLong(publication));
         }
-        self.publisher.try_submit(to, except, Payload::Frame(frame), Wants::Nothing).map(drop).map_err(
-            |refused| match refused.map(Payload::into_frame) {
-                Refused::Full(frame) => {
-                    self.publisher.core().wake_laggards(1);
-                    TrySendError::Full(frame)
-                }
-                Refused::Closed(frame) => TrySendError::Closed(frame),
-            },
-        )
+        let submitted = self.publisher.try_submit(publication.into(), Wants::Nothing);
+        submitted.map(drop).map_err(|refused| match refused {
+            Refused::Full(draft) => {
+                self.publisher.core().wake_laggards(1);
+                TryPublishError::Full(draft.publication)
+            }
+            Refused::Closed(draft) => TryPublishError::Closed(draft.publication),
+        })
     }
 
     /// Makes the connection a member of the group. When this has returned, the next publication by anyone
-    /// includes it; earlier ones do not. Joining twice is joining once; a connection that has gone joins nothing.
-    /// One that is in [`max_groups`](ConnectionConfig::max_groups) groups already is ended. Returns a place in the order:
-    /// every publication behind it includes the connection; of those before, only some that were published during this call
-    /// may. Everyone has a connection as
-    /// a member only when its [`on_open`](crate::Handler::on_open) is done; groups have it at once.
+    /// includes it; earlier ones do not. Joining twice is joining once; a connection that has disconnected joins nothing.
+    /// One that is in [`max_groups`](ConnectionConfig::max_groups) groups already is closed (1008).
+    ///
+    /// Returns a position in the order: every publication after it includes the connection; of those before, only some that
+    /// were published during this call may. A connection is a member of everyone only when its
+    /// [`on_open`](crate::Handler::on_open) is done, but of groups at once.
     ///
     /// # Errors
-    /// As for [`publish`](Self::publish), and [`SendError::GroupNameTooLong`].
-    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, SendError> {
-        if group.len() > GROUP_NAME_BYTES_MAX {
-            return Err(SendError::GroupNameTooLong);
+    /// As for [`publish`](Self::publish), and [`PublishError::GroupNameTooLong`].
+    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
+        self.join_all(id, &[group]).await
+    }
+
+    /// Joins several groups in one step: no publication comes between them.
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join); then none of them has been joined.
+    pub async fn join_all(&self, id: ConnectionId, groups: &[&str]) -> Result<Position, PublishError> {
+        if groups.iter().any(|group| group.len() > GROUP_NAME_BYTES_MAX) {
+            return Err(PublishError::GroupNameTooLong);
         }
         if id.shard() >= self.publisher.shards() {
-            return Ok(self.publisher.core().tail());
+            return Ok(self.publisher.core().tail()); // an id of another engine: nobody here has it
         }
-        self.publisher.command(id, Action::Join(self.publisher.directory().enter(group, id.shard()))).await
+        let enter = |group: &&str| self.publisher.directory().enter(group, id.shard());
+        self.publisher.command(id, Action::Join(groups.iter().map(enter).collect())).await
     }
 
     /// Ends the connection's membership of the group: publications after this do not reach it, earlier ones do.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
-    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
-        match self.publisher.directory().find(group) {
-            Some(group) => self.publisher.command(id, Action::Leave { group }).await.map(drop),
-            None => Ok(()),
-        }
+    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), PublishError> {
+        self.leave_all(id, &[group]).await
     }
 
-    /// Ends all connections of `to` but `except` with a close code and reason, after what was sent to them before.
-    ///
-    /// # Errors
-    /// As for [`publish`](Self::publish), and [`SendError::InvalidCloseCode`]: then nobody is ended.
-    pub async fn close(
-        &self,
-        to: To<'_>,
-        except: &[ConnectionId],
-        code: CloseCode,
-        text: impl Into<std::borrow::Cow<'static, str>>,
-    ) -> Result<(), SendError> {
-        if !code.is_valid_on_wire() {
-            return Err(InvalidCloseCode(code).into());
-        }
-        let reason = CloseReason::Application { code, text: text.into() };
-        self.publisher.submit(to, except, Payload::End(reason), Wants::Nothing).await.map(drop)
-    }
-
-    /// What a connection has counted, after everything that was sent before; `on_metrics` is called on its
-    /// shard, or never if the connection has gone.
+    /// Leaves several groups in one step: no publication comes between them.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
-    pub async fn inspect(
+    pub async fn leave_all(&self, id: ConnectionId, groups: &[&str]) -> Result<(), PublishError> {
+        let find = |group: &&str| self.publisher.directory().find(group);
+        let groups: SmallVec<_> = groups.iter().filter_map(find).collect();
+        if groups.is_empty() {
+            return Ok(());
+        }
+        self.publisher.command(id, Action::Leave(groups)).await.map(drop)
+    }
+
+    /// What a connection has counted, after everything that was published before. `on_metrics` is called on its shard, or
+    /// never if the connection has disconnected.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn connection_metrics(
         &self,
         id: ConnectionId,
         on_metrics: impl FnOnce(ConnectionMetrics) + Send + 'static,
-    ) -> Result<(), SendError> {
+    ) -> Result<(), PublishError> {
         self.publisher.command(id, Action::Inspect(Box::new(on_metrics))).await.map(drop)
     }
 
-    /// What all of `to` but `except` have counted together, after everything that was sent before. `on_metrics` is
-    /// called once on each shard, with that shard's part; when it is dropped, all parts have come. Costs each shard
-    /// a look at each of its connections (for groups: at each member).
+    /// The groups that a connection is in, after everything that was published before, in no particular order. `on_groups`
+    /// is called on its shard, or never if the connection has disconnected.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
-    pub async fn survey(
+    pub async fn groups_of(
         &self,
-        to: To<'_>,
+        id: ConnectionId,
+        on_groups: impl FnOnce(Vec<Arc<str>>) + Send + 'static,
+    ) -> Result<(), PublishError> {
+        self.publisher.command(id, Action::ListGroups(Box::new(on_groups))).await.map(drop)
+    }
+
+    /// What all connections of `to` but `except` have counted together, after everything that was published before.
+    /// `on_metrics` is called once on each shard, with that shard's part; when it is dropped, all parts have come. Costs
+    /// each shard a look at each of its connections (for groups: at each member).
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn collect_metrics(
+        &self,
+        to: &Address,
         except: &[ConnectionId],
         on_metrics: impl Fn(GroupMetrics) + Send + Sync + 'static,
-    ) -> Result<(), SendError> {
+    ) -> Result<(), PublishError> {
+        if let Address::Connection(id) = to {
+            if except.contains(id) {
+                return Ok(());
+            }
+            return self.connection_metrics(*id, move |metrics| on_metrics(metrics.into())).await;
+        }
+        self.ask(to, except, Answer::Metrics(Arc::new(on_metrics))).await
+    }
+
+    /// The ids of all open connections of `to`, after everything that was published before. `on_members` is called once on each
+    /// shard, with that shard's part; when it is dropped, all parts have come.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn collect_members(
+        &self,
+        to: &Address,
+        on_members: impl Fn(Vec<ConnectionId>) + Send + Sync + 'static,
+    ) -> Result<(), PublishError> {
+        if let Address::Connection(id) = *to {
+            return self.connection_metrics(id, move |_| on_members(vec![id])).await;
+        }
+        self.ask(to, &[], Answer::Members(Arc::new(on_members))).await
+    }
+
+    /// Asks all shards. Not for one connection.
+    async fn ask(&self, to: &Address, except: &[ConnectionId], answer: Answer) -> Result<(), PublishError> {
         let groups = match to {
-            To::Connection(id) if except.contains(&id) => return Ok(()),
-            To::Connection(id) => return self.inspect(id, move |metrics| on_metrics(metrics.into())).await,
-            To::Everyone => None,
-            To::Group(name) => Some(self.publisher.named(&[name])),
-            To::Groups(names) => Some(self.publisher.named(names)),
+            Address::Group(name) => Some(self.publisher.named(std::slice::from_ref(name))),
+            Address::Groups(names) => Some(self.publisher.named(names)),
+            Address::Everyone | Address::Connection(_) => None,
         };
-        let on_metrics: Arc<dyn Fn(GroupMetrics) + Send + Sync> = Arc::new(on_metrics);
         for shard in 0..self.publisher.shards() {
-            let survey = Survey {
+            let query = Query {
                 directory: self.publisher.directory().clone(),
                 groups: groups.clone(),
                 except: SmallVec::from_slice(except),
-                on_metrics: on_metrics.clone(),
+                answer: answer.clone(),
             };
-            self.publisher.submit_command(shard, Command::Survey(Box::new(survey))).await?;
+            self.publisher.submit_command(shard, Command::Ask(Box::new(query))).await?;
         }
         Ok(())
     }
 
-    /// Connections in the namespace.
+    /// The number of connections.
     pub fn len(&self) -> usize {
         self.publisher.directory().everyone().len()
     }
@@ -198,37 +222,47 @@ impl Namespace {
         self.publisher.directory().everyone().is_empty()
     }
 
-    /// Members of a group.
+    /// The number of a group's members.
     pub fn group_len(&self, group: &str) -> usize {
         self.publisher.directory().find(group).map_or(0, |group| group.len())
     }
 
-    /// Groups that have members.
-    pub fn groups(&self) -> usize {
+    /// The number of groups that have members.
+    pub fn group_count(&self) -> usize {
         self.publisher.directory().len()
     }
 
+    /// The names of all groups that have members, with the number of them, in no particular order. Not one instant: groups
+    /// that come or go meanwhile may be in it or not.
+    pub fn groups(&self) -> Vec<(Arc<str>, usize)> {
+        self.publisher.directory().list()
+    }
+
     /// Hands a connection over to the least loaded shard, which owns it from then on. The handshake is over;
-    /// `received` is what the peer has sent since.
+    /// `received` is what the client has sent since.
     ///
     /// # Errors
-    /// A setting out of range, a socket that cannot be prepared, an engine that has ended, too many waiting.
-    pub async fn adopt(&self, newcomer: Newcomer) -> Result<(), AdoptError> {
-        let Newcomer { socket, received, handler, config, mut place } = newcomer;
+    /// A setting out of range, an encoding of another engine, a socket that cannot be prepared, an engine that has ended, too many
+    /// waiting.
+    pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
+        let NewConnection { socket, received, handler, config, encoding, mut place } = connection;
         self.publisher.core().config.validate_with(&config)?;
+        if !self.publisher.core().encodings.has(encoding) {
+            return Err(AdoptError::UnknownEncoding);
+        }
         socket.prepare()?;
         self.publisher.expect(&config);
         let shard = place.choose_shard();
         let entrance = self.publisher.directory().enter_everyone(shard);
         let directory = self.publisher.directory().clone();
-        let adoption = Adoption { socket, received, handler, config, directory, place, entrance };
+        let adoption = Adoption { socket, received, handler, config, encoding, directory, place, entrance };
         self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
         Ok(())
     }
 }
 
 /// A connection whose handshake is over, and what an engine needs to own it.
-pub struct Newcomer {
+pub struct NewConnection {
     /// The socket; nobody else reads or writes it from now on.
     pub socket: Socket,
     /// What the peer has sent behind its handshake.
@@ -237,13 +271,15 @@ pub struct Newcomer {
     pub handler: MakeHandler,
     /// What holds for it; shared with others of the same settings.
     pub config: Arc<ConnectionConfig>,
+    /// How payloads become frames for it; for most, [`Encoding::PLAIN`].
+    pub encoding: Encoding,
     /// Its place in the engine, taken before the handshake was answered.
     pub place: Place,
 }
 
-impl std::fmt::Debug for Newcomer {
+impl std::fmt::Debug for NewConnection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Newcomer").field("socket", &self.socket).finish_non_exhaustive()
+        f.debug_struct("NewConnection").field("socket", &self.socket).finish_non_exhaustive()
     }
 }
 
@@ -254,10 +290,13 @@ pub enum AdoptError {
     /// A setting is out of range.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The encoding was not registered with this engine.
+    #[error("the encoding was not registered with this engine: call `register_encoding` on it first")]
+    UnknownEncoding,
     /// The socket could not be prepared.
     #[error("the socket could not be prepared")]
     Socket(#[from] std::io::Error),
     /// The engine did not take it.
     #[error(transparent)]
-    Send(#[from] SendError),
+    Refused(#[from] PublishError),
 }

@@ -23,73 +23,77 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::Poll;
 
-use smallvec::SmallVec;
-
-use crate::close_code::InvalidCloseCode;
-use crate::command::{Action, Command, Named, Payload, Publication, Target};
+use crate::close_reason::CloseReason;
+use crate::command::{Action, Command};
 use crate::config::ConnectionConfig;
 use crate::directory::{Directory, Group, Oversized};
 use crate::engine_core::EngineCore;
-use crate::frame::Frame;
+use crate::entry::{self, Entry, Named, Target};
 use crate::id::ConnectionId;
 use crate::log::Log;
 use crate::mailbox::Mailbox;
+use crate::payload::Payload;
 use crate::policy::Policy;
 use crate::position::Position;
+use crate::publication::{Address, Content, Publication};
 use crate::receipt::{self, Awaited, Receipt, Ticket};
+use crate::rendition::Renditions;
 use crate::wait_list::{Refused, Registration, WaitList};
 
-/// Whom a frame is for.
-#[derive(Debug, Clone, Copy)]
-pub enum To<'a> {
-    /// Every connection of the namespace.
-    Everyone,
-    /// The members of one group. A group without members is no error: nobody gets it.
-    Group(&'a str),
-    /// The members of several groups, each connection once.
-    Groups(&'a [&'a str]),
-    /// One connection. If it has gone, nobody gets it.
-    Connection(ConnectionId),
-}
-
-/// A frame could not be sent.
+/// Something could not be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum SendError {
-    /// The engine is stopping or has ended. Who awaited a receipt gets this as well if a shard was left behind
-    /// ([`ShutdownReport::stuck`](crate::ShutdownReport::stuck)) that has not said what became of the frame.
+pub enum PublishError {
+    /// The engine is stopping or has ended. A publisher that awaits a receipt also gets this if a shard was left behind
+    /// ([`ShutdownReport::stuck`](crate::ShutdownReport::stuck)) that has not said what became of the message.
     #[error("the engine has ended")]
     Closed,
-    /// `publishers_waiting_max` publishers wait for room already.
-    #[error("too many publishers wait for room already")]
+    /// [`publishers_waiting_max`](crate::EngineConfig::publishers_waiting_max) publishers wait for room already.
+    #[error("too many publishers wait for room already: publish less, or raise `publishers_waiting_max`")]
     Overloaded,
-    /// The frame is longer than [`Frame::BYTES_MAX`] (4 GiB − 1 B): send it in parts.
-    #[error("the frame is longer than {max} bytes: send it in parts", max = Frame::BYTES_MAX)]
+    /// The payload is longer than [`Payload::BYTES_MAX`] (4 GiB less a frame header).
+    #[error("the message is longer than {max} bytes: publish it in parts", max = Payload::BYTES_MAX)]
     TooLong,
     /// The group's name is longer than [`GROUP_NAME_BYTES_MAX`].
     #[error("the group's name is longer than {GROUP_NAME_BYTES_MAX} bytes")]
     GroupNameTooLong,
-    /// The close code may not stand in a Close frame.
-    #[error(transparent)]
-    InvalidCloseCode(#[from] InvalidCloseCode),
 }
 
 /// The longest name of a group, in bytes. A name is kept once, however many members the group has.
 pub const GROUP_NAME_BYTES_MAX: usize = 1024;
 
-/// A frame was not sent, and is given back.
+/// Something was not published, because that would have needed to wait or is impossible; the value is given back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum TrySendError {
-    /// The log or the connection's mailbox is full: its shard is behind. Nobody got the frame.
-    #[error("the log or the mailbox is full")]
-    Full(Frame),
+pub enum TryPublishError<T> {
+    /// The log is full, or for one connection its shard's mailbox: a shard is behind. Nobody got it.
+    #[error("the log or the mailbox is full: try again later, or wait with `publish`")]
+    Full(T),
     /// The engine is stopping or has ended.
     #[error("the engine has ended")]
-    Closed(Frame),
-    /// The frame is longer than [`Frame::BYTES_MAX`] (4 GiB − 1 B): send it in parts.
-    #[error("the frame is longer than {max} bytes: send it in parts", max = Frame::BYTES_MAX)]
-    TooLong(Frame),
+    Closed(T),
+    /// The payload is longer than [`Payload::BYTES_MAX`].
+    #[error("the message is longer than {max} bytes: publish it in parts", max = Payload::BYTES_MAX)]
+    TooLong(T),
+}
+
+impl<T> TryPublishError<T> {
+    /// The value that was not published.
+    pub fn into_inner(self) -> T {
+        match self {
+            Self::Full(value) | Self::Closed(value) | Self::TooLong(value) => value,
+        }
+    }
+
+    /// Whether there was no room: it may succeed later.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Full(_))
+    }
+
+    /// Whether the engine is stopping or has ended: it will not succeed.
+    pub fn is_closed(&self) -> bool {
+        matches!(self, Self::Closed(_))
+    }
 }
 
 /// Sends to the connections of one namespace.
@@ -98,8 +102,6 @@ pub(crate) struct Publisher {
     core: Arc<EngineCore>,
     directory: Arc<Directory>,
     window: Arc<Window>,
-    /// Overrides the default: each connection's own policy for several connections, `Block` for one.
-    policy: Option<Policy>,
 }
 
 /// How much may be on its way without anybody asking whether there is room: parts of the
@@ -115,11 +117,7 @@ impl Publisher {
         let directory = Directory::new(name, core.mailboxes.len(), core.next_group.clone());
         core.beacons.name(directory.key(), directory.name());
         let window = Window { frames: AtomicU64::new(u64::MAX), bytes: AtomicU64::new(u64::MAX) };
-        Self { core, directory: Arc::new(directory), window: Arc::new(window), policy: None }
-    }
-
-    pub(crate) fn with_policy(&self, policy: Policy) -> Self {
-        Self { policy: Some(policy), ..self.clone() }
+        Self { core, directory: Arc::new(directory), window: Arc::new(window) }
     }
 
     pub(crate) fn core(&self) -> &EngineCore {
@@ -141,27 +139,25 @@ impl Publisher {
         self.window.bytes.fetch_min(config.outbox_bytes as u64, Relaxed);
     }
 
-    /// Sends to a target as soon as there is room in the log or the mailbox, and waits for what it `wants` to know.
+    /// Publishes as soon as there is room in the log or the mailbox, and waits for what the caller `wants` to know.
     pub(crate) async fn submit(
         &self,
-        to: To<'_>,
-        except: &[ConnectionId],
-        payload: Payload,
+        publication: Publication,
         wants: Wants,
-    ) -> Result<Receipt, SendError> {
-        if matches!(&payload, Payload::Frame(frame) if frame.len() > Frame::BYTES_MAX) {
-            return Err(SendError::TooLong);
+    ) -> Result<Receipt, PublishError> {
+        if publication.payload().is_some_and(|payload| payload.bytes().len() > Payload::BYTES_MAX) {
+            return Err(PublishError::TooLong);
         }
-        let (position, awaited) = match self.try_submit(to, except, payload, wants) {
+        let (position, awaited) = match self.try_submit(publication.into(), wants) {
             Ok(submitted) => submitted,
-            Err(Refused::Closed(_)) => return Err(SendError::Closed),
-            Err(Refused::Full(payload)) => {
-                let narrow: &(dyn Narrow + Sync) = match to {
-                    To::Connection(id) => &self.core.mailboxes[id.shard()],
+            Err(Refused::Closed(_)) => return Err(PublishError::Closed),
+            Err(Refused::Full(draft)) => {
+                let narrow: &(dyn Narrow + Sync) = match draft.publication.to {
+                    Address::Connection(id) => &self.core.mailboxes[id.shard()],
                     _ => &*self.core.log,
                 };
-                let attempt = move |payload| self.try_submit(to, except, payload, wants);
-                let room: Room<'_, _> = Box::pin(self.wait_for_room(narrow, payload, attempt));
+                let attempt = move |draft: Box<Draft>| self.try_submit(*draft, wants);
+                let room: Room<'_, _> = Box::pin(self.wait_for_room(narrow, draft, attempt));
                 room.await?
             }
         };
@@ -172,7 +168,7 @@ impl Publisher {
     }
 
     /// Waits until every target has taken the frame or has gone.
-    async fn outcome(&self, awaited: Awaited) -> Result<Receipt, SendError> {
+    async fn outcome(&self, awaited: Awaited) -> Result<Receipt, PublishError> {
         let mut registration = Registration::default();
         poll_fn(|context| {
             let outcome = awaited.poll(context.waker()).map(Ok);
@@ -184,60 +180,66 @@ impl Publisher {
             // A shard that was left behind at the engine's end never says what became of it.
             match awaited.poll(context.waker()) {
                 Poll::Ready(receipt) => Poll::Ready(Ok(receipt)),
-                Poll::Pending => Poll::Ready(Err(SendError::Closed)),
+                Poll::Pending => Poll::Ready(Err(PublishError::Closed)),
             }
         })
         .await
     }
 
-    /// Tries once: resolves the target as it is now, decides whether anybody must be waited for, and hands the payload
-    /// over. Returns nothing if the target has no members or nobody must be waited for.
-    pub(crate) fn try_submit(
-        &self,
-        to: To<'_>,
-        except: &[ConnectionId],
-        payload: Payload,
-        wants: Wants,
-    ) -> Result<Submitted, Refused<Payload>> {
-        let destination = self.resolve(to, except);
+    /// Tries once: resolves the address as of now, decides whether anybody must be waited for, and hands the publication
+    /// over. Returns nothing to wait for if nobody is there or nobody must be waited for.
+    pub(crate) fn try_submit(&self, draft: Draft, wants: Wants) -> Result<Submitted, Refused<Box<Draft>>> {
+        let destination = self.resolve(&draft.publication);
         // Looked at last: where nobody is there any more, that may be because the end has come.
         if self.core.stopping.is_closed() {
-            return Err(Refused::Closed(payload));
+            return Err(Refused::Closed(Box::new(draft)));
         }
         match destination {
             None => Ok((self.core.tail(), None)),
-            Some(Destination::Shard(id)) => self.attempt_one(id, payload, wants),
-            Some(Destination::Log(target)) => self.attempt_many(target, except, payload, wants),
+            Some(Destination::Shard(id)) => self.attempt_one(id, draft.publication, wants),
+            Some(Destination::Log(target)) => self.attempt_many(target, draft, wants),
         }
     }
 
+    /// Hands over what is for one connection. Its shard renders it if need be: only the shard knows the encoding.
     fn attempt_one(
         &self,
         id: ConnectionId,
-        payload: Payload,
+        publication: Publication,
         wants: Wants,
-    ) -> Result<Submitted, Refused<Payload>> {
-        let (shard, mailbox, bytes) = (id.shard(), &self.core.mailboxes[id.shard()], payload.bytes());
-        let (action, awaited) = match payload {
-            Payload::End(reason) => (Action::Close(reason), None),
-            Payload::Frame(frame) => {
+    ) -> Result<Submitted, Refused<Box<Draft>>> {
+        let Publication { to, except, content, delivery } = publication;
+        let (shard, mailbox) = (id.shard(), &self.core.mailboxes[id.shard()]);
+        let bytes = content.payload().map_or(0, |payload| payload.plain_frame().len() as u64);
+        let (action, awaited) = match content {
+            Content::Close { code, text } => {
+                let (ticket, awaited) = wants.ticket(true);
+                (Action::Close { reason: CloseReason::Application { code, text }, ticket }, awaited)
+            }
+            Content::Message(payload) => {
                 let is_within = self.window.holds(4, mailbox.len() as u64 + 1, mailbox.reserve(bytes))
                     && self.window.holds(2, self.core.log.in_flight(), self.core.log.bytes_in_flight());
                 let oversized = (!is_within).then(|| Oversized::new(self.directory.clone()));
                 // For one connection `Block` holds, whatever its own policy is.
-                let policy = self.policy.unwrap_or_default();
+                let blocks = delivery.policy().unwrap_or_default().blocks();
                 let has_room = is_within && !self.directory.everyone().is_congested();
-                let (ticket, awaited) = wants.ticket(has_room || !policy.blocks());
-                (Action::Send { frame, policy, ticket, oversized }, awaited)
+                let (ticket, awaited) = wants.ticket(has_room || !blocks);
+                (Action::Send { payload, delivery, ticket, oversized }, awaited)
             }
         };
         let command = Command::For { id, namespace: self.directory.key(), action };
         self.core.try_command(shard, command).map(|position| (position, awaited)).map_err(|refused| {
             mailbox.release(bytes);
-            refused.map(|command| match command {
-                Command::For { action: Action::Send { frame, .. }, .. } => Payload::Frame(frame),
-                Command::For { action: Action::Close(reason), .. } => Payload::End(reason),
-                _ => unreachable!("what is refused is given back"),
+            refused.map(|command| {
+                let content = match command {
+                    Command::For { action: Action::Send { payload, .. }, .. } => Content::Message(payload),
+                    Command::For {
+                        action: Action::Close { reason: CloseReason::Application { code, text }, .. },
+                        ..
+                    } => Content::Close { code, text },
+                    _ => unreachable!("what is refused is given back"),
+                };
+                Box::new(Publication { to, except, content, delivery }.into())
             })
         })
     }
@@ -245,30 +247,45 @@ impl Publisher {
     fn attempt_many(
         &self,
         target: Target,
-        except: &[ConnectionId],
-        payload: Payload,
+        draft: Draft,
         wants: Wants,
-    ) -> Result<Submitted, Refused<Payload>> {
-        let (log, bytes) = (&self.core.log, payload.bytes());
+    ) -> Result<Submitted, Refused<Box<Draft>>> {
+        let Draft { publication, renditions } = draft;
+        let renditions = renditions.unwrap_or_else(|| self.render(&publication));
+        let (log, bytes) = (&self.core.log, entry::weight(&publication, &renditions));
         log.reserve(bytes);
+        let policy = publication.delivery.policy();
         let has_room = || {
             self.window.holds(2, log.in_flight() + 1, log.bytes_in_flight())
                 && !self.directory.has_oversized()
-                && !self.must_be_waited_for(&target)
+                && !self.must_be_waited_for(&target, policy)
         };
-        let blocks = self.policy.is_none_or(|policy| policy.blocks());
+        let is_message = publication.payload().is_some();
+        let blocks = is_message && policy.is_none_or(|policy| policy.blocks());
         let (ticket, awaited) = wants.ticket(!blocks || wants == Wants::Room && has_room());
-        let except = SmallVec::from_slice(except);
-        let publication = Publication { target, except, payload, policy: self.policy, ticket };
-        self.core.try_publish(publication).map(|position| (position, awaited)).map_err(|refused| {
+        let entry = Entry { publication, target, renditions, ticket };
+        self.core.try_publish(entry).map(|position| (position, awaited)).map_err(|refused| {
             log.unreserve(bytes);
-            refused.map(|publication| publication.payload)
+            refused.map(|entry| {
+                let Entry { publication, renditions, .. } = *entry;
+                Box::new(Draft { publication, renditions: Some(renditions) })
+            })
         })
     }
 
+    /// The frames for the encodings in use, besides the plain one.
+    fn render(&self, publication: &Publication) -> Renditions {
+        match publication.payload() {
+            Some(payload) => {
+                Renditions::make(&self.core.encodings, self.directory.encodings_in_use(), payload)
+            }
+            None => Renditions::default(),
+        }
+    }
+
     /// Whether a member for which publishers wait is congested.
-    fn must_be_waited_for(&self, target: &Target) -> bool {
-        let for_any = self.policy.is_some();
+    fn must_be_waited_for(&self, target: &Target, policy: Option<Policy>) -> bool {
+        let for_any = policy.is_some();
         let is_behind = |group: &Group| if for_any { group.is_congested() } else { group.is_blocking() };
         match target {
             Target::One(group) => is_behind(group),
@@ -276,20 +293,22 @@ impl Publisher {
         }
     }
 
-    /// Where a target's members are; none if nobody is there.
-    fn resolve(&self, to: To<'_>, except: &[ConnectionId]) -> Option<Destination> {
+    /// Where those are whom a publication is for; none if nobody is there.
+    fn resolve(&self, publication: &Publication) -> Option<Destination> {
         let occupied = |group: &Arc<Group>| !group.is_empty();
-        Some(match to {
-            To::Connection(id) => {
-                let is_here = id.shard() < self.core.mailboxes.len();
-                Destination::Shard(Some(id).filter(|id| is_here && !except.contains(id))?)
+        Some(match &publication.to {
+            Address::Connection(id) => {
+                let is_here = id.shard() < self.core.mailboxes.len() && !publication.except.contains(id);
+                Destination::Shard(Some(*id).filter(|_| is_here)?)
             }
-            To::Everyone => {
+            Address::Everyone => {
                 let everyone = Some(self.directory.everyone()).filter(|group| occupied(group))?;
                 Destination::Log(Target::One(everyone.clone()))
             }
-            To::Group(name) => Destination::Log(Target::One(self.directory.find(name).filter(occupied)?)),
-            To::Groups(names) => {
+            Address::Group(name) => {
+                Destination::Log(Target::One(self.directory.find(name).filter(occupied)?))
+            }
+            Address::Groups(names) => {
                 let groups = self.named(names);
                 if !groups.iter().any(|named| matches!(named, Named::Group(_))) {
                     return None;
@@ -300,17 +319,17 @@ impl Publisher {
     }
 
     /// These groups, wherever their members will be when a shard looks.
-    pub(crate) fn named(&self, names: &[&str]) -> Arc<[Named]> {
+    pub(crate) fn named(&self, names: &[Arc<str>]) -> Arc<[Named]> {
         // No group has a longer name.
         let names = names.iter().filter(|name| name.len() <= GROUP_NAME_BYTES_MAX);
-        let find = |name: &&str| match self.directory.find(name).filter(|group| !group.is_empty()) {
+        let find = |name: &Arc<str>| match self.directory.find(name).filter(|group| !group.is_empty()) {
             Some(group) => Named::Group(group),
-            None => Named::Absent { directory: self.directory.clone(), name: (*name).into() },
+            None => Named::Absent { directory: self.directory.clone(), name: name.clone() },
         };
         names.map(find).collect()
     }
 
-    pub(crate) async fn command(&self, id: ConnectionId, action: Action) -> Result<Position, SendError> {
+    pub(crate) async fn command(&self, id: ConnectionId, action: Action) -> Result<Position, PublishError> {
         if id.shard() >= self.core.mailboxes.len() {
             return Ok(self.core.tail()); // an id of another engine: nobody here has it
         }
@@ -319,7 +338,11 @@ impl Publisher {
     }
 
     /// Puts a command into a shard's mailbox, as soon as there is room.
-    pub(crate) async fn submit_command(&self, shard: usize, command: Command) -> Result<Position, SendError> {
+    pub(crate) async fn submit_command(
+        &self,
+        shard: usize,
+        command: Command,
+    ) -> Result<Position, PublishError> {
         let attempt = move |command| {
             if self.core.stopping.is_closed() {
                 return Err(Refused::Closed(command));
@@ -328,7 +351,7 @@ impl Publisher {
         };
         match attempt(command) {
             Ok(position) => Ok(position),
-            Err(Refused::Closed(_)) => Err(SendError::Closed),
+            Err(Refused::Closed(_)) => Err(PublishError::Closed),
             Err(Refused::Full(command)) => {
                 let mailbox = &self.core.mailboxes[shard];
                 let room: Room<'_, _> = Box::pin(self.wait_for_room(mailbox, command, attempt));
@@ -343,7 +366,7 @@ impl Publisher {
         narrow: &(dyn Narrow + Sync),
         value: T,
         mut attempt: impl FnMut(T) -> Result<U, Refused<T>>,
-    ) -> Result<U, SendError> {
+    ) -> Result<U, PublishError> {
         let mut value = Some(value);
         let mut registration = Registration::default();
         poll_fn(|context| {
@@ -351,15 +374,15 @@ impl Publisher {
             for registered in [false, true] {
                 // An attempt costs a look at each member group, and everybody is woken when there is room for one.
                 if !narrow.is_full() {
-                    let Some(taken) = value.take() else { return Poll::Ready(Err(SendError::Closed)) };
+                    let Some(taken) = value.take() else { return Poll::Ready(Err(PublishError::Closed)) };
                     match attempt(taken) {
                         Ok(done) => return Poll::Ready(Ok(done)),
-                        Err(Refused::Closed(_)) => return Poll::Ready(Err(SendError::Closed)),
+                        Err(Refused::Closed(_)) => return Poll::Ready(Err(PublishError::Closed)),
                         Err(Refused::Full(refused)) => value = Some(refused),
                     }
                 }
                 if !registered && !narrow.waiting().register(&mut registration, context.waker()) {
-                    return Poll::Ready(Err(SendError::Overloaded));
+                    return Poll::Ready(Err(PublishError::Overloaded));
                 }
             }
             self.core.wake_laggards(1);
@@ -377,7 +400,7 @@ trait Narrow {
     fn waiting(&self) -> &WaitList;
 }
 
-impl Narrow for Log<Publication> {
+impl Narrow for Log<Entry> {
     fn is_full(&self) -> bool {
         Self::is_full(self)
     }
@@ -399,12 +422,25 @@ impl Narrow for Mailbox<Command, mio::Waker> {
 
 /// Ends when there was room. Boxed, because it is rare and large: held by value, it would make the
 /// futures of all who publish as large.
-type Room<'a, T> = Pin<Box<dyn Future<Output = Result<T, SendError>> + Send + 'a>>;
+type Room<'a, T> = Pin<Box<dyn Future<Output = Result<T, PublishError>> + Send + 'a>>;
 
 /// Its position, and the outcome to wait for, if the publisher wants one.
 type Submitted = (Position, Option<Awaited>);
 
-/// Where something is to go: to one connection's shard, or through the log.
+/// A publication that has not been accepted yet. What was rendered is kept for the next attempt.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    pub(crate) publication: Publication,
+    renditions: Option<Renditions>,
+}
+
+impl From<Publication> for Draft {
+    fn from(publication: Publication) -> Self {
+        Self { publication, renditions: None }
+    }
+}
+
+/// Where a publication goes: to one connection's shard, or through the log.
 enum Destination {
     Shard(ConnectionId),
     Log(Target),
@@ -437,14 +473,5 @@ impl Window {
     fn holds(&self, part: u64, frames: u64, bytes: u64) -> bool {
         // Relaxed: see `expect`.
         frames <= self.frames.load(Relaxed) / part && bytes <= self.bytes.load(Relaxed) / part
-    }
-}
-
-impl Payload {
-    pub(crate) fn into_frame(self) -> Frame {
-        match self {
-            Self::Frame(frame) => frame,
-            Self::End(_) => unreachable!("a frame was tried to be sent"),
-        }
     }
 }

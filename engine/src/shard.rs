@@ -32,14 +32,15 @@ use std::time::{Duration, Instant};
 use mio::{Events, Poll, Token};
 
 use crate::close_reason::CloseReason;
-use crate::command::{Command, Publication};
+use crate::command::Command;
 use crate::connection::Connection;
 use crate::crowd::Crowd;
 use crate::engine_core::EngineCore;
+use crate::entry::Entry;
 use crate::handler::Post;
 use crate::id::{ConnectionId, Slot};
 use crate::log::Reader;
-use crate::mailbox::{Entry, Mailbox};
+use crate::mailbox::{Mailbox, Stamped};
 use crate::outbox::Gather;
 use crate::pinning::Pin;
 use crate::wheel::Wheel;
@@ -80,7 +81,7 @@ pub struct Shard {
     events: Events,
     /// The others, where it is better to read all first.
     other_events: Events,
-    reader: Reader<Publication>,
+    reader: Reader<Entry>,
     crowd: Crowd,
     wheel: Wheel<ConnectionId>,
     gather: Gather,
@@ -89,7 +90,7 @@ pub struct Shard {
     generations: u64,
     nonces: timer::Nonces,
     /// A command whose stamp the log has not reached.
-    held: Option<Entry<Command>>,
+    held: Option<Stamped<Command>>,
     /// Commands taken out of the mailbox so far.
     commands: u64,
     /// What is to be done behind everything that handlers have sent.
@@ -151,7 +152,7 @@ pub(crate) struct Parts {
     pub(crate) index: usize,
     pub(crate) core: Arc<EngineCore>,
     pub(crate) poll: Poll,
-    pub(crate) reader: Reader<Publication>,
+    pub(crate) reader: Reader<Entry>,
 }
 
 /// Buffers that keep their memory between turns.

@@ -14,7 +14,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use fixture::{Rig, at_once};
-use shardcast_engine::{ConnectionConfig, Context, Flow, Frame, Handler, Message, Newcomer, Socket, To};
+use shardcast_engine::{
+    Address, ConnectionConfig, Context, Flow, Handler, Message, NewConnection, Payload, Publication, Socket,
+};
 
 struct Counting;
 
@@ -56,11 +58,12 @@ fn with_sinks(count: usize) -> Rig {
         config,
     );
     for _ in 0..count {
-        let newcomer = Newcomer {
+        let newcomer = NewConnection {
             socket: Socket::sink(),
             received: Default::default(),
             handler: Box::new(|_| Box::new(Silent)),
             config: Arc::clone(&rig.config),
+            encoding: shardcast_engine::Encoding::PLAIN,
             place: rig.engine.admit(None).unwrap(),
         };
         at_once(rig.everyone.adopt(newcomer)).unwrap();
@@ -71,11 +74,11 @@ fn with_sinks(count: usize) -> Rig {
 
 /// Allocations of publishing and delivering, once all buffers have the size that they need.
 fn allocations(rig: &mut Rig, at_a_time: usize) -> usize {
-    let frame = Frame::text("what everybody gets");
+    let frame = Payload::text("what everybody gets");
     let publish = |rig: &mut Rig| {
         for _ in 0..PUBLICATIONS / at_a_time {
             for _ in 0..at_a_time {
-                rig.everyone.try_publish(To::Everyone, &[], frame.clone()).unwrap();
+                rig.everyone.try_publish(Publication::message(Address::Everyone, frame.clone())).unwrap();
             }
             while rig.shards.iter().any(shardcast_engine::Shard::has_work) {
                 rig.turn();

@@ -8,7 +8,7 @@ mod fixture;
 
 use fixture::{Peer, Rig, at_once, newcomer_for};
 use shardcast_engine::{
-    ConnectionConfig, Context, EngineConfig, Flow, Frame, Handler, Message, Namespace, To,
+    Address, ConnectionConfig, Context, EngineConfig, Flow, Handler, Message, Namespace, Payload, Publication,
 };
 
 /// Says what it is told: `all…` to all, `both…` to all and then `you both…` to its peer, anything else to its peer.
@@ -17,12 +17,13 @@ struct Speaker(Namespace);
 impl Handler for Speaker {
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
         let text = std::str::from_utf8(message.payload).unwrap();
-        let say = |to, text: &str| self.0.try_publish(to, &[], Frame::text(text)).unwrap();
-        let me = To::Connection(context.id());
+        let say =
+            |to, text: &str| self.0.try_publish(Publication::message(&to, Payload::text(text))).unwrap();
+        let me = Address::Connection(context.id());
         match text.split(' ').next() {
-            Some("all") => say(To::Everyone, text),
+            Some("all") => say(Address::Everyone, text),
             Some("both") => {
-                say(To::Everyone, text);
+                say(Address::Everyone, text);
                 say(me, &format!("you {text}"));
             }
             _ => say(me, text),

@@ -11,17 +11,18 @@ mod fixture;
 
 use std::time::Duration;
 
-use fixture::{Client, Heard, Rig, Task};
+use fixture::{Client, Heard, Rig, Sender, Task};
 use shardcast_engine::{
-    CloseReason, ConnectionAudit, ConnectionConfig, EngineConfig, Frame, Namespace, Policy, SendError, To,
+    Address, CloseReason, ConnectionAudit, ConnectionConfig, EngineConfig, Payload, Policy, Publication,
+    PublishError,
 };
 
 const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-fn bytes(count: usize) -> Frame {
-    Frame::text(&"x".repeat(count))
+fn bytes(count: usize) -> Payload {
+    Payload::text(&"x".repeat(count))
 }
 
 fn outbox_of(outbox_bytes: usize) -> ConnectionConfig {
@@ -35,9 +36,12 @@ fn look(rig: &Rig) -> ConnectionAudit {
     audit.connections.into_iter().next().expect("a connection")
 }
 
-fn publishing(everyone: &Namespace, to: To<'static>, length: usize) -> Task<'static, Result<(), SendError>> {
-    let everyone = everyone.clone();
-    Task::new(async move { everyone.publish(to, &[], bytes(length)).await })
+fn publishing(
+    sender: impl Into<Sender>,
+    to: Address,
+    length: usize,
+) -> Task<'static, Result<(), PublishError>> {
+    Task::new(sender.into().publish(Publication::message(to, bytes(length))))
 }
 
 /// Lets the client read until nothing is left for it; how many frames that were.
@@ -62,9 +66,9 @@ fn no_frame_waits_whose_publisher_has_returned(sizes: &[usize], unicast_first: O
     let everyone = rig.everyone.clone();
     let mut publishers = Vec::new();
     if let Some(length) = unicast_first {
-        publishers.push(publishing(&everyone, To::Connection(client.id()), length));
+        publishers.push(publishing(&everyone, Address::Connection(client.id()), length));
     }
-    publishers.extend(sizes.iter().map(|length| publishing(&everyone, To::Everyone, *length)));
+    publishers.extend(sizes.iter().map(|length| publishing(&everyone, Address::Everyone, *length)));
     let all = publishers.len();
     for _ in 0..2 {
         publishers.retain_mut(|publisher| publisher.poll().is_none());
@@ -102,10 +106,10 @@ fn a_publish_that_finds_a_full_peer_returns_when_the_peer_has_room() {
     let mut rig = Rig::one(outbox_of(100_000));
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
-    everyone.try_publish(To::Everyone, &[], bytes(20_000)).unwrap();
+    everyone.try_publish(Publication::message(Address::Everyone, bytes(20_000))).unwrap();
     rig.settle(); // the kernel is full
-    everyone.try_publish(To::Connection(client.id()), &[], bytes(80_000)).unwrap();
-    let mut publisher = publishing(&everyone, To::Everyone, 30_000);
+    everyone.try_publish(Publication::message(Address::Connection(client.id()), bytes(80_000))).unwrap();
+    let mut publisher = publishing(&everyone, Address::Everyone, 30_000);
     assert!(publisher.poll().is_none(), "80,000 bytes are on their way, 30,000 more will wait");
     rig.settle();
     assert!(publisher.poll().is_none());
@@ -125,7 +129,7 @@ fn a_peer_that_reads_is_never_ended_as_slow_while_its_publisher_awaits() {
         let everyone = rig.everyone.clone();
         let mut heard = 0;
         for length in &sizes {
-            let mut publisher = publishing(&everyone, To::Everyone, *length);
+            let mut publisher = publishing(&everyone, Address::Everyone, *length);
             while publisher.poll().is_none() {
                 rig.settle();
                 heard += client.peer.hear_data().len();
@@ -141,10 +145,10 @@ fn a_peer_that_reads_is_never_ended_as_slow_while_its_publisher_awaits() {
 fn congestion_ends_when_nothing_waits_and_the_outbox_is_nearly_empty() {
     let mut rig = Rig::one(outbox_of(100_000));
     let _client = rig.connect();
-    let drops = rig.everyone.with_policy(Policy::DropMessage { timeout: ms(10) }).unwrap();
-    drops.try_publish(To::Everyone, &[], bytes(20_000)).unwrap();
+    let drops = Sender::new(&rig.everyone, Some(Policy::DropMessage { timeout: ms(10) }));
+    drops.try_publish(Publication::message(Address::Everyone, bytes(20_000))).unwrap();
     rig.settle(); // the kernel is full, a little is in the outbox
-    drops.try_publish(To::Everyone, &[], bytes(95_000)).unwrap();
+    drops.try_publish(Publication::message(Address::Everyone, bytes(95_000))).unwrap();
     rig.settle();
     assert_eq!(rig.shards[0].audit().groups[0].congested, 1, "it waits");
     rig.pass(ms(50));
@@ -153,7 +157,7 @@ fn congestion_ends_when_nothing_waits_and_the_outbox_is_nearly_empty() {
     assert!(look.queued_bytes <= 25_000, "{look:?}");
     assert_eq!(rig.shards[0].audit().groups[0].congested, 0, "at most a quarter is queued");
     let everyone = rig.everyone.clone();
-    assert_eq!(publishing(&everyone, To::Everyone, 10).poll(), Some(Ok(())), "so nobody waits");
+    assert_eq!(publishing(&everyone, Address::Everyone, 10).poll(), Some(Ok(())), "so nobody waits");
 }
 
 #[test]
@@ -163,14 +167,14 @@ fn the_last_frame_for_which_an_outbox_surely_has_room_is_the_last_that_nobody_wa
     let everyone = rig.everyone.clone();
     let mut sent = 0;
     while look(&rig).queued == 0 {
-        everyone.try_publish(To::Everyone, &[], bytes(1000)).unwrap();
+        everyone.try_publish(Publication::message(Address::Everyone, bytes(1000))).unwrap();
         rig.settle();
         sent += 1;
     }
     assert_eq!(look(&rig).queued, 1, "a quarter of the outbox");
     // A quarter in the mailbox and a half in the log fill it.
-    let mut publishers = vec![publishing(&everyone, To::Connection(client.id()), 1000)];
-    publishers.extend((0..3).map(|_| publishing(&everyone, To::Everyone, 1000)));
+    let mut publishers = vec![publishing(&everyone, Address::Connection(client.id()), 1000)];
+    publishers.extend((0..3).map(|_| publishing(&everyone, Address::Everyone, 1000)));
     publishers.retain_mut(|publisher| publisher.poll().is_none());
     assert_eq!(publishers.len(), 1);
     rig.settle();
@@ -194,7 +198,8 @@ fn the_smallest_outbox_says_how_much_is_published_without_waiting() {
                 rig.connect()
             });
             let everyone = rig.everyone.clone();
-            let mut publishers: Vec<_> = (0..12).map(|_| publishing(&everyone, To::Everyone, 5000)).collect();
+            let mut publishers: Vec<_> =
+                (0..12).map(|_| publishing(&everyone, Address::Everyone, 5000)).collect();
             publishers.retain_mut(|publisher| publisher.poll().is_none());
             rig.settle();
             publishers.retain_mut(|publisher| publisher.poll().is_none());
@@ -217,11 +222,13 @@ fn a_unicast_waits_where_what_is_on_its_way_may_fill_the_outbox() {
         let mut publishers = Vec::new();
         for (is_unicast, length) in &ahead {
             match is_unicast {
-                true => publishers.push(publishing(&everyone, To::Connection(id), *length)),
-                false => everyone.try_publish(To::Everyone, &[], bytes(*length)).unwrap(),
+                true => publishers.push(publishing(&everyone, Address::Connection(id), *length)),
+                false => {
+                    everyone.try_publish(Publication::message(Address::Everyone, bytes(*length))).unwrap()
+                }
             }
         }
-        publishers.push(publishing(&everyone, To::Connection(id), 20_000));
+        publishers.push(publishing(&everyone, Address::Connection(id), 20_000));
         publishers.retain_mut(|publisher| publisher.poll().is_none());
         rig.settle();
         publishers.retain_mut(|publisher| publisher.poll().is_none());
@@ -238,23 +245,23 @@ fn who_publishes_under_block_waits_for_every_member_that_is_behind() {
     let mut rig = Rig::one(ConnectionConfig { policy, ..outbox_of(100_000) });
     let (behind, other) = (rig.connect(), rig.connect());
     let everyone = rig.everyone.clone();
-    let blocking = everyone.with_policy(Policy::Block).unwrap();
+    let blocking = Sender::new(&everyone, Some(Policy::Block));
     for (id, group) in [(other.id(), "a"), (behind.id(), "b")] {
         fixture::at_once(everyone.join(id, group)).unwrap();
     }
-    blocking.try_publish(To::Connection(behind.id()), &[], bytes(150_000)).unwrap();
+    blocking.try_publish(Publication::message(Address::Connection(behind.id()), bytes(150_000))).unwrap();
     rig.settle(); // what the kernel did not take fills its outbox
     // One that is on its way into a group counts there already.
     fixture::at_once(everyone.join(behind.id(), "c")).unwrap();
-    let targets = [To::Everyone, To::Groups(&["a", "b"]), To::Group("b"), To::Group("c")];
+    let targets = [Address::Everyone, Address::groups(["a", "b"]), Address::group("b"), Address::group("c")];
     let mut publishers: Vec<_> = targets.map(|to| publishing(&blocking, to, 10)).into();
-    publishers.push(publishing(&everyone, To::Connection(behind.id()), 10));
+    publishers.push(publishing(&everyone, Address::Connection(behind.id()), 10));
     let polled: Vec<_> = publishers.iter_mut().map(Task::poll).collect();
     assert_eq!(polled, [None; 5], "no shard has moved");
     rig.settle();
     assert!(publishers.iter_mut().all(|publisher| publisher.poll().is_none()), "it has no room");
     assert_eq!(
-        publishing(&everyone, To::Everyone, 10).poll(),
+        publishing(&everyone, Address::Everyone, 10).poll(),
         Some(Ok(())),
         "by its own policy nobody waits"
     );
@@ -268,10 +275,10 @@ fn one_that_is_behind_and_on_its_way_into_a_group_is_waited_for_there() {
     let mut rig = Rig::one(outbox_of(100_000));
     let behind = rig.connect();
     let everyone = rig.everyone.clone();
-    everyone.try_publish(To::Connection(behind.id()), &[], bytes(150_000)).unwrap();
+    everyone.try_publish(Publication::message(Address::Connection(behind.id()), bytes(150_000))).unwrap();
     rig.settle();
     fixture::at_once(everyone.join(behind.id(), "a")).unwrap();
-    let mut publisher = publishing(&everyone, To::Group("a"), 10);
+    let mut publisher = publishing(&everyone, Address::group("a"), 10);
     assert_eq!(publisher.poll(), None, "no shard has moved");
     rig.settle();
     assert_eq!((publisher.poll(), look(&rig).waiting), (None, 1));
@@ -287,10 +294,10 @@ fn who_publishes_waits_only_for_members_whose_policy_is_block() {
     rig.config = blocking;
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
-    everyone.try_publish(To::Connection(dropping.id()), &[], bytes(100_000)).unwrap();
+    everyone.try_publish(Publication::message(Address::Connection(dropping.id()), bytes(100_000))).unwrap();
     rig.settle(); // its outbox is full
     // More than surely fits, so the publisher is told when everybody has it for whom it waits.
-    let mut publisher = publishing(&everyone, To::Everyone, 80_000);
+    let mut publisher = publishing(&everyone, Address::Everyone, 80_000);
     assert!(publisher.poll().is_none());
     rig.settle();
     assert_eq!(publisher.poll(), Some(Ok(())), "the frame waits for one that may drop it");
@@ -312,19 +319,20 @@ fn what_was_refused_or_found_nobody_takes_no_room_from_others() {
     let gone = rig.connect().id();
     rig.settle();
     let everyone = rig.everyone.clone();
-    let all = [To::Everyone, To::Connection(client.id())];
-    for to in all {
-        let refused = (0..20).filter(|_| everyone.try_publish(to, &[], bytes(1000)).is_err()).count();
+    let all = [Address::Everyone, Address::Connection(client.id())];
+    for to in &all {
+        let refused =
+            (0..20).filter(|_| everyone.try_publish(Publication::message(to, bytes(1000))).is_err()).count();
         assert_eq!(refused, 18, "there is room for two, {to:?}");
         rig.settle();
     }
     for _ in 0..20 {
-        everyone.try_publish(To::Connection(gone), &[], bytes(1000)).unwrap();
+        everyone.try_publish(Publication::message(Address::Connection(gone), bytes(1000))).unwrap();
         rig.settle();
     }
     assert_eq!(client.peer.hear_data().len(), 4);
-    for to in all {
-        let mut publisher = Task::new(everyone.publish(to, &[], bytes(10)));
+    for to in &all {
+        let mut publisher = Task::new(everyone.publish(Publication::message(to, bytes(10))));
         assert_eq!(publisher.poll(), Some(Ok(())), "nothing is on its way, so nobody waits, {to:?}");
         rig.settle();
     }
@@ -335,7 +343,7 @@ fn who_publishes_what_may_be_dropped_waits_for_nobody() {
     let mut rig = Rig::new(2);
     let clients = rig.connect_many(2);
     for _ in 0..3 {
-        rig.everyone.try_publish(To::Everyone, &[], bytes(1 << 20)).unwrap();
+        rig.everyone.try_publish(Publication::message(Address::Everyone, bytes(1 << 20))).unwrap();
     }
     rig.settle(); // far more than half of an outbox waits for each
     for policy in [
@@ -343,10 +351,10 @@ fn who_publishes_what_may_be_dropped_waits_for_nobody() {
         Policy::DropConnection { timeout: ms(1000), max_drops: 100 },
         Policy::DropOnHighRtt { max_rtt: ms(1000), rtt_samples: 3 },
     ] {
-        let dropping = rig.everyone.with_policy(policy).unwrap();
-        for to in [To::Everyone, To::Connection(clients[0].id())] {
+        let dropping = Sender::new(&rig.everyone, Some(policy));
+        for to in [Address::Everyone, Address::Connection(clients[0].id())] {
             // No shard has moved meanwhile.
-            let mut publisher = Task::new(dropping.publish(to, &[], bytes(1 << 20)));
+            let mut publisher = Task::new(dropping.publish(Publication::message(&to, bytes(1 << 20))));
             assert_eq!(publisher.poll(), Some(Ok(())), "{policy:?} to {to:?}");
         }
         rig.settle();
@@ -363,9 +371,9 @@ fn a_frame_of_any_size_follows_a_small_one_that_was_sent_just_before() {
         let mut rig = Rig::one(config);
         let mut clients = rig.connect_many(11);
         for client in &clients {
-            let to = if is_unicast { To::Connection(client.id()) } else { To::Everyone };
+            let to = if is_unicast { Address::Connection(client.id()) } else { Address::Everyone };
             for length in [2, 100_000] {
-                rig.everyone.try_publish(to, &[], bytes(length)).unwrap();
+                rig.everyone.try_publish(Publication::message(&to, bytes(length))).unwrap();
             }
             if !is_unicast {
                 break;
@@ -391,7 +399,7 @@ fn a_publication_to_many_healthy_clients_counts_once_against_the_budget() {
     let mut rig = Rig::with(engine, ConnectionConfig::default());
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| rig.connect_at_once()).collect();
     rig.settle();
-    rig.everyone.try_publish(To::Everyone, &[], bytes(2000)).unwrap();
+    rig.everyone.try_publish(Publication::message(Address::Everyone, bytes(2000))).unwrap();
     rig.settle();
     assert_eq!(rig.engine.metrics().ended, 0);
     assert!(clients.iter_mut().all(|client| client.peer.hear_data().len() == 1));
@@ -410,7 +418,9 @@ fn what_is_queued_for_clients_whose_turn_has_not_come_ends_nobody() {
     rig.send_buffer = 1 << 16;
     let mut clients = rig.connect_many(20);
     for client in &clients {
-        rig.everyone.try_publish(To::Connection(client.id()), &[], bytes(100_000)).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(Address::Connection(client.id()), bytes(100_000)))
+            .unwrap();
     }
     rig.turn();
     assert!(rig.engine.metrics().retained_bytes > 1 << 20, "a test of something");
@@ -439,7 +449,9 @@ fn the_budget_holds_for_sockets_that_have_taken_nothing_for_long() {
     let (mut rig, clients) = within_a_mebibyte(10);
     for round in 0..60 {
         for client in &clients {
-            rig.everyone.try_publish(To::Connection(client.id()), &[], bytes(20_000)).unwrap();
+            rig.everyone
+                .try_publish(Publication::message(Address::Connection(client.id()), bytes(20_000)))
+                .unwrap();
         }
         rig.settle();
         let kept = rig.engine.metrics().retained_bytes;
@@ -460,7 +472,9 @@ fn beyond_the_budget_no_more_are_ended_than_free_the_excess() {
         let (mut rig, mut clients) = within_a_mebibyte(4);
         for (client, lengths) in clients.iter().zip(sizes) {
             for length in lengths {
-                rig.everyone.try_publish(To::Connection(client.id()), &[], bytes(*length)).unwrap();
+                rig.everyone
+                    .try_publish(Publication::message(Address::Connection(client.id()), bytes(*length)))
+                    .unwrap();
             }
         }
         rig.settle();
@@ -475,12 +489,16 @@ fn beyond_the_budget_no_more_are_ended_than_free_the_excess() {
 #[test]
 fn a_frame_counts_as_long_as_a_part_of_it_has_not_been_taken() {
     let (mut rig, mut clients) = within_a_mebibyte(2);
-    rig.everyone.try_publish(To::Connection(clients[0].id()), &[], bytes(600_000)).unwrap();
+    rig.everyone
+        .try_publish(Publication::message(Address::Connection(clients[0].id()), bytes(600_000)))
+        .unwrap();
     for _ in 0..500 {
         rig.settle();
         let _ = clients[0].peer.hear_some(1000);
     }
-    rig.everyone.try_publish(To::Connection(clients[1].id()), &[], bytes(450_000)).unwrap();
+    rig.everyone
+        .try_publish(Publication::message(Address::Connection(clients[1].id()), bytes(450_000)))
+        .unwrap();
     rig.settle();
     let ends: Vec<_> = clients.iter().map(|client| client.record().ends).collect();
     assert_eq!(ends, [vec![CloseReason::Shed], vec![]], "it keeps most, though less is left to be written");
@@ -490,7 +508,7 @@ fn a_frame_counts_as_long_as_a_part_of_it_has_not_been_taken() {
 #[test]
 fn a_frame_that_many_keep_is_freed_by_ending_all_of_them() {
     let (mut rig, mut clients) = within_a_mebibyte(40);
-    rig.everyone.try_publish(To::Everyone, &[], bytes(2 << 20)).unwrap();
+    rig.everyone.try_publish(Publication::message(Address::Everyone, bytes(2 << 20))).unwrap();
     // Some turns, as each look ends as many more as before.
     for _ in 0..20 {
         rig.turn();
@@ -575,7 +593,9 @@ fn on_a_budget(shards: usize, clients: usize) -> (Rig, Vec<Client>) {
 fn send_to(rig: &mut Rig, client: &Client, times: usize) {
     let frame = bytes(10_000 - 4);
     for _ in 0..times {
-        rig.everyone.try_publish(To::Connection(client.id()), &[], frame.clone()).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(Address::Connection(client.id()), frame.clone()))
+            .unwrap();
     }
     rig.settle();
 }
@@ -588,7 +608,7 @@ fn ends(clients: &[Client]) -> Vec<usize> {
 fn what_many_slow_clients_share_counts_once_against_the_budget() {
     let (mut rig, clients) = on_a_budget(1, 30);
     for _ in 0..10 {
-        rig.everyone.try_publish(To::Everyone, &[], bytes(50_000)).unwrap();
+        rig.everyone.try_publish(Publication::message(Address::Everyone, bytes(50_000))).unwrap();
         rig.settle();
     }
     let metrics = rig.engine.metrics();
@@ -602,7 +622,10 @@ fn beyond_the_budget_what_is_left_of_a_connection_that_ends_goes_before_one_that
     send_to(&mut rig, &clients[0], 70);
     send_to(&mut rig, &clients[1], 20);
     let code = shardcast_engine::CloseCode(4000);
-    fixture::at_once(rig.everyone.close(To::Connection(clients[0].id()), &[], code, "bye")).unwrap();
+    fixture::at_once(
+        rig.everyone.publish(Publication::close(Address::Connection(clients[0].id()), code, "bye").unwrap()),
+    )
+    .unwrap();
     rig.settle();
     assert!(rig.engine.metrics().retained_bytes > 850_000, "a minute is left to take it");
     send_to(&mut rig, &clients[1], 20);
@@ -616,7 +639,9 @@ fn beyond_the_budget_each_shard_sheds_its_part_of_the_excess() {
     let frame = bytes(10_000 - 4);
     for _ in 0..6 {
         for client in &clients {
-            rig.everyone.try_publish(To::Connection(client.id()), &[], frame.clone()).unwrap();
+            rig.everyone
+                .try_publish(Publication::message(Address::Connection(client.id()), frame.clone()))
+                .unwrap();
         }
     }
     // 1,200,000 bytes, of which each shard has one half.
@@ -634,10 +659,12 @@ fn beyond_the_budget_who_has_not_had_its_turn_is_not_shed_for_one_that_was_refus
     let (mut rig, slow) = on_a_budget(1, 1);
     rig.send_buffer = 1 << 16;
     let mut clients = rig.connect_many(CLIENTS - 1);
-    rig.everyone.try_publish(To::Connection(slow[0].id()), &[], bytes(60_000)).unwrap();
+    rig.everyone.try_publish(Publication::message(Address::Connection(slow[0].id()), bytes(60_000))).unwrap();
     for (number, client) in clients.iter().enumerate() {
         let length = if number < 512 { 10 } else { 30_000 };
-        rig.everyone.try_publish(To::Connection(client.id()), &[], bytes(length)).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(Address::Connection(client.id()), bytes(length)))
+            .unwrap();
     }
     rig.turn();
     assert!(rig.engine.metrics().retained_bytes > 1 << 20, "a test of something");
@@ -672,14 +699,14 @@ fn drops_are_counted_beyond_32_bits() {
     let mut rig = Rig::one(ConnectionConfig { outbox_frames: 1, policy, ..ConnectionConfig::default() });
     let client = rig.connect();
     let id = client.id();
-    rig.everyone.try_publish(To::Everyone, &[], bytes(100_000)).unwrap();
+    rig.everyone.try_publish(Publication::message(Address::Everyone, bytes(100_000))).unwrap();
     rig.settle(); // the outbox is full
     let before = 2 * (u64::from(u32::MAX) - 1); // just below for each cause
     rig.shards[0].pretend_losses(id, before);
-    let late = rig.everyone.with_policy(Policy::DropMessage { timeout: ms(10) }).unwrap();
-    for everyone in [rig.everyone.clone(), late] {
+    let late = Sender::new(&rig.everyone, Some(Policy::DropMessage { timeout: ms(10) }));
+    for everyone in [Sender::from(&rig.everyone), late] {
         for _ in 0..5 {
-            everyone.try_publish(To::Everyone, &[], bytes(10)).unwrap();
+            everyone.try_publish(Publication::message(Address::Everyone, bytes(10))).unwrap();
             rig.settle();
         }
     }
@@ -704,9 +731,9 @@ fn who_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_goes_on() 
     let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: ms(86_400_000), ..outbox_of(1024) });
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
-    everyone.try_publish(To::Everyone, &[], bytes(100_000)).unwrap();
+    everyone.try_publish(Publication::message(Address::Everyone, bytes(100_000))).unwrap();
     rig.settle(); // the kernel refuses the rest: the time begins
-    let mut publisher = publishing(&everyone, To::Everyone, 10);
+    let mut publisher = publishing(&everyone, Address::Everyone, 10);
     assert!(publisher.poll().is_none());
     rig.pass(ms(9900));
     assert!(publisher.poll().is_none() && client.record().ends.is_empty(), "10 s by default");
@@ -727,9 +754,9 @@ fn who_takes_a_little_within_each_stall_timeout_is_not_ended() {
     let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: ms(86_400_000), ..outbox_of(1024) });
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
-    everyone.try_publish(To::Everyone, &[], bytes(200_000)).unwrap();
+    everyone.try_publish(Publication::message(Address::Everyone, bytes(200_000))).unwrap();
     rig.settle();
-    let mut publisher = publishing(&everyone, To::Everyone, 10);
+    let mut publisher = publishing(&everyone, Address::Everyone, 10);
     assert!(publisher.poll().is_none());
     let mut heard = Vec::new();
     while heard.is_empty() {

@@ -9,7 +9,7 @@ mod fixture;
 use std::time::Duration;
 
 use fixture::{Client, Heard, Rig};
-use shardcast_engine::{ConnectionConfig, EngineConfig, Frame, To};
+use shardcast_engine::{Address, ConnectionConfig, EngineConfig, Payload, Publication};
 
 const COALESCE: Duration = Duration::from_millis(5);
 
@@ -23,7 +23,7 @@ fn rig(coalesce: Duration) -> (Rig, Vec<Client>) {
 }
 
 fn publish(rig: &mut Rig, text: &str) {
-    rig.everyone.try_publish(To::Everyone, &[], Frame::text(text)).unwrap();
+    rig.everyone.try_publish(Publication::message(Address::Everyone, Payload::text(text))).unwrap();
     rig.settle();
 }
 
@@ -63,7 +63,9 @@ fn nobody_is_held_back_once_a_burst_is_as_large_as_it_may_be() {
     let (mut rig, mut clients) = rig(Duration::from_secs(1));
     // In steps, each smaller than a burst.
     for number in 0..1000 {
-        rig.everyone.try_publish(To::Everyone, &[], Frame::text(&number.to_string())).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(Address::Everyone, Payload::text(&number.to_string())))
+            .unwrap();
         if number % 50 == 0 {
             rig.settle();
         }
@@ -86,7 +88,11 @@ fn without_it_an_idle_shard_writes_at_once() {
 fn an_end_comes_behind_what_was_gathered() {
     let (mut rig, mut clients) = rig(COALESCE);
     publish(&mut rig, "last words");
-    fixture::at_once(rig.everyone.close(To::Everyone, &[], shardcast_engine::CloseCode::NORMAL, "")).unwrap();
+    fixture::at_once(
+        rig.everyone
+            .publish(Publication::close(Address::Everyone, shardcast_engine::CloseCode::NORMAL, "").unwrap()),
+    )
+    .unwrap();
     rig.pass(COALESCE);
     let heard = clients[0].peer.hear();
     assert_eq!(heard[..2], [Heard::Data("last words".into()), Heard::Close(Some(1000))]);

@@ -16,8 +16,9 @@ use std::time::Duration;
 
 use fixture::{Client, Heard, Rig, SlowToPart, Task, at_once, client_frame, lock, newcomer};
 use shardcast_engine::{
-    AdoptError, CloseCode, CloseReason, ConnectionConfig, EngineConfig, Frame, FrameError,
-    GROUP_NAME_BYTES_MAX, InvalidCloseCode, Policy, SendError, Shutdown, ShutdownReport, To,
+    Address, AdoptError, CloseCode, CloseReason, ConnectionConfig, EngineConfig, FrameError,
+    GROUP_NAME_BYTES_MAX, InvalidCloseCode, Payload, Policy, Publication, PublishError, Shutdown,
+    ShutdownReport,
 };
 
 const fn ms(millis: u64) -> Duration {
@@ -28,8 +29,8 @@ fn data(text: &str) -> Heard {
     Heard::Data(text.into())
 }
 
-fn publish(rig: &Rig, to: To<'_>, text: &str) {
-    rig.everyone.try_publish(to, &[], Frame::text(text)).unwrap();
+fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
+    rig.everyone.try_publish(Publication::message(to, Payload::text(text))).unwrap();
 }
 
 // ---- The report of a shutdown -----------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ fn a_connection_that_fails_while_its_handler_is_busy_is_reported_once() {
     rig.settle();
     let end = shut_down(&mut rig);
     client.peer.stream.shutdown(Half::Both).unwrap();
-    publish(&rig, To::Everyone, "still accepted, but the write fails");
+    publish(&rig, Address::Everyone, "still accepted, but the write fails");
     rig.settle();
     client.release();
     let report = report(&mut rig, end);
@@ -75,7 +76,7 @@ fn a_peer_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everything
         client.peer.text("wait");
         client.peer.stream.shutdown(Half::Write).unwrap();
         rig.settle();
-        publish(&rig, To::Everyone, "the last");
+        publish(&rig, Address::Everyone, "the last");
         let end = shut_down(&mut rig);
         client.release();
         rig.settle();
@@ -118,7 +119,7 @@ fn a_connection_whose_handler_parts_slowly_is_reported_once() {
     rig.settle();
     let end = shut_down(&mut rig);
     peer.stream.shutdown(Half::Both).unwrap();
-    publish(&rig, To::Everyone, "still accepted, but the write fails");
+    publish(&rig, Address::Everyone, "still accepted, but the write fails");
     rig.settle();
     lock(&waker).take().expect("it parts").wake();
     rig.settle();
@@ -175,7 +176,7 @@ fn a_peer_that_closes_and_reads_on_hears_what_was_queued_and_its_close() {
         let engine = EngineConfig { shards: Some(1), coalesce, ..EngineConfig::default() };
         let mut rig = Rig::with(engine, ConnectionConfig::default());
         let mut client = rig.connect();
-        publish(&rig, To::Everyone, "last words");
+        publish(&rig, Address::Everyone, "last words");
         client.peer.close(1000);
         client.peer.stream.shutdown(Half::Write).unwrap();
         rig.settle();
@@ -190,7 +191,7 @@ fn a_close_gets_through_behind_a_backlog() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     for _ in 0..8 {
-        publish(&rig, To::Everyone, &"x".repeat(1 << 20));
+        publish(&rig, Address::Everyone, &"x".repeat(1 << 20));
     }
     rig.settle();
     client.peer.close(1000);
@@ -245,12 +246,12 @@ fn the_answer_to_a_last_message_arrives_though_the_peer_has_ended_its_side() {
         client.peer.stream.shutdown(Half::Write).unwrap();
         if !is_busy {
             // The answer is sent before the shard has read that the stream ends.
-            publish(&rig, To::Connection(client.id()), "the answer");
+            publish(&rig, Address::Connection(client.id()), "the answer");
         }
         rig.settle();
         if is_busy {
             assert_eq!(client.record().ends, [], "its handler may still have an answer");
-            publish(&rig, To::Connection(client.id()), "the answer");
+            publish(&rig, Address::Connection(client.id()), "the answer");
             rig.settle();
             client.release();
             rig.settle();
@@ -280,7 +281,7 @@ fn nothing_is_asked_of_a_peer_that_has_ended_its_side_while_its_answer_is_prepar
     rig.settle();
     rig.pass(ms(5000));
     assert_eq!(client.record().ends, []);
-    publish(&rig, To::Connection(client.id()), "the answer");
+    publish(&rig, Address::Connection(client.id()), "the answer");
     client.release();
     rig.settle();
     assert_eq!(client.peer.hear(), [data("the answer"), Heard::End]);
@@ -312,7 +313,8 @@ fn of_two_ends_at_once_the_first_is_recorded_and_told() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     for (code, text) in [(4000, "the first"), (4001, "the second")] {
-        at_once(rig.everyone.close(To::Everyone, &[], CloseCode(code), text)).unwrap();
+        at_once(rig.everyone.publish(Publication::close(Address::Everyone, CloseCode(code), text).unwrap()))
+            .unwrap();
     }
     client.peer.close(1000);
     rig.settle();
@@ -352,9 +354,9 @@ fn a_close_code_that_cannot_be_sent_is_refused_and_ends_nobody() {
     let mut rig = Rig::new(1);
     let mut clients = rig.connect_many(2);
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
-        for to in [To::Connection(clients[0].id()), To::Everyone] {
-            let refused = at_once(rig.everyone.close(to, &[], code, "upstream gone"));
-            assert_eq!(refused, Err(SendError::InvalidCloseCode(InvalidCloseCode(code))));
+        for to in [Address::Connection(clients[0].id()), Address::Everyone] {
+            let refused = Publication::close(to, code, "upstream gone");
+            assert_eq!(refused, Err(InvalidCloseCode(code)));
         }
         let shutdown = Shutdown { code, ..Shutdown::within(ms(100)) };
         assert_eq!(at_once(rig.engine.shutdown(shutdown)), Err(InvalidCloseCode(code)));
@@ -382,7 +384,7 @@ fn who_joins_more_groups_than_one_may_be_in_is_ended_with_1008() {
     rig.settle();
     assert_eq!(client.record().ends, [CloseReason::TooManyGroups]);
     assert_eq!(client.peer.hear(), [Heard::Close(Some(1008)), Heard::End]);
-    assert_eq!(rig.everyone.groups(), 0);
+    assert_eq!(rig.everyone.group_count(), 0);
 }
 
 #[test]
@@ -390,9 +392,9 @@ fn a_group_name_that_is_too_long_is_refused_and_makes_no_group() {
     let mut rig = Rig::new(1);
     let client = rig.connect();
     let (longest, too_long) = ("x".repeat(GROUP_NAME_BYTES_MAX), "x".repeat(GROUP_NAME_BYTES_MAX + 1));
-    assert_eq!(at_once(rig.everyone.join(client.id(), &too_long)), Err(SendError::GroupNameTooLong));
+    assert_eq!(at_once(rig.everyone.join(client.id(), &too_long)), Err(PublishError::GroupNameTooLong));
     rig.settle();
-    assert_eq!((rig.everyone.groups(), client.record().ends.len()), (0, 0));
+    assert_eq!((rig.everyone.group_count(), client.record().ends.len()), (0, 0));
     assert!(at_once(rig.everyone.join(client.id(), &longest)).is_ok());
     rig.settle();
     assert_eq!(rig.everyone.group_len(&longest), 1);
@@ -425,5 +427,5 @@ fn settings_that_contradict_each_other_are_refused_by_name() {
     let (newcomer, Client { .. }) = newcomer(&rig.engine, &rig.config, 4096);
     let Err(AdoptError::Config(error)) = at_once(rig.everyone.adopt(newcomer)) else { panic!("refused") };
     assert_eq!((error.field, &*error.highest), ("max_message_bytes", "1048576"));
-    assert_eq!(rig.engine.connections(), 0, "its place is given back");
+    assert_eq!(rig.engine.connection_count(), 0, "its place is given back");
 }

@@ -13,12 +13,13 @@ use std::task::Context as TaskContext;
 
 use fixture::{Peer, Rig, at_once, client_frame, newcomer_for};
 use shardcast_engine::{
-    ConnectionConfig, Context, EngineConfig, Flow, Frame, Handler, Message, Namespace, SendError, To,
+    Address, ConnectionConfig, Context, EngineConfig, Flow, Handler, Message, Namespace, Payload,
+    Publication, PublishError,
 };
 
 const CLIENTS: usize = 4;
 
-type Sending = Pin<Box<dyn Future<Output = Result<(), SendError>> + Send>>;
+type Sending = Pin<Box<dyn Future<Output = Result<(), PublishError>> + Send>>;
 
 /// Publishes what it hears, and waits until it has been taken.
 struct Publisher {
@@ -33,8 +34,8 @@ impl Handler for Publisher {
         self.handled.fetch_add(1, Relaxed);
         let (everyone, to_all, id) = (self.everyone.clone(), self.to_all, context.id());
         self.sending = Some(Box::pin(async move {
-            let to = if to_all { To::Everyone } else { To::Connection(id) };
-            everyone.publish(to, &[], Frame::text("x")).await
+            let to = if to_all { Address::Everyone } else { Address::Connection(id) };
+            everyone.publish(Publication::message(&to, Payload::text("x"))).await
         }));
         self.on_resume(context)
     }

@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use fixture::{Client, Heard, Peer, Rig, at_once, block_on, client_frame, lock, newcomer_by_tcp};
 use shardcast_engine::{
-    CloseReason, ConnectionConfig, Context, Engine, EngineConfig, Flow, Frame, Handler, Message, Policy, To,
+    Address, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, Flow, Handler, Message, Payload,
+    Policy, Publication,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -210,10 +211,16 @@ fn a_neighbour_that_blocks_the_shard_is_no_round_trip() {
     is_done.recv().unwrap();
     // What had arrived by now has been read when the shard has done something else, twice.
     for _ in 0..2 {
-        block_on(everyone.publish(To::Everyone, &[], Frame::text("a turn"))).unwrap();
-        assert_eq!(block_on(everyone.send(To::Group("nobody"), &[], Frame::text(""))).unwrap().targets, 0);
+        block_on(everyone.publish(Publication::message(Address::Everyone, Payload::text("a turn")))).unwrap();
+        assert_eq!(
+            block_on(everyone.deliver(Publication::message(Address::group("nobody"), Payload::text(""))))
+                .unwrap()
+                .targets,
+            0
+        );
     }
-    let receipt = block_on(everyone.send(To::Everyone, &[], Frame::text("enough"))).unwrap();
+    let receipt =
+        block_on(everyone.deliver(Publication::message(Address::Everyone, Payload::text("enough")))).unwrap();
     assert_eq!((lock(&record).ends.len(), receipt.targets), (0, 2), "it answers each ping at once");
     let _peer = idle.join().unwrap();
 }
@@ -304,7 +311,9 @@ fn a_long_message_that_is_taken_slowly_keeps_its_connection() {
         let mut rig = Rig::one(beating(200, 200));
         rig.send_buffer = send_buffer;
         let mut client = rig.connect();
-        rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(400_000))).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(Address::Everyone, Payload::text(&"x".repeat(400_000))))
+            .unwrap();
         let (began, mut heard) = (rig.now, Vec::new());
         while heard.is_empty() && client.record().ends.is_empty() {
             rig.pass(ms(33));
@@ -330,7 +339,9 @@ fn a_ping_behind_many_messages_waits_as_long_as_the_peer_takes_some() {
     let mut client = rig.connect();
     let publish = |rig: &mut Rig, count: usize| {
         for _ in 0..count {
-            rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(1000))).unwrap();
+            rig.everyone
+                .try_publish(Publication::message(Address::Everyone, Payload::text(&"x".repeat(1000))))
+                .unwrap();
             rig.settle(); // each is a write of its own
         }
     };
@@ -361,7 +372,9 @@ fn who_gets_a_ping_late_has_the_whole_time_for_its_answer() {
         let mut rig = Rig::one(beating(1000, 400));
         let mut client = rig.connect();
         for _ in 0..300 {
-            rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(1000))).unwrap();
+            rig.everyone
+                .try_publish(Publication::message(Address::Everyone, Payload::text(&"x".repeat(1000))))
+                .unwrap();
         }
         rig.settle();
         let mut answers = std::collections::VecDeque::new();
@@ -645,7 +658,9 @@ fn the_stall_timeout_holds_though_a_ping_waits_as_well() {
     let config = ConnectionConfig { stall_timeout: Some(ms(500)), ..beating(100, 5000) };
     let mut rig = Rig::one(config);
     let client = rig.connect();
-    rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(100_000))).unwrap();
+    rig.everyone
+        .try_publish(Publication::message(Address::Everyone, Payload::text(&"x".repeat(100_000))))
+        .unwrap();
     rig.pass(ms(450));
     assert_eq!(client.record().ends, []);
     rig.pass(ms(200));
@@ -705,7 +720,7 @@ fn a_policy_of_one_message_judges_by_its_own_number_of_round_trips() {
         let mut rig = Rig::one(beating(1000, 900));
         let mut client = rig.connect();
         let judging = |max_rtt, rtt_samples| {
-            rig.everyone.with_policy(Policy::DropOnHighRtt { max_rtt, rtt_samples }).unwrap()
+            fixture::Sender::new(&rig.everyone, Some(Policy::DropOnHighRtt { max_rtt, rtt_samples }))
         };
         let (patient, strict) = (judging(ms(500), 3), judging(ms(250), rtt_samples));
         for rtt in [400, 400, 10] {
@@ -714,12 +729,12 @@ fn a_policy_of_one_message_judges_by_its_own_number_of_round_trips() {
             client.peer.say(0x8A, &nonce);
             rig.settle();
             // From the first on, three are remembered.
-            patient.try_publish(To::Everyone, &[], Frame::text("judge")).unwrap();
+            patient.try_publish(Publication::message(Address::Everyone, Payload::text("judge"))).unwrap();
             rig.settle();
             assert_eq!(client.record().ends, []);
         }
         // The last alone was quick, the last three together were too slow; and nothing waits for the peer.
-        strict.try_publish(To::Everyone, &[], Frame::text("judge")).unwrap();
+        strict.try_publish(Publication::message(Address::Everyone, Payload::text("judge"))).unwrap();
         rig.settle();
         assert_eq!(client.record().ends, ends, "over {rtt_samples}");
     }

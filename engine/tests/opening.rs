@@ -9,10 +9,12 @@
 mod fixture;
 
 use fixture::{Client, Heard, Rig, Task, at_once, newcomer_for};
-use shardcast_engine::{CloseCode, CloseReason, Context, Flow, Frame, Handler, Message, Namespace, To};
+use shardcast_engine::{
+    Address, CloseCode, CloseReason, Context, Flow, Handler, Message, Namespace, Payload, Publication,
+};
 
-fn publish(rig: &Rig, to: To<'_>, text: &str) {
-    rig.everyone.try_publish(to, &[], Frame::text(text)).unwrap();
+fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
+    rig.everyone.try_publish(Publication::message(to, Payload::text(text))).unwrap();
 }
 
 fn finish_opening(rig: &mut Rig, client: &Client) {
@@ -26,13 +28,13 @@ fn before_on_open_is_done_a_client_hears_what_is_for_it_alone_and_nothing_else()
     let mut witness = rig.connect();
     let mut client = rig.connect_opening();
     let id = client.id();
-    publish(&rig, To::Everyone, "a secret");
-    publish(&rig, To::Connection(id), "welcome");
-    publish(&rig, To::Everyone, "another secret");
+    publish(&rig, Address::Everyone, "a secret");
+    publish(&rig, Address::Connection(id), "welcome");
+    publish(&rig, Address::Everyone, "another secret");
     rig.settle();
     assert_eq!(client.peer.hear_data(), ["welcome"]);
     finish_opening(&mut rig, &client);
-    publish(&rig, To::Everyone, "hello all");
+    publish(&rig, Address::Everyone, "hello all");
     rig.settle();
     assert_eq!(client.peer.hear_data(), ["hello all"]);
     assert_eq!(witness.peer.hear_data(), ["a secret", "another secret", "hello all"]);
@@ -43,10 +45,10 @@ fn what_is_published_while_the_end_of_on_open_is_on_its_way_is_heard_or_not_but_
     let mut rig = Rig::new(1);
     let mut client = rig.connect_opening();
     let id = client.id();
-    publish(&rig, To::Connection(id), "welcome");
+    publish(&rig, Address::Connection(id), "welcome");
     client.release();
     for number in 0..3 {
-        publish(&rig, To::Everyone, &format!("{number}"));
+        publish(&rig, Address::Everyone, &format!("{number}"));
         rig.turn();
     }
     rig.settle();
@@ -61,9 +63,9 @@ fn a_group_that_is_joined_in_on_open_counts_at_once() {
     let mut rig = Rig::new(2);
     let mut client = rig.connect_opening();
     at_once(rig.everyone.join(client.id(), "a")).unwrap();
-    publish(&rig, To::Everyone, "a secret");
-    publish(&rig, To::Group("a"), "to the group");
-    publish(&rig, To::Groups(&["b", "a"]), "to two groups");
+    publish(&rig, Address::Everyone, "a secret");
+    publish(&rig, Address::group("a"), "to the group");
+    publish(&rig, Address::groups(["b", "a"]), "to two groups");
     rig.settle();
     assert_eq!(client.peer.hear_data(), ["to the group", "to two groups"]);
 }
@@ -72,14 +74,19 @@ fn a_group_that_is_joined_in_on_open_counts_at_once() {
 fn a_client_that_is_turned_away_in_on_open_hears_its_close_and_nothing_else() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect_opening();
-    publish(&rig, To::Everyone, "a secret");
+    publish(&rig, Address::Everyone, "a secret");
     rig.settle();
-    at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode(4001), "not you")).unwrap();
-    publish(&rig, To::Everyone, "another secret");
+    at_once(
+        rig.everyone.publish(
+            Publication::close(Address::Connection(client.id()), CloseCode(4001), "not you").unwrap(),
+        ),
+    )
+    .unwrap();
+    publish(&rig, Address::Everyone, "another secret");
     rig.settle();
     assert_eq!(client.peer.hear(), [Heard::Close(Some(4001)), Heard::End]);
     finish_opening(&mut rig, &client);
-    publish(&rig, To::Everyone, "too late");
+    publish(&rig, Address::Everyone, "too late");
     rig.settle();
     assert_eq!(client.record().ends.len(), 1);
     assert!(rig.everyone.is_empty());
@@ -93,7 +100,9 @@ struct Announcer {
 
 impl Handler for Announcer {
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
-        self.everyone.try_publish(To::Everyone, &[], Frame::text("here is somebody")).unwrap();
+        self.everyone
+            .try_publish(Publication::message(Address::Everyone, Payload::text("here is somebody")))
+            .unwrap();
         if self.turns_away {
             context.close(CloseReason::Application { code: CloseCode(4001), text: "not you".into() });
         }
@@ -112,7 +121,7 @@ fn what_a_handler_tells_everyone_in_on_open_does_not_reach_its_own_client() {
         let mut witness = rig.connect();
         let everyone = rig.everyone.clone();
         let mut peer = rig.connect_handler(Box::new(move |_| Box::new(Announcer { everyone, turns_away })));
-        publish(&rig, To::Everyone, "later");
+        publish(&rig, Address::Everyone, "later");
         rig.settle();
         let heard = peer.hear();
         match turns_away {
@@ -128,7 +137,9 @@ struct Interrupted(Namespace);
 
 impl Handler for Interrupted {
     fn on_open(&mut self, _: &mut Context<'_>) -> Flow {
-        let tell = || self.0.try_publish(To::Everyone, &[], Frame::text("meanwhile")).unwrap();
+        let tell = || {
+            self.0.try_publish(Publication::message(Address::Everyone, Payload::text("meanwhile"))).unwrap()
+        };
         std::thread::scope(|scope| drop(scope.spawn(tell)));
         Flow::Ready
     }
@@ -146,7 +157,7 @@ fn what_others_send_while_on_open_runs_does_not_delay_the_entry() {
         newcomer_for(&rig.engine, &rig.config, 4096, Box::new(|_| Box::new(Interrupted(everyone))));
     at_once(rig.everyone.adopt(newcomer)).unwrap();
     // Whoever has awaited the adoption reaches it with what comes next.
-    publish(&rig, To::Everyone, "next");
+    publish(&rig, Address::Everyone, "next");
     rig.settle();
     assert_eq!(peer.hear_data(), ["next", "meanwhile"]);
 }
@@ -166,10 +177,11 @@ fn messages_that_came_with_the_handshake_are_handled_after_on_open() {
 fn who_publishes_to_everyone_does_not_wait_for_a_client_that_has_not_entered() {
     let mut rig = Rig::new(1);
     let client = rig.connect_opening();
-    publish(&rig, To::Connection(client.id()), &"x".repeat(10 << 20));
+    publish(&rig, Address::Connection(client.id()), &"x".repeat(10 << 20));
     rig.settle(); // it does not read
     let everyone = rig.everyone.clone();
-    let mut publisher = Task::new(everyone.send(To::Everyone, &[], Frame::text("to nobody")));
+    let mut publisher =
+        Task::new(everyone.deliver(Publication::message(Address::Everyone, Payload::text("to nobody"))));
     assert!(publisher.poll().is_none());
     rig.settle();
     assert_eq!(publisher.poll().expect("nobody is to be waited for").unwrap().targets, 0);

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use fixture::{Client, Rig, Task, at_once};
 use shardcast_engine::{
-    ConnectionConfig, ConnectionId, EngineConfig, Frame, GroupMetrics, Handler, Message, Namespace,
-    SendError, Shutdown, To,
+    Address, ConnectionConfig, ConnectionId, EngineConfig, GroupMetrics, Handler, Message, Namespace,
+    Payload, Publication, PublishError, Shutdown,
 };
 
 /// An engine whose log takes four publications.
@@ -27,9 +27,9 @@ fn narrow_log(shards: usize) -> Rig {
 
 fn fill_log(rig: &Rig) {
     for _ in 0..4 {
-        rig.everyone.try_publish(To::Everyone, &[], Frame::text("fill")).unwrap();
+        rig.everyone.try_publish(Publication::message(Address::Everyone, Payload::text("fill"))).unwrap();
     }
-    rig.everyone.try_publish(To::Everyone, &[], Frame::text("too much")).unwrap_err();
+    rig.everyone.try_publish(Publication::message(Address::Everyone, Payload::text("too much"))).unwrap_err();
 }
 
 /// What a client has heard, without what filled the log.
@@ -51,14 +51,23 @@ fn who_has_joined_before_a_waiting_publication_gets_in_hears_it() {
         rig.settle();
         fill_log(&rig);
         let everyone = rig.everyone.clone();
-        let mut waiting = Task::new(everyone.publish(To::Groups(names), &[], Frame::text("waited")));
+        let mut waiting =
+            Task::new(everyone.publish(Publication::message(
+                Address::groups(names.iter().copied()),
+                Payload::text("waited"),
+            )));
         assert!(waiting.poll().is_none(), "the log is full");
         // The first leaves: with two names, the group ends with it, while the log is full because of the other shard.
         at_once(rig.everyone.leave(first, "a")).unwrap();
         rig.turn_of(0);
         at_once(rig.everyone.join(second, "a")).unwrap();
         rig.turn_of(1);
-        rig.everyone.try_publish(To::Groups(names), &[], Frame::text("quicker")).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(
+                Address::groups(names.iter().copied()),
+                Payload::text("quicker"),
+            ))
+            .unwrap();
         assert!(waiting.poll().is_some(), "there is room");
         rig.settle();
         assert_eq!(hear(&mut clients[2]), ["quicker", "waited"], "{names:?}");
@@ -75,7 +84,8 @@ fn a_receipt_counts_the_members_at_the_moment_the_publication_got_in() {
     rig.settle();
     fill_log(&rig);
     let everyone = rig.everyone.clone();
-    let mut sending = Task::new(everyone.send(To::Group("a"), &[], Frame::text("waited")));
+    let mut sending =
+        Task::new(everyone.deliver(Publication::message(Address::group("a"), Payload::text("waited"))));
     assert!(sending.poll().is_none(), "the log is full");
     at_once(rig.everyone.leave(clients[0].id(), "a")).unwrap();
     rig.settle(); // the group has ended
@@ -93,7 +103,9 @@ fn a_question_that_waited_is_about_the_members_at_the_moment_it_got_in() {
         let clients = [rig.connect(), rig.connect()];
         let [first, second] = [clients[0].id(), clients[1].id()];
         at_once(rig.everyone.join(first, "a")).unwrap();
-        rig.everyone.try_publish(To::Connection(second), &[], Frame::text("one")).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(Address::Connection(second), Payload::text("one")))
+            .unwrap();
         rig.settle();
         for _ in 0..4 {
             at_once(rig.everyone.leave(first, "a")).unwrap();
@@ -103,7 +115,8 @@ fn a_question_that_waited_is_about_the_members_at_the_moment_it_got_in() {
         let on_metrics = move |part: GroupMetrics| {
             sum.fetch_add(part.tally.offered, Relaxed);
         };
-        let mut asking = Task::new(everyone.survey(To::Groups(names), &[], on_metrics));
+        let address = Address::groups(names.iter().copied());
+        let mut asking = Task::new(everyone.collect_metrics(&address, &[], on_metrics));
         assert!(asking.poll().is_none(), "the mailbox is full");
         // The group ends, and begins anew with somebody who has been offered something.
         rig.turn();
@@ -126,7 +139,8 @@ fn who_gives_up_waiting_frees_the_place() {
         let mut rig = Rig::with(engine, ConnectionConfig::default());
         let _client = rig.connect();
         let everyone = rig.everyone.clone();
-        let publish = || Task::new(everyone.publish(To::Everyone, &[], Frame::text("one")));
+        let publish =
+            || Task::new(everyone.publish(Publication::message(Address::Everyone, Payload::text("one"))));
         for _ in 0..2 {
             assert_eq!(publish().poll(), Some(Ok(())));
         }
@@ -135,7 +149,7 @@ fn who_gives_up_waiting_frees_the_place() {
         }
         let (mut first, mut second, mut third) = (publish(), publish(), publish());
         assert_eq!((first.poll(), second.poll()), (None, None), "two may wait, {given_up} have given up");
-        assert_eq!(third.poll(), Some(Err(SendError::Overloaded)), "and no more");
+        assert_eq!(third.poll(), Some(Err(PublishError::Overloaded)), "and no more");
     }
 }
 
@@ -144,13 +158,16 @@ fn a_publication_whose_future_was_dropped_after_it_was_accepted_is_delivered() {
     let config = ConnectionConfig { outbox_frames: 1, ..ConnectionConfig::default() };
     let mut rig = Rig::one(config);
     let mut client = rig.connect();
-    rig.everyone.try_publish(To::Everyone, &[], Frame::text(&"x".repeat(100_000))).unwrap();
+    rig.everyone
+        .try_publish(Publication::message(Address::Everyone, Payload::text(&"x".repeat(100_000))))
+        .unwrap();
     rig.settle();
     let everyone = rig.everyone.clone();
     for number in 0..3 {
         // As a timeout around it does.
         let text = format!("pay {number}");
-        let mut given_up = Task::new(everyone.publish(To::Everyone, &[], Frame::text(&text)));
+        let mut given_up =
+            Task::new(everyone.publish(Publication::message(Address::Everyone, Payload::text(&text))));
         assert!(given_up.poll().is_none(), "the peer has no room");
         rig.settle();
         assert!(given_up.poll().is_none());
@@ -169,7 +186,8 @@ fn a_publication_whose_future_was_dropped_before_it_was_accepted_is_not_sent() {
     let mut client = rig.connect();
     fill_log(&rig);
     let everyone = rig.everyone.clone();
-    let mut given_up = Task::new(everyone.publish(To::Everyone, &[], Frame::text("given up")));
+    let mut given_up =
+        Task::new(everyone.publish(Publication::message(Address::Everyone, Payload::text("given up"))));
     assert!(given_up.poll().is_none(), "the log is full");
     drop(given_up);
     rig.settle();
@@ -182,14 +200,15 @@ fn what_waited_while_the_engine_closed_is_told_so_and_reaches_nobody() {
     let mut rig = Rig::with(engine, ConnectionConfig::default());
     let mut client = rig.connect();
     let id = client.id();
-    at_once(rig.everyone.inspect(id, |_| ())).unwrap();
+    at_once(rig.everyone.connection_metrics(id, |_| ())).unwrap();
     let (everyone, engine) = (rig.everyone.clone(), rig.engine.clone());
-    let mut waiting = Task::new(everyone.publish(To::Connection(id), &[], Frame::text("too late")));
+    let mut waiting =
+        Task::new(everyone.publish(Publication::message(Address::Connection(id), Payload::text("too late"))));
     assert!(waiting.poll().is_none(), "the mailbox is full");
     let mut end = Task::new(engine.shutdown(Shutdown::within(Duration::from_secs(60))));
     assert!(end.poll().is_none());
     rig.settle();
-    assert_eq!(waiting.poll(), Some(Err(SendError::Closed)));
+    assert_eq!(waiting.poll(), Some(Err(PublishError::Closed)));
     assert_eq!(client.peer.hear_data(), <[&str; 0]>::default());
 }
 
@@ -204,7 +223,9 @@ impl Handler for Farewell {
     ) -> shardcast_engine::Flow {
         let nobody = "0000000000000000".parse().unwrap();
         for text in ["one", "two", "three"] {
-            self.0.try_publish(To::Everyone, &[nobody], Frame::text(text)).unwrap();
+            self.0
+                .try_publish(Publication::message(Address::Everyone, Payload::text(text)).except(&[nobody]))
+                .unwrap();
         }
         let code = shardcast_engine::CloseCode(4000);
         context.close(shardcast_engine::CloseReason::Application { code, text: "bye".into() });
@@ -223,7 +244,7 @@ fn what_a_handler_publishes_before_it_closes_arrives_though_its_mailbox_is_full(
         peer.text("go");
         if is_full {
             // Somebody asks for something at the same time.
-            at_once(rig.everyone.inspect("0000000000000000".parse().unwrap(), |_| ())).unwrap();
+            at_once(rig.everyone.connection_metrics("0000000000000000".parse().unwrap(), |_| ())).unwrap();
         }
         rig.settle();
         let data = |text: &str| fixture::Heard::Data(text.into());
@@ -245,14 +266,14 @@ fn what_is_published_behind_more_commands_than_one_turn_takes_comes_behind_all_o
     at_once(rig.everyone.join(second, "a")).unwrap();
     rig.settle();
     for _ in 0..10_000 {
-        at_once(rig.everyone.inspect(first, |_| ())).unwrap();
+        at_once(rig.everyone.connection_metrics(first, |_| ())).unwrap();
     }
     // The last of many commands: who is a member by now?
     at_once(rig.everyone.join(first, "a")).unwrap();
     at_once(rig.everyone.leave(second, "a")).unwrap();
-    rig.everyone.try_publish(To::Connection(first), &[], Frame::text("one")).unwrap();
-    for to in [To::Group("a"), To::Groups(&["a", "b"]), To::Everyone] {
-        rig.everyone.try_publish(to, &[], Frame::text("two")).unwrap();
+    rig.everyone.try_publish(Publication::message(Address::Connection(first), Payload::text("one"))).unwrap();
+    for to in [Address::group("a"), Address::groups(["a", "b"]), Address::Everyone] {
+        rig.everyone.try_publish(Publication::message(&to, Payload::text("two"))).unwrap();
     }
     rig.settle();
     assert_eq!(clients[0].peer.hear_data(), ["one", "two", "two", "two"]);
@@ -264,8 +285,12 @@ struct Announces(Namespace, ConnectionId);
 
 impl Handler for Announces {
     fn on_open(&mut self, _: &mut shardcast_engine::Context<'_>) -> shardcast_engine::Flow {
-        self.0.try_publish(To::Connection(self.1), &[], Frame::text("somebody comes")).unwrap();
-        self.0.try_publish(To::Everyone, &[], Frame::text("somebody has come")).unwrap();
+        self.0
+            .try_publish(Publication::message(Address::Connection(self.1), Payload::text("somebody comes")))
+            .unwrap();
+        self.0
+            .try_publish(Publication::message(Address::Everyone, Payload::text("somebody has come")))
+            .unwrap();
         shardcast_engine::Flow::Ready
     }
 

@@ -7,12 +7,12 @@ mod fixture;
 use std::sync::{Arc, Mutex};
 
 use fixture::{Rig, Task, at_once, lock};
-use shardcast_engine::{Context, Flow, Frame, Handler, Message, Position, To};
+use shardcast_engine::{Address, Context, Flow, Handler, Message, Payload, Position, Publication};
 
 /// Sends, lets everything settle, and returns where that was.
-fn send(rig: &mut Rig, to: To<'_>, text: &str) -> Position {
+fn send(rig: &mut Rig, to: Address, text: &str) -> Position {
     let everyone = rig.everyone.clone();
-    let mut sending = Task::new(everyone.send(to, &[], Frame::text(text)));
+    let mut sending = Task::new(everyone.deliver(Publication::message(&to, Payload::text(text))));
     let early = sending.poll();
     rig.settle();
     early.or_else(|| sending.poll()).expect("every target has taken it").unwrap().position
@@ -23,20 +23,20 @@ fn a_receipt_says_where_in_the_order_its_publication_is() {
     let mut rig = Rig::new(2);
     let clients = rig.connect_many(2);
     at_once(rig.everyone.join(clients[0].id(), "room")).unwrap();
-    let first = send(&mut rig, To::Everyone, "one");
-    let second = send(&mut rig, To::Group("room"), "two");
+    let first = send(&mut rig, Address::Everyone, "one");
+    let second = send(&mut rig, Address::group("room"), "two");
     assert_eq!([first.sequence, second.sequence], [1, 2]);
     assert_eq!(
-        send(&mut rig, To::Connection(clients[1].id()), "for one"),
+        send(&mut rig, Address::Connection(clients[1].id()), "for one"),
         second,
         "behind what was published"
     );
-    assert_eq!(send(&mut rig, To::Group("nobody"), "for nobody"), second);
-    let third = send(&mut rig, To::Groups(&["room", "nobody"]), "three");
+    assert_eq!(send(&mut rig, Address::group("nobody"), "for nobody"), second);
+    let third = send(&mut rig, Address::groups(["room", "nobody"]), "three");
     assert!(first < second && second < third);
     let mut other = Rig::new(1);
     let _client = other.connect();
-    let elsewhere = send(&mut other, To::Everyone, "one");
+    let elsewhere = send(&mut other, Address::Everyone, "one");
     assert_ne!(elsewhere.epoch, first.epoch);
     assert_eq!(elsewhere.partial_cmp(&first), None, "they are not comparable");
 }
@@ -45,15 +45,16 @@ fn a_receipt_says_where_in_the_order_its_publication_is() {
 fn a_join_says_from_where_on_publications_include_the_connection() {
     let mut rig = Rig::new(2);
     let mut clients = rig.connect_many(2);
-    let mut sent: Vec<_> = (0..3).map(|number| send(&mut rig, To::Everyone, &format!("{number}"))).collect();
+    let mut sent: Vec<_> =
+        (0..3).map(|number| send(&mut rig, Address::Everyone, &format!("{number}"))).collect();
     at_once(rig.everyone.join(clients[0].id(), "room")).unwrap();
     rig.settle();
     for number in 3..6 {
-        sent.push(send(&mut rig, To::Group("room"), &format!("{number}")));
+        sent.push(send(&mut rig, Address::group("room"), &format!("{number}")));
     }
     let joined = at_once(rig.everyone.join(clients[1].id(), "room")).unwrap();
     for number in 6..9 {
-        sent.push(send(&mut rig, To::Group("room"), &format!("{number}")));
+        sent.push(send(&mut rig, Address::group("room"), &format!("{number}")));
     }
     let behind = (3..9).filter(|number| sent[*number] > joined).map(|number| number.to_string());
     let behind: Vec<_> = behind.collect();
@@ -79,7 +80,7 @@ fn a_handler_knows_how_far_its_connection_has_come() {
     let mut peer = rig.connect_handler(Box::new(|_| Box::new(Noting(told))));
     let mut expected = Vec::new();
     for number in 0..3 {
-        expected.push(send(&mut rig, To::Everyone, "news"));
+        expected.push(send(&mut rig, Address::Everyone, "news"));
         assert_eq!(peer.hear_data(), ["news"]);
         peer.text(&format!("{number}"));
         rig.settle();

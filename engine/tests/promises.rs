@@ -15,23 +15,23 @@ use std::time::Duration;
 
 use fixture::{Client, Heard, Peer, Rig, Task, at_once, block_on, client_frame, newcomer};
 use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, ConnectionId, Engine, EngineConfig, Frame, FrameError,
-    MessageKind, Namespace, Policy, SendError, Socket, To, TrySendError,
+    Address, CloseCode, CloseReason, ConnectionConfig, ConnectionId, Engine, EngineConfig, FrameError,
+    MessageKind, Namespace, Payload, Policy, Publication, PublishError, Socket, TryPublishError,
 };
 
-const EVERYONE: To<'_> = To::Everyone;
+const EVERYONE: Address = Address::Everyone;
 
-fn frame(text: impl AsRef<str>) -> Frame {
-    Frame::text(text.as_ref())
+fn frame(text: impl AsRef<str>) -> Payload {
+    Payload::text(text.as_ref())
 }
 
 /// A frame of some 1,000 bytes that begins with `text`.
-fn big(text: impl std::fmt::Display) -> Frame {
-    Frame::text(&format!("{text:.<1000}"))
+fn big(text: impl std::fmt::Display) -> Payload {
+    Payload::text(&format!("{text:.<1000}"))
 }
 
-fn publish(rig: &Rig, to: To<'_>, text: impl AsRef<str>) {
-    rig.everyone.try_publish(to, &[], frame(text)).unwrap();
+fn publish(rig: &Rig, to: impl Into<Address>, text: impl AsRef<str>) {
+    rig.everyone.try_publish(Publication::message(to, frame(text))).unwrap();
 }
 
 fn threaded(shards: usize) -> (Engine, Namespace, Arc<ConnectionConfig>) {
@@ -49,7 +49,7 @@ fn enter(engine: &Engine, everyone: &Namespace, config: &Arc<ConnectionConfig>) 
     let Client { mut peer, record } = client;
     // Its id is known once it is open, and it is open before it gets what is published now.
     let hello = format!("hello {:p}", Arc::as_ptr(&record));
-    block_on(everyone.publish(EVERYONE, &[], frame(&hello))).unwrap();
+    block_on(everyone.publish(Publication::message(EVERYONE, frame(&hello)))).unwrap();
     let _ = peer.wait_data_until(|text| text == hello);
     let id = record.lock().unwrap().id.unwrap();
     (peer, id)
@@ -102,7 +102,7 @@ fn all_connections_see_one_order() {
                 scope.spawn(move || {
                     for number in 0..EACH {
                         let text = format!("{publisher}:{number}");
-                        block_on(everyone.publish(EVERYONE, &[], frame(text))).unwrap();
+                        block_on(everyone.publish(Publication::message(EVERYONE, frame(text)))).unwrap();
                     }
                 })
             })
@@ -115,7 +115,7 @@ fn all_connections_see_one_order() {
         let (orders, visits) = std::thread::scope(|inner| {
             inner.spawn(|| {
                 while !is_over.load(SeqCst) {
-                    block_on(everyone.publish(EVERYONE, &[], frame("end"))).unwrap();
+                    block_on(everyone.publish(Publication::message(EVERYONE, frame("end")))).unwrap();
                     std::thread::yield_now();
                 }
             });
@@ -163,11 +163,11 @@ fn what_one_publisher_does_in_sequence_is_seen_in_that_sequence() {
                     continue;
                 }
                 3 => (EVERYONE, (0..ids.len()).collect()),
-                4 => (To::Connection(ids[one]), vec![one]),
-                _ => (To::Group(&group), (0..ids.len()).filter(|client| members[*client]).collect()),
+                4 => (Address::Connection(ids[one]), vec![one]),
+                _ => (Address::group(&*group), (0..ids.len()).filter(|client| members[*client]).collect()),
             };
             sees.iter().for_each(|client| expected[*client].push(text.clone()));
-            block_on(everyone.publish(to, &[], frame(text))).unwrap();
+            block_on(everyone.publish(Publication::message(&to, frame(text)))).unwrap();
         }
         expected
     };
@@ -180,7 +180,7 @@ fn what_one_publisher_does_in_sequence_is_seen_in_that_sequence() {
             .map(|(mut peer, _)| scope.spawn(move || peer.wait_data_until(|text| text == "end")))
             .collect();
         let expected: Vec<_> = publishers.into_iter().map(|publisher| publisher.join().unwrap()).collect();
-        block_on(everyone.publish(EVERYONE, &[], frame("end"))).unwrap();
+        block_on(everyone.publish(Publication::message(EVERYONE, frame("end")))).unwrap();
         for (client, reader) in readers.into_iter().enumerate() {
             let seen = reader.join().unwrap();
             for (publisher, expected) in expected.iter().enumerate() {
@@ -211,7 +211,10 @@ fn membership_is_exact() {
         let flood = scope.spawn(|| {
             while !is_over.load(SeqCst) {
                 let number = begun.fetch_add(1, SeqCst);
-                block_on(everyone.publish(To::Group("room"), &[], frame(number.to_string()))).unwrap();
+                block_on(
+                    everyone.publish(Publication::message(Address::group("room"), frame(number.to_string()))),
+                )
+                .unwrap();
                 ended.fetch_add(1, SeqCst);
             }
         });
@@ -237,7 +240,7 @@ fn membership_is_exact() {
         let stays: Vec<_> = members.into_iter().map(|member| member.join().unwrap()).collect();
         is_over.store(true, SeqCst);
         flood.join().unwrap();
-        block_on(everyone.publish(EVERYONE, &[], frame("end"))).unwrap();
+        block_on(everyone.publish(Publication::message(EVERYONE, frame("end")))).unwrap();
         for (reader, stays) in readers.into_iter().zip(stays) {
             let seen: Vec<u64> = reader.join().unwrap().iter().filter_map(|text| text.parse().ok()).collect();
             assert!(seen.is_sorted_by(|a, b| a < b), "once each, in order");
@@ -264,12 +267,16 @@ fn a_join_counts_from_the_next_publication_even_if_no_shard_has_moved_meanwhile(
     let mut clients = rig.connect_many(6);
     let texts: Vec<_> = (0..6).map(|number| number.to_string()).collect();
     for (client, text) in clients.iter().zip(&texts) {
-        publish(&rig, To::Group("room"), text);
+        publish(&rig, Address::group("room"), text);
         at_once(rig.everyone.join(client.id(), "room")).unwrap();
     }
     at_once(rig.everyone.leave(clients[5].id(), "room")).unwrap();
-    publish(&rig, To::Group("room"), "last");
-    assert_eq!((rig.everyone.group_len("room"), rig.everyone.groups()), (6, 1), "the shards have not moved");
+    publish(&rig, Address::group("room"), "last");
+    assert_eq!(
+        (rig.everyone.group_len("room"), rig.everyone.group_count()),
+        (6, 1),
+        "the shards have not moved"
+    );
     rig.settle();
     for (number, client) in clients.iter_mut().enumerate() {
         let mut expected = texts[number + 1..].to_vec();
@@ -281,7 +288,7 @@ fn a_join_counts_from_the_next_publication_even_if_no_shard_has_moved_meanwhile(
         at_once(rig.everyone.leave(client.id(), "room")).unwrap();
     }
     rig.settle();
-    assert_eq!(rig.everyone.groups(), 0);
+    assert_eq!(rig.everyone.group_count(), 0);
 }
 
 #[test]
@@ -295,10 +302,14 @@ fn several_groups_reach_each_connection_once_and_the_excepted_not_at_all() {
         at_once(rig.everyone.join(client.id(), "c")).unwrap();
     }
     let except = [clients[1].id(), clients[2].id()];
-    rig.everyone.try_publish(EVERYONE, &except[..1], frame("all")).unwrap();
-    rig.everyone.try_publish(To::Connection(except[0]), &except, frame("never")).unwrap();
+    rig.everyone.try_publish(Publication::message(EVERYONE, frame("all")).except(&except[..1])).unwrap();
+    rig.everyone
+        .try_publish(Publication::message(Address::Connection(except[0]), frame("never")).except(&except))
+        .unwrap();
     let everyone = rig.everyone.clone();
-    let mut send = Task::new(everyone.send(To::Groups(&["a", "b", "c", "none"]), &except, frame("union")));
+    let mut send = Task::new(everyone.deliver(
+        Publication::message(Address::groups(["a", "b", "c", "none"]), frame("union")).except(&except),
+    ));
     assert!(send.poll().is_none());
     rig.settle();
     assert_eq!(send.poll().unwrap().unwrap().targets, 3);
@@ -320,10 +331,11 @@ fn stall<'a>(
     rig: &mut Rig,
     everyone: &'a Namespace,
     client: &Client,
-) -> (Task<'a, Result<(), shardcast_engine::SendError>>, u64) {
+) -> (Task<'a, Result<(), shardcast_engine::PublishError>>, u64) {
     let id = client.id();
     for number in 0..1000 {
-        let mut task = Task::new(everyone.publish(To::Connection(id), &[], big(number)));
+        let mut task =
+            Task::new(everyone.publish(Publication::message(Address::Connection(id), big(number))));
         let first = task.poll();
         rig.settle();
         if first.or_else(|| task.poll()).is_none() {
@@ -344,15 +356,16 @@ fn a_publisher_waits_until_a_stalled_peer_takes_it_or_goes() {
         assert!(waits.poll().is_none());
         // Who does not await the stalled peer does not wait for it; nor does its neighbour.
         for number in 0..50 {
-            let to = if number % 2 == 0 { To::Group("others") } else { To::Connection(neighbour.id()) };
-            let mut task = Task::new(everyone.publish(to, &[], frame(number.to_string())));
+            let to =
+                if number % 2 == 0 { Address::group("others") } else { Address::Connection(neighbour.id()) };
+            let mut task = Task::new(everyone.publish(Publication::message(&to, frame(number.to_string()))));
             let first = task.poll();
             rig.settle();
             assert_eq!(first.or_else(|| task.poll()), Some(Ok(())));
             assert_eq!(neighbour.peer.hear_data(), [number.to_string()]);
         }
         // A publication to both reaches the neighbour at once, but is over only when both have it.
-        let mut both = Task::new(everyone.send(EVERYONE, &[], frame("both")));
+        let mut both = Task::new(everyone.deliver(Publication::message(EVERYONE, frame("both"))));
         assert!(both.poll().is_none());
         rig.settle();
         assert!(both.poll().is_none() && waits.poll().is_none());
@@ -380,7 +393,7 @@ fn a_peer_for_which_too_much_waits_is_ended_and_only_it() {
     let (mut stalled, mut neighbour) = (rig.connect(), rig.connect());
     let mut heard = Vec::new();
     for number in 0..100 {
-        rig.everyone.try_publish(EVERYONE, &[], big(number)).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, big(number))).unwrap();
         rig.settle();
         heard.extend(neighbour.peer.hear_data());
     }
@@ -405,9 +418,12 @@ fn a_full_log_gives_the_frame_back_and_a_publisher_that_waits_is_woken() {
     let everyone = rig.everyone.clone();
     publish(&rig, EVERYONE, "0");
     publish(&rig, EVERYONE, "1");
-    let refused = everyone.try_publish(EVERYONE, &[], frame("2"));
-    assert_eq!(refused, Err(TrySendError::Full(frame("2"))));
-    let mut waits = Task::new(everyone.publish(EVERYONE, &[], frame("2")));
+    let somebody_else = "0000000000000000".parse().unwrap();
+    let publication = Publication::message(EVERYONE, frame("2")).except(&[somebody_else]);
+    let refused = everyone.try_publish(publication.clone()).unwrap_err();
+    assert!(refused.is_full());
+    assert_eq!(refused.into_inner(), publication);
+    let mut waits = Task::new(everyone.publish(Publication::message(EVERYONE, frame("2"))));
     assert!(waits.poll().is_none());
     // One of two shards is not enough.
     let now = rig.now;
@@ -428,19 +444,22 @@ fn a_frame_too_long_for_any_outbox_is_refused_and_given_back() {
     let mut client = rig.connect();
     let (everyone, id) = (rig.everyone.clone(), client.id());
     // Zeros that nobody touches take no memory.
-    let long = Frame::build(0, |buffer| {
-        *buffer = vec![0; Frame::BYTES_MAX + 10];
+    let long = Payload::build(0, |buffer| {
+        *buffer = vec![0; Payload::BYTES_MAX + 11];
         Ok::<_, std::convert::Infallible>(MessageKind::Binary)
     });
     let Ok(long) = long;
-    for to in [EVERYONE, To::Connection(id)] {
-        assert_eq!(Task::new(everyone.publish(to, &[], long.clone())).poll(), Some(Err(SendError::TooLong)));
+    for to in [EVERYONE, Address::Connection(id)] {
+        assert_eq!(
+            Task::new(everyone.publish(Publication::message(&to, long.clone()))).poll(),
+            Some(Err(PublishError::TooLong))
+        );
         assert!(matches!(
-            Task::new(everyone.send(to, &[], long.clone())).poll(),
-            Some(Err(SendError::TooLong))
+            Task::new(everyone.deliver(Publication::message(&to, long.clone()))).poll(),
+            Some(Err(PublishError::TooLong))
         ));
         assert!(
-            matches!(everyone.try_publish(to, &[], long.clone()), Err(TrySendError::TooLong(back)) if back.len() == long.len())
+            matches!(everyone.try_publish(Publication::message(&to, long.clone())), Err(TryPublishError::TooLong(back)) if back.payload() == Some(&long))
         );
     }
     publish(&rig, EVERYONE, "short");
@@ -458,13 +477,20 @@ fn a_full_mailbox_gives_the_frame_back_and_a_publisher_that_waits_is_woken() {
     };
     let mut rig = Rig::with(config, ConnectionConfig::default());
     let mut client = rig.connect();
-    let (everyone, to) = (rig.everyone.clone(), To::Connection(client.id()));
-    publish(&rig, to, "0");
-    assert_eq!(everyone.try_publish(to, &[], frame("1")), Err(TrySendError::Full(frame("1"))));
-    let mut waits = Task::new(everyone.publish(to, &[], frame("1")));
+    let (everyone, to) = (rig.everyone.clone(), Address::Connection(client.id()));
+    publish(&rig, &to, "0");
+    let publications = [
+        Publication::message(&to, frame("1")),
+        Publication::close(&to, shardcast_engine::CloseCode::NORMAL, "bye").unwrap(),
+    ];
+    for publication in publications {
+        let refused = everyone.try_publish(publication.clone());
+        assert_eq!(refused, Err(TryPublishError::Full(publication)));
+    }
+    let mut waits = Task::new(everyone.publish(Publication::message(&to, frame("1"))));
     assert!(waits.poll().is_none());
-    let overloaded = Task::new(everyone.publish(to, &[], frame("2"))).poll();
-    assert_eq!(overloaded, Some(Err(SendError::Overloaded)));
+    let overloaded = Task::new(everyone.publish(Publication::message(&to, frame("2")))).poll();
+    assert_eq!(overloaded, Some(Err(PublishError::Overloaded)));
     rig.settle();
     let first = waits.poll();
     rig.settle();
@@ -495,12 +521,12 @@ fn a_sleeping_shard_is_woken_by_what_concerns_it() {
     for number in 0..300 {
         let (receiver, to) = match number % 3 {
             0 => (0, EVERYONE),
-            1 => (1, To::Group("room")),
-            _ => (0, To::Connection(clients[0].1)),
+            1 => (1, Address::group("room")),
+            _ => (0, Address::Connection(clients[0].1)),
         };
         fall_asleep(&engine);
         let text = number.to_string();
-        everyone.try_publish(to, &[], frame(&text)).unwrap();
+        everyone.try_publish(Publication::message(&to, frame(&text))).unwrap();
         let _ = clients[receiver].0.wait_data_until(|heard| heard == text);
     }
 }
@@ -519,14 +545,22 @@ fn offered_is_written_plus_discarded_plus_pending() {
     let mut written = HashMap::new();
     for round in 0..60 {
         for number in 0..3 {
-            rig.everyone.try_publish(EVERYONE, &[], big(format!("{round}:{number}"))).unwrap();
+            rig.everyone
+                .try_publish(Publication::message(EVERYONE, big(format!("{round}:{number}"))))
+                .unwrap();
         }
-        rig.everyone.try_publish(To::Connection(ids[round % 7]), &[], frame("one")).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(Address::Connection(ids[round % 7]), frame("one")))
+            .unwrap();
         if round == 5 {
             clients[5].peer.stream.shutdown(std::net::Shutdown::Both).unwrap();
         }
         if round == 7 {
-            at_once(rig.everyone.close(To::Connection(ids[6]), &[], CloseCode::NORMAL, "")).unwrap();
+            at_once(
+                rig.everyone
+                    .publish(Publication::close(Address::Connection(ids[6]), CloseCode::NORMAL, "").unwrap()),
+            )
+            .unwrap();
         }
         for _ in 0..2 {
             rig.turn();
@@ -588,7 +622,7 @@ fn what_comes_in_one_turn_goes_out_in_one_write() {
     let before = rig.engine.metrics();
     for number in 0..100 {
         publish(&rig, EVERYONE, number.to_string());
-        publish(&rig, To::Connection(clients[0].id()), "one");
+        publish(&rig, Address::Connection(clients[0].id()), "one");
     }
     rig.settle();
     let after = rig.engine.metrics();
@@ -603,7 +637,7 @@ fn what_gathers_behind_a_blocked_peer_goes_out_in_few_writes() {
     let mut client = rig.connect();
     let mut sent = 0;
     while rig.engine.metrics().tally.pending() == 0 {
-        rig.everyone.try_publish(EVERYONE, &[], big(sent)).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, big(sent))).unwrap();
         rig.settle();
         sent += 1;
     }
@@ -655,7 +689,7 @@ fn one_turn_puts_no_more_frames_into_outboxes_than_a_bound() {
     connect_sinks(&mut rig, MANY as usize);
     let nobody = "0000000000000000".parse().unwrap(); // so each is offered by itself
     for _ in 0..250 {
-        rig.everyone.try_publish(EVERYONE, &[nobody], frame("to all")).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, frame("to all")).except(&[nobody])).unwrap();
     }
     rig.turn();
     let offered = rig.engine.metrics().tally.offered;
@@ -674,7 +708,7 @@ fn who_keeps_up_loses_nothing_however_much_is_published_at_once() {
         let nobody = "0000000000000000".parse().unwrap();
         let except = if is_joined { &[][..] } else { &[nobody] };
         for _ in 0..60 {
-            rig.everyone.try_publish(EVERYONE, except, frame("to all")).unwrap();
+            rig.everyone.try_publish(Publication::message(EVERYONE, frame("to all")).except(except)).unwrap();
         }
         rig.settle();
         let all = rig.engine.metrics();
@@ -892,8 +926,10 @@ fn ends() -> Vec<End> {
         (
             "application",
             |rig, client| {
-                at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode(3999), "enough"))
-                    .unwrap()
+                at_once(rig.everyone.publish(
+                    Publication::close(Address::Connection(client.id()), CloseCode(3999), "enough").unwrap(),
+                ))
+                .unwrap()
             },
             is!(CloseReason::Application { code: CloseCode(3999), .. }),
             Some(3999),
@@ -981,7 +1017,7 @@ fn ends_once(
         "{name}: {:?}",
         client.record().ends
     );
-    assert_eq!((rig.everyone.len(), rig.everyone.groups()), (0, 0), "{name}");
+    assert_eq!((rig.everyone.len(), rig.everyone.group_count()), (0, 0), "{name}");
     let mut heard = client.peer.hear();
     heard.retain(|heard| !matches!(heard, Heard::Ping(_)));
     let close = told.map(|code| Heard::Close((code > 0).then_some(code)));
@@ -1028,11 +1064,15 @@ fn an_idle_peer_is_ended() {
 fn a_peer_that_does_not_answer_the_close_is_let_go_after_the_close_timeout() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..EngineConfig::default() }, strict());
     let mut client = rig.connect();
-    at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode::NORMAL, "")).unwrap();
+    at_once(
+        rig.everyone
+            .publish(Publication::close(Address::Connection(client.id()), CloseCode::NORMAL, "").unwrap()),
+    )
+    .unwrap();
     rig.settle();
-    assert_eq!((client.record().ends.len(), rig.engine.connections()), (1, 1));
+    assert_eq!((client.record().ends.len(), rig.engine.connection_count()), (1, 1));
     rig.pass(Duration::from_millis(5100));
-    assert_eq!((client.record().ends.len(), rig.engine.connections()), (1, 0));
+    assert_eq!((client.record().ends.len(), rig.engine.connection_count()), (1, 0));
     assert_eq!(client.peer.hear().last(), Some(&Heard::End));
 }
 
@@ -1042,7 +1082,11 @@ fn a_handler_that_is_busy_is_told_the_end_when_it_is_done() {
     let mut client = rig.connect();
     client.peer.text("wait");
     rig.settle();
-    at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode::NORMAL, "")).unwrap();
+    at_once(
+        rig.everyone
+            .publish(Publication::close(Address::Connection(client.id()), CloseCode::NORMAL, "").unwrap()),
+    )
+    .unwrap();
     rig.settle();
     assert_eq!((client.record().ends.len(), rig.everyone.len()), (0, 0));
     client.release();
@@ -1074,7 +1118,7 @@ fn a_handler_that_panics_as_it_is_dropped_harms_no_other() {
     let mut rig = Rig::new(1);
     let mut neighbour = rig.connect();
     let (newcomer, client) = newcomer(&rig.engine, &rig.config, 4096);
-    let newcomer = shardcast_engine::Newcomer { handler: Box::new(|_| Box::new(Grenade)), ..newcomer };
+    let newcomer = shardcast_engine::NewConnection { handler: Box::new(|_| Box::new(Grenade)), ..newcomer };
     at_once(rig.everyone.adopt(newcomer)).unwrap();
     rig.settle();
     assert_eq!(rig.everyone.len(), 2);
@@ -1090,9 +1134,13 @@ fn what_was_sent_before_a_close_is_read_before_it() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     publish(&rig, EVERYONE, "one");
-    publish(&rig, To::Connection(client.id()), "two");
+    publish(&rig, Address::Connection(client.id()), "two");
     publish(&rig, EVERYONE, "three");
-    at_once(rig.everyone.close(To::Connection(client.id()), &[], CloseCode::NORMAL, "")).unwrap();
+    at_once(
+        rig.everyone
+            .publish(Publication::close(Address::Connection(client.id()), CloseCode::NORMAL, "").unwrap()),
+    )
+    .unwrap();
     publish(&rig, EVERYONE, "four");
     rig.settle();
     let data = |text: &str| Heard::Data(text.into());
@@ -1106,15 +1154,15 @@ fn what_was_sent_before_a_close_is_read_before_it() {
 fn an_engine_that_is_dropped_closes_its_connections_and_lets_every_publisher_go() {
     let (engine, everyone, config) = threaded(2);
     let mut peers: Vec<_> = (0..6).map(|_| enter(&engine, &everyone, &config).0).collect();
-    let publishers: Vec<_> =
-        (0..4)
-            .map(|_| {
-                let everyone = everyone.clone();
-                std::thread::spawn(move || {
-                    while block_on(everyone.publish(EVERYONE, &[], frame("on and on"))).is_ok() {}
-                })
+    let publishers: Vec<_> = (0..4)
+        .map(|_| {
+            let everyone = everyone.clone();
+            std::thread::spawn(move || {
+                while block_on(everyone.publish(Publication::message(EVERYONE, frame("on and on")))).is_ok() {
+                }
             })
-            .collect();
+        })
+        .collect();
     let readers: Vec<_> = peers
         .drain(..)
         .map(|mut peer| {
@@ -1136,8 +1184,9 @@ fn an_engine_that_is_dropped_closes_its_connections_and_lets_every_publisher_go(
     for reader in readers {
         assert_eq!(reader.join().unwrap(), Heard::Close(Some(1001)));
     }
-    assert_eq!(everyone.try_publish(EVERYONE, &[], frame("x")), Err(TrySendError::Closed(frame("x"))));
-    assert_eq!((everyone.len(), everyone.groups()), (0, 0));
+    let refused = everyone.try_publish(Publication::message(EVERYONE, frame("x"))).unwrap_err();
+    assert!(refused.is_closed());
+    assert_eq!((everyone.len(), everyone.group_count()), (0, 0));
 }
 
 #[test]
@@ -1149,7 +1198,7 @@ fn connections_that_come_and_go_leave_nothing_behind() {
             at_once(rig.everyone.join(client.id(), "room")).unwrap();
             at_once(rig.everyone.join(client.id(), &format!("room {round}"))).unwrap();
         }
-        publish(&rig, To::Group("room"), "hello");
+        publish(&rig, Address::group("room"), "hello");
         rig.settle();
         let gone = clients[0].id();
         assert!(clients.iter_mut().all(|client| client.peer.hear_data() == ["hello"]));
@@ -1157,14 +1206,21 @@ fn connections_that_come_and_go_leave_nothing_behind() {
         // An id of before reaches nobody, though its slot may be taken again.
         rig.settle();
         let mut fresh = rig.connect_many(4);
-        publish(&rig, To::Connection(gone), "for a ghost");
+        publish(&rig, Address::Connection(gone), "for a ghost");
         at_once(rig.everyone.join(gone, "ghosts")).unwrap();
-        at_once(rig.everyone.close(To::Connection(gone), &[], CloseCode::NORMAL, "")).unwrap();
+        at_once(
+            rig.everyone
+                .publish(Publication::close(Address::Connection(gone), CloseCode::NORMAL, "").unwrap()),
+        )
+        .unwrap();
         rig.settle();
         assert!(fresh.iter_mut().all(|client| client.peer.hear().is_empty()));
         drop(fresh);
         rig.settle();
-        assert_eq!((rig.everyone.len(), rig.everyone.groups(), rig.engine.connections()), (0, 0, 0));
+        assert_eq!(
+            (rig.everyone.len(), rig.everyone.group_count(), rig.engine.connection_count()),
+            (0, 0, 0)
+        );
     }
 }
 

@@ -11,14 +11,14 @@ mod fixture;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use fixture::{Client, Heard, Rig, Task, at_once, lock};
+use fixture::{Client, Heard, Rig, Sender, Task, at_once, lock};
 use proptest::prelude::*;
 use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, DropCause, EngineConfig, Frame,
-    GroupMetrics, Namespace, Policy, Receipt, SendError, To,
+    Address, CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, Delivery, DropCause, EngineConfig,
+    GroupMetrics, Payload, Policy, Publication, PublishError, Receipt,
 };
 
-const EVERYONE: To<'_> = To::Everyone;
+const EVERYONE: Address = Address::Everyone;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const DROP: Policy = Policy::DropMessage { timeout: MS20 };
 const DROP_AT_ONCE: Policy = Policy::DropMessage { timeout: Duration::ZERO };
@@ -27,15 +27,15 @@ const MS20: Duration = ms(20);
 const TWO_TICKS: Duration = ms(50);
 const OUTBOX_FRAMES: usize = 4;
 
-type Sending<'a> = Task<'a, Result<Receipt, SendError>>;
+type Sending = Task<'static, Result<Receipt, PublishError>>;
 
 const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
 /// A frame of some 1,000 bytes that begins with `text`.
-fn big(text: impl std::fmt::Display) -> Frame {
-    Frame::text(&format!("{text:.<1000}"))
+fn big(text: impl std::fmt::Display) -> Payload {
+    Payload::text(&format!("{text:.<1000}"))
 }
 
 /// The texts of big frames.
@@ -62,9 +62,14 @@ fn rig(shards: usize, config: ConnectionConfig) -> Rig {
 
 /// Sends to the client alone until its outbox is full to the last frame and nothing waits.
 fn fill(rig: &mut Rig, client: &Client) {
-    let everyone = rig.everyone.with_policy(Policy::Block).unwrap();
+    let everyone = Sender::new(&rig.everyone, Some(Policy::Block));
     for number in 0..1000 {
-        everyone.try_publish(To::Connection(client.id()), &[], big(format!("fill {number}"))).unwrap();
+        everyone
+            .try_publish(Publication::message(
+                Address::Connection(client.id()),
+                big(format!("fill {number}")),
+            ))
+            .unwrap();
         rig.settle();
         if metrics(rig, client).tally.pending() == OUTBOX_FRAMES as u64 {
             return;
@@ -77,14 +82,14 @@ fn metrics(rig: &mut Rig, client: &Client) -> ConnectionMetrics {
     rig.metrics_of(client.id()).expect("it lives")
 }
 
-fn send<'a>(namespace: &'a Namespace, to: To<'a>, text: &str) -> Sending<'a> {
-    let mut task = Task::new(namespace.send(to, &[], big(text)));
+fn send(sender: impl Into<Sender>, to: impl Into<Address>, text: &str) -> Sending {
+    let mut task = Task::new(sender.into().deliver(Publication::message(to, big(text))));
     assert!(task.poll().is_none(), "no shard has moved");
     task
 }
 
 /// What the receipt says: targets, waited, dropped after a while, dropped at once, gone.
-fn outcome(task: &mut Sending<'_>) -> Option<[u64; 5]> {
+fn outcome(task: &mut Sending) -> Option<[u64; 5]> {
     let receipt = task.poll()?.unwrap();
     let Receipt { targets, waited, dropped, disconnected, .. } = receipt;
     Some([targets, waited, dropped.timeout, dropped.overflow, disconnected])
@@ -130,7 +135,9 @@ fn assert_lives(client: &Client) {
 // ---- DropMessage ------------------------------------------------------------------------------------------------
 
 /// Every target that a frame for several connections can have.
-const TARGETS: [To<'_>; 3] = [EVERYONE, To::Group("a"), To::Groups(&["a", "b"])];
+fn targets() -> [Address; 3] {
+    [EVERYONE, Address::group("a"), Address::groups(["a", "b"])]
+}
 
 fn stalled_and_healthy(shards: usize, policy: Policy) -> (Rig, Client, Client) {
     let mut rig = rig(shards, narrow(policy));
@@ -146,10 +153,10 @@ fn stalled_and_healthy(shards: usize, policy: Policy) -> (Rig, Client, Client) {
 
 #[test]
 fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
-    for (shards, to) in [1, 2].into_iter().flat_map(|shards| TARGETS.map(|to| (shards, to))) {
+    for (shards, to) in [1, 2].into_iter().flat_map(|shards| targets().map(|to| (shards, to))) {
         let (mut rig, mut stalled, mut healthy) = stalled_and_healthy(shards, DROP);
         let everyone = rig.everyone.clone();
-        let mut sending = send(&everyone, to, "late");
+        let mut sending = send(&everyone, &to, "late");
         rig.settle();
         assert_eq!(short(healthy.peer.hear_data()), ["late"], "{to:?}: who reads does not wait");
         rig.pass(MS20 - Duration::from_nanos(1));
@@ -177,7 +184,7 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
         );
         assert_eq!((stalled.record().drops, healthy.record().drops), (vec![1], vec![]), "{to:?}");
         // The rest arrives, and so does what comes after.
-        let mut next = send(&everyone, to, "next");
+        let mut next = send(&everyone, &to, "next");
         let heard = hear_all_data(&mut rig, &mut stalled);
         assert_eq!(heard.last().map(String::as_str), Some("next"), "{to:?}");
         assert!(!heard.contains(&"late".to_owned()), "{to:?}");
@@ -192,15 +199,16 @@ fn a_handler_is_told_which_drops_by_cause_and_group() {
     for (policy, cause) in [(DROP, DropCause::Timeout), (DROP_AT_ONCE, DropCause::Overflow)] {
         let (mut rig, stalled, _healthy) = stalled_and_healthy(1, policy);
         let everyone = rig.everyone.clone();
-        let one = To::Connection(stalled.id());
+        let one = Address::Connection(stalled.id());
         lock(&stalled.record).waits_at_drop = true; // so the rest is told later
-        let to = [To::Group("a"), To::Group("b"), To::Group("a"), TARGETS[2], EVERYONE];
+        let to =
+            [Address::group("a"), Address::group("b"), Address::group("a"), targets()[2].clone(), EVERYONE];
         for to in to {
-            everyone.try_publish(to, &[], big("lost")).unwrap();
+            everyone.try_publish(Publication::message(&to, big("lost"))).unwrap();
             rig.settle();
         }
-        let dropping = everyone.with_policy(policy).unwrap(); // for one connection `Block` holds otherwise
-        dropping.try_publish(one, &[], big("lost")).unwrap();
+        let dropping = Sender::new(&everyone, Some(policy)); // for one connection `Block` holds otherwise
+        dropping.try_publish(Publication::message(one, big("lost"))).unwrap();
         rig.settle();
         rig.pass(MS20);
         lock(&stalled.record).waits_at_drop = false;
@@ -224,8 +232,8 @@ fn a_handler_is_told_which_drops_by_cause_and_group() {
 #[test]
 fn each_frame_has_its_own_time() {
     let (mut rig, stalled, _healthy) = stalled_and_healthy(1, DROP);
-    let everyone = rig.everyone.clone();
-    let patient = everyone.with_policy(Policy::DropMessage { timeout: ms(30) }).unwrap();
+    let everyone = Sender::from(&rig.everyone);
+    let patient = Sender::new(&rig.everyone, Some(Policy::DropMessage { timeout: ms(30) }));
     // Dropped at 30, at 25 and at 30, at 35 ms.
     let mut sendings = Vec::new();
     for namespace in [&patient, &everyone, &everyone, &everyone] {
@@ -244,10 +252,10 @@ fn each_frame_has_its_own_time() {
 
 #[test]
 fn a_frame_that_gets_room_in_time_is_delivered() {
-    for to in TARGETS {
+    for to in targets() {
         let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP);
         let everyone = rig.everyone.clone();
-        let mut sending = send(&everyone, to, "just in time");
+        let mut sending = send(&everyone, &to, "just in time");
         rig.settle();
         rig.pass(MS20 - Duration::from_nanos(1));
         assert!(sending.poll().is_none());
@@ -261,10 +269,10 @@ fn a_frame_that_gets_room_in_time_is_delivered() {
 
 #[test]
 fn a_timeout_of_zero_drops_at_once() {
-    for to in TARGETS {
+    for to in targets() {
         let (mut rig, mut stalled, mut healthy) = stalled_and_healthy(2, DROP_AT_ONCE);
         let everyone = rig.everyone.clone();
-        let mut sending = send(&everyone, to, "lost");
+        let mut sending = send(&everyone, &to, "lost");
         rig.settle();
         assert_eq!(outcome(&mut sending), Some([2, 1, 0, 1, 0]), "{to:?}: no time has passed");
         assert_eq!(
@@ -281,12 +289,12 @@ fn drops_leave_the_order_of_what_is_delivered() {
     let mut rig = rig(1, narrow(DROP));
     let mut client = rig.connect();
     at_once(rig.everyone.join(client.id(), "a")).unwrap();
-    let patient = rig.everyone.with_policy(Policy::DropMessage { timeout: ms(200) }).unwrap();
+    let patient = Sender::new(&rig.everyone, Some(Policy::DropMessage { timeout: ms(200) }));
     let mut heard = Vec::new();
     for number in 0..300 {
         // Some wait longer than others that come after them.
-        let namespace = if number % 7 == 0 { &patient } else { &rig.everyone };
-        namespace.try_publish(TARGETS[number % 3], &[], big(number)).unwrap();
+        let sender = if number % 7 == 0 { patient.clone() } else { Sender::from(&rig.everyone) };
+        sender.try_publish(Publication::message(&targets()[number % 3], big(number))).unwrap();
         if number % 3 == 0 {
             rig.pass(ms(4));
         }
@@ -318,8 +326,8 @@ fn recipients_clocks_run_together() {
     let everyone = rig.everyone.clone();
     for to in [EVERYONE, EVERYONE] {
         let began = rig.now;
-        let mut sending = send(&everyone, to, "to all");
-        let mut publishing = Task::new(everyone.publish(to, &[], big("to all")));
+        let mut sending = send(&everyone, &to, "to all");
+        let mut publishing = Task::new(everyone.publish(Publication::message(&to, big("to all"))));
         assert_eq!(publishing.poll(), Some(Ok(())), "nobody waits for what may be dropped");
         rig.settle();
         rig.pass(ms(19));
@@ -337,8 +345,8 @@ fn recipients_clocks_run_together() {
 const THREE_DROPS: Policy = Policy::DropConnection { timeout: MS20, max_drops: 3 };
 const THREE_DROPS_AT_ONCE: Policy = Policy::DropConnection { timeout: Duration::ZERO, max_drops: 3 };
 
-fn drop_one(rig: &mut Rig, to: To<'_>) {
-    rig.everyone.try_publish(to, &[], big("lost")).unwrap();
+fn drop_one(rig: &mut Rig, to: impl Into<Address>) {
+    rig.everyone.try_publish(Publication::message(to, big("lost"))).unwrap();
     rig.settle();
     rig.pass(MS20);
 }
@@ -346,13 +354,13 @@ fn drop_one(rig: &mut Rig, to: To<'_>) {
 #[test]
 fn too_many_drops_in_a_row_end_the_connection() {
     for (policy, to) in
-        [THREE_DROPS, THREE_DROPS_AT_ONCE].into_iter().flat_map(|policy| TARGETS.map(|to| (policy, to)))
+        [THREE_DROPS, THREE_DROPS_AT_ONCE].into_iter().flat_map(|policy| targets().map(|to| (policy, to)))
     {
         let (mut rig, mut stalled, healthy) = stalled_and_healthy(1, policy);
-        drop_one(&mut rig, to);
-        drop_one(&mut rig, to);
+        drop_one(&mut rig, &to);
+        drop_one(&mut rig, &to);
         assert_lives(&stalled);
-        drop_one(&mut rig, to);
+        drop_one(&mut rig, &to);
         assert_eq!(stalled.record().drops, [1, 1, 1], "{to:?}");
         assert_eq!(stalled.record().calls.last().map(String::as_str), Some("close"));
         assert_eq!((rig.everyone.len(), rig.engine.metrics().ended_slow), (1, 1));
@@ -369,11 +377,11 @@ fn how_many_drops_are_too_many_says_the_policy_of_the_frame_that_is_dropped() {
         // The connection's own drops nothing, or ends nobody,
         for (own, is_unicast) in [Policy::Block, lenient].map(|own| [(own, false), (own, true)]).concat() {
             let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, own);
-            let strict = rig.everyone.with_policy(strict).unwrap();
-            let to = if is_unicast { To::Connection(stalled.id()) } else { EVERYONE };
+            let strict = Sender::new(&rig.everyone, Some(strict));
+            let to = if is_unicast { Address::Connection(stalled.id()) } else { EVERYONE };
             for _ in 0..3 {
                 assert_lives(&stalled);
-                strict.try_publish(to, &[], big("lost")).unwrap();
+                strict.try_publish(Publication::message(&to, big("lost"))).unwrap();
                 rig.settle();
                 rig.pass(MS20);
             }
@@ -381,9 +389,9 @@ fn how_many_drops_are_too_many_says_the_policy_of_the_frame_that_is_dropped() {
         }
         // or ends it after three, of which the last must be its own.
         let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, strict);
-        let lenient = rig.everyone.with_policy(lenient).unwrap();
+        let lenient = Sender::new(&rig.everyone, Some(lenient));
         for _ in 0..10 {
-            lenient.try_publish(EVERYONE, &[], big("lost")).unwrap();
+            lenient.try_publish(Publication::message(EVERYONE, big("lost"))).unwrap();
             rig.settle();
             rig.pass(MS20);
         }
@@ -398,7 +406,7 @@ fn how_many_drops_are_too_many_says_the_policy_of_the_frame_that_is_dropped() {
 fn a_burst_of_drops_counts_as_many() {
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, THREE_DROPS);
     for _ in 0..3 {
-        rig.everyone.try_publish(EVERYONE, &[], big("lost")).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, big("lost"))).unwrap();
     }
     rig.settle();
     rig.pass(ms(19));
@@ -437,8 +445,8 @@ fn a_frame_taken_by_an_empty_outbox_resets_the_count_of_drops() {
     for _ in 0..5 {
         // Both in one turn: beside the first there is no room for the second.
         for length in [10, 5000] {
-            let frame = Frame::text(&"x".repeat(length));
-            rig.everyone.try_publish(EVERYONE, &[nobody], frame).unwrap();
+            let frame = Payload::text(&"x".repeat(length));
+            rig.everyone.try_publish(Publication::message(EVERYONE, frame).except(&[nobody])).unwrap();
         }
         rig.settle();
         assert_eq!(client.peer.hear_data().len(), 1);
@@ -452,9 +460,9 @@ fn a_frame_that_had_waited_and_is_taken_resets_the_count_of_drops() {
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, THREE_DROPS);
     drop_one(&mut rig, EVERYONE);
     drop_one(&mut rig, EVERYONE);
-    let patient = rig.everyone.with_policy(Policy::Block).unwrap();
+    let patient = Sender::new(&rig.everyone, Some(Policy::Block));
     for _ in 0..30 {
-        patient.try_publish(To::Connection(stalled.id()), &[], big("waits")).unwrap();
+        patient.try_publish(Publication::message(Address::Connection(stalled.id()), big("waits"))).unwrap();
     }
     rig.settle();
     // It takes some, but its outbox stays full.
@@ -478,7 +486,7 @@ fn a_frame_taken_out_of_a_burst_resets_the_count_of_drops() {
     drop_one(&mut rig, EVERYONE);
     let _ = hear_all(&mut rig, &mut stalled);
     for number in 0..OUTBOX_FRAMES + 1 {
-        rig.everyone.try_publish(EVERYONE, &[], Frame::text(&number.to_string())).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, Payload::text(&number.to_string()))).unwrap();
     }
     rig.settle();
     assert_lives(&stalled);
@@ -492,15 +500,15 @@ fn a_frame_taken_when_another_is_dropped_resets_the_count_of_drops() {
     let mut rig = rig(1, config);
     let stalled = rig.connect();
     while metrics(&mut rig, &stalled).pending_bytes < 2500 {
-        rig.everyone.try_publish(EVERYONE, &[], big("fill")).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, big("fill"))).unwrap();
         rig.settle();
     }
-    let huge = Frame::text(&"x".repeat(3000));
+    let huge = Payload::text(&"x".repeat(3000));
     for _ in 0..3 {
-        rig.everyone.try_publish(EVERYONE, &[], huge.clone()).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, huge.clone())).unwrap();
         rig.settle();
         rig.pass(ms(5));
-        rig.everyone.try_publish(EVERYONE, &[], Frame::text("small")).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, Payload::text("small"))).unwrap();
         rig.pass(ms(15));
     }
     assert_lives(&stalled);
@@ -602,16 +610,18 @@ fn under_block_nothing_is_dropped_and_only_those_who_await_the_stalled_peer_wait
     let everyone = rig.everyone.clone();
     at_once(everyone.join(healthy.id(), "others")).unwrap();
     rig.settle();
-    let mut sending = send(&everyone, To::Group("a"), "0");
-    let mut publishing = Task::new(everyone.publish(To::Groups(&["a", "b"]), &[], big("1")));
+    let mut sending = send(&everyone, Address::group("a"), "0");
+    let mut publishing =
+        Task::new(everyone.publish(Publication::message(Address::groups(["a", "b"]), big("1"))));
     assert!(publishing.poll().is_none());
     rig.settle();
     let mut heard = healthy.peer.hear_data().len();
     for _ in 0..10 {
         rig.pass(Duration::from_secs(600));
-        let mut other = Task::new(everyone.publish(To::Group("others"), &[], big("others")));
+        let mut other =
+            Task::new(everyone.publish(Publication::message(Address::group("others"), big("others"))));
         assert_eq!(other.poll(), Some(Ok(())), "nobody in that group is behind");
-        let mut other = send(&everyone, To::Group("others"), "others");
+        let mut other = send(&everyone, Address::group("others"), "others");
         rig.settle();
         assert_eq!(outcome(&mut other), Some([1, 0, 0, 0, 0]));
         heard += healthy.peer.hear_data().len();
@@ -632,9 +642,9 @@ fn under_block_nothing_is_dropped_and_only_those_who_await_the_stalled_peer_wait
 fn a_publication_may_have_a_policy_of_its_own() {
     // One that drops, where connections block;
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, Policy::Block);
-    let (own, dropping) = (rig.everyone.clone(), rig.everyone.with_policy(DROP).unwrap());
-    for to in TARGETS {
-        let (mut waits, mut drops) = (send(&own, to, "waits"), send(&dropping, to, "drops"));
+    let (own, dropping) = (rig.everyone.clone(), Sender::new(&rig.everyone, Some(DROP)));
+    for to in targets() {
+        let (mut waits, mut drops) = (send(&own, &to, "waits"), send(&dropping, &to, "drops"));
         rig.settle();
         rig.pass(MS20);
         assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([2, 1, 1, 0, 0])), "{to:?}");
@@ -644,32 +654,23 @@ fn a_publication_may_have_a_policy_of_its_own() {
     }
     // and one that blocks, where connections drop.
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP_AT_ONCE);
-    let (own, blocking) = (rig.everyone.clone(), rig.everyone.with_policy(Policy::Block).unwrap());
+    let (own, blocking) = (rig.everyone.clone(), Sender::new(&rig.everyone, Some(Policy::Block)));
     let (mut waits, mut drops) = (send(&blocking, EVERYONE, "waits"), send(&own, EVERYONE, "drops"));
     rig.settle();
     rig.pass(Duration::from_secs(3600));
     assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([2, 1, 0, 1, 0])));
     assert_eq!(hear_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
     assert_eq!(outcome(&mut waits), Some([2, 1, 0, 0, 0]));
-    // Of two the last counts.
-    for last in [DROP_AT_ONCE, Policy::Block] {
-        let (mut rig, _stalled, _healthy) = stalled_and_healthy(1, DROP);
-        let first = if last == Policy::Block { DROP_AT_ONCE } else { Policy::Block };
-        let handle = rig.everyone.with_policy(first).unwrap().with_policy(last).unwrap();
-        let mut sending = send(&handle, EVERYONE, "waits or is dropped");
-        rig.settle();
-        assert_eq!(outcome(&mut sending).is_some(), last == DROP_AT_ONCE);
-    }
-    let error = rig.everyone.with_policy(Policy::DropMessage { timeout: DAY }).unwrap_err();
+    let error = Delivery::with_policy(Policy::DropMessage { timeout: DAY }).unwrap_err();
     assert_eq!(error.field, "timeout");
 }
 
 #[test]
 fn a_unicast_waits_for_room_unless_it_is_told_otherwise() {
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP_AT_ONCE);
-    let (own, dropping) = (rig.everyone.clone(), rig.everyone.with_policy(DROP).unwrap());
-    let to = To::Connection(stalled.id());
-    let (mut waits, mut drops) = (send(&own, to, "waits"), send(&dropping, to, "drops"));
+    let (own, dropping) = (rig.everyone.clone(), Sender::new(&rig.everyone, Some(DROP)));
+    let to = Address::Connection(stalled.id());
+    let (mut waits, mut drops) = (send(&own, &to, "waits"), send(&dropping, &to, "drops"));
     rig.settle();
     rig.pass(ms(19));
     assert!(drops.poll().is_none());
@@ -738,11 +739,13 @@ fn beyond_the_budget_the_largest_backlog_is_shed_and_the_others_stay() {
     let config = ConnectionConfig { outbox_frames: 1024, ..narrow(Policy::Block) };
     let mut rig = Rig::with(engine, config);
     let mut clients = rig.connect_many(4);
-    let frame = Frame::text(&"x".repeat(10_000));
+    let frame = Payload::text(&"x".repeat(10_000));
     // Some 300, 600 and 100 KB, and a peer that reads.
     for (client, count) in [(0, 30), (1, 60), (2, 10)] {
         for _ in 0..count {
-            rig.everyone.try_publish(To::Connection(clients[client].id()), &[], frame.clone()).unwrap();
+            rig.everyone
+                .try_publish(Publication::message(Address::Connection(clients[client].id()), frame.clone()))
+                .unwrap();
         }
         rig.settle();
     }
@@ -750,7 +753,9 @@ fn beyond_the_budget_the_largest_backlog_is_shed_and_the_others_stay() {
     let before = rig.engine.metrics().pending_bytes;
     assert!((950_000..1 << 20).contains(&before), "{before}");
     for _ in 0..10 {
-        rig.everyone.try_publish(To::Connection(clients[0].id()), &[], frame.clone()).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(Address::Connection(clients[0].id()), frame.clone()))
+            .unwrap();
         rig.settle();
     }
     let ended: Vec<_> = clients.iter().map(|client| client.record().ends.len()).collect();
@@ -833,7 +838,11 @@ fn a_busy_handler_is_told_of_drops_before_its_next_message_and_before_the_end() 
     stalled.peer.text("wait again");
     rig.settle();
     drop_one(&mut rig, EVERYONE);
-    at_once(rig.everyone.close(To::Connection(stalled.id()), &[], CloseCode::NORMAL, "")).unwrap();
+    at_once(
+        rig.everyone
+            .publish(Publication::close(Address::Connection(stalled.id()), CloseCode::NORMAL, "").unwrap()),
+    )
+    .unwrap();
     rig.settle();
     assert_lives(&stalled);
     let dropped = metrics(&mut rig, &stalled).tally.dropped.timeout;
@@ -890,7 +899,7 @@ fn a_peer_that_vanishes_without_a_word_is_noticed_in_time() {
             }
             // It says nothing from now on and takes nothing; others go on sending to it.
             let noticed = (0..).find(|_| {
-                rig.everyone.try_publish(EVERYONE, &[], big("anybody?")).unwrap();
+                rig.everyone.try_publish(Publication::message(EVERYONE, big("anybody?"))).unwrap();
                 rig.pass(ms(50));
                 rig.everyone.is_empty()
             });
@@ -917,10 +926,12 @@ fn a_group_counts_what_its_present_members_have_counted() {
     for member in [&stalled, &healthy] {
         at_once(rig.everyone.join(member.id(), "room")).unwrap();
     }
-    rig.everyone.try_publish(To::Group("room"), &[], big("for two")).unwrap();
-    rig.everyone.try_publish(To::Connection(stranger.id()), &[], big("for a third")).unwrap();
+    rig.everyone.try_publish(Publication::message(Address::group("room"), big("for two"))).unwrap();
+    rig.everyone
+        .try_publish(Publication::message(Address::Connection(stranger.id()), big("for a third")))
+        .unwrap();
     let [first, second] = [&stalled, &healthy].map(|member| metrics(&mut rig, member));
-    let room = rig.survey(To::Group("room"), &[]);
+    let room = rig.collect_metrics(&Address::group("room"), &[]);
     assert_eq!((room.connections, room.tally.offered), (2, first.tally.offered + second.tally.offered));
     assert_eq!(
         (room.tally.written, room.tally.pending()),
@@ -930,26 +941,33 @@ fn a_group_counts_what_its_present_members_have_counted() {
         (room.tally.dropped.overflow, room.pending_bytes),
         (1, first.pending_bytes + second.pending_bytes)
     );
-    let others = rig.survey(To::Group("room"), &[stalled.id()]);
+    let others = rig.collect_metrics(&Address::group("room"), &[stalled.id()]);
     assert_eq!(
         (others.connections, others.tally.offered, others.tally.dropped.overflow),
         (1, second.tally.offered, 0)
     );
-    assert_eq!(rig.survey(To::Groups(&["room", "none"]), &[]), room);
-    assert_eq!(rig.survey(To::Groups(&["room", "a", "b", "room"]), &[]), room, "both are in all three");
-    assert_eq!(rig.survey(To::Connection(healthy.id()), &[]).tally.offered, second.tally.offered);
-    assert_eq!(rig.survey(To::Connection(healthy.id()), &[healthy.id()]), Default::default());
-    assert_eq!(rig.survey(To::Group("none"), &[]), Default::default());
+    assert_eq!(rig.collect_metrics(&Address::groups(["room", "none"]), &[]), room);
+    assert_eq!(
+        rig.collect_metrics(&Address::groups(["room", "a", "b", "room"]), &[]),
+        room,
+        "both are in all three"
+    );
+    assert_eq!(
+        rig.collect_metrics(&Address::Connection(healthy.id()), &[]).tally.offered,
+        second.tally.offered
+    );
+    assert_eq!(rig.collect_metrics(&Address::Connection(healthy.id()), &[healthy.id()]), Default::default());
+    assert_eq!(rig.collect_metrics(&Address::group("none"), &[]), Default::default());
 
     // Who leaves is not counted there any more; among everyone even who has gone is.
     at_once(rig.everyone.leave(stalled.id(), "room")).unwrap();
-    assert_eq!(rig.survey(To::Group("room"), &[]).tally.offered, second.tally.offered);
-    let before = rig.survey(EVERYONE, &[]);
+    assert_eq!(rig.collect_metrics(&Address::group("room"), &[]).tally.offered, second.tally.offered);
+    let before = rig.collect_metrics(&EVERYONE, &[]);
     healthy.peer.close(1000);
     hear_all(&mut rig, &mut healthy);
     drop(healthy);
     rig.settle();
-    let after = rig.survey(EVERYONE, &[]);
+    let after = rig.collect_metrics(&EVERYONE, &[]);
     assert_eq!((after.connections, after.tally.offered), (before.connections - 1, before.tally.offered));
 }
 
@@ -960,14 +978,14 @@ fn what_is_asked_about_connections_is_answered_behind_what_was_sent_before() {
     let clients = rig.connect_many(2);
     let seen = Arc::new(Mutex::new(Vec::new()));
     for asked in 1..=3 {
-        rig.everyone.try_publish(EVERYONE, &[], Frame::text("to both")).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, Payload::text("to both"))).unwrap();
         let told = seen.clone();
         let see = move |metrics: ConnectionMetrics| lock(&told).push((asked, metrics.tally.offered));
-        at_once(rig.everyone.inspect(clients[0].id(), see)).unwrap();
-        rig.everyone.try_publish(EVERYONE, &[], Frame::text("to both")).unwrap();
+        at_once(rig.everyone.connection_metrics(clients[0].id(), see)).unwrap();
+        rig.everyone.try_publish(Publication::message(EVERYONE, Payload::text("to both"))).unwrap();
         let told = seen.clone();
         let see = move |part: GroupMetrics| lock(&told).push((asked, part.tally.offered));
-        at_once(rig.everyone.survey(EVERYONE, &[], see)).unwrap();
+        at_once(rig.everyone.collect_metrics(&EVERYONE, &[], see)).unwrap();
     }
     rig.settle();
     assert_eq!(*lock(&seen), [(1, 1), (1, 4), (2, 3), (2, 8), (3, 5), (3, 12)]);
@@ -976,14 +994,14 @@ fn what_is_asked_about_connections_is_answered_behind_what_was_sent_before() {
 #[test]
 fn a_survey_tells_the_mean_and_the_highest_round_trip() {
     let mut rig = rig(2, beating(Policy::Block));
-    assert_eq!(rig.survey(EVERYONE, &[]).rtt_average(), None);
+    assert_eq!(rig.collect_metrics(&EVERYONE, &[]).rtt_average(), None);
     let mut clients = rig.connect_many(2);
     for (client, rtt) in clients.iter_mut().zip([10, 30]) {
         round_trip(&mut rig, client, ms(rtt));
     }
     let each = clients.iter().map(|client| metrics(&mut rig, client).rtt.average.unwrap());
     let each: Vec<Duration> = each.collect();
-    let together = rig.survey(EVERYONE, &[]);
+    let together = rig.collect_metrics(&EVERYONE, &[]);
     assert_eq!(together.rtt_highest, each.iter().copied().max());
     assert_eq!(together.rtt_average(), Some((each[0] + each[1]) / 2));
 }
@@ -1056,7 +1074,7 @@ fn assert_balance(rig: &mut Rig, clients: &[Client]) {
 
 /// What all connections of the namespace count together, those that have gone included, is what the engine counts.
 fn assert_surveyed(rig: &mut Rig) {
-    let (all, surveyed) = (rig.engine.metrics(), rig.survey(EVERYONE, &[]));
+    let (all, surveyed) = (rig.engine.metrics(), rig.collect_metrics(&EVERYONE, &[]));
     let engine = [
         all.connections,
         all.tally.offered,
@@ -1091,29 +1109,27 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     let mut rig = rig(shards, config);
     let mut clients = rig.connect_many(4);
     let mut data_heard = [0u64; 64];
-    let mut sendings: Vec<Sending<'static>> = Vec::new();
+    let mut sendings: Vec<Sending> = Vec::new();
     let mut receipts: Vec<Receipt> = Vec::new();
     for (number, happens) in history.iter().enumerate() {
         let count = clients.len();
         match *happens {
             Happens::Publish { to, bytes, policy, awaited } => {
-                let namespace = match POLICIES.get(policy) {
-                    Some(policy) => rig.everyone.with_policy(*policy).unwrap(),
-                    None => rig.everyone.clone(),
-                };
+                let sender = Sender::new(&rig.everyone, POLICIES.get(policy).copied());
                 let to = match to {
                     0..=2 => EVERYONE,
-                    3 => To::Group(GROUPS[0]),
-                    4 => To::Group(GROUPS[1]),
-                    5 => To::Groups(&GROUPS),
-                    one => To::Connection(clients[(one + number) % count].id()),
+                    3 => Address::group(GROUPS[0]),
+                    4 => Address::group(GROUPS[1]),
+                    5 => Address::groups(GROUPS),
+                    one => Address::Connection(clients[(one + number) % count].id()),
                 };
-                let frame = Frame::text(&"x".repeat(bytes));
+                let frame = Payload::text(&"x".repeat(bytes));
                 if awaited || all_awaited {
                     let except = if number % 5 == 0 { vec![clients[0].id()] } else { vec![] };
-                    sendings.push(Task::new(async move { namespace.send(to, &except, frame).await }));
+                    let publication = Publication::message(to, frame).except(&except);
+                    sendings.push(Task::new(sender.deliver(publication)));
                 } else {
-                    namespace.try_publish(to, &[], frame).unwrap();
+                    sender.try_publish(Publication::message(to, frame)).unwrap();
                 }
             }
             Happens::Read { client, bytes } => {
@@ -1133,12 +1149,16 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
                 let _ = clients[client % count].peer.stream.shutdown(std::net::Shutdown::Both);
             }
             Happens::Close { client } => {
-                at_once(rig.everyone.close(
-                    To::Connection(clients[client % count].id()),
-                    &[],
-                    CloseCode::NORMAL,
-                    "",
-                ))
+                at_once(
+                    rig.everyone.publish(
+                        Publication::close(
+                            Address::Connection(clients[client % count].id()),
+                            CloseCode::NORMAL,
+                            "",
+                        )
+                        .unwrap(),
+                    ),
+                )
                 .unwrap();
             }
             Happens::Enter if count < 8 => clients.push(rig.connect()),

@@ -19,7 +19,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fixture::{Client, Heard, Peer, block_on, client_frame, newcomer};
-use shardcast_engine::{ConnectionConfig, ConnectionId, Engine, EngineConfig, Frame, Namespace, To};
+use shardcast_engine::{
+    Address, ConnectionConfig, ConnectionId, Engine, EngineConfig, Namespace, Payload, Publication,
+};
 
 /// After this, an engine counts as stuck, however busy the machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -74,7 +76,7 @@ fn publish(everyone: &Namespace, ids: &[ConnectionId], publisher: usize, mut sta
         pause(&mut state, 12, 3000);
         let name = format!("{publisher}:{step}");
         let filler = ".".repeat(draw_of(&mut state, &[0, 100, 2000, 9000]));
-        let frame = Frame::text(&format!("{name}{filler}"));
+        let frame = Payload::text(&format!("{name}{filler}"));
         let one = draw(&mut state, ids.len() as u64) as usize;
         let wants_receipt = draw(&mut state, 3) == 0;
         let (to, targets): (_, Vec<usize>) = match draw(&mut state, 10) {
@@ -88,19 +90,20 @@ fn publish(everyone: &Namespace, ids: &[ConnectionId], publisher: usize, mut sta
                 is_member[one] = false;
                 continue;
             }
-            4 | 5 => (To::Everyone, (0..ids.len()).collect()),
-            6 => (To::Connection(ids[one]), vec![one]),
-            _ => (To::Group(&group), (0..ids.len()).filter(|client| is_member[*client]).collect()),
+            4 | 5 => (Address::Everyone, (0..ids.len()).collect()),
+            6 => (Address::Connection(ids[one]), vec![one]),
+            _ => (Address::group(&*group), (0..ids.len()).filter(|client| is_member[*client]).collect()),
         };
         targets.iter().for_each(|client| expected[*client].push(name.clone()));
         if wants_receipt {
-            let (receipt, count) = (block_on(everyone.send(to, &[], frame)).unwrap(), targets.len() as u64);
+            let (receipt, count) =
+                (block_on(everyone.deliver(Publication::message(&to, frame))).unwrap(), targets.len() as u64);
             assert_eq!((receipt.targets, receipt.taken()), (count, count), "{name}");
         } else {
-            block_on(everyone.publish(to, &[], frame)).unwrap();
+            block_on(everyone.publish(Publication::message(&to, frame))).unwrap();
         }
     }
-    block_on(everyone.publish(To::Everyone, &[], Frame::text(END))).unwrap();
+    block_on(everyone.publish(Publication::message(Address::Everyone, Payload::text(END)))).unwrap();
     expected
 }
 
@@ -145,7 +148,8 @@ fn run(seed: u64) -> usize {
     };
     let clients: Vec<Client> = (0..count).map(|_| connect()).collect();
     // When this is over, all are open and their ids are known.
-    let _ = block_on(everyone.send(To::Everyone, &[], Frame::text(HELLO))).unwrap();
+    let _ =
+        block_on(everyone.deliver(Publication::message(Address::Everyone, Payload::text(HELLO)))).unwrap();
     let ids: Vec<_> = clients.iter().map(Client::id).collect();
     let publishers = 1 + draw(&mut state, 4);
     let seeds: Vec<u64> = (0..publishers).map(|_| draw(&mut state, u64::MAX)).collect();

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use fixture::{Client, ClosesAtDrop, Heard, Rig, SlowToPart, Task, at_once, lock, newcomer};
 use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, EngineConfig, Frame, Policy, Shutdown, ShutdownReport, Socket,
-    To,
+    Address, CloseCode, CloseReason, ConnectionConfig, EngineConfig, Payload, Policy, Publication, Shutdown,
+    ShutdownReport, Socket,
 };
 
 const fn ms(millis: u64) -> Duration {
@@ -52,8 +52,8 @@ fn report(rig: &mut Rig, mut end: Task<'static, ShutdownReport>) -> [u64; 3] {
     [report.flushed, report.cut_off, report.left_over]
 }
 
-fn publish(rig: &Rig, to: To<'_>, text: &str) {
-    rig.everyone.try_publish(to, &[], Frame::text(text)).unwrap();
+fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
+    rig.everyone.try_publish(Publication::message(to, Payload::text(text))).unwrap();
 }
 
 const GOES: [Heard; 2] = [Heard::Close(Some(1001)), Heard::End];
@@ -90,7 +90,7 @@ fn while_it_drains_an_engine_hands_over_no_message_and_takes_nobody_in() {
     rig.settle();
     assert_eq!(late.peer.hear(), GOES, "it was turned away");
     assert_eq!((late.record().id, rig.everyone.len()), (None, 2));
-    publish(&rig, To::Everyone, "still accepted");
+    publish(&rig, Address::Everyone, "still accepted");
     busy.release();
     rig.settle();
     assert_eq!(other.record().messages, [""; 0]);
@@ -124,11 +124,11 @@ fn what_was_sent_before_an_engine_is_closed_goes_out_however_much_lies_before_it
         let mut rig = Rig::with(engine, quiet());
         let mut client = rig.connect();
         for _ in 0..10_000 {
-            at_once(rig.everyone.inspect(client.id(), |_| ())).unwrap();
+            at_once(rig.everyone.connection_metrics(client.id(), |_| ())).unwrap();
         }
-        publish(&rig, To::Connection(client.id()), "one");
+        publish(&rig, Address::Connection(client.id()), "one");
         if sent_to_many {
-            publish(&rig, To::Everyone, "two");
+            publish(&rig, Address::Everyone, "two");
         }
         let _end = shut_down(&mut rig, within(seconds(60)));
         let texts = if sent_to_many { &["one", "two"][..] } else { &["one"] };
@@ -163,7 +163,7 @@ fn an_end_that_a_handler_has_decided_comes_before_that_of_the_engine() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
     let mut peer = rig.connect_handler(Box::new(|_| Box::new(ClosesAtDrop)));
     for _ in 0..2 {
-        publish(&rig, To::Everyone, &"x".repeat(100_000));
+        publish(&rig, Address::Everyone, &"x".repeat(100_000));
         rig.settle();
     }
     // In one turn: the frame's time is over, the handler is told and closes, the engine has nobody to wait for.
@@ -206,9 +206,9 @@ fn who_does_not_end_its_side_is_left_after_the_close_timeout() {
     let end = shut_down(&mut rig, within(seconds(60)));
     assert_eq!(client.peer.hear(), GOES);
     rig.pass(seconds(4));
-    assert_eq!(rig.engine.connections(), 1, "it may still end its side");
+    assert_eq!(rig.engine.connection_count(), 1, "it may still end its side");
     rig.pass(seconds(2));
-    assert_eq!(rig.engine.connections(), 0, "of 60 s");
+    assert_eq!(rig.engine.connection_count(), 0, "of 60 s");
     assert_eq!(report(&mut rig, end), [1, 0, 0]);
 }
 
@@ -223,16 +223,19 @@ fn who_has_ended_its_side_is_let_go_as_soon_as_all_is_written() {
             client.peer.stream.shutdown(Half::Write).unwrap();
             rig.settle();
         }
-        at_once(rig.everyone.close(To::Everyone, &[], CloseCode(4000), "enough")).unwrap();
+        at_once(
+            rig.everyone.publish(Publication::close(Address::Everyone, CloseCode(4000), "enough").unwrap()),
+        )
+        .unwrap();
         client.release();
         rig.settle();
         assert_eq!(client.peer.hear(), [Heard::Close(Some(4000)), Heard::End]);
         if !is_first {
-            assert_eq!(rig.engine.connections(), 1);
+            assert_eq!(rig.engine.connection_count(), 1);
             client.peer.stream.shutdown(Half::Write).unwrap();
             rig.settle();
         }
-        assert_eq!(rig.engine.connections(), 0, "first: {is_first}");
+        assert_eq!(rig.engine.connection_count(), 0, "first: {is_first}");
     }
 }
 
@@ -261,7 +264,7 @@ fn who_takes_slowly_what_is_its_own_has_the_time_of_the_shutdown_for_it() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
     let mut client = rig.connect();
     for _ in 0..10 {
-        publish(&rig, To::Everyone, &"x".repeat(50_000));
+        publish(&rig, Address::Everyone, &"x".repeat(50_000));
     }
     let end = shut_down(&mut rig, within(seconds(60)));
     let heard = take_slowly(&mut rig, &mut client, 20_000, 50);
@@ -276,7 +279,7 @@ fn who_takes_the_last_frame_in_the_last_moment_has_got_everything() {
     let config = ConnectionConfig { close_timeout: seconds(5), ..quiet() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
     let mut client = rig.connect();
-    publish(&rig, To::Everyone, &"x".repeat(100_000));
+    publish(&rig, Address::Everyone, &"x".repeat(100_000));
     let end = shut_down(&mut rig, within(seconds(20)));
     // What has been begun is not given up to make way for the Close.
     rig.pass(seconds(17));
@@ -297,10 +300,10 @@ fn who_has_not_got_everything_is_counted_as_cut_off() {
     // One gets everything, one does not read what the kernel has for it, one gets less than half before its backlog
     // is given up and hears its Close, one does not read at all.
     let mut clients = rig.connect_many(4);
-    publish(&rig, To::Connection(clients[1].id()), "unread");
+    publish(&rig, Address::Connection(clients[1].id()), "unread");
     for client in &clients[2..] {
         for _ in 0..10 {
-            publish(&rig, To::Connection(client.id()), &"x".repeat(50_000));
+            publish(&rig, Address::Connection(client.id()), &"x".repeat(50_000));
         }
     }
     let end = shut_down(&mut rig, within(seconds(20)));
@@ -320,8 +323,8 @@ fn who_has_got_everything_when_the_time_is_over_is_counted_as_flushed_and_nobody
         let config = ConnectionConfig { close_timeout: seconds(60), ..quiet() };
         let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
         let mut clients = rig.connect_many(3);
-        publish(&rig, To::Connection(clients[1].id()), "unread");
-        publish(&rig, To::Connection(clients[2].id()), &"x".repeat(50_000));
+        publish(&rig, Address::Connection(clients[1].id()), "unread");
+        publish(&rig, Address::Connection(clients[2].id()), &"x".repeat(50_000));
         let end = shut_down(&mut rig, within(seconds(3)));
         assert_eq!(clients[0].peer.hear(), GOES);
         rig.pass(passes);
@@ -335,7 +338,7 @@ fn what_a_connection_that_fails_had_not_taken_counts_it_as_cut_off() {
     let mut busy = rig.connect(); // keeps the engine draining
     busy.peer.text("wait");
     let failing = rig.connect();
-    publish(&rig, To::Connection(failing.id()), &"x".repeat(50_000));
+    publish(&rig, Address::Connection(failing.id()), &"x".repeat(50_000));
     rig.settle(); // the kernel is full
     let end = shut_down(&mut rig, within(seconds(60)));
     drop(failing);
@@ -369,7 +372,7 @@ fn who_resets_with_something_unread_is_counted_as_cut_off() {
     let mut busy = rig.connect();
     busy.peer.text("wait");
     let failing = rig.connect();
-    publish(&rig, To::Connection(failing.id()), "unread");
+    publish(&rig, Address::Connection(failing.id()), "unread");
     rig.settle();
     let end = shut_down(&mut rig, within(seconds(60)));
     let record = failing.record.clone();
@@ -399,7 +402,7 @@ fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
     rig.settle();
     // The last ends its side before all that was sent to it is written.
     let mut last = clients.pop().unwrap();
-    publish(&rig, To::Connection(last.id()), &"x".repeat(1 << 20));
+    publish(&rig, Address::Connection(last.id()), &"x".repeat(1 << 20));
     rig.settle();
     last.peer.stream.shutdown(Half::Write).unwrap();
     rig.settle();

@@ -17,8 +17,9 @@ use std::time::{Duration, Instant};
 
 use fixture::{Heard, Peer, at_once, block_on, newcomer_for};
 use shardcast_engine::{
-    CloseCode, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, EngineState, Flow, Frame,
-    Handler, InvalidCloseCode, Message, Namespace, SendError, Shutdown, ShutdownReport, To,
+    Address, CloseCode, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, EngineState, Flow,
+    Handler, InvalidCloseCode, Message, Namespace, Payload, Publication, PublishError, Shutdown,
+    ShutdownReport,
 };
 
 /// After this, what was awaited counts as never coming, however busy the machine.
@@ -104,7 +105,7 @@ fn on_shards<T: Send + 'static>(
 ) -> Vec<T> {
     let (sender, receiver) = channel();
     let tell = move |_| sender.send(what()).unwrap();
-    block_on(namespace.survey(To::Everyone, &[], tell)).unwrap();
+    block_on(namespace.collect_metrics(&Address::Everyone, &[], tell)).unwrap();
     receiver.into_iter().collect()
 }
 
@@ -196,7 +197,7 @@ mod cpus {
         peer.close(1000);
         let in_callback = sender.clone();
         let tell = move |_| in_callback.send(("survey", of_what_is_started())).unwrap();
-        block_on(namespace.survey(To::Everyone, &[], tell)).unwrap();
+        block_on(namespace.collect_metrics(&Address::Everyone, &[], tell)).unwrap();
         drop(sender);
         let mut places = Vec::new();
         for (place, cpus) in started {
@@ -342,7 +343,7 @@ fn a_shutdown_keeps_its_time_though_a_handler_holds_its_shard_and_says_which() {
     assert_eq!(again, Ok(report), "it is the same end");
     // When it comes back it finds the end, and gives back what it has.
     drop(open);
-    eventually(|| engine.connections() == 0);
+    eventually(|| engine.connection_count() == 0);
     drop(held);
 }
 
@@ -351,7 +352,9 @@ fn who_waits_for_a_shard_that_is_left_behind_is_told_that_the_engine_has_ended()
     let HeldUp { engine, namespace, mut other, open, held, .. } = held_up();
     let receipt = {
         let namespace = namespace.clone();
-        std::thread::spawn(move || block_on(namespace.send(To::Everyone, &[], Frame::text("news"))))
+        std::thread::spawn(move || {
+            block_on(namespace.deliver(Publication::message(Address::Everyone, Payload::text("news"))))
+        })
     };
     let heard = soon(move || (other.wait(), other));
     assert_eq!(heard.0, Heard::Data("news".into()), "the other shard has dealt with it");
@@ -361,7 +364,7 @@ fn who_waits_for_a_shard_that_is_left_behind_is_told_that_the_engine_has_ended()
         let asked = asked.clone();
         std::thread::spawn(move || {
             loop {
-                block_on(namespace.survey(To::Everyone, &[], |_| {}))?;
+                block_on(namespace.collect_metrics(&Address::Everyone, &[], |_| {}))?;
                 asked.fetch_add(1, SeqCst);
             }
         })
@@ -370,9 +373,9 @@ fn who_waits_for_a_shard_that_is_left_behind_is_told_that_the_engine_has_ended()
     let ending = engine.clone();
     let report = soon(move || block_on(ending.shutdown(shutdown(Duration::ZERO)))).unwrap();
     assert_eq!(report.stuck.len(), 1);
-    assert_eq!(soon(|| receipt.join().unwrap()), Err(SendError::Closed));
-    let refused: Result<(), SendError> = soon(|| room.join().unwrap());
-    assert_eq!(refused, Err(SendError::Closed));
+    assert_eq!(soon(|| receipt.join().unwrap()), Err(PublishError::Closed));
+    let refused: Result<(), PublishError> = soon(|| room.join().unwrap());
+    assert_eq!(refused, Err(PublishError::Closed));
     drop((open, held, heard));
 }
 

@@ -11,7 +11,7 @@ mod fixture;
 use std::time::Duration;
 
 use fixture::{Client, ClosesAtDrop, Rig, Task, at_once};
-use shardcast_engine::{ConnectionConfig, EngineConfig, Frame, Policy, To};
+use shardcast_engine::{Address, ConnectionConfig, EngineConfig, Payload, Policy, Publication};
 
 fn asleep(shards: usize) -> Rig {
     let engine = EngineConfig { shards: Some(shards), ..EngineConfig::default() };
@@ -20,8 +20,8 @@ fn asleep(shards: usize) -> Rig {
     rig
 }
 
-fn publish(rig: &Rig, to: To<'_>, text: &str) {
-    rig.everyone.try_publish(to, &[], Frame::text(text)).unwrap();
+fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
+    rig.everyone.try_publish(Publication::message(to, Payload::text(text))).unwrap();
 }
 
 /// Clients of the first of two shards.
@@ -43,7 +43,7 @@ fn a_publication_wakes_a_shard_as_long_as_one_member_stays() {
     for left in [2, 1] {
         at_once(rig.everyone.leave(clients[left].id(), "a")).unwrap();
         rig.settle();
-        publish(&rig, To::Group("a"), "to those who stay");
+        publish(&rig, Address::group("a"), "to those who stay");
         rig.settle();
         assert_eq!(clients[0].peer.hear_data(), ["to those who stay"], "{left} stay");
     }
@@ -59,8 +59,8 @@ fn a_member_that_ends_does_not_take_the_others_wakes_along() {
     rig.settle();
     drop(clients.pop());
     rig.settle();
-    for to in [To::Group("a"), To::Groups(&["a", "b"]), To::Everyone] {
-        publish(&rig, to, "still here");
+    for to in [Address::group("a"), Address::groups(["a", "b"]), Address::Everyone] {
+        publish(&rig, &to, "still here");
         rig.settle();
         assert_eq!(clients[0].peer.hear_data(), ["still here"], "{to:?}");
     }
@@ -77,7 +77,7 @@ fn a_join_renews_the_interest_that_a_leave_has_cleared_on_its_way() {
     at_once(rig.everyone.leave(first, "a")).unwrap();
     at_once(rig.everyone.join(second, "a")).unwrap();
     rig.settle();
-    publish(&rig, To::Group("a"), "to the second");
+    publish(&rig, Address::group("a"), "to the second");
     rig.settle();
     assert_eq!(clients[1].peer.hear_data(), ["to the second"]);
 }
@@ -90,17 +90,18 @@ fn who_waits_for_a_full_mailbox_is_woken_as_soon_as_one_command_was_taken() {
     let mut rig = Rig::with(engine, config).sleepy();
     let mut client = rig.connect();
     let id = client.id();
-    publish(&rig, To::Everyone, "one");
-    publish(&rig, To::Everyone, "two");
-    publish(&rig, To::Connection(id), "three");
-    publish(&rig, To::Connection(id), "four");
+    publish(&rig, Address::Everyone, "one");
+    publish(&rig, Address::Everyone, "two");
+    publish(&rig, Address::Connection(id), "three");
+    publish(&rig, Address::Connection(id), "four");
     let everyone = rig.everyone.clone();
-    let mut fifth = Task::new(everyone.publish(To::Connection(id), &[], Frame::text("five")));
+    let mut fifth =
+        Task::new(everyone.publish(Publication::message(Address::Connection(id), Payload::text("five"))));
     assert_eq!(fifth.poll(), None, "the mailbox is full");
     // "three" is taken and must wait for "two"; "four" is still in the mailbox.
     rig.turn();
     let _ = fifth.poll();
-    let again = rig.everyone.try_publish(To::Connection(id), &[], Frame::text("six"));
+    let again = rig.everyone.try_publish(Publication::message(Address::Connection(id), Payload::text("six")));
     assert!(again.is_err(), "five was woken and has taken the room");
     rig.settle();
     assert_eq!(client.peer.hear_data(), ["one", "two", "three", "four", "five"]);
@@ -117,7 +118,12 @@ fn who_waits_for_a_full_log_is_woken_although_no_shard_is_concerned() {
         rig.settle();
         let everyone = rig.everyone.clone();
         let mut waiting: Vec<_> = (0..20)
-            .map(|_| Task::new(everyone.publish(To::Group("a"), &[], Frame::text("to one shard"))))
+            .map(|_| {
+                Task::new(
+                    everyone
+                        .publish(Publication::message(Address::group("a"), Payload::text("to one shard"))),
+                )
+            })
             .collect();
         for _ in 0..100 {
             waiting.retain_mut(|task| task.poll().is_none());
@@ -136,9 +142,10 @@ fn a_frame_that_may_be_dropped_wakes_its_shard_when_its_time_is_over() {
     let client = rig.connect();
     let everyone = rig.everyone.clone();
     // More than the kernel takes, then one that finds the outbox full.
-    publish(&rig, To::Everyone, &"x".repeat(100_000));
+    publish(&rig, Address::Everyone, &"x".repeat(100_000));
     rig.settle();
-    let mut sending = Task::new(everyone.send(To::Everyone, &[], Frame::text("late")));
+    let mut sending =
+        Task::new(everyone.deliver(Publication::message(Address::Everyone, Payload::text("late"))));
     assert!(sending.poll().is_none());
     rig.settle();
     rig.now += Duration::from_millis(20);
@@ -155,7 +162,7 @@ fn what_a_handler_decides_at_the_end_of_a_turn_keeps_its_shard_awake() {
     let mut rig = Rig::one(config).sleepy();
     let _peer = rig.connect_handler(Box::new(|_| Box::new(ClosesAtDrop)));
     for length in [100_000, 10] {
-        publish(&rig, To::Everyone, &"x".repeat(length));
+        publish(&rig, Address::Everyone, &"x".repeat(length));
         rig.settle();
     }
     assert_eq!(rig.everyone.len(), 1);

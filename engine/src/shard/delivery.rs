@@ -8,20 +8,23 @@ use std::rc::Rc;
 
 use mio::Token;
 
+use crate::batch::Batch;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Command, Named, Payload, Publication, Target};
+use crate::command::{Action, Adoption, Answer, Command, Query};
 use crate::connection::{Connection, Opening, WRITE_BYTES_MAX};
 use crate::crowd::Terms;
 use crate::directory::Entrance;
 use crate::engine_core::sent_by_this_thread;
-use crate::frame::{ControlFrame, Frame};
+use crate::entry::{Named, Target};
+use crate::frame::ControlFrame;
 use crate::handler::Flow;
-use crate::id::{ConnectionId, Slot};
-use crate::log::Reader;
-use crate::outbox::{Chunk, Retained};
-use crate::policy::Policy;
+use crate::id::{ConnectionId, GroupKey, Slot};
+use crate::outbox::Chunk;
+use crate::payload::Payload;
+use crate::publication::{Content, Delivery};
 use crate::receipt::Ticket;
+use crate::rendition::Encoding;
 use crate::socket::Socket;
 
 use super::{Later, Shard, Step};
@@ -60,16 +63,10 @@ impl Shard {
             }
             match entry.command {
                 Command::Adopt(adoption) => self.adopt(*adoption),
-                Command::Survey(survey) => {
-                    let metrics = self.crowd.survey(&survey, self.index);
-                    let _call = self.core.beacons.call(self.index, survey.directory.key());
-                    if catch_unwind(AssertUnwindSafe(|| (survey.on_metrics)(metrics))).is_err() {
-                        tracing::error!("a callback for metrics panicked");
-                    }
-                }
+                Command::Ask(query) => self.answer_query(&query),
                 Command::For { id, namespace, action } => {
-                    if let Action::Send { frame, .. } = &action {
-                        bytes += frame.len() as u64;
+                    if let Action::Send { payload, .. } = &action {
+                        bytes += payload.plain_frame().len() as u64;
                     }
                     let found =
                         self.find(id).is_some_and(|connection| connection.directory().key() == namespace);
@@ -86,6 +83,28 @@ impl Shard {
             self.mailbox().waiting.wake_all();
         }
         !is_held_up && lying <= COMMANDS_PER_TURN
+    }
+
+    fn answer_query(&mut self, query: &Query) {
+        let key = query.directory.key();
+        match &query.answer {
+            Answer::Metrics(on_metrics) => {
+                let metrics = self.crowd.sum_metrics(query, self.index);
+                self.call_back(key, || on_metrics(metrics));
+            }
+            Answer::Members(on_members) => {
+                let members = self.crowd.members(query);
+                self.call_back(key, || on_members(members));
+            }
+        }
+    }
+
+    /// Calls what an application has given to be called here.
+    fn call_back(&self, namespace: GroupKey, call: impl FnOnce()) {
+        let _call = self.core.beacons.call(self.index, namespace);
+        if catch_unwind(AssertUnwindSafe(call)).is_err() {
+            tracing::error!(shard = self.index, "a callback for metrics, members or groups panicked");
+        }
     }
 
     /// Puts a step into the list, behind everything that has been sent until now.
@@ -115,32 +134,44 @@ impl Shard {
         let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
         let is_open = connection.is_open();
         match action {
-            Action::Send { frame, policy, ticket, oversized } if is_open => {
-                let chunk = Rc::new(Chunk::single(frame.into(), &self.crowd.retained));
-                self.offer_one(slot, &chunk, policy, ticket);
+            Action::Send { payload, delivery, ticket, oversized } if is_open => {
+                self.offer_one(slot, payload, delivery, ticket);
                 drop(oversized); // if its outbox is congested, that is counted now
             }
-            Action::Join(entrance) if is_open => self.join(slot, entrance),
-            Action::Leave { group } => {
+            Action::Join(entrances) if is_open => {
+                entrances.into_iter().for_each(|entrance| self.join(slot, entrance));
+            }
+            Action::Leave(groups) => {
                 let congestion = connection.congestion();
                 let directory = connection.directory().clone();
-                let left = self.crowd.groups.leave(group.key, slot);
-                self.has_left(&directory, &group, left, congestion);
-            }
-            Action::Close(reason) => self.end(slot, reason),
-            Action::Inspect(on_metrics) => {
-                let metrics = connection.metrics();
-                let _call = self.core.beacons.call(self.index, connection.directory().key());
-                if catch_unwind(AssertUnwindSafe(|| on_metrics(metrics))).is_err() {
-                    tracing::error!(%id, "a callback for metrics panicked");
+                for group in groups {
+                    let left = self.crowd.groups.leave(group.key, slot);
+                    self.has_left(&directory, &group, left, congestion);
                 }
+            }
+            Action::Close { reason, ticket } => {
+                if let Some(ticket) = ticket.filter(|_| is_open) {
+                    ticket.count(1, 0);
+                }
+                self.end(slot, reason);
+            }
+            Action::Inspect(on_metrics) => {
+                let (metrics, key) = (connection.metrics(), connection.directory().key());
+                self.call_back(key, || on_metrics(metrics));
+            }
+            Action::ListGroups(on_groups) => {
+                let key = connection.directory().key();
+                let names =
+                    self.crowd.groups.groups_of(slot).filter_map(|group| group.name().cloned()).collect();
+                self.call_back(key, || on_groups(names));
             }
             Action::Send { .. } | Action::Join(_) => {}
         }
     }
 
     fn join(&mut self, slot: Slot, entrance: Entrance) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let open = self.crowd.connections.get_mut(slot).filter(|connection| connection.is_open());
+        let Some(connection) = open else { return };
         let max = connection.config().max_groups + usize::from(connection.opening().is_none()); // everyone is not counted
         let (group, congestion) = (entrance.group().clone(), connection.congestion());
         group.add_interest(self.index); // it may have been cleared while this join was on its way
@@ -177,7 +208,8 @@ impl Shard {
     }
 
     fn adopt(&mut self, adoption: Adoption) {
-        let Adoption { mut socket, received, handler, config, directory, place, entrance } = adoption;
+        let Adoption { mut socket, received, handler, config, encoding, directory, place, entrance } =
+            adoption;
         if self.stop.is_some() {
             return turn_away(&socket, CloseCode::GOING_AWAY);
         }
@@ -200,7 +232,9 @@ impl Shard {
             }
         };
         drop(shown);
-        let connection = Connection::open(id, socket, config, directory, handler, place, self.crowd.now);
+        let connection =
+            Connection::open(id, socket, config, encoding, directory, handler, place, self.crowd.now);
+        connection.directory().add_encoding(encoding);
         self.crowd.connections.insert(connection);
         self.crowd.metrics.adopted += 1;
         self.crowd.flushes.adopt_outbox(self.crowd.connections[slot].config().outbox_frames);
@@ -232,8 +266,8 @@ impl Shard {
             }
             let Some(first) = self.reader.get(0) else { return false };
             let mut count = 1;
-            let offers = match (&first.payload, &first.target) {
-                (Payload::Frame(frame), Target::One(group)) => {
+            let offers = match (&first.publication.content, &first.target) {
+                (Content::Message(payload), Target::One(group)) => {
                     let members = self.crowd.groups.find(group.key).or_else(|| {
                         // The group may have ended and begun anew since the publisher looked.
                         group.is_closed().then(|| self.crowd.groups.find(group.current_key()?)).flatten()
@@ -241,14 +275,16 @@ impl Shard {
                     match members {
                         None => 0,
                         Some(group) => {
-                            let room = limit.min(self.reader.position() + self.crowd.flushes.room());
-                            let retained = &self.crowd.retained;
-                            let chunk = join(&self.reader, first, frame, room, &mut count, retained);
-                            self.crowd.fan_out(group, chunk, first)
+                            let limit = limit.min(self.reader.position() + self.crowd.flushes.room());
+                            let joined = Some((limit, WRITE_BYTES_MAX));
+                            let (encodings, retained) = (&self.core.encodings, &self.crowd.retained);
+                            let mut batch = Batch::new(&self.reader, payload, joined, encodings, retained);
+                            count = batch.len();
+                            self.crowd.fan_out(group, &mut batch, first)
                         }
                     }
                 }
-                (payload, target) => {
+                (content, target) => {
                     let mut slots = std::mem::take(&mut self.scratch.slots);
                     match target {
                         Target::One(group) => {
@@ -259,9 +295,16 @@ impl Shard {
                             self.crowd.groups.union(keys, &mut slots);
                         }
                     }
-                    let offers = match payload {
-                        Payload::Frame(frame) => self.crowd.fan_out_to(&slots, frame, first),
-                        Payload::End(reason) => self.crowd.note_ends(&slots, reason, first),
+                    let offers = match content {
+                        Content::Message(payload) => {
+                            let (encodings, retained) = (&self.core.encodings, &self.crowd.retained);
+                            let mut batch = Batch::new(&self.reader, payload, None, encodings, retained);
+                            self.crowd.fan_out_to(&slots, &mut batch, first)
+                        }
+                        Content::Close { code, text } => {
+                            let reason = CloseReason::Application { code: *code, text: text.clone() };
+                            self.crowd.note_ends(&slots, &reason, first)
+                        }
                     };
                     self.scratch.slots = slots;
                     offers
@@ -276,9 +319,24 @@ impl Shard {
         true
     }
 
-    fn offer_one(&mut self, slot: Slot, chunk: &Rc<Chunk>, policy: Policy, ticket: Option<Ticket>) {
-        let terms = Terms { policy: Some(policy), ticket: ticket.as_ref(), group: None };
-        let waits = self.crowd.offer(slot, chunk, terms);
+    fn offer_one(&mut self, slot: Slot, payload: Payload, delivery: Delivery, ticket: Option<Ticket>) {
+        let Some(connection) = self.crowd.connections.get(slot) else { return };
+        let frame = match connection.encoding() {
+            Encoding::PLAIN => Some(payload.into_plain_frame()),
+            encoding => self.core.encodings.render(encoding, &payload),
+        };
+        let waits = match frame {
+            Some(frame) => {
+                let chunk = Rc::new(Chunk::single(frame.into(), &self.crowd.retained));
+                // For one connection `Block` holds, whatever its own policy is.
+                let policy = Some(delivery.policy().unwrap_or_default());
+                self.crowd.offer(slot, &chunk, Terms { policy, ticket: ticket.as_ref(), group: None })
+            }
+            None => {
+                self.crowd.cannot_render(slot, ticket.as_ref());
+                false
+            }
+        };
         if let Some(ticket) = ticket {
             ticket.count(1, u64::from(waits));
         }
@@ -311,32 +369,4 @@ fn turn_away(socket: &Socket, code: CloseCode) {
             break;
         }
     }
-}
-
-/// The first publication's frame and, as far as they go to the same connections, those of the next ones, in one
-/// piece of memory; `count` is set to how many there are.
-fn join(
-    reader: &Reader<Publication>,
-    first: &Publication,
-    frame: &Frame,
-    limit: u64,
-    count: &mut u64,
-    retained: &Retained,
-) -> Chunk {
-    let mut bytes = frame.len();
-    let ahead = limit - reader.position();
-    while *count < ahead
-        && let Some(next) = reader.get(*count)
-        && next.joins(first)
-        && let Some(frame) = next.frame()
-        && bytes + frame.len() <= WRITE_BYTES_MAX
-    {
-        bytes += frame.len();
-        *count += 1;
-    }
-    if *count == 1 {
-        return Chunk::single(frame.bytes(), retained);
-    }
-    let frames = (0..*count).filter_map(|ahead| reader.get(ahead)?.frame());
-    Chunk::joined(frames.map(Frame::as_bytes), bytes, retained)
 }

@@ -99,7 +99,7 @@ impl Shard {
                 metrics.ended_slow += 1;
                 untold.slow += 1;
             }
-            CloseReason::HandlerPanicked => metrics.ended_panic += 1,
+            CloseReason::HandlerPanicked | CloseReason::RenderFailed => metrics.ended_panic += 1,
             _ => {}
         }
     }
@@ -228,6 +228,7 @@ impl Shard {
         if self.crowd.connections.get(slot).is_some_and(Connection::is_gone) {
             let connection = self.crowd.connections.remove(slot);
             self.crowd.unfinished_bytes -= connection.unfinished_bytes();
+            connection.directory().remove_encoding(connection.encoding());
             connection.directory().ended(self.index).add(connection.tally());
         }
     }

@@ -270,12 +270,16 @@ impl History {
         if all.tally.offered != all.tally.written + all.tally.dropped.total() + all.tally.discarded {
             self.fault(format!("the engine's books at the end: {all:?}"));
         }
-        if self.engine.connections() != self.jobs.len() {
-            self.fault(format!("{} places are taken", self.engine.connections()));
+        if self.engine.connection_count() != self.jobs.len() {
+            self.fault(format!("{} places are taken", self.engine.connection_count()));
         }
         for namespace in &self.namespaces {
-            if (namespace.len(), namespace.groups()) != (0, 0) {
-                self.fault(format!("{} members, {} groups are left", namespace.len(), namespace.groups()));
+            if (namespace.len(), namespace.group_count()) != (0, 0) {
+                self.fault(format!(
+                    "{} members, {} groups are left",
+                    namespace.len(),
+                    namespace.group_count()
+                ));
             }
         }
         for audit in self.shards.iter().flatten().map(Shard::audit) {

@@ -7,7 +7,8 @@
 use std::task::Waker;
 
 use shardcast_engine::{
-    CloseCode, CloseReason, Context, DropNotice, Flow, Handler, Message, Namespace, Policy, To,
+    Address, CloseCode, CloseReason, Context, DropNotice, Flow, Handler, Message, Namespace, Policy,
+    Publication,
 };
 
 use super::ON_PURPOSE;
@@ -97,13 +98,16 @@ impl Obedient {
         let client = &model.clients[self.client];
         let (namespace, id) = (client.namespace, client.id.unwrap());
         let (to, policy) = match target {
-            Target::Everyone => (To::Everyone, None),
-            Target::Groups(groups) => (To::Group(GROUPS[groups[0]]), None),
-            Target::Client(_) => (To::Connection(id), Some(Policy::Block)),
+            Target::Everyone => (Address::Everyone, None),
+            Target::Groups(groups) => (Address::group(GROUPS[groups[0]]), None),
+            Target::Client(_) => (Address::Connection(id), Some(Policy::Block)),
         };
         let number = model.new_frame(policy);
         // Publishing does not call anybody who would take the model's lock.
-        if self.namespaces[namespace].try_publish(to, &[], numbered_frame(number, bytes)).is_ok() {
+        if self.namespaces[namespace]
+            .try_publish(Publication::message(&to, numbered_frame(number, bytes)))
+            .is_ok()
+        {
             model.frame_accepted(number, namespace, target, &[]);
         }
     }

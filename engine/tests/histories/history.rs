@@ -15,13 +15,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use shardcast_engine::{
-    AdoptError, Audit, CloseCode, ConnectionConfig, ConnectionId, Engine, EngineConfig, GroupMetrics,
-    Namespace, Newcomer, Policy, Receipt, SendError, Shard, Shutdown, ShutdownReport, To,
+    Address, AdoptError, Audit, CloseCode, ConnectionConfig, ConnectionId, Delivery, Encoding, Engine,
+    EngineConfig, GroupMetrics, Namespace, NewConnection, Policy, Publication, PublishError, Receipt, Shard,
+    Shutdown, ShutdownReport,
 };
 
 use super::handler::{Obedient, Record, action};
 use super::model::{GROUPS, Model, ModelClient, Shared, Target, lock};
-use super::peer::{Peer, numbered_frame};
+use super::peer::{PREFIXES, Peer, numbered_frame, prefixed};
 use super::random::Random;
 
 /// Turns, of all shards and everybody else, after which a history that does not come to rest never will.
@@ -45,17 +46,17 @@ impl Wake for Flag {
 /// How a job ended.
 #[derive(Debug)]
 pub(crate) enum Outcome {
-    Done(Result<(), SendError>),
-    Receipt(Result<Receipt, SendError>),
+    Done(Result<(), PublishError>),
+    Receipt(Result<Receipt, PublishError>),
     Adopted(Result<(), AdoptError>),
     Report(ShutdownReport),
 }
 
 impl Outcome {
-    fn error(&self) -> Option<SendError> {
+    fn error(&self) -> Option<PublishError> {
         match self {
             Self::Done(Err(error)) | Self::Receipt(Err(error)) => Some(*error),
-            Self::Adopted(Err(AdoptError::Send(error))) => Some(*error),
+            Self::Adopted(Err(AdoptError::Refused(error))) => Some(*error),
             _ => None,
         }
     }
@@ -125,6 +126,8 @@ pub(crate) struct Sleep {
 pub(crate) struct History {
     pub(crate) random: Random,
     pub(crate) engine: Engine,
+    /// What clients may use, and how long its prefix is.
+    encodings: Vec<(Encoding, usize)>,
     pub(crate) engine_config: EngineConfig,
     /// None for those that have ended.
     pub(crate) shards: Vec<Option<Shard>>,
@@ -182,6 +185,11 @@ impl History {
         };
         let now = Instant::now();
         let (engine, shards) = Engine::driven(engine_config.clone(), now).unwrap();
+        let mut encodings = vec![(Encoding::PLAIN, 0)];
+        if random.one_in(2) {
+            encodings
+                .extend(PREFIXES.map(|bytes| (engine.register_encoding(prefixed(bytes)).unwrap(), bytes)));
+        }
         if is_told {
             println!("{engine_config:?}");
         }
@@ -189,6 +197,7 @@ impl History {
             random,
             namespaces: vec![engine.namespace(), engine.namespace()],
             engine,
+            encodings,
             engine_config,
             asleep: vec![None; shards.len()],
             open_at_stop: vec![None; shards.len()],
@@ -380,7 +389,8 @@ impl History {
         socket2::SockRef::from(&theirs).set_send_buffer_size(self.random.of(&[4096, 200_000])).unwrap();
         let client = self.peers.len();
         let namespace = usize::from(self.random.one_in(5));
-        let mut peer = Peer::new(theirs, self.random.one_in(3));
+        let (encoding, prefix_bytes) = self.random.of(&self.encodings);
+        let mut peer = Peer::new(theirs, self.random.one_in(3), prefix_bytes);
         let record = Arc::new(Mutex::new(Record {
             waits_at_open: self.random.one_in(8),
             waits_at_drop: self.random.one_in(6),
@@ -396,7 +406,10 @@ impl History {
             received.push(action::NOTHING);
             peer.said = 1;
         }
-        tell!(self, "adopt {client} in {namespace}: {config:?} send buffer {send_buffer}");
+        tell!(
+            self,
+            "adopt {client} in {namespace}: {config:?} send buffer {send_buffer} prefix {prefix_bytes}"
+        );
         lock(&self.model).clients.push(ModelClient {
             namespace,
             config: config.clone(),
@@ -411,11 +424,12 @@ impl History {
         self.records.push(record.clone());
         self.configs.push(config.clone());
         let (model, namespaces) = (self.model.clone(), self.namespaces.clone());
-        let newcomer = Newcomer {
+        let newcomer = NewConnection {
             socket: ours.into(),
             received: Bytes::from(received),
             handler: Box::new(move |_| Box::new(Obedient { client, record, model, namespaces })),
             config,
+            encoding,
             place,
         };
         let namespace = self.namespaces[namespace].clone();
@@ -433,10 +447,8 @@ impl History {
         self.has_frame_with_drops |= matches!(policy, Some(Policy::DropConnection { .. }));
         let bytes = self.random.of(&[0, 1, 20, 121, 122, 130, 300, 1000, 2000, 9000, 30_000]);
         let way = self.random.below(3);
-        let handle = match policy {
-            Some(policy) => self.namespaces[namespace].with_policy(policy).unwrap(),
-            None => self.namespaces[namespace].clone(),
-        };
+        let handle = self.namespaces[namespace].clone();
+        let delivery = policy.map_or_else(Delivery::default, |policy| Delivery::with_policy(policy).unwrap());
         // To one connection a frame blocks, whatever the connection's own policy is.
         let is_unicast = matches!(target, Target::Client(_));
         let number = lock(&self.model).new_frame(policy.or(is_unicast.then_some(Policy::Block)));
@@ -445,12 +457,14 @@ impl History {
             "frame {number} of {bytes} to {target:?} in {namespace} except {except:?} policy {policy:?} way {way}"
         );
         let (address, place) = (self.address(&target), self.place_of(&target));
-        let frame = numbered_frame(number, bytes);
+        let publication = Publication::message(address, numbered_frame(number, bytes))
+            .except(&except_ids)
+            .with_delivery(delivery);
         let effect = Effect::Frame { number, namespace, target, except };
         match way {
             0 => {
                 let before = self.engine.audit_accepted();
-                let result = address.with(|to| handle.try_publish(to, &except_ids, frame));
+                let result = handle.try_publish(publication);
                 if before < self.engine.audit_accepted() {
                     assert!(result.is_ok(), "a frame was accepted and refused");
                     self.note_accepted(&effect);
@@ -458,14 +472,10 @@ impl History {
                     self.found_nobody(&effect);
                 }
             }
-            1 => self.begin(effect, place, async move {
-                let (one, names) = address.parts();
-                Outcome::Done(handle.publish(address.to(one, &names), &except_ids, frame).await)
-            }),
-            _ => self.begin(effect, place, async move {
-                let (one, names) = address.parts();
-                Outcome::Receipt(handle.send(address.to(one, &names), &except_ids, frame).await)
-            }),
+            1 => self.begin(effect, place, async move { Outcome::Done(handle.publish(publication).await) }),
+            _ => {
+                self.begin(effect, place, async move { Outcome::Receipt(handle.deliver(publication).await) })
+            }
         }
     }
 
@@ -500,10 +510,10 @@ impl History {
         let (except, except_ids) = self.except();
         let handle = self.namespaces[namespace].clone();
         let (address, place) = (self.address(&target), self.place_of(&target));
+        let publication =
+            Publication::close(address, CloseCode(4000), "command").unwrap().except(&except_ids);
         self.begin(Effect::Close { namespace, target, except }, place, async move {
-            let (one, names) = address.parts();
-            let to = address.to(one, &names);
-            Outcome::Done(handle.close(to, &except_ids, CloseCode(4000), "command").await)
+            Outcome::Done(handle.publish(publication).await)
         });
     }
 
@@ -513,9 +523,9 @@ impl History {
         let one = if self.random.one_in(3) { self.any_known_client() } else { None };
         let place = one.map_or(Place::SomeMailbox, |(_, id)| Place::Mailbox(id.shard()));
         let address = match (one, group) {
-            (Some((_, id)), _) => Address::Client(id),
+            (Some((_, id)), _) => Address::Connection(id),
             (None, 3) => Address::Everyone,
-            (None, group) => Address::Groups(vec![group]),
+            (None, group) => Address::group(GROUPS[group]),
         };
         self.begin_survey(namespace, address, place);
     }
@@ -534,9 +544,7 @@ impl History {
         self.surveys.push(SurveyOf { namespace, is_of_everyone, parts, asked_at: None, over_at: None });
         let handle = self.namespaces[namespace].clone();
         self.begin(Effect::Survey { number }, place, async move {
-            let (one, names) = address.parts();
-            let to = address.to(one, &names);
-            Outcome::Done(handle.survey(to, &[], move |part| lock(&told).push(part)).await)
+            Outcome::Done(handle.collect_metrics(&address, &[], move |part| lock(&told).push(part)).await)
         });
     }
 
@@ -683,13 +691,13 @@ impl History {
         let effect = &job.effect;
         self.adoptions_under_way -= usize::from(matches!(effect, Effect::Adopt { .. }));
         match outcome.error() {
-            Some(SendError::Closed) => {
+            Some(PublishError::Closed) => {
                 if !self.engine.audit_is_closed() && self.all_shards_live() {
                     self.fault(format!("{effect:?} is told Closed while the engine is not"));
                 }
                 return;
             }
-            Some(SendError::Overloaded) => {
+            Some(PublishError::Overloaded) => {
                 let (known, unknown) = self.waiting_at(job.place, None);
                 if known + unknown < self.engine_config.publishers_waiting_max {
                     self.fault(format!(
@@ -993,8 +1001,11 @@ impl History {
     fn address(&self, target: &Target) -> Address {
         match target {
             Target::Everyone => Address::Everyone,
-            Target::Groups(groups) => Address::Groups(groups.clone()),
-            Target::Client(client) => Address::Client(self.id_of(*client)),
+            Target::Groups(groups) => match groups[..] {
+                [group] => Address::group(GROUPS[group]),
+                _ => Address::groups(groups.iter().map(|group| GROUPS[*group])),
+            },
+            Target::Client(client) => Address::Connection(self.id_of(*client)),
         }
     }
 
@@ -1003,38 +1014,6 @@ impl History {
             Target::Everyone | Target::Groups(_) => Place::Log,
             Target::Client(client) => Place::Mailbox(self.id_of(*client).shard()),
         }
-    }
-}
-
-/// A target as the engine knows it.
-enum Address {
-    Everyone,
-    Groups(Vec<usize>),
-    Client(ConnectionId),
-}
-
-impl Address {
-    /// What `to` borrows from.
-    fn parts(&self) -> (Option<ConnectionId>, Vec<&'static str>) {
-        match self {
-            Self::Everyone => (None, Vec::new()),
-            Self::Groups(groups) => (None, groups.iter().map(|group| GROUPS[*group]).collect()),
-            Self::Client(id) => (Some(*id), Vec::new()),
-        }
-    }
-
-    fn to<'a>(&self, one: Option<ConnectionId>, names: &'a [&'a str]) -> To<'a> {
-        match (self, one, names) {
-            (_, Some(id), _) => To::Connection(id),
-            (Self::Groups(_), _, [name]) => To::Group(name),
-            (Self::Groups(_), _, names) => To::Groups(names),
-            _ => To::Everyone,
-        }
-    }
-
-    fn with<T>(&self, call: impl FnOnce(To<'_>) -> T) -> T {
-        let (one, names) = self.parts();
-        call(self.to(one, &names))
     }
 }
 

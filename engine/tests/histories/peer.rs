@@ -6,7 +6,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
-use shardcast_engine::Frame;
+use shardcast_engine::{Frame, Payload};
 
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -37,17 +37,28 @@ pub(crate) struct Peer {
     pub(crate) is_broken: bool,
     /// It reads and answers at once.
     pub(crate) is_good: bool,
+    /// What its encoding puts in front of each payload.
+    prefix_bytes: usize,
+}
+
+/// Encodings put so many bytes in front of each payload.
+pub(crate) const PREFIXES: [usize; 2] = [1, 200];
+const PREFIX: u8 = 0xEE;
+
+/// What makes the frames of an encoding.
+pub(crate) fn prefixed(bytes: usize) -> impl Fn(&Payload) -> Frame {
+    move |payload| Frame::binary(&[&vec![PREFIX; bytes], payload.bytes()].concat())
 }
 
 /// A frame that says its number in every byte.
-pub(crate) fn numbered_frame(number: u32, bytes: usize) -> Frame {
+pub(crate) fn numbered_frame(number: u32, bytes: usize) -> Payload {
     let mut payload = number.to_be_bytes().to_vec();
     payload.resize(4 + bytes, number as u8);
-    Frame::binary(&payload)
+    Payload::binary(&payload)
 }
 
 impl Peer {
-    pub(crate) fn new(stream: UnixStream, is_good: bool) -> Self {
+    pub(crate) fn new(stream: UnixStream, is_good: bool, prefix_bytes: usize) -> Self {
         stream.set_nonblocking(true).unwrap();
         Self {
             stream: Some(stream),
@@ -67,6 +78,7 @@ impl Peer {
             asked_for_panic: false,
             is_broken: false,
             is_good,
+            prefix_bytes,
         }
     }
 
@@ -136,6 +148,8 @@ impl Peer {
             match first_byte {
                 0x82 => {
                     assert!(self.closes.is_empty(), "data behind a Close");
+                    let (prefix, payload) = payload.split_at(self.prefix_bytes);
+                    assert!(prefix.iter().all(|byte| *byte == PREFIX), "a frame in another encoding");
                     let number = number_in(payload);
                     let is_whole = payload[4..].iter().all(|byte| *byte == number as u8);
                     assert!(is_whole, "a frame's bytes are mixed up");

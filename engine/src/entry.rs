@@ -1,0 +1,103 @@
+//! The entry: a publication as the log carries it to the shards.
+//!
+//! The value itself, the groups that its address meant when it was published, the frames that its publisher has made,
+//! and the ticket of a publisher that waits. Read in place by every shard. Does not know how it is carried out.
+
+use std::sync::Arc;
+
+use crate::directory::{Directory, Group};
+use crate::id::GroupKey;
+use crate::log::Weigh;
+use crate::payload::Payload;
+use crate::publication::{Content, Publication};
+use crate::receipt::Ticket;
+use crate::rendition::Renditions;
+
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) publication: Publication,
+    pub(crate) target: Target,
+    pub(crate) renditions: Renditions,
+    /// Set if the publisher waits.
+    pub(crate) ticket: Option<Ticket>,
+}
+
+/// What an address was resolved to.
+#[derive(Debug, Clone)]
+pub(crate) enum Target {
+    One(Arc<Group>),
+    /// Each connection once.
+    Several(Arc<[Named]>),
+}
+
+/// One of several groups.
+#[derive(Debug)]
+pub(crate) enum Named {
+    Group(Arc<Group>),
+    /// It had no members when the publisher looked, but may have some when the log takes the publication.
+    Absent {
+        directory: Arc<Directory>,
+        name: Arc<str>,
+    },
+}
+
+impl Named {
+    /// The group's entry in the directory as of now, if it has one.
+    pub(crate) fn find(&self) -> Option<Arc<Group>> {
+        match self {
+            Self::Group(group) => Some(group.clone()),
+            Self::Absent { directory, name } => directory.find(name),
+        }
+    }
+
+    /// The key under which a shard has the group's members now.
+    pub(crate) fn current_key(&self) -> Option<GroupKey> {
+        match self {
+            Self::Group(group) => group.current_key(),
+            Self::Absent { .. } => self.find().map(|group| group.key),
+        }
+    }
+}
+
+impl Weigh for Entry {
+    fn bytes(&self) -> u64 {
+        weight(&self.publication, &self.renditions)
+    }
+}
+
+/// What a publication takes in an outbox, in bytes; at most, as far as its renditions are made.
+pub(crate) fn weight(publication: &Publication, renditions: &Renditions) -> u64 {
+    let plain = publication.payload().map_or(0, |payload| payload.plain_frame().len());
+    plain.max(renditions.longest()) as u64
+}
+
+impl Entry {
+    /// The name of the one group that it is for; none for everyone and for several.
+    pub(crate) fn group(&self) -> Option<&Arc<str>> {
+        match &self.target {
+            Target::One(group) => group.name(),
+            Target::Several(_) => None,
+        }
+    }
+
+    pub(crate) fn payload(&self) -> Option<&Payload> {
+        self.publication.payload()
+    }
+
+    /// Whether it may share a piece of memory with its neighbours in the log: messages for the same connections, delivered
+    /// in the same way, and nobody waits for one of them alone.
+    pub(crate) fn joins(&self, first: &Self) -> bool {
+        let is_simple = |entry: &Self| {
+            matches!(entry.publication.content, Content::Message(_))
+                && entry.publication.except.is_empty()
+                && entry.ticket.is_none()
+                && entry.publication.delivery.policy().is_none()
+        };
+        match (&self.target, &first.target) {
+            (Target::One(mine), Target::One(theirs)) => {
+                Arc::ptr_eq(mine, theirs) && is_simple(self) && is_simple(first)
+            }
+            _ => false,
+        }
+    }
+}

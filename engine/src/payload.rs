@@ -1,0 +1,89 @@
+//! The payload: the bytes of one message to clients.
+//!
+//! Shared, never copied for a receiver. Kept with the header of its plain frame in front, because most
+//! connections take that frame and so it is made once, by who publishes. Does not know who gets it, nor other encodings.
+
+use std::fmt;
+
+use crate::frame::{Frame, MessageKind};
+
+/// The bytes of one message, and whether they are text.
+///
+/// A clone shares the bytes. 32 bytes big itself.
+///
+/// ```
+/// # use shardcast_engine::{MessageKind, Payload};
+/// let payload = Payload::text("hello");
+/// assert_eq!((payload.kind(), payload.bytes()), (MessageKind::Text, &b"hello"[..]));
+/// ```
+#[derive(Clone, PartialEq, Eq)]
+pub struct Payload {
+    plain: Frame,
+}
+
+impl Payload {
+    /// The longest payload, in bytes: 4 GiB less the longest frame header. A longer one is refused when it is published.
+    pub const BYTES_MAX: usize = Frame::BYTES_MAX - Frame::HEADER_BYTES_MAX;
+
+    /// Text. One allocation, one copy.
+    #[must_use]
+    pub fn text(text: &str) -> Self {
+        Frame::text(text).into()
+    }
+
+    /// Binary. One allocation, one copy.
+    #[must_use]
+    pub fn binary(bytes: &[u8]) -> Self {
+        Frame::binary(bytes).into()
+    }
+
+    /// What `write` appends to the vector that it is given, behind room for a frame header; see [`Frame::build`].
+    ///
+    /// # Errors
+    /// Those of `write`.
+    ///
+    /// # Panics
+    /// If `write` makes the vector shorter than it was.
+    pub fn build<E>(
+        bytes_hint: usize,
+        write: impl FnOnce(&mut Vec<u8>) -> Result<MessageKind, E>,
+    ) -> Result<Self, E> {
+        Frame::build(bytes_hint, write).map(Self::from)
+    }
+
+    /// Whether it is text.
+    #[must_use]
+    pub fn kind(&self) -> MessageKind {
+        self.plain.kind()
+    }
+
+    /// The message's bytes. Valid UTF-8 if it is text and was not built otherwise.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        self.plain.payload()
+    }
+
+    pub(crate) fn into_plain_frame(self) -> Frame {
+        self.plain
+    }
+
+    /// The payload in one unmasked frame without extensions.
+    #[must_use]
+    pub fn plain_frame(&self) -> &Frame {
+        &self.plain
+    }
+}
+
+impl From<Frame> for Payload {
+    /// The frame's payload; nothing is copied.
+    fn from(plain: Frame) -> Self {
+        Self { plain }
+    }
+}
+
+impl fmt::Debug for Payload {
+    /// Kind and length only: a payload is the users' business, and can be long.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Payload").field("kind", &self.kind()).field("len", &self.bytes().len()).finish()
+    }
+}

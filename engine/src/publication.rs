@@ -1,0 +1,185 @@
+//! The publication: what is published, as a value.
+//!
+//! Whom it is for by name, what it says, and how slow clients are treated. Owned and comparable, so that it can be
+//! kept, repeated or sent elsewhere. Made by applications, resolved by the publisher. Does not know which
+//! connections that are, frames on the wire, or its position in the order.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::close_code::{CloseCode, InvalidCloseCode};
+use crate::config::ConfigError;
+use crate::id::ConnectionId;
+use crate::payload::Payload;
+use crate::policy::Policy;
+
+/// Whom a publication is for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Address {
+    /// Every connection of the namespace.
+    Everyone,
+    /// The members of one group. A group without members is no error: nobody gets it.
+    Group(Arc<str>),
+    /// The members of several groups, each connection once.
+    Groups(Arc<[Arc<str>]>),
+    /// One connection. If it has disconnected, nobody gets it.
+    Connection(ConnectionId),
+}
+
+impl Address {
+    /// The members of one group.
+    pub fn group(name: impl Into<Arc<str>>) -> Self {
+        Self::Group(name.into())
+    }
+
+    /// The members of several groups, each connection once.
+    pub fn groups<N: Into<Arc<str>>>(names: impl IntoIterator<Item = N>) -> Self {
+        Self::Groups(names.into_iter().map(Into::into).collect())
+    }
+}
+
+impl From<&Address> for Address {
+    fn from(address: &Address) -> Self {
+        address.clone()
+    }
+}
+
+impl From<ConnectionId> for Address {
+    fn from(id: ConnectionId) -> Self {
+        Self::Connection(id)
+    }
+}
+
+/// How a publication is delivered.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Delivery {
+    policy: Option<Policy>,
+}
+
+impl Delivery {
+    /// With this policy instead of the default, which is each connection's own for several connections and
+    /// [`Policy::Block`] for one.
+    ///
+    /// # Errors
+    /// A setting out of range, by name.
+    pub fn with_policy(policy: Policy) -> Result<Self, ConfigError> {
+        policy.validate()?;
+        Ok(Self { policy: Some(policy) })
+    }
+
+    /// The policy that overrides the default.
+    pub fn policy(&self) -> Option<Policy> {
+        self.policy
+    }
+}
+
+/// What a publication brings to its connections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Content {
+    Message(Payload),
+    /// Their end, at this place of the order.
+    Close {
+        code: CloseCode,
+        text: Cow<'static, str>,
+    },
+}
+
+impl Content {
+    pub(crate) fn payload(&self) -> Option<&Payload> {
+        match self {
+            Self::Message(payload) => Some(payload),
+            Self::Close { .. } => None,
+        }
+    }
+}
+
+/// Something to be published to the connections of a [`Namespace`](crate::Namespace).
+///
+/// ```
+/// # use shardcast_engine::{Address, Delivery, Payload, Policy, Publication};
+/// # use std::time::Duration;
+/// let policy = Policy::DropMessage { timeout: Duration::from_millis(100) };
+/// let publication = Publication::message(Address::group("lobby"), Payload::text("hello"))
+///     .with_delivery(Delivery::with_policy(policy)?);
+/// assert_eq!(publication.address(), &Address::group("lobby"));
+/// # Ok::<(), shardcast_engine::ConfigError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Publication {
+    pub(crate) to: Address,
+    pub(crate) except: SmallVec<[ConnectionId; 1]>,
+    pub(crate) content: Content,
+    pub(crate) delivery: Delivery,
+}
+
+impl Publication {
+    /// A message.
+    pub fn message(to: impl Into<Address>, payload: Payload) -> Self {
+        Self::new(to.into(), Content::Message(payload))
+    }
+
+    /// The end of these connections, each after what was published to it before, with a Close frame that carries `code`
+    /// and at most 123 bytes of `text`.
+    ///
+    /// # Errors
+    /// A code that may not be sent in a Close frame, such as 1006.
+    pub fn close(
+        to: impl Into<Address>,
+        code: CloseCode,
+        text: impl Into<Cow<'static, str>>,
+    ) -> Result<Self, InvalidCloseCode> {
+        if !code.is_valid_on_wire() {
+            return Err(InvalidCloseCode(code));
+        }
+        Ok(Self::new(to.into(), Content::Close { code, text: text.into() }))
+    }
+
+    fn new(to: Address, content: Content) -> Self {
+        Self { to, except: SmallVec::new(), content, delivery: Delivery::default() }
+    }
+
+    /// Leaves out these connections too.
+    #[must_use]
+    pub fn except(mut self, ids: &[ConnectionId]) -> Self {
+        self.except.extend_from_slice(ids);
+        self
+    }
+
+    /// Delivers it in this way.
+    #[must_use]
+    pub fn with_delivery(self, delivery: Delivery) -> Self {
+        Self { delivery, ..self }
+    }
+
+    /// Whom it is for, before those that are left out.
+    pub fn address(&self) -> &Address {
+        &self.to
+    }
+
+    /// The message; none if it closes connections.
+    pub fn payload(&self) -> Option<&Payload> {
+        self.content.payload()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_published_can_be_compared_and_repeated() {
+        let said = |text| Publication::message(Address::groups(["a", "b"]), Payload::text(text));
+        assert_eq!(said("x"), said("x").clone());
+        assert_ne!(said("x"), said("y"));
+        assert_ne!(said("x"), said("x").except(&[ConnectionId::from_bits(1)]));
+    }
+
+    #[test]
+    fn a_code_that_cannot_be_sent_closes_nobody() {
+        let refused = Publication::close(Address::Everyone, CloseCode(1006), "");
+        assert_eq!(refused, Err(InvalidCloseCode(CloseCode(1006))));
+    }
+}
