@@ -2,7 +2,7 @@
 //!
 //! `WsHub` is the application's side: message types, a codec, methods. `Hub` is ours:
 //! cloneable, publishes from anywhere, carries what its connections will need; it keeps
-//! its engine alive. Knows clients. Does not know sessions, the upgrade or shards.
+//! its engine alive. Knows clients. Does not know handlers, the upgrade or shards.
 
 use std::borrow::Cow;
 use std::future::Future;
@@ -177,7 +177,7 @@ pub trait WsHub: Send + Sync + Sized + 'static {
 }
 
 /// Lets the shard's other connections have their turn. Pending twice: a method's first poll is repeated at once with a
-/// waker, which the first does without (see the session's `start`).
+/// waker, which the first does without (see `HubHandler::start`).
 #[derive(Default)]
 struct GiveWay {
     polls: u8,

@@ -1,7 +1,7 @@
 //! How a connection is served by a hub: the handshake is answered, and a shard gets the socket.
 //!
 //! From the upgrade in one step, by a response that is built (`Serve`), or from an open WebSocket. A client that no shard
-//! takes is told why: by an HTTP status before the upgrade, by a Close frame after it. Knows the upgrade, hubs and sessions.
+//! takes is told why: by an HTTP status before the upgrade, by a Close frame after it. Knows the upgrade, hubs and their handlers.
 //! Does not know frames or groups.
 
 use std::collections::hash_map::RandomState;
@@ -17,8 +17,8 @@ use shardcast_engine::{
 use tokio::runtime::Handle;
 
 use crate::hub::{Hub, WsHub};
+use crate::hub_handler::HubHandler;
 use crate::log_limit::{INVALID_CONFIG, NO_PLACE, NOT_TAKEN_OVER};
-use crate::session::Session;
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
 /// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused together do
@@ -130,7 +130,7 @@ impl<H: WsHub> IntoResponse for Serve<H> {
                 ServeError::Full.turn_away(socket);
                 return;
             }
-            let handler = Session::maker(&hub, instance, Handle::current(), None);
+            let handler = HubHandler::maker(&hub, instance, Handle::current(), None);
             if let Err(error) = hub.adopt(socket, handler, place).await {
                 error.log();
             }
@@ -158,7 +158,7 @@ impl<H: WsHub> Hub<H> {
                  it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
             );
         }
-        self.adopt(socket, Session::maker(self, instance, Handle::current(), None), place).await
+        self.adopt(socket, HubHandler::maker(self, instance, Handle::current(), None), place).await
     }
 
     pub(crate) async fn adopt(

@@ -15,8 +15,8 @@ use tokio::sync::oneshot;
 
 use crate::engine::Engine;
 use crate::hub::{Hub, WsHub};
+use crate::hub_handler::HubHandler;
 use crate::serve::{ServeError, log_no_place};
-use crate::session::Session;
 use crate::upgrade::WebSocket;
 
 static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
@@ -54,9 +54,9 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionC
         return;
     };
     let (sender, over) = oneshot::channel();
-    let session = Session::maker(&handle, hub, Handle::current(), Some(sender));
-    match handle.adopt(socket, session, place).await {
-        Ok(()) => drop(over.await), // an error here means that the session was dropped, which is the end, too
+    let handler = HubHandler::maker(&handle, hub, Handle::current(), Some(sender));
+    match handle.adopt(socket, handler, place).await {
+        Ok(()) => drop(over.await), // an error means that the handler was dropped, which is the end, too
         Err(error) => error.log(),
     }
 }

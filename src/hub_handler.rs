@@ -1,4 +1,4 @@
-//! The session: a hub's methods behind the engine's handler.
+//! The hub handler: a hub's methods behind the engine's handler trait.
 //!
 //! One for each connection, owned by its shard. Decodes a message, calls the hub and polls the
 //! returned future at once; if that is pending, the connection is busy until the future's waker
@@ -28,40 +28,41 @@ type Outcome = Result<(), Box<CloseReason>>;
 
 type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
-pub(crate) struct Session<H: WsHub> {
-    /// None once it is being dropped.
+pub(crate) struct HubHandler<H: WsHub> {
+    /// None while the handler is being dropped.
     hub: Option<Arc<H>>,
     peer: Arc<Peer<H::OutMessage>>,
-    /// What the handler is busy with, on its shard.
+    /// The method that is pending on the shard.
     task: Option<Task>,
-    /// None where nothing of it is needed: there is one of these for each idle connection.
+    /// None where none of it is needed, because every idle connection has a handler.
     special: Option<Box<Special>>,
 }
 
-/// What most sessions do without.
+/// What most handlers do not need.
 struct Special {
-    /// The runtime of whoever served the connection: the hub's methods use its timers, sockets and tasks.
-    /// None if the shard's thread has entered it already.
+    /// The runtime that the connection was served from: the hub's methods use its timers, sockets and tasks. None if the
+    /// shard's thread has entered it already.
     runtime: Option<Handle>,
-    /// What the handler is busy with, on the runtime.
+    /// The method that is running on the runtime.
     running: Option<JoinHandle<Outcome>>,
-    /// Nothing can run there any more, which was logged.
+    /// The runtime has shut down, which was logged.
     is_runtime_gone: bool,
     _over: Over,
 }
 
-/// Dropped with the session, which tells `serve_hub` that all is over.
+/// Dropped with the handler, which tells `serve_hub` that the connection and its methods are done.
 pub(crate) type Over = Option<oneshot::Sender<()>>;
 
-/// Makes what is freed on the shard larger than what is made there to stay. The allocator would give the one's memory
-/// to the other, and every session would lie among what its handshake has left, which then cannot be given back.
+/// Puts the closure that is freed on the shard into another size class than the handler that it makes. Otherwise the allocator
+/// reuses its memory for the long-lived handler: handlers end up scattered among handshake allocations, and that memory is
+/// never returned to the system.
 #[derive(Default)]
 struct Apart {
     _bytes: [u64; 10],
 }
 
-impl<H: WsHub> Session<H> {
-    /// What makes the session, once the connection has an id. `over` is dropped when `on_disconnected` is over.
+impl<H: WsHub> HubHandler<H> {
+    /// Makes the handler when the connection has an id. `over` is dropped when `on_disconnected` has returned.
     pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, over: Over) -> MakeHandler {
         let clients = handle.clients().clone();
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
@@ -168,7 +169,7 @@ fn finish(outcome: Outcome, context: &mut Context<'_>) -> Flow {
     Flow::Ready
 }
 
-impl<H: WsHub> Handler for Session<H> {
+impl<H: WsHub> Handler for HubHandler<H> {
     fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
         let (hub, call) = (self.hub(), self.context(context));
         let connecting = async move {
@@ -236,7 +237,7 @@ impl<H: WsHub> Handler for Session<H> {
     }
 }
 
-impl<H: WsHub> Drop for Session<H> {
+impl<H: WsHub> Drop for HubHandler<H> {
     /// A hub may clean up with its runtime, and a panic at that must not take the shard's other connections along.
     fn drop(&mut self) {
         let _entered = self.runtime().map(Handle::enter);
