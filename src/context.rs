@@ -18,20 +18,20 @@ use crate::log_limit::NO_ID;
 /// `M` is what the hub's clients receive and `C` the hub's codec. Cloneable; may be kept and used after the call, from
 /// any task.
 pub struct MessageContext<M, C> {
-    peer: Arc<Peer<M>>,
+    caller: Arc<Caller<M>>,
     position: Position,
     codec: PhantomData<fn() -> C>,
 }
 
 /// What belongs to one connection. Not its hub: a hub may keep its context, and must end all the same.
-pub(crate) struct Peer<M> {
+pub(crate) struct Caller<M> {
     clients: Clients<M>,
     id: ConnectionId,
     /// Made when it is first asked for: many hubs never do.
     connection_id: OnceLock<Arc<str>>,
 }
 
-impl<M> Peer<M> {
+impl<M> Caller<M> {
     pub(crate) fn new(clients: Clients<M>, id: ConnectionId) -> Self {
         Self { clients, id, connection_id: OnceLock::new() }
     }
@@ -47,7 +47,7 @@ impl<M> Peer<M> {
 
 impl<M, C> Clone for MessageContext<M, C> {
     fn clone(&self) -> Self {
-        Self { peer: self.peer.clone(), position: self.position, codec: PhantomData }
+        Self { caller: self.caller.clone(), position: self.position, codec: PhantomData }
     }
 }
 
@@ -58,13 +58,13 @@ impl<M, C> std::fmt::Debug for MessageContext<M, C> {
 }
 
 impl<M, C> MessageContext<M, C> {
-    pub(crate) fn new(peer: Arc<Peer<M>>, position: Position) -> Self {
-        Self { peer, position, codec: PhantomData }
+    pub(crate) fn new(caller: Arc<Caller<M>>, position: Position) -> Self {
+        Self { caller, position, codec: PhantomData }
     }
 
     /// The id of this connection.
     pub fn id(&self) -> ConnectionId {
-        self.peer.id()
+        self.caller.id()
     }
 
     /// The client's position in the order of all published messages when this method was called: messages before it had been
@@ -75,12 +75,12 @@ impl<M, C> MessageContext<M, C> {
 
     /// The id of this connection as text: what [`broadcast_except`](Self::broadcast_except) takes.
     pub fn connection_id(&self) -> &Arc<str> {
-        self.peer.connection_id()
+        self.caller.connection_id()
     }
 
     /// All clients of the hub, for everything that has no short form here.
     pub fn clients(&self) -> &Clients<M> {
-        &self.peer.clients
+        &self.caller.clients
     }
 
     /// Makes this connection a member of a group. The next message to the group reaches it.

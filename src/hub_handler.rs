@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::codec::{CodecError, Decode};
-use crate::context::{MessageContext, Peer};
+use crate::context::{Caller, MessageContext};
 use crate::hub::{Dropped, Hub, HubContext, RunOn, WsHub};
 
 /// What a hub's method leaves behind: an error ends the connection for that reason.
@@ -31,7 +31,7 @@ type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 pub(crate) struct HubHandler<H: WsHub> {
     /// None while the handler is being dropped.
     hub: Option<Arc<H>>,
-    peer: Arc<Peer<H::OutMessage>>,
+    caller: Arc<Caller<H::OutMessage>>,
     /// The method that is pending on the shard.
     task: Option<Task>,
     /// None where none of it is needed, because every idle connection has a handler.
@@ -72,8 +72,8 @@ impl<H: WsHub> HubHandler<H> {
         let apart = Apart::default();
         Box::new(move |id| {
             let _apart = apart;
-            let (hub, peer) = (Some(Arc::new(hub)), Arc::new(Peer::new(clients, id)));
-            Box::new(Self { hub, peer, task: None, special })
+            let (hub, caller) = (Some(Arc::new(hub)), Arc::new(Caller::new(clients, id)));
+            Box::new(Self { hub, caller, task: None, special })
         })
     }
 
@@ -82,7 +82,7 @@ impl<H: WsHub> HubHandler<H> {
     }
 
     fn context(&self, context: &Context<'_>) -> HubContext<H> {
-        MessageContext::new(self.peer.clone(), context.position())
+        MessageContext::new(self.caller.clone(), context.position())
     }
 
     fn runtime(&self) -> Option<&Handle> {
@@ -247,7 +247,7 @@ impl<H: WsHub> Drop for HubHandler<H> {
             drop(hub);
         };
         if catch_unwind(AssertUnwindSafe(drop_both)).is_err() {
-            tracing::error!(id = %self.peer.id(), "a hub panicked when it was dropped");
+            tracing::error!(id = %self.caller.id(), "a hub panicked when it was dropped");
         }
     }
 }
