@@ -35,11 +35,11 @@ pub(crate) struct HubHandler<H: WsHub> {
     /// The method that is pending on the shard.
     task: Option<Task>,
     /// None where none of it is needed, because every idle connection has a handler.
-    special: Option<Box<Special>>,
+    overrides: Option<Box<Overrides>>,
 }
 
 /// What most handlers do not need.
-struct Special {
+struct Overrides {
     /// The runtime that the connection was served from: the hub's methods use its timers, sockets and tasks. None if the
     /// shard's thread has entered it already.
     runtime: Option<Handle>,
@@ -66,14 +66,14 @@ impl<H: WsHub> HubHandler<H> {
     pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, over: Over) -> MakeHandler {
         let clients = handle.clients().clone();
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
-        let is_special = runtime.is_some() || H::RUN_ON != RunOn::Shard || over.is_some();
-        let special = is_special
-            .then(|| Box::new(Special { runtime, running: None, is_runtime_gone: false, _over: over }));
+        let has_overrides = runtime.is_some() || H::RUN_ON != RunOn::Shard || over.is_some();
+        let overrides = has_overrides
+            .then(|| Box::new(Overrides { runtime, running: None, is_runtime_gone: false, _over: over }));
         let apart = Apart::default();
         Box::new(move |id| {
             let _apart = apart;
             let (hub, caller) = (Some(Arc::new(hub)), Arc::new(Caller::new(clients, id)));
-            Box::new(Self { hub, caller, task: None, special })
+            Box::new(Self { hub, caller, task: None, overrides })
         })
     }
 
@@ -86,7 +86,7 @@ impl<H: WsHub> HubHandler<H> {
     }
 
     fn runtime(&self) -> Option<&Handle> {
-        self.special.as_ref()?.runtime.as_ref()
+        self.overrides.as_ref()?.runtime.as_ref()
     }
 
     /// Starts a method and polls it as far as it gets now.
@@ -103,8 +103,8 @@ impl<H: WsHub> HubHandler<H> {
 
     /// Starts a method; ready if it is done already, all of it on this thread.
     fn start(&mut self, future: impl Future<Output = Outcome> + Send + 'static) -> Poll<Outcome> {
-        if let Some(special) = self.special.as_mut().filter(|_| H::RUN_ON == RunOn::Runtime) {
-            special.running = Some(match &special.runtime {
+        if let Some(overrides) = self.overrides.as_mut().filter(|_| H::RUN_ON == RunOn::Runtime) {
+            overrides.running = Some(match &overrides.runtime {
                 Some(runtime) => runtime.spawn(future),
                 None => tokio::spawn(future),
             });
@@ -120,7 +120,7 @@ impl<H: WsHub> HubHandler<H> {
     }
 
     fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
-        if let Some(running) = self.special.as_mut().and_then(|special| special.running.take()) {
+        if let Some(running) = self.overrides.as_mut().and_then(|overrides| overrides.running.take()) {
             return self.wait_for(running, context);
         }
         // Taken, so that a future that panics is not polled again.
@@ -136,17 +136,17 @@ impl<H: WsHub> HubHandler<H> {
     }
 
     fn wait_for(&mut self, mut running: JoinHandle<Outcome>, context: &mut Context<'_>) -> Flow {
-        let Some(special) = &mut self.special else { return Flow::Ready };
+        let Some(overrides) = &mut self.overrides else { return Flow::Ready };
         match Pin::new(&mut running).poll(&mut TaskContext::from_waker(&context.waker())) {
             Poll::Pending => {
-                special.running = Some(running);
+                overrides.running = Some(running);
                 return Flow::Pending;
             }
             Poll::Ready(Ok(outcome)) => return finish(outcome, context),
             Poll::Ready(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
             // Cancelled, because the runtime has shut down: nobody else does that. No method of this connection can run
             // any more, so its client is told instead of being left without answers.
-            Poll::Ready(Err(_)) if !std::mem::replace(&mut special.is_runtime_gone, true) => {
+            Poll::Ready(Err(_)) if !std::mem::replace(&mut overrides.is_runtime_gone, true) => {
                 tracing::error!(
                     id = %context.id(),
                     hub = std::any::type_name::<H>(),
