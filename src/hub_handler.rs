@@ -47,11 +47,11 @@ struct Overrides {
     running: Option<JoinHandle<Outcome>>,
     /// The runtime has shut down, which was logged.
     is_runtime_gone: bool,
-    _over: Over,
+    _done: DoneSignal,
 }
 
 /// Dropped with the handler, which tells `serve_hub` that the connection and its methods are done.
-pub(crate) type Over = Option<oneshot::Sender<()>>;
+pub(crate) type DoneSignal = Option<oneshot::Sender<()>>;
 
 /// Puts the closure that is freed on the shard into another size class than the handler that it makes. Otherwise the allocator
 /// reuses its memory for the long-lived handler: handlers end up scattered among handshake allocations, and that memory is
@@ -62,13 +62,13 @@ struct Apart {
 }
 
 impl<H: WsHub> HubHandler<H> {
-    /// Makes the handler when the connection has an id. `over` is dropped when `on_disconnected` has returned.
-    pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, over: Over) -> MakeHandler {
+    /// Makes the handler when the connection has an id. `done` is dropped when `on_disconnected` has returned.
+    pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, done: DoneSignal) -> MakeHandler {
         let clients = handle.clients().clone();
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
-        let has_overrides = runtime.is_some() || H::RUN_ON != RunOn::Shard || over.is_some();
+        let has_overrides = runtime.is_some() || H::RUN_ON != RunOn::Shard || done.is_some();
         let overrides = has_overrides
-            .then(|| Box::new(Overrides { runtime, running: None, is_runtime_gone: false, _over: over }));
+            .then(|| Box::new(Overrides { runtime, running: None, is_runtime_gone: false, _done: done }));
         let apart = Apart::default();
         Box::new(move |id| {
             let _apart = apart;

@@ -53,10 +53,10 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionC
         ServeError::Full.turn_away(socket);
         return;
     };
-    let (sender, over) = oneshot::channel();
+    let (sender, done) = oneshot::channel();
     let handler = HubHandler::maker(&handle, hub, Handle::current(), Some(sender));
     match handle.adopt(socket, handler, place).await {
-        Ok(()) => drop(over.await), // an error means that the handler was dropped, which is the end, too
+        Ok(()) => drop(done.await), // an error means that the handler was dropped, which is the end, too
         Err(error) => error.log(),
     }
 }
