@@ -57,7 +57,7 @@ pub(crate) type DoneSignal = Option<oneshot::Sender<()>>;
 /// reuses its memory for the long-lived handler: handlers end up scattered among handshake allocations, and that memory is
 /// never returned to the system.
 #[derive(Default)]
-struct Apart {
+struct AllocationPad {
     _bytes: [u64; 10],
 }
 
@@ -69,9 +69,9 @@ impl<H: WsHub> HubHandler<H> {
         let has_overrides = runtime.is_some() || H::RUN_ON != RunOn::Shard || done.is_some();
         let overrides = has_overrides
             .then(|| Box::new(Overrides { runtime, running: None, is_runtime_gone: false, _done: done }));
-        let apart = Apart::default();
+        let pad = AllocationPad::default();
         Box::new(move |id| {
-            let _apart = apart;
+            let _pad = pad;
             let (hub, caller) = (Some(Arc::new(hub)), Arc::new(Caller::new(clients, id)));
             Box::new(Self { hub, caller, task: None, overrides })
         })
