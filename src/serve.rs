@@ -174,7 +174,7 @@ impl<H: WsHub> Hub<H> {
         let parts = socket.into_parts();
         // The engine drops what it does not take. If there is no descriptor for this, the client gets no Close frame.
         let spare = parts.socket.duplicate().ok();
-        let (received, config) = (parts.leftover, self.config().clone());
+        let (received, config) = (parts.read_ahead, self.config().clone());
         let socket = match parts.socket {
             RawSocket::Tcp(stream) => stream.into(),
             RawSocket::Unix(stream) => stream.into(),

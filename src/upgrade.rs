@@ -446,7 +446,7 @@ impl fmt::Debug for WebSocket {
 pub(crate) struct WebSocketParts {
     pub(crate) socket: RawSocket,
     /// The first bytes of the first frames, where they came together with the handshake.
-    pub(crate) leftover: Bytes,
+    pub(crate) read_ahead: Bytes,
 }
 
 /// A non-blocking socket that no runtime knows of.
@@ -571,7 +571,7 @@ impl PendingSocket {
             None => (Verdict::Sent, self.on_upgrade.await),
         };
         let upgraded = upgraded.map_err(UpgradeError::ConnectionLost)?;
-        let (socket, leftover) = match detach(upgraded) {
+        let (socket, read_ahead) = match detach(upgraded) {
             Ok(detached) => detached,
             Err(Undetachable { error, upgraded }) => {
                 if let Some(upgraded) = upgraded {
@@ -591,11 +591,11 @@ impl PendingSocket {
             }
         };
         // After any answer hyper gives up the socket of a client that has ended its side together with the handshake.
-        if verdict == Verdict::Unclear && leftover.is_empty() && socket.is_at_end() {
+        if verdict == Verdict::Unclear && read_ahead.is_empty() && socket.is_at_end() {
             return Err(UpgradeError::NotSent);
         }
         let peer_address = self.peer_address.with_socket(socket.peer_address());
-        let parts = Some(WebSocketParts { socket, leftover });
+        let parts = Some(WebSocketParts { socket, read_ahead });
         Ok(WebSocket { parts, protocol: self.protocol, peer_address })
     }
 }
@@ -649,11 +649,11 @@ impl From<io::Error> for Undetachable {
 /// Takes the socket out where there is one, and puts one in front where there is none.
 fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
     let upgraded = match take::<TcpStream>(upgraded) {
-        Ok((stream, leftover)) => return Ok((RawSocket::Tcp(stream.into_std()?), leftover)),
+        Ok((stream, read_ahead)) => return Ok((RawSocket::Tcp(stream.into_std()?), read_ahead)),
         Err(upgraded) => upgraded,
     };
     let upgraded = match take::<UnixStream>(upgraded) {
-        Ok((stream, leftover)) => return Ok((RawSocket::Unix(stream.into_std()?), leftover)),
+        Ok((stream, read_ahead)) => return Ok((RawSocket::Unix(stream.into_std()?), read_ahead)),
         Err(upgraded) => upgraded,
     };
     // A bridge reads what hyper has left over like everything else.
