@@ -299,7 +299,7 @@ impl WebSocketUpgrade {
                 (response, Some(verdict))
             }
             // Over HTTP/2 hyper fulfils the upgrade only if the status says so.
-            Answer::Ok => (StatusCode::OK.into_response(), None),
+            Answer::Http2Ok => (StatusCode::OK.into_response(), None),
         };
         if let Some(protocol) = &self.selected_protocol {
             response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, protocol.clone());
@@ -318,7 +318,7 @@ impl WebSocketUpgrade {
         let answer = handshake::check(head(parts))?;
         let on_upgrade = parts.extensions.remove::<OnUpgrade>().ok_or(match answer {
             Answer::SwitchingProtocols { .. } => UpgradeRejection::NotUpgradable,
-            Answer::Ok => UpgradeRejection::NotUpgradableOverHttp2,
+            Answer::Http2Ok => UpgradeRejection::NotUpgradableOverHttp2,
         })?;
         let socket = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
         Ok(Self {
