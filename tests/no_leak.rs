@@ -11,7 +11,7 @@ mod fixture;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use fixture::office::{Ledger, Office};
+use fixture::hub_fixture::{HubFixture, Ledger};
 use fixture::raw::Raw;
 use fixture::{eventually, soon};
 use futures_util::poll;
@@ -30,26 +30,26 @@ async fn one_engine(round: usize) -> Weak<Ledger> {
     // Pinned shards hold a claim on their CPUs.
     let pinned = Engine::start(EngineConfig { shards: Some(3), ..EngineConfig::default() }).unwrap();
     soon(tokio::task::spawn_blocking(move || drop(pinned))).await.unwrap();
-    let office = Office::open(2, WsHubConfig::default()).await;
+    let fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let mut peers = Vec::new();
     let mut raws: Vec<Raw> = Vec::new();
     for number in 0..3 {
-        let (peer, id) = office.visit().await;
-        office.hub.join(id, &format!("group {number}")).await.unwrap();
+        let (peer, id) = fixture.visit().await;
+        fixture.hub.join(id, &format!("group {number}")).await.unwrap();
         peers.push(tokio::spawn(peer.rest()));
-        raws.push(office.visit_raw().await.0);
+        raws.push(fixture.visit_raw().await.0);
     }
-    soon(office.hub.to_all().publish(&"hello".to_owned())).await.unwrap();
+    soon(fixture.hub.to_all().publish(&"hello".to_owned())).await.unwrap();
     raws.pop().unwrap().reset();
     if round % 10 == 9 {
         // A handler that never ends by itself, and peers that do not answer.
         raws[0].says(&fixture::raw::text("wait")).await;
-        eventually(1, || office.engine.metrics().tally.received).await;
+        eventually(1, || fixture.engine.metrics().tally.received).await;
     } else {
         raws.clear();
     }
     let (engine, clients, ledger) =
-        (office.engine.clone(), office.hub.clients().clone(), Arc::downgrade(&office.ledger));
+        (fixture.engine.clone(), fixture.hub.clients().clone(), Arc::downgrade(&fixture.ledger));
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(Duration::from_secs(1)) };
     match round % 3 {
         0 => drop(soon(engine.shutdown_with(shutdown)).await.unwrap()),
@@ -58,7 +58,7 @@ async fn one_engine(round: usize) -> Weak<Ledger> {
         }
         _ => {}
     }
-    soon(office.close()).await;
+    soon(fixture.close()).await;
     soon(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
     for peer in peers {
         let (heard, close) = soon(peer).await.unwrap();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::routing::any;
-use fixture::office::{Office, number_of, numbered};
+use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::program::{Running, fanout};
 use fixture::raw::Raw;
 use fixture::{Desk, Peer, desk_app, engine, eventually, soon, visit};
@@ -60,15 +60,15 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     const CLIENTS: usize = 12;
     const PUBLISHERS: usize = 3;
     const EACH: usize = 500;
-    let mut office = Office::open(3, WsHubConfig::default()).await;
+    let mut fixture = HubFixture::open(3, WsHubConfig::default()).await;
     let mut readers = Vec::new();
     for _ in 0..CLIENTS {
-        readers.push(reads_to_the_end(office.visit().await.0));
+        readers.push(reads_to_the_end(fixture.visit().await.0));
     }
     // The end comes when the last of it has been accepted, and much of it is still on its way.
     let publishers: Vec<_> = (0..PUBLISHERS)
         .map(|publisher| {
-            let clients = office.hub.clients().clone();
+            let clients = fixture.hub.clients().clone();
             tokio::spawn(async move {
                 for count in 0..EACH {
                     clients.to_all().publish(&format!("{count} {publisher}")).await.unwrap();
@@ -79,9 +79,9 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     for publisher in publishers {
         soon(publisher).await.unwrap();
     }
-    let report = soon(office.engine.shutdown(Duration::from_secs(10))).await;
+    let report = soon(fixture.engine.shutdown(Duration::from_secs(10))).await;
     assert_eq!(counts(&report), [CLIENTS as u64, 0, 0]);
-    assert_eq!((office.engine.connection_count(), office.hub.len(), office.hub.group_count()), (0, 0, 0));
+    assert_eq!((fixture.engine.connection_count(), fixture.hub.len(), fixture.hub.group_count()), (0, 0, 0));
     let mut first = None;
     for reader in readers {
         let (heard, close) = soon(reader).await.unwrap();
@@ -93,14 +93,14 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
         assert!(*first.get_or_insert_with(|| heard.clone()) == heard, "in one order");
     }
     for _ in 0..CLIENTS {
-        assert_eq!(office.ended().await.1, gone());
+        assert_eq!(fixture.ended().await.1, gone());
     }
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.others_ended(), []);
     // Nothing more is taken, and asking again tells the same.
-    assert!(matches!(office.hub.to_all().try_publish(&"late".to_owned()), Err(TryPublishError::Closed(_))));
-    let refused = office.hub.to_all().deliver(&"late".to_owned()).await;
+    assert!(matches!(fixture.hub.to_all().try_publish(&"late".to_owned()), Err(TryPublishError::Closed(_))));
+    let refused = fixture.hub.to_all().deliver(&"late".to_owned()).await;
     assert!(matches!(refused, Err(PublishError::Closed)), "{refused:?}");
-    assert_eq!(soon(office.engine.shutdown(LONG)).await, report);
+    assert_eq!(soon(fixture.engine.shutdown(LONG)).await, report);
 }
 
 /// Whenever the end comes between the calls of those who publish: what they are told `Ok` for is heard by all.
@@ -109,13 +109,13 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
     const ROUNDS: u64 = 20;
     const PUBLISHERS: usize = 8;
     for round in 0..ROUNDS {
-        let office = Office::open(2, WsHubConfig::default()).await;
+        let fixture = HubFixture::open(2, WsHubConfig::default()).await;
         let mut readers = Vec::new();
         for _ in 0..4 {
-            readers.push(reads_to_the_end(office.visit().await.0));
+            readers.push(reads_to_the_end(fixture.visit().await.0));
         }
         let publish = || {
-            let clients = office.hub.clients().clone();
+            let clients = fixture.hub.clients().clone();
             std::thread::spawn(move || {
                 let mut accepted = 0;
                 loop {
@@ -129,8 +129,8 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
         };
         let publishers: Vec<_> = std::iter::repeat_with(publish).take(PUBLISHERS).collect();
         // At another moment in each round.
-        eventually(true, || office.engine.metrics().publications > round * 50).await;
-        soon(office.engine.shutdown_with(at_once(LONG))).await.unwrap();
+        eventually(true, || fixture.engine.metrics().publications > round * 50).await;
+        soon(fixture.engine.shutdown_with(at_once(LONG))).await.unwrap();
         let accepted: usize = publishers.into_iter().map(|publisher| publisher.join().unwrap()).sum();
         for reader in readers {
             let (heard, close) = soon(reader).await.unwrap();
@@ -141,33 +141,33 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
 
 #[tokio::test]
 async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more() {
-    let mut office = Office::open(2, WsHubConfig::default()).await;
-    let (mut busy, busy_id) = office.visit().await;
-    let (mut other, other_id) = office.visit().await;
+    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
+    let (mut busy, busy_id) = fixture.visit().await;
+    let (mut other, other_id) = fixture.visit().await;
     busy.say("wait").await;
-    eventually(1, || office.engine.metrics().tally.received).await;
-    let engine = office.engine.clone();
+    eventually(1, || fixture.engine.metrics().tally.received).await;
+    let engine = fixture.engine.clone();
     let ending = Shutdown { code: CloseCode::SERVICE_RESTART, ..at_once(LONG) };
     let mut shutdown = Box::pin(engine.shutdown_with(ending));
     assert!(poll!(&mut shutdown).is_pending());
-    let refused = soon(Peer::try_connect(office.server.url("/ws"), &[])).await.err().unwrap();
+    let refused = soon(Peer::try_connect(fixture.server.url("/ws"), &[])).await.err().unwrap();
     let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
     // When a shard has answered twice, a turn is over in which it has learnt of the end.
     for id in [busy_id, other_id] {
-        office.counted(id).await;
-        office.counted(id).await;
+        fixture.counted(id).await;
+        fixture.counted(id).await;
     }
     other.say("all unheard").await;
     busy.say("all unheard").await;
-    soon(office.hub.to_all().publish(&"still taken".to_owned())).await.unwrap();
+    soon(fixture.hub.to_all().publish(&"still taken".to_owned())).await.unwrap();
     other.hears(&["still taken"]).await;
     assert!(poll!(&mut shutdown).is_pending());
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.others_ended(), []);
 
     let readers = [busy, other].map(reads_to_the_end);
-    office.ledger.permits.add_permits(1);
+    fixture.ledger.permits.add_permits(1);
     assert_eq!(counts(&soon(shutdown).await.unwrap()), [2, 0, 0]);
     for (reader, heard_before) in readers.into_iter().zip([0, 1]) {
         let (heard, close) = soon(reader).await.unwrap();
@@ -176,47 +176,48 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
     }
     for _ in 0..2 {
         let reason = CloseReason::Shutdown { code: CloseCode::SERVICE_RESTART };
-        assert_eq!(office.ended().await.1, reason);
+        assert_eq!(fixture.ended().await.1, reason);
     }
-    assert_eq!((office.engine.metrics().tally.received, office.engine.connection_count()), (1, 0));
+    assert_eq!((fixture.engine.metrics().tally.received, fixture.engine.connection_count()), (1, 0));
 }
 
 #[tokio::test]
 async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over() {
-    let mut office = Office::open(2, WsHubConfig::default()).await;
-    let (mut busy, _) = office.visit().await;
-    let (other, other_id) = office.visit().await;
+    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
+    let (mut busy, _) = fixture.visit().await;
+    let (other, other_id) = fixture.visit().await;
     busy.say("wait").await;
-    eventually(1, || office.engine.metrics().tally.received).await;
+    eventually(1, || fixture.engine.metrics().tally.received).await;
     let readers = [busy, other].map(reads_to_the_end);
     let began = Instant::now();
-    let report = soon(office.engine.shutdown(SHORT)).await;
+    let report = soon(fixture.engine.shutdown(SHORT)).await;
     assert!(began.elapsed() >= SHORT, "it had all the time there was");
     assert_eq!(counts(&report), [2, 0, 1], "its client has had all that was its own");
     for reader in readers {
         assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
     }
-    assert_eq!(office.ended().await, (other_id, gone()));
-    assert_eq!(office.others_ended(), [], "the busy one was dropped without a word");
-    assert_eq!(office.engine.connection_count(), 0);
+    assert_eq!(fixture.ended().await, (other_id, gone()));
+    assert_eq!(fixture.others_ended(), [], "the busy one was dropped without a word");
+    assert_eq!(fixture.engine.connection_count(), 0);
 }
 
 /// Somebody who does not read, somebody who does, and many messages for both.
-async fn stalled_and_reading(messages: usize) -> (Office, Raw, JoinHandle<Heard>) {
-    let office = Office::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
-    let (stalled, _) = office.visit_raw().await;
-    let reader = reads_to_the_end(office.visit().await.0);
+async fn stalled_and_reading(messages: usize) -> (HubFixture, Raw, JoinHandle<Heard>) {
+    let fixture =
+        HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+    let (stalled, _) = fixture.visit_raw().await;
+    let reader = reads_to_the_end(fixture.visit().await.0);
     for number in 0..messages {
-        soon(office.hub.to_all().publish(&numbered(number, MESSAGE_BYTES))).await.unwrap();
+        soon(fixture.hub.to_all().publish(&numbered(number, MESSAGE_BYTES))).await.unwrap();
     }
-    (office, stalled, reader)
+    (fixture, stalled, reader)
 }
 
 #[tokio::test]
 async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_else() {
     const MESSAGES: usize = 200;
-    let (mut office, mut stalled, reader) = stalled_and_reading(MESSAGES).await;
-    let report = soon(office.engine.shutdown(SHORT)).await;
+    let (mut fixture, mut stalled, reader) = stalled_and_reading(MESSAGES).await;
+    let report = soon(fixture.engine.shutdown(SHORT)).await;
     assert_eq!(counts(&report), [1, 1, 0]);
     let (heard, close) = soon(reader).await.unwrap();
     assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
@@ -229,42 +230,42 @@ async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_e
     }
     assert!(heard < MESSAGES);
     for _ in 0..2 {
-        assert_eq!(office.ended().await.1, gone(), "for the hub both have ended in order");
+        assert_eq!(fixture.ended().await.1, gone(), "for the hub both have ended in order");
     }
-    assert_eq!(office.engine.connection_count(), 0);
+    assert_eq!(fixture.engine.connection_count(), 0);
 }
 
 #[tokio::test]
 async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let config = WsHubConfig { heartbeat_interval: DAY, outbox_frames: 8, ..WsHubConfig::default() };
-    let office = Office::open(1, config).await;
-    let (_stalled, id) = office.visit_raw().await;
-    office.hub.join(id, "room").await.unwrap();
+    let fixture = HubFixture::open(1, config).await;
+    let (_stalled, id) = fixture.visit_raw().await;
+    fixture.hub.join(id, "room").await.unwrap();
     for number in 0..100 {
-        office.hub.to_all().try_publish(&numbered(number, MESSAGE_BYTES)).unwrap();
+        fixture.hub.to_all().try_publish(&numbered(number, MESSAGE_BYTES)).unwrap();
     }
-    let hub = office.hub.clone();
+    let hub = fixture.hub.clone();
     let sending = tokio::spawn(async move { hub.to_all().deliver(&"last".to_owned()).await.unwrap() });
-    eventually(101, || office.engine.metrics().publications).await;
-    let report = soon(office.engine.shutdown_with(at_once(SHORT))).await.unwrap();
+    eventually(101, || fixture.engine.metrics().publications).await;
+    let report = soon(fixture.engine.shutdown_with(at_once(SHORT))).await.unwrap();
     assert_eq!(counts(&report), [0, 1, 0]);
     let receipt = soon(sending).await.unwrap();
     assert_eq!((receipt.targets, receipt.taken(), receipt.disconnected), (1, 0, 1));
-    let after = office.engine.metrics();
+    let after = fixture.engine.metrics();
     assert_eq!((after.connections, after.tally.pending(), after.pending_bytes, after.ended), (0, 0, 0, 1));
     assert_eq!(
         (after.tally.written + after.tally.discarded, after.tally.discarded > 0),
         (after.tally.offered, true),
         "{after:?}"
     );
-    assert_eq!((office.hub.len(), office.hub.group_count()), (0, 0));
+    assert_eq!((fixture.hub.len(), fixture.hub.group_count()), (0, 0));
 }
 
 #[tokio::test]
 async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything() {
     const MESSAGES: usize = 200;
-    let (office, mut slow, reader) = stalled_and_reading(MESSAGES).await;
-    let engine = office.engine.clone();
+    let (fixture, mut slow, reader) = stalled_and_reading(MESSAGES).await;
+    let engine = fixture.engine.clone();
     let shutdown = tokio::spawn(async move { counts(&engine.shutdown_with(at_once(LONG)).await.unwrap()) });
     // The other one's end does not wait for it.
     assert_eq!(soon(reader).await.unwrap().0.len(), MESSAGES);
@@ -277,17 +278,17 @@ async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything(
 
 #[tokio::test]
 async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its_time() {
-    let office = Office::open(2, WsHubConfig::default()).await;
-    let (mut stuck, id) = office.visit().await;
-    let reader = reads_to_the_end(office.visit().await.0);
+    let fixture = HubFixture::open(2, WsHubConfig::default()).await;
+    let (mut stuck, id) = fixture.visit().await;
+    let reader = reads_to_the_end(fixture.visit().await.0);
     stuck.say("hold").await;
-    eventually(1, || office.ledger.holds()).await;
-    let report = soon(office.engine.shutdown(SHORT)).await;
+    eventually(1, || fixture.ledger.holds()).await;
+    let report = soon(fixture.engine.shutdown(SHORT)).await;
     assert_eq!((counts(&report), report.stuck), ([1, 1, 0], vec![id.shard()]));
     assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
-    assert_eq!(office.engine.state(), EngineState::Ended);
-    office.ledger.let_go();
-    eventually(0, || office.engine.connection_count()).await;
+    assert_eq!(fixture.engine.state(), EngineState::Ended);
+    fixture.ledger.let_go();
+    eventually(0, || fixture.engine.connection_count()).await;
 }
 
 const CHILD: &str = "SHARDCAST_TEST_CHILD";
@@ -353,14 +354,14 @@ async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
 
 #[tokio::test]
 async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears_of_it() {
-    let office = Office::open(1, WsHubConfig::default()).await;
-    let (mut peer, _) = office.visit().await;
+    let fixture = HubFixture::open(1, WsHubConfig::default()).await;
+    let (mut peer, _) = fixture.visit().await;
     for code in [0, 1005, 1006, 5000].map(CloseCode) {
-        let error = soon(office.engine.shutdown_with(Shutdown { code, ..at_once(LONG) })).await.unwrap_err();
+        let error = soon(fixture.engine.shutdown_with(Shutdown { code, ..at_once(LONG) })).await.unwrap_err();
         assert!(error.to_string().contains(&format!("close code {code} may not be sent")), "{error}");
     }
-    assert!(!office.engine.is_stopping());
-    office.hub.to_all().publish(&"all is well".to_owned()).await.unwrap();
+    assert!(!fixture.engine.is_stopping());
+    fixture.hub.to_all().publish(&"all is well".to_owned()).await.unwrap();
     peer.hears(&["all is well"]).await;
 }
 

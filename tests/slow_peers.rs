@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::routing::any;
-use fixture::office::{Office, number_of, numbered};
+use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
 use fixture::{OnRuntime, PATIENCE, Peer, Server, desk_app, engine, eventually, soon, visit};
 use shardcast::{
@@ -59,12 +59,12 @@ fn beating(policy: BroadcastPolicy) -> WsHubConfig {
 async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
     const ROUNDS: usize = 120;
     const OTHERS: usize = 3;
-    let mut office = Office::open(2, narrow(policy)).await;
-    let (mut slow, slow_id) = office.visit_raw().await;
+    let mut fixture = HubFixture::open(2, narrow(policy)).await;
+    let (mut slow, slow_id) = fixture.visit_raw().await;
     let mut others = Vec::new();
     for _ in 0..OTHERS {
-        let (peer, id) = office.visit().await;
-        office.hub.join(id, "others").await.unwrap();
+        let (peer, id) = fixture.visit().await;
+        fixture.hub.join(id, "others").await.unwrap();
         others.push(peer);
     }
     let drops =
@@ -74,25 +74,25 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         let message = numbered(round, MESSAGE_BYTES);
         if drops {
             // Who wants a receipt waits for the slow one's time to be over; the others get the message meanwhile.
-            let target = office.hub.to_all();
+            let target = fixture.hub.to_all();
             let both = async { tokio::join!(target.deliver(&message), all_hear(&mut others, &message)).0 };
             receipts.push(soon(both).await.unwrap());
         } else {
             // Its receipt may take until the slow one reads; the next one's ticket may not come before this one's.
-            let (hub, to_all) = (office.hub.clone(), message.clone());
+            let (hub, to_all) = (fixture.hub.clone(), message.clone());
             let sending = tokio::spawn(async move { hub.to_all().deliver(&to_all).await.unwrap() });
             all_hear(&mut others, &message).await;
             unfinished.push(sending);
             // Who does not publish to the slow one is not held up by it.
             let aside = format!("aside {round}");
-            soon(office.hub.to_group("others").publish(&aside.clone())).await.unwrap();
+            soon(fixture.hub.to_group("others").publish(&aside.clone())).await.unwrap();
             all_hear(&mut others, &aside).await;
         }
         slow.sip(sip);
     }
 
     // What the connection has counted is what the receipts say and what the hub was told.
-    let counted = office.counted(slow_id).await;
+    let counted = fixture.counted(slow_id).await;
     let dropped = counted.tally.dropped.total();
     assert_eq!(counted.tally.offered, ROUNDS as u64 + 1, "with its id");
     assert_eq!(
@@ -117,14 +117,14 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         );
         assert!(!unfinished.last().unwrap().is_finished(), "who awaits the slow one waits");
     }
-    eventually(dropped, || office.ledger.drops(slow_id)).await;
+    eventually(dropped, || fixture.ledger.drops(slow_id)).await;
 
     // Now it reads: whole frames, in order, exactly those that the receipts do not call dropped.
     let last = numbered(ROUNDS, 10);
     if policy == HIGH_RTT {
-        soon(office.hub.to_all().publish(&last)).await.unwrap(); // nobody waits under this policy
+        soon(fixture.hub.to_all().publish(&last)).await.unwrap(); // nobody waits under this policy
     } else {
-        office.hub.to(slow_id).try_publish(&last).unwrap();
+        fixture.hub.to(slow_id).try_publish(&last).unwrap();
     }
     let mut heard = Vec::new();
     while heard.last() != Some(&ROUNDS) {
@@ -141,10 +141,10 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         assert_eq!(receipt.taken(), OTHERS as u64 + u64::from(arrived(receipt)), "{receipt:?}");
         assert!(receipt.waited <= 1 && (arrived(receipt) || receipt.waited == 1), "{receipt:?}");
     }
-    let counted = office.counted(slow_id).await;
+    let counted = fixture.counted(slow_id).await;
     assert_eq!((counted.tally.written, counted.tally.pending()), (counted.tally.offered - dropped, 0));
-    assert_eq!(office.ledger.drops(slow_id), dropped, "none was told twice");
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.ledger.drops(slow_id), dropped, "none was told twice");
+    assert_eq!(fixture.others_ended(), []);
 }
 
 async fn all_hear(peers: &mut [Peer], text: &str) {
@@ -187,18 +187,18 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
     const MAX_DROPS: u32 = 5;
     for timeout in [Duration::ZERO, ms(1)] {
         let policy = BroadcastPolicy::DropConnection { timeout, max_drops: MAX_DROPS };
-        let mut office = Office::open(2, narrow(policy)).await;
-        let (mut stalled, stalled_id) = office.visit_raw().await;
-        let (mut other, other_id) = office.visit().await;
+        let mut fixture = HubFixture::open(2, narrow(policy)).await;
+        let (mut stalled, stalled_id) = fixture.visit_raw().await;
+        let (mut other, other_id) = fixture.visit().await;
         for id in [stalled_id, other_id] {
-            office.hub.join(id, "both").await.unwrap();
+            fixture.hub.join(id, "both").await.unwrap();
         }
-        office.hub.join(stalled_id, "alone").await.unwrap();
+        fixture.hub.join(stalled_id, "alone").await.unwrap();
         let (mut rounds, mut losses) = (0, 0);
-        while office.hub.len() == 2 {
+        while fixture.hub.len() == 2 {
             assert!(rounds < MANY, "nobody ends it");
             let message = numbered(rounds, MESSAGE_BYTES);
-            let target = office.hub.to_group("both");
+            let target = fixture.hub.to_group("both");
             let hearing = all_hear(std::slice::from_mut(&mut other), &message);
             let both = async { tokio::join!(target.deliver(&message), hearing).0 };
             let receipt = soon(both).await.unwrap();
@@ -206,9 +206,9 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
             rounds += 1;
         }
         assert_eq!(losses, u64::from(MAX_DROPS), "each loss in a row counts, none before");
-        assert_eq!(office.ended().await, (stalled_id, CloseReason::TooManyDrops));
-        assert_eq!(office.ledger.drops(stalled_id), losses, "the hub was told before the end");
-        let left = (office.hub.group_len("both"), office.hub.group_len("alone"), office.hub.group_count());
+        assert_eq!(fixture.ended().await, (stalled_id, CloseReason::TooManyDrops));
+        assert_eq!(fixture.ledger.drops(stalled_id), losses, "the hub was told before the end");
+        let left = (fixture.hub.group_len("both"), fixture.hub.group_len("alone"), fixture.hub.group_count());
         assert_eq!(left, (1, 0, 1));
         // What the kernel had is whole and in one piece, then it is told why.
         let (texts, code) = stalled.rest().await;
@@ -216,18 +216,18 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
         assert!(texts.iter().map(|text| number_of(text)).eq(0..texts.len()));
         let (own, written) = (texts.len() as u64 + 1, rounds as u64 + 1);
         drop(stalled);
-        eventually(1, || office.engine.connection_count()).await;
+        eventually(1, || fixture.engine.connection_count()).await;
         eventually((own + written, losses, 1, 0), || {
-            let all = office.engine.metrics();
+            let all = fixture.engine.metrics();
             (all.tally.written, all.tally.dropped.total(), all.ended_slow, all.tally.pending())
         })
         .await;
-        let all = office.engine.metrics();
+        let all = fixture.engine.metrics();
         assert!(all.tally.discarded >= OUTBOX_FRAMES as u64 - 1, "{all:?}");
         assert_eq!(all.tally.offered, all.tally.written + losses + all.tally.discarded, "{all:?}");
         other.say("me still here").await;
         other.hears(&["still here"]).await;
-        assert_eq!(office.others_ended(), []);
+        assert_eq!(fixture.others_ended(), []);
     }
 }
 
@@ -235,88 +235,88 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_answers_is_not() {
-    let mut office = Office::open(1, beating(HIGH_RTT)).await;
-    let (mut prompt, prompt_id) = office.visit_raw().await;
-    let (mut late, late_id) = office.visit_raw().await;
+    let mut fixture = HubFixture::open(1, beating(HIGH_RTT)).await;
+    let (mut prompt, prompt_id) = fixture.visit_raw().await;
+    let (mut late, late_id) = fixture.visit_raw().await;
     let nonce = prompt.is_pinged().await;
     prompt.says(&frame(FIN | PONG, &nonce)).await;
     prompt.says(&text("me answered")).await;
     assert_eq!(prompt.hears_text().await, "answered");
     let nonce = late.is_pinged().await;
     tokio::time::sleep(ms(1100)).await; // this has to pass
-    assert_eq!(office.hub.len(), 2, "no answer is no slow answer");
+    assert_eq!(fixture.hub.len(), 2, "no answer is no slow answer");
     late.says(&frame(FIN | PONG, &nonce)).await;
-    assert_eq!(office.ended().await, (late_id, CloseReason::HighRtt));
+    assert_eq!(fixture.ended().await, (late_id, CloseReason::HighRtt));
     assert_eq!(late.close_code().await, Some(1013));
     drop(late);
-    eventually(1, || office.engine.connection_count()).await;
-    assert_eq!(office.engine.metrics().ended_slow, 1);
-    assert!(office.counted(prompt_id).await.rtt.last.is_some());
-    assert_eq!(office.others_ended(), []);
+    eventually(1, || fixture.engine.connection_count()).await;
+    assert_eq!(fixture.engine.metrics().ended_slow, 1);
+    assert!(fixture.counted(prompt_id).await.rtt.last.is_some());
+    assert_eq!(fixture.others_ended(), []);
 }
 
 /// A hub whose peers must answer soon, and a neighbour of theirs on the same shard, at another hub that is patient.
-async fn impatient(pong_timeout: Duration) -> (Office, Server, Peer) {
+async fn impatient(pong_timeout: Duration) -> (HubFixture, Server, Peer) {
     let config = WsHubConfig {
         pong_timeout,
         close_timeout: ms(100),
         outbox_frames: OUTBOX_FRAMES,
         ..beating(BroadcastPolicy::Block)
     };
-    let office = Office::open(1, config).await;
-    let neighbours = Server::start(desk_app(office.engine.hub(WsHubConfig::default()).unwrap())).await;
+    let fixture = HubFixture::open(1, config).await;
+    let neighbours = Server::start(desk_app(fixture.engine.hub(WsHubConfig::default()).unwrap())).await;
     let (neighbour, _) = visit(&neighbours.url("/ws")).await;
-    (office, neighbours, neighbour)
+    (fixture, neighbours, neighbour)
 }
 
 #[tokio::test]
 async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
-    let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
-    let (mut silent, id) = office.visit_raw().await;
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
-    assert_eq!((office.hub.len(), office.hub.group_count()), (0, 0));
+    let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
+    let (mut silent, id) = fixture.visit_raw().await;
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
+    assert_eq!((fixture.hub.len(), fixture.hub.group_count()), (0, 0));
     silent.is_pinged().await;
     assert_eq!(
         silent.frame().await,
         Some((CLOSE, [&1011u16.to_be_bytes()[..], b"no pong in time"].concat()))
     );
     assert_eq!(silent.frame().await, None);
-    eventually(1, || office.engine.connection_count()).await;
+    eventually(1, || fixture.engine.connection_count()).await;
     neighbour.say("undisturbed").await;
     neighbour.hears(&["undisturbed"]).await;
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.others_ended(), []);
 }
 
 #[tokio::test]
 async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy() {
-    let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
-    let (mut silent, id) = office.visit_raw().await;
+    let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
+    let (mut silent, id) = fixture.visit_raw().await;
     silent.says(&text("wait")).await;
     // It leaves the hub, though its handler is still at it and is told later.
-    eventually(0, || office.hub.len()).await;
+    eventually(0, || fixture.hub.len()).await;
     assert_eq!(silent.close_code().await, Some(1011));
     neighbour.say("undisturbed").await;
     neighbour.hears(&["undisturbed"]).await;
-    assert_eq!(office.others_ended(), [], "its handler is not interrupted");
-    assert_eq!(office.engine.connection_count(), 2, "so something of it is still there");
-    office.ledger.permits.add_permits(1);
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
-    eventually(1, || office.engine.connection_count()).await;
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.others_ended(), [], "its handler is not interrupted");
+    assert_eq!(fixture.engine.connection_count(), 2, "so something of it is still there");
+    fixture.ledger.permits.add_permits(1);
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
+    eventually(1, || fixture.engine.connection_count()).await;
+    assert_eq!(fixture.others_ended(), []);
 }
 
 #[tokio::test]
 async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() {
-    let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
-    let (_silent, id) = office.visit_raw().await;
+    let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
+    let (_silent, id) = fixture.visit_raw().await;
     for round in 0..60 {
-        office.hub.to_all().try_publish(&numbered(round, MESSAGE_BYTES)).unwrap();
+        fixture.hub.to_all().try_publish(&numbered(round, MESSAGE_BYTES)).unwrap();
     }
     let waiting = {
-        let hub = office.hub.clone();
+        let hub = fixture.hub.clone();
         tokio::spawn(async move { hub.to_all().deliver(&numbered(60, MESSAGE_BYTES)).await.unwrap() })
     };
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
     let receipt = soon(waiting).await.unwrap();
     assert_eq!(
         (receipt.targets, receipt.waited, receipt.disconnected),
@@ -324,15 +324,15 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
         "who waited for it goes on"
     );
     // It does not even read the Close, and is dropped after its time.
-    eventually(1, || office.engine.connection_count()).await;
+    eventually(1, || fixture.engine.connection_count()).await;
     eventually((62 + 1, 0), || {
-        let all = office.engine.metrics();
+        let all = fixture.engine.metrics();
         (all.tally.written + all.tally.discarded, all.tally.pending())
     })
     .await;
     neighbour.say("undisturbed").await;
     neighbour.hears(&["undisturbed"]).await;
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.others_ended(), []);
 }
 
 #[tokio::test]
@@ -344,10 +344,10 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
         pong_timeout: ms(1000),
         ..WsHubConfig::default()
     };
-    let mut office = Office::open(1, config).await;
+    let mut fixture = HubFixture::open(1, config).await;
     // Its pings are answered where nobody listens to it meanwhile.
-    let (mut neighbour, _) = office.visit().await;
-    let (flooder, id) = office.visit_raw().await;
+    let (mut neighbour, _) = fixture.visit().await;
+    let (flooder, id) = fixture.visit_raw().await;
     let flood = text(&format!("all {}", "x".repeat(1000))).repeat(100);
     let flooding = tokio::spawn(async move {
         let mut at = 0;
@@ -370,7 +370,7 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
             neighbour.hear().await;
         }
     });
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
     soon(flooding).await.unwrap();
     listening.abort();
 }
@@ -378,27 +378,27 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
 #[tokio::test]
 async fn pongs_that_answer_nothing_keep_no_peer_alive() {
     // Such that no pause of a busy machine is as long: it is the wrong words that must not count.
-    let (mut office, _neighbours, _neighbour) = impatient(ms(1000)).await;
-    let (mut liar, id) = office.visit_raw().await;
+    let (mut fixture, _neighbours, _neighbour) = impatient(ms(1000)).await;
+    let (mut liar, id) = fixture.visit_raw().await;
     let mut nonce = liar.is_pinged().await;
     nonce[0] ^= 1;
     // It talks all the time, and would live if its words counted.
     let began = Instant::now();
-    while office.hub.len() == 1 {
+    while fixture.hub.len() == 1 {
         for payload in [&nonce[..], b"", &[0; 8], &[0xff; 8], &nonce[..7]] {
             let _ = liar.stream.try_write(&frame(FIN | PONG, payload)); // its end may have come
         }
         assert!(began.elapsed() < PATIENCE, "it lives on lies");
         tokio::time::sleep(ms(50)).await;
     }
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
     assert_eq!(liar.close_code().await, Some(1011));
 }
 
 #[tokio::test]
 async fn pongs_that_answer_nothing_count_for_no_round_trip() {
-    let office = Office::open(1, beating(BroadcastPolicy::Block)).await;
-    let (mut raw, id) = office.visit_raw().await;
+    let fixture = HubFixture::open(1, beating(BroadcastPolicy::Block)).await;
+    let (mut raw, id) = fixture.visit_raw().await;
     let echo = async |raw: &mut Raw| {
         raw.says(&text("so far")).await;
         assert_eq!(raw.hears_text().await, "so far", "and all before it was read, too");
@@ -410,16 +410,16 @@ async fn pongs_that_answer_nothing_count_for_no_round_trip() {
         raw.says(&frame(FIN | PONG, payload)).await;
     }
     echo(&mut raw).await;
-    assert_eq!(office.counted(id).await.rtt.last, None, "wrong ones do not count");
+    assert_eq!(fixture.counted(id).await.rtt.last, None, "wrong ones do not count");
     raw.says(&frame(FIN | PONG, &nonce)).await;
     echo(&mut raw).await;
-    let rtt = office.counted(id).await.rtt;
+    let rtt = fixture.counted(id).await.rtt;
     assert!(rtt.last.is_some() && rtt.average == rtt.last);
     for _ in 0..10 {
         raw.says(&frame(FIN | PONG, &nonce)).await;
     }
     echo(&mut raw).await;
-    assert_eq!(office.counted(id).await.rtt, rtt, "the same answer once more does not count");
+    assert_eq!(fixture.counted(id).await.rtt, rtt, "the same answer once more does not count");
 }
 
 // ---- resets
@@ -439,18 +439,18 @@ fn until_number(mut peer: Peer, last: usize) -> JoinHandle<(Vec<usize>, Peer)> {
 async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobody() {
     const RUDE: usize = 8;
     const LAST: usize = usize::MAX;
-    let mut office = Office::open(2, WsHubConfig::default()).await;
+    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let mut readers = Vec::new();
     for _ in 0..4 {
-        let (peer, id) = office.visit().await;
-        office.hub.join(id, "stayers").await.unwrap();
+        let (peer, id) = fixture.visit().await;
+        fixture.hub.join(id, "stayers").await.unwrap();
         readers.push(until_number(peer, LAST));
     }
     let mut rude = Vec::new();
     for number in 0..RUDE {
-        let (raw, id) = office.visit_raw().await;
-        office.hub.join(id, "goers").await.unwrap();
-        office.hub.join(id, &format!("alone {number}")).await.unwrap();
+        let (raw, id) = fixture.visit_raw().await;
+        fixture.hub.join(id, "goers").await.unwrap();
+        fixture.hub.join(id, &format!("alone {number}")).await.unwrap();
         rude.push((raw, id));
     }
     let mut ids: Vec<ConnectionId> = rude.iter().map(|(_, id)| *id).collect();
@@ -468,26 +468,26 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
         });
     }
     let mut round = 0;
-    while !resets.is_empty() || office.hub.len() > 4 {
+    while !resets.is_empty() || fixture.hub.len() > 4 {
         assert!(round < MANY, "nobody notices");
-        soon(office.hub.to_all().publish(&numbered(round, MESSAGE_BYTES))).await.unwrap();
+        soon(fixture.hub.to_all().publish(&numbered(round, MESSAGE_BYTES))).await.unwrap();
         round += 1;
         while let Some(reset) = resets.try_join_next() {
             reset.unwrap();
         }
     }
-    soon(office.hub.to_all().publish(&numbered(LAST, 30))).await.unwrap();
+    soon(fixture.hub.to_all().publish(&numbered(LAST, 30))).await.unwrap();
     for reader in readers {
         let (heard, _peer) = soon(reader).await.unwrap();
         assert!(heard.iter().copied().eq((0..round).chain([LAST])), "everything, in order");
     }
     for _ in 0..RUDE {
-        let (id, reason) = office.ended().await;
+        let (id, reason) = fixture.ended().await;
         let place = ids.iter().position(|other| *other == id).expect("it has not ended before");
         ids.remove(place);
         assert!(matches!(reason, CloseReason::Transport(_) | CloseReason::Vanished), "{reason:?}");
     }
-    eventually(0, || office.hub.group_len("goers")).await;
+    eventually(0, || fixture.hub.group_len("goers")).await;
 }
 
 // ---- floods
@@ -500,37 +500,38 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
         heartbeat_interval: DAY,
         ..WsHubConfig::default()
     };
-    let mut office = Office::open(1, config).await;
-    let (mut other, _) = office.visit().await;
-    let (mut modest, _) = office.visit_raw().await;
+    let mut fixture = HubFixture::open(1, config).await;
+    let (mut other, _) = fixture.visit().await;
+    let (mut modest, _) = fixture.visit_raw().await;
     modest.says(&frame(FIN | PING, b"ping").repeat(LIMIT)).await;
     for _ in 0..LIMIT {
         assert_eq!(modest.frame().await, Some((PONG, b"ping".to_vec())));
     }
     // Small enough to be read at once, so that it all falls into one second.
     for opcode in [PING, PONG] {
-        let (mut flooder, id) = office.visit_raw().await;
+        let (mut flooder, id) = fixture.visit_raw().await;
         flooder.says(&frame(FIN | opcode, b"ping").repeat(LIMIT * 3)).await;
         let answered = if opcode == PING { LIMIT } else { 0 };
         for _ in 0..answered {
             assert_eq!(flooder.frame().await, Some((PONG, b"ping".to_vec())));
         }
         assert_eq!(flooder.close_code().await, Some(1008));
-        assert_eq!(office.ended().await, (id, CloseReason::ControlFlood));
+        assert_eq!(fixture.ended().await, (id, CloseReason::ControlFlood));
     }
     modest.says(&text("me still here")).await;
     assert_eq!(modest.hears().await, (TEXT, b"still here".to_vec()));
     other.say("me still here").await;
     other.hears(&["still here"]).await;
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.others_ended(), []);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is_busy() {
     const ATTEMPTS_IN_VAIN: usize = 50;
-    let mut office = Office::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
-    let (mut other, _) = office.visit().await;
-    let mut flooder = Raw::connect(office.server.address).await;
+    let mut fixture =
+        HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+    let (mut other, _) = fixture.visit().await;
+    let mut flooder = Raw::connect(fixture.server.address).await;
     let id: ConnectionId = flooder.hears_text().await.parse().unwrap();
     SockRef::from(&flooder.stream).set_send_buffer_size(16 << 10).unwrap();
     flooder.says(&text("wait")).await;
@@ -549,8 +550,8 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
         }
         assert!(sent < 16 << 20, "everything is read, although nothing is handled");
     }
-    assert_eq!(office.counted(id).await.tally.received, 1, "the one that its handler is at");
-    office.ledger.permits.add_permits(1);
+    assert_eq!(fixture.counted(id).await.tally.received, 1, "the one that its handler is at");
+    fixture.ledger.permits.add_permits(1);
     assert_eq!(flooder.hears_text().await, "waited");
     other.hears(&["waited"]).await;
     // All that was sent is handled, in whole messages, none twice.
@@ -567,7 +568,7 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
     assert_eq!(flooder.hears_text().await, "over");
     other.say("me served").await;
     other.hears(&["served"]).await;
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.others_ended(), []);
 }
 
 // ---- many drops
