@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use fixture::hub_fixture::{HubFixture, numbered};
 use fixture::raw::{BINARY, CLOSE, FIN, PING, PONG, frame, text};
-use fixture::{Peer, Server, desk_app, eventually, soon, visit};
+use fixture::{Peer, Server, command_app, eventually, soon, visit};
 use shardcast::{
     BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, PublishError,
     Shutdown, ShutdownReport, WsHubConfig,
@@ -342,7 +342,7 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
         ..EngineConfig::default()
     };
     let engine = Engine::start(config).unwrap();
-    let server = Server::start_with_addresses(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    let server = Server::start_with_addresses(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
     let (first, _) = visit(&server.url("/ws")).await;
     let (mut second, _) = visit(&server.url("/ws")).await;
     let refused = async |from| {

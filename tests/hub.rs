@@ -16,7 +16,7 @@ use axum::extract::{Path, State};
 use axum::response::{Html, IntoResponse as _, Response};
 use axum::routing::{any, get};
 use bytes::Bytes;
-use fixture::{Desk, OnRuntime, Peer, Server, desk_app, engine, eventually, soon, visit};
+use fixture::{CommandHub, OnRuntime, Peer, Server, command_app, engine, eventually, soon, visit};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseCode, CloseReason, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub,
@@ -36,7 +36,7 @@ async fn an_engine_is_built_from_json_and_runs() {
     assert_eq!(config, EngineConfig { shards: Some(3), pin: false, ..EngineConfig::default() });
     let engine = Engine::start(config).unwrap();
     assert_eq!(engine.shard_count(), 3);
-    let server = Server::start(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    let server = Server::start(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
     let mut shards = Vec::new();
     let mut peers = Vec::new();
     for _ in 0..3 {
@@ -74,9 +74,9 @@ fn a_config_with_a_mistake_says_which_field_and_what_it_may_be() {
 #[tokio::test]
 async fn dropping_the_last_handle_ends_the_engine_and_clients_see_1001() {
     let engine = engine(2);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let clients = hub.clients().clone();
-    let server = Server::start(desk_app(hub)).await;
+    let server = Server::start(command_app(hub)).await;
     let mut peers = Vec::new();
     for _ in 0..4 {
         peers.push(visit(&server.url("/ws")).await.0);
@@ -101,9 +101,9 @@ async fn dropping_the_last_handle_ends_the_engine_and_clients_see_1001() {
 #[tokio::test]
 async fn hubs_on_one_engine_do_not_hear_each_other() {
     let engine = engine(2);
-    let [red, blue] = [(); 2].map(|()| engine.hub::<Desk>(WsHubConfig::default()).unwrap());
+    let [red, blue] = [(); 2].map(|()| engine.hub::<CommandHub>(WsHubConfig::default()).unwrap());
     let (at_red, at_blue) =
-        (Server::start(desk_app(red.clone())).await, Server::start(desk_app(blue.clone())).await);
+        (Server::start(command_app(red.clone())).await, Server::start(command_app(blue.clone())).await);
     let (mut ada, ada_id) = visit(&at_red.url("/ws")).await;
     let (mut bob, bob_id) = visit(&at_blue.url("/ws")).await;
     let (mut cyd, cyd_id) = visit(&at_blue.url("/ws")).await;
@@ -138,8 +138,8 @@ async fn hubs_on_one_engine_do_not_hear_each_other() {
 
 #[tokio::test]
 async fn an_id_that_nobody_ever_had_reaches_nobody() {
-    let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
     let (peer, id) = visit(&server.url("/ws")).await;
     peer.leave().await;
     eventually(0, || hub.len()).await;
@@ -158,8 +158,8 @@ async fn an_id_that_nobody_ever_had_reaches_nobody() {
 
 #[tokio::test]
 async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
-    let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
     assert_eq!(hub.to_all().deliver(&"nobody is here".to_owned()).await.unwrap().targets, 0);
     let (mut ada, ada_id) = visit(&server.url("/ws")).await;
     let (mut bob, bob_id) = visit(&server.url("/ws")).await;
@@ -262,7 +262,7 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
 async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leave() {
     let config = EngineConfig { shards: Some(2), pin: false, max_connections: 2, ..EngineConfig::default() };
     let engine = Engine::start(config).unwrap();
-    let server = Server::start(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    let server = Server::start(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
     let first = visit(&server.url("/ws")).await.0;
     let (mut second, _) = visit(&server.url("/ws")).await;
     for _ in 0..3 {
@@ -291,9 +291,9 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
 
 #[tokio::test]
 async fn the_subprotocol_is_the_servers_choice_among_the_clients() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<Desk>>| {
-        ws.protocols(["chat.v2", "chat.v1"]).serve(&hub, Desk)
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<CommandHub>>| {
+        ws.protocols(["chat.v2", "chat.v1"]).serve(&hub, CommandHub)
     };
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
     let offer = [("sec-websocket-protocol", "soap, chat.v1, chat.v2")];
@@ -306,10 +306,10 @@ async fn the_subprotocol_is_the_servers_choice_among_the_clients() {
 
 #[tokio::test]
 async fn one_route_serves_a_page_and_a_hub() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let app = async |ws: Option<WebSocketUpgrade>, State(hub): State<Hub<Desk>>| -> Response {
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let app = async |ws: Option<WebSocketUpgrade>, State(hub): State<Hub<CommandHub>>| -> Response {
         match ws {
-            Some(ws) => ws.serve(&hub, Desk).into_response(),
+            Some(ws) => ws.serve(&hub, CommandHub).into_response(),
             None => Html("<h1>a page</h1>").into_response(),
         }
     };
@@ -512,7 +512,7 @@ async fn serve_hub_with_an_impossible_config_closes_the_connection_and_returns()
     let serve = async move |ws: WebSocketUpgrade| {
         ws.on_upgrade(async move |socket| {
             let config = WsHubConfig { outbox_frames: 0, ..WsHubConfig::default() };
-            serve_hub(socket, Desk, &config).await;
+            serve_hub(socket, CommandHub, &config).await;
             returns.send(()).unwrap();
         })
     };
@@ -596,8 +596,8 @@ async fn a_raw_hub_passes_text_as_text_and_binary_as_binary() {
 
 #[tokio::test]
 async fn disconnect_tells_the_client_its_code_and_reason_after_what_was_sent_before() {
-    let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
     let (ada, ada_id) = visit(&server.url("/ws")).await;
     let (mut bob, bob_id) = visit(&server.url("/ws")).await;
     let (mut cyd, _) = visit(&server.url("/ws")).await;
@@ -790,8 +790,8 @@ async fn a_hub_that_keeps_its_context_is_dropped_with_its_connection_all_the_sam
 
 #[tokio::test]
 async fn what_a_connection_has_counted_can_be_asked_for() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
     let (mut peer, id): (_, ConnectionId) = visit(&server.url("/ws")).await;
     for _ in 0..5 {
         peer.say("me x").await;
@@ -833,14 +833,15 @@ async fn every_connection_of_a_route_may_have_a_hub_value_of_its_own() {
 
 #[tokio::test]
 async fn one_connection_of_a_hub_may_have_settings_of_its_own() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let short: Arc<WsHubConfig> = Arc::new(WsHubConfig { max_message_bytes: 10, ..WsHubConfig::default() });
-    let app = async move |ws: WebSocketUpgrade, Path(length): Path<String>, State(hub): State<Hub<Desk>>| {
-        match length.as_str() {
-            "short" => ws.serve(&hub, Desk).config(short.clone()),
-            _ => ws.serve(&hub, Desk),
-        }
-    };
+    let app =
+        async move |ws: WebSocketUpgrade, Path(length): Path<String>, State(hub): State<Hub<CommandHub>>| {
+            match length.as_str() {
+                "short" => ws.serve(&hub, CommandHub).config(short.clone()),
+                _ => ws.serve(&hub, CommandHub),
+            }
+        };
     let server = Server::start(Router::new().route("/{length}", any(app)).with_state(hub.clone())).await;
     let (mut limited, _) = visit(&server.url("/short")).await;
     let (mut other, _) = visit(&server.url("/long")).await;
@@ -859,9 +860,9 @@ async fn one_connection_of_a_hub_may_have_settings_of_its_own() {
 #[tokio::test]
 async fn a_connection_s_setting_out_of_range_is_a_500_that_names_it() {
     let engine = engine(1);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
-    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<Desk>>| {
-        ws.serve(&hub, Desk).config(WsHubConfig { outbox_frames: 0, ..WsHubConfig::default() })
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<CommandHub>>| {
+        ws.serve(&hub, CommandHub).config(WsHubConfig { outbox_frames: 0, ..WsHubConfig::default() })
     };
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
     let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await;

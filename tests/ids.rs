@@ -9,7 +9,7 @@ mod fixture;
 use std::io;
 use std::time::Instant;
 
-use fixture::{Desk, Server, desk_app, engine, visit};
+use fixture::{CommandHub, Server, command_app, engine, visit};
 use shardcast::WsHubConfig;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
@@ -32,8 +32,8 @@ async fn a_text_that_is_no_id_excludes_nobody_and_is_logged_once_in_a_second() {
     const MESSAGES: usize = 200;
     let (sender, mut lines) = unbounded_channel();
     tracing_subscriber::fmt().with_ansi(false).with_writer(move || Log(sender.clone())).init();
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub)).await;
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub)).await;
     let (mut ada, ada_id) = visit(&server.url("/ws")).await;
     let (mut bob, _) = visit(&server.url("/ws")).await;
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::serve::Listener;
-use fixture::{Desk, Peer, desk_app, engine, soon};
+use fixture::{CommandHub, Peer, command_app, engine, soon};
 use shardcast::WsHubConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, rustls, server};
@@ -93,11 +93,11 @@ impl Famine {
 
 #[tokio::test]
 async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let (acceptor, connector) = tls();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let app = desk_app(hub.clone());
+    let app = command_app(hub.clone());
     let server = TlsListener { listener, acceptor };
     tokio::spawn(async move { axum::serve(server, app).await.unwrap() });
     let connect = async || {

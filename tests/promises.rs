@@ -16,7 +16,9 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Path;
 use axum::routing::any;
-use fixture::{Desk, OnRuntime, Peer, Server, desk_app, engine, eventually, soon, visit, visit_amid};
+use fixture::{
+    CommandHub, OnRuntime, Peer, Server, command_app, engine, eventually, soon, visit, visit_amid,
+};
 use shardcast::{
     CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
@@ -29,8 +31,8 @@ use tokio_tungstenite::tungstenite::Message;
 
 const SHARDS: usize = 3;
 
-fn desk(shards: usize) -> Hub<Desk> {
-    engine(shards).hub::<Desk>(WsHubConfig::default()).unwrap()
+fn command_hub(shards: usize) -> Hub<CommandHub> {
+    engine(shards).hub::<CommandHub>(WsHubConfig::default()).unwrap()
 }
 
 /// Reads in the background up to `last`, then leaves.
@@ -58,8 +60,8 @@ fn is_subsequence(part: &[String], whole: &[String]) -> bool {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() {
     const EACH: usize = 150;
-    let hub = desk(SHARDS);
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = command_hub(SHARDS);
+    let server = Server::start(command_app(hub.clone())).await;
     let url = server.url("/ws");
     // Everybody is in "all"; a third each in "red", "blue" and both.
     let mut readers = Vec::new();
@@ -268,8 +270,8 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones_do_not() {
     const ROUNDS: usize = 200;
-    let hub = desk(SHARDS);
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = command_hub(SHARDS);
+    let server = Server::start(command_app(hub.clone())).await;
     let (other, other_id) = visit(&server.url("/ws")).await;
     hub.join(other_id, "room").await.unwrap();
     let other = until(other, "done");
@@ -332,8 +334,8 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
     // One shard, so that they share everything.
     let engine = engine(1);
     let config = WsHubConfig { outbox_frames: 8, outbox_bytes: 64 << 10, ..WsHubConfig::default() };
-    let hub = engine.hub::<Desk>(config).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = engine.hub::<CommandHub>(config).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
     let (stalled, stalled_id) = visit(&server.url("/ws")).await;
     let (mut ada, ada_id) = visit(&server.url("/ws")).await;
     let (mut bob, bob_id) = visit(&server.url("/ws")).await;
@@ -380,8 +382,8 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_those_written_arrive() {
     let engine = engine(SHARDS);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
     let url = server.url("/ws");
 
     // Those who read to the end have received what was written to them.

@@ -15,7 +15,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
-use fixture::{Desk, Peer, Server, desk_app, engine, soon, visit};
+use fixture::{CommandHub, Peer, Server, command_app, engine, soon, visit};
 use serde::{Serialize, Serializer};
 use shardcast::{
     BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, PublishError, Refusal,
@@ -162,7 +162,7 @@ async fn a_full_log_gives_the_message_back_encoded() {
 #[tokio::test]
 async fn an_engine_that_has_ended_says_so_and_gives_the_message_back() {
     let engine = engine(1);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let prepared = hub.prepare(&"late".to_owned()).unwrap();
     soon(engine.shutdown(Duration::from_secs(5))).await;
     let refused = hub.to_all().try_publish_prepared(&prepared).unwrap_err();
@@ -183,8 +183,8 @@ async fn a_message_that_was_prepared_for_another_codec_reaches_nobody() {
     }
     let engine = engine(1);
     let json = engine.hub::<InJson>(WsHubConfig::default()).unwrap();
-    let [hub, same_codec] = [(); 2].map(|()| engine.hub::<Desk>(WsHubConfig::default()).unwrap());
-    let server = Server::start(desk_app(hub.clone())).await;
+    let [hub, same_codec] = [(); 2].map(|()| engine.hub::<CommandHub>(WsHubConfig::default()).unwrap());
+    let server = Server::start(command_app(hub.clone())).await;
     let (mut peer, id) = visit(&server.url("/ws")).await;
 
     let prepared = json.prepare(&"in quotes".to_owned()).unwrap();
@@ -203,7 +203,7 @@ async fn a_message_that_was_prepared_for_another_codec_reaches_nobody() {
 
 #[tokio::test]
 async fn a_policy_out_of_range_is_refused_where_it_is_given() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let policy = BroadcastPolicy::DropMessage { timeout: Duration::from_secs(3601) };
     assert_eq!(hub.to_all().policy(policy).unwrap_err().field, "timeout");
 }

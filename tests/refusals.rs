@@ -17,7 +17,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
-use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
+use fixture::{CommandHub, Peer, Server, command_app, engine, eventually, soon, visit};
 use shardcast::{
     Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, Serve, ServeError, TrustedProxies,
     WebSocketUpgrade, WsHub, WsHubConfig, serve_hub,
@@ -249,8 +249,8 @@ async fn compressed(response: Response) -> Response {
 
 #[tokio::test]
 async fn a_middleware_that_touches_head_or_body_of_a_101_does_not_cost_the_connection() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let plain = || desk_app(hub.clone());
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let plain = || command_app(hub.clone());
     let apps = [
         ("wrapped", plain().layer(map_response(async |response: Response| response.map(Body::new)))),
         ("buffered", plain().layer(map_response(buffered))),
@@ -297,12 +297,15 @@ async fn a_middleware_that_touches_head_or_body_of_a_101_does_not_cost_the_conne
 }
 
 /// A route that hands over what the handshake has left, and tells what became of that.
-fn by_hand(hub: Hub<Desk>, may_go_on: watch::Receiver<bool>) -> (Router, mpsc::UnboundedReceiver<Outcome>) {
+fn by_hand(
+    hub: Hub<CommandHub>,
+    may_go_on: watch::Receiver<bool>,
+) -> (Router, mpsc::UnboundedReceiver<Outcome>) {
     let (outcomes, outcome) = mpsc::unbounded_channel();
     let serve = async move |ws: WebSocketUpgrade| {
         ws.on_upgrade(async move |socket| {
             may_go_on.clone().wait_for(|may| *may).await.unwrap();
-            outcomes.send(hub.serve(socket, Desk).await).unwrap();
+            outcomes.send(hub.serve(socket, CommandHub).await).unwrap();
         })
     };
     (Router::new().route("/ws", any(serve)), outcome)
@@ -328,7 +331,7 @@ async fn a_client_without_a_place_after_its_handshake_is_told_to_come_back_later
 #[tokio::test]
 async fn a_client_whose_handshake_ends_in_a_shutdown_is_told_that_the_server_goes() {
     let engine = limited(EngineConfig::default());
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let (go, may_go_on) = watch::channel(false);
     let (app, mut outcome) = by_hand(hub.clone(), may_go_on.clone());
     // And one that has its place, but whose answer comes late.
@@ -341,7 +344,7 @@ async fn a_client_whose_handshake_ends_in_a_shutdown_is_told_that_the_server_goe
             response
         }
     });
-    let server = Server::start(app.nest("/late", desk_app(hub).layer(hold))).await;
+    let server = Server::start(app.nest("/late", command_app(hub).layer(hold))).await;
     let by_hand = Peer::connect(server.url("/ws")).await;
     let late = tokio::spawn(Peer::connect(server.url("/late/ws")));
     soon(is_held.recv()).await.unwrap();
@@ -370,7 +373,7 @@ async fn a_websocket_that_an_application_drops_or_cannot_serve_ends_with_a_close
         .route(
             "/bad-config",
             any(async move |ws: WebSocketUpgrade| {
-                ws.on_upgrade(async move |socket| serve_hub(socket, Desk, &bad).await)
+                ws.on_upgrade(async move |socket| serve_hub(socket, CommandHub, &bad).await)
             }),
         );
     let server = Server::start(app).await;
@@ -417,7 +420,7 @@ async fn a_limit_by_address_that_sees_no_address_says_so_once_and_holds_all_the_
     let (_guard, logged) = logged();
     let engine = by_address(1);
     // As the README's shortest program does it, without connect info.
-    let server = Server::start(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    let server = Server::start(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
     let (first, _) = visit(&server.url("/ws")).await;
     for _ in 0..3 {
         assert_eq!(Peer::connect(server.url("/ws")).await.closed().await.0, 1013);
@@ -436,10 +439,11 @@ async fn a_limit_by_address_sees_through_trusted_proxies_and_through_nobody_else
         ("127.0.0.0/8", "forwarded", false), // not what these proxies write
     ] {
         let engine = by_address(1);
-        let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+        let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
         let proxies = TrustedProxies::x_forwarded_for([trusted]).unwrap();
-        let serve =
-            async move |ws: WebSocketUpgrade| ws.trusted_proxies(&proxies).serve(&hub, Desk).into_response();
+        let serve = async move |ws: WebSocketUpgrade| {
+            ws.trusted_proxies(&proxies).serve(&hub, CommandHub).into_response()
+        };
         let server = Server::start_with_addresses(Router::new().route("/ws", any(serve))).await;
         let connect = async |client: &str| {
             let value = if header == "forwarded" { format!("for={client}") } else { client.to_owned() };

@@ -15,7 +15,7 @@ mod fixture;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use fixture::{Desk, Peer, Server, desk_app, engine, soon, visit};
+use fixture::{CommandHub, Peer, Server, command_app, engine, soon, visit};
 use shardcast::{WsHub, WsHubConfig};
 use tokio::sync::mpsc;
 
@@ -344,8 +344,8 @@ async fn every_call_of_the_context_reaches_whom_it_names_and_nobody_twice() {
 
 #[tokio::test]
 async fn ids_leave_out_those_who_bear_them_and_groups_reach_their_members_once() {
-    let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub)).await;
+    let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub)).await;
     let url = server.url("/ws");
     let ((mut ada, ada_id), (mut bob, bob_id), (mut cyd, _)) =
         (visit(&url).await, visit(&url).await, visit(&url).await);
@@ -426,7 +426,7 @@ mod policies {
 fn every_policy_of_the_readme_makes_a_hub() {
     for config in policies::configs() {
         assert_eq!(config.validate(), Ok(()));
-        assert!(engine(1).hub::<Desk>(config).is_ok());
+        assert!(engine(1).hub::<CommandHub>(config).is_ok());
     }
 }
 

@@ -14,7 +14,7 @@ use axum::routing::any;
 use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::program::{Running, fanout};
 use fixture::raw::Raw;
-use fixture::{Desk, Peer, desk_app, engine, eventually, soon, visit};
+use fixture::{CommandHub, Peer, command_app, engine, eventually, soon, visit};
 use futures_util::{SinkExt as _, poll};
 use serde_json::{Value, json};
 use shardcast::{
@@ -420,12 +420,12 @@ async fn a_client_whose_hub_has_lost_its_runtime_is_told_1011() {
 #[tokio::test]
 async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() {
     let engine = engine(2);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = oneshot::channel::<()>();
     let (tell, told) = oneshot::channel();
-    let (app, ending) = (desk_app(hub.clone()), engine.clone());
+    let (app, ending) = (command_app(hub.clone()), engine.clone());
     let serving = tokio::spawn(async move {
         let signal = async move {
             stopped.await.unwrap();

@@ -16,7 +16,7 @@ use axum::Router;
 use axum::routing::any;
 use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
-use fixture::{OnRuntime, PATIENCE, Peer, Server, desk_app, engine, eventually, soon, visit};
+use fixture::{OnRuntime, PATIENCE, Peer, Server, command_app, engine, eventually, soon, visit};
 use shardcast::{
     BroadcastPolicy, CloseReason, ConnectionId, DropCause, Dropped, HubContext, RawCodec, Receipt, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
@@ -264,7 +264,7 @@ async fn impatient(pong_timeout: Duration) -> (HubFixture, Server, Peer) {
         ..beating(BroadcastPolicy::Block)
     };
     let fixture = HubFixture::open(1, config).await;
-    let neighbours = Server::start(desk_app(fixture.engine.hub(WsHubConfig::default()).unwrap())).await;
+    let neighbours = Server::start(command_app(fixture.engine.hub(WsHubConfig::default()).unwrap())).await;
     let (neighbour, _) = visit(&neighbours.url("/ws")).await;
     (fixture, neighbours, neighbour)
 }

@@ -16,7 +16,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{Method, StatusCode, Version};
 use axum::serve::Listener;
-use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon};
+use fixture::{CommandHub, Peer, Server, command_app, engine, eventually, soon};
 use hyper::client::conn::http2;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -174,14 +174,14 @@ async fn visit_by_http_2(
     (peer, id)
 }
 
-fn desk(config: WsHubConfig) -> Hub<Desk> {
-    engine(2).hub::<Desk>(config).unwrap()
+fn command_hub(config: WsHubConfig) -> Hub<CommandHub> {
+    engine(2).hub::<CommandHub>(config).unwrap()
 }
 
 #[tokio::test]
 async fn a_hub_talks_over_tls_and_both_sides_can_end_it() {
-    let hub = desk(WsHubConfig::default());
-    let server = TlsServer::by_axum(desk_app(hub.clone())).await;
+    let hub = command_hub(WsHubConfig::default());
+    let server = TlsServer::by_axum(command_app(hub.clone())).await;
     let (mut ada, _) = server.visit().await;
     let (mut bob, bob_id) = server.visit().await;
     for text in ["hello", "žluťoučký"] {
@@ -197,8 +197,8 @@ async fn a_hub_talks_over_tls_and_both_sides_can_end_it() {
 
 #[tokio::test]
 async fn a_hub_talks_over_http_2_on_several_streams_of_one_connection() {
-    let hub = desk(WsHubConfig::default());
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = command_hub(WsHubConfig::default());
+    let server = Server::start(command_app(hub.clone())).await;
     let mut connection = http_2(TcpStream::connect(server.address).await.unwrap()).await;
     let (mut ada, ada_id) = visit_by_http_2(&mut connection).await;
     let (mut bob, bob_id) = visit_by_http_2(&mut connection).await;
@@ -218,8 +218,8 @@ async fn a_hub_talks_over_http_2_on_several_streams_of_one_connection() {
 
 #[tokio::test]
 async fn a_hub_talks_over_http_2_within_tls() {
-    let hub = desk(WsHubConfig::default());
-    let server = TlsServer::by_hyper(desk_app(hub.clone())).await;
+    let hub = command_hub(WsHubConfig::default());
+    let server = TlsServer::by_hyper(command_app(hub.clone())).await;
     let stream = server.stream().await;
     assert_eq!(stream.get_ref().1.alpn_protocol(), Some(b"h2".as_slice()));
     let mut connection = http_2(stream).await;
@@ -232,9 +232,9 @@ async fn a_hub_talks_over_http_2_within_tls() {
 
 #[tokio::test]
 async fn one_broadcast_reaches_clients_that_came_every_way_in_one_order() {
-    let hub = desk(WsHubConfig::default());
+    let hub = command_hub(WsHubConfig::default());
     let (plain, secure) =
-        (Server::start(desk_app(hub.clone())).await, TlsServer::by_axum(desk_app(hub.clone())).await);
+        (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
     let (mut ada, _) = fixture::visit(&plain.url("/ws")).await;
     let (mut bob, _) = secure.visit().await;
@@ -261,9 +261,9 @@ async fn one_broadcast_reaches_clients_that_came_every_way_in_one_order() {
 #[tokio::test]
 async fn messages_of_a_megabyte_go_both_ways_every_way() {
     const BYTES: usize = 1 << 20;
-    let hub = desk(WsHubConfig { max_message_bytes: 2 * BYTES, ..WsHubConfig::default() });
+    let hub = command_hub(WsHubConfig { max_message_bytes: 2 * BYTES, ..WsHubConfig::default() });
     let (plain, secure) =
-        (Server::start(desk_app(hub.clone())).await, TlsServer::by_axum(desk_app(hub.clone())).await);
+        (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
     let (mut ada, _) = fixture::visit(&plain.url("/ws")).await;
     let (mut bob, _) = secure.visit().await;
@@ -285,9 +285,9 @@ async fn messages_of_a_megabyte_go_both_ways_every_way() {
 #[tokio::test]
 async fn a_stalled_tls_client_stalls_nobody_else() {
     const MESSAGES: usize = 60;
-    let hub = desk(WsHubConfig { outbox_frames: 8, ..WsHubConfig::default() });
+    let hub = command_hub(WsHubConfig { outbox_frames: 8, ..WsHubConfig::default() });
     let (plain, secure) =
-        (Server::start(desk_app(hub.clone())).await, TlsServer::by_axum(desk_app(hub.clone())).await);
+        (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let (stalled, stalled_id) = secure.visit().await;
     let (mut ada, _) = fixture::visit(&plain.url("/ws")).await;
     let (mut bob, _) = secure.visit().await;
@@ -328,8 +328,8 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tls_client_that_has_got_everything_and_its_close_is_reported_as_flushed() {
     let engine = engine(2);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = TlsServer::by_axum(desk_app(hub.clone())).await;
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = TlsServer::by_axum(command_app(hub.clone())).await;
     let mut readers = Vec::new();
     for _ in 0..3 {
         readers.push(tokio::spawn(server.visit().await.0.rest()));
@@ -349,8 +349,8 @@ async fn a_tls_client_is_not_reported_as_flushed_for_what_is_still_on_its_way_to
     // So little that all of it is out of the shard's hands at once, and so much that it never is.
     for bytes in [1000, 8 << 20] {
         let engine = engine(2);
-        let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
-        let server = TlsServer::by_axum(desk_app(hub.clone())).await;
+        let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
+        let server = TlsServer::by_axum(command_app(hub.clone())).await;
         let mut stalled = Vec::new();
         for _ in 0..3 {
             stalled.push(server.visit().await.0);
