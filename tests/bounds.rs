@@ -88,7 +88,7 @@ async fn so_many_frames_wait_for_room_and_more_end_a_client_that_may_lose_nothin
     let (frames, _, last) = most_pending(&fixture, id).await;
     assert_eq!((frames, last), (10, None));
     assert_eq!(fixture.ended().await, (id, CloseReason::SlowConsumer));
-    assert_eq!((fixture.hub.len(), fixture.ledger.drops(id)), (0, 0));
+    assert_eq!((fixture.hub.len(), fixture.recorder.drops(id)), (0, 0));
     let (texts, code) = stalled.rest().await;
     assert!(texts.iter().map(|text| number_of(text)).eq(0..texts.len()));
     assert_eq!(code, Some(1013));
@@ -104,7 +104,7 @@ async fn so_many_frames_wait_for_room_and_more_are_dropped_at_once_where_they_ma
     let counted = counted.unwrap();
     assert_eq!((frames, counted.tally.dropped.timeout), (10, 0));
     assert!(counted.tally.dropped.overflow > 0, "{counted:?}");
-    eventually(counted.tally.dropped.overflow, || fixture.ledger.drops(id)).await;
+    eventually(counted.tally.dropped.overflow, || fixture.recorder.drops(id)).await;
     assert_eq!(fixture.others_ended(), []);
 }
 
@@ -178,7 +178,7 @@ async fn held_up(engine: EngineConfig) -> (HubFixture, (Raw, ConnectionId), (Pee
     let (free, free_id) = fixture.visit().await;
     assert_ne!(holder_id.shard(), free_id.shard());
     holder.says(&fixture::raw::text("hold")).await;
-    eventually(1, || fixture.ledger.holds()).await;
+    eventually(1, || fixture.recorder.holds()).await;
     (fixture, (holder, holder_id), (free, free_id))
 }
 
@@ -210,7 +210,7 @@ async fn a_full_mailbox_refuses_lets_wait_and_is_overloaded_and_what_was_accepte
     soon(fixture.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
     free.hears(&["free"]).await;
 
-    fixture.ledger.let_go();
+    fixture.recorder.let_go();
     soon(first).await.unwrap();
     soon(second).await.unwrap();
     hears_numbers(&mut holder, 9).await;
@@ -245,7 +245,7 @@ async fn a_full_log_refuses_lets_wait_and_is_overloaded_and_what_was_accepted_ar
     soon(fixture.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
     free.hears(&["free"]).await;
 
-    fixture.ledger.let_go();
+    fixture.recorder.let_go();
     for publishing in waiting {
         soon(publishing).await.unwrap();
     }

@@ -213,7 +213,7 @@ async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
     // What it said before is handled, then it is told the end.
     let (mut witness, _) = fixture.visit().await;
     assert_eq!(fixture.others_ended(), []);
-    fixture.ledger.permits.add_permits(1);
+    fixture.recorder.permits.add_permits(1);
     witness.hears(&["waited", "I leave"]).await;
     assert_eq!(fixture.ended().await, (id, peer(Some(1000))));
 }
@@ -225,7 +225,7 @@ async fn the_answer_arrives_though_the_client_has_ended_its_side() {
         let (mut raw, id) = fixture.visit_raw().await;
         raw.says(&text(said)).await;
         soon(raw.stream.shutdown()).await.unwrap();
-        fixture.ledger.permits.add_permits(usize::from(said == "wait"));
+        fixture.recorder.permits.add_permits(usize::from(said == "wait"));
         assert_eq!(raw.rest().await, (vec![heard.to_owned()], None));
         assert_eq!(fixture.ended().await, (id, CloseReason::Vanished));
     }

@@ -11,7 +11,7 @@ mod fixture;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use fixture::hub_fixture::{HubFixture, Ledger};
+use fixture::hub_fixture::{HubFixture, Recorder};
 use fixture::raw::Raw;
 use fixture::{eventually, soon};
 use futures_util::poll;
@@ -26,7 +26,7 @@ fn in_use() -> (usize, usize) {
 }
 
 /// An engine with connections of all kinds, ended in one of several ways; gives back what is dropped with its last hub.
-async fn one_engine(round: usize) -> Weak<Ledger> {
+async fn one_engine(round: usize) -> Weak<Recorder> {
     // Pinned shards hold a claim on their CPUs.
     let pinned = Engine::start(EngineConfig { shards: Some(3), ..EngineConfig::default() }).unwrap();
     soon(tokio::task::spawn_blocking(move || drop(pinned))).await.unwrap();
@@ -48,8 +48,8 @@ async fn one_engine(round: usize) -> Weak<Ledger> {
     } else {
         raws.clear();
     }
-    let (engine, clients, ledger) =
-        (fixture.engine.clone(), fixture.hub.clients().clone(), Arc::downgrade(&fixture.ledger));
+    let (engine, clients, recorder) =
+        (fixture.engine.clone(), fixture.hub.clients().clone(), Arc::downgrade(&fixture.recorder));
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(Duration::from_secs(1)) };
     match round % 3 {
         0 => drop(soon(engine.shutdown_with(shutdown)).await.unwrap()),
@@ -65,7 +65,7 @@ async fn one_engine(round: usize) -> Weak<Ledger> {
         assert_eq!((heard, close), (vec!["hello".to_owned()], Some((1001, String::new()))));
     }
     assert_eq!((clients.len(), clients.group_count()), (0, 0), "round {round}");
-    ledger
+    recorder
 }
 
 #[test]
@@ -76,8 +76,8 @@ fn engines_that_have_ended_leave_no_thread_no_descriptor_no_group_and_no_hub() {
     runtime.unwrap().block_on(async {
         let before = in_use();
         for round in 0..ENGINES {
-            let ledger = one_engine(round).await;
-            eventually(0, || ledger.strong_count()).await;
+            let recorder = one_engine(round).await;
+            eventually(0, || recorder.strong_count()).await;
         }
         eventually(before, in_use).await;
     });

@@ -167,7 +167,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
     assert_eq!(fixture.others_ended(), []);
 
     let readers = [busy, other].map(reads_to_the_end);
-    fixture.ledger.permits.add_permits(1);
+    fixture.recorder.permits.add_permits(1);
     assert_eq!(counts(&soon(shutdown).await.unwrap()), [2, 0, 0]);
     for (reader, heard_before) in readers.into_iter().zip([0, 1]) {
         let (heard, close) = soon(reader).await.unwrap();
@@ -282,12 +282,12 @@ async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its
     let (mut stuck, id) = fixture.visit().await;
     let reader = reads_to_the_end(fixture.visit().await.0);
     stuck.say("hold").await;
-    eventually(1, || fixture.ledger.holds()).await;
+    eventually(1, || fixture.recorder.holds()).await;
     let report = soon(fixture.engine.shutdown(SHORT)).await;
     assert_eq!((counts(&report), report.stuck), ([1, 1, 0], vec![id.shard()]));
     assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
     assert_eq!(fixture.engine.state(), EngineState::Ended);
-    fixture.ledger.let_go();
+    fixture.recorder.let_go();
     eventually(0, || fixture.engine.connection_count()).await;
 }
 

@@ -117,7 +117,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         );
         assert!(!unfinished.last().unwrap().is_finished(), "who awaits the slow one waits");
     }
-    eventually(dropped, || fixture.ledger.drops(slow_id)).await;
+    eventually(dropped, || fixture.recorder.drops(slow_id)).await;
 
     // Now it reads: whole frames, in order, exactly those that the receipts do not call dropped.
     let last = numbered(ROUNDS, 10);
@@ -143,7 +143,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
     }
     let counted = fixture.counted(slow_id).await;
     assert_eq!((counted.tally.written, counted.tally.pending()), (counted.tally.offered - dropped, 0));
-    assert_eq!(fixture.ledger.drops(slow_id), dropped, "none was told twice");
+    assert_eq!(fixture.recorder.drops(slow_id), dropped, "none was told twice");
     assert_eq!(fixture.others_ended(), []);
 }
 
@@ -207,7 +207,7 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
         }
         assert_eq!(losses, u64::from(MAX_DROPS), "each loss in a row counts, none before");
         assert_eq!(fixture.ended().await, (stalled_id, CloseReason::TooManyDrops));
-        assert_eq!(fixture.ledger.drops(stalled_id), losses, "the hub was told before the end");
+        assert_eq!(fixture.recorder.drops(stalled_id), losses, "the hub was told before the end");
         let left = (fixture.hub.group_len("both"), fixture.hub.group_len("alone"), fixture.hub.group_count());
         assert_eq!(left, (1, 0, 1));
         // What the kernel had is whole and in one piece, then it is told why.
@@ -299,7 +299,7 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy()
     neighbour.hears(&["undisturbed"]).await;
     assert_eq!(fixture.others_ended(), [], "its handler is not interrupted");
     assert_eq!(fixture.engine.connection_count(), 2, "so something of it is still there");
-    fixture.ledger.permits.add_permits(1);
+    fixture.recorder.permits.add_permits(1);
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
     eventually(1, || fixture.engine.connection_count()).await;
     assert_eq!(fixture.others_ended(), []);
@@ -551,7 +551,7 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
         assert!(sent < 16 << 20, "everything is read, although nothing is handled");
     }
     assert_eq!(fixture.counted(id).await.tally.received, 1, "the one that its handler is at");
-    fixture.ledger.permits.add_permits(1);
+    fixture.recorder.permits.add_permits(1);
     assert_eq!(flooder.hears_text().await, "waited");
     other.hears(&["waited"]).await;
     // All that was sent is handled, in whole messages, none twice.
