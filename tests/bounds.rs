@@ -53,7 +53,7 @@ async fn most_pending(fixture: &HubFixture, id: ConnectionId) -> (u64, u64, Opti
 #[tokio::test]
 async fn an_outbox_keeps_so_many_frames_and_then_the_policy_decides() {
     let mut fixture = HubFixture::open(1, WsHubConfig { outbox_frames: 16, ..with(DROP_AT_ONCE) }).await;
-    let (_stalled, id) = fixture.visit_raw().await;
+    let (_stalled, id) = fixture.connect_raw().await;
     let (frames, _, counted) = most_pending(&fixture, id).await;
     assert_eq!(frames, 16);
     let counted = counted.unwrap();
@@ -68,13 +68,13 @@ async fn an_outbox_keeps_so_many_frames_and_then_the_policy_decides() {
 #[tokio::test]
 async fn an_outbox_keeps_so_many_bytes_and_then_the_policy_decides() {
     let mut fixture = HubFixture::open(1, WsHubConfig { outbox_bytes: 20_000, ..with(DROP_AT_ONCE) }).await;
-    let (_stalled, id) = fixture.visit_raw().await;
+    let (_stalled, id) = fixture.connect_raw().await;
     let (frames, bytes, counted) = most_pending(&fixture, id).await;
     assert!(bytes <= 20_000 && bytes > 20_000 - FRAME_BYTES, "{bytes}");
     assert!(frames <= 10 && counted.unwrap().tally.dropped.overflow > 0);
     assert_eq!(fixture.others_ended(), []);
     // What is larger than the bound passes alone: else nobody could ever get it.
-    let (mut reader, reader_id) = fixture.visit().await;
+    let (mut reader, reader_id) = fixture.connect().await;
     let large = numbered(7, 50_000);
     fixture.hub.to(reader_id).policy(DROP_AT_ONCE).unwrap().publish(&large.clone()).await.unwrap();
     reader.hears(&[&large]).await;
@@ -84,7 +84,7 @@ async fn an_outbox_keeps_so_many_bytes_and_then_the_policy_decides() {
 async fn so_many_frames_wait_for_room_and_more_end_a_client_that_may_lose_nothing() {
     let narrow = WsHubConfig { outbox_frames: 4, waiting_frames: 6, ..with(BroadcastPolicy::Block) };
     let mut fixture = HubFixture::open(1, narrow).await;
-    let (mut stalled, id) = fixture.visit_raw().await;
+    let (mut stalled, id) = fixture.connect_raw().await;
     let (frames, _, last) = most_pending(&fixture, id).await;
     assert_eq!((frames, last), (10, None));
     assert_eq!(fixture.ended().await, (id, CloseReason::SlowConsumer));
@@ -99,7 +99,7 @@ async fn so_many_frames_wait_for_room_and_more_end_a_client_that_may_lose_nothin
 async fn so_many_frames_wait_for_room_and_more_are_dropped_at_once_where_they_may() {
     let narrow = WsHubConfig { outbox_frames: 4, waiting_frames: 6, ..with(DROP_LATE) };
     let mut fixture = HubFixture::open(1, narrow).await;
-    let (_stalled, id) = fixture.visit_raw().await;
+    let (_stalled, id) = fixture.connect_raw().await;
     let (frames, _, counted) = most_pending(&fixture, id).await;
     let counted = counted.unwrap();
     assert_eq!((frames, counted.tally.dropped.timeout), (10, 0));
@@ -113,7 +113,7 @@ async fn so_many_bytes_wait_for_room() {
     for policy in [DROP_LATE, BroadcastPolicy::Block] {
         let narrow = WsHubConfig { outbox_frames: 4, waiting_bytes: 10_000, ..with(policy) };
         let mut fixture = HubFixture::open(1, narrow).await;
-        let (_stalled, id) = fixture.visit_raw().await;
+        let (_stalled, id) = fixture.connect_raw().await;
         let (frames, bytes, last) = most_pending(&fixture, id).await;
         assert_eq!(frames, 8, "four in the outbox, four that fit into 10,000 bytes");
         assert!(bytes <= 8 * FRAME_BYTES);
@@ -133,9 +133,9 @@ async fn beyond_the_budget_for_all_backlogs_the_largest_is_shed_with_1013_and_th
     const BYTES: usize = 10_000;
     let engine = EngineConfig { shards: Some(1), backlog_bytes_max: BUDGET, ..EngineConfig::default() };
     let mut fixture = HubFixture::open_on(engine, with(BroadcastPolicy::Block)).await;
-    let (mut small, small_id) = fixture.visit_raw().await;
-    let (mut large, large_id) = fixture.visit_raw().await;
-    let (mut middle, middle_id) = fixture.visit_raw().await;
+    let (mut small, small_id) = fixture.connect_raw().await;
+    let (mut large, large_id) = fixture.connect_raw().await;
+    let (mut middle, middle_id) = fixture.connect_raw().await;
     let publish = |id, number| fixture.hub.to(id).try_publish(&numbered(number, BYTES)).unwrap();
     (0..20).for_each(|number| publish(small_id, number));
     (0..40).for_each(|number| publish(middle_id, number));
@@ -174,8 +174,8 @@ async fn beyond_the_budget_for_all_backlogs_the_largest_is_shed_with_1013_and_th
 async fn held_up(engine: EngineConfig) -> (HubFixture, (Raw, ConnectionId), (Peer, ConnectionId)) {
     let engine = EngineConfig { shards: Some(2), publishers_waiting_max: 2, ..engine };
     let fixture = HubFixture::open_on(engine, with(BroadcastPolicy::Block)).await;
-    let (mut holder, holder_id) = fixture.visit_raw().await;
-    let (free, free_id) = fixture.visit().await;
+    let (mut holder, holder_id) = fixture.connect_raw().await;
+    let (free, free_id) = fixture.connect().await;
     assert_ne!(holder_id.shard(), free_id.shard());
     holder.says(&fixture::raw::text("hold")).await;
     eventually(1, || fixture.recorder.holds()).await;

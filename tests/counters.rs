@@ -19,9 +19,9 @@ fn is_balanced(metrics: GroupMetrics) -> bool {
 async fn a_hub_counts_all_clients_since_its_start_and_a_group_its_present_members() {
     const MESSAGES: u64 = 20;
     let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
-    let (first, first_id) = fixture.visit().await;
-    let (_second, second_id) = fixture.visit().await;
-    let (_third, _) = fixture.visit().await;
+    let (first, first_id) = fixture.connect().await;
+    let (_second, second_id) = fixture.connect().await;
+    let (_third, _) = fixture.connect().await;
     for id in [first_id, second_id] {
         soon(fixture.hub.join(id, "room")).await.unwrap();
     }
@@ -50,7 +50,7 @@ async fn a_hub_counts_all_clients_since_its_start_and_a_group_its_present_member
 #[tokio::test]
 async fn what_is_counted_and_reported_serializes_for_dashboards() {
     let fixture = HubFixture::open(1, WsHubConfig::default()).await;
-    let (_client, id) = fixture.visit().await;
+    let (_client, id) = fixture.connect().await;
     let receipt = soon(fixture.hub.to_all().deliver(&"news".to_owned())).await.unwrap();
     let json = serde_json::to_value(receipt).unwrap();
     assert_eq!((&json["targets"], &json["dropped"]["overflow"]), (&1.into(), &0.into()));

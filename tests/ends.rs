@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use fixture::hub_fixture::{HubFixture, numbered};
 use fixture::raw::{BINARY, CLOSE, FIN, PING, PONG, frame, text};
-use fixture::{Peer, Server, command_app, eventually, soon, visit};
+use fixture::{Peer, Server, command_app, connect, eventually, soon};
 use shardcast::{
     BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, PublishError,
     Shutdown, ShutdownReport, WsHubConfig,
@@ -117,7 +117,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
     for (way, expected, expected_code, invites_return) in ends() {
         let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
         let mut fixture = HubFixture::open_on(engine, config(way)).await;
-        let (mut raw, id) = fixture.visit_raw().await;
+        let (mut raw, id) = fixture.connect_raw().await;
         let mut shutdown: Option<JoinHandle<ShutdownReport>> = None;
         match way {
             Way::SaysGoodbye => raw.says(&frame(FIN | CLOSE, &1000u16.to_be_bytes())).await,
@@ -187,7 +187,7 @@ async fn pongs_are_signs_of_life_for_the_idle_timeout() {
     let (idle, longer) = (ms(1500), ms(2000));
     let config = WsHubConfig { heartbeat_interval: DAY, idle_timeout: Some(idle), ..WsHubConfig::default() };
     let mut fixture = HubFixture::open(1, config).await;
-    let (mut raw, id) = fixture.visit_raw().await;
+    let (mut raw, id) = fixture.connect_raw().await;
     let began = Instant::now();
     while began.elapsed() < longer {
         raw.says(&frame(FIN | PONG, b"still here")).await;
@@ -204,14 +204,14 @@ async fn pongs_are_signs_of_life_for_the_idle_timeout() {
 async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
     let mut fixture =
         HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
-    let (mut raw, id) = fixture.visit_raw().await;
+    let (mut raw, id) = fixture.connect_raw().await;
     raw.says(&[text("wait"), frame(FIN | PING, b"x")].concat()).await;
     assert_eq!(raw.hears().await, (PONG, b"x".to_vec()));
     raw.says(&[text("all I leave"), frame(FIN | CLOSE, &1000u16.to_be_bytes())].concat()).await;
     assert_eq!(raw.close_code().await, Some(1000));
     eventually(0, || fixture.hub.len()).await;
     // What it said before is handled, then it is told the end.
-    let (mut witness, _) = fixture.visit().await;
+    let (mut witness, _) = fixture.connect().await;
     assert_eq!(fixture.others_ended(), []);
     fixture.recorder.permits.add_permits(1);
     witness.hears(&["waited", "I leave"]).await;
@@ -222,7 +222,7 @@ async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
 async fn the_answer_arrives_though_the_client_has_ended_its_side() {
     let mut fixture = HubFixture::open(1, WsHubConfig::default()).await;
     for (said, heard) in [("hello", "hello"), ("wait", "waited")] {
-        let (mut raw, id) = fixture.visit_raw().await;
+        let (mut raw, id) = fixture.connect_raw().await;
         raw.says(&text(said)).await;
         soon(raw.stream.shutdown()).await.unwrap();
         fixture.recorder.permits.add_permits(usize::from(said == "wait"));
@@ -236,7 +236,7 @@ async fn the_answer_arrives_though_the_client_has_ended_its_side() {
 #[tokio::test]
 async fn a_close_code_that_cannot_be_sent_is_an_error_and_ends_nobody() {
     let mut fixture = HubFixture::open(1, WsHubConfig::default()).await;
-    let (mut peer, id) = fixture.visit().await;
+    let (mut peer, id) = fixture.connect().await;
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
         let refused = fixture.hub.disconnect(id, code, "upstream gone").await;
         assert!(matches!(refused, Err(PublishError::InvalidCloseCode(_))), "{code}: {refused:?}");
@@ -261,7 +261,7 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
     let mut peers = Vec::new();
     let mut ids: Vec<ConnectionId> = Vec::new();
     for number in 0..8 {
-        let (peer, id) = fixture.visit().await;
+        let (peer, id) = fixture.connect().await;
         for (group, members) in [("red", 0..3), ("blue", 3..5), ("green", 4..6)] {
             if members.contains(&number) {
                 fixture.hub.join(id, group).await.unwrap();
@@ -343,8 +343,8 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     };
     let engine = Engine::start(config).unwrap();
     let server = Server::start_with_addresses(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
-    let (first, _) = visit(&server.url("/ws")).await;
-    let (mut second, _) = visit(&server.url("/ws")).await;
+    let (first, _) = connect(&server.url("/ws")).await;
+    let (mut second, _) = connect(&server.url("/ws")).await;
     let refused = async |from| {
         let error = soon(Peer::try_connect_from(from, server.address)).await.err().unwrap();
         let tungstenite::Error::Http(response) = error else { panic!("{error:?}") };
@@ -360,7 +360,7 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     assert_eq!(engine.connection_count(), 3);
     first.leave().await;
     eventually(2, || engine.connection_count()).await;
-    let (_third, _) = visit(&server.url("/ws")).await;
+    let (_third, _) = connect(&server.url("/ws")).await;
     refused(here).await;
     second.say("all still here").await;
     second.hears(&["still here"]).await;

@@ -16,7 +16,7 @@ use axum::extract::{Path, State};
 use axum::response::{Html, IntoResponse as _, Response};
 use axum::routing::{any, get};
 use bytes::Bytes;
-use fixture::{CommandHub, OnRuntime, Peer, Server, command_app, engine, eventually, soon, visit};
+use fixture::{CommandHub, OnRuntime, Peer, Server, command_app, connect, engine, eventually, soon};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseCode, CloseReason, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub,
@@ -40,7 +40,7 @@ async fn an_engine_is_built_from_json_and_runs() {
     let mut shards = Vec::new();
     let mut peers = Vec::new();
     for _ in 0..3 {
-        let (peer, id) = visit(&server.url("/ws")).await;
+        let (peer, id) = connect(&server.url("/ws")).await;
         peers.push(peer);
         shards.push(id.shard());
     }
@@ -79,7 +79,7 @@ async fn dropping_the_last_handle_ends_the_engine_and_clients_see_1001() {
     let server = Server::start(command_app(hub)).await;
     let mut peers = Vec::new();
     for _ in 0..4 {
-        peers.push(visit(&server.url("/ws")).await.0);
+        peers.push(connect(&server.url("/ws")).await.0);
     }
     // What was published before the end is still delivered.
     clients.to_all().publish(&"last words".to_owned()).await.unwrap();
@@ -104,9 +104,9 @@ async fn hubs_on_one_engine_do_not_hear_each_other() {
     let [red, blue] = [(); 2].map(|()| engine.hub::<CommandHub>(WsHubConfig::default()).unwrap());
     let (at_red, at_blue) =
         (Server::start(command_app(red.clone())).await, Server::start(command_app(blue.clone())).await);
-    let (mut ada, ada_id) = visit(&at_red.url("/ws")).await;
-    let (mut bob, bob_id) = visit(&at_blue.url("/ws")).await;
-    let (mut cyd, cyd_id) = visit(&at_blue.url("/ws")).await;
+    let (mut ada, ada_id) = connect(&at_red.url("/ws")).await;
+    let (mut bob, bob_id) = connect(&at_blue.url("/ws")).await;
+    let (mut cyd, cyd_id) = connect(&at_blue.url("/ws")).await;
 
     // The groups have one name and nothing else in common.
     ada.say("join room").await;
@@ -140,7 +140,7 @@ async fn hubs_on_one_engine_do_not_hear_each_other() {
 async fn an_id_that_nobody_ever_had_reaches_nobody() {
     let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let server = Server::start(command_app(hub.clone())).await;
-    let (peer, id) = visit(&server.url("/ws")).await;
+    let (peer, id) = connect(&server.url("/ws")).await;
     peer.leave().await;
     eventually(0, || hub.len()).await;
     // One that has gone, and one of a slot that was never taken.
@@ -161,9 +161,9 @@ async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
     let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let server = Server::start(command_app(hub.clone())).await;
     assert_eq!(hub.to_all().deliver(&"nobody is here".to_owned()).await.unwrap().targets, 0);
-    let (mut ada, ada_id) = visit(&server.url("/ws")).await;
-    let (mut bob, bob_id) = visit(&server.url("/ws")).await;
-    let (mut cyd, cyd_id) = visit(&server.url("/ws")).await;
+    let (mut ada, ada_id) = connect(&server.url("/ws")).await;
+    let (mut bob, bob_id) = connect(&server.url("/ws")).await;
+    let (mut cyd, cyd_id) = connect(&server.url("/ws")).await;
     hub.join(ada_id, "red").await.unwrap();
     hub.join(bob_id, "red").await.unwrap();
     hub.join(bob_id, "blue").await.unwrap();
@@ -263,8 +263,8 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
     let config = EngineConfig { shards: Some(2), pin: false, max_connections: 2, ..EngineConfig::default() };
     let engine = Engine::start(config).unwrap();
     let server = Server::start(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
-    let first = visit(&server.url("/ws")).await.0;
-    let (mut second, _) = visit(&server.url("/ws")).await;
+    let first = connect(&server.url("/ws")).await.0;
+    let (mut second, _) = connect(&server.url("/ws")).await;
     for _ in 0..3 {
         let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
         let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
@@ -276,7 +276,7 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
     second.hears(&["undisturbed"]).await;
     first.leave().await;
     eventually(1, || engine.connection_count()).await;
-    let (mut third, _) = visit(&server.url("/ws")).await;
+    let (mut third, _) = connect(&server.url("/ws")).await;
     third.say("all hello").await;
     second.hears(&["hello"]).await;
     // A handshake that is refused for another reason takes no place.
@@ -319,7 +319,7 @@ async fn one_route_serves_a_page_and_a_hub() {
     stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
     soon(stream.read_to_string(&mut page)).await.unwrap();
     assert!(page.starts_with("HTTP/1.1 200 ") && page.ends_with("<h1>a page</h1>"), "{page}");
-    let (mut peer, _) = visit(&server.url("/")).await;
+    let (mut peer, _) = connect(&server.url("/")).await;
     peer.say("me and a hub").await;
     peer.hears(&["and a hub"]).await;
 }
@@ -598,9 +598,9 @@ async fn a_raw_hub_passes_text_as_text_and_binary_as_binary() {
 async fn disconnect_tells_the_client_its_code_and_reason_after_what_was_sent_before() {
     let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let server = Server::start(command_app(hub.clone())).await;
-    let (ada, ada_id) = visit(&server.url("/ws")).await;
-    let (mut bob, bob_id) = visit(&server.url("/ws")).await;
-    let (mut cyd, _) = visit(&server.url("/ws")).await;
+    let (ada, ada_id) = connect(&server.url("/ws")).await;
+    let (mut bob, bob_id) = connect(&server.url("/ws")).await;
+    let (mut cyd, _) = connect(&server.url("/ws")).await;
     hub.to(ada_id).publish(&"first".to_owned()).await.unwrap();
     hub.to_all().publish(&"second".to_owned()).await.unwrap();
     hub.disconnect(ada_id, CloseCode(4321), "you know why").await.unwrap();
@@ -792,7 +792,7 @@ async fn a_hub_that_keeps_its_context_is_dropped_with_its_connection_all_the_sam
 async fn what_a_connection_has_counted_can_be_asked_for() {
     let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let server = Server::start(command_app(hub.clone())).await;
-    let (mut peer, id): (_, ConnectionId) = visit(&server.url("/ws")).await;
+    let (mut peer, id): (_, ConnectionId) = connect(&server.url("/ws")).await;
     for _ in 0..5 {
         peer.say("me x").await;
         peer.hears(&["x"]).await;
@@ -843,8 +843,8 @@ async fn one_connection_of_a_hub_may_have_settings_of_its_own() {
             }
         };
     let server = Server::start(Router::new().route("/{length}", any(app)).with_state(hub.clone())).await;
-    let (mut limited, _) = visit(&server.url("/short")).await;
-    let (mut other, _) = visit(&server.url("/long")).await;
+    let (mut limited, _) = connect(&server.url("/short")).await;
+    let (mut other, _) = connect(&server.url("/long")).await;
     for text in ["0123456789", "0123456789-"] {
         other.say(text).await;
         other.hears(&[text]).await;

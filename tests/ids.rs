@@ -9,7 +9,7 @@ mod fixture;
 use std::io;
 use std::time::Instant;
 
-use fixture::{CommandHub, Server, command_app, engine, visit};
+use fixture::{CommandHub, Server, command_app, connect, engine};
 use shardcast::WsHubConfig;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
@@ -34,8 +34,8 @@ async fn a_text_that_is_no_id_excludes_nobody_and_is_logged_once_in_a_second() {
     tracing_subscriber::fmt().with_ansi(false).with_writer(move || Log(sender.clone())).init();
     let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let server = Server::start(command_app(hub)).await;
-    let (mut ada, ada_id) = visit(&server.url("/ws")).await;
-    let (mut bob, _) = visit(&server.url("/ws")).await;
+    let (mut ada, ada_id) = connect(&server.url("/ws")).await;
+    let (mut bob, _) = connect(&server.url("/ws")).await;
 
     let start = Instant::now();
     let long = "x".repeat(100);

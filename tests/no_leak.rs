@@ -34,10 +34,10 @@ async fn one_engine(round: usize) -> Weak<Recorder> {
     let mut peers = Vec::new();
     let mut raws: Vec<Raw> = Vec::new();
     for number in 0..3 {
-        let (peer, id) = fixture.visit().await;
+        let (peer, id) = fixture.connect().await;
         fixture.hub.join(id, &format!("group {number}")).await.unwrap();
         peers.push(tokio::spawn(peer.rest()));
-        raws.push(fixture.visit_raw().await.0);
+        raws.push(fixture.connect_raw().await.0);
     }
     soon(fixture.hub.to_all().publish(&"hello".to_owned())).await.unwrap();
     raws.pop().unwrap().reset();

@@ -74,7 +74,7 @@ where
     }
 
     /// A client that is being looked up.
-    async fn visit(&mut self, turns_away: bool) -> Peer {
+    async fn connect(&mut self, turns_away: bool) -> Peer {
         let peer = Peer::connect(self.server.url(&format!("/ws?turns_away={turns_away}"))).await;
         soon(self.opening.recv()).await.unwrap();
         peer
@@ -95,7 +95,7 @@ async fn nothing_comes_early<
     H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Doorman>,
 >() {
     let mut door = Door::<H>::open().await;
-    let mut ada = door.visit(false).await;
+    let mut ada = door.connect(false).await;
     assert_eq!(door.tell("a secret").await, 0);
     // It is a member of what it has joined.
     let receipt = soon(door.hub.to_group("early").deliver(&"to the group".to_owned())).await.unwrap();
@@ -104,7 +104,7 @@ async fn nothing_comes_early<
     // What it says is handled when it is among all.
     ada.say("hello all").await;
     ada.hears(&["to the group", "welcome", "hello all"]).await;
-    let mut bob = door.visit(false).await;
+    let mut bob = door.connect(false).await;
     assert_eq!(door.tell("only for Ada").await, 1);
     door.looked_up.add_permits(1);
     bob.say("hello Ada").await;
@@ -122,7 +122,7 @@ async fn a_refused_client_receives_its_close<
     H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Doorman>,
 >() {
     let mut door = Door::<H>::open().await;
-    let eve = door.visit(true).await;
+    let eve = door.connect(true).await;
     assert_eq!(door.tell("a secret").await, 0);
     door.looked_up.add_permits(1);
     let rest = tokio::spawn(eve.closed());

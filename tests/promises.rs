@@ -17,7 +17,7 @@ use axum::Router;
 use axum::extract::Path;
 use axum::routing::any;
 use fixture::{
-    CommandHub, OnRuntime, Peer, Server, command_app, engine, eventually, soon, visit, visit_amid,
+    CommandHub, OnRuntime, Peer, Server, command_app, connect, connect_amid, engine, eventually, soon,
 };
 use shardcast::{
     CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, Refusal,
@@ -66,7 +66,7 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
     // Everybody is in "all"; a third each in "red", "blue" and both.
     let mut readers = Vec::new();
     for index in 0..18 {
-        let (peer, id) = visit(&url).await;
+        let (peer, id) = connect(&url).await;
         let groups = [vec!["red"], vec!["blue"], vec!["red", "blue"]][index % 3].clone();
         for group in &groups {
             hub.join(id, group).await.unwrap();
@@ -87,7 +87,7 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
         });
     }
     for publisher in 0..4 {
-        let (mut peer, ..) = visit_amid(&url).await;
+        let (mut peer, ..) = connect_amid(&url).await;
         publishers.spawn(async move {
             for count in 0..EACH {
                 peer.say(format!("all handler {publisher} {count} all")).await;
@@ -105,7 +105,7 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
     for guest in 0..12 {
         let url = url.clone();
         guests.spawn(async move {
-            let (mut peer, _, mut heard) = visit_amid(&url).await;
+            let (mut peer, _, mut heard) = connect_amid(&url).await;
             for _ in 0..20 + 10 * guest {
                 heard.push(peer.hear().await);
             }
@@ -201,7 +201,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
     let mut audience = Vec::new();
     for _ in 0..6 {
-        let (peer, id) = visit(&server.url("/ws")).await;
+        let (peer, id) = connect(&server.url("/ws")).await;
         hub.join(id, "stage").await.unwrap();
         audience.push(until(peer, "done"));
     }
@@ -209,7 +209,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
     let mut on_stage = Vec::new();
     let mut acting = JoinSet::new();
     for actor in 0..5 {
-        let (mut peer, ..) = visit_amid(&server.url("/ws")).await;
+        let (mut peer, ..) = connect_amid(&server.url("/ws")).await;
         let name = format!("actor{actor}");
         for round in 0..ROUNDS {
             // Written before anything is read: small enough for the kernel.
@@ -218,7 +218,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
         on_stage.push((name, until(peer, "done")));
     }
     for puppet in 0..5 {
-        let (peer, id, _) = visit_amid(&server.url("/ws")).await;
+        let (peer, id, _) = connect_amid(&server.url("/ws")).await;
         let (hub, name) = (hub.clone(), format!("puppet{puppet}"));
         on_stage.push((name.clone(), until(peer, "done")));
         acting.spawn(async move {
@@ -272,7 +272,7 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
     const ROUNDS: usize = 200;
     let hub = command_hub(SHARDS);
     let server = Server::start(command_app(hub.clone())).await;
-    let (other, other_id) = visit(&server.url("/ws")).await;
+    let (other, other_id) = connect(&server.url("/ws")).await;
     hub.join(other_id, "room").await.unwrap();
     let other = until(other, "done");
 
@@ -291,7 +291,7 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
     // The publisher is another task than the one that joins.
     let mut members = Vec::new();
     for member in 0..4 {
-        let (peer, id) = visit(&server.url("/ws")).await;
+        let (peer, id) = connect(&server.url("/ws")).await;
         members.push((member, until(peer, "done")));
         let hub = hub.clone();
         noise.spawn(async move {
@@ -336,9 +336,9 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
     let config = WsHubConfig { outbox_frames: 8, outbox_bytes: 64 << 10, ..WsHubConfig::default() };
     let hub = engine.hub::<CommandHub>(config).unwrap();
     let server = Server::start(command_app(hub.clone())).await;
-    let (stalled, stalled_id) = visit(&server.url("/ws")).await;
-    let (mut ada, ada_id) = visit(&server.url("/ws")).await;
-    let (mut bob, bob_id) = visit(&server.url("/ws")).await;
+    let (stalled, stalled_id) = connect(&server.url("/ws")).await;
+    let (mut ada, ada_id) = connect(&server.url("/ws")).await;
+    let (mut bob, bob_id) = connect(&server.url("/ws")).await;
     for id in [ada_id, bob_id] {
         hub.join(id, "others").await.unwrap();
     }
@@ -392,7 +392,7 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
     for index in 0..12 {
         let (url, start) = (url.clone(), start.clone());
         polite.spawn(async move {
-            let (mut peer, id) = visit(&url).await;
+            let (mut peer, id) = connect(&url).await;
             let mut heard = 1; // its id
             // Nobody talks before all are there.
             start.wait().await;
@@ -413,7 +413,7 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
     for _ in 0..8 {
         let url = url.clone();
         rude.spawn(async move {
-            let (mut peer, ..) = visit_amid(&url).await;
+            let (mut peer, ..) = connect_amid(&url).await;
             for _ in 0..5 {
                 peer.say("all hello and goodbye").await;
                 peer.hear().await;

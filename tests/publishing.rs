@@ -15,7 +15,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
-use fixture::{CommandHub, Peer, Server, command_app, engine, soon, visit};
+use fixture::{CommandHub, Peer, Server, command_app, connect, engine, soon};
 use serde::{Serialize, Serializer};
 use shardcast::{
     BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, PublishError, Refusal,
@@ -185,7 +185,7 @@ async fn a_message_that_was_prepared_for_another_codec_reaches_nobody() {
     let json = engine.hub::<InJson>(WsHubConfig::default()).unwrap();
     let [hub, same_codec] = [(); 2].map(|()| engine.hub::<CommandHub>(WsHubConfig::default()).unwrap());
     let server = Server::start(command_app(hub.clone())).await;
-    let (mut peer, id) = visit(&server.url("/ws")).await;
+    let (mut peer, id) = connect(&server.url("/ws")).await;
 
     let prepared = json.prepare(&"in quotes".to_owned()).unwrap();
     let refused = hub.to(id).try_publish_prepared(&prepared).unwrap_err();

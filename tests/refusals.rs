@@ -17,7 +17,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
-use fixture::{CommandHub, Peer, Server, command_app, engine, eventually, soon, visit};
+use fixture::{CommandHub, Peer, Server, command_app, connect, engine, eventually, soon};
 use shardcast::{
     Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, Serve, ServeError, TrustedProxies,
     WebSocketUpgrade, WsHub, WsHubConfig, serve_hub,
@@ -319,7 +319,7 @@ async fn a_client_without_a_place_after_its_handshake_is_told_to_come_back_later
     let (_go, may_go_on) = watch::channel(true);
     let (app, mut outcome) = by_hand(engine.hub(WsHubConfig::default()).unwrap(), may_go_on);
     let server = Server::start(app).await;
-    let (_first, _) = visit(&server.url("/ws")).await;
+    let (_first, _) = connect(&server.url("/ws")).await;
     soon(outcome.recv()).await.unwrap().unwrap();
     let mut second = Peer::connect(server.url("/ws")).await;
     second.say("what it says does not destroy what it is told").await;
@@ -421,14 +421,14 @@ async fn a_limit_by_address_that_sees_no_address_says_so_once_and_holds_all_the_
     let engine = by_address(1);
     // As the README's shortest program does it, without connect info.
     let server = Server::start(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
-    let (first, _) = visit(&server.url("/ws")).await;
+    let (first, _) = connect(&server.url("/ws")).await;
     for _ in 0..3 {
         assert_eq!(Peer::connect(server.url("/ws")).await.closed().await.0, 1013);
     }
     assert_eq!(logged("into_make_service_with_connect_info"), 1, "once, with what to write instead");
     first.leave().await;
     eventually(0, || engine.connection_count()).await;
-    visit(&server.url("/ws")).await;
+    connect(&server.url("/ws")).await;
 }
 
 #[tokio::test]

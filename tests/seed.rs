@@ -15,7 +15,7 @@ mod fixture;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use fixture::{CommandHub, Peer, Server, command_app, engine, soon, visit};
+use fixture::{CommandHub, Peer, Server, command_app, connect, engine, soon};
 use shardcast::{WsHub, WsHubConfig};
 use tokio::sync::mpsc;
 
@@ -348,7 +348,7 @@ async fn ids_leave_out_those_who_bear_them_and_groups_reach_their_members_once()
     let server = Server::start(command_app(hub)).await;
     let url = server.url("/ws");
     let ((mut ada, ada_id), (mut bob, bob_id), (mut cyd, _)) =
-        (visit(&url).await, visit(&url).await, visit(&url).await);
+        (connect(&url).await, connect(&url).await, connect(&url).await);
 
     ada.say(format!("except {ada_id} but Ada")).await;
     ada.say(format!("except {ada_id},{bob_id} but two")).await;

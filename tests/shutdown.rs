@@ -14,7 +14,7 @@ use axum::routing::any;
 use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::program::{Running, fanout};
 use fixture::raw::Raw;
-use fixture::{CommandHub, Peer, command_app, engine, eventually, soon, visit};
+use fixture::{CommandHub, Peer, command_app, connect, engine, eventually, soon};
 use futures_util::{SinkExt as _, poll};
 use serde_json::{Value, json};
 use shardcast::{
@@ -63,7 +63,7 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     let mut fixture = HubFixture::open(3, WsHubConfig::default()).await;
     let mut readers = Vec::new();
     for _ in 0..CLIENTS {
-        readers.push(reads_to_the_end(fixture.visit().await.0));
+        readers.push(reads_to_the_end(fixture.connect().await.0));
     }
     // The end comes when the last of it has been accepted, and much of it is still on its way.
     let publishers: Vec<_> = (0..PUBLISHERS)
@@ -112,7 +112,7 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
         let fixture = HubFixture::open(2, WsHubConfig::default()).await;
         let mut readers = Vec::new();
         for _ in 0..4 {
-            readers.push(reads_to_the_end(fixture.visit().await.0));
+            readers.push(reads_to_the_end(fixture.connect().await.0));
         }
         let publish = || {
             let clients = fixture.hub.clients().clone();
@@ -142,8 +142,8 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
 #[tokio::test]
 async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more() {
     let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
-    let (mut busy, busy_id) = fixture.visit().await;
-    let (mut other, other_id) = fixture.visit().await;
+    let (mut busy, busy_id) = fixture.connect().await;
+    let (mut other, other_id) = fixture.connect().await;
     busy.say("wait").await;
     eventually(1, || fixture.engine.metrics().tally.received).await;
     let engine = fixture.engine.clone();
@@ -184,8 +184,8 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
 #[tokio::test]
 async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over() {
     let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
-    let (mut busy, _) = fixture.visit().await;
-    let (other, other_id) = fixture.visit().await;
+    let (mut busy, _) = fixture.connect().await;
+    let (other, other_id) = fixture.connect().await;
     busy.say("wait").await;
     eventually(1, || fixture.engine.metrics().tally.received).await;
     let readers = [busy, other].map(reads_to_the_end);
@@ -205,8 +205,8 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
 async fn stalled_and_reading(messages: usize) -> (HubFixture, Raw, JoinHandle<Heard>) {
     let fixture =
         HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
-    let (stalled, _) = fixture.visit_raw().await;
-    let reader = reads_to_the_end(fixture.visit().await.0);
+    let (stalled, _) = fixture.connect_raw().await;
+    let reader = reads_to_the_end(fixture.connect().await.0);
     for number in 0..messages {
         soon(fixture.hub.to_all().publish(&numbered(number, MESSAGE_BYTES))).await.unwrap();
     }
@@ -239,7 +239,7 @@ async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_e
 async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let config = WsHubConfig { heartbeat_interval: DAY, outbox_frames: 8, ..WsHubConfig::default() };
     let fixture = HubFixture::open(1, config).await;
-    let (_stalled, id) = fixture.visit_raw().await;
+    let (_stalled, id) = fixture.connect_raw().await;
     fixture.hub.join(id, "room").await.unwrap();
     for number in 0..100 {
         fixture.hub.to_all().try_publish(&numbered(number, MESSAGE_BYTES)).unwrap();
@@ -279,8 +279,8 @@ async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything(
 #[tokio::test]
 async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its_time() {
     let fixture = HubFixture::open(2, WsHubConfig::default()).await;
-    let (mut stuck, id) = fixture.visit().await;
-    let reader = reads_to_the_end(fixture.visit().await.0);
+    let (mut stuck, id) = fixture.connect().await;
+    let reader = reads_to_the_end(fixture.connect().await.0);
     stuck.say("hold").await;
     eventually(1, || fixture.recorder.holds()).await;
     let report = soon(fixture.engine.shutdown(SHORT)).await;
@@ -355,7 +355,7 @@ async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
 #[tokio::test]
 async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears_of_it() {
     let fixture = HubFixture::open(1, WsHubConfig::default()).await;
-    let (mut peer, _) = fixture.visit().await;
+    let (mut peer, _) = fixture.connect().await;
     for code in [0, 1005, 1006, 5000].map(CloseCode) {
         let error = soon(fixture.engine.shutdown_with(Shutdown { code, ..at_once(LONG) })).await.unwrap_err();
         assert!(error.to_string().contains(&format!("close code {code} may not be sent")), "{error}");
@@ -435,7 +435,7 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
     });
     let mut readers = Vec::new();
     for _ in 0..5 {
-        readers.push(reads_to_the_end(visit(&format!("ws://{address}/ws")).await.0));
+        readers.push(reads_to_the_end(connect(&format!("ws://{address}/ws")).await.0));
     }
     hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     stop.send(()).unwrap();

@@ -16,7 +16,7 @@ use axum::Router;
 use axum::routing::any;
 use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
-use fixture::{OnRuntime, PATIENCE, Peer, Server, command_app, engine, eventually, soon, visit};
+use fixture::{OnRuntime, PATIENCE, Peer, Server, command_app, connect, engine, eventually, soon};
 use shardcast::{
     BroadcastPolicy, CloseReason, ConnectionId, DropCause, Dropped, HubContext, RawCodec, Receipt, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
@@ -60,10 +60,10 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
     const ROUNDS: usize = 120;
     const OTHERS: usize = 3;
     let mut fixture = HubFixture::open(2, narrow(policy)).await;
-    let (mut slow, slow_id) = fixture.visit_raw().await;
+    let (mut slow, slow_id) = fixture.connect_raw().await;
     let mut others = Vec::new();
     for _ in 0..OTHERS {
-        let (peer, id) = fixture.visit().await;
+        let (peer, id) = fixture.connect().await;
         fixture.hub.join(id, "others").await.unwrap();
         others.push(peer);
     }
@@ -188,8 +188,8 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
     for timeout in [Duration::ZERO, ms(1)] {
         let policy = BroadcastPolicy::DropConnection { timeout, max_drops: MAX_DROPS };
         let mut fixture = HubFixture::open(2, narrow(policy)).await;
-        let (mut stalled, stalled_id) = fixture.visit_raw().await;
-        let (mut other, other_id) = fixture.visit().await;
+        let (mut stalled, stalled_id) = fixture.connect_raw().await;
+        let (mut other, other_id) = fixture.connect().await;
         for id in [stalled_id, other_id] {
             fixture.hub.join(id, "both").await.unwrap();
         }
@@ -236,8 +236,8 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_answers_is_not() {
     let mut fixture = HubFixture::open(1, beating(HIGH_RTT)).await;
-    let (mut prompt, prompt_id) = fixture.visit_raw().await;
-    let (mut late, late_id) = fixture.visit_raw().await;
+    let (mut prompt, prompt_id) = fixture.connect_raw().await;
+    let (mut late, late_id) = fixture.connect_raw().await;
     let nonce = prompt.is_pinged().await;
     prompt.says(&frame(FIN | PONG, &nonce)).await;
     prompt.says(&text("me answered")).await;
@@ -265,14 +265,14 @@ async fn impatient(pong_timeout: Duration) -> (HubFixture, Server, Peer) {
     };
     let fixture = HubFixture::open(1, config).await;
     let neighbours = Server::start(command_app(fixture.engine.hub(WsHubConfig::default()).unwrap())).await;
-    let (neighbour, _) = visit(&neighbours.url("/ws")).await;
+    let (neighbour, _) = connect(&neighbours.url("/ws")).await;
     (fixture, neighbours, neighbour)
 }
 
 #[tokio::test]
 async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
     let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
-    let (mut silent, id) = fixture.visit_raw().await;
+    let (mut silent, id) = fixture.connect_raw().await;
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
     assert_eq!((fixture.hub.len(), fixture.hub.group_count()), (0, 0));
     silent.is_pinged().await;
@@ -290,7 +290,7 @@ async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
 #[tokio::test]
 async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy() {
     let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
-    let (mut silent, id) = fixture.visit_raw().await;
+    let (mut silent, id) = fixture.connect_raw().await;
     silent.says(&text("wait")).await;
     // It leaves the hub, though its handler is still at it and is told later.
     eventually(0, || fixture.hub.len()).await;
@@ -308,7 +308,7 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy()
 #[tokio::test]
 async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() {
     let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
-    let (_silent, id) = fixture.visit_raw().await;
+    let (_silent, id) = fixture.connect_raw().await;
     for round in 0..60 {
         fixture.hub.to_all().try_publish(&numbered(round, MESSAGE_BYTES)).unwrap();
     }
@@ -346,8 +346,8 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
     };
     let mut fixture = HubFixture::open(1, config).await;
     // Its pings are answered where nobody listens to it meanwhile.
-    let (mut neighbour, _) = fixture.visit().await;
-    let (flooder, id) = fixture.visit_raw().await;
+    let (mut neighbour, _) = fixture.connect().await;
+    let (flooder, id) = fixture.connect_raw().await;
     let flood = text(&format!("all {}", "x".repeat(1000))).repeat(100);
     let flooding = tokio::spawn(async move {
         let mut at = 0;
@@ -379,7 +379,7 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
 async fn pongs_that_answer_nothing_keep_no_peer_alive() {
     // Such that no pause of a busy machine is as long: it is the wrong words that must not count.
     let (mut fixture, _neighbours, _neighbour) = impatient(ms(1000)).await;
-    let (mut liar, id) = fixture.visit_raw().await;
+    let (mut liar, id) = fixture.connect_raw().await;
     let mut nonce = liar.is_pinged().await;
     nonce[0] ^= 1;
     // It talks all the time, and would live if its words counted.
@@ -398,7 +398,7 @@ async fn pongs_that_answer_nothing_keep_no_peer_alive() {
 #[tokio::test]
 async fn pongs_that_answer_nothing_count_for_no_round_trip() {
     let fixture = HubFixture::open(1, beating(BroadcastPolicy::Block)).await;
-    let (mut raw, id) = fixture.visit_raw().await;
+    let (mut raw, id) = fixture.connect_raw().await;
     let echo = async |raw: &mut Raw| {
         raw.says(&text("so far")).await;
         assert_eq!(raw.hears_text().await, "so far", "and all before it was read, too");
@@ -442,13 +442,13 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
     let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let mut readers = Vec::new();
     for _ in 0..4 {
-        let (peer, id) = fixture.visit().await;
+        let (peer, id) = fixture.connect().await;
         fixture.hub.join(id, "stayers").await.unwrap();
         readers.push(until_number(peer, LAST));
     }
     let mut rude = Vec::new();
     for number in 0..RUDE {
-        let (raw, id) = fixture.visit_raw().await;
+        let (raw, id) = fixture.connect_raw().await;
         fixture.hub.join(id, "goers").await.unwrap();
         fixture.hub.join(id, &format!("alone {number}")).await.unwrap();
         rude.push((raw, id));
@@ -501,15 +501,15 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
         ..WsHubConfig::default()
     };
     let mut fixture = HubFixture::open(1, config).await;
-    let (mut other, _) = fixture.visit().await;
-    let (mut modest, _) = fixture.visit_raw().await;
+    let (mut other, _) = fixture.connect().await;
+    let (mut modest, _) = fixture.connect_raw().await;
     modest.says(&frame(FIN | PING, b"ping").repeat(LIMIT)).await;
     for _ in 0..LIMIT {
         assert_eq!(modest.frame().await, Some((PONG, b"ping".to_vec())));
     }
     // Small enough to be read at once, so that it all falls into one second.
     for opcode in [PING, PONG] {
-        let (mut flooder, id) = fixture.visit_raw().await;
+        let (mut flooder, id) = fixture.connect_raw().await;
         flooder.says(&frame(FIN | opcode, b"ping").repeat(LIMIT * 3)).await;
         let answered = if opcode == PING { LIMIT } else { 0 };
         for _ in 0..answered {
@@ -530,7 +530,7 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
     const ATTEMPTS_IN_VAIN: usize = 50;
     let mut fixture =
         HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
-    let (mut other, _) = fixture.visit().await;
+    let (mut other, _) = fixture.connect().await;
     let mut flooder = Raw::connect(fixture.server.address).await;
     let id: ConnectionId = flooder.hears_text().await.parse().unwrap();
     SockRef::from(&flooder.stream).set_send_buffer_size(16 << 10).unwrap();
@@ -635,7 +635,7 @@ async fn others_have_their_turn_between_drops<
         any(async move |ws: WebSocketUpgrade| ws.serve(&hub, Teller(told.clone())))
     };
     let server = Server::start(Router::new().route("/ws", route)).await;
-    let (mut watcher, _) = visit(&server.url("/ws")).await;
+    let (mut watcher, _) = connect(&server.url("/ws")).await;
     let mut stalled = Raw::connect_narrow(server.address).await;
     let id: ConnectionId = stalled.hears_text().await.parse().unwrap();
     // It is told of no drop until its method is over.

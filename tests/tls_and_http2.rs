@@ -127,7 +127,7 @@ impl TlsServer {
     }
 
     /// A client behind TLS, and its id.
-    async fn visit(&self) -> (Peer<client::TlsStream<TcpStream>>, shardcast::ConnectionId) {
+    async fn connect(&self) -> (Peer<client::TlsStream<TcpStream>>, shardcast::ConnectionId) {
         let stream = self.stream().await;
         let (socket, _) = soon(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
         let mut peer = Peer { socket };
@@ -155,7 +155,7 @@ where
 }
 
 /// A client on a stream of an HTTP/2 connection, and its id.
-async fn visit_by_http_2(
+async fn connect_by_http_2(
     client: &mut http2::SendRequest<Body>,
 ) -> (Peer<TokioIo<Upgraded>>, shardcast::ConnectionId) {
     let request = Request::builder()
@@ -182,8 +182,8 @@ fn command_hub(config: WsHubConfig) -> Hub<CommandHub> {
 async fn a_hub_talks_over_tls_and_both_sides_can_end_it() {
     let hub = command_hub(WsHubConfig::default());
     let server = TlsServer::by_axum(command_app(hub.clone())).await;
-    let (mut ada, _) = server.visit().await;
-    let (mut bob, bob_id) = server.visit().await;
+    let (mut ada, _) = server.connect().await;
+    let (mut bob, bob_id) = server.connect().await;
     for text in ["hello", "žluťoučký"] {
         ada.say(format!("all {text}")).await;
         ada.hears(&[text]).await;
@@ -200,8 +200,8 @@ async fn a_hub_talks_over_http_2_on_several_streams_of_one_connection() {
     let hub = command_hub(WsHubConfig::default());
     let server = Server::start(command_app(hub.clone())).await;
     let mut connection = http_2(TcpStream::connect(server.address).await.unwrap()).await;
-    let (mut ada, ada_id) = visit_by_http_2(&mut connection).await;
-    let (mut bob, bob_id) = visit_by_http_2(&mut connection).await;
+    let (mut ada, ada_id) = connect_by_http_2(&mut connection).await;
+    let (mut bob, bob_id) = connect_by_http_2(&mut connection).await;
     assert_ne!(ada_id, bob_id);
     ada.say("all hello").await;
     ada.hears(&["hello"]).await;
@@ -223,7 +223,7 @@ async fn a_hub_talks_over_http_2_within_tls() {
     let stream = server.stream().await;
     assert_eq!(stream.get_ref().1.alpn_protocol(), Some(b"h2".as_slice()));
     let mut connection = http_2(stream).await;
-    let (mut peer, _) = visit_by_http_2(&mut connection).await;
+    let (mut peer, _) = connect_by_http_2(&mut connection).await;
     peer.say("all hello").await;
     peer.hears(&["hello"]).await;
     peer.leave().await;
@@ -236,9 +236,9 @@ async fn one_broadcast_reaches_clients_that_came_every_way_in_one_order() {
     let (plain, secure) =
         (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
-    let (mut ada, _) = fixture::visit(&plain.url("/ws")).await;
-    let (mut bob, _) = secure.visit().await;
-    let (mut cyd, cyd_id) = visit_by_http_2(&mut connection).await;
+    let (mut ada, _) = fixture::connect(&plain.url("/ws")).await;
+    let (mut bob, _) = secure.connect().await;
+    let (mut cyd, cyd_id) = connect_by_http_2(&mut connection).await;
     for round in 0..30 {
         ada.say(format!("all plain {round}")).await;
         bob.say(format!("all TLS {round}")).await;
@@ -265,9 +265,9 @@ async fn messages_of_a_megabyte_go_both_ways_every_way() {
     let (plain, secure) =
         (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
-    let (mut ada, _) = fixture::visit(&plain.url("/ws")).await;
-    let (mut bob, _) = secure.visit().await;
-    let (mut cyd, _) = visit_by_http_2(&mut connection).await;
+    let (mut ada, _) = fixture::connect(&plain.url("/ws")).await;
+    let (mut bob, _) = secure.connect().await;
+    let (mut cyd, _) = connect_by_http_2(&mut connection).await;
     // Read by all at the same time: a megabyte is more than what may be on its way to one who does not.
     for sender in 0..3 {
         let text = ["a", "b", "c"][sender].repeat(BYTES);
@@ -288,9 +288,9 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     let hub = command_hub(WsHubConfig { outbox_frames: 8, ..WsHubConfig::default() });
     let (plain, secure) =
         (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
-    let (stalled, stalled_id) = secure.visit().await;
-    let (mut ada, _) = fixture::visit(&plain.url("/ws")).await;
-    let (mut bob, _) = secure.visit().await;
+    let (stalled, stalled_id) = secure.connect().await;
+    let (mut ada, _) = fixture::connect(&plain.url("/ws")).await;
+    let (mut bob, _) = secure.connect().await;
     let big = "x".repeat(64 << 10);
     for round in 0..MESSAGES {
         // Who does not wait, does not wait: what the stalled client cannot take is kept for it.
@@ -332,7 +332,7 @@ async fn a_tls_client_that_has_got_everything_and_its_close_is_reported_as_flush
     let server = TlsServer::by_axum(command_app(hub.clone())).await;
     let mut readers = Vec::new();
     for _ in 0..3 {
-        readers.push(tokio::spawn(server.visit().await.0.rest()));
+        readers.push(tokio::spawn(server.connect().await.0.rest()));
     }
     hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(fixture::PATIENCE) };
@@ -353,7 +353,7 @@ async fn a_tls_client_is_not_reported_as_flushed_for_what_is_still_on_its_way_to
         let server = TlsServer::by_axum(command_app(hub.clone())).await;
         let mut stalled = Vec::new();
         for _ in 0..3 {
-            stalled.push(server.visit().await.0);
+            stalled.push(server.connect().await.0);
         }
         hub.to_all().try_publish(&"x".repeat(bytes)).unwrap();
         // Nobody reads, and so nobody answers a Close.
