@@ -10,7 +10,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
 use fixture::raw::{BINARY, CLOSE, FIN, PING, Raw, TEXT, frame};
-use fixture::{Peer, Server, engine, eventually, soon};
+use fixture::{Peer, Server, engine, eventually, within_timeout};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseReason, Decode, DisconnectRequest, Encode, Engine, Hub, HubContext, JsonCodec, Metrics,
@@ -94,7 +94,7 @@ impl Scene {
         assert_eq!(wrongdoer.hears().await, (TEXT, b"{\"text\":\"fine\"}".to_vec()), "{what}");
         wrongdoer.says(frames).await;
         assert_eq!(wrongdoer.close_code().await, Some(code), "{what}");
-        let reason = soon(self.ended.recv()).await.unwrap();
+        let reason = within_timeout(self.ended.recv()).await.unwrap();
         assert_eq!(reason.close_frame().map(|(code, _)| code.0), Some(code), "{what}: {reason:?}");
         eventually(before + 1, || count(&self.engine.metrics())).await;
         self.bystander_goes_on().await;
@@ -207,7 +207,7 @@ async fn a_text_for_a_binary_hub_ends_with_1003_and_postcard_that_is_none_with_1
         wrongdoer.says(&frames).await;
         assert_eq!(wrongdoer.close_code().await, Some(code), "{what}");
         let expected = if code == 1003 { CloseReason::WrongKind } else { CloseReason::Undecodable };
-        assert_eq!(soon(scene.ended.recv()).await, Some(expected), "{what}");
+        assert_eq!(within_timeout(scene.ended.recv()).await, Some(expected), "{what}");
         eventually(before + 1, || scene.engine.metrics().ended_undecodable).await;
         scene.bystander_goes_on().await;
     }
@@ -221,7 +221,7 @@ async fn what_comes_behind_the_offence_is_not_handled() {
     wrongdoer.says(&[good.clone(), frame(FIN | TEXT, b"bad"), good.clone(), good].concat()).await;
     assert_eq!(wrongdoer.hears().await.0, TEXT, "what came before is answered");
     assert_eq!(wrongdoer.close_code().await, Some(1007));
-    assert_eq!(soon(scene.ended.recv()).await, Some(CloseReason::Undecodable));
+    assert_eq!(within_timeout(scene.ended.recv()).await, Some(CloseReason::Undecodable));
     scene.bystander_goes_on().await;
     // The bystander's two, the good one and the bad one.
     eventually(4, || scene.engine.metrics().tally.received).await;
@@ -235,8 +235,8 @@ async fn a_stream_that_ends_within_a_frame_is_a_peer_that_vanished() {
         wrongdoer.says(&frame(FIN | TEXT, b"{\"text\":\"x\"}")[..cut]).await;
         wrongdoer.stream.shutdown().await.unwrap();
         let mut rest = Vec::new();
-        soon(wrongdoer.stream.read_to_end(&mut rest)).await.unwrap();
-        assert_eq!(soon(scene.ended.recv()).await, Some(CloseReason::Vanished));
+        within_timeout(wrongdoer.stream.read_to_end(&mut rest)).await.unwrap();
+        assert_eq!(within_timeout(scene.ended.recv()).await, Some(CloseReason::Vanished));
         assert_eq!(rest, b"", "nobody is left to read a Close");
     }
     scene.bystander_goes_on().await;
@@ -264,7 +264,7 @@ async fn a_handshake_that_is_none_says_why_and_takes_no_connection() {
         stream.write_all(request.as_bytes()).await.unwrap();
         stream.shutdown().await.unwrap();
         let mut answer = String::new();
-        soon(stream.read_to_string(&mut answer)).await.unwrap();
+        within_timeout(stream.read_to_string(&mut answer)).await.unwrap();
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{headers}: {answer}");
         let (_, body) = answer.split_once("\r\n\r\n").unwrap();
         assert!(body.contains(reason), "{headers}: {answer}");

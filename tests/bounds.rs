@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::raw::Raw;
-use fixture::{Peer, eventually, soon};
+use fixture::{Peer, eventually, within_timeout};
 use futures_util::poll;
 use shardcast::{
     BroadcastPolicy, CloseReason, ConnectionId, ConnectionMetrics, EngineConfig, PublishError,
@@ -39,7 +39,7 @@ async fn most_pending(fixture: &HubFixture, id: ConnectionId) -> (u64, u64, Opti
     let mut last = None;
     for round in 0..ENOUGH {
         fixture.hub.to_all().try_publish(&numbered(round, MESSAGE_BYTES)).unwrap();
-        let counted = soon(fixture.hub.connection_metrics(id)).await.unwrap();
+        let counted = within_timeout(fixture.hub.connection_metrics(id)).await.unwrap();
         last = counted.filter(|_| !fixture.hub.is_empty()); // it can be asked for until its socket has gone
         let Some(counted) = last else { break };
         frames = frames.max(counted.tally.pending());
@@ -202,19 +202,19 @@ async fn a_full_mailbox_refuses_lets_wait_and_is_overloaded_and_what_was_accepte
     assert!(poll!(&mut first).is_pending());
     let mut second = Box::pin(fixture.hub.join(holder_id, "late"));
     assert!(poll!(&mut second).is_pending());
-    let refused = soon(held.publish(&"refused".to_owned())).await;
+    let refused = within_timeout(held.publish(&"refused".to_owned())).await;
     assert!(matches!(refused, Err(PublishError::Overloaded)), "{refused:?}");
-    let refused = soon(fixture.hub.join(holder_id, "never")).await;
+    let refused = within_timeout(fixture.hub.join(holder_id, "never")).await;
     assert!(matches!(refused, Err(PublishError::Overloaded)), "{refused:?}");
     // The other shard's mailbox has room.
-    soon(fixture.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
+    within_timeout(fixture.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
     free.hears(&["free"]).await;
 
     fixture.recorder.let_go();
-    soon(first).await.unwrap();
-    soon(second).await.unwrap();
+    within_timeout(first).await.unwrap();
+    within_timeout(second).await.unwrap();
     hears_numbers(&mut holder, 9).await;
-    soon(fixture.hub.to_groups(&["late", "never"]).publish(&numbered(9, 10))).await.unwrap();
+    within_timeout(fixture.hub.to_groups(&["late", "never"]).publish(&numbered(9, 10))).await.unwrap();
     assert_eq!(holder.hears_text().await, numbered(9, 10), "and nothing that was refused");
     assert_eq!((fixture.hub.group_len("late"), fixture.hub.group_len("never")), (1, 0));
 }
@@ -235,19 +235,19 @@ async fn a_full_log_refuses_lets_wait_and_is_overloaded_and_what_was_accepted_ar
         waiting.push(publishing);
     }
     for _ in 0..2 {
-        let refused = soon(all.publish(&"refused".to_owned())).await;
+        let refused = within_timeout(all.publish(&"refused".to_owned())).await;
         assert!(matches!(refused, Err(PublishError::Overloaded)), "{refused:?}");
     }
     // Who is on the other shard has it all by now, and what goes another way still comes.
     for number in 0..8 {
         free.hears(&[&numbered(number, 10)]).await;
     }
-    soon(fixture.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
+    within_timeout(fixture.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
     free.hears(&["free"]).await;
 
     fixture.recorder.let_go();
     for publishing in waiting {
-        soon(publishing).await.unwrap();
+        within_timeout(publishing).await.unwrap();
     }
     all.publish(&numbered(10, 10)).await.unwrap();
     hears_numbers(&mut holder, 11).await;

@@ -12,7 +12,7 @@ use std::marker::PhantomData;
 use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
-use fixture::{Peer, Server, engine, soon};
+use fixture::{Peer, Server, engine, within_timeout};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use shardcast::{
@@ -102,8 +102,9 @@ async fn apart(name: &str, what: impl Future<Output = ()>) {
         return what.await;
     }
     let mut child = Command::new(std::env::current_exe().unwrap());
-    let output =
-        soon(child.args([name, "--exact", "--nocapture"]).env(CHILD, "1").kill_on_drop(true).output());
+    let output = within_timeout(
+        child.args([name, "--exact", "--nocapture"]).env(CHILD, "1").kill_on_drop(true).output(),
+    );
     let output = output.await.unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && stdout.contains("1 passed"), "the process ended: {output:?}");
@@ -196,7 +197,7 @@ async fn a_decoder_that_panics_ends_that_connection_only_with_1011() {
     wrongdoer.hears(&["fine"]).await;
     wrongdoer.say("boo").await;
     assert_eq!(wrongdoer.closed().await.0, 1011);
-    assert_eq!(soon(ended.recv()).await.unwrap(), "HandlerPanicked");
+    assert_eq!(within_timeout(ended.recv()).await.unwrap(), "HandlerPanicked");
     bystander.say("still here").await;
     bystander.hears(&["still here"]).await;
     assert_eq!(hub.len(), 1);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use fixture::hub_fixture::{HubFixture, numbered};
 use fixture::raw::{BINARY, CLOSE, FIN, PING, PONG, frame, text};
-use fixture::{Peer, Server, command_app, connect, eventually, soon};
+use fixture::{Peer, Server, command_app, connect, eventually, within_timeout};
 use shardcast::{
     BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, PublishError,
     Shutdown, ShutdownReport, WsHubConfig,
@@ -134,7 +134,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
                     assert!(number < 10_000, "{way:?}: nobody ends it");
                     let bytes = if way == Way::KeepsTooMuch { 50_000 } else { 2000 };
                     fixture.hub.to_all().try_publish(&numbered(number, bytes)).unwrap();
-                    soon(fixture.hub.connection_metrics(id)).await.unwrap();
+                    within_timeout(fixture.hub.connection_metrics(id)).await.unwrap();
                     number += 1;
                 }
             }
@@ -177,7 +177,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
         .await;
         assert_eq!(fixture.others_ended(), [], "{way:?}: once");
         if let Some(shutdown) = shutdown {
-            soon(shutdown).await.unwrap();
+            within_timeout(shutdown).await.unwrap();
         }
     }
 }
@@ -224,7 +224,7 @@ async fn the_answer_arrives_though_the_client_has_ended_its_side() {
     for (said, heard) in [("hello", "hello"), ("wait", "waited")] {
         let (mut raw, id) = fixture.connect_raw().await;
         raw.says(&text(said)).await;
-        soon(raw.stream.shutdown()).await.unwrap();
+        within_timeout(raw.stream.shutdown()).await.unwrap();
         fixture.recorder.permits.add_permits(usize::from(said == "wait"));
         assert_eq!(raw.rest().await, (vec![heard.to_owned()], None));
         assert_eq!(fixture.ended().await, (id, CloseReason::Vanished));
@@ -346,7 +346,7 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     let (first, _) = connect(&server.url("/ws")).await;
     let (mut second, _) = connect(&server.url("/ws")).await;
     let refused = async |from| {
-        let error = soon(Peer::try_connect_from(from, server.address)).await.err().unwrap();
+        let error = within_timeout(Peer::try_connect_from(from, server.address)).await.err().unwrap();
         let tungstenite::Error::Http(response) = error else { panic!("{error:?}") };
         assert_eq!(response.status(), 503);
         let retry_after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
@@ -355,7 +355,7 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     };
     refused(here).await;
     refused(here).await;
-    let (mut stranger, _) = soon(Peer::try_connect_from(there, server.address)).await.unwrap();
+    let (mut stranger, _) = within_timeout(Peer::try_connect_from(there, server.address)).await.unwrap();
     stranger.hear().await;
     assert_eq!(engine.connection_count(), 3);
     first.leave().await;

@@ -9,7 +9,7 @@ mod fixture;
 use std::process::Output;
 
 use fixture::program::{Running, fanout, program};
-use fixture::{Peer, soon};
+use fixture::{Peer, within_timeout};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -17,7 +17,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 /// Runs it to its end.
 async fn run(name: &str, arguments: &[&str]) -> Output {
-    soon(program(name).args(arguments).output()).await.unwrap()
+    within_timeout(program(name).args(arguments).output()).await.unwrap()
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -95,7 +95,7 @@ async fn chat_serves_its_page_and_guests_of_one_room_talk() {
     let mut stream = TcpStream::connect(&url).await.unwrap();
     let request = format!("GET / HTTP/1.1\r\nhost: {url}\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
-    soon(stream.read_to_string(&mut page)).await.unwrap();
+    within_timeout(stream.read_to_string(&mut page)).await.unwrap();
     assert!(page.starts_with("HTTP/1.1 200 ") && page.contains("text/html"), "{page}");
     assert!(page.ends_with(include_str!("../examples/chat/page.html")));
 

@@ -11,7 +11,7 @@ use std::ops::ControlFlow;
 use axum::Router;
 use axum::extract::Query;
 use axum::routing::any;
-use fixture::{OnRuntime, Peer, Server, engine, soon};
+use fixture::{OnRuntime, Peer, Server, engine, within_timeout};
 use serde::Deserialize;
 use shardcast::{
     CloseCode, CloseReason, CodecError, ConnectionId, Hub, HubContext, JsonCodec, RawCodec, Refusal,
@@ -86,15 +86,15 @@ async fn a_refusal_is_told_once<
     let (texts, close) = refused.rest().await;
     assert_eq!((texts, close), (vec!["hello".to_owned()], Some((4001, "no: 4001".to_owned()))));
     let text = "no: 4001".into();
-    let (id, reason) = soon(ended.recv()).await.unwrap();
+    let (id, reason) = within_timeout(ended.recv()).await.unwrap();
     assert_eq!(reason, CloseReason::Application { code: CloseCode(4001), text });
-    assert_eq!(soon(hub.to(id).deliver(&"late".to_owned())).await.unwrap().targets, 0);
+    assert_eq!(within_timeout(hub.to(id).deliver(&"late".to_owned())).await.unwrap().targets, 0);
 
     // The next one's end is the next that is told.
     let mut served = Peer::connect(server.url("/ws")).await;
     served.hears(&["hello"]).await;
     served.leave().await;
-    let (next, reason) = soon(ended.recv()).await.unwrap();
+    let (next, reason) = within_timeout(ended.recv()).await.unwrap();
     assert!(next != id && matches!(reason, CloseReason::Peer { .. }), "{reason:?}");
 }
 
@@ -103,7 +103,7 @@ async fn a_refusal_with_a_code_that_cannot_be_sent_is_a_1011() {
     let (_hub, server, mut ended) = strict::<Strict>().await;
     let refused = Peer::connect(server.url("/ws?code=1006")).await;
     assert_eq!(refused.rest().await.1, Some((1011, "no: 1006".to_owned())));
-    assert!(soon(ended.recv()).await.is_some());
+    assert!(within_timeout(ended.recv()).await.is_some());
 }
 
 #[tokio::test]
@@ -118,7 +118,7 @@ async fn a_panic_in_on_connected_is_told<
     let (_hub, server, mut ended) = strict::<H>().await;
     let peer = Peer::connect(server.url("/ws?panics=true")).await;
     assert_eq!(peer.rest().await.1.unwrap().0, 1011);
-    assert_eq!(soon(ended.recv()).await.unwrap().1, CloseReason::HandlerPanicked);
+    assert_eq!(within_timeout(ended.recv()).await.unwrap().1, CloseReason::HandlerPanicked);
 }
 
 /// Answers what it cannot decode, up to a limit, and says what it has counted when the client leaves.
@@ -181,7 +181,7 @@ async fn a_hub_answers_what_it_cannot_decode<H: WsHub + From<Stateful<Lenient>>>
     let refused = r#""the payload cannot be decoded""#;
     peer.hears(&[refused, r#""sum 1""#, refused, r#""sum 3""#, refused]).await;
     assert_eq!(peer.closed().await.0, 1007);
-    assert_eq!(soon(ended.recv()).await.unwrap(), (3, 3, CloseReason::Undecodable));
+    assert_eq!(within_timeout(ended.recv()).await.unwrap(), (3, 3, CloseReason::Undecodable));
 }
 
 #[tokio::test]
@@ -199,12 +199,12 @@ async fn state_changes_and_survives_a_panic<H: WsHub + From<Stateful<Lenient>>>(
     peer.hears(&[r#""sum 1""#, r#""sum 3""#, r#""sum 6""#]).await;
     peer.say("13").await;
     assert_eq!(peer.closed().await.0, 1011);
-    assert_eq!(soon(ended.recv()).await.unwrap(), (19, 0, CloseReason::HandlerPanicked));
+    assert_eq!(within_timeout(ended.recv()).await.unwrap(), (19, 0, CloseReason::HandlerPanicked));
     // Another client has a state of its own, and the end of the first was told once.
     let mut peer = Peer::connect(server.url("/ws")).await;
     peer.say("5").await;
     peer.hears(&[r#""sum 5""#]).await;
     peer.leave().await;
-    let (sum, _, reason) = soon(ended.recv()).await.unwrap();
+    let (sum, _, reason) = within_timeout(ended.recv()).await.unwrap();
     assert!(sum == 5 && matches!(reason, CloseReason::Peer { .. }), "{sum} {reason:?}");
 }

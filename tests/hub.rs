@@ -16,7 +16,9 @@ use axum::extract::{Path, State};
 use axum::response::{Html, IntoResponse as _, Response};
 use axum::routing::{any, get};
 use bytes::Bytes;
-use fixture::{CommandHub, OnRuntime, Peer, Server, command_app, connect, engine, eventually, soon};
+use fixture::{
+    CommandHub, OnRuntime, Peer, Server, command_app, connect, engine, eventually, within_timeout,
+};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseCode, CloseReason, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub,
@@ -86,9 +88,9 @@ async fn dropping_the_last_handle_ends_the_engine_and_clients_see_1001() {
     server.stop().await;
     let ends: Vec<_> = peers.into_iter().map(|peer| tokio::spawn(peer.rest())).collect();
     // The drop waits for the shards, and they for their peers.
-    soon(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
+    within_timeout(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
     for end in ends {
-        let (texts, close) = soon(end).await.unwrap();
+        let (texts, close) = within_timeout(end).await.unwrap();
         assert_eq!(texts, ["last words"]);
         assert_eq!(close, Some((1001, String::new())));
     }
@@ -266,7 +268,7 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
     let first = connect(&server.url("/ws")).await.0;
     let (mut second, _) = connect(&server.url("/ws")).await;
     for _ in 0..3 {
-        let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
+        let refused = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
         let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
         assert_eq!(response.status(), 503);
         let retry_after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
@@ -283,7 +285,8 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
     third.leave().await;
     eventually(1, || engine.connection_count()).await;
     for _ in 0..3 {
-        let refused = soon(Peer::try_connect(server.url("/ws"), &[("sec-websocket-version", "8")])).await;
+        let refused =
+            within_timeout(Peer::try_connect(server.url("/ws"), &[("sec-websocket-version", "8")])).await;
         assert!(refused.is_err());
     }
     assert_eq!(engine.connection_count(), 1);
@@ -297,10 +300,10 @@ async fn the_subprotocol_is_the_servers_choice_among_the_clients() {
     };
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
     let offer = [("sec-websocket-protocol", "soap, chat.v1, chat.v2")];
-    let (mut peer, response) = soon(Peer::try_connect(server.url("/ws"), &offer)).await.unwrap();
+    let (mut peer, response) = within_timeout(Peer::try_connect(server.url("/ws"), &offer)).await.unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "chat.v2");
     assert_eq!(peer.hear().await.len(), 16, "and the hub serves it");
-    let (_, response) = soon(Peer::try_connect(server.url("/ws"), &[])).await.unwrap();
+    let (_, response) = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.unwrap();
     assert!(!response.headers().contains_key("sec-websocket-protocol"));
 }
 
@@ -317,7 +320,7 @@ async fn one_route_serves_a_page_and_a_hub() {
     let mut page = String::new();
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
-    soon(stream.read_to_string(&mut page)).await.unwrap();
+    within_timeout(stream.read_to_string(&mut page)).await.unwrap();
     assert!(page.starts_with("HTTP/1.1 200 ") && page.ends_with("<h1>a page</h1>"), "{page}");
     let (mut peer, _) = connect(&server.url("/")).await;
     peer.say("me and a hub").await;
@@ -426,7 +429,7 @@ where
     }
     for peer in peers {
         peer.leave().await;
-        let end = soon(ended.recv()).await.unwrap();
+        let end = within_timeout(ended.recv()).await.unwrap();
         assert_eq!(end.reason, CloseReason::Peer { code: Some(CloseCode::NORMAL), text: "".into() });
     }
     eventually(0, || hub.len()).await;
@@ -491,18 +494,18 @@ async fn serve_hub_ends_when_its_connection_has_ended_and_holds_to_its_own_confi
 
     small.say(text.as_str()).await;
     assert_eq!(small.closed().await.0, 1009);
-    assert_eq!(soon(returned.recv()).await.unwrap().0, 10);
+    assert_eq!(within_timeout(returned.recv()).await.unwrap().0, 10);
     assert!(matches!(ended.try_recv(), Ok(CloseReason::Protocol(_))), "on_disconnect comes first");
 
     large.say(text.as_str()).await;
     large.hears(&["500 bytes"]).await;
     small_again.say(text.as_str()).await;
     assert_eq!(small_again.closed().await.0, 1009);
-    assert_eq!(soon(returned.recv()).await.unwrap().0, 10);
+    assert_eq!(within_timeout(returned.recv()).await.unwrap().0, 10);
     assert!(ended.try_recv().is_ok());
 
     drop(large);
-    assert_eq!(soon(returned.recv()).await.unwrap().0, 1000);
+    assert_eq!(within_timeout(returned.recv()).await.unwrap().0, 1000);
     assert_eq!(ended.try_recv(), Ok(CloseReason::Vanished));
 }
 
@@ -519,7 +522,7 @@ async fn serve_hub_with_an_impossible_config_closes_the_connection_and_returns()
     let server = Server::start(Router::new().route("/ws", get(serve))).await;
     let peer = Peer::connect(server.url("/ws")).await;
     assert_eq!(peer.closed().await.0, 1011);
-    soon(returned.recv()).await.unwrap();
+    within_timeout(returned.recv()).await.unwrap();
 }
 
 // ---- codecs
@@ -674,11 +677,11 @@ where
         assert_eq!(peer.closed().await.0, 1011);
     }
     for _ in 0..3 {
-        assert_eq!(soon(ended.recv()).await, Some(CloseReason::HandlerPanicked));
+        assert_eq!(within_timeout(ended.recv()).await, Some(CloseReason::HandlerPanicked));
     }
     let at_end = Peer::connect(server.url("/disconnect")).await;
     at_end.leave().await;
-    assert!(matches!(soon(ended.recv()).await, Some(CloseReason::Peer { .. })));
+    assert!(matches!(within_timeout(ended.recv()).await, Some(CloseReason::Peer { .. })));
     eventually(1, || engine.connection_count()).await;
     bystander.say("still here").await;
     bystander.hears(&["still here"]).await;
@@ -736,7 +739,7 @@ async fn a_hub_cleans_up_within_its_runtime_and_its_panic_there_harms_no_other()
         peer.say("here").await;
         peer.hears(&["here"]).await;
         peer.leave().await;
-        assert_eq!(soon(was_dropped.recv()).await, Some(fails));
+        assert_eq!(within_timeout(was_dropped.recv()).await, Some(fails));
     }
     bystander.say("still here").await;
     bystander.hears(&["still here"]).await;
@@ -784,7 +787,7 @@ async fn a_hub_that_keeps_its_context_is_dropped_with_its_connection_all_the_sam
     bob.hears(&["open"]).await;
     bob.leave().await;
     ada.hears(&["one has left"]).await;
-    soon(was_dropped.recv()).await.unwrap();
+    within_timeout(was_dropped.recv()).await.unwrap();
     assert!(was_dropped.try_recv().is_err(), "Ada's hub is in use");
 }
 
@@ -797,7 +800,7 @@ async fn what_a_connection_has_counted_can_be_asked_for() {
         peer.say("me x").await;
         peer.hears(&["x"]).await;
     }
-    let metrics = soon(hub.connection_metrics(id)).await.unwrap().unwrap();
+    let metrics = within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap();
     assert_eq!((metrics.tally.received, metrics.tally.offered, metrics.tally.written), (5, 6, 6));
     assert_eq!((metrics.tally.discarded, metrics.tally.pending()), (0, 0));
 }
@@ -865,7 +868,7 @@ async fn a_connection_s_setting_out_of_range_is_a_500_that_names_it() {
         ws.serve(&hub, CommandHub).config(WsHubConfig { outbox_frames: 0, ..WsHubConfig::default() })
     };
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
-    let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await;
+    let refused = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await;
     let Err(tungstenite::Error::Http(response)) = refused.map(drop) else { panic!("it was upgraded") };
     assert_eq!(response.status(), 500);
     let text = String::from_utf8(response.into_body().unwrap()).unwrap();

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::serve::Listener;
-use fixture::{CommandHub, Peer, command_app, engine, soon};
+use fixture::{CommandHub, Peer, command_app, engine, within_timeout};
 use shardcast::WsHubConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, rustls, server};
@@ -103,11 +103,11 @@ async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() 
     let connect = async || {
         let socket = TcpStream::connect(address).await.unwrap();
         let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-        soon(connector.connect(name, socket)).await.unwrap()
+        within_timeout(connector.connect(name, socket)).await.unwrap()
     };
     let shake_hands = async |stream| {
         let (socket, response) =
-            soon(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
+            within_timeout(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
         assert_eq!(response.status(), 101);
         Peer { socket }
     };

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use fixture::hub_fixture::{HubFixture, Recorder};
 use fixture::raw::Raw;
-use fixture::{eventually, soon};
+use fixture::{eventually, within_timeout};
 use futures_util::poll;
 use shardcast::{Engine, EngineConfig, Shutdown, WsHubConfig};
 
@@ -29,7 +29,7 @@ fn in_use() -> (usize, usize) {
 async fn one_engine(round: usize) -> Weak<Recorder> {
     // Pinned shards hold a claim on their CPUs.
     let pinned = Engine::start(EngineConfig { shards: Some(3), ..EngineConfig::default() }).unwrap();
-    soon(tokio::task::spawn_blocking(move || drop(pinned))).await.unwrap();
+    within_timeout(tokio::task::spawn_blocking(move || drop(pinned))).await.unwrap();
     let fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let mut peers = Vec::new();
     let mut raws: Vec<Raw> = Vec::new();
@@ -39,7 +39,7 @@ async fn one_engine(round: usize) -> Weak<Recorder> {
         peers.push(tokio::spawn(peer.rest()));
         raws.push(fixture.connect_raw().await.0);
     }
-    soon(fixture.hub.to_all().publish(&"hello".to_owned())).await.unwrap();
+    within_timeout(fixture.hub.to_all().publish(&"hello".to_owned())).await.unwrap();
     raws.pop().unwrap().reset();
     if round % 10 == 9 {
         // A handler that never ends by itself, and peers that do not answer.
@@ -52,16 +52,16 @@ async fn one_engine(round: usize) -> Weak<Recorder> {
         (fixture.engine.clone(), fixture.hub.clients().clone(), Arc::downgrade(&fixture.recorder));
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(Duration::from_secs(1)) };
     match round % 3 {
-        0 => drop(soon(engine.shutdown_with(shutdown)).await.unwrap()),
+        0 => drop(within_timeout(engine.shutdown_with(shutdown)).await.unwrap()),
         1 => {
             let _ = poll!(Box::pin(engine.shutdown_with(shutdown))); // begun, and not waited for
         }
         _ => {}
     }
-    soon(fixture.close()).await;
-    soon(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
+    within_timeout(fixture.close()).await;
+    within_timeout(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
     for peer in peers {
-        let (heard, close) = soon(peer).await.unwrap();
+        let (heard, close) = within_timeout(peer).await.unwrap();
         assert_eq!((heard, close), (vec!["hello".to_owned()], Some((1001, String::new()))));
     }
     assert_eq!((clients.len(), clients.group_count()), (0, 0), "round {round}");

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::Query;
 use axum::routing::any;
-use fixture::{OnRuntime, Peer, Server, engine, soon};
+use fixture::{OnRuntime, Peer, Server, engine, within_timeout};
 use serde::Deserialize;
 use shardcast::{CloseCode, Hub, HubContext, RawCodec, Refusal, WebSocketUpgrade, WsHub, WsHubConfig};
 use tokio::sync::Semaphore;
@@ -76,12 +76,12 @@ where
     /// A client that is being looked up.
     async fn connect(&mut self, turns_away: bool) -> Peer {
         let peer = Peer::connect(self.server.url(&format!("/ws?turns_away={turns_away}"))).await;
-        soon(self.opening.recv()).await.unwrap();
+        within_timeout(self.opening.recv()).await.unwrap();
         peer
     }
 
     async fn tell(&self, text: &str) -> u64 {
-        soon(self.hub.to_all().deliver(&text.to_owned())).await.unwrap().targets
+        within_timeout(self.hub.to_all().deliver(&text.to_owned())).await.unwrap().targets
     }
 }
 
@@ -98,7 +98,8 @@ async fn nothing_comes_early<
     let mut ada = door.connect(false).await;
     assert_eq!(door.tell("a secret").await, 0);
     // It is a member of what it has joined.
-    let receipt = soon(door.hub.to_group("early").deliver(&"to the group".to_owned())).await.unwrap();
+    let receipt =
+        within_timeout(door.hub.to_group("early").deliver(&"to the group".to_owned())).await.unwrap();
     assert_eq!(receipt.targets, 1);
     door.looked_up.add_permits(1);
     // What it says is handled when it is among all.
@@ -130,7 +131,7 @@ async fn a_refused_client_receives_its_close<
         assert_eq!(door.tell("another secret").await, 0);
         tokio::task::yield_now().await; // nobody is there, so nothing is waited for
     }
-    assert_eq!(soon(rest).await.unwrap(), (4001, "not you".to_owned()));
+    assert_eq!(within_timeout(rest).await.unwrap(), (4001, "not you".to_owned()));
 }
 /// Tells all that it has come, on another thread, once it has been polled twice.
 struct Crier;

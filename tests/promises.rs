@@ -17,7 +17,8 @@ use axum::Router;
 use axum::extract::Path;
 use axum::routing::any;
 use fixture::{
-    CommandHub, OnRuntime, Peer, Server, command_app, connect, connect_amid, engine, eventually, soon,
+    CommandHub, OnRuntime, Peer, Server, command_app, connect, connect_amid, engine, eventually,
+    within_timeout,
 };
 use shardcast::{
     CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, Refusal,
@@ -80,9 +81,9 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
         publishers.spawn(async move {
             for count in 0..EACH {
                 let text = |target| format!("task {publisher} {count} {target}");
-                soon(hub.to_all().publish(&text("all"))).await.unwrap();
-                soon(hub.to_group("red").publish(&text("red"))).await.unwrap();
-                soon(hub.to_groups(&["blue", "red"]).publish(&text("both"))).await.unwrap();
+                within_timeout(hub.to_all().publish(&text("all"))).await.unwrap();
+                within_timeout(hub.to_group("red").publish(&text("red"))).await.unwrap();
+                within_timeout(hub.to_groups(&["blue", "red"]).publish(&text("both"))).await.unwrap();
             }
         });
     }
@@ -113,7 +114,7 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
             heard
         });
     }
-    while let Some(guest) = soon(publishers.join_next()).await {
+    while let Some(guest) = within_timeout(publishers.join_next()).await {
         guest.unwrap();
     }
     // Guests that came late still wait for something to hear.
@@ -129,18 +130,18 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
             }
         });
         let mut heard = Vec::new();
-        while let Some(guest) = soon(guests.join_next()).await {
+        while let Some(guest) = within_timeout(guests.join_next()).await {
             heard.push(guest.unwrap());
         }
         stop.send(()).unwrap();
-        soon(filler).await.unwrap();
+        within_timeout(filler).await.unwrap();
         heard
     };
     hub.to_all().publish(&"done".to_owned()).await.unwrap();
 
     let mut by_groups: HashMap<Vec<&str>, Vec<String>> = HashMap::new();
     for (groups, reader) in readers {
-        let heard = soon(reader).await.unwrap();
+        let heard = within_timeout(reader).await.unwrap();
         let first = by_groups.entry(groups.clone()).or_insert_with(|| heard.clone());
         assert!(*first == heard, "two members of {groups:?} disagree");
     }
@@ -236,7 +237,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
             }
         });
     }
-    while let Some(puppet) = soon(acting.join_next()).await {
+    while let Some(puppet) = within_timeout(acting.join_next()).await {
         puppet.unwrap();
     }
     // All actors' messages have been handled when their last deeds have been counted.
@@ -254,13 +255,13 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
             .collect()
     };
     for member in audience {
-        let heard = soon(member).await.unwrap();
+        let heard = within_timeout(member).await.unwrap();
         for name in &names {
             assert_eq!(of(&heard, name), script(name, &["1 all", "3 stage", "5 all", "6 stage"]));
         }
     }
     for (name, reader) in on_stage {
-        let heard = soon(reader).await.unwrap();
+        let heard = within_timeout(reader).await.unwrap();
         // Itself sees what it did while a member, and not what came after it had left.
         let own = ["1 all", "2 me", "3 stage", "4 me", "5 all", "7 me"];
         assert_eq!(of(&heard, &name), script(&name, &own));
@@ -299,7 +300,7 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
                 let elsewhere = async |when: &'static str| {
                     let (hub, text) = (hub.clone(), format!("{member} {round} {when}"));
                     let publish = async move { hub.to_group("room").publish(&text).await.unwrap() };
-                    soon(tokio::spawn(publish)).await.unwrap();
+                    within_timeout(tokio::spawn(publish)).await.unwrap();
                 };
                 elsewhere("before").await;
                 hub.join(id, "room").await.unwrap();
@@ -311,21 +312,21 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
     }
     let mut joiners_left = 4;
     while joiners_left > 0 {
-        soon(noise.join_next()).await.unwrap().unwrap();
+        within_timeout(noise.join_next()).await.unwrap().unwrap();
         joiners_left -= 1;
     }
     stop.store(true, SeqCst);
-    while let Some(noisy) = soon(noise.join_next()).await {
+    while let Some(noisy) = within_timeout(noise.join_next()).await {
         noisy.unwrap();
     }
     hub.to_all().publish(&"done".to_owned()).await.unwrap();
     for (member, reader) in members {
-        let heard = soon(reader).await.unwrap();
+        let heard = within_timeout(reader).await.unwrap();
         let own: Vec<_> = heard.into_iter().filter(|text| text.starts_with(&format!("{member} "))).collect();
         let expected: Vec<_> = (0..ROUNDS).map(|round| format!("{member} {round} joined")).collect();
         assert_eq!(own, expected, "its own three publications: the one while it was a member, no other");
     }
-    let heard = soon(other).await.unwrap();
+    let heard = within_timeout(other).await.unwrap();
     assert_eq!(heard.iter().filter(|text| *text != "noise").count(), 4 * 3 * ROUNDS);
 }
 
@@ -353,7 +354,7 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
         }
     };
     let waiting = tokio::spawn(publish);
-    let inspect = async || soon(hub.connection_metrics(stalled_id)).await.unwrap().unwrap();
+    let inspect = async || within_timeout(hub.connection_metrics(stalled_id)).await.unwrap().unwrap();
     while inspect().await.tally.pending() < 3 {
         tokio::task::yield_now().await;
     }
@@ -363,7 +364,7 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
     bob.hears(&["for everybody"]).await;
     for round in 0..200 {
         let text = format!("round {round}");
-        soon(hub.to_group("others").publish(&text.clone())).await.unwrap();
+        within_timeout(hub.to_group("others").publish(&text.clone())).await.unwrap();
         ada.say(format!("me {text}, too")).await;
         ada.hears(&[&text, &format!("{text}, too")]).await;
         bob.hears(&[&text]).await;
@@ -407,7 +408,7 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
             (id, heard, peer)
         });
     }
-    soon(start.wait()).await;
+    within_timeout(start.wait()).await;
     // Those who vanish have received a part.
     let mut rude = JoinSet::new();
     for _ in 0..8 {
@@ -421,16 +422,16 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
             // Without a word, and with something unread perhaps.
         });
     }
-    while let Some(one) = soon(rude.join_next()).await {
+    while let Some(one) = within_timeout(rude.join_next()).await {
         one.unwrap();
     }
     let mut stayers = Vec::new();
-    while let Some(one) = soon(polite.join_next()).await {
+    while let Some(one) = within_timeout(polite.join_next()).await {
         stayers.push(one.unwrap());
     }
     eventually(12, || hub.len()).await;
     // All has been published. Each one's own account agrees with what it has read, to the frame.
-    let receipt = soon(hub.to_all().deliver(&"last".to_owned())).await.unwrap();
+    let receipt = within_timeout(hub.to_all().deliver(&"last".to_owned())).await.unwrap();
     assert_eq!(receipt.targets, 12);
     let mut written_to_stayers = 0;
     for (id, mut heard, mut peer) in stayers {
@@ -438,7 +439,7 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
             heard += 1;
         }
         heard += 1;
-        let metrics = soon(hub.connection_metrics(id)).await.unwrap().unwrap();
+        let metrics = within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap();
         assert_eq!((metrics.tally.written, metrics.tally.offered), (heard, heard), "{metrics:?}");
         assert_eq!((metrics.tally.pending(), metrics.tally.discarded), (0, 0));
         assert_eq!(peer.leave().await, Vec::<String>::new());
@@ -505,7 +506,7 @@ async fn one_connections_messages_are_handled_in_order<H: WsHub + From<Slow>>() 
             assert_eq!(peer.leave().await, Vec::<String>::new());
         });
     }
-    while let Some(client) = soon(clients.join_next()).await {
+    while let Some(client) = within_timeout(clients.join_next()).await {
         client.unwrap();
     }
     eventually(12, || engine.metrics().ended).await;
@@ -576,7 +577,7 @@ async fn promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it()
     // One is with the handler, the others are not read.
     eventually(1, || engine.metrics().tally.received).await;
     permits.add_permits(MESSAGES);
-    let peer = soon(sending).await.unwrap();
+    let peer = within_timeout(sending).await.unwrap();
     eventually(MESSAGES, || handled.load(SeqCst)).await;
     peer.leave().await;
 }
@@ -675,7 +676,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
                 }
                 "protocol" => {
                     // An unmasked frame, past tungstenite.
-                    soon(peer.socket.get_mut().write_all(b"\x81\x01x")).await.unwrap();
+                    within_timeout(peer.socket.get_mut().write_all(b"\x81\x01x")).await.unwrap();
                     peer.rest().await.1
                 }
                 "busy" => {
@@ -691,10 +692,10 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
     }
     let mut told = HashMap::new();
     for _ in 0..WAYS.len() * EACH {
-        let (id, reason) = soon(ended.recv()).await.unwrap();
+        let (id, reason) = within_timeout(ended.recv()).await.unwrap();
         assert!(told.insert(id, reason).is_none(), "{id} ended twice");
     }
-    while let Some(life) = soon(lives.join_next()).await {
+    while let Some(life) = within_timeout(lives.join_next()).await {
         let (way, id, code) = life.unwrap();
         let reason = told.remove(&id).unwrap();
         let (expected_code, is_expected) = match way {
@@ -714,7 +715,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
         assert_eq!(code, expected_code, "{way}");
     }
     stop.store(true, SeqCst);
-    soon(publishing).await.unwrap();
+    within_timeout(publishing).await.unwrap();
     eventually((0, 0, 0), || (hub.len(), hub.group_count(), engine.connection_count())).await;
     let all = (WAYS.len() * EACH) as u64;
     eventually((all, all, 0, 6, 6, 0), || {

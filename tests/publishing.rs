@@ -15,7 +15,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
-use fixture::{CommandHub, Peer, Server, command_app, connect, engine, soon};
+use fixture::{CommandHub, Peer, Server, command_app, connect, engine, within_timeout};
 use serde::{Serialize, Serializer};
 use shardcast::{
     BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, PublishError, Refusal,
@@ -90,7 +90,7 @@ async fn run(config: EngineConfig) -> Running {
     let server = Server::start(Router::new().route("/ws", any(serve)).with_state(hub.clone())).await;
     let mut peer = Peer::connect(server.url("/ws")).await;
     peer.hears(&[r#""hello""#]).await;
-    while soon(hub.to_all().deliver(&Counted::new("joined"))).await.unwrap().targets == 0 {}
+    while within_timeout(hub.to_all().deliver(&Counted::new("joined"))).await.unwrap().targets == 0 {}
     peer.hears(&[r#""joined""#]).await;
     Running { hub, _server: server, peer, hold, held }
 }
@@ -104,8 +104,8 @@ async fn a_call_encodes_at_once_and_sends_when_its_future_is_polled() {
     message.text.set("changed");
     let never_polled = (hub.to_all().publish(&message), hub.to_all().deliver(&message));
     drop(never_polled);
-    soon(publishing).await.unwrap();
-    soon(hub.to_all().publish(&Counted::new("done"))).await.unwrap();
+    within_timeout(publishing).await.unwrap();
+    within_timeout(hub.to_all().publish(&Counted::new("done"))).await.unwrap();
     peer.hears(&[r#""as it was""#, r#""done""#]).await;
 }
 
@@ -117,7 +117,7 @@ async fn a_message_that_threads_cannot_share_is_published_from_any_task() {
         hub.to_all().publish(&message).await.unwrap();
         hub.to_group("a").deliver(&message).await.unwrap().targets
     });
-    assert_eq!(soon(publishing).await.unwrap(), 1);
+    assert_eq!(within_timeout(publishing).await.unwrap(), 1);
     peer.hears(&[r#""from a task""#, r#""from a task""#]).await;
 }
 
@@ -126,8 +126,11 @@ async fn a_prepared_message_is_encoded_once_for_all_its_targets() {
     let Running { hub, mut peer, .. } = run(EngineConfig::default()).await;
     let message = Counted::new("goal");
     let prepared = hub.prepare(&message).unwrap();
-    soon(hub.to_all().publish_prepared(&prepared)).await.unwrap();
-    assert_eq!(soon(hub.to_group("a").deliver_prepared(&prepared.clone())).await.unwrap().targets, 1);
+    within_timeout(hub.to_all().publish_prepared(&prepared)).await.unwrap();
+    assert_eq!(
+        within_timeout(hub.to_group("a").deliver_prepared(&prepared.clone())).await.unwrap().targets,
+        1
+    );
     hub.to_groups(&["a", "b"]).try_publish_prepared(&prepared).unwrap();
     peer.hears(&[r#""goal""#; 3]).await;
     assert_eq!(message.encodings(), 1);
@@ -138,7 +141,7 @@ async fn a_full_log_gives_the_message_back_encoded() {
     let config = EngineConfig { log_capacity: 2, ..EngineConfig::default() };
     let Running { hub, mut peer, hold, mut held, .. } = run(config).await;
     peer.say("1").await;
-    soon(held.recv()).await.unwrap();
+    within_timeout(held.recv()).await.unwrap();
     let mut accepted = 0;
     let (message, refused) = loop {
         let message = Counted::new("next");
@@ -164,11 +167,11 @@ async fn an_engine_that_has_ended_says_so_and_gives_the_message_back() {
     let engine = engine(1);
     let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let prepared = hub.prepare(&"late".to_owned()).unwrap();
-    soon(engine.shutdown(Duration::from_secs(5))).await;
+    within_timeout(engine.shutdown(Duration::from_secs(5))).await;
     let refused = hub.to_all().try_publish_prepared(&prepared).unwrap_err();
     assert!(refused.is_closed() && !refused.is_full(), "{refused:?}");
     assert!(refused.into_inner().is_some());
-    let refused = soon(hub.to_all().publish_prepared(&prepared)).await;
+    let refused = within_timeout(hub.to_all().publish_prepared(&prepared)).await;
     assert!(matches!(refused, Err(PublishError::Closed)), "{refused:?}");
 }
 
@@ -190,14 +193,14 @@ async fn a_message_that_was_prepared_for_another_codec_reaches_nobody() {
     let prepared = json.prepare(&"in quotes".to_owned()).unwrap();
     let refused = hub.to(id).try_publish_prepared(&prepared).unwrap_err();
     assert!(matches!(refused, TryPublishError::Encode(_)), "{refused:?}");
-    let refused = soon(hub.to(id).publish_prepared(&prepared)).await;
+    let refused = within_timeout(hub.to(id).publish_prepared(&prepared)).await;
     assert!(matches!(refused, Err(PublishError::Encode(_))), "{refused:?}");
-    let refused = soon(hub.to(id).deliver_prepared(&prepared)).await;
+    let refused = within_timeout(hub.to(id).deliver_prepared(&prepared)).await;
     assert!(matches!(refused, Err(PublishError::Encode(_))), "{refused:?}");
     assert_eq!(hub.encode_failures(), 3);
 
     let prepared = same_codec.prepare(&"understood".to_owned()).unwrap();
-    soon(hub.to(id).publish_prepared(&prepared)).await.unwrap();
+    within_timeout(hub.to(id).publish_prepared(&prepared)).await.unwrap();
     peer.hears(&["understood"]).await;
 }
 

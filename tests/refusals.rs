@@ -17,7 +17,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
-use fixture::{CommandHub, Peer, Server, command_app, connect, engine, eventually, soon};
+use fixture::{CommandHub, Peer, Server, command_app, connect, engine, eventually, within_timeout};
 use shardcast::{
     Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, Serve, ServeError, TrustedProxies,
     WebSocketUpgrade, WsHub, WsHubConfig, serve_hub,
@@ -62,14 +62,14 @@ fn handshake(path: &str, connection: &str, more: &str) -> Vec<u8> {
 
 /// Gives back the head of the response.
 async fn shake_hands(stream: &mut TcpStream, path: &str, more: &str) -> String {
-    soon(stream.write_all(&handshake(path, "Upgrade", more))).await.unwrap();
+    within_timeout(stream.write_all(&handshake(path, "Upgrade", more))).await.unwrap();
     head(stream).await
 }
 
 async fn head(stream: &mut TcpStream) -> String {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
-        head.push(soon(stream.read_u8()).await.unwrap());
+        head.push(within_timeout(stream.read_u8()).await.unwrap());
     }
     String::from_utf8(head).unwrap()
 }
@@ -151,7 +151,7 @@ async fn a_client_refused_by_a_middleware_never_enters_the_hub() {
                 let head = head(&mut client).await;
                 assert!(head.starts_with("HTTP/1.1 403 "), "{path}: {head}");
                 let _ = client.shutdown().await; // the server may have been first
-                let _ = soon(client.read_to_end(&mut Vec::new())).await;
+                let _ = within_timeout(client.read_to_end(&mut Vec::new())).await;
             }
         }
     }
@@ -215,7 +215,7 @@ async fn an_answer_that_nobody_waits_for_any_more_holds_no_place() {
     let server = Server::start(app.layer(hold)).await;
     let mut client = TcpStream::connect(server.address).await.unwrap();
     client.write_all(&handshake("/ws", "Upgrade", "")).await.unwrap();
-    soon(waits.recv()).await.unwrap();
+    within_timeout(waits.recv()).await.unwrap();
     assert_eq!(engine.connection_count(), 1);
     drop(client);
     eventually(0, || engine.connection_count()).await;
@@ -280,7 +280,8 @@ async fn a_middleware_that_touches_head_or_body_of_a_101_does_not_cost_the_conne
     for (name, app) in apps {
         let server = Server::start(app).await;
         let headers = [("accept-encoding", "gzip, br")];
-        let (mut peer, response) = soon(Peer::try_connect(server.url("/ws"), &headers)).await.unwrap();
+        let (mut peer, response) =
+            within_timeout(Peer::try_connect(server.url("/ws"), &headers)).await.unwrap();
         assert_ne!(
             response.headers().get(header::CONTENT_ENCODING),
             Some(&HeaderValue::from_static("gzip")),
@@ -320,11 +321,11 @@ async fn a_client_without_a_place_after_its_handshake_is_told_to_come_back_later
     let (app, mut outcome) = by_hand(engine.hub(WsHubConfig::default()).unwrap(), may_go_on);
     let server = Server::start(app).await;
     let (_first, _) = connect(&server.url("/ws")).await;
-    soon(outcome.recv()).await.unwrap().unwrap();
+    within_timeout(outcome.recv()).await.unwrap().unwrap();
     let mut second = Peer::connect(server.url("/ws")).await;
     second.say("what it says does not destroy what it is told").await;
     assert_eq!(second.closed().await.0, 1013);
-    assert!(matches!(soon(outcome.recv()).await, Some(Err(ServeError::Full))));
+    assert!(matches!(within_timeout(outcome.recv()).await, Some(Err(ServeError::Full))));
     assert_eq!(engine.connection_count(), 1);
 }
 
@@ -347,16 +348,16 @@ async fn a_client_whose_handshake_ends_in_a_shutdown_is_told_that_the_server_goe
     let server = Server::start(app.nest("/late", command_app(hub).layer(hold))).await;
     let by_hand = Peer::connect(server.url("/ws")).await;
     let late = tokio::spawn(Peer::connect(server.url("/late/ws")));
-    soon(is_held.recv()).await.unwrap();
+    within_timeout(is_held.recv()).await.unwrap();
     let shutdown = tokio::spawn({
         let engine = engine.clone();
         async move { engine.shutdown(std::time::Duration::from_millis(100)).await }
     });
-    soon(shutdown).await.unwrap();
+    within_timeout(shutdown).await.unwrap();
     go.send(true).unwrap();
     assert_eq!(by_hand.closed().await.0, 1001);
-    assert_eq!(soon(late).await.unwrap().closed().await.0, 1001);
-    assert!(matches!(soon(outcome.recv()).await, Some(Err(ServeError::Stopping))));
+    assert_eq!(within_timeout(late).await.unwrap().closed().await.0, 1001);
+    assert!(matches!(within_timeout(outcome.recv()).await, Some(Err(ServeError::Stopping))));
 }
 
 #[tokio::test]
@@ -447,7 +448,7 @@ async fn a_limit_by_address_sees_through_trusted_proxies_and_through_nobody_else
         let server = Server::start_with_addresses(Router::new().route("/ws", any(serve))).await;
         let connect = async |client: &str| {
             let value = if header == "forwarded" { format!("for={client}") } else { client.to_owned() };
-            soon(Peer::try_connect(server.url("/ws"), &[(header, &value)])).await
+            within_timeout(Peer::try_connect(server.url("/ws"), &[(header, &value)])).await
         };
         let _first = connect("198.51.100.1").await.unwrap();
         assert!(connect("198.51.100.1").await.is_err(), "{trusted} {header}");
@@ -480,8 +481,8 @@ async fn an_application_learns_the_client_s_address_before_and_after_the_handsha
         (&blind, &[behind], None, ip("2001:db8::1")),
         (&blind, &[behind, told], ip("203.0.113.5"), ip("203.0.113.5")),
     ] {
-        let _peer = soon(Peer::try_connect(server.url("/ws"), headers)).await.unwrap();
-        assert_eq!(soon(was_seen.recv()).await.unwrap(), (before, after), "{headers:?}");
+        let _peer = within_timeout(Peer::try_connect(server.url("/ws"), headers)).await.unwrap();
+        assert_eq!(within_timeout(was_seen.recv()).await.unwrap(), (before, after), "{headers:?}");
     }
 }
 
@@ -489,7 +490,7 @@ async fn an_application_learns_the_client_s_address_before_and_after_the_handsha
 
 /// Shakes hands until the log has the line: there is one in a second for all tests of this process.
 async fn logs(address: SocketAddr, path: &str, more: &str, logged: impl Fn(&str) -> usize, line: &str) {
-    soon(async {
+    within_timeout(async {
         while logged(line) == 0 {
             let mut client = TcpStream::connect(address).await.unwrap();
             shake_hands(&mut client, path, more).await;

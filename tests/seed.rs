@@ -15,7 +15,7 @@ mod fixture;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use fixture::{CommandHub, Peer, Server, command_app, connect, engine, soon};
+use fixture::{CommandHub, Peer, Server, command_app, connect, engine, within_timeout};
 use shardcast::{WsHub, WsHubConfig};
 use tokio::sync::mpsc;
 
@@ -171,7 +171,7 @@ async fn what_the_extractors_found_reaches_the_hub_of_its_own_connection() {
     ada.hears(&[r#""dear Ada: one""#]).await;
     bob.hears(&[r#""dear Bob: two""#]).await;
     // What axum's extractors refuse never becomes a socket.
-    let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
+    let refused = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
     assert!(refused.to_string().contains("400"), "{refused}");
 }
 
@@ -231,10 +231,10 @@ async fn hub_and_client_talk_in_postcard_after_a_change_of_one_type() {
         .build();
     let (sender, mut replies) = mpsc::unbounded_channel();
     client.on_message(move |reply: HelloReply| sender.send(reply).unwrap());
-    soon(client.connect()).await.unwrap();
+    within_timeout(client.connect()).await.unwrap();
     client.send(HelloMessage { text: "hello".into() }).unwrap();
-    assert_eq!(soon(replies.recv()).await, Some(HelloReply::Ok("hello".into())));
-    soon(client.disconnect()).await;
+    assert_eq!(within_timeout(replies.recv()).await, Some(HelloReply::Ok("hello".into())));
+    within_timeout(client.disconnect()).await;
 }
 
 /// "Broadcast, unicast, groups - flexible targeting".
@@ -520,7 +520,7 @@ async fn the_hooks_are_called_once_each_and_name_the_same_connection() {
     // For all threads, as the hooks run on shards.
     tracing_subscriber::fmt().with_ansi(false).with_writer(move || Log(sender.clone())).init();
     let mut line_with = async |prefix: &str| loop {
-        let line = soon(lines.recv()).await.unwrap();
+        let line = within_timeout(lines.recv()).await.unwrap();
         if let Some((_, id)) = line.split_once(prefix) {
             return id.trim().to_owned();
         }
@@ -643,9 +643,9 @@ mod client {
 
         URL.set(server.url("/ws")).unwrap();
         let run = || to_the_test::main().map_err(|error| error.to_string());
-        soon(tokio::task::spawn_blocking(run)).await.unwrap().unwrap();
+        within_timeout(tokio::task::spawn_blocking(run)).await.unwrap().unwrap();
         listener.hears(&[r#"{"Ok":"hello"}"#]).await;
         let polite = CloseReason::Peer { code: Some(CloseCode::NORMAL), text: "".into() };
-        assert_eq!(soon(ended.recv()).await, Some(polite));
+        assert_eq!(within_timeout(ended.recv()).await, Some(polite));
     }
 }

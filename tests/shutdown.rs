@@ -14,7 +14,7 @@ use axum::routing::any;
 use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::program::{Running, fanout};
 use fixture::raw::Raw;
-use fixture::{CommandHub, Peer, command_app, connect, engine, eventually, soon};
+use fixture::{CommandHub, Peer, command_app, connect, engine, eventually, within_timeout};
 use futures_util::{SinkExt as _, poll};
 use serde_json::{Value, json};
 use shardcast::{
@@ -77,14 +77,14 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
         })
         .collect();
     for publisher in publishers {
-        soon(publisher).await.unwrap();
+        within_timeout(publisher).await.unwrap();
     }
-    let report = soon(fixture.engine.shutdown(Duration::from_secs(10))).await;
+    let report = within_timeout(fixture.engine.shutdown(Duration::from_secs(10))).await;
     assert_eq!(counts(&report), [CLIENTS as u64, 0, 0]);
     assert_eq!((fixture.engine.connection_count(), fixture.hub.len(), fixture.hub.group_count()), (0, 0, 0));
     let mut first = None;
     for reader in readers {
-        let (heard, close) = soon(reader).await.unwrap();
+        let (heard, close) = within_timeout(reader).await.unwrap();
         assert_eq!(close, Some((1001, String::new())));
         for publisher in 0..PUBLISHERS {
             let own = heard.iter().filter(|text| text.ends_with(&format!(" {publisher}")));
@@ -100,7 +100,7 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     assert!(matches!(fixture.hub.to_all().try_publish(&"late".to_owned()), Err(TryPublishError::Closed(_))));
     let refused = fixture.hub.to_all().deliver(&"late".to_owned()).await;
     assert!(matches!(refused, Err(PublishError::Closed)), "{refused:?}");
-    assert_eq!(soon(fixture.engine.shutdown(LONG)).await, report);
+    assert_eq!(within_timeout(fixture.engine.shutdown(LONG)).await, report);
 }
 
 /// Whenever the end comes between the calls of those who publish: what they are told `Ok` for is heard by all.
@@ -130,10 +130,10 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
         let publishers: Vec<_> = std::iter::repeat_with(publish).take(PUBLISHERS).collect();
         // At another moment in each round.
         eventually(true, || fixture.engine.metrics().publications > round * 50).await;
-        soon(fixture.engine.shutdown_with(at_once(LONG))).await.unwrap();
+        within_timeout(fixture.engine.shutdown_with(at_once(LONG))).await.unwrap();
         let accepted: usize = publishers.into_iter().map(|publisher| publisher.join().unwrap()).sum();
         for reader in readers {
-            let (heard, close) = soon(reader).await.unwrap();
+            let (heard, close) = within_timeout(reader).await.unwrap();
             assert_eq!((heard.len(), close.map(|close| close.0)), (accepted, Some(1001)), "round {round}");
         }
     }
@@ -150,7 +150,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
     let ending = Shutdown { code: CloseCode::SERVICE_RESTART, ..at_once(LONG) };
     let mut shutdown = Box::pin(engine.shutdown_with(ending));
     assert!(poll!(&mut shutdown).is_pending());
-    let refused = soon(Peer::try_connect(fixture.server.url("/ws"), &[])).await.err().unwrap();
+    let refused = within_timeout(Peer::try_connect(fixture.server.url("/ws"), &[])).await.err().unwrap();
     let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
@@ -161,16 +161,16 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
     }
     other.say("all unheard").await;
     busy.say("all unheard").await;
-    soon(fixture.hub.to_all().publish(&"still taken".to_owned())).await.unwrap();
+    within_timeout(fixture.hub.to_all().publish(&"still taken".to_owned())).await.unwrap();
     other.hears(&["still taken"]).await;
     assert!(poll!(&mut shutdown).is_pending());
     assert_eq!(fixture.others_ended(), []);
 
     let readers = [busy, other].map(reads_to_the_end);
     fixture.recorder.permits.add_permits(1);
-    assert_eq!(counts(&soon(shutdown).await.unwrap()), [2, 0, 0]);
+    assert_eq!(counts(&within_timeout(shutdown).await.unwrap()), [2, 0, 0]);
     for (reader, heard_before) in readers.into_iter().zip([0, 1]) {
-        let (heard, close) = soon(reader).await.unwrap();
+        let (heard, close) = within_timeout(reader).await.unwrap();
         assert_eq!(heard, ["still taken", "waited"][heard_before..], "what the busy one sent at last, too");
         assert_eq!(close, Some((1012, String::new())));
     }
@@ -190,11 +190,11 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
     eventually(1, || fixture.engine.metrics().tally.received).await;
     let readers = [busy, other].map(reads_to_the_end);
     let began = Instant::now();
-    let report = soon(fixture.engine.shutdown(SHORT)).await;
+    let report = within_timeout(fixture.engine.shutdown(SHORT)).await;
     assert!(began.elapsed() >= SHORT, "it had all the time there was");
     assert_eq!(counts(&report), [2, 0, 1], "its client has had all that was its own");
     for reader in readers {
-        assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
+        assert_eq!(within_timeout(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
     }
     assert_eq!(fixture.ended().await, (other_id, gone()));
     assert_eq!(fixture.others_ended(), [], "the busy one was dropped without a word");
@@ -208,7 +208,7 @@ async fn stalled_and_reading(messages: usize) -> (HubFixture, Raw, JoinHandle<He
     let (stalled, _) = fixture.connect_raw().await;
     let reader = reads_to_the_end(fixture.connect().await.0);
     for number in 0..messages {
-        soon(fixture.hub.to_all().publish(&numbered(number, MESSAGE_BYTES))).await.unwrap();
+        within_timeout(fixture.hub.to_all().publish(&numbered(number, MESSAGE_BYTES))).await.unwrap();
     }
     (fixture, stalled, reader)
 }
@@ -217,9 +217,9 @@ async fn stalled_and_reading(messages: usize) -> (HubFixture, Raw, JoinHandle<He
 async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_else() {
     const MESSAGES: usize = 200;
     let (mut fixture, mut stalled, reader) = stalled_and_reading(MESSAGES).await;
-    let report = soon(fixture.engine.shutdown(SHORT)).await;
+    let report = within_timeout(fixture.engine.shutdown(SHORT)).await;
     assert_eq!(counts(&report), [1, 1, 0]);
-    let (heard, close) = soon(reader).await.unwrap();
+    let (heard, close) = within_timeout(reader).await.unwrap();
     assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
     assert_eq!(close, Some((1001, String::new())));
     // What its kernel had is in one piece, and there is no Close behind what is missing.
@@ -247,9 +247,9 @@ async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let hub = fixture.hub.clone();
     let sending = tokio::spawn(async move { hub.to_all().deliver(&"last".to_owned()).await.unwrap() });
     eventually(101, || fixture.engine.metrics().publications).await;
-    let report = soon(fixture.engine.shutdown_with(at_once(SHORT))).await.unwrap();
+    let report = within_timeout(fixture.engine.shutdown_with(at_once(SHORT))).await.unwrap();
     assert_eq!(counts(&report), [0, 1, 0]);
-    let receipt = soon(sending).await.unwrap();
+    let receipt = within_timeout(sending).await.unwrap();
     assert_eq!((receipt.targets, receipt.taken(), receipt.disconnected), (1, 0, 1));
     let after = fixture.engine.metrics();
     assert_eq!((after.connections, after.tally.pending(), after.pending_bytes, after.ended), (0, 0, 0, 1));
@@ -268,12 +268,12 @@ async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything(
     let engine = fixture.engine.clone();
     let shutdown = tokio::spawn(async move { counts(&engine.shutdown_with(at_once(LONG)).await.unwrap()) });
     // The other one's end does not wait for it.
-    assert_eq!(soon(reader).await.unwrap().0.len(), MESSAGES);
+    assert_eq!(within_timeout(reader).await.unwrap().0.len(), MESSAGES);
     let (heard, code) = slow.rest().await;
     assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
     assert_eq!(code, Some(1001));
     drop(slow);
-    assert_eq!(soon(shutdown).await.unwrap(), [2, 0, 0]);
+    assert_eq!(within_timeout(shutdown).await.unwrap(), [2, 0, 0]);
 }
 
 #[tokio::test]
@@ -283,9 +283,9 @@ async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its
     let reader = reads_to_the_end(fixture.connect().await.0);
     stuck.say("hold").await;
     eventually(1, || fixture.recorder.holds()).await;
-    let report = soon(fixture.engine.shutdown(SHORT)).await;
+    let report = within_timeout(fixture.engine.shutdown(SHORT)).await;
     assert_eq!((counts(&report), report.stuck), ([1, 1, 0], vec![id.shard()]));
-    assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
+    assert_eq!(within_timeout(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
     assert_eq!(fixture.engine.state(), EngineState::Ended);
     fixture.recorder.let_go();
     eventually(0, || fixture.engine.connection_count()).await;
@@ -347,9 +347,9 @@ async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
         clients.push(client);
     }
     let process = child.process.id().unwrap().to_string();
-    assert!(soon(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
+    assert!(within_timeout(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
     assert_eq!(child.says("stuck ").await, "[0, 1]");
-    assert!(soon(child.process.wait()).await.unwrap().success());
+    assert!(within_timeout(child.process.wait()).await.unwrap().success());
 }
 
 #[tokio::test]
@@ -357,7 +357,9 @@ async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears
     let fixture = HubFixture::open(1, WsHubConfig::default()).await;
     let (mut peer, _) = fixture.connect().await;
     for code in [0, 1005, 1006, 5000].map(CloseCode) {
-        let error = soon(fixture.engine.shutdown_with(Shutdown { code, ..at_once(LONG) })).await.unwrap_err();
+        let error = within_timeout(fixture.engine.shutdown_with(Shutdown { code, ..at_once(LONG) }))
+            .await
+            .unwrap_err();
         assert!(error.to_string().contains(&format!("close code {code} may not be sent")), "{error}");
     }
     assert!(!fixture.engine.is_stopping());
@@ -389,9 +391,9 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
         tokio::spawn(async move { axum::serve(listener, app).await });
         address
     });
-    let mut peer = Peer::connect(format!("ws://{}/ws", soon(address).await.unwrap())).await;
+    let mut peer = Peer::connect(format!("ws://{}/ws", within_timeout(address).await.unwrap())).await;
     // A client is among all when `on_connected` has returned, which takes some time on a runtime.
-    while soon(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().targets == 0 {
+    while within_timeout(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().targets == 0 {
         tokio::task::yield_now().await;
     }
     peer.hears(&["welcome"]).await;
@@ -403,9 +405,9 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
     if !waits {
         peer.say("too late").await;
     }
-    let (heard, close) = soon(peer.rest()).await;
+    let (heard, close) = within_timeout(peer.rest()).await;
     assert_eq!(heard, Vec::<String>::new());
-    soon(engine.shutdown(LONG)).await;
+    within_timeout(engine.shutdown(LONG)).await;
     close
 }
 
@@ -440,11 +442,11 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
     hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     stop.send(()).unwrap();
     for reader in readers {
-        let (heard, close) = soon(reader).await.unwrap();
+        let (heard, close) = within_timeout(reader).await.unwrap();
         assert_eq!((heard, close), (vec!["last words".to_owned()], Some((1001, String::new()))));
     }
-    soon(serving).await.unwrap();
-    assert_eq!(counts(&soon(told).await.unwrap()), [5, 0, 0]);
+    within_timeout(serving).await.unwrap();
+    assert_eq!(counts(&within_timeout(told).await.unwrap()), [5, 0, 0]);
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
 }
 
@@ -481,7 +483,7 @@ async fn talk(
                 warm.send(()).unwrap();
             }
             // What is said to a server that ends is not heard, which is not its fault.
-            let _ = soon(peer.socket.send(tick(said + 1))).await;
+            let _ = within_timeout(peer.socket.send(tick(said + 1))).await;
         }
     }
 }
@@ -511,14 +513,14 @@ async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted
         talking.push(tokio::spawn(talk(peer, name, talks, talks.then_some(warm))));
     }
     for is_warm in warming {
-        soon(is_warm).await.unwrap();
+        within_timeout(is_warm).await.unwrap();
     }
     let process = fanout.process.id().unwrap().to_string();
-    assert!(soon(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
+    assert!(within_timeout(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
 
     let mut ends = Vec::new();
     for client in talking {
-        ends.push(soon(client).await.unwrap());
+        ends.push(within_timeout(client).await.unwrap());
     }
     let everything = &ends[0].0;
     for (heard, code) in &ends {
@@ -532,6 +534,6 @@ async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted
         assert!(own.len() >= 30 && own.iter().copied().eq(1..=own.len() as u64), "without gaps: {own:?}");
     }
     assert_eq!(fanout.says("flushed ").await, format!("{CLIENTS}, cut off 0, left over 0"));
-    assert!(soon(fanout.process.wait()).await.unwrap().success());
-    assert_eq!(soon(fanout.lines.next_line()).await.unwrap(), None);
+    assert!(within_timeout(fanout.process.wait()).await.unwrap().success());
+    assert_eq!(within_timeout(fanout.lines.next_line()).await.unwrap(), None);
 }

@@ -16,7 +16,7 @@ use axum::Router;
 use axum::routing::any;
 use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
-use fixture::{OnRuntime, PATIENCE, Peer, Server, command_app, connect, engine, eventually, soon};
+use fixture::{OnRuntime, PATIENCE, Peer, Server, command_app, connect, engine, eventually, within_timeout};
 use shardcast::{
     BroadcastPolicy, CloseReason, ConnectionId, DropCause, Dropped, HubContext, RawCodec, Receipt, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
@@ -76,7 +76,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
             // Who wants a receipt waits for the slow one's time to be over; the others get the message meanwhile.
             let target = fixture.hub.to_all();
             let both = async { tokio::join!(target.deliver(&message), all_hear(&mut others, &message)).0 };
-            receipts.push(soon(both).await.unwrap());
+            receipts.push(within_timeout(both).await.unwrap());
         } else {
             // Its receipt may take until the slow one reads; the next one's ticket may not come before this one's.
             let (hub, to_all) = (fixture.hub.clone(), message.clone());
@@ -85,7 +85,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
             unfinished.push(sending);
             // Who does not publish to the slow one is not held up by it.
             let aside = format!("aside {round}");
-            soon(fixture.hub.to_group("others").publish(&aside.clone())).await.unwrap();
+            within_timeout(fixture.hub.to_group("others").publish(&aside.clone())).await.unwrap();
             all_hear(&mut others, &aside).await;
         }
         slow.sip(sip);
@@ -122,7 +122,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
     // Now it reads: whole frames, in order, exactly those that the receipts do not call dropped.
     let last = numbered(ROUNDS, 10);
     if policy == HIGH_RTT {
-        soon(fixture.hub.to_all().publish(&last)).await.unwrap(); // nobody waits under this policy
+        within_timeout(fixture.hub.to_all().publish(&last)).await.unwrap(); // nobody waits under this policy
     } else {
         fixture.hub.to(slow_id).try_publish(&last).unwrap();
     }
@@ -131,7 +131,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         heard.push(number_of(&slow.hears_text().await));
     }
     for sending in unfinished {
-        receipts.push(soon(sending).await.unwrap());
+        receipts.push(within_timeout(sending).await.unwrap());
     }
     let arrived = |receipt: &Receipt| receipt.dropped.total() == 0;
     let taken = (0..ROUNDS).filter(|round| arrived(&receipts[*round]));
@@ -201,7 +201,7 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
             let target = fixture.hub.to_group("both");
             let hearing = all_hear(std::slice::from_mut(&mut other), &message);
             let both = async { tokio::join!(target.deliver(&message), hearing).0 };
-            let receipt = soon(both).await.unwrap();
+            let receipt = within_timeout(both).await.unwrap();
             losses += receipt.dropped.total();
             rounds += 1;
         }
@@ -255,7 +255,7 @@ async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_a
     assert_eq!(fixture.others_ended(), []);
 }
 
-/// A hub whose peers must answer soon, and a neighbour of theirs on the same shard, at another hub that is patient.
+/// A hub whose peers must answer within_timeout, and a neighbour of theirs on the same shard, at another hub that is patient.
 async fn impatient(pong_timeout: Duration) -> (HubFixture, Server, Peer) {
     let config = WsHubConfig {
         pong_timeout,
@@ -317,7 +317,7 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
         tokio::spawn(async move { hub.to_all().deliver(&numbered(60, MESSAGE_BYTES)).await.unwrap() })
     };
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
-    let receipt = soon(waiting).await.unwrap();
+    let receipt = within_timeout(waiting).await.unwrap();
     assert_eq!(
         (receipt.targets, receipt.waited, receipt.disconnected),
         (1, 1, 1),
@@ -371,7 +371,7 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
         }
     });
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
-    soon(flooding).await.unwrap();
+    within_timeout(flooding).await.unwrap();
     listening.abort();
 }
 
@@ -470,15 +470,15 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
     let mut round = 0;
     while !resets.is_empty() || fixture.hub.len() > 4 {
         assert!(round < MANY, "nobody notices");
-        soon(fixture.hub.to_all().publish(&numbered(round, MESSAGE_BYTES))).await.unwrap();
+        within_timeout(fixture.hub.to_all().publish(&numbered(round, MESSAGE_BYTES))).await.unwrap();
         round += 1;
         while let Some(reset) = resets.try_join_next() {
             reset.unwrap();
         }
     }
-    soon(fixture.hub.to_all().publish(&numbered(LAST, 30))).await.unwrap();
+    within_timeout(fixture.hub.to_all().publish(&numbered(LAST, 30))).await.unwrap();
     for reader in readers {
-        let (heard, _peer) = soon(reader).await.unwrap();
+        let (heard, _peer) = within_timeout(reader).await.unwrap();
         assert!(heard.iter().copied().eq((0..round).chain([LAST])), "everything, in order");
     }
     for _ in 0..RUDE {
@@ -641,15 +641,15 @@ async fn others_have_their_turn_between_drops<
     // It is told of no drop until its method is over.
     stalled.says(&text("wait")).await;
     watcher.say("watch").await;
-    soon(told.begun.acquire_many(2)).await.unwrap().forget();
+    within_timeout(told.begun.acquire_many(2)).await.unwrap().forget();
     let dropped = async || {
-        let counted = soon(hub.connection_metrics(id)).await.unwrap().unwrap();
+        let counted = within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap();
         counted.tally.dropped.timeout + counted.tally.dropped.overflow
     };
     while dropped().await < DROPS {
         for round in 0..1000 {
             let message = numbered(round, MESSAGE_BYTES);
-            soon(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
+            within_timeout(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
         }
     }
     assert_eq!(told.drops.load(Relaxed), 0);
@@ -704,18 +704,19 @@ async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_r
     assert_eq!(stalled.hears_text().await, "waiting");
 
     // To one and to a group, until the client has lost some of both.
-    let lost = async || soon(hub.connection_metrics(id)).await.unwrap().unwrap().tally.dropped.overflow;
+    let lost =
+        async || within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap().tally.dropped.overflow;
     let message = numbered(0, MESSAGE_BYTES);
     let (mut alone, mut both) = (0, 0);
     for _ in 0..MANY {
-        soon(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
+        within_timeout(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
         alone = lost().await;
         if alone > 0 {
             break;
         }
     }
     for _ in 0..MANY {
-        soon(hub.to_group("prices").publish(&message)).await.unwrap();
+        within_timeout(hub.to_group("prices").publish(&message)).await.unwrap();
         both = lost().await;
         if both > alone + 10 {
             break;
@@ -725,7 +726,7 @@ async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_r
     assert!(told.try_recv().is_err(), "told while a method was pending");
 
     permits.add_permits(1);
-    let notices = [soon(told.recv()).await.unwrap(), soon(told.recv()).await.unwrap()];
+    let notices = [within_timeout(told.recv()).await.unwrap(), within_timeout(told.recv()).await.unwrap()];
     let seen = notices.map(|notice| (notice.messages, notice.cause, notice.group));
     let group = Some(Arc::from("prices"));
     assert_eq!(seen, [(alone, DropCause::Overflow, None), (both - alone, DropCause::Overflow, group)]);

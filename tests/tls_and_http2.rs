@@ -16,7 +16,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{Method, StatusCode, Version};
 use axum::serve::Listener;
-use fixture::{CommandHub, Peer, Server, command_app, engine, eventually, soon};
+use fixture::{CommandHub, Peer, Server, command_app, engine, eventually, within_timeout};
 use hyper::client::conn::http2;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -123,13 +123,14 @@ impl TlsServer {
     async fn stream(&self) -> client::TlsStream<TcpStream> {
         let socket = TcpStream::connect(self.address).await.unwrap();
         let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-        soon(self.connector.connect(name, socket)).await.unwrap()
+        within_timeout(self.connector.connect(name, socket)).await.unwrap()
     }
 
     /// A client behind TLS, and its id.
     async fn connect(&self) -> (Peer<client::TlsStream<TcpStream>>, shardcast::ConnectionId) {
         let stream = self.stream().await;
-        let (socket, _) = soon(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
+        let (socket, _) =
+            within_timeout(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
         let mut peer = Peer { socket };
         let id = peer.hear().await.parse().unwrap();
         (peer, id)
@@ -142,9 +143,9 @@ where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
     let (client, connection) =
-        soon(http2::handshake(TokioExecutor::new(), TokioIo::new(stream))).await.unwrap();
+        within_timeout(http2::handshake(TokioExecutor::new(), TokioIo::new(stream))).await.unwrap();
     // hyper has a task of its own for this, which wakes nobody when the server's settings arrive.
-    soon(async {
+    within_timeout(async {
         while !connection.is_extended_connect_protocol_enabled() {
             tokio::task::yield_now().await;
         }
@@ -166,9 +167,9 @@ async fn connect_by_http_2(
         .header("sec-websocket-version", "13")
         .body(Body::empty())
         .unwrap();
-    let mut response = soon(client.send_request(request)).await.unwrap();
+    let mut response = within_timeout(client.send_request(request)).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK, "not 101: the stream is the connection");
-    let stream = soon(hyper::upgrade::on(&mut response)).await.unwrap();
+    let stream = within_timeout(hyper::upgrade::on(&mut response)).await.unwrap();
     let mut peer = Peer::upgraded(TokioIo::new(stream)).await;
     let id = peer.hear().await.parse().unwrap();
     (peer, id)
@@ -243,7 +244,7 @@ async fn one_broadcast_reaches_clients_that_came_every_way_in_one_order() {
         ada.say(format!("all plain {round}")).await;
         bob.say(format!("all TLS {round}")).await;
         cyd.say(format!("all HTTP/2 {round}")).await;
-        let receipt = soon(hub.to_all().deliver(&format!("task {round}"))).await.unwrap();
+        let receipt = within_timeout(hub.to_all().deliver(&format!("task {round}"))).await.unwrap();
         assert_eq!(receipt.targets, 3);
         let mut orders = Vec::new();
         for _ in 0..4 {
@@ -300,7 +301,7 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
             assert!(heard.starts_with(&format!("{round} ")) && heard.ends_with(&big));
         }
     }
-    let metrics = soon(hub.connection_metrics(stalled_id)).await.unwrap().unwrap();
+    let metrics = within_timeout(hub.connection_metrics(stalled_id)).await.unwrap().unwrap();
     assert_eq!(metrics.tally.offered, 1 + MESSAGES as u64);
     assert!(
         metrics.tally.pending() > MESSAGES as u64 / 2,
@@ -315,7 +316,7 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     bob.hears(&["awaited"]).await;
     assert!(!waiting.is_finished());
     drop(stalled);
-    let receipt = soon(waiting).await.unwrap();
+    let receipt = within_timeout(waiting).await.unwrap();
     assert_eq!((receipt.targets, receipt.waited), (3, 1));
     eventually(2, || hub.len()).await;
     ada.say("all on we go").await;
@@ -336,10 +337,10 @@ async fn a_tls_client_that_has_got_everything_and_its_close_is_reported_as_flush
     }
     hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(fixture::PATIENCE) };
-    let report = soon(engine.shutdown_with(shutdown)).await.unwrap();
+    let report = within_timeout(engine.shutdown_with(shutdown)).await.unwrap();
     assert_eq!((report.flushed, report.cut_off), (3, 0));
     for reader in readers {
-        let heard = soon(reader).await.unwrap();
+        let heard = within_timeout(reader).await.unwrap();
         assert_eq!(heard, (vec!["last words".to_owned()], Some((1001, String::new()))));
     }
 }
@@ -357,7 +358,7 @@ async fn a_tls_client_is_not_reported_as_flushed_for_what_is_still_on_its_way_to
         }
         hub.to_all().try_publish(&"x".repeat(bytes)).unwrap();
         // Nobody reads, and so nobody answers a Close.
-        let report = soon(engine.shutdown(Duration::from_millis(500))).await;
+        let report = within_timeout(engine.shutdown(Duration::from_millis(500))).await;
         assert_eq!((report.flushed, report.cut_off), (0, 3), "{bytes} bytes");
     }
 }
