@@ -88,7 +88,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
             within_timeout(fixture.hub.to_group("others").publish(&aside.clone())).await.unwrap();
             all_hear(&mut others, &aside).await;
         }
-        slow.sip(sip);
+        slow.read_at_most(sip);
     }
 
     // What the connection has counted is what the receipts say and what the hub was told.
@@ -462,7 +462,7 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
                 for round in 0..=number * 5 {
                     assert_eq!(number_of(&raw.hears_text().await), round);
                 }
-                raw.sip(100);
+                raw.read_at_most(100);
             }
             raw.reset();
         });
