@@ -77,7 +77,7 @@ async fn an_outbox_keeps_so_many_bytes_and_then_the_policy_decides() {
     let (mut reader, reader_id) = fixture.connect().await;
     let large = numbered(7, 50_000);
     fixture.hub.to(reader_id).policy(DROP_AT_ONCE).unwrap().publish(&large.clone()).await.unwrap();
-    reader.hears(&[&large]).await;
+    reader.recv_texts(&[&large]).await;
 }
 
 #[tokio::test]
@@ -159,7 +159,7 @@ async fn beyond_the_budget_for_all_backlogs_the_largest_is_shed_with_1013_and_th
     assert!(code == Some(1013) && texts.len() < number);
     for (raw, id, count) in [(&mut small, small_id, 20), (&mut middle, middle_id, 40)] {
         for number in 0..count {
-            assert_eq!(number_of(&raw.hears_text().await), number);
+            assert_eq!(number_of(&raw.recv_text().await), number);
         }
         assert_eq!(fixture.counted(id).await.tally.discarded, 0);
     }
@@ -177,14 +177,14 @@ async fn held_up(engine: EngineConfig) -> (HubFixture, (Raw, ConnectionId), (Pee
     let (mut holder, holder_id) = fixture.connect_raw().await;
     let (free, free_id) = fixture.connect().await;
     assert_ne!(holder_id.shard(), free_id.shard());
-    holder.says(&fixture::raw::text("hold")).await;
+    holder.send(&fixture::raw::text("hold")).await;
     eventually(1, || fixture.recorder.holds()).await;
     (fixture, (holder, holder_id), (free, free_id))
 }
 
-async fn hears_numbers(raw: &mut Raw, count: usize) {
+async fn recv_numbers(raw: &mut Raw, count: usize) {
     for number in 0..count {
-        assert_eq!(raw.hears_text().await, numbered(number, 10));
+        assert_eq!(raw.recv_text().await, numbered(number, 10));
     }
 }
 
@@ -208,14 +208,14 @@ async fn a_full_mailbox_refuses_lets_wait_and_is_overloaded_and_what_was_accepte
     assert!(matches!(refused, Err(PublishError::Overloaded)), "{refused:?}");
     // The other shard's mailbox has room.
     within_timeout(fixture.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
-    free.hears(&["free"]).await;
+    free.recv_texts(&["free"]).await;
 
     fixture.recorder.let_go();
     within_timeout(first).await.unwrap();
     within_timeout(second).await.unwrap();
-    hears_numbers(&mut holder, 9).await;
+    recv_numbers(&mut holder, 9).await;
     within_timeout(fixture.hub.to_groups(&["late", "never"]).publish(&numbered(9, 10))).await.unwrap();
-    assert_eq!(holder.hears_text().await, numbered(9, 10), "and nothing that was refused");
+    assert_eq!(holder.recv_text().await, numbered(9, 10), "and nothing that was refused");
     assert_eq!((fixture.hub.group_len("late"), fixture.hub.group_len("never")), (1, 0));
 }
 
@@ -240,18 +240,18 @@ async fn a_full_log_refuses_lets_wait_and_is_overloaded_and_what_was_accepted_ar
     }
     // Who is on the other shard has it all by now, and what goes another way still comes.
     for number in 0..8 {
-        free.hears(&[&numbered(number, 10)]).await;
+        free.recv_texts(&[&numbered(number, 10)]).await;
     }
     within_timeout(fixture.hub.to(free_id).publish(&"free".to_owned())).await.unwrap();
-    free.hears(&["free"]).await;
+    free.recv_texts(&["free"]).await;
 
     fixture.recorder.let_go();
     for publishing in waiting {
         within_timeout(publishing).await.unwrap();
     }
     all.publish(&numbered(10, 10)).await.unwrap();
-    hears_numbers(&mut holder, 11).await;
+    recv_numbers(&mut holder, 11).await;
     for number in 8..11 {
-        free.hears(&[&numbered(number, 10)]).await;
+        free.recv_texts(&[&numbered(number, 10)]).await;
     }
 }

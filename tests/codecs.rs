@@ -193,12 +193,12 @@ async fn a_decoder_that_panics_ends_that_connection_only_with_1011() {
     let server = Server::start(Router::new().route("/ws", any(serve)).with_state(hub.clone())).await;
     let mut bystander = Peer::connect(server.url("/ws")).await;
     let mut wrongdoer = Peer::connect(server.url("/ws")).await;
-    wrongdoer.say("fine").await;
-    wrongdoer.hears(&["fine"]).await;
-    wrongdoer.say("boo").await;
+    wrongdoer.send_text("fine").await;
+    wrongdoer.recv_texts(&["fine"]).await;
+    wrongdoer.send_text("boo").await;
     assert_eq!(wrongdoer.closed().await.0, 1011);
     assert_eq!(within_timeout(ended.recv()).await.unwrap(), "HandlerPanicked");
-    bystander.say("still here").await;
-    bystander.hears(&["still here"]).await;
+    bystander.send_text("still here").await;
+    bystander.recv_texts(&["still here"]).await;
     assert_eq!(hub.len(), 1);
 }

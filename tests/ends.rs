@@ -120,13 +120,13 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
         let (mut raw, id) = fixture.connect_raw().await;
         let mut shutdown: Option<JoinHandle<ShutdownReport>> = None;
         match way {
-            Way::SaysGoodbye => raw.says(&frame(FIN | CLOSE, &1000u16.to_be_bytes())).await,
-            Way::LeavesThePage => raw.says(&frame(FIN | CLOSE, &1001u16.to_be_bytes())).await,
-            Way::SaysNoCode => raw.says(&frame(FIN | CLOSE, b"")).await,
-            Way::SendsNonsense => raw.says(b"\x81\x01x").await,
-            Way::SendsTheWrongKind => raw.says(&frame(FIN | BINARY, b"x")).await,
-            Way::Floods => raw.says(&frame(FIN | PING, b"").repeat(4)).await,
-            Way::MakesTheHandlerPanic => raw.says(&text("panic as told")).await,
+            Way::SaysGoodbye => raw.send(&frame(FIN | CLOSE, &1000u16.to_be_bytes())).await,
+            Way::LeavesThePage => raw.send(&frame(FIN | CLOSE, &1001u16.to_be_bytes())).await,
+            Way::SaysNoCode => raw.send(&frame(FIN | CLOSE, b"")).await,
+            Way::SendsNonsense => raw.send(b"\x81\x01x").await,
+            Way::SendsTheWrongKind => raw.send(&frame(FIN | BINARY, b"x")).await,
+            Way::Floods => raw.send(&frame(FIN | PING, b"").repeat(4)).await,
+            Way::MakesTheHandlerPanic => raw.send(&text("panic as told")).await,
             Way::FallsSilent | Way::SaysNothing | Way::GrowsOld => {}
             Way::LetsTooMuchWait | Way::LetsTooMuchBeDropped | Way::KeepsTooMuch => {
                 let mut number = 0;
@@ -141,7 +141,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
             Way::AnswersLate => {
                 let nonce = raw.is_pinged().await;
                 tokio::time::sleep(ms(5)).await; // this has to pass
-                raw.says(&frame(FIN | PONG, &nonce)).await;
+                raw.send(&frame(FIN | PONG, &nonce)).await;
             }
             Way::IsSentAway => fixture.hub.disconnect(id, CloseCode(4000), "so it is").await.unwrap(),
             Way::IsAskedToReturn => fixture.hub.disconnect(id, CloseCode(1013), "so it is").await.unwrap(),
@@ -190,7 +190,7 @@ async fn pongs_are_signs_of_life_for_the_idle_timeout() {
     let (mut raw, id) = fixture.connect_raw().await;
     let began = Instant::now();
     while began.elapsed() < longer {
-        raw.says(&frame(FIN | PONG, b"still here")).await;
+        raw.send(&frame(FIN | PONG, b"still here")).await;
         tokio::time::sleep(ms(50)).await;
     }
     assert_eq!((fixture.hub.len(), fixture.others_ended()), (1, vec![]));
@@ -205,16 +205,16 @@ async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
     let mut fixture =
         HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
     let (mut raw, id) = fixture.connect_raw().await;
-    raw.says(&[text("wait"), frame(FIN | PING, b"x")].concat()).await;
-    assert_eq!(raw.hears().await, (PONG, b"x".to_vec()));
-    raw.says(&[text("all I leave"), frame(FIN | CLOSE, &1000u16.to_be_bytes())].concat()).await;
+    raw.send(&[text("wait"), frame(FIN | PING, b"x")].concat()).await;
+    assert_eq!(raw.recv().await, (PONG, b"x".to_vec()));
+    raw.send(&[text("all I leave"), frame(FIN | CLOSE, &1000u16.to_be_bytes())].concat()).await;
     assert_eq!(raw.close_code().await, Some(1000));
     eventually(0, || fixture.hub.len()).await;
     // What it said before is handled, then it is told the end.
     let (mut witness, _) = fixture.connect().await;
     assert_eq!(fixture.others_ended(), []);
     fixture.recorder.permits.add_permits(1);
-    witness.hears(&["waited", "I leave"]).await;
+    witness.recv_texts(&["waited", "I leave"]).await;
     assert_eq!(fixture.ended().await, (id, peer(Some(1000))));
 }
 
@@ -223,7 +223,7 @@ async fn the_answer_arrives_though_the_client_has_ended_its_side() {
     let mut fixture = HubFixture::open(1, WsHubConfig::default()).await;
     for (said, heard) in [("hello", "hello"), ("wait", "waited")] {
         let (mut raw, id) = fixture.connect_raw().await;
-        raw.says(&text(said)).await;
+        raw.send(&text(said)).await;
         within_timeout(raw.stream.shutdown()).await.unwrap();
         fixture.recorder.permits.add_permits(usize::from(said == "wait"));
         assert_eq!(raw.rest().await, (vec![heard.to_owned()], None));
@@ -243,12 +243,12 @@ async fn a_close_code_that_cannot_be_sent_is_an_error_and_ends_nobody() {
         let refused = fixture.engine.shutdown_with(Shutdown { code, ..Shutdown::within(ms(1000)) }).await;
         assert!(refused.is_err(), "{code}");
     }
-    peer.say("me still here").await;
-    peer.hears(&["still here"]).await;
+    peer.send_text("me still here").await;
+    peer.recv_texts(&["still here"]).await;
     assert_eq!(fixture.others_ended(), []);
 }
 
-async fn hears_then_ends(peer: Peer, texts: &[&str], code: u16, reason: &str) {
+async fn recv_texts_then_close(peer: Peer, texts: &[&str], code: u16, reason: &str) {
     assert_eq!(
         peer.rest().await,
         (texts.iter().map(|text| (*text).to_owned()).collect(), Some((code, reason.to_owned())))
@@ -280,7 +280,7 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
     fixture.hub.to_group("red").except(&but_one).disconnect(CloseCode(4001), "red is over").await.unwrap();
     fixture.hub.to_all().publish(&"two".to_owned()).await.unwrap();
     for peer in [red, red_too] {
-        hears_then_ends(peer, &["one"], 4001, "red is over").await;
+        recv_texts_then_close(peer, &["one"], 4001, "red is over").await;
     }
     all_ended.extend([fixture.ended().await, fixture.ended().await]);
     assert_eq!((fixture.hub.len(), fixture.hub.group_len("red")), (6, 1));
@@ -288,7 +288,7 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
     // Several groups, whose common member ends once.
     fixture.hub.to_groups(&["blue", "green"]).disconnect(CloseCode::NORMAL, "").await.unwrap();
     for peer in [blue, both, green] {
-        hears_then_ends(peer, &["one", "two"], 1000, "").await;
+        recv_texts_then_close(peer, &["one", "two"], 1000, "").await;
         all_ended.push(fixture.ended().await);
     }
     assert_eq!((fixture.hub.len(), fixture.hub.group_count()), (3, 1));
@@ -304,12 +304,12 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
         .unwrap();
     fixture.hub.to_all().publish(&"three".to_owned()).await.unwrap();
     for peer in [spared, other] {
-        hears_then_ends(peer, &["one", "two"], 1012, "back at six").await;
+        recv_texts_then_close(peer, &["one", "two"], 1012, "back at six").await;
         all_ended.push(fixture.ended().await);
     }
     assert_eq!(fixture.hub.len(), 1);
     fixture.hub.disconnect(ids[7], CloseCode(3000), "žluťoučký").await.unwrap();
-    hears_then_ends(last, &["one", "two", "three"], 3000, "žluťoučký").await;
+    recv_texts_then_close(last, &["one", "two", "three"], 3000, "žluťoučký").await;
     all_ended.push(fixture.ended().await);
 
     // Nobody is there: nothing happens, and nothing fails.
@@ -356,13 +356,13 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     refused(here).await;
     refused(here).await;
     let (mut stranger, _) = within_timeout(Peer::try_connect_from(there, server.address)).await.unwrap();
-    stranger.hear().await;
+    stranger.recv_text().await;
     assert_eq!(engine.connection_count(), 3);
     first.leave().await;
     eventually(2, || engine.connection_count()).await;
     let (_third, _) = connect(&server.url("/ws")).await;
     refused(here).await;
-    second.say("all still here").await;
-    second.hears(&["still here"]).await;
-    stranger.hears(&["still here"]).await;
+    second.send_text("all still here").await;
+    second.recv_texts(&["still here"]).await;
+    stranger.recv_texts(&["still here"]).await;
 }

@@ -92,7 +92,7 @@ async fn a_refusal_is_told_once<
 
     // The next one's end is the next that is told.
     let mut served = Peer::connect(server.url("/ws")).await;
-    served.hears(&["hello"]).await;
+    served.recv_texts(&["hello"]).await;
     served.leave().await;
     let (next, reason) = within_timeout(ended.recv()).await.unwrap();
     assert!(next != id && matches!(reason, CloseReason::Peer { .. }), "{reason:?}");
@@ -176,10 +176,10 @@ async fn a_hub_answers_what_it_cannot_decode<H: WsHub + From<Stateful<Lenient>>>
     let (server, mut ended) = lenient::<H>().await;
     let mut peer = Peer::connect(server.url("/ws")).await;
     for text in ["one", "1", "two", "2", "three", "3"] {
-        peer.say(text).await;
+        peer.send_text(text).await;
     }
     let refused = r#""the payload cannot be decoded""#;
-    peer.hears(&[refused, r#""sum 1""#, refused, r#""sum 3""#, refused]).await;
+    peer.recv_texts(&[refused, r#""sum 1""#, refused, r#""sum 3""#, refused]).await;
     assert_eq!(peer.closed().await.0, 1007);
     assert_eq!(within_timeout(ended.recv()).await.unwrap(), (3, 3, CloseReason::Undecodable));
 }
@@ -194,16 +194,16 @@ async fn state_changes_and_survives_a_panic<H: WsHub + From<Stateful<Lenient>>>(
     let (server, mut ended) = lenient::<H>().await;
     let mut peer = Peer::connect(server.url("/ws")).await;
     for number in ["1", "2", "3"] {
-        peer.say(number).await;
+        peer.send_text(number).await;
     }
-    peer.hears(&[r#""sum 1""#, r#""sum 3""#, r#""sum 6""#]).await;
-    peer.say("13").await;
+    peer.recv_texts(&[r#""sum 1""#, r#""sum 3""#, r#""sum 6""#]).await;
+    peer.send_text("13").await;
     assert_eq!(peer.closed().await.0, 1011);
     assert_eq!(within_timeout(ended.recv()).await.unwrap(), (19, 0, CloseReason::HandlerPanicked));
     // Another client has a state of its own, and the end of the first was told once.
     let mut peer = Peer::connect(server.url("/ws")).await;
-    peer.say("5").await;
-    peer.hears(&[r#""sum 5""#]).await;
+    peer.send_text("5").await;
+    peer.recv_texts(&[r#""sum 5""#]).await;
     peer.leave().await;
     let (sum, _, reason) = within_timeout(ended.recv()).await.unwrap();
     assert!(sum == 5 && matches!(reason, CloseReason::Peer { .. }), "{sum} {reason:?}");

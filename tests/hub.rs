@@ -111,13 +111,13 @@ async fn hubs_on_one_engine_do_not_hear_each_other() {
     let (mut cyd, cyd_id) = connect(&at_blue.url("/ws")).await;
 
     // The groups have one name and nothing else in common.
-    ada.say("join room").await;
-    bob.say("join room").await;
-    bob.say("me joined").await;
-    bob.hears(&["joined"]).await;
-    ada.say("all from Ada").await;
-    ada.say("group room to Ada's room").await;
-    ada.hears(&["from Ada", "to Ada's room"]).await;
+    ada.send_text("join room").await;
+    bob.send_text("join room").await;
+    bob.send_text("me joined").await;
+    bob.recv_texts(&["joined"]).await;
+    ada.send_text("all from Ada").await;
+    ada.send_text("group room to Ada's room").await;
+    ada.recv_texts(&["from Ada", "to Ada's room"]).await;
 
     // An id of one hub is nobody's in the other, whatever is done with it.
     assert_eq!(red.to(bob_id).deliver(&"unicast".to_owned()).await.unwrap().targets, 0);
@@ -128,14 +128,14 @@ async fn hubs_on_one_engine_do_not_hear_each_other() {
     assert!(red.connection_metrics(ada_id).await.unwrap().is_some());
     assert_eq!(red.to_group("room").deliver(&"the room".to_owned()).await.unwrap().targets, 1);
     assert_eq!(red.to_all().except(&[bob_id, cyd_id]).deliver(&"all".to_owned()).await.unwrap().targets, 1);
-    ada.hears(&["the room", "all"]).await;
+    ada.recv_texts(&["the room", "all"]).await;
 
     assert_eq!((red.len(), blue.len(), engine.connection_count()), (1, 2, 3));
     assert_eq!((red.group_len("room"), blue.group_len("room")), (1, 1));
     blue.to_group("room").publish(&"still a member".to_owned()).await.unwrap();
     blue.to_all().publish(&"done".to_owned()).await.unwrap();
-    bob.hears(&["still a member", "done"]).await;
-    cyd.hears(&["done"]).await;
+    bob.recv_texts(&["still a member", "done"]).await;
+    cyd.recv_texts(&["done"]).await;
 }
 
 #[tokio::test]
@@ -189,9 +189,9 @@ async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
         .join()
         .unwrap();
 
-    ada.hears(&["published", "tried", "sent", "red", "both", "both but Bob", "from a thread"]).await;
-    bob.hears(&["published", "tried", "sent", "but Ada", "red", "both", "from a thread"]).await;
-    cyd.hears(&["published", "tried", "sent", "but Ada", "one", "from a thread"]).await;
+    ada.recv_texts(&["published", "tried", "sent", "red", "both", "both but Bob", "from a thread"]).await;
+    bob.recv_texts(&["published", "tried", "sent", "but Ada", "red", "both", "from a thread"]).await;
+    cyd.recv_texts(&["published", "tried", "sent", "but Ada", "one", "from a thread"]).await;
     let targets = [all, but_one, red, both, both_but, none, one, left_out].map(|receipt| receipt.targets);
     assert_eq!(targets, [3, 2, 2, 2, 1, 0, 1, 0]);
     assert_eq!(all.waited, 0, "nobody was behind");
@@ -213,9 +213,9 @@ async fn a_message_that_cannot_be_encoded_reaches_nobody_and_is_counted() {
     let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<Maps>>| ws.serve(&hub, Maps);
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub.clone())).await;
     let mut peer = Peer::connect(server.url("/ws")).await;
-    peer.say("0").await;
-    peer.say("7").await;
-    peer.hears(&[r#"{"7":1}"#]).await;
+    peer.send_text("0").await;
+    peer.send_text("7").await;
+    peer.recv_texts(&[r#"{"7":1}"#]).await;
     assert_eq!(hub.encode_failures(), 1);
     let refused = hub.to_all().deliver(&HashMap::from([(None, 1)])).await;
     assert!(matches!(refused, Err(PublishError::Encode(_))), "{refused:?}");
@@ -250,12 +250,12 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
     };
     let server = Server::start(Router::new().route("/{room}", any(app)).with_state(hub)).await;
     let mut ada = Peer::connect(server.url("/garden")).await;
-    ada.say("first").await;
-    ada.hears(&["welcome to garden", "one more", "1 here", "first"]).await;
+    ada.send_text("first").await;
+    ada.recv_texts(&["welcome to garden", "one more", "1 here", "first"]).await;
     let mut bob = Peer::connect(server.url("/garden")).await;
-    bob.say("second").await;
-    bob.hears(&["welcome to garden", "one more", "2 here", "second"]).await;
-    ada.hears(&["one more", "second"]).await;
+    bob.send_text("second").await;
+    bob.recv_texts(&["welcome to garden", "one more", "2 here", "second"]).await;
+    ada.recv_texts(&["one more", "second"]).await;
 }
 
 // ---- the door
@@ -274,13 +274,13 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
         let retry_after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
         assert!((2..=10).contains(&retry_after), "{retry_after}");
     }
-    second.say("me undisturbed").await;
-    second.hears(&["undisturbed"]).await;
+    second.send_text("me undisturbed").await;
+    second.recv_texts(&["undisturbed"]).await;
     first.leave().await;
     eventually(1, || engine.connection_count()).await;
     let (mut third, _) = connect(&server.url("/ws")).await;
-    third.say("all hello").await;
-    second.hears(&["hello"]).await;
+    third.send_text("all hello").await;
+    second.recv_texts(&["hello"]).await;
     // A handshake that is refused for another reason takes no place.
     third.leave().await;
     eventually(1, || engine.connection_count()).await;
@@ -302,7 +302,7 @@ async fn the_subprotocol_is_the_servers_choice_among_the_clients() {
     let offer = [("sec-websocket-protocol", "soap, chat.v1, chat.v2")];
     let (mut peer, response) = within_timeout(Peer::try_connect(server.url("/ws"), &offer)).await.unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "chat.v2");
-    assert_eq!(peer.hear().await.len(), 16, "and the hub serves it");
+    assert_eq!(peer.recv_text().await.len(), 16, "and the hub serves it");
     let (_, response) = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.unwrap();
     assert!(!response.headers().contains_key("sec-websocket-protocol"));
 }
@@ -323,8 +323,8 @@ async fn one_route_serves_a_page_and_a_hub() {
     within_timeout(stream.read_to_string(&mut page)).await.unwrap();
     assert!(page.starts_with("HTTP/1.1 200 ") && page.ends_with("<h1>a page</h1>"), "{page}");
     let (mut peer, _) = connect(&server.url("/")).await;
-    peer.say("me and a hub").await;
-    peer.hears(&["and a hub"]).await;
+    peer.send_text("me and a hub").await;
+    peer.recv_texts(&["and a hub"]).await;
 }
 
 // ---- where methods run
@@ -416,15 +416,16 @@ where
             &format!("tcp {address}"),
             "end",
         ] {
-            peer.say(message).await;
+            peer.send_text(message).await;
         }
     }
     for peer in &mut peers {
         let elapsed = "deadline has elapsed";
-        peer.hears(&["open", "sleep 5", "at once", elapsed, "spawned it", "sleep 2", "blocked it"]).await;
-        peer.hears(&["by TCP", "end"]).await;
-        peer.say("thread x").await;
-        let thread = peer.hear().await;
+        peer.recv_texts(&["open", "sleep 5", "at once", elapsed, "spawned it", "sleep 2", "blocked it"])
+            .await;
+        peer.recv_texts(&["by TCP", "end"]).await;
+        peer.send_text("thread x").await;
+        let thread = peer.recv_text().await;
         assert_eq!(thread.starts_with("shard-"), H::RUN_ON == RunOn::Shard, "{thread}");
     }
     for peer in peers {
@@ -486,20 +487,20 @@ async fn serve_hub_ends_when_its_connection_has_ended_and_holds_to_its_own_confi
     let mut large = Peer::connect(server.url("/1000")).await;
     let mut small_again = Peer::connect(server.url("/10")).await;
     let text = "x".repeat(500);
-    large.say(text.as_str()).await;
-    large.hears(&["500 bytes"]).await;
-    small.say("0123456789").await;
-    small.hears(&["10 bytes"]).await;
+    large.send_text(text.as_str()).await;
+    large.recv_texts(&["500 bytes"]).await;
+    small.send_text("0123456789").await;
+    small.recv_texts(&["10 bytes"]).await;
     assert!(returned.try_recv().is_err(), "nobody has left");
 
-    small.say(text.as_str()).await;
+    small.send_text(text.as_str()).await;
     assert_eq!(small.closed().await.0, 1009);
     assert_eq!(within_timeout(returned.recv()).await.unwrap().0, 10);
     assert!(matches!(ended.try_recv(), Ok(CloseReason::Protocol(_))), "on_disconnect comes first");
 
-    large.say(text.as_str()).await;
-    large.hears(&["500 bytes"]).await;
-    small_again.say(text.as_str()).await;
+    large.send_text(text.as_str()).await;
+    large.recv_texts(&["500 bytes"]).await;
+    small_again.send_text(text.as_str()).await;
     assert_eq!(small_again.closed().await.0, 1009);
     assert_eq!(within_timeout(returned.recv()).await.unwrap().0, 10);
     assert!(ended.try_recv().is_ok());
@@ -612,14 +613,14 @@ async fn disconnect_tells_the_client_its_code_and_reason_after_what_was_sent_bef
     assert_eq!(texts, ["first", "second"]);
     assert_eq!(close, Some((4321, "you know why".to_owned())));
 
-    bob.hears(&["second", "third"]).await;
+    bob.recv_texts(&["second", "third"]).await;
     // From within, and a reason that is too long for a frame.
     let (reason, cut) = ("ž".repeat(100), "ž".repeat(61));
-    bob.say(format!("end 1008 {reason}")).await;
+    bob.send_text(format!("end 1008 {reason}")).await;
     assert_eq!(bob.closed().await, (1008, cut));
     eventually(1, || hub.len()).await;
     assert_eq!(hub.to(bob_id).deliver(&"gone".to_owned()).await.unwrap().targets, 0);
-    cyd.hears(&["second", "third"]).await;
+    cyd.recv_texts(&["second", "third"]).await;
 }
 
 /// Panics where it is told to, and tells its ends.
@@ -672,8 +673,8 @@ where
     assert_eq!(at_open.closed().await.0, 1011);
     for at in ["message", "later"] {
         let mut peer = Peer::connect(server.url(&format!("/{at}"))).await;
-        peer.say("now").await;
-        peer.say("not handled any more").await;
+        peer.send_text("now").await;
+        peer.send_text("not handled any more").await;
         assert_eq!(peer.closed().await.0, 1011);
     }
     for _ in 0..3 {
@@ -683,8 +684,8 @@ where
     at_end.leave().await;
     assert!(matches!(within_timeout(ended.recv()).await, Some(CloseReason::Peer { .. })));
     eventually(1, || engine.connection_count()).await;
-    bystander.say("still here").await;
-    bystander.hears(&["still here"]).await;
+    bystander.send_text("still here").await;
+    bystander.recv_texts(&["still here"]).await;
     assert!(ended.try_recv().is_err(), "each is told its end once");
     eventually(3, || engine.metrics().ended_panic).await;
     assert_eq!(hub.len(), 1);
@@ -736,13 +737,13 @@ async fn a_hub_cleans_up_within_its_runtime_and_its_panic_there_harms_no_other()
     let mut bystander = Peer::connect(server.url("/false")).await;
     for fails in [false, true] {
         let mut peer = Peer::connect(server.url(&format!("/{fails}"))).await;
-        peer.say("here").await;
-        peer.hears(&["here"]).await;
+        peer.send_text("here").await;
+        peer.recv_texts(&["here"]).await;
         peer.leave().await;
         assert_eq!(within_timeout(was_dropped.recv()).await, Some(fails));
     }
-    bystander.say("still here").await;
-    bystander.hears(&["still here"]).await;
+    bystander.send_text("still here").await;
+    bystander.recv_texts(&["still here"]).await;
     eventually(1, || engine.connection_count()).await;
 }
 
@@ -783,10 +784,10 @@ async fn a_hub_that_keeps_its_context_is_dropped_with_its_connection_all_the_sam
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
     let mut ada = Peer::connect(server.url("/ws")).await;
     let mut bob = Peer::connect(server.url("/ws")).await;
-    ada.hears(&["open"]).await;
-    bob.hears(&["open"]).await;
+    ada.recv_texts(&["open"]).await;
+    bob.recv_texts(&["open"]).await;
     bob.leave().await;
-    ada.hears(&["one has left"]).await;
+    ada.recv_texts(&["one has left"]).await;
     within_timeout(was_dropped.recv()).await.unwrap();
     assert!(was_dropped.try_recv().is_err(), "Ada's hub is in use");
 }
@@ -797,8 +798,8 @@ async fn what_a_connection_has_counted_can_be_asked_for() {
     let server = Server::start(command_app(hub.clone())).await;
     let (mut peer, id): (_, ConnectionId) = connect(&server.url("/ws")).await;
     for _ in 0..5 {
-        peer.say("me x").await;
-        peer.hears(&["x"]).await;
+        peer.send_text("me x").await;
+        peer.recv_texts(&["x"]).await;
     }
     let metrics = within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap();
     assert_eq!((metrics.tally.received, metrics.tally.offered, metrics.tally.written), (5, 6, 6));
@@ -827,10 +828,10 @@ async fn every_connection_of_a_route_may_have_a_hub_value_of_its_own() {
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
     let (mut ada, mut bob) = (Peer::connect(server.url("/ws")).await, Peer::connect(server.url("/ws")).await);
     for (ada_hears, bob_hears) in [("1 of 1", "1 of 2"), ("2 of 3", "2 of 4")] {
-        ada.say("x").await;
-        ada.hears(&[ada_hears]).await;
-        bob.say("x").await;
-        bob.hears(&[bob_hears]).await;
+        ada.send_text("x").await;
+        ada.recv_texts(&[ada_hears]).await;
+        bob.send_text("x").await;
+        bob.recv_texts(&[bob_hears]).await;
     }
 }
 
@@ -849,12 +850,12 @@ async fn one_connection_of_a_hub_may_have_settings_of_its_own() {
     let (mut limited, _) = connect(&server.url("/short")).await;
     let (mut other, _) = connect(&server.url("/long")).await;
     for text in ["0123456789", "0123456789-"] {
-        other.say(text).await;
-        other.hears(&[text]).await;
+        other.send_text(text).await;
+        other.recv_texts(&[text]).await;
     }
-    limited.say("0123456789").await;
-    limited.hears(&["0123456789"]).await;
-    limited.say("0123456789-").await;
+    limited.send_text("0123456789").await;
+    limited.recv_texts(&["0123456789"]).await;
+    limited.send_text("0123456789-").await;
     assert_eq!(limited.closed().await.0, 1009);
     // They are clients of the same hub.
     eventually(1, || hub.len()).await;

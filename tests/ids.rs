@@ -40,12 +40,12 @@ async fn a_text_that_is_no_id_excludes_nobody_and_is_logged_once_in_a_second() {
     let start = Instant::now();
     let long = "x".repeat(100);
     for _ in 0..MESSAGES {
-        ada.say(format!("except {ada_id},{long} others")).await;
-        bob.hears(&["others"]).await;
+        ada.send_text(format!("except {ada_id},{long} others")).await;
+        bob.recv_texts(&["others"]).await;
     }
-    ada.say(format!("except {long} all")).await;
-    ada.hears(&["all"]).await;
-    bob.hears(&["all"]).await;
+    ada.send_text(format!("except {long} all")).await;
+    ada.recv_texts(&["all"]).await;
+    bob.recv_texts(&["all"]).await;
     let seconds = start.elapsed().as_secs() as usize;
 
     let mut seen = Vec::new();

@@ -119,7 +119,7 @@ async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() 
     famine.end();
 
     let mut second = shake_hands(connect().await).await;
-    second.hear().await; // its id
+    second.recv_text().await; // its id
     assert_eq!(hub.len(), 1);
     second.leave().await;
 }

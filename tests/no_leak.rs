@@ -43,7 +43,7 @@ async fn one_engine(round: usize) -> Weak<Recorder> {
     raws.pop().unwrap().reset();
     if round % 10 == 9 {
         // A handler that never ends by itself, and peers that do not answer.
-        raws[0].says(&fixture::raw::text("wait")).await;
+        raws[0].send(&fixture::raw::text("wait")).await;
         eventually(1, || fixture.engine.metrics().tally.received).await;
     } else {
         raws.clear();

@@ -103,14 +103,14 @@ async fn nothing_comes_early<
     assert_eq!(receipt.targets, 1);
     door.looked_up.add_permits(1);
     // What it says is handled when it is among all.
-    ada.say("hello all").await;
-    ada.hears(&["to the group", "welcome", "hello all"]).await;
+    ada.send_text("hello all").await;
+    ada.recv_texts(&["to the group", "welcome", "hello all"]).await;
     let mut bob = door.connect(false).await;
     assert_eq!(door.tell("only for Ada").await, 1);
     door.looked_up.add_permits(1);
-    bob.say("hello Ada").await;
-    bob.hears(&["welcome", "hello Ada"]).await;
-    ada.hears(&["only for Ada", "hello Ada"]).await;
+    bob.send_text("hello Ada").await;
+    bob.recv_texts(&["welcome", "hello Ada"]).await;
+    ada.recv_texts(&["only for Ada", "hello Ada"]).await;
 }
 
 #[tokio::test]
@@ -167,11 +167,11 @@ async fn what_others_tell_all_is_not_received<
     let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Crier);
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
     let mut ada = Peer::connect(server.url("/ws")).await;
-    ada.say("hello").await;
-    ada.hears(&["hello"]).await;
+    ada.send_text("hello").await;
+    ada.recv_texts(&["hello"]).await;
     let mut bob = Peer::connect(server.url("/ws")).await;
-    ada.hears(&["somebody has come"]).await;
-    bob.say("hello Ada").await;
-    bob.hears(&["hello Ada"]).await;
-    ada.hears(&["hello Ada"]).await;
+    ada.recv_texts(&["somebody has come"]).await;
+    bob.send_text("hello Ada").await;
+    bob.recv_texts(&["hello Ada"]).await;
+    ada.recv_texts(&["hello Ada"]).await;
 }

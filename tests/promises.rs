@@ -41,7 +41,7 @@ fn until(mut peer: Peer, last: &'static str) -> JoinHandle<Vec<String>> {
     tokio::spawn(async move {
         let mut heard = Vec::new();
         loop {
-            let text = peer.hear().await;
+            let text = peer.recv_text().await;
             if text == last {
                 break;
             }
@@ -91,13 +91,13 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
         let (mut peer, ..) = connect_amid(&url).await;
         publishers.spawn(async move {
             for count in 0..EACH {
-                peer.say(format!("all handler {publisher} {count} all")).await;
-                peer.say(format!("group blue handler {publisher} {count} blue")).await;
+                peer.send_text(format!("all handler {publisher} {count} all")).await;
+                peer.send_text(format!("group blue handler {publisher} {count} blue")).await;
                 // Reads, so that it does not only write.
-                peer.hear().await;
+                peer.recv_text().await;
             }
-            peer.say("me finished").await;
-            while peer.hear().await != "finished" {}
+            peer.send_text("me finished").await;
+            while peer.recv_text().await != "finished" {}
             peer.leave().await;
         });
     }
@@ -108,7 +108,7 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
         guests.spawn(async move {
             let (mut peer, _, mut heard) = connect_amid(&url).await;
             for _ in 0..20 + 10 * guest {
-                heard.push(peer.hear().await);
+                heard.push(peer.recv_text().await);
             }
             heard.extend(peer.leave().await);
             heard
@@ -214,7 +214,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
         let name = format!("actor{actor}");
         for round in 0..ROUNDS {
             // Written before anything is read: small enough for the kernel.
-            peer.say(format!("{name} {round}")).await;
+            peer.send_text(format!("{name} {round}")).await;
         }
         on_stage.push((name, until(peer, "done")));
     }
@@ -359,24 +359,24 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
         tokio::task::yield_now().await;
     }
     // A handler waits for it, too: that of Bob, who therefore is not read, but hears.
-    bob.say("all for everybody").await;
-    ada.hears(&["for everybody"]).await;
-    bob.hears(&["for everybody"]).await;
+    bob.send_text("all for everybody").await;
+    ada.recv_texts(&["for everybody"]).await;
+    bob.recv_texts(&["for everybody"]).await;
     for round in 0..200 {
         let text = format!("round {round}");
         within_timeout(hub.to_group("others").publish(&text.clone())).await.unwrap();
-        ada.say(format!("me {text}, too")).await;
-        ada.hears(&[&text, &format!("{text}, too")]).await;
-        bob.hears(&[&text]).await;
+        ada.send_text(format!("me {text}, too")).await;
+        ada.recv_texts(&[&text, &format!("{text}, too")]).await;
+        bob.recv_texts(&[&text]).await;
     }
     assert!(!waiting.is_finished());
     let metrics = inspect().await;
     assert!(metrics.tally.pending() >= 3 && metrics.tally.discarded == 0, "{metrics:?}");
     waiting.abort();
     // When it goes, Bob goes on.
-    bob.say("me free again").await;
+    bob.send_text("me free again").await;
     drop(stalled);
-    bob.hears(&["free again"]).await;
+    bob.recv_texts(&["free again"]).await;
     eventually(2, || hub.len()).await;
 }
 
@@ -399,9 +399,9 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
             start.wait().await;
             for round in 0..50 {
                 let own = format!("{index} {round}");
-                peer.say(format!("all {own}")).await;
+                peer.send_text(format!("all {own}")).await;
                 heard += 1;
-                while peer.hear().await != own {
+                while peer.recv_text().await != own {
                     heard += 1;
                 }
             }
@@ -416,8 +416,8 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
         rude.spawn(async move {
             let (mut peer, ..) = connect_amid(&url).await;
             for _ in 0..5 {
-                peer.say("all hello and goodbye").await;
-                peer.hear().await;
+                peer.send_text("all hello and goodbye").await;
+                peer.recv_text().await;
             }
             // Without a word, and with something unread perhaps.
         });
@@ -435,7 +435,7 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
     assert_eq!(receipt.targets, 12);
     let mut written_to_stayers = 0;
     for (id, mut heard, mut peer) in stayers {
-        while peer.hear().await != "last" {
+        while peer.recv_text().await != "last" {
             heard += 1;
         }
         heard += 1;
@@ -498,10 +498,10 @@ async fn one_connections_messages_are_handled_in_order<H: WsHub + From<Slow>>() 
         clients.spawn(async move {
             let mut peer = Peer::connect(url).await;
             for number in 0..MESSAGES {
-                peer.say(number.to_string()).await;
+                peer.send_text(number.to_string()).await;
             }
             for number in 0..MESSAGES {
-                assert_eq!(peer.hear().await, number.to_string());
+                assert_eq!(peer.recv_text().await, number.to_string());
             }
             assert_eq!(peer.leave().await, Vec::<String>::new());
         });
@@ -558,7 +558,7 @@ async fn promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it()
         tokio::spawn(async move {
             let text = "x".repeat(BYTES);
             for _ in 0..MESSAGES {
-                peer.say(text.as_str()).await;
+                peer.send_text(text.as_str()).await;
                 sent.fetch_add(1, SeqCst);
             }
             peer
@@ -646,15 +646,15 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
             let mut peer = Peer::connect(url).await;
             // Being in the group comes first, so others' messages may come before it.
             let id: ConnectionId = loop {
-                if let Ok(id) = peer.hear().await.parse() {
+                if let Ok(id) = peer.recv_text().await.parse() {
                     break id;
                 }
             };
-            peer.say("hello").await;
-            while peer.hear().await != "hello" {}
+            peer.send_text("hello").await;
+            while peer.recv_text().await != "hello" {}
             let code = match way {
                 "goodbye" => {
-                    peer.say_close(4123).await;
+                    peer.send_close(4123).await;
                     peer.rest().await.1
                 }
                 "vanish" => {
@@ -662,7 +662,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
                     None
                 }
                 "panic" | "end" => {
-                    peer.say(way).await;
+                    peer.send_text(way).await;
                     peer.rest().await.1
                 }
                 "outside" => {
@@ -680,7 +680,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
                     peer.rest().await.1
                 }
                 "busy" => {
-                    peer.say("sleep").await;
+                    peer.send_text("sleep").await;
                     peer.send(Message::text("unheard")).await;
                     drop(peer);
                     None

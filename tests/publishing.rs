@@ -89,9 +89,9 @@ async fn run(config: EngineConfig) -> Running {
     };
     let server = Server::start(Router::new().route("/ws", any(serve)).with_state(hub.clone())).await;
     let mut peer = Peer::connect(server.url("/ws")).await;
-    peer.hears(&[r#""hello""#]).await;
+    peer.recv_texts(&[r#""hello""#]).await;
     while within_timeout(hub.to_all().deliver(&Counted::new("joined"))).await.unwrap().targets == 0 {}
-    peer.hears(&[r#""joined""#]).await;
+    peer.recv_texts(&[r#""joined""#]).await;
     Running { hub, _server: server, peer, hold, held }
 }
 
@@ -106,7 +106,7 @@ async fn a_call_encodes_at_once_and_sends_when_its_future_is_polled() {
     drop(never_polled);
     within_timeout(publishing).await.unwrap();
     within_timeout(hub.to_all().publish(&Counted::new("done"))).await.unwrap();
-    peer.hears(&[r#""as it was""#, r#""done""#]).await;
+    peer.recv_texts(&[r#""as it was""#, r#""done""#]).await;
 }
 
 #[tokio::test]
@@ -118,7 +118,7 @@ async fn a_message_that_threads_cannot_share_is_published_from_any_task() {
         hub.to_group("a").deliver(&message).await.unwrap().targets
     });
     assert_eq!(within_timeout(publishing).await.unwrap(), 1);
-    peer.hears(&[r#""from a task""#, r#""from a task""#]).await;
+    peer.recv_texts(&[r#""from a task""#, r#""from a task""#]).await;
 }
 
 #[tokio::test]
@@ -132,7 +132,7 @@ async fn a_prepared_message_is_encoded_once_for_all_its_targets() {
         1
     );
     hub.to_groups(&["a", "b"]).try_publish_prepared(&prepared).unwrap();
-    peer.hears(&[r#""goal""#; 3]).await;
+    peer.recv_texts(&[r#""goal""#; 3]).await;
     assert_eq!(message.encodings(), 1);
 }
 
@@ -140,7 +140,7 @@ async fn a_prepared_message_is_encoded_once_for_all_its_targets() {
 async fn a_full_log_gives_the_message_back_encoded() {
     let config = EngineConfig { log_capacity: 2, ..EngineConfig::default() };
     let Running { hub, mut peer, hold, mut held, .. } = run(config).await;
-    peer.say("1").await;
+    peer.send_text("1").await;
     within_timeout(held.recv()).await.unwrap();
     let mut accepted = 0;
     let (message, refused) = loop {
@@ -158,7 +158,7 @@ async fn a_full_log_gives_the_message_back_encoded() {
         prepared = refused.into_inner().unwrap();
         tokio::task::yield_now().await;
     }
-    peer.hears(&vec![r#""next""#; accepted + 1]).await;
+    peer.recv_texts(&vec![r#""next""#; accepted + 1]).await;
     assert_eq!(message.encodings(), 1, "a retry does not encode again");
 }
 
@@ -201,7 +201,7 @@ async fn a_message_that_was_prepared_for_another_codec_reaches_nobody() {
 
     let prepared = same_codec.prepare(&"understood".to_owned()).unwrap();
     within_timeout(hub.to(id).publish_prepared(&prepared)).await.unwrap();
-    peer.hears(&["understood"]).await;
+    peer.recv_texts(&["understood"]).await;
 }
 
 #[tokio::test]

@@ -134,8 +134,8 @@ async fn a_client_refused_by_a_middleware_never_enters_the_hub() {
     let engine = limited(EngineConfig::default());
     let server = Server::start(announcers(engine.hub(WsHubConfig::default()).unwrap())).await;
     let mut neighbour = Peer::connect(server.url("/ws")).await;
-    neighbour.say("there").await;
-    neighbour.hears(&["there"]).await;
+    neighbour.send_text("there").await;
+    neighbour.recv_texts(&["there"]).await;
     for path in REFUSING {
         for connection in ["Upgrade", "close, Upgrade"] {
             for ends_at_once in [false, true] {
@@ -156,8 +156,8 @@ async fn a_client_refused_by_a_middleware_never_enters_the_hub() {
         }
     }
     eventually(1, || engine.connection_count()).await;
-    neighbour.say("nobody").await;
-    neighbour.hears(&["nobody"]).await;
+    neighbour.send_text("nobody").await;
+    neighbour.recv_texts(&["nobody"]).await;
 }
 
 #[tokio::test]
@@ -174,8 +174,8 @@ async fn a_refused_client_gives_its_place_back_at_once_however_long_it_stays() {
         eventually(0, || engine.connection_count()).await;
     }
     let mut good = Peer::connect(server.url("/ws")).await;
-    good.say("there").await;
-    good.hears(&["there"]).await;
+    good.send_text("there").await;
+    good.recv_texts(&["there"]).await;
 }
 
 #[tokio::test]
@@ -289,9 +289,9 @@ async fn a_middleware_that_touches_head_or_body_of_a_101_does_not_cost_the_conne
         );
         assert!(!response.headers().contains_key(header::CONTENT_LENGTH), "{name}");
         assert!(!response.headers().contains_key(header::TRANSFER_ENCODING), "{name}");
-        peer.hear().await; // its id
-        peer.say("hello").await;
-        peer.hears(&["hello"]).await;
+        peer.recv_text().await; // its id
+        peer.send_text("hello").await;
+        peer.recv_texts(&["hello"]).await;
         peer.leave().await;
     }
     eventually(0, || hub.len()).await;
@@ -323,7 +323,7 @@ async fn a_client_without_a_place_after_its_handshake_is_told_to_come_back_later
     let (_first, _) = connect(&server.url("/ws")).await;
     within_timeout(outcome.recv()).await.unwrap().unwrap();
     let mut second = Peer::connect(server.url("/ws")).await;
-    second.say("what it says does not destroy what it is told").await;
+    second.send_text("what it says does not destroy what it is told").await;
     assert_eq!(second.closed().await.0, 1013);
     assert!(matches!(within_timeout(outcome.recv()).await, Some(Err(ServeError::Full))));
     assert_eq!(engine.connection_count(), 1);

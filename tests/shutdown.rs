@@ -144,7 +144,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
     let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let (mut busy, busy_id) = fixture.connect().await;
     let (mut other, other_id) = fixture.connect().await;
-    busy.say("wait").await;
+    busy.send_text("wait").await;
     eventually(1, || fixture.engine.metrics().tally.received).await;
     let engine = fixture.engine.clone();
     let ending = Shutdown { code: CloseCode::SERVICE_RESTART, ..at_once(LONG) };
@@ -159,10 +159,10 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
         fixture.counted(id).await;
         fixture.counted(id).await;
     }
-    other.say("all unheard").await;
-    busy.say("all unheard").await;
+    other.send_text("all unheard").await;
+    busy.send_text("all unheard").await;
     within_timeout(fixture.hub.to_all().publish(&"still taken".to_owned())).await.unwrap();
-    other.hears(&["still taken"]).await;
+    other.recv_texts(&["still taken"]).await;
     assert!(poll!(&mut shutdown).is_pending());
     assert_eq!(fixture.others_ended(), []);
 
@@ -186,7 +186,7 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
     let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let (mut busy, _) = fixture.connect().await;
     let (other, other_id) = fixture.connect().await;
-    busy.say("wait").await;
+    busy.send_text("wait").await;
     eventually(1, || fixture.engine.metrics().tally.received).await;
     let readers = [busy, other].map(reads_to_the_end);
     let began = Instant::now();
@@ -281,7 +281,7 @@ async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its
     let fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let (mut stuck, id) = fixture.connect().await;
     let reader = reads_to_the_end(fixture.connect().await.0);
-    stuck.say("hold").await;
+    stuck.send_text("hold").await;
     eventually(1, || fixture.recorder.holds()).await;
     let report = within_timeout(fixture.engine.shutdown(SHORT)).await;
     assert_eq!((counts(&report), report.stuck), ([1, 1, 0], vec![id.shard()]));
@@ -338,17 +338,17 @@ async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
     let mut process = child.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
     let lines = BufReader::new(process.stdout.take().unwrap()).lines();
     let mut child = Running { process, lines };
-    let address = child.says("listens ").await;
+    let address = child.wait_for_line("listens ").await;
     let mut clients = Vec::new();
     for message in ["sleep", "wait for the own shard"] {
         let mut client = Peer::connect(format!("ws://{address}/ws")).await;
-        client.say(message).await;
-        assert_eq!(child.says("holds ").await, message);
+        client.send_text(message).await;
+        assert_eq!(child.wait_for_line("holds ").await, message);
         clients.push(client);
     }
     let process = child.process.id().unwrap().to_string();
     assert!(within_timeout(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
-    assert_eq!(child.says("stuck ").await, "[0, 1]");
+    assert_eq!(child.wait_for_line("stuck ").await, "[0, 1]");
     assert!(within_timeout(child.process.wait()).await.unwrap().success());
 }
 
@@ -364,7 +364,7 @@ async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears
     }
     assert!(!fixture.engine.is_stopping());
     fixture.hub.to_all().publish(&"all is well".to_owned()).await.unwrap();
-    peer.hears(&["all is well"]).await;
+    peer.recv_texts(&["all is well"]).await;
 }
 
 /// What is told to a client whose hub's runtime was shut down, when it says something or is waiting for an answer.
@@ -396,14 +396,14 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
     while within_timeout(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().targets == 0 {
         tokio::task::yield_now().await;
     }
-    peer.hears(&["welcome"]).await;
+    peer.recv_texts(&["welcome"]).await;
     if waits {
-        peer.say("wait").await;
+        peer.send_text("wait").await;
         eventually(1, || engine.metrics().tally.received).await;
     }
     runtime.shutdown_background();
     if !waits {
-        peer.say("too late").await;
+        peer.send_text("too late").await;
     }
     let (heard, close) = within_timeout(peer.rest()).await;
     assert_eq!(heard, Vec::<String>::new());
@@ -498,13 +498,13 @@ async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted
         // A client counts from its adoption, which its own tick proves.
         let mut peer = Peer::connect(format!("ws://{address}/ws")).await;
         let hello = json!({ "t": clients.len(), "p": "hello" }).to_string();
-        peer.say(hello.clone()).await;
-        while serde_json::from_str::<Value>(&peer.hear().await).unwrap()
+        peer.send_text(hello.clone()).await;
+        while serde_json::from_str::<Value>(&peer.recv_text().await).unwrap()
             != serde_json::from_str::<Value>(&hello).unwrap()
         {}
         clients.push(peer);
     }
-    clients[0].say(json!({ "t": 0, "p": "start" }).to_string()).await;
+    clients[0].send_text(json!({ "t": 0, "p": "start" }).to_string()).await;
     let (mut talking, mut warming) = (Vec::new(), Vec::new());
     for (name, peer) in clients.into_iter().enumerate() {
         let (warm, is_warm) = oneshot::channel();
@@ -533,7 +533,7 @@ async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted
         let own: Vec<u64> = own.map(|tick| tick["t"].as_u64().unwrap()).collect();
         assert!(own.len() >= 30 && own.iter().copied().eq(1..=own.len() as u64), "without gaps: {own:?}");
     }
-    assert_eq!(fanout.says("flushed ").await, format!("{CLIENTS}, cut off 0, left over 0"));
+    assert_eq!(fanout.wait_for_line("flushed ").await, format!("{CLIENTS}, cut off 0, left over 0"));
     assert!(within_timeout(fanout.process.wait()).await.unwrap().success());
     assert_eq!(within_timeout(fanout.lines.next_line()).await.unwrap(), None);
 }

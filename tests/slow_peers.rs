@@ -128,7 +128,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
     }
     let mut heard = Vec::new();
     while heard.last() != Some(&ROUNDS) {
-        heard.push(number_of(&slow.hears_text().await));
+        heard.push(number_of(&slow.recv_text().await));
     }
     for sending in unfinished {
         receipts.push(within_timeout(sending).await.unwrap());
@@ -149,7 +149,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
 
 async fn all_hear(peers: &mut [Peer], text: &str) {
     for peer in peers {
-        peer.hears(&[text]).await;
+        peer.recv_texts(&[text]).await;
     }
 }
 
@@ -225,8 +225,8 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
         let all = fixture.engine.metrics();
         assert!(all.tally.discarded >= OUTBOX_FRAMES as u64 - 1, "{all:?}");
         assert_eq!(all.tally.offered, all.tally.written + losses + all.tally.discarded, "{all:?}");
-        other.say("me still here").await;
-        other.hears(&["still here"]).await;
+        other.send_text("me still here").await;
+        other.recv_texts(&["still here"]).await;
         assert_eq!(fixture.others_ended(), []);
     }
 }
@@ -239,13 +239,13 @@ async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_a
     let (mut prompt, prompt_id) = fixture.connect_raw().await;
     let (mut late, late_id) = fixture.connect_raw().await;
     let nonce = prompt.is_pinged().await;
-    prompt.says(&frame(FIN | PONG, &nonce)).await;
-    prompt.says(&text("me answered")).await;
-    assert_eq!(prompt.hears_text().await, "answered");
+    prompt.send(&frame(FIN | PONG, &nonce)).await;
+    prompt.send(&text("me answered")).await;
+    assert_eq!(prompt.recv_text().await, "answered");
     let nonce = late.is_pinged().await;
     tokio::time::sleep(ms(1100)).await; // this has to pass
     assert_eq!(fixture.hub.len(), 2, "no answer is no slow answer");
-    late.says(&frame(FIN | PONG, &nonce)).await;
+    late.send(&frame(FIN | PONG, &nonce)).await;
     assert_eq!(fixture.ended().await, (late_id, CloseReason::HighRtt));
     assert_eq!(late.close_code().await, Some(1013));
     drop(late);
@@ -282,8 +282,8 @@ async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
     );
     assert_eq!(silent.frame().await, None);
     eventually(1, || fixture.engine.connection_count()).await;
-    neighbour.say("undisturbed").await;
-    neighbour.hears(&["undisturbed"]).await;
+    neighbour.send_text("undisturbed").await;
+    neighbour.recv_texts(&["undisturbed"]).await;
     assert_eq!(fixture.others_ended(), []);
 }
 
@@ -291,12 +291,12 @@ async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
 async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy() {
     let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
     let (mut silent, id) = fixture.connect_raw().await;
-    silent.says(&text("wait")).await;
+    silent.send(&text("wait")).await;
     // It leaves the hub, though its handler is still at it and is told later.
     eventually(0, || fixture.hub.len()).await;
     assert_eq!(silent.close_code().await, Some(1011));
-    neighbour.say("undisturbed").await;
-    neighbour.hears(&["undisturbed"]).await;
+    neighbour.send_text("undisturbed").await;
+    neighbour.recv_texts(&["undisturbed"]).await;
     assert_eq!(fixture.others_ended(), [], "its handler is not interrupted");
     assert_eq!(fixture.engine.connection_count(), 2, "so something of it is still there");
     fixture.recorder.permits.add_permits(1);
@@ -330,8 +330,8 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
         (all.tally.written + all.tally.discarded, all.tally.pending())
     })
     .await;
-    neighbour.say("undisturbed").await;
-    neighbour.hears(&["undisturbed"]).await;
+    neighbour.send_text("undisturbed").await;
+    neighbour.recv_texts(&["undisturbed"]).await;
     assert_eq!(fixture.others_ended(), []);
 }
 
@@ -361,13 +361,13 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
         }
     });
     for text in ["one", "two", "three"] {
-        neighbour.say(format!("all {text}")).await;
-        while neighbour.hear().await != text {}
+        neighbour.send_text(format!("all {text}")).await;
+        while neighbour.recv_text().await != text {}
     }
     // It answers its pings as long as it listens.
     let listening = tokio::spawn(async move {
         loop {
-            neighbour.hear().await;
+            neighbour.recv_text().await;
         }
     });
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
@@ -400,23 +400,23 @@ async fn pongs_that_answer_nothing_count_for_no_round_trip() {
     let fixture = HubFixture::open(1, beating(BroadcastPolicy::Block)).await;
     let (mut raw, id) = fixture.connect_raw().await;
     let echo = async |raw: &mut Raw| {
-        raw.says(&text("so far")).await;
-        assert_eq!(raw.hears_text().await, "so far", "and all before it was read, too");
+        raw.send(&text("so far")).await;
+        assert_eq!(raw.recv_text().await, "so far", "and all before it was read, too");
     };
     let nonce = raw.is_pinged().await;
     let mut other = nonce.clone();
     other[7] ^= 1;
     for payload in [&other[..], b"", &nonce[..7], &[&nonce[..], b"x"].concat()] {
-        raw.says(&frame(FIN | PONG, payload)).await;
+        raw.send(&frame(FIN | PONG, payload)).await;
     }
     echo(&mut raw).await;
     assert_eq!(fixture.counted(id).await.rtt.last, None, "wrong ones do not count");
-    raw.says(&frame(FIN | PONG, &nonce)).await;
+    raw.send(&frame(FIN | PONG, &nonce)).await;
     echo(&mut raw).await;
     let rtt = fixture.counted(id).await.rtt;
     assert!(rtt.last.is_some() && rtt.average == rtt.last);
     for _ in 0..10 {
-        raw.says(&frame(FIN | PONG, &nonce)).await;
+        raw.send(&frame(FIN | PONG, &nonce)).await;
     }
     echo(&mut raw).await;
     assert_eq!(fixture.counted(id).await.rtt, rtt, "the same answer once more does not count");
@@ -429,7 +429,7 @@ fn until_number(mut peer: Peer, last: usize) -> JoinHandle<(Vec<usize>, Peer)> {
     tokio::spawn(async move {
         let mut heard = Vec::new();
         while heard.last() != Some(&last) {
-            heard.push(number_of(&peer.hear().await));
+            heard.push(number_of(&peer.recv_text().await));
         }
         (heard, peer)
     })
@@ -460,7 +460,7 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
         resets.spawn(async move {
             if number % 2 == 0 {
                 for round in 0..=number * 5 {
-                    assert_eq!(number_of(&raw.hears_text().await), round);
+                    assert_eq!(number_of(&raw.recv_text().await), round);
                 }
                 raw.read_at_most(100);
             }
@@ -503,14 +503,14 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
     let mut fixture = HubFixture::open(1, config).await;
     let (mut other, _) = fixture.connect().await;
     let (mut modest, _) = fixture.connect_raw().await;
-    modest.says(&frame(FIN | PING, b"ping").repeat(LIMIT)).await;
+    modest.send(&frame(FIN | PING, b"ping").repeat(LIMIT)).await;
     for _ in 0..LIMIT {
         assert_eq!(modest.frame().await, Some((PONG, b"ping".to_vec())));
     }
     // Small enough to be read at once, so that it all falls into one second.
     for opcode in [PING, PONG] {
         let (mut flooder, id) = fixture.connect_raw().await;
-        flooder.says(&frame(FIN | opcode, b"ping").repeat(LIMIT * 3)).await;
+        flooder.send(&frame(FIN | opcode, b"ping").repeat(LIMIT * 3)).await;
         let answered = if opcode == PING { LIMIT } else { 0 };
         for _ in 0..answered {
             assert_eq!(flooder.frame().await, Some((PONG, b"ping".to_vec())));
@@ -518,10 +518,10 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
         assert_eq!(flooder.close_code().await, Some(1008));
         assert_eq!(fixture.ended().await, (id, CloseReason::ControlFlood));
     }
-    modest.says(&text("me still here")).await;
-    assert_eq!(modest.hears().await, (TEXT, b"still here".to_vec()));
-    other.say("me still here").await;
-    other.hears(&["still here"]).await;
+    modest.send(&text("me still here")).await;
+    assert_eq!(modest.recv().await, (TEXT, b"still here".to_vec()));
+    other.send_text("me still here").await;
+    other.recv_texts(&["still here"]).await;
     assert_eq!(fixture.others_ended(), []);
 }
 
@@ -532,9 +532,9 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
         HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
     let (mut other, _) = fixture.connect().await;
     let mut flooder = Raw::connect(fixture.server.address).await;
-    let id: ConnectionId = flooder.hears_text().await.parse().unwrap();
+    let id: ConnectionId = flooder.recv_text().await.parse().unwrap();
     SockRef::from(&flooder.stream).set_send_buffer_size(16 << 10).unwrap();
-    flooder.says(&text("wait")).await;
+    flooder.send(&text("wait")).await;
     // Until nothing more goes out, although its shard has had turn after turn, as the other one shows.
     let batch = text("me 12345678").repeat(1000);
     let (mut sent, mut in_vain) = (0, 0);
@@ -543,8 +543,8 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
             Ok(count) => (sent, in_vain) = (sent + count, 0),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 in_vain += 1;
-                other.say("me served").await;
-                other.hears(&["served"]).await;
+                other.send_text("me served").await;
+                other.recv_texts(&["served"]).await;
             }
             Err(error) => panic!("{error}"),
         }
@@ -552,22 +552,22 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
     }
     assert_eq!(fixture.counted(id).await.tally.received, 1, "the one that its handler is at");
     fixture.recorder.permits.add_permits(1);
-    assert_eq!(flooder.hears_text().await, "waited");
-    other.hears(&["waited"]).await;
+    assert_eq!(flooder.recv_text().await, "waited");
+    other.recv_texts(&["waited"]).await;
     // All that was sent is handled, in whole messages, none twice.
     let message_bytes = text("me 12345678").len();
     for _ in 0..sent / message_bytes {
-        assert_eq!(flooder.hears_text().await, "12345678");
+        assert_eq!(flooder.recv_text().await, "12345678");
     }
     let missing = sent.next_multiple_of(message_bytes) - sent;
-    flooder.says(&batch[message_bytes - missing..message_bytes]).await;
+    flooder.send(&batch[message_bytes - missing..message_bytes]).await;
     if missing > 0 {
-        assert_eq!(flooder.hears_text().await, "12345678");
+        assert_eq!(flooder.recv_text().await, "12345678");
     }
-    flooder.says(&text("me over")).await;
-    assert_eq!(flooder.hears_text().await, "over");
-    other.say("me served").await;
-    other.hears(&["served"]).await;
+    flooder.send(&text("me over")).await;
+    assert_eq!(flooder.recv_text().await, "over");
+    other.send_text("me served").await;
+    other.recv_texts(&["served"]).await;
     assert_eq!(fixture.others_ended(), []);
 }
 
@@ -637,10 +637,10 @@ async fn others_have_their_turn_between_drops<
     let server = Server::start(Router::new().route("/ws", route)).await;
     let (mut watcher, _) = connect(&server.url("/ws")).await;
     let mut stalled = Raw::connect_narrow(server.address).await;
-    let id: ConnectionId = stalled.hears_text().await.parse().unwrap();
+    let id: ConnectionId = stalled.recv_text().await.parse().unwrap();
     // It is told of no drop until its method is over.
-    stalled.says(&text("wait")).await;
-    watcher.say("watch").await;
+    stalled.send(&text("wait")).await;
+    watcher.send_text("watch").await;
     within_timeout(told.begun.acquire_many(2)).await.unwrap().forget();
     let dropped = async || {
         let counted = within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap();
@@ -654,7 +654,7 @@ async fn others_have_their_turn_between_drops<
     }
     assert_eq!(told.drops.load(Relaxed), 0);
     told.permits.add_permits(1);
-    let until_its_turn: u64 = watcher.hear().await.parse().unwrap();
+    let until_its_turn: u64 = watcher.recv_text().await.parse().unwrap();
     // 1,000 in a turn, and whose turn is the first in a round is not told.
     assert!((1..=2000).contains(&until_its_turn), "{until_its_turn} on {:?}", H::RUN_ON);
     eventually(dropped().await, || told.drops.load(Relaxed)).await;
@@ -699,9 +699,9 @@ async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_r
     };
     let server = Server::start(Router::new().route("/ws", route)).await;
     let mut stalled = Raw::connect_narrow(server.address).await;
-    let id: ConnectionId = stalled.hears_text().await.parse().unwrap();
-    stalled.says(&text("wait")).await;
-    assert_eq!(stalled.hears_text().await, "waiting");
+    let id: ConnectionId = stalled.recv_text().await.parse().unwrap();
+    stalled.send(&text("wait")).await;
+    assert_eq!(stalled.recv_text().await, "waiting");
 
     // To one and to a group, until the client has lost some of both.
     let lost =

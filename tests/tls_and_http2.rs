@@ -132,7 +132,7 @@ impl TlsServer {
         let (socket, _) =
             within_timeout(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
         let mut peer = Peer { socket };
-        let id = peer.hear().await.parse().unwrap();
+        let id = peer.recv_text().await.parse().unwrap();
         (peer, id)
     }
 }
@@ -171,7 +171,7 @@ async fn connect_by_http_2(
     assert_eq!(response.status(), StatusCode::OK, "not 101: the stream is the connection");
     let stream = within_timeout(hyper::upgrade::on(&mut response)).await.unwrap();
     let mut peer = Peer::upgraded(TokioIo::new(stream)).await;
-    let id = peer.hear().await.parse().unwrap();
+    let id = peer.recv_text().await.parse().unwrap();
     (peer, id)
 }
 
@@ -186,9 +186,9 @@ async fn a_hub_talks_over_tls_and_both_sides_can_end_it() {
     let (mut ada, _) = server.connect().await;
     let (mut bob, bob_id) = server.connect().await;
     for text in ["hello", "žluťoučký"] {
-        ada.say(format!("all {text}")).await;
-        ada.hears(&[text]).await;
-        bob.hears(&[text]).await;
+        ada.send_text(format!("all {text}")).await;
+        ada.recv_texts(&[text]).await;
+        bob.recv_texts(&[text]).await;
     }
     hub.disconnect(bob_id, CloseCode(4321), "enough").await.unwrap();
     assert_eq!(bob.closed().await, (4321, "enough".to_owned()));
@@ -204,15 +204,15 @@ async fn a_hub_talks_over_http_2_on_several_streams_of_one_connection() {
     let (mut ada, ada_id) = connect_by_http_2(&mut connection).await;
     let (mut bob, bob_id) = connect_by_http_2(&mut connection).await;
     assert_ne!(ada_id, bob_id);
-    ada.say("all hello").await;
-    ada.hears(&["hello"]).await;
-    bob.hears(&["hello"]).await;
-    bob.say("end 4000 I leave").await;
+    ada.send_text("all hello").await;
+    ada.recv_texts(&["hello"]).await;
+    bob.recv_texts(&["hello"]).await;
+    bob.send_text("end 4000 I leave").await;
     assert_eq!(bob.closed().await, (4000, "I leave".to_owned()));
     // The other stream goes on.
     eventually(1, || hub.len()).await;
-    ada.say("all alone").await;
-    ada.hears(&["alone"]).await;
+    ada.send_text("all alone").await;
+    ada.recv_texts(&["alone"]).await;
     ada.leave().await;
     eventually(0, || hub.len()).await;
 }
@@ -225,8 +225,8 @@ async fn a_hub_talks_over_http_2_within_tls() {
     assert_eq!(stream.get_ref().1.alpn_protocol(), Some(b"h2".as_slice()));
     let mut connection = http_2(stream).await;
     let (mut peer, _) = connect_by_http_2(&mut connection).await;
-    peer.say("all hello").await;
-    peer.hears(&["hello"]).await;
+    peer.send_text("all hello").await;
+    peer.recv_texts(&["hello"]).await;
     peer.leave().await;
     eventually(0, || hub.len()).await;
 }
@@ -241,22 +241,22 @@ async fn one_broadcast_reaches_clients_that_came_every_way_in_one_order() {
     let (mut bob, _) = secure.connect().await;
     let (mut cyd, cyd_id) = connect_by_http_2(&mut connection).await;
     for round in 0..30 {
-        ada.say(format!("all plain {round}")).await;
-        bob.say(format!("all TLS {round}")).await;
-        cyd.say(format!("all HTTP/2 {round}")).await;
+        ada.send_text(format!("all plain {round}")).await;
+        bob.send_text(format!("all TLS {round}")).await;
+        cyd.send_text(format!("all HTTP/2 {round}")).await;
         let receipt = within_timeout(hub.to_all().deliver(&format!("task {round}"))).await.unwrap();
         assert_eq!(receipt.targets, 3);
         let mut orders = Vec::new();
         for _ in 0..4 {
-            orders.push([ada.hear().await, bob.hear().await, cyd.hear().await]);
+            orders.push([ada.recv_text().await, bob.recv_text().await, cyd.recv_text().await]);
         }
         assert!(orders.iter().all(|[first, second, third]| first == second && second == third), "{orders:?}");
     }
-    ada.say(format!("except {cyd_id} not over HTTP/2")).await;
-    ada.say("all last").await;
-    ada.hears(&["not over HTTP/2", "last"]).await;
-    bob.hears(&["not over HTTP/2", "last"]).await;
-    cyd.hears(&["last"]).await;
+    ada.send_text(format!("except {cyd_id} not over HTTP/2")).await;
+    ada.send_text("all last").await;
+    ada.recv_texts(&["not over HTTP/2", "last"]).await;
+    bob.recv_texts(&["not over HTTP/2", "last"]).await;
+    cyd.recv_texts(&["last"]).await;
 }
 
 #[tokio::test]
@@ -274,11 +274,11 @@ async fn messages_of_a_megabyte_go_both_ways_every_way() {
         let text = ["a", "b", "c"][sender].repeat(BYTES);
         let message = format!("all {text}");
         match sender {
-            0 => ada.say(message).await,
-            1 => bob.say(message).await,
-            _ => cyd.say(message).await,
+            0 => ada.send_text(message).await,
+            1 => bob.send_text(message).await,
+            _ => cyd.send_text(message).await,
         }
-        let (first, second, third) = tokio::join!(ada.hear(), bob.hear(), cyd.hear());
+        let (first, second, third) = tokio::join!(ada.recv_text(), bob.recv_text(), cyd.recv_text());
         assert!(first == text && second == text && third == text, "sent by {sender}");
     }
 }
@@ -296,7 +296,7 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     for round in 0..MESSAGES {
         // Who does not wait, does not wait: what the stalled client cannot take is kept for it.
         hub.to_all().try_publish(&format!("{round} {big}")).unwrap();
-        let (ada_heard, bob_heard) = tokio::join!(ada.hear(), bob.hear());
+        let (ada_heard, bob_heard) = tokio::join!(ada.recv_text(), bob.recv_text());
         for heard in [ada_heard, bob_heard] {
             assert!(heard.starts_with(&format!("{round} ")) && heard.ends_with(&big));
         }
@@ -312,16 +312,16 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
         let hub = hub.clone();
         tokio::spawn(async move { hub.to_all().deliver(&"awaited".to_owned()).await.unwrap() })
     };
-    ada.hears(&["awaited"]).await;
-    bob.hears(&["awaited"]).await;
+    ada.recv_texts(&["awaited"]).await;
+    bob.recv_texts(&["awaited"]).await;
     assert!(!waiting.is_finished());
     drop(stalled);
     let receipt = within_timeout(waiting).await.unwrap();
     assert_eq!((receipt.targets, receipt.waited), (3, 1));
     eventually(2, || hub.len()).await;
-    ada.say("all on we go").await;
-    ada.hears(&["on we go"]).await;
-    bob.hears(&["on we go"]).await;
+    ada.send_text("all on we go").await;
+    ada.recv_texts(&["on we go"]).await;
+    bob.recv_texts(&["on we go"]).await;
 }
 
 // ---- the end of an engine
