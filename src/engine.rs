@@ -1,4 +1,4 @@
-//! The engine as an application sees it: started from a config, home of several hubs.
+//! The engine as an application sees it: started from a config, with several hubs.
 //!
 //! A thin handle over the engine crate's. Does not know connections.
 
@@ -16,8 +16,9 @@ use crate::hub::{Hub, WsHub};
 /// A running engine: its shards own the connections of all its hubs.
 ///
 /// Cloneable. Hubs keep it alive; when the last handle to it and to its hubs is dropped, it closes its connections
-/// with 1001 and ends its threads. That drop waits for them, up to a second: not on a thread whose runtime they need. It
-/// leaves behind what is stuck, as [`shutdown`](Self::shutdown) does, and on one of the engine's threads it does not wait.
+/// with 1001 and ends its threads. That drop waits for them for up to a second, so do not let it happen on a thread whose
+/// runtime they need. It leaves stuck shards behind, as [`shutdown`](Self::shutdown) does, and on one of the engine's own
+/// threads it does not wait.
 ///
 /// ```no_run
 /// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, HubContext, JsonCodec};
@@ -38,8 +39,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the shards. Within a tokio runtime their threads enter it once and for all; connections that are
-    /// served from another runtime enter theirs for each call.
+    /// Starts the shards. Within a tokio runtime their threads enter it once; for connections that are served from another
+    /// runtime they enter that for each call.
     ///
     /// # Errors
     /// A setting out of range, by name; a system that gives no threads or file descriptors.

@@ -144,8 +144,8 @@ impl<H: WsHub> HubHandler<H> {
             }
             Poll::Ready(Ok(outcome)) => return finish(outcome, context),
             Poll::Ready(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // Cancelled, because the runtime has shut down: nobody else does that. No method of this connection can run
-            // any more, so its client is told instead of being left without answers.
+            // Cancelled, because the runtime has shut down: nothing else cancels it. No method of this connection can run
+            // any more, so the connection ends instead of leaving its client without answers.
             Poll::Ready(Err(_)) if !std::mem::replace(&mut overrides.is_runtime_gone, true) => {
                 tracing::error!(
                     id = %context.id(),
@@ -238,7 +238,7 @@ impl<H: WsHub> Handler for HubHandler<H> {
 }
 
 impl<H: WsHub> Drop for HubHandler<H> {
-    /// A hub may clean up with its runtime, and a panic at that must not take the shard's other connections along.
+    /// A hub may clean up with its runtime, and a panic in that must not end the shard's other connections.
     fn drop(&mut self) {
         let _entered = self.runtime().map(Handle::enter);
         let (task, hub) = (self.task.take(), self.hub.take());

@@ -109,7 +109,7 @@ impl<H: WsHub> IntoResponse for Serve<H> {
         let Some(place) = hub.admit(upgrade.peer_address()) else {
             log_no_place(&hub, "503");
             let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
-            let why = "no place for one more connection";
+            let why = "connection limit reached";
             return (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response();
         };
         if place.lacks_address() && place.is_first_to_lack_address() {
@@ -139,12 +139,12 @@ impl<H: WsHub> IntoResponse for Serve<H> {
 }
 
 impl<H: WsHub> Hub<H> {
-    /// Hands an open WebSocket over to the engine: for sockets that come by way of
-    /// [`WebSocketUpgrade::on_upgrade`]. Must be called within a tokio runtime, which the hub's methods use.
+    /// Gives an open WebSocket to the engine: for sockets from [`WebSocketUpgrade::on_upgrade`]. Must be called within a tokio
+    /// runtime, which the hub's methods use.
     ///
     /// # Errors
-    /// Too many connections, an engine that is stopping, a socket that cannot be prepared. The client gets a Close frame
-    /// then: 1013, 1001 and 1011.
+    /// A limit on connections (the client gets a Close frame with 1013), an engine that is stopping (1001), a socket that
+    /// cannot be prepared (1011).
     pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
         let instance = instance.into();
         let Some(place) = self.admit(socket.peer_address()) else {
@@ -172,7 +172,7 @@ impl<H: WsHub> Hub<H> {
             return Err(ServeError::Stopping);
         }
         let parts = socket.into_parts();
-        // The engine drops what it does not take. If there is no descriptor for this, the client gets no Close frame.
+        // The engine drops a socket that it does not adopt. Without a descriptor for this copy the client gets no Close frame.
         let spare = parts.socket.duplicate().ok();
         let (received, config) = (parts.read_ahead, self.config().clone());
         let socket = match parts.socket {
@@ -196,28 +196,28 @@ impl<H: WsHub> Hub<H> {
     }
 }
 
-/// A WebSocket could not be handed over to a hub; it has been closed, with a Close frame.
+/// A WebSocket could not be served by a hub; it was closed, with a Close frame.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
     /// The engine has `max_connections` connections, or `max_connections_per_address` from there. The client got 1013.
-    #[error("no place for one more connection")]
+    #[error("a limit on connections is reached: try again later, or raise `max_connections`")]
     Full,
     /// The engine is stopping. The client got 1001.
     #[error("the engine is stopping")]
     Stopping,
-    /// The engine did not take it. The client got 1013 if too many wait already, 1001 if the engine has ended, 1011
+    /// The engine did not adopt it. The client got 1013 if too many publishers wait already, 1001 if the engine has ended, 1011
     /// otherwise.
     #[error(transparent)]
     Adopt(#[from] AdoptError),
 }
 
 impl ServeError {
-    /// What the client is told.
+    /// The close code and reason that the client gets.
     fn farewell(&self) -> (CloseCode, &'static str) {
         match self {
             Self::Full | Self::Adopt(AdoptError::Refused(PublishError::Overloaded)) => {
-                (CloseCode::TRY_AGAIN_LATER, "no place for one more connection")
+                (CloseCode::TRY_AGAIN_LATER, "connection limit reached")
             }
             Self::Stopping | Self::Adopt(AdoptError::Refused(PublishError::Closed)) => {
                 (CloseCode::GOING_AWAY, "the server is stopping")
@@ -254,7 +254,7 @@ pub(crate) fn log_no_place<H: WsHub>(hub: &Hub<H>, told: &'static str) {
     }
 }
 
-/// Each hasher has random keys, which is random enough to spread clients.
+/// Each hasher has random keys, which suffices to spread clients.
 fn retry_after_seconds() -> u64 {
     let (first, last) = (*RETRY_AFTER_SECONDS.start(), *RETRY_AFTER_SECONDS.end());
     first + RandomState::new().build_hasher().finish() % (last - first + 1)

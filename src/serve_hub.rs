@@ -1,9 +1,8 @@
-//! The short form: `serve_hub` without an engine in sight.
+//! The short form: `serve_hub`, for programs that name no engine.
 //!
-//! For programs that want no more than a socket, a hub and a config. They share one
-//! engine, started with its defaults when the first socket comes, and one set of clients
-//! for each hub type. Settings belong to a connection, not to the first who came: each
-//! call's config holds for its own connection. Does not know the handshake.
+//! They share one engine, started with its defaults when the first socket is served, and one set of clients for each hub
+//! type. Settings belong to a connection: each call's config holds for its own, and not that of the first call for all. Does
+//! not know the handshake.
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
@@ -22,11 +21,11 @@ use crate::upgrade::WebSocket;
 static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
 static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(None);
 
-/// Serves one WebSocket with one hub and ends when the connection has ended and its `on_disconnected` has returned.
+/// Serves one WebSocket with one hub, and returns when the connection has ended and its `on_disconnected` has returned.
 ///
 /// All connections served with the same hub type are each other's clients. `config` holds for this connection. The
-/// engine behind it has one shard for each allowed CPU; to choose, to have several hubs of one type, to publish from
-/// outside or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
+/// engine behind it has one shard for each allowed CPU. To choose the number, to have several hubs of one type, to publish from
+/// elsewhere or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
 ///
 /// A config out of range is logged as an error and the connection closed (1011); check yours with
 /// [`WsHubConfig::validate`](crate::WsHubConfig::validate). Above a limit on connections it is closed with 1013.
@@ -79,7 +78,7 @@ fn hub_of_type<H: WsHub>(config: &ConnectionConfig) -> Result<Option<Hub<H>>, Co
         Some(hub) => hub.with_config(Arc::new(config.clone()))?,
         None => engine.hub::<H>(config.clone())?,
     };
-    // The latest: connections of the same settings share them.
+    // The latest, because connections with the same settings share them.
     hubs.insert(TypeId::of::<H>(), Box::new(hub.clone()));
     Ok(Some(hub))
 }

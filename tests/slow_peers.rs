@@ -55,8 +55,8 @@ fn beating(policy: BroadcastPolicy) -> WsHubConfig {
 // ---- stalled, and reading in sips
 
 /// A slow peer and three that read, on two shards; each message reaches the three before the next is sent. The slow one
-/// takes at most `sip` bytes out of its kernel for each message. In the end it reads everything that is left.
-async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
+/// reads at most `bytes` bytes from its kernel for each message. In the end it reads everything that is left.
+async fn a_slow_peer_among_others(policy: BroadcastPolicy, bytes: usize) {
     const ROUNDS: usize = 120;
     const OTHERS: usize = 3;
     let mut fixture = HubFixture::open(2, narrow(policy)).await;
@@ -88,7 +88,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
             within_timeout(fixture.hub.to_group("others").publish(&aside.clone())).await.unwrap();
             all_hear(&mut others, &aside).await;
         }
-        slow.read_at_most(sip);
+        slow.read_at_most(bytes);
     }
 
     // What the connection has counted is what the receipts say and what the hub was told.
@@ -660,7 +660,7 @@ async fn others_have_their_turn_between_drops<
     eventually(dropped().await, || told.drops.load(Relaxed)).await;
 }
 
-/// Keeps what it is told of drops. `wait` waits for a permit.
+/// Records what it is told of drops. `wait` waits for a permit.
 struct DropRecorder {
     dropped: UnboundedSender<Dropped>,
     permits: Arc<Semaphore>,
