@@ -10,7 +10,7 @@ use axum::routing::get;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    CodecError, Decode, Encode, Engine, EngineConfig, Hub, HubClient, MessageContext, MessageKind,
+    CodecError, Decode, Encode, Engine, EngineConfig, Hub, HubClient, HubContext, MessageKind,
     WebSocketUpgrade, WsHub, WsHubConfig, deserialize_bounded,
 };
 use tokio::sync::oneshot;
@@ -51,7 +51,7 @@ impl WsHub for Sensors {
     type InMessage = Reading;
     type OutMessage = Reading;
 
-    async fn on_message(&self, reading: Reading, ctx: MessageContext<Reading, MessagePack>) {
+    async fn on_message(&self, reading: Reading, ctx: HubContext<Self>) {
         ctx.broadcast(reading).await;
     }
 }

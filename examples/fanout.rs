@@ -18,11 +18,10 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Path, State};
-use axum::response::Response;
 use axum::routing::any;
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BroadcastPolicy, Engine, EngineConfig, Hub, JsonCodec, MessageContext, RawCodec, RawMessage,
+    BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, RawCodec, RawMessage, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,8 +32,6 @@ struct Tick {
     p: String,
 }
 
-type Context = MessageContext<Tick, JsonCodec>;
-
 struct All;
 
 impl WsHub for All {
@@ -42,7 +39,7 @@ impl WsHub for All {
     type InMessage = Tick;
     type OutMessage = Tick;
 
-    async fn on_message(&self, tick: Tick, ctx: Context) {
+    async fn on_message(&self, tick: Tick, ctx: HubContext<Self>) {
         ctx.broadcast(tick).await;
     }
 }
@@ -54,7 +51,7 @@ impl WsHub for Echo {
     type InMessage = Tick;
     type OutMessage = Tick;
 
-    async fn on_message(&self, tick: Tick, ctx: Context) {
+    async fn on_message(&self, tick: Tick, ctx: HubContext<Self>) {
         ctx.unicast(tick).await;
     }
 }
@@ -68,11 +65,12 @@ impl WsHub for Group {
     type InMessage = Tick;
     type OutMessage = Tick;
 
-    async fn on_open(&self, ctx: Context) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.add_to_group(&self.name).await;
+        Ok(())
     }
 
-    async fn on_message(&self, tick: Tick, ctx: Context) {
+    async fn on_message(&self, tick: Tick, ctx: HubContext<Self>) {
         ctx.broadcast_group(&self.name, tick).await;
     }
 }
@@ -84,7 +82,7 @@ impl WsHub for Raw {
     type InMessage = RawMessage;
     type OutMessage = RawMessage;
 
-    async fn on_message(&self, message: RawMessage, ctx: MessageContext<RawMessage, RawCodec>) {
+    async fn on_message(&self, message: RawMessage, ctx: HubContext<Self>) {
         ctx.unicast(message).await;
     }
 }
@@ -173,14 +171,12 @@ async fn serve() -> Result<(), Box<dyn Error>> {
         group: engine.hub(hub.clone())?,
         raw: engine.hub(WsHubConfig { max_message_bytes: 16 << 20, max_fragments: 1 << 20, ..hub })?,
     };
-    let all = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| -> Response { ws.serve(&hubs.all, All) };
-    let echo =
-        async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| -> Response { ws.serve(&hubs.echo, Echo) };
-    let raw = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| -> Response { ws.serve(&hubs.raw, Raw) };
-    let group = async |ws: WebSocketUpgrade,
-                       Path(name): Path<String>,
-                       State(hubs): State<Hubs>|
-           -> Response { ws.serve(&hubs.group, Group { name }) };
+    let all = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| ws.serve(&hubs.all, All);
+    let echo = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| ws.serve(&hubs.echo, Echo);
+    let raw = async |ws: WebSocketUpgrade, State(hubs): State<Hubs>| ws.serve(&hubs.raw, Raw);
+    let group = async |ws: WebSocketUpgrade, Path(name): Path<String>, State(hubs): State<Hubs>| {
+        ws.serve(&hubs.group, Group { name })
+    };
     let app = Router::new()
         .route("/ws", any(all))
         .route("/echo", any(echo))

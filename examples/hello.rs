@@ -8,7 +8,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::routing::get;
 use serde::{Deserialize, Serialize};
-use shardcast::{HubClient, JsonCodec, MessageContext, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
+use shardcast::{HubClient, HubContext, JsonCodec, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
 use tokio::sync::oneshot;
 
 #[derive(Serialize, Deserialize)]
@@ -42,7 +42,7 @@ impl WsHub for HelloHub {
     type InMessage = HelloMessage;
     type OutMessage = HelloReply;
 
-    async fn on_message(&self, msg: Self::InMessage, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+    async fn on_message(&self, msg: Self::InMessage, ctx: HubContext<Self>) {
         let reply = match msg.text.is_empty() {
             true => HelloReply::Err("say something".into()),
             false => HelloReply::Ok(format!("{} {}", self.state.greeting, msg.text)),

@@ -1,109 +1,161 @@
 //! The clients of a hub, and ways to reach some or all of them.
 //!
-//! Cloneable, usable from any thread or task. Encodes a value once, puts it behind its
-//! frame header and gives it to the engine; whom it is for is a target, and every short
-//! form (`broadcast`, `unicast`, …) is a name for one. Knows codecs and namespaces. Does
-//! not know hubs, sessions or sockets.
+//! Cloneable, usable from any thread or task. Encodes a message once, writes the frame header in
+//! front of it and passes it to the engine; a target says who gets it, and every short form
+//! (`broadcast`, `unicast`, …) is a name for a target. The codec is a function pointer here and not
+//! a type parameter, because a codec has no state and whoever publishes need not name it. Knows
+//! codecs and namespaces. Does not know hubs, handlers or sockets.
 
-use std::borrow::{Borrow, Cow};
+use std::any::TypeId;
+use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use shardcast_engine::{
-    Address, CloseCode, ConnectionId, ConnectionMetrics, Delivery, GroupMetrics, InvalidCloseCode, Namespace,
-    Payload, Position, Publication, PublishError as EngineError, Receipt, TryPublishError as TryEngineError,
+    Address, CloseCode, ConfigError, ConnectionId, ConnectionMetrics, Delivery, GroupMetrics,
+    InvalidCloseCode, MessageKind, Namespace, Payload, Policy as BroadcastPolicy, Position, Publication,
+    PublishError as EngineError, Receipt, TryPublishError as TryEngineError,
 };
 
 use crate::codec::{CodecError, Encode};
-use crate::config::{BroadcastPolicy, ConfigError};
 
-/// The clients of one hub, which get messages `M` in the encoding of `C`.
+/// The clients of one hub, which receive messages `M` in the hub's codec. Cloneable, and usable from any thread or task.
 ///
 /// ```no_run
-/// # use shardcast::{Clients, JsonCodec, ConnectionId};
-/// # async fn example(clients: Clients<String, JsonCodec>, id: ConnectionId) -> Result<(), shardcast::SendError> {
-/// clients.to_all().publish("to everyone".to_owned()).await?;
-/// clients.to(id).publish("to one".to_owned()).await?;
-/// let receipt = clients.to_group("lobby").except(&[id]).send("to the others".to_owned()).await?;
-/// println!("{} had to be waited for", receipt.waited);
+/// # use shardcast::{Clients, ConnectionId};
+/// # async fn example(clients: Clients<String>, id: ConnectionId) -> Result<(), shardcast::PublishError> {
+/// clients.to_all().publish(&"to everyone".to_owned()).await?;
+/// clients.to(id).publish(&"to one".to_owned()).await?;
+/// let receipt = clients.to_group("lobby").except(&[id]).deliver(&"to the others".to_owned()).await?;
+/// println!("{} clients, of which {} had to be waited for", receipt.targets, receipt.waited);
 /// # Ok(()) }
 /// ```
-pub struct Clients<M, C> {
-    inner: Arc<Inner>,
-    types: PhantomData<fn(M) -> C>,
+pub struct Clients<M> {
+    inner: Arc<Inner<M>>,
 }
 
-#[derive(Debug)]
-struct Inner {
+struct Inner<M> {
     namespace: Namespace,
-    unencodable: AtomicU64,
+    /// The hub's codec. Here and not in each handle, because every connection has one.
+    encode: fn(&M, &mut Vec<u8>) -> Result<MessageKind, CodecError>,
+    /// Its type, by which messages that were prepared for another one are refused.
+    codec: TypeId,
+    encode_failures: AtomicU64,
 }
 
-impl<M, C> Clone for Clients<M, C> {
+impl<M> Clone for Clients<M> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), types: PhantomData }
+        Self { inner: self.inner.clone() }
     }
 }
 
-impl<M, C> std::fmt::Debug for Clients<M, C> {
+impl<M> std::fmt::Debug for Clients<M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Clients").field("connections", &self.len()).finish_non_exhaustive()
     }
 }
 
-impl<M, C> Clients<M, C> {
-    pub(crate) fn new(namespace: Namespace) -> Self {
-        Self { inner: Arc::new(Inner { namespace, unencodable: AtomicU64::new(0) }), types: PhantomData }
+impl<M> Clients<M> {
+    pub(crate) fn new<C: Encode<M>>(namespace: Namespace) -> Self {
+        let (encode, codec) = (C::encode, TypeId::of::<C>());
+        Self { inner: Arc::new(Inner { namespace, encode, codec, encode_failures: AtomicU64::new(0) }) }
     }
 
     pub(crate) fn namespace(&self) -> &Namespace {
         &self.inner.namespace
     }
 
-    /// Every client whose [`on_open`](crate::WsHub::on_open) has returned.
-    pub fn to_all(&self) -> Target<'_, M, C> {
+    /// Every client whose [`on_connected`](crate::WsHub::on_connected) has returned.
+    pub fn to_all(&self) -> Target<'_, M> {
         self.target(Address::Everyone)
     }
 
     /// The members of a group. A group without members is no error: nobody gets the message.
-    pub fn to_group(&self, group: &str) -> Target<'_, M, C> {
+    pub fn to_group(&self, group: &str) -> Target<'_, M> {
         self.target(Address::group(group))
     }
 
     /// The members of several groups, each client once.
-    pub fn to_groups(&self, groups: &[&str]) -> Target<'_, M, C> {
+    pub fn to_groups(&self, groups: &[&str]) -> Target<'_, M> {
         self.target(Address::groups(groups.iter().copied()))
     }
 
-    /// One client. If it has gone, nobody gets the message.
-    pub fn to(&self, id: ConnectionId) -> Target<'_, M, C> {
+    /// One client. If it has disconnected, nobody gets the message.
+    pub fn to(&self, id: ConnectionId) -> Target<'_, M> {
         self.target(Address::Connection(id))
     }
 
-    fn target(&self, to: Address) -> Target<'_, M, C> {
-        Target { clients: self, to, except: &[], policy: None }
+    fn target(&self, to: Address) -> Target<'_, M> {
+        Target { clients: self, to, except: &[], delivery: Delivery::default() }
+    }
+
+    /// Encodes a message once, to be sent to several targets: [`Target::publish_prepared`],
+    /// [`deliver_prepared`](Target::deliver_prepared), [`try_publish_prepared`](Target::try_publish_prepared). It may be
+    /// sent by every hub that has this codec.
+    ///
+    /// ```
+    /// # use shardcast::{Clients, PublishError};
+    /// # async fn example(clients: Clients<String>) -> Result<(), PublishError> {
+    /// let goal = clients.prepare(&"2:1".to_owned())?;
+    /// clients.to_group("match-7").publish_prepared(&goal).await?;
+    /// clients.to_group("all-matches").publish_prepared(&goal).await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// A message that cannot be encoded.
+    pub fn prepare(&self, message: &M) -> Result<Prepared<M>, CodecError> {
+        let payload = self.encode(message)?;
+        Ok(Prepared { payload, codec: self.inner.codec, message: PhantomData })
+    }
+
+    fn encode(&self, message: &M) -> Result<Payload, CodecError> {
+        const PAYLOAD_BYTES_HINT: usize = 118; // with a header of up to 10 bytes: two cache lines
+        let encoded = Payload::build(PAYLOAD_BYTES_HINT, |payload| {
+            let header = payload.len();
+            let kind = (self.inner.encode)(message, payload)?;
+            // Clients close on text that is not UTF-8, so a codec that says text is checked.
+            if kind == MessageKind::Text {
+                std::str::from_utf8(&payload[header..]).map_err(CodecError::encode)?;
+            }
+            Ok(kind)
+        });
+        encoded.inspect_err(|_| {
+            self.inner.encode_failures.fetch_add(1, Relaxed);
+        })
+    }
+
+    /// The message's payload, unless these clients could not read it.
+    fn payload_of(&self, message: &Prepared<M>) -> Result<Payload, CodecError> {
+        if message.codec == self.inner.codec {
+            return Ok(message.payload.clone());
+        }
+        self.inner.encode_failures.fetch_add(1, Relaxed);
+        Err(CodecError::encode(
+            "the message was prepared for another codec: prepare it with this hub's clients",
+        ))
     }
 
     /// Makes a client a member of a group. When this has returned, the next message to the group by anyone reaches
-    /// it; earlier ones do not. Joining twice is joining once; a client that has gone joins nothing. One that is in
-    /// [`max_groups`](crate::WsHubConfig::max_groups) groups already is ended (1008).
+    /// it; earlier ones do not. Joining twice has no further effect, and joining a client that has disconnected has none. A client
+    /// that is in [`max_groups`](crate::WsHubConfig::max_groups) groups already is disconnected (1008).
     ///
-    /// Returns a place in the order of all messages that were published: each one behind it reaches the client; of those
-    /// before, only some that were published during this call may.
+    /// Returns a position in the order of all published messages: every message to the group behind it reaches the client;
+    /// of those before it, only messages that were published during this call may.
     ///
     /// # Errors
-    /// The engine has ended, too many wait for the client's shard, or the group's name is too long.
-    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, SendError> {
+    /// An engine that has ended, too many publishers that wait for the client's shard, a group's name that is too long.
+    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
         Ok(self.inner.namespace.join(id, group).await?)
     }
 
-    /// Ends a membership: messages to the group after this do not reach the client, earlier ones do.
+    /// Ends a membership: messages that are published to the group from now on do not reach the client, earlier ones do.
     ///
     /// # Errors
     /// As for [`join`](Self::join).
-    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), SendError> {
+    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), PublishError> {
         Ok(self.inner.namespace.leave(id, group).await?)
     }
 
@@ -111,88 +163,91 @@ impl<M, C> Clients<M, C> {
     /// 123 bytes of `reason`.
     ///
     /// # Errors
-    /// A close code that cannot be sent, an engine that has ended, too many who wait for the client's shard.
+    /// A close code that may not be sent, an engine that has ended, too many publishers that wait for the client's shard.
     pub async fn disconnect(
         &self,
         id: ConnectionId,
         code: CloseCode,
         reason: impl Into<Cow<'static, str>>,
-    ) -> Result<(), SendError> {
+    ) -> Result<(), PublishError> {
         self.to(id).disconnect(code, reason).await
     }
 
-    /// What a connection has counted, after everything that was sent before; none if it has
-    /// gone, its closing handshake included.
+    /// The counters of a connection, taken after everything that was sent before. None when it has ended, its closing
+    /// handshake included.
     ///
     /// # Errors
     /// As for [`join`](Self::join).
-    pub async fn inspect(&self, id: ConnectionId) -> Result<Option<ConnectionMetrics>, SendError> {
+    pub async fn connection_metrics(
+        &self,
+        id: ConnectionId,
+    ) -> Result<Option<ConnectionMetrics>, PublishError> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let answer = |metrics| {
-            let _ = sender.send(metrics); // who has stopped waiting does not want to know
+            let _ = sender.send(metrics); // fails when nobody waits for the answer any more
         };
         self.inner.namespace.connection_metrics(id, answer).await?;
         Ok(receiver.await.ok())
     }
 
-    /// What all clients of the hub have counted together since the start, those that have gone included, after
-    /// everything that was sent before. For a part of them: [`Target::metrics`].
+    /// The sums of the counters of all clients since the hub was made, those that have disconnected included, taken after
+    /// everything that was sent before. For some of the clients: [`Target::metrics`].
     ///
     /// # Errors
     /// As for [`join`](Self::join).
-    pub async fn metrics(&self) -> Result<GroupMetrics, SendError> {
+    pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
         self.to_all().metrics().await
     }
 
-    /// Clients connected now, those on their way to their shard included.
+    /// How many clients are connected, those on their way to their shard included.
     pub fn len(&self) -> usize {
         self.inner.namespace.len()
     }
 
-    /// Whether nobody is connected.
+    /// Whether no client is connected.
     pub fn is_empty(&self) -> bool {
         self.inner.namespace.is_empty()
     }
 
-    /// Members of a group.
+    /// How many members a group has.
     pub fn group_len(&self, group: &str) -> usize {
         self.inner.namespace.group_len(group)
     }
 
-    /// Groups that have members.
-    pub fn groups(&self) -> usize {
+    /// How many groups have members.
+    pub fn group_count(&self) -> usize {
         self.inner.namespace.group_count()
     }
 
-    /// Messages that could not be encoded, and reached nobody, since the start.
-    pub fn unencodable(&self) -> u64 {
-        self.inner.unencodable.load(Relaxed)
+    /// How many messages could not be encoded, and reached nobody, since the hub was made.
+    pub fn encode_failures(&self) -> u64 {
+        self.inner.encode_failures.load(Relaxed)
     }
 }
 
-/// Whom a message is for; see [`Clients`].
-#[must_use = "nothing is sent before `publish`, `send` or `try_publish`"]
-pub struct Target<'a, M, C> {
-    clients: &'a Clients<M, C>,
+/// The clients that a message is for; see [`Clients`].
+#[must_use = "nothing is sent before `publish`, `deliver` or `try_publish`"]
+pub struct Target<'a, M> {
+    clients: &'a Clients<M>,
     to: Address,
     except: &'a [ConnectionId],
-    policy: Option<BroadcastPolicy>,
+    delivery: Delivery,
 }
 
-impl<M, C> Clone for Target<'_, M, C> {
+impl<M> Clone for Target<'_, M> {
     fn clone(&self) -> Self {
         Self { to: self.to.clone(), ..*self }
     }
 }
 
-impl<M, C> std::fmt::Debug for Target<'_, M, C> {
+impl<M> std::fmt::Debug for Target<'_, M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Target").field("to", &self.to).field("except", &self.except).finish_non_exhaustive()
     }
 }
 
-impl<'a, M, C> Target<'a, M, C> {
-    /// Leaves out these clients.
+impl<'a, M> Target<'a, M> {
+    /// The same target without these clients.
     pub fn except(self, except: &'a [ConnectionId]) -> Self {
         Self { except, ..self }
     }
@@ -201,26 +256,26 @@ impl<'a, M, C> Target<'a, M, C> {
     /// `code` and at most 123 bytes of `reason`.
     ///
     /// # Errors
-    /// A close code that cannot be sent, an engine that has ended, too many who wait already.
+    /// A close code that may not be sent, an engine that has ended, too many publishers that wait already.
     pub async fn disconnect(
         &self,
         code: CloseCode,
         reason: impl Into<Cow<'static, str>>,
-    ) -> Result<(), SendError> {
+    ) -> Result<(), PublishError> {
         let publication = Publication::close(&self.to, code, reason)?.except(self.except);
         Ok(self.clients.inner.namespace.publish(publication).await?)
     }
 
-    /// What the target's clients have counted together, after everything that was sent before: for groups their
-    /// present members, for [`to_all`](Clients::to_all) also those that have gone. Costs each shard a look at each
-    /// of them: for every few seconds, not for every message.
+    /// The sums of the counters of the target's clients, taken after everything that was sent before: of a group's present
+    /// members, and for [`to_all`](Clients::to_all) of clients that have disconnected, too. Every shard visits each of these
+    /// connections, so ask every few seconds and not for every message.
     ///
     /// # Errors
-    /// An engine that has ended, too many who wait already.
-    pub async fn metrics(&self) -> Result<GroupMetrics, SendError> {
+    /// An engine that has ended, too many publishers that wait already.
+    pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
         let (sender, mut parts) = tokio::sync::mpsc::unbounded_channel();
         let on_metrics = move |part| {
-            let _ = sender.send(part); // who has stopped waiting does not want to know
+            let _ = sender.send(part); // fails when nobody waits for the answer any more
         };
         self.clients.inner.namespace.collect_metrics(&self.to, self.except, on_metrics).await?;
         let mut sum = GroupMetrics::default();
@@ -230,110 +285,162 @@ impl<'a, M, C> Target<'a, M, C> {
         Ok(sum)
     }
 
-    /// Follows this policy instead of the hub's. A message to one client waits for room unless told otherwise here.
-    pub fn policy(self, policy: BroadcastPolicy) -> Self {
-        Self { policy: Some(policy), ..self }
-    }
-}
-
-impl<M, C: Encode<M>> Target<'_, M, C> {
-    /// Sends the message. Ends when every client of the target has taken it or has gone; while none is behind,
-    /// and under every policy but `Block`, that is as soon as the engine has it. What one task sends one after the
-    /// other, every client gets in that order.
-    ///
-    /// Dropping this future, as `tokio::time::timeout` around it does, does not take the message back: once the engine
-    /// has it, it is delivered, and sending it again sends it twice. To wait no longer than a certain time for slow
-    /// clients, use a policy with a timeout.
+    /// Sends under this policy instead of each connection's own. Without it a message to one client waits for room
+    /// ([`Block`](BroadcastPolicy::Block)), whatever the hub's policy is.
     ///
     /// # Errors
-    /// A message that cannot be encoded, an engine that has ended, too many who wait already.
-    pub async fn publish(&self, message: impl Borrow<M> + Send) -> Result<(), SendError> {
-        let publication = self.publication(message.borrow())?;
-        drop(message);
-        Ok(self.clients.inner.namespace.publish(publication).await?)
+    /// A setting of the policy that is out of range, by name.
+    pub fn policy(self, policy: BroadcastPolicy) -> Result<Self, ConfigError> {
+        Ok(Self { delivery: Delivery::with_policy(policy)?, ..self })
     }
 
-    /// Like [`publish`](Self::publish), but always ends only when every client of the target has taken the message
-    /// or has gone, and tells how many there were.
+    /// Sends the message. The future completes when every client of the target has accepted the message or has
+    /// disconnected; while none of them is slow, and under every policy but [`Block`](BroadcastPolicy::Block), that is as
+    /// soon as the engine has accepted it.
+    ///
+    /// The message is encoded by the call, and sent when the future is first polled: a future that is never polled sends
+    /// nothing. What one task awaits in sequence, every client receives in that sequence.
+    ///
+    /// Dropping the future after it was polled, as `tokio::time::timeout` around it does, does not take the message back:
+    /// the engine may have accepted it, and sending it again may send it twice. To limit the time for slow clients, use a
+    /// policy with a timeout.
     ///
     /// # Errors
-    /// As for `publish`.
-    pub async fn send(&self, message: impl Borrow<M> + Send) -> Result<Receipt, SendError> {
-        let publication = self.publication(message.borrow())?;
-        drop(message);
-        Ok(self.clients.inner.namespace.deliver(publication).await?)
+    /// A message that cannot be encoded or is too long, an engine that has ended, too many publishers that wait already.
+    pub fn publish(&self, message: &M) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
+        self.publish_encoded(self.clients.encode(message))
     }
 
-    /// Like [`publish`](Self::publish), but never waits: for code that is not async. A client that is behind gets the
-    /// message when it has room.
+    /// [`publish`](Self::publish) for a message that was encoded before.
     ///
     /// # Errors
-    /// [`TrySendError::Full`] where `publish` would have waited for a shard; nobody has got the message then.
-    pub fn try_publish(&self, message: impl Borrow<M>) -> Result<(), TrySendError> {
-        let publication = self.publication(message.borrow()).map_err(|error| match error {
-            SendError::Policy(error) => TrySendError::Policy(error),
-            SendError::Encode(error) => TrySendError::Encode(error),
-            _ => TrySendError::Closed,
-        })?;
-        let sent = self.clients.inner.namespace.try_publish(publication);
+    /// As for [`publish`](Self::publish); a message that was prepared for another codec is one that cannot be encoded.
+    pub fn publish_prepared(
+        &self,
+        message: &Prepared<M>,
+    ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
+        self.publish_encoded(self.clients.payload_of(message))
+    }
+
+    /// Sends the message as [`publish`](Self::publish) does, but the future completes only when every client of the target
+    /// has accepted the message, has disconnected or had it dropped, under every policy. The receipt has the counts.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub fn deliver(
+        &self,
+        message: &M,
+    ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
+        self.deliver_encoded(self.clients.encode(message))
+    }
+
+    /// [`deliver`](Self::deliver) for a message that was encoded before.
+    ///
+    /// # Errors
+    /// As for [`publish_prepared`](Self::publish_prepared).
+    pub fn deliver_prepared(
+        &self,
+        message: &Prepared<M>,
+    ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
+        self.deliver_encoded(self.clients.payload_of(message))
+    }
+
+    /// Sends the message as [`publish`](Self::publish) does, but never waits: for code that is not async. A slow client
+    /// gets the message when it has room.
+    ///
+    /// # Errors
+    /// [`TryPublishError::Full`] where `publish` would have waited for a shard; nobody gets the message then. The error has
+    /// the encoded message, so that [`try_publish_prepared`](Self::try_publish_prepared) need not encode it again.
+    pub fn try_publish(&self, message: &M) -> Result<(), TryPublishError<Prepared<M>>> {
+        self.try_publish_prepared(&self.clients.prepare(message)?)
+    }
+
+    /// [`try_publish`](Self::try_publish) for a message that was encoded before.
+    ///
+    /// # Errors
+    /// As for [`try_publish`](Self::try_publish), and [`TryPublishError::Encode`] for a message that was prepared for
+    /// another codec.
+    pub fn try_publish_prepared(&self, message: &Prepared<M>) -> Result<(), TryPublishError<Prepared<M>>> {
+        let payload = self.clients.payload_of(message)?;
+        let sent = self.clients.inner.namespace.try_publish(self.publication(payload));
         sent.map_err(|error| match error {
-            TryEngineError::Full(_) => TrySendError::Full,
-            TryEngineError::TooLong(_) => TrySendError::TooLong,
-            _ => TrySendError::Closed,
+            TryEngineError::Full(_) => TryPublishError::Full(message.clone()),
+            TryEngineError::TooLong(_) => TryPublishError::TooLong(message.clone()),
+            _ => TryPublishError::Closed(message.clone()),
         })
     }
 
-    fn publication(&self, message: &M) -> Result<Publication, SendError> {
-        let delivery = self.policy.map(Delivery::with_policy).transpose()?.unwrap_or_default();
-        let payload = self.encode(message)?;
-        Ok(Publication::message(&self.to, payload).except(self.except).with_delivery(delivery))
+    fn publish_encoded(
+        &self,
+        payload: Result<Payload, CodecError>,
+    ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
+        let (namespace, publication) =
+            (&self.clients.inner.namespace, payload.map(|it| self.publication(it)));
+        async move { Ok(namespace.publish(publication?).await?) }
     }
 
-    fn encode(&self, message: &M) -> Result<Payload, CodecError> {
-        const PAYLOAD_BYTES_HINT: usize = 118; // with a header of up to 10 bytes: two cache lines
-        let encoded = Payload::build(PAYLOAD_BYTES_HINT, |payload| {
-            let header = payload.len();
-            let kind = C::encode(message, payload)?;
-            // Peers close on text that is not UTF-8; a codec that says text must mean it.
-            if kind == shardcast_engine::MessageKind::Text {
-                std::str::from_utf8(&payload[header..]).map_err(CodecError::encode)?;
-            }
-            Ok(kind)
-        });
-        encoded.inspect_err(|_| {
-            self.clients.inner.unencodable.fetch_add(1, Relaxed);
-        })
+    fn deliver_encoded(
+        &self,
+        payload: Result<Payload, CodecError>,
+    ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
+        let (namespace, publication) =
+            (&self.clients.inner.namespace, payload.map(|it| self.publication(it)));
+        async move { Ok(namespace.deliver(publication?).await?) }
+    }
+
+    fn publication(&self, payload: Payload) -> Publication {
+        Publication::message(&self.to, payload).except(self.except).with_delivery(self.delivery)
     }
 }
 
-/// A message was not sent.
+/// A message that was encoded once, to be sent to several targets: see [`Clients::prepare`]. Cloneable; clones share the
+/// bytes.
+pub struct Prepared<M> {
+    payload: Payload,
+    codec: TypeId,
+    message: PhantomData<fn(&M)>,
+}
+
+impl<M> Clone for Prepared<M> {
+    fn clone(&self) -> Self {
+        Self { payload: self.payload.clone(), ..*self }
+    }
+}
+
+impl<M> std::fmt::Debug for Prepared<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared").field("payload", &self.payload).finish_non_exhaustive()
+    }
+}
+
+/// A message was not sent, or a command (join, leave, disconnect, a question for metrics) was not carried out.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum SendError {
-    /// The codec could not encode it.
+pub enum PublishError {
+    /// The codec could not encode the message.
     #[error(transparent)]
     Encode(#[from] CodecError),
-    /// The policy that was asked for is out of range.
-    #[error(transparent)]
-    Policy(#[from] ConfigError),
     /// The engine has ended.
-    #[error("the engine has ended")]
+    #[error("the engine has ended: start another one")]
     Closed,
-    /// `publishers_waiting_max` others wait already.
-    #[error("too many publishers wait for room already")]
+    /// [`publishers_waiting_max`](crate::EngineConfig::publishers_waiting_max) publishers wait already.
+    #[error("too many publishers wait for room already: try again later, or raise `publishers_waiting_max`")]
     Overloaded,
-    /// Encoded, it is longer than a frame can be (4 GiB − 1 B).
+    /// Encoded, the message is longer than a frame can be (4 GiB − 1 B).
     #[error("the message is longer than 4 GiB: send it in parts")]
     TooLong,
-    /// The name of the group to be joined is longer than [`GROUP_NAME_BYTES_MAX`](crate::GROUP_NAME_BYTES_MAX).
-    #[error("the group's name is longer than {} bytes", shardcast_engine::GROUP_NAME_BYTES_MAX)]
+    /// The name of the group is longer than [`GROUP_NAME_BYTES_MAX`](crate::GROUP_NAME_BYTES_MAX).
+    #[error(
+        "the group's name is longer than {} bytes: choose a shorter one",
+        shardcast_engine::GROUP_NAME_BYTES_MAX
+    )]
     GroupNameTooLong,
-    /// The close code may not stand in a Close frame. Nobody was disconnected.
+    /// The close code may not be in a Close frame. Nobody was disconnected.
     #[error(transparent)]
     InvalidCloseCode(#[from] InvalidCloseCode),
 }
 
-impl From<EngineError> for SendError {
+impl From<EngineError> for PublishError {
     fn from(error: EngineError) -> Self {
         match error {
             EngineError::Overloaded => Self::Overloaded,
@@ -344,23 +451,52 @@ impl From<EngineError> for SendError {
     }
 }
 
-/// A message was not sent, and nobody waited.
-#[derive(Debug, thiserror::Error)]
+/// A message was not sent, and nobody waited. `T` is the message, encoded: [`Prepared`].
+#[derive(thiserror::Error)]
 #[non_exhaustive]
-pub enum TrySendError {
-    /// The codec could not encode it.
+pub enum TryPublishError<T> {
+    /// The publication log (for one client: its shard's mailbox) is full. Nobody got the message.
+    #[error("the publication log or a shard's mailbox is full: try again later")]
+    Full(T),
+    /// The engine has ended.
+    #[error("the engine has ended: start another one")]
+    Closed(T),
+    /// Encoded, the message is longer than a frame can be (4 GiB − 1 B).
+    #[error("the message is longer than 4 GiB: send it in parts")]
+    TooLong(T),
+    /// The codec could not encode the message.
     #[error(transparent)]
     Encode(#[from] CodecError),
-    /// The policy that was asked for is out of range.
-    #[error(transparent)]
-    Policy(#[from] ConfigError),
-    /// The log (for one client: its shard's mailbox) is full.
-    #[error("the log or the mailbox is full")]
-    Full,
-    /// The engine has ended.
-    #[error("the engine has ended")]
-    Closed,
-    /// Encoded, it is longer than a frame can be (4 GiB − 1 B).
-    #[error("the message is longer than 4 GiB: send it in parts")]
-    TooLong,
+}
+
+impl<T> TryPublishError<T> {
+    /// Whether the same message may be accepted later.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Full(_))
+    }
+
+    /// Whether the engine has ended, so that no message will be accepted any more.
+    pub fn is_closed(&self) -> bool {
+        matches!(self, Self::Closed(_))
+    }
+
+    /// The message that was not sent; none if it could not be encoded.
+    pub fn into_inner(self) -> Option<T> {
+        match self {
+            Self::Full(message) | Self::Closed(message) | Self::TooLong(message) => Some(message),
+            Self::Encode(_) => None,
+        }
+    }
+}
+
+/// Without the message, which need not be `Debug`.
+impl<T> std::fmt::Debug for TryPublishError<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Full(_) => f.write_str("Full(..)"),
+            Self::Closed(_) => f.write_str("Closed(..)"),
+            Self::TooLong(_) => f.write_str("TooLong(..)"),
+            Self::Encode(error) => f.debug_tuple("Encode").field(error).finish(),
+        }
+    }
 }

@@ -1,34 +1,38 @@
-//! What a hub's method may do: the seed's short forms over the hub's clients.
+//! What a hub's method can do: short forms over the hub's clients, for the connection that it is called for.
 //!
-//! One for each call, sharing what belongs to the connection. The short forms return
-//! nothing; what fails is logged and counted. For results, use the clients themselves.
-//! Does not know sessions or the engine's shards.
+//! One for each call, sharing what belongs to the connection. The short forms are those of the seed's programs, so ids are
+//! text in them, and they return nothing: what fails is logged and counted. For results, use the clients. Does not know
+//! handlers or the engine's shards.
 
+use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 
 use shardcast_engine::{CloseCode, ConnectionId, Position};
 
-use crate::clients::{Clients, SendError, Target};
-use crate::codec::Encode;
+use crate::clients::{Clients, PublishError, Target};
+use crate::log_limit::NO_ID;
 
 /// The connection that a hub's method is called for, and through it all clients of the hub.
+/// [`HubContext<Self>`](crate::HubContext) is the shorter way to write this type in a hub.
 ///
-/// Cloneable; may be kept and used after the call, from any task.
+/// `M` is what the hub's clients receive and `C` the hub's codec. Cloneable; may be kept and used after the call, from
+/// any task.
 pub struct MessageContext<M, C> {
-    peer: Arc<Peer<M, C>>,
+    caller: Arc<Caller<M>>,
     position: Position,
+    codec: PhantomData<fn() -> C>,
 }
 
 /// What belongs to one connection. Not its hub: a hub may keep its context, and must end all the same.
-pub(crate) struct Peer<M, C> {
-    clients: Clients<M, C>,
+pub(crate) struct Caller<M> {
+    clients: Clients<M>,
     id: ConnectionId,
     /// Made when it is first asked for: many hubs never do.
     connection_id: OnceLock<Arc<str>>,
 }
 
-impl<M, C> Peer<M, C> {
-    pub(crate) fn new(clients: Clients<M, C>, id: ConnectionId) -> Self {
+impl<M> Caller<M> {
+    pub(crate) fn new(clients: Clients<M>, id: ConnectionId) -> Self {
         Self { clients, id, connection_id: OnceLock::new() }
     }
 
@@ -43,7 +47,7 @@ impl<M, C> Peer<M, C> {
 
 impl<M, C> Clone for MessageContext<M, C> {
     fn clone(&self) -> Self {
-        Self { peer: self.peer.clone(), position: self.position }
+        Self { caller: self.caller.clone(), position: self.position, codec: PhantomData }
     }
 }
 
@@ -54,29 +58,29 @@ impl<M, C> std::fmt::Debug for MessageContext<M, C> {
 }
 
 impl<M, C> MessageContext<M, C> {
-    pub(crate) fn new(peer: Arc<Peer<M, C>>, position: Position) -> Self {
-        Self { peer, position }
+    pub(crate) fn new(caller: Arc<Caller<M>>, position: Position) -> Self {
+        Self { caller, position, codec: PhantomData }
     }
 
     /// The id of this connection.
     pub fn id(&self) -> ConnectionId {
-        self.peer.id()
+        self.caller.id()
     }
 
-    /// How far the client had come in the order of all published messages when this method was called: those before this
-    /// place had been queued for it, were dropped, or were not for it.
+    /// The client's position in the order of all published messages when this method was called: messages before it had been
+    /// queued for the client, were dropped, or were not for it.
     pub fn position(&self) -> Position {
         self.position
     }
 
     /// The id of this connection as text: what [`broadcast_except`](Self::broadcast_except) takes.
     pub fn connection_id(&self) -> &Arc<str> {
-        self.peer.connection_id()
+        self.caller.connection_id()
     }
 
-    /// All clients of the hub, for what the short forms below do not say.
-    pub fn clients(&self) -> &Clients<M, C> {
-        &self.peer.clients
+    /// All clients of the hub, for everything that has no short form here.
+    pub fn clients(&self) -> &Clients<M> {
+        &self.caller.clients
     }
 
     /// Makes this connection a member of a group. The next message to the group reaches it.
@@ -95,7 +99,7 @@ impl<M, C> MessageContext<M, C> {
     }
 }
 
-impl<M: Send, C: Encode<M>> MessageContext<M, C> {
+impl<M: Send, C> MessageContext<M, C> {
     /// Sends to this client only.
     pub async fn unicast(&self, message: M) {
         self.short(self.clients().to(self.id()), &[], message).await;
@@ -106,7 +110,10 @@ impl<M: Send, C: Encode<M>> MessageContext<M, C> {
         self.short(self.clients().to_all(), &[], message).await;
     }
 
-    /// Sends to all clients but some. What is not the id of a connection excludes nobody.
+    /// Sends to all clients but those with these ids ([`connection_id`](Self::connection_id)). An id of a connection that has
+    /// ended excludes nobody. So does a text that is no id; that is a mistake, and is logged: as an error in debug builds, as
+    /// a warning in release builds, at most once in a second. With ids that are no text:
+    /// `ctx.clients().to_all().except(&[id])`.
     pub async fn broadcast_except(&self, except: &[&str], message: M) {
         self.short(self.clients().to_all(), except, message).await;
     }
@@ -116,7 +123,7 @@ impl<M: Send, C: Encode<M>> MessageContext<M, C> {
         self.short(self.clients().to_group(group), &[], message).await;
     }
 
-    /// Sends to the members of a group but some.
+    /// Sends to the members of a group but those with these ids; see [`broadcast_except`](Self::broadcast_except).
     pub async fn broadcast_group_except(&self, group: &str, except: &[&str], message: M) {
         self.short(self.clients().to_group(group), except, message).await;
     }
@@ -126,17 +133,37 @@ impl<M: Send, C: Encode<M>> MessageContext<M, C> {
         self.short(self.clients().to_groups(groups), &[], message).await;
     }
 
-    async fn short(&self, target: Target<'_, M, C>, except: &[&str], message: M) {
-        let except: Vec<ConnectionId> = except.iter().filter_map(|id| id.parse().ok()).collect();
-        report(target.except(&except).publish(message).await);
+    async fn short(&self, target: Target<'_, M>, except: &[&str], message: M) {
+        let except: Vec<ConnectionId> = except.iter().filter_map(|text| parse_id(text)).collect();
+        report(target.except(&except).publish(&message).await);
     }
 }
 
-/// The short forms have nobody to tell.
-fn report(result: Result<(), SendError>) {
+fn parse_id(text: &str) -> Option<ConnectionId> {
+    const SHOWN_CHARS: usize = 64;
+    /// The message reaches a client that it should not, so a test should show it.
+    const LEVEL: tracing::Level =
+        if cfg!(debug_assertions) { tracing::Level::ERROR } else { tracing::Level::WARN };
+    let id = text.parse().ok();
+    if id.is_none()
+        && let Some(left_out) = NO_ID.allows()
+    {
+        let text: String = text.chars().take(SHOWN_CHARS).collect();
+        tracing::event!(
+            LEVEL,
+            text,
+            left_out,
+            "a client was to be excluded by a text that is no connection id: it excludes nobody"
+        );
+    }
+    id
+}
+
+/// Logs what the short forms do not return.
+fn report(result: Result<(), PublishError>) {
     match result {
         Ok(()) => {}
-        Err(SendError::Closed) => tracing::debug!("nothing was sent: the engine has ended"),
+        Err(PublishError::Closed) => tracing::debug!("nothing was sent: the engine has ended"),
         Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "a message was not sent"),
     }
 }

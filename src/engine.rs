@@ -1,29 +1,31 @@
-//! The engine as an application sees it: started from a config, home of several hubs.
+//! The engine as an application sees it: started from a config, with several hubs.
 //!
 //! A thin handle over the engine crate's. Does not know connections.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use shardcast_engine::{
-    EngineConfig, EngineState, InvalidCloseCode, Metrics, Shutdown, ShutdownReport, StartError,
+    ConfigError, ConnectionConfig, EngineConfig, EngineState, InvalidCloseCode, Metrics, Shutdown,
+    ShutdownReport, StartError,
 };
 use tokio::runtime;
 
-use crate::config::{ConfigError, WsHubConfig};
 use crate::hub::{Hub, WsHub};
 
 /// A running engine: its shards own the connections of all its hubs.
 ///
 /// Cloneable. Hubs keep it alive; when the last handle to it and to its hubs is dropped, it closes its connections
-/// with 1001 and ends its threads. That drop waits for them, up to a second: not on a thread whose runtime they need. It
-/// leaves behind what is stuck, as [`shutdown`](Self::shutdown) does, and on one of the engine's threads it does not wait.
+/// with 1001 and ends its threads. That drop waits for them for up to a second, so do not let it happen on a thread whose
+/// runtime they need. It leaves stuck shards behind, as [`shutdown`](Self::shutdown) does, and on one of the engine's own
+/// threads it does not wait.
 ///
 /// ```no_run
-/// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, MessageContext, JsonCodec};
+/// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, HubContext, JsonCodec};
 /// # struct Chat;
 /// # impl WsHub for Chat {
 /// #     type Codec = JsonCodec; type InMessage = (); type OutMessage = ();
-/// #     async fn on_message(&self, _: (), _: MessageContext<(), JsonCodec>) {}
+/// #     async fn on_message(&self, _: (), _: HubContext<Self>) {}
 /// # }
 /// let engine = Engine::start(EngineConfig::default())?; // one shard per allowed CPU, pinned
 /// let chat = engine.hub::<Chat>(WsHubConfig::default())?; // cloneable; lives in the router's state
@@ -37,8 +39,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the shards. Within a tokio runtime their threads enter it once and for all; connections that are
-    /// served from another runtime enter theirs for each call.
+    /// Starts the shards. Within a tokio runtime their threads enter it once; for connections that are served from another
+    /// runtime they enter that for each call.
     ///
     /// # Errors
     /// A setting out of range, by name; a system that gives no threads or file descriptors.
@@ -52,12 +54,12 @@ impl Engine {
         Ok(Self { inner, runtime: id })
     }
 
-    /// A new hub, with clients and groups of its own.
+    /// A new hub, with clients and groups of its own. `config` is a [`WsHubConfig`](crate::WsHubConfig) for its connections.
     ///
     /// # Errors
     /// A setting out of range, by name.
-    pub fn hub<H: WsHub>(&self, config: WsHubConfig) -> Result<Hub<H>, ConfigError> {
-        Hub::new(self.inner.clone(), self.runtime, &config)
+    pub fn hub<H: WsHub>(&self, config: impl Into<Arc<ConnectionConfig>>) -> Result<Hub<H>, ConfigError> {
+        Hub::new(self.inner.clone(), self.runtime, config.into())
     }
 
     /// Ends the engine in order, within the given time: refuses upgrades (503), reads no more messages, lets hubs'
@@ -126,12 +128,12 @@ impl Engine {
     }
 
     /// The number of shards.
-    pub fn shards(&self) -> usize {
+    pub fn shard_count(&self) -> usize {
         self.inner.shard_count()
     }
 
-    /// Connections of all hubs that are here or on their way.
-    pub fn connections(&self) -> usize {
+    /// How many connections all hubs have, those on their way to their shard included.
+    pub fn connection_count(&self) -> usize {
         self.inner.connection_count()
     }
 

@@ -128,7 +128,7 @@ pub(crate) enum Answer {
     /// 101 with this `Sec-WebSocket-Accept`.
     SwitchingProtocols { accept: String },
     /// 200: over HTTP/2 the stream itself becomes the connection, and there is no key to prove anything by.
-    Ok,
+    Http2Ok,
 }
 
 /// Whether the request means to open a WebSocket, well formed or not. What does not is a request like any other,
@@ -158,7 +158,7 @@ pub(crate) fn check(request: RequestHead<'_>) -> Result<Answer, UpgradeRejection
         if !is_version_13(request.headers) {
             return Err(UpgradeRejection::WrongVersionOverHttp2);
         }
-        return Ok(Answer::Ok);
+        return Ok(Answer::Http2Ok);
     }
     if request.version < Version::HTTP_11 {
         return Err(UpgradeRejection::NotUpgradable);
@@ -385,7 +385,7 @@ mod tests {
             authority: Some(&authority),
         };
         assert!(is_attempt(head));
-        assert_eq!(check(head), Ok(Answer::Ok));
+        assert_eq!(check(head), Ok(Answer::Http2Ok));
 
         for bad in [
             RequestHead { protocol: None, ..head },
@@ -416,7 +416,7 @@ mod tests {
         }
         assert_eq!(check(head(&request)), Err(UpgradeRejection::BadHost));
         request.insert(header::HOST, HeaderValue::from_static("example.org"));
-        assert_eq!(check(head(&request)), Ok(Answer::Ok));
+        assert_eq!(check(head(&request)), Ok(Answer::Http2Ok));
         request.append(header::HOST, HeaderValue::from_static("example.org"));
         assert_eq!(check(head(&request)), Err(UpgradeRejection::BadHost));
         let authority = Authority::from_static("example.org");

@@ -2,101 +2,267 @@
 //!
 //! `WsHub` is the application's side: message types, a codec, methods. `Hub` is ours:
 //! cloneable, publishes from anywhere, carries what its connections will need; it keeps
-//! its engine alive. Knows clients. Does not know sessions, the upgrade or shards.
+//! its engine alive. Knows clients. Does not know handlers, the upgrade or shards.
 
+use std::borrow::Cow;
 use std::future::Future;
 use std::net::IpAddr;
-use std::ops::Deref;
+use std::ops::ControlFlow;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
 
-use shardcast_engine::{CloseReason, ConnectionConfig, ConnectionId, Place};
+use shardcast_engine::{
+    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause,
+    GroupMetrics, Place, Position,
+};
 use tokio::runtime;
 
-use crate::clients::Clients;
-use crate::codec::{Decode, Encode};
-use crate::config::{ConfigError, RunOn, WsHubConfig};
+use crate::clients::{Clients, Prepared, PublishError, Target};
+use crate::codec::{CodecError, Decode, Encode};
 use crate::context::MessageContext;
+
+/// Calls of `on_message_drop` before the shard's other connections have their turn.
+const DROPS_PER_TURN: u64 = 1000;
 
 /// An application's hub: one value of it for each connection.
 ///
-/// A connection's methods are called one after the other: `on_connect`, `on_open`, then `on_message` for each
-/// message in the order of arrival, at last `on_disconnect`, exactly once. While one is pending, pings are answered and a
-/// Close is seen, and messages are held for it until they make up 16 KiB; then nothing more is read, and the sender has
-/// to wait (TCP backpressure). A panic ends the connection (1011) and harms no other.
+/// A connection's methods are called one after the other: [`on_connected`](Self::on_connected), then
+/// [`on_message`](Self::on_message) for each message in the order of arrival, and finally
+/// [`on_disconnected`](Self::on_disconnected), exactly once. While one of them is pending, pings are answered, a Close is
+/// noticed, and up to 16 KiB of messages are read ahead; after that nothing is read, and the sender has to wait (TCP
+/// backpressure). A panic ends the connection (1011) and affects no other.
 ///
-/// The methods run on the connection's shard unless [`RunOn::Runtime`] is set; they may use everything of tokio.
+/// The methods take `&self`: share what they change, or implement [`StatefulHub`](crate::StatefulHub), whose methods take
+/// `&mut self`. They run on the connection's shard unless [`RUN_ON`](Self::RUN_ON) says otherwise, and may use everything of tokio.
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
-/// use shardcast::{JsonCodec, MessageContext, WsHub};
+/// use shardcast::{CloseCode, HubContext, JsonCodec, Refusal, WsHub};
 ///
 /// #[derive(Deserialize)]
 /// struct Say { text: String }
 ///
 /// #[derive(Serialize)]
-/// struct Said { text: String }
+/// struct Said { by: String, text: String }
 ///
-/// struct Chat;
+/// struct Chat { name: String }
 ///
 /// impl WsHub for Chat {
 ///     type Codec = JsonCodec;
 ///     type InMessage = Say;
 ///     type OutMessage = Said;
 ///
-///     async fn on_message(&self, say: Say, ctx: MessageContext<Said, JsonCodec>) {
-///         ctx.broadcast(Said { text: say.text }).await
+///     async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
+///         if self.name.is_empty() {
+///             return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "a name is needed"));
+///         }
+///         ctx.add_to_group("lobby").await;
+///         Ok(())
+///     }
+///
+///     async fn on_message(&self, say: Say, ctx: HubContext<Self>) {
+///         ctx.broadcast_group("lobby", Said { by: self.name.clone(), text: say.text }).await
 ///     }
 /// }
 /// ```
+///
+/// # The compatible hooks
+/// [`on_connect`](Self::on_connect), [`on_disconnect`](Self::on_disconnect) and
+/// [`on_message_drop`](Self::on_message_drop) are those of the `axum-signal` crate, for programs that come from there. They
+/// are called by the defaults of the hooks with a context, and not where such a hook is implemented.
 pub trait WsHub: Send + Sync + Sized + 'static {
     /// How messages become payloads: [`JsonCodec`](crate::JsonCodec), [`BinaryCodec`](crate::BinaryCodec) or one
     /// of your own.
     type Codec: Decode<Self::InMessage> + Encode<Self::OutMessage>;
-    /// What clients send. A message that cannot be decoded ends its connection (1007, or 1003 for the wrong kind
-    /// of frame).
+    /// What clients send.
     type InMessage: Send + 'static;
-    /// What clients get.
+    /// What clients receive.
     type OutMessage: Send + 'static;
+    /// Where the methods run. Default: [`RunOn::Shard`].
+    const RUN_ON: RunOn = RunOn::Shard;
 
-    /// A connection has come. Logs by default. To greet it or join groups, see [`on_open`](Self::on_open).
+    /// A client is connected. Greet it, join groups or refuse it here: its first message is handled when this has returned.
+    ///
+    /// The connection joins [`to_all`](Clients::to_all) only when this has returned `Ok`, behind everything that was sent
+    /// until then. So nothing reaches a client ahead of its greeting, and a refused client receives nothing that is sent to
+    /// all. Groups that are joined here are joined at once.
+    ///
+    /// By default calls [`on_connect`](Self::on_connect) and returns `Ok`.
+    ///
+    /// # Errors
+    /// A [`Refusal`] ends the connection with its code and reason, after what this method has sent to it.
+    /// [`on_disconnected`](Self::on_disconnected) is called for it as for every other.
+    fn on_connected(&self, context: HubContext<Self>) -> impl Future<Output = Result<(), Refusal>> + Send {
+        // A text of its own: the context's would be kept for as long as the connection.
+        let (connection_id, id) = (context.id().to_string().into(), context.id());
+        drop(context);
+        async move {
+            self.on_connect(ConnectionRequest { connection_id, id }).await;
+            Ok(())
+        }
+    }
+
+    /// A message has arrived.
+    fn on_message(
+        &self,
+        message: Self::InMessage,
+        context: HubContext<Self>,
+    ) -> impl Future<Output = ()> + Send;
+
+    /// A message has arrived that the codec cannot decode. `Break` ends the connection: with 1003 if the message was of the
+    /// wrong kind ([`CodecError::WrongKind`]), with 1007 otherwise. `Continue` goes on with the next message; a hub may
+    /// send the client an error message first.
+    ///
+    /// By default logs at debug level and breaks.
+    fn on_undecodable(
+        &self,
+        context: HubContext<Self>,
+        error: CodecError,
+    ) -> impl Future<Output = ControlFlow<()>> + Send {
+        log_undecodable(context.id(), &error);
+        async { ControlFlow::Break(()) }
+    }
+
+    /// The connection has ended. It is in no group any more, and the messages that arrived before a Close have been
+    /// handled. Called exactly once for every connection whose [`on_connected`](Self::on_connected) was called, refused ones
+    /// and those whose method has panicked included. Two ends of the process prevent it: an engine that ends while a method
+    /// of the connection is still pending, and under [`RunOn::Runtime`] a runtime that has shut down before the engine.
+    ///
+    /// By default calls [`on_disconnect`](Self::on_disconnect).
+    fn on_disconnected(
+        &self,
+        context: HubContext<Self>,
+        reason: CloseReason,
+    ) -> impl Future<Output = ()> + Send {
+        let (connection_id, id) = (context.connection_id().clone(), context.id());
+        drop(context);
+        async move { self.on_disconnect(DisconnectRequest { connection_id, id, reason }).await }
+    }
+
+    /// Messages to this connection were dropped by its policy, or by that of a message
+    /// ([`Target::policy`](crate::Target::policy)). Called between messages like every other method, before the next message
+    /// and before [`on_disconnected`](Self::on_disconnected), once for each cause and group since the last calls.
+    /// [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops.
+    ///
+    /// By default calls [`on_message_drop`](Self::on_message_drop) once for each message. After every 1,000 calls in a row the
+    /// shard's other connections have their turn.
+    fn on_dropped(&self, context: HubContext<Self>, dropped: Dropped) -> impl Future<Output = ()> + Send {
+        let connection_id = context.connection_id().clone();
+        drop(context);
+        async move {
+            for told in 0..dropped.messages {
+                if told > 0 && told % DROPS_PER_TURN == 0 {
+                    GiveWay::default().await;
+                }
+                self.on_message_drop(connection_id.clone()).await;
+            }
+        }
+    }
+
+    /// Called by the default of [`on_connected`](Self::on_connected). Logs at debug level by default.
     fn on_connect(&self, request: ConnectionRequest) -> impl Future<Output = ()> + Send {
         async move { tracing::debug!(id = %request.connection_id, "connected") }
     }
 
-    /// The connection is open: the place to greet it and to join groups, before its first message is handled. It is
-    /// among [`to_all`](Clients::to_all) only when this has returned, behind everything that was sent until then, so
-    /// nothing reaches a client ahead of its greeting, nor one that is turned away here
-    /// ([`MessageContext::disconnect`]). A group that is joined here is joined at once.
-    fn on_open(
-        &self,
-        context: MessageContext<Self::OutMessage, Self::Codec>,
-    ) -> impl Future<Output = ()> + Send {
-        drop(context);
-        async {}
-    }
-
-    /// A message has come.
-    fn on_message(
-        &self,
-        message: Self::InMessage,
-        context: MessageContext<Self::OutMessage, Self::Codec>,
-    ) -> impl Future<Output = ()> + Send;
-
-    /// The connection has ended, is in no group any more, and the messages that came before a Close have been handled.
-    /// Logs by default.
+    /// Called by the default of [`on_disconnected`](Self::on_disconnected). Logs at debug level by default.
     fn on_disconnect(&self, request: DisconnectRequest) -> impl Future<Output = ()> + Send {
         async move { tracing::debug!(id = %request.connection_id, reason = %request.reason, "disconnected") }
     }
 
-    /// A message to this connection was dropped by the policy; called once per drop, between messages like every other
-    /// method. After every 1,000 calls in a row the shard's other connections have their turn.
-    /// [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops. Logs at trace level by default.
+    /// Called by the default of [`on_dropped`](Self::on_dropped), once for each message. Logs at trace level by default.
     fn on_message_drop(&self, connection_id: Arc<str>) -> impl Future<Output = ()> + Send {
         async move { tracing::trace!(id = %connection_id, "a message was dropped") }
     }
 }
 
-/// A connection that has come.
+/// Lets the shard's other connections have their turn. Pending twice: a method's first poll is repeated at once with a
+/// waker, which the first does without (see `HubHandler::start`).
+#[derive(Default)]
+struct GiveWay {
+    polls: u8,
+}
+
+impl Future for GiveWay {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut TaskContext<'_>) -> Poll<()> {
+        if self.polls == 2 {
+            return Poll::Ready(());
+        }
+        self.polls += 1;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+pub(crate) fn log_undecodable(id: ConnectionId, error: &CodecError) {
+    tracing::debug!(%id, error = error as &dyn std::error::Error, "a message could not be decoded");
+}
+
+/// Why a hub does not serve a client: the code and the reason of the Close frame that the client gets.
+///
+/// A code that may not be in a Close frame ([`CloseCode::is_valid_on_wire`]) is logged as an error, and the client gets
+/// 1011.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the client was refused with {code}: {reason}")]
+pub struct Refusal {
+    code: CloseCode,
+    reason: Cow<'static, str>,
+}
+
+impl Refusal {
+    /// A refusal with this close code and at most 123 bytes of `reason`; the rest is cut off.
+    pub fn new(code: CloseCode, reason: impl Into<Cow<'static, str>>) -> Self {
+        Self { code, reason: reason.into() }
+    }
+
+    /// The close code.
+    pub fn code(&self) -> CloseCode {
+        self.code
+    }
+
+    /// The reason.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    pub(crate) fn into_close_reason(self) -> CloseReason {
+        CloseReason::Application { code: self.code, text: self.reason }
+    }
+}
+
+/// Where the methods of a hub run: [`WsHub::RUN_ON`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum RunOn {
+    /// On the connection's shard, at once. Best for methods that await and compute little: no thread is changed. A method
+    /// that computes for a millisecond holds up the shard's other connections for a millisecond.
+    #[default]
+    Shard,
+    /// On the tokio runtime, as a task. For hubs that compute for long; costs two changes of thread for each message. The
+    /// messages of one connection are still handled one after the other, in order.
+    Runtime,
+}
+
+/// What the methods of the hub `H` are given, and what they reach its clients by: `HubContext<Self>` in an
+/// implementation of [`WsHub`]. See [`MessageContext`].
+pub type HubContext<H> = MessageContext<<H as WsHub>::OutMessage, <H as WsHub>::Codec>;
+
+/// Messages to one connection that were dropped for the same cause, and that were published to the same group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Dropped {
+    /// How many messages, at least 1.
+    pub messages: u64,
+    /// Why.
+    pub cause: DropCause,
+    /// The group that they were published to. None for messages to all, to several groups or to this client alone; and for
+    /// messages of more than 16 groups that were dropped while a method was pending.
+    pub group: Option<Arc<str>>,
+}
+
+/// A client that has connected.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ConnectionRequest {
@@ -114,25 +280,24 @@ pub struct DisconnectRequest {
     pub connection_id: Arc<str>,
     /// Its id.
     pub id: ConnectionId,
-    /// Why it has ended.
+    /// Why it ended.
     pub reason: CloseReason,
 }
 
-/// A handle to a running hub: serves connections, and reaches their clients from anywhere (it dereferences to
-/// [`Clients`]). Cloneable; keeps its engine alive.
+/// A handle to a running hub: serves connections, and reaches their clients from anywhere. Cloneable; keeps its engine
+/// alive. A handle that does not is [`clients`](Self::clients).
 pub struct Hub<H: WsHub> {
     engine: shardcast_engine::Engine,
     /// The runtime that the shards' threads have entered.
     runtime: Option<runtime::Id>,
-    clients: Clients<H::OutMessage, H::Codec>,
+    clients: Clients<H::OutMessage>,
     config: Arc<ConnectionConfig>,
-    run_on: RunOn,
 }
 
 impl<H: WsHub> Clone for Hub<H> {
     fn clone(&self) -> Self {
         let (engine, clients, config) = (self.engine.clone(), self.clients.clone(), self.config.clone());
-        Self { engine, runtime: self.runtime, clients, config, run_on: self.run_on }
+        Self { engine, runtime: self.runtime, clients, config }
     }
 }
 
@@ -142,43 +307,131 @@ impl<H: WsHub> std::fmt::Debug for Hub<H> {
     }
 }
 
-impl<H: WsHub> Deref for Hub<H> {
-    type Target = Clients<H::OutMessage, H::Codec>;
-
-    fn deref(&self) -> &Self::Target {
-        &self.clients
-    }
-}
-
 impl<H: WsHub> Hub<H> {
     pub(crate) fn new(
         engine: shardcast_engine::Engine,
         runtime: Option<runtime::Id>,
-        config: &WsHubConfig,
+        config: Arc<ConnectionConfig>,
     ) -> Result<Self, ConfigError> {
-        let (clients, run_on) =
-            (Clients::new(engine.namespace_named(std::any::type_name::<H>())), config.run_on);
-        Ok(Self { engine, runtime, clients, config: Arc::new(config.connection_config()?), run_on })
+        config.validate()?;
+        let clients = Clients::new::<H::Codec>(engine.namespace_named(std::any::type_name::<H>()));
+        Ok(Self { engine, runtime, clients, config })
     }
 
-    /// The same clients, with other settings for connections to come.
-    pub(crate) fn reconfigured(&self, config: &WsHubConfig) -> Result<Self, ConfigError> {
-        let fresh = config.connection_config()?;
-        let config_shared = if fresh == *self.config { self.config.clone() } else { Arc::new(fresh) };
-        Ok(Self { config: config_shared, run_on: config.run_on, ..self.clone() })
+    /// The same clients, with these settings for connections to come.
+    pub(crate) fn with_config(&self, config: Arc<ConnectionConfig>) -> Result<Self, ConfigError> {
+        config.validate()?;
+        Ok(Self { config, ..self.clone() })
     }
 
-    /// The clients of this hub.
-    pub fn clients(&self) -> &Clients<H::OutMessage, H::Codec> {
+    /// The clients of this hub. A clone of them does not keep the engine alive.
+    pub fn clients(&self) -> &Clients<H::OutMessage> {
         &self.clients
+    }
+
+    /// See [`Clients::to_all`].
+    pub fn to_all(&self) -> Target<'_, H::OutMessage> {
+        self.clients.to_all()
+    }
+
+    /// See [`Clients::to_group`].
+    pub fn to_group(&self, group: &str) -> Target<'_, H::OutMessage> {
+        self.clients.to_group(group)
+    }
+
+    /// See [`Clients::to_groups`].
+    pub fn to_groups(&self, groups: &[&str]) -> Target<'_, H::OutMessage> {
+        self.clients.to_groups(groups)
+    }
+
+    /// See [`Clients::to`].
+    pub fn to(&self, id: ConnectionId) -> Target<'_, H::OutMessage> {
+        self.clients.to(id)
+    }
+
+    /// See [`Clients::prepare`].
+    ///
+    /// # Errors
+    /// A message that cannot be encoded.
+    pub fn prepare(&self, message: &H::OutMessage) -> Result<Prepared<H::OutMessage>, CodecError> {
+        self.clients.prepare(message)
+    }
+
+    /// See [`Clients::join`].
+    ///
+    /// # Errors
+    /// As for [`Clients::join`].
+    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
+        self.clients.join(id, group).await
+    }
+
+    /// See [`Clients::leave`].
+    ///
+    /// # Errors
+    /// As for [`Clients::leave`].
+    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), PublishError> {
+        self.clients.leave(id, group).await
+    }
+
+    /// See [`Clients::disconnect`].
+    ///
+    /// # Errors
+    /// As for [`Clients::disconnect`].
+    pub async fn disconnect(
+        &self,
+        id: ConnectionId,
+        code: CloseCode,
+        reason: impl Into<Cow<'static, str>>,
+    ) -> Result<(), PublishError> {
+        self.clients.disconnect(id, code, reason).await
+    }
+
+    /// See [`Clients::connection_metrics`].
+    ///
+    /// # Errors
+    /// As for [`Clients::connection_metrics`].
+    pub async fn connection_metrics(
+        &self,
+        id: ConnectionId,
+    ) -> Result<Option<ConnectionMetrics>, PublishError> {
+        self.clients.connection_metrics(id).await
+    }
+
+    /// See [`Clients::metrics`].
+    ///
+    /// # Errors
+    /// As for [`Clients::metrics`].
+    pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
+        self.clients.metrics().await
+    }
+
+    /// See [`Clients::len`].
+    pub fn len(&self) -> usize {
+        self.clients.len()
+    }
+
+    /// See [`Clients::is_empty`].
+    pub fn is_empty(&self) -> bool {
+        self.clients.is_empty()
+    }
+
+    /// See [`Clients::group_len`].
+    pub fn group_len(&self, group: &str) -> usize {
+        self.clients.group_len(group)
+    }
+
+    /// See [`Clients::group_count`].
+    pub fn group_count(&self) -> usize {
+        self.clients.group_count()
+    }
+
+    /// See [`Clients::encode_failures`].
+    pub fn encode_failures(&self) -> u64 {
+        self.clients.encode_failures()
     }
 
     pub(crate) fn config(&self) -> &Arc<ConnectionConfig> {
         &self.config
-    }
-
-    pub(crate) fn run_on(&self) -> RunOn {
-        self.run_on
     }
 
     /// The runtime that the shards' threads have entered.

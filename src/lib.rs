@@ -9,43 +9,44 @@ struct Readme;
 
 mod bridge;
 #[cfg(feature = "client")]
-mod client;
+pub mod client;
 mod clients;
 mod codec;
-mod config;
 mod context;
 mod engine;
 mod handshake;
 mod hub;
+mod hub_handler;
 mod log_limit;
 mod origin;
 mod peer_address;
 mod serve;
 mod serve_hub;
-mod session;
+mod stateful_hub;
 mod turn_away;
 mod upgrade;
 mod verdict;
 
 #[cfg(feature = "client")]
-pub use client::{
-    ClientClose, ClientError, HubClient, HubClientBuilder, HubSender, SendError as ClientSendError, Unset,
-};
-pub use clients::{Clients, SendError, Target, TrySendError};
+pub use client::{HubClient, HubClientBuilder};
+pub use clients::{Clients, Prepared, PublishError, Target, TryPublishError};
 pub use codec::{
     BinaryCodec, CodecError, DEPTH_MAX, Decode, Encode, JsonCodec, RawCodec, RawMessage, deserialize_bounded,
 };
-pub use config::{BroadcastPolicy, ConfigError, EngineConfig, RunOn, WsHubConfig};
 pub use context::MessageContext;
 pub use engine::Engine;
-pub use hub::{ConnectionRequest, DisconnectRequest, Hub, WsHub};
+pub use hub::{ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, Refusal, RunOn, WsHub};
 pub use origin::{AllowedOrigins, InvalidOrigin};
 pub use peer_address::{InvalidNetwork, TrustedProxies};
-pub use serve::ServeError;
+pub use serve::{Serve, ServeError};
 pub use serve_hub::serve_hub;
+pub use shardcast_engine::ConnectionConfig as WsHubConfig;
+pub use shardcast_engine::Policy as BroadcastPolicy;
 pub use shardcast_engine::{
-    AdoptError, CloseCode, CloseReason, ConnectionId, ConnectionMetrics, DropCause, Drops, EngineState,
-    FrameError, GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode, InvalidConnectionId, InvalidPosition,
-    MessageKind, Metrics, Position, Receipt, Rtt, Shutdown, ShutdownReport, StartError, Tally, prepare_tcp,
+    AdoptError, CloseCode, CloseReason, ConfigError, ConnectionId, ConnectionMetrics, DropCause, Drops,
+    EngineConfig, EngineState, FrameError, GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode,
+    InvalidConnectionId, InvalidPosition, MessageKind, Metrics, Position, Receipt, Rtt, Shutdown,
+    ShutdownReport, StartError, Tally, prepare_tcp,
 };
+pub use stateful_hub::{Stateful, StatefulHub};
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

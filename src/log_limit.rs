@@ -1,7 +1,8 @@
 //! The log limit: at most one line in a second of a kind that clients can cause as often as they like.
 //!
-//! Nor do strangers choose how long a line is. The lines are the process's, and so are the times of the last ones: they are static, because no engine is known where
-//! these lines are written. Knows the wall clock's seconds. Does not know what is logged.
+//! Clients do not choose the length of a line either. The times of the last lines are static, because the log belongs to the
+//! process and no engine is known where these lines are written. Knows the wall clock's seconds. Does not know what is
+//! logged.
 
 use std::{
     fmt,
@@ -24,12 +25,17 @@ pub(crate) static INVALID_ORIGIN: LogLimit = LogLimit::new();
 /// No subprotocol was selected.
 pub(crate) static NO_SUBPROTOCOL: LogLimit = LogLimit::new();
 
+/// The config of a connection is out of range.
+pub(crate) static INVALID_CONFIG: LogLimit = LogLimit::new();
+/// A text that should be a connection id is none.
+pub(crate) static NO_ID: LogLimit = LogLimit::new();
+
 /// One kind of line.
 #[derive(Debug)]
 pub(crate) struct LogLimit {
     /// The second in which the last line was written.
     last: AtomicU64,
-    /// Lines that were left out since.
+    /// How many lines were left out since.
     left_out: AtomicU64,
 }
 
@@ -54,7 +60,7 @@ impl LogLimit {
     }
 }
 
-/// What a stranger has sent, as far as a line in the log shows it: 256 bytes.
+/// What a client has sent, as a line in the log shows it: the first 256 bytes.
 pub(crate) struct Excerpt<'a>(pub(crate) &'a [u8]);
 
 impl fmt::Debug for Excerpt<'_> {

@@ -1,42 +1,115 @@
-//! How a connection comes to a hub: the handshake is answered, a shard gets the socket.
+//! How a connection is served by a hub: the handshake is answered, and a shard gets the socket.
 //!
-//! From the upgrade in one step, or from an open WebSocket. A client that no shard takes is told why: by 503 before the
-//! upgrade, by a Close frame after it. Knows the upgrade, hubs and sessions. Does not know frames or groups.
+//! From the upgrade in one step, by a response that is built (`Serve`), or from an open WebSocket. A client that no shard
+//! takes is told why: by an HTTP status before the upgrade, by a Close frame after it. Knows the upgrade, hubs and their handlers.
+//! Does not know frames or groups.
 
 use std::collections::hash_map::RandomState;
+use std::fmt;
 use std::hash::{BuildHasher as _, Hasher as _};
+use std::sync::Arc;
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
-use shardcast_engine::{AdoptError, CloseCode, Encoding, MakeHandler, NewConnection, Place, PublishError};
+use shardcast_engine::{
+    AdoptError, CloseCode, ConnectionConfig, Encoding, MakeHandler, NewConnection, Place, PublishError,
+};
 use tokio::runtime::Handle;
 
 use crate::hub::{Hub, WsHub};
-use crate::log_limit::{NO_PLACE, NOT_TAKEN_OVER};
-use crate::session::Session;
+use crate::hub_handler::HubHandler;
+use crate::log_limit::{INVALID_CONFIG, NO_PLACE, NOT_TAKEN_OVER};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
-/// Seconds after which a client that was refused should try again. Drawn for each, so that those who were refused
-/// together do not come back together.
+/// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused together do
+/// not come back together.
 const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=10;
 
 impl WebSocketUpgrade {
-    /// Answers the handshake and gives the connection to `hub`, with `instance` to handle it. From then on a shard
-    /// owns the socket, and no task is left of it.
+    /// The response that accepts the handshake and gives the connection to `hub`, with `instance` to handle it: the hub's
+    /// value, or for a [`Stateful`](crate::Stateful) hub what is inside. Return it from the route's handler.
+    pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: impl Into<H>) -> Serve<H> {
+        Serve { upgrade: self, hub: hub.clone(), instance: instance.into(), config: None }
+    }
+}
+
+/// The response that accepts a handshake and gives the connection to a hub; made by [`WebSocketUpgrade::serve`].
+///
+/// When it is sent, a shard owns the socket, and no task is left of it.
+///
+/// At [`max_connections`](crate::EngineConfig::max_connections) or
+/// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address), or when the engine is stopping, it is
+/// a 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn for each client. A connection counts from when the response
+/// is made, and no longer if it turns out that it was not sent.
+///
+/// A limit for each address needs the [address](WebSocketUpgrade::peer_address). Without connect info it is known only after
+/// the 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2 it is not known
+/// even then, and no client is counted. That is logged once for each engine, as an error.
+///
+/// ```
+/// use axum::extract::State;
+/// use shardcast::{Hub, Serve, WebSocketUpgrade, WsHub, WsHubConfig};
+/// # struct Chat;
+/// # impl WsHub for Chat {
+/// #     type Codec = shardcast::RawCodec; type InMessage = String; type OutMessage = String;
+/// #     async fn on_message(&self, _: String, _: shardcast::HubContext<Self>) {}
+/// # }
+///
+/// async fn connect(ws: WebSocketUpgrade, State(chat): State<Hub<Chat>>) -> Serve<Chat> {
+///     ws.serve(&chat, Chat)
+/// }
+///
+/// /// The same hub, with longer messages.
+/// async fn upload(ws: WebSocketUpgrade, State(chat): State<Hub<Chat>>) -> Serve<Chat> {
+///     ws.serve(&chat, Chat).config(WsHubConfig { max_message_bytes: 16 << 20, ..WsHubConfig::default() })
+/// }
+/// ```
+#[must_use = "the handshake goes unanswered unless this response is returned"]
+pub struct Serve<H: WsHub> {
+    upgrade: WebSocketUpgrade,
+    hub: Hub<H>,
+    instance: H,
+    config: Option<Arc<ConnectionConfig>>,
+}
+
+impl<H: WsHub> Serve<H> {
+    /// Settings for this connection instead of the hub's: a [`WsHubConfig`](crate::WsHubConfig), or an `Arc` of one that
+    /// several connections share.
     ///
-    /// With no place left ([`EngineConfig::max_connections`](crate::EngineConfig), in all or for the peer's address),
-    /// or when the engine is stopping, answers 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn anew each
-    /// time. A place is taken with the answer and given back at once if that is not sent.
-    ///
-    /// A limit for each address needs the [address](Self::peer_address). Without connect info it is known only after the
-    /// 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2 it is not
-    /// known even then, and nobody is counted. That is logged once for each engine, as an error.
-    #[must_use = "the handshake goes unanswered unless this response is returned"]
-    pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: H) -> Response {
-        let Some(place) = hub.admit(self.peer_address()) else {
-            log_no_place(hub, "503");
+    /// It is checked when the response is made. If a field is out of range, that is logged as an error and the client gets a
+    /// 500 that names the field; check yours with [`WsHubConfig::validate`](crate::WsHubConfig::validate).
+    pub fn config(self, config: impl Into<Arc<ConnectionConfig>>) -> Self {
+        Self { config: Some(config.into()), ..self }
+    }
+}
+
+impl<H: WsHub> fmt::Debug for Serve<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Serve").field("upgrade", &self.upgrade).finish_non_exhaustive()
+    }
+}
+
+impl<H: WsHub> IntoResponse for Serve<H> {
+    fn into_response(self) -> Response {
+        let Self { upgrade, hub, instance, config } = self;
+        let hub = match config.map_or_else(|| Ok(hub.clone()), |config| hub.with_config(config)) {
+            Ok(hub) => hub,
+            Err(error) => {
+                if let Some(left_out) = INVALID_CONFIG.allows() {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::error!(
+                        error,
+                        left_out,
+                        "a connection was refused (500): its config is out of range"
+                    );
+                }
+                return (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response();
+            }
+        };
+        let Some(place) = hub.admit(upgrade.peer_address()) else {
+            log_no_place(&hub, "503");
             let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
-            let why = "no place for one more connection";
+            let why = "connection limit reached";
             return (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response();
         };
         if place.lacks_address() && place.is_first_to_lack_address() {
@@ -47,8 +120,7 @@ impl WebSocketUpgrade {
                  handshake (Close frame 1013 instead of 503), and not at all for TLS and HTTP/2"
             );
         }
-        let hub = hub.clone();
-        self.on_upgrade(move |socket| async move {
+        upgrade.on_upgrade(move |socket| async move {
             let mut place = place;
             if place.lacks_address()
                 && let Some(address) = socket.peer_address()
@@ -58,7 +130,7 @@ impl WebSocketUpgrade {
                 ServeError::Full.turn_away(socket);
                 return;
             }
-            let handler = Session::maker(&hub, instance, Handle::current(), None);
+            let handler = HubHandler::maker(&hub, instance, Handle::current(), None);
             if let Err(error) = hub.adopt(socket, handler, place).await {
                 error.log();
             }
@@ -67,13 +139,14 @@ impl WebSocketUpgrade {
 }
 
 impl<H: WsHub> Hub<H> {
-    /// Hands an open WebSocket over to the engine: for sockets that come by way of
-    /// [`WebSocketUpgrade::on_upgrade`]. Must be called within a tokio runtime, which the hub's methods use.
+    /// Gives an open WebSocket to the engine: for sockets from [`WebSocketUpgrade::on_upgrade`]. Must be called within a tokio
+    /// runtime, which the hub's methods use.
     ///
     /// # Errors
-    /// Too many connections, an engine that is stopping, a socket that cannot be prepared. The client gets a Close frame
-    /// then: 1013, 1001 and 1011.
-    pub async fn serve(&self, socket: WebSocket, instance: H) -> Result<(), ServeError> {
+    /// A limit on connections (the client gets a Close frame with 1013), an engine that is stopping (1001), a socket that
+    /// cannot be prepared (1011).
+    pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
+        let instance = instance.into();
         let Some(place) = self.admit(socket.peer_address()) else {
             let error = if self.is_stopping() { ServeError::Stopping } else { ServeError::Full };
             error.turn_away(socket);
@@ -85,7 +158,7 @@ impl<H: WsHub> Hub<H> {
                  it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
             );
         }
-        self.adopt(socket, Session::maker(self, instance, Handle::current(), None), place).await
+        self.adopt(socket, HubHandler::maker(self, instance, Handle::current(), None), place).await
     }
 
     pub(crate) async fn adopt(
@@ -99,9 +172,9 @@ impl<H: WsHub> Hub<H> {
             return Err(ServeError::Stopping);
         }
         let parts = socket.into_parts();
-        // The engine drops what it does not take. If there is no descriptor for this, the client gets no Close frame.
+        // The engine drops a socket that it does not adopt. Without a descriptor for this copy the client gets no Close frame.
         let spare = parts.socket.duplicate().ok();
-        let (received, config) = (parts.leftover, self.config().clone());
+        let (received, config) = (parts.read_ahead, self.config().clone());
         let socket = match parts.socket {
             RawSocket::Tcp(stream) => stream.into(),
             RawSocket::Unix(stream) => stream.into(),
@@ -123,28 +196,28 @@ impl<H: WsHub> Hub<H> {
     }
 }
 
-/// A WebSocket could not be handed over to a hub; it has been closed, with a Close frame.
+/// A WebSocket could not be served by a hub; it was closed, with a Close frame.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
     /// The engine has `max_connections` connections, or `max_connections_per_address` from there. The client got 1013.
-    #[error("no place for one more connection")]
+    #[error("a limit on connections is reached: try again later, or raise `max_connections`")]
     Full,
     /// The engine is stopping. The client got 1001.
     #[error("the engine is stopping")]
     Stopping,
-    /// The engine did not take it. The client got 1013 if too many wait already, 1001 if the engine has ended, 1011
+    /// The engine did not adopt it. The client got 1013 if too many publishers wait already, 1001 if the engine has ended, 1011
     /// otherwise.
     #[error(transparent)]
     Adopt(#[from] AdoptError),
 }
 
 impl ServeError {
-    /// What the client is told.
+    /// The close code and reason that the client gets.
     fn farewell(&self) -> (CloseCode, &'static str) {
         match self {
             Self::Full | Self::Adopt(AdoptError::Refused(PublishError::Overloaded)) => {
-                (CloseCode::TRY_AGAIN_LATER, "no place for one more connection")
+                (CloseCode::TRY_AGAIN_LATER, "connection limit reached")
             }
             Self::Stopping | Self::Adopt(AdoptError::Refused(PublishError::Closed)) => {
                 (CloseCode::GOING_AWAY, "the server is stopping")
@@ -181,7 +254,7 @@ pub(crate) fn log_no_place<H: WsHub>(hub: &Hub<H>, told: &'static str) {
     }
 }
 
-/// Each hasher has random keys, which is random enough to spread clients.
+/// Each hasher has random keys, which suffices to spread clients.
 fn retry_after_seconds() -> u64 {
     let (first, last) = (*RETRY_AFTER_SECONDS.start(), *RETRY_AFTER_SECONDS.end());
     first + RandomState::new().build_hasher().finish() % (last - first + 1)

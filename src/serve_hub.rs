@@ -1,38 +1,36 @@
-//! The short form: `serve_hub` without an engine in sight.
+//! The short form: `serve_hub`, for programs that name no engine.
 //!
-//! For programs that want no more than a socket, a hub and a config. They share one
-//! engine, started with its defaults when the first socket comes, and one set of clients
-//! for each hub type. Settings belong to a connection, not to the first who came: each
-//! call's config holds for its own connection. Does not know the handshake.
+//! They share one engine, started with its defaults when the first socket is served, and one set of clients for each hub
+//! type. Settings belong to a connection: each call's config holds for its own, and not that of the first call for all. Does
+//! not know the handshake.
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use shardcast_engine::CloseCode;
+use shardcast_engine::{CloseCode, ConfigError, ConnectionConfig, EngineConfig};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use crate::config::{ConfigError, EngineConfig, WsHubConfig};
 use crate::engine::Engine;
 use crate::hub::{Hub, WsHub};
+use crate::hub_handler::HubHandler;
 use crate::serve::{ServeError, log_no_place};
-use crate::session::Session;
 use crate::upgrade::WebSocket;
 
 static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
 static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(None);
 
-/// Serves one WebSocket with one hub and ends when the connection and its `on_disconnect` are over.
+/// Serves one WebSocket with one hub, and returns when the connection has ended and its `on_disconnected` has returned.
 ///
 /// All connections served with the same hub type are each other's clients. `config` holds for this connection. The
-/// engine behind it has one shard for each allowed CPU; to choose, to have several hubs of one type, to publish from
-/// outside or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
+/// engine behind it has one shard for each allowed CPU. To choose the number, to have several hubs of one type, to publish from
+/// elsewhere or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
 ///
 /// A config out of range is logged as an error and the connection closed (1011); check yours with
-/// [`WsHubConfig::validate`]. Above a limit on connections it is closed with 1013.
+/// [`WsHubConfig::validate`](crate::WsHubConfig::validate). Above a limit on connections it is closed with 1013.
 /// Must be called within a tokio runtime.
-pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig) {
+pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionConfig) {
     let handle = match hub_of_type::<H>(config) {
         Ok(Some(handle)) => handle,
         Ok(None) => {
@@ -54,16 +52,16 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &WsHubConfig
         ServeError::Full.turn_away(socket);
         return;
     };
-    let (sender, over) = oneshot::channel();
-    let session = Session::maker(&handle, hub, Handle::current(), Some(sender));
-    match handle.adopt(socket, session, place).await {
-        Ok(()) => drop(over.await), // an error here means that the session was dropped, which is the end, too
+    let (sender, done) = oneshot::channel();
+    let handler = HubHandler::maker(&handle, hub, Handle::current(), Some(sender));
+    match handle.adopt(socket, handler, place).await {
+        Ok(()) => drop(done.await), // an error means that the handler was dropped, which is the end, too
         Err(error) => error.log(),
     }
 }
 
 /// The one hub of this type, made at the first call.
-fn hub_of_type<H: WsHub>(config: &WsHubConfig) -> Result<Option<Hub<H>>, ConfigError> {
+fn hub_of_type<H: WsHub>(config: &ConnectionConfig) -> Result<Option<Hub<H>>, ConfigError> {
     let engine = ENGINE.get_or_init(|| match Engine::start(EngineConfig::default()) {
         Ok(engine) => Some(engine),
         Err(error) => {
@@ -76,10 +74,11 @@ fn hub_of_type<H: WsHub>(config: &WsHubConfig) -> Result<Option<Hub<H>>, ConfigE
     let hubs = hubs.get_or_insert_default();
     let known = hubs.get(&TypeId::of::<H>()).and_then(|hub| hub.downcast_ref::<Hub<H>>());
     let hub = match known {
-        Some(hub) => hub.reconfigured(config)?,
+        Some(hub) if **hub.config() == *config => return Ok(Some(hub.clone())),
+        Some(hub) => hub.with_config(Arc::new(config.clone()))?,
         None => engine.hub::<H>(config.clone())?,
     };
-    // The latest: connections of the same settings share them.
+    // The latest, because connections with the same settings share them.
     hubs.insert(TypeId::of::<H>(), Box::new(hub.clone()));
     Ok(Some(hub))
 }

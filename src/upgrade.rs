@@ -92,7 +92,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// A middleware that replaces the response must not ask its body for [`is_end_stream`] and then for [`size_hint`], as
 /// hyper does when it sends one: such a response passes for sent. Then a client that gets the other response and ends its
-/// stream within 5 s counts as a connection for a moment (`on_connect`, `on_open`, `on_disconnect`), and any other holds its
+/// stream within 5 s counts as a connection for a moment (`on_connected`, `on_disconnected`), and any other holds its
 /// place for these 5 s. Look at the status and the headers instead. Who asks one of the two, or in the other order,
 /// makes no connection, but the place may be held for 5 s.
 ///
@@ -299,7 +299,7 @@ impl WebSocketUpgrade {
                 (response, Some(verdict))
             }
             // Over HTTP/2 hyper fulfils the upgrade only if the status says so.
-            Answer::Ok => (StatusCode::OK.into_response(), None),
+            Answer::Http2Ok => (StatusCode::OK.into_response(), None),
         };
         if let Some(protocol) = &self.selected_protocol {
             response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, protocol.clone());
@@ -318,7 +318,7 @@ impl WebSocketUpgrade {
         let answer = handshake::check(head(parts))?;
         let on_upgrade = parts.extensions.remove::<OnUpgrade>().ok_or(match answer {
             Answer::SwitchingProtocols { .. } => UpgradeRejection::NotUpgradable,
-            Answer::Ok => UpgradeRejection::NotUpgradableOverHttp2,
+            Answer::Http2Ok => UpgradeRejection::NotUpgradableOverHttp2,
         })?;
         let socket = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
         Ok(Self {
@@ -446,7 +446,7 @@ impl fmt::Debug for WebSocket {
 pub(crate) struct WebSocketParts {
     pub(crate) socket: RawSocket,
     /// The first bytes of the first frames, where they came together with the handshake.
-    pub(crate) leftover: Bytes,
+    pub(crate) read_ahead: Bytes,
 }
 
 /// A non-blocking socket that no runtime knows of.
@@ -571,7 +571,7 @@ impl PendingSocket {
             None => (Verdict::Sent, self.on_upgrade.await),
         };
         let upgraded = upgraded.map_err(UpgradeError::ConnectionLost)?;
-        let (socket, leftover) = match detach(upgraded) {
+        let (socket, read_ahead) = match detach(upgraded) {
             Ok(detached) => detached,
             Err(Undetachable { error, upgraded }) => {
                 if let Some(upgraded) = upgraded {
@@ -591,11 +591,11 @@ impl PendingSocket {
             }
         };
         // After any answer hyper gives up the socket of a client that has ended its side together with the handshake.
-        if verdict == Verdict::Unclear && leftover.is_empty() && socket.is_at_end() {
+        if verdict == Verdict::Unclear && read_ahead.is_empty() && socket.is_at_end() {
             return Err(UpgradeError::NotSent);
         }
         let peer_address = self.peer_address.with_socket(socket.peer_address());
-        let parts = Some(WebSocketParts { socket, leftover });
+        let parts = Some(WebSocketParts { socket, read_ahead });
         Ok(WebSocket { parts, protocol: self.protocol, peer_address })
     }
 }
@@ -649,11 +649,11 @@ impl From<io::Error> for Undetachable {
 /// Takes the socket out where there is one, and puts one in front where there is none.
 fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
     let upgraded = match take::<TcpStream>(upgraded) {
-        Ok((stream, leftover)) => return Ok((RawSocket::Tcp(stream.into_std()?), leftover)),
+        Ok((stream, read_ahead)) => return Ok((RawSocket::Tcp(stream.into_std()?), read_ahead)),
         Err(upgraded) => upgraded,
     };
     let upgraded = match take::<UnixStream>(upgraded) {
-        Ok((stream, leftover)) => return Ok((RawSocket::Unix(stream.into_std()?), leftover)),
+        Ok((stream, read_ahead)) => return Ok((RawSocket::Unix(stream.into_std()?), read_ahead)),
         Err(upgraded) => upgraded,
     };
     // A bridge reads what hyper has left over like everything else.

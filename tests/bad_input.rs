@@ -10,11 +10,11 @@ use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
 use fixture::raw::{BINARY, CLOSE, FIN, PING, Raw, TEXT, frame};
-use fixture::{Peer, Server, engine, eventually, soon};
+use fixture::{Peer, Server, engine, eventually, within_timeout};
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BinaryCodec, CloseReason, Decode, DisconnectRequest, Encode, Engine, Hub, JsonCodec, MessageContext,
-    Metrics, WebSocketUpgrade, WsHub, WsHubConfig,
+    BinaryCodec, CloseReason, Decode, DisconnectRequest, Encode, Engine, Hub, HubContext, JsonCodec, Metrics,
+    WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -34,7 +34,7 @@ impl<C: Encode<Note> + Decode<Note>> WsHub for Notes<C> {
     type Codec = C;
     type InMessage = Note;
     type OutMessage = Note;
-    async fn on_message(&self, note: Note, ctx: MessageContext<Note, C>) {
+    async fn on_message(&self, note: Note, ctx: HubContext<Self>) {
         ctx.unicast(note).await;
     }
     async fn on_disconnect(&self, request: DisconnectRequest) {
@@ -81,8 +81,8 @@ impl Scene {
 
     async fn bystander_goes_on(&mut self) {
         let note = r#"{"text":"I am still here"}"#;
-        self.bystander.say(note).await;
-        self.bystander.hears(&[note]).await;
+        self.bystander.send_text(note).await;
+        self.bystander.recv_texts(&[note]).await;
     }
 
     /// Sends `frames` and expects this end.
@@ -90,11 +90,11 @@ impl Scene {
         let before = count(&self.engine.metrics());
         let mut wrongdoer = self.wrongdoer().await;
         // A good message first: it is the frame that ends the connection, nothing else.
-        wrongdoer.says(&frame(FIN | BINARY, b"{\"text\":\"fine\"}")).await;
-        assert_eq!(wrongdoer.hears().await, (TEXT, b"{\"text\":\"fine\"}".to_vec()), "{what}");
-        wrongdoer.says(frames).await;
+        wrongdoer.send(&frame(FIN | BINARY, b"{\"text\":\"fine\"}")).await;
+        assert_eq!(wrongdoer.recv().await, (TEXT, b"{\"text\":\"fine\"}".to_vec()), "{what}");
+        wrongdoer.send(frames).await;
         assert_eq!(wrongdoer.close_code().await, Some(code), "{what}");
-        let reason = soon(self.ended.recv()).await.unwrap();
+        let reason = within_timeout(self.ended.recv()).await.unwrap();
         assert_eq!(reason.close_frame().map(|(code, _)| code.0), Some(code), "{what}: {reason:?}");
         eventually(before + 1, || count(&self.engine.metrics())).await;
         self.bystander_goes_on().await;
@@ -144,8 +144,8 @@ async fn a_message_that_is_too_long_ends_with_1009_as_soon_as_it_claims_to_be() 
     let (fits, too_long) =
         (frame(FIN | TEXT, &[&long[..98], b"\"}"].concat()), frame(FIN | TEXT, &[b'x'; 101]));
     let mut at_the_limit = scene.wrongdoer().await;
-    at_the_limit.says(&fits).await;
-    assert_eq!(at_the_limit.hears().await.1.len(), 100);
+    at_the_limit.send(&fits).await;
+    assert_eq!(at_the_limit.recv().await.1.len(), 100);
 
     let in_pieces = [frame(TEXT, &[b'x'; 60]), frame(FIN, &[b'x'; 41])].concat();
     let a_claim = [FIN | BINARY, 0x80 | 127, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 2, 3, 4];
@@ -167,8 +167,8 @@ async fn a_flood_of_fragments_ends_with_1008() {
         .flatten()
         .collect();
     let mut at_the_limit = scene.wrongdoer().await;
-    at_the_limit.says(&sixteen).await;
-    assert_eq!(at_the_limit.hears().await, (TEXT, b"{\"text\":\"x\"}".to_vec()));
+    at_the_limit.send(&sixteen).await;
+    assert_eq!(at_the_limit.recv().await, (TEXT, b"{\"text\":\"x\"}".to_vec()));
 
     let flood: Vec<u8> =
         std::iter::once(frame(TEXT, b"")).chain((0..16).map(|_| frame(0, b""))).flatten().collect();
@@ -202,12 +202,12 @@ async fn a_text_for_a_binary_hub_ends_with_1003_and_postcard_that_is_none_with_1
     ] {
         let before = scene.engine.metrics().ended_undecodable;
         let mut wrongdoer = scene.wrongdoer().await;
-        wrongdoer.says(&frame(FIN | BINARY, b"\x04fine")).await;
-        assert_eq!(wrongdoer.hears().await, (BINARY, b"\x04fine".to_vec()));
-        wrongdoer.says(&frames).await;
+        wrongdoer.send(&frame(FIN | BINARY, b"\x04fine")).await;
+        assert_eq!(wrongdoer.recv().await, (BINARY, b"\x04fine".to_vec()));
+        wrongdoer.send(&frames).await;
         assert_eq!(wrongdoer.close_code().await, Some(code), "{what}");
         let expected = if code == 1003 { CloseReason::WrongKind } else { CloseReason::Undecodable };
-        assert_eq!(soon(scene.ended.recv()).await, Some(expected), "{what}");
+        assert_eq!(within_timeout(scene.ended.recv()).await, Some(expected), "{what}");
         eventually(before + 1, || scene.engine.metrics().ended_undecodable).await;
         scene.bystander_goes_on().await;
     }
@@ -218,10 +218,10 @@ async fn what_comes_behind_the_offence_is_not_handled() {
     let mut scene = Scene::json().await;
     let mut wrongdoer = scene.wrongdoer().await;
     let good = frame(FIN | TEXT, b"{\"text\":\"x\"}");
-    wrongdoer.says(&[good.clone(), frame(FIN | TEXT, b"bad"), good.clone(), good].concat()).await;
-    assert_eq!(wrongdoer.hears().await.0, TEXT, "what came before is answered");
+    wrongdoer.send(&[good.clone(), frame(FIN | TEXT, b"bad"), good.clone(), good].concat()).await;
+    assert_eq!(wrongdoer.recv().await.0, TEXT, "what came before is answered");
     assert_eq!(wrongdoer.close_code().await, Some(1007));
-    assert_eq!(soon(scene.ended.recv()).await, Some(CloseReason::Undecodable));
+    assert_eq!(within_timeout(scene.ended.recv()).await, Some(CloseReason::Undecodable));
     scene.bystander_goes_on().await;
     // The bystander's two, the good one and the bad one.
     eventually(4, || scene.engine.metrics().tally.received).await;
@@ -232,11 +232,11 @@ async fn a_stream_that_ends_within_a_frame_is_a_peer_that_vanished() {
     let mut scene = Scene::json().await;
     for cut in [1, 3, 7] {
         let mut wrongdoer = scene.wrongdoer().await;
-        wrongdoer.says(&frame(FIN | TEXT, b"{\"text\":\"x\"}")[..cut]).await;
+        wrongdoer.send(&frame(FIN | TEXT, b"{\"text\":\"x\"}")[..cut]).await;
         wrongdoer.stream.shutdown().await.unwrap();
         let mut rest = Vec::new();
-        soon(wrongdoer.stream.read_to_end(&mut rest)).await.unwrap();
-        assert_eq!(soon(scene.ended.recv()).await, Some(CloseReason::Vanished));
+        within_timeout(wrongdoer.stream.read_to_end(&mut rest)).await.unwrap();
+        assert_eq!(within_timeout(scene.ended.recv()).await, Some(CloseReason::Vanished));
         assert_eq!(rest, b"", "nobody is left to read a Close");
     }
     scene.bystander_goes_on().await;
@@ -264,7 +264,7 @@ async fn a_handshake_that_is_none_says_why_and_takes_no_connection() {
         stream.write_all(request.as_bytes()).await.unwrap();
         stream.shutdown().await.unwrap();
         let mut answer = String::new();
-        soon(stream.read_to_string(&mut answer)).await.unwrap();
+        within_timeout(stream.read_to_string(&mut answer)).await.unwrap();
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{headers}: {answer}");
         let (_, body) = answer.split_once("\r\n\r\n").unwrap();
         assert!(body.contains(reason), "{headers}: {answer}");
@@ -272,7 +272,7 @@ async fn a_handshake_that_is_none_says_why_and_takes_no_connection() {
     }
     scene.bystander_goes_on().await;
     eventually(1, || scene.engine.metrics().adopted).await;
-    assert_eq!(scene.engine.connections(), 1);
+    assert_eq!(scene.engine.connection_count(), 1);
 }
 
 #[test]

@@ -12,8 +12,8 @@ use std::{
 use futures_util::{FutureExt as _, SinkExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BinaryCodec, ClientClose, ClientError, ClientSendError as SendError, CodecError, Decode, Encode,
-    HubClient, JsonCodec, RawCodec, RawMessage,
+    BinaryCodec, CodecError, Decode, Encode, HubClient, JsonCodec, RawCodec, RawMessage,
+    client::{ClientClose, ClientError, SendError},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -39,7 +39,7 @@ use tokio_tungstenite::{
 type Peer = WebSocketStream<TcpStream>;
 
 /// Awaits what has to come, however busy the machine.
-async fn soon<F: Future>(future: F) -> F::Output {
+async fn within_timeout<F: Future>(future: F) -> F::Output {
     tokio::time::timeout(Duration::from_secs(60), future).await.expect("it has to come")
 }
 
@@ -368,7 +368,7 @@ async fn a_host_of_ones_own_is_sent_in_place_of_the_url_s() {
         .with_header("X-Twice", "2")
         .build();
     client.connect().await.unwrap_err();
-    let head = soon(server).await.unwrap();
+    let head = within_timeout(server).await.unwrap();
     assert_eq!(head.matches("\r\nhost: ").count(), 1, "{head}");
     for line in ["host: chat.test:8080", "x-twice: 1", "x-twice: 2"] {
         assert!(head.contains(&format!("\r\n{line}\r\n")), "{line} is not in {head}");
@@ -456,13 +456,15 @@ async fn a_full_queue_gives_the_message_back_and_loses_none_that_it_took() {
         client.send(Plain(number)).unwrap();
     }
     let error = client.send(Plain(4)).unwrap_err();
-    assert!(error.is_full());
-    assert_eq!(format!("{error} {error:?}"), "the queue is full Full(..)");
-    assert_eq!(error.into_message().0, 4);
+    assert!(error.is_full() && !error.is_closed());
+    assert_eq!(format!("{error} {error:?}"), "the queue is full: try again later Full(..)");
+    assert_eq!(error.into_inner().0, 4);
 
     client.disconnect().await;
     let refused = client.send(Plain(5)).unwrap_err();
     assert!(matches!(&refused, SendError::NotConnected(Plain(5))), "{refused}");
+    assert!(refused.is_closed() && !refused.is_full());
+    assert_eq!(refused.into_inner().0, 5);
 
     let mut messages = server.await.unwrap();
     assert!(messages.pop().unwrap().is_close());
@@ -561,10 +563,10 @@ async fn a_message_above_the_limit_is_a_1009_to_the_server_and_the_limit_to_the_
             .build();
         let mut closes = closes(&mut client);
         client.connect().await.unwrap();
-        let close = soon(closes.recv()).await.unwrap();
+        let close = within_timeout(closes.recv()).await.unwrap();
         assert!(matches!(close, ClientClose::TooLong { bytes: 1001.., bytes_max: 1000 }), "{close:?}");
         assert!(close.to_string().ends_with(" is above the limit of 1000"), "{close}");
-        assert_eq!(only_close(&soon(server).await.unwrap()), (1009, "message over 1000 bytes"));
+        assert_eq!(only_close(&within_timeout(server).await.unwrap()), (1009, "message over 1000 bytes"));
         let ended = client.disconnect().await;
         assert!(matches!(ended, Some(ClientClose::TooLong { bytes_max: 1000, .. })), "{ended:?}");
     }
@@ -589,9 +591,9 @@ async fn a_server_that_is_still_sending_what_is_too_long_gets_the_1009_and_no_re
     let mut client = client::<RawMessage, RawMessage, RawCodec>(url);
     let mut closes = closes(&mut client);
     client.connect().await.unwrap();
-    let close = soon(closes.recv()).await.unwrap();
+    let close = within_timeout(closes.recv()).await.unwrap();
     assert!(matches!(close, ClientClose::TooLong { bytes: BYTES, bytes_max: 16_777_216 }), "{close:?}");
-    assert_eq!(soon(server).await.unwrap(), 1009);
+    assert_eq!(within_timeout(server).await.unwrap(), 1009);
 }
 
 #[tokio::test]
@@ -610,9 +612,9 @@ async fn a_server_that_breaks_the_protocol_is_told_so() {
         let mut client = raw_client(url);
         let mut closes = closes(&mut client);
         client.connect().await.unwrap();
-        let close = soon(closes.recv()).await;
+        let close = within_timeout(closes.recv()).await;
         assert!(matches!(close, Some(ClientClose::Lost(_))), "{bytes:?}: {close:?}");
-        assert_eq!(only_close(&soon(server).await.unwrap()).0, code, "{bytes:?}");
+        assert_eq!(only_close(&within_timeout(server).await.unwrap()).0, code, "{bytes:?}");
     }
 }
 
@@ -627,13 +629,13 @@ async fn a_server_that_falls_silent_ends_the_connection_and_is_told() {
         .build();
     let mut closes = closes(&mut client);
     client.connect().await.unwrap();
-    let close = soon(closes.recv()).await.unwrap();
+    let close = within_timeout(closes.recv()).await.unwrap();
     assert!(matches!(close, ClientClose::Silent { .. }), "{close:?}");
     assert_eq!(close.to_string(), "nothing came from the server for 200ms");
     assert!(!client.is_connected());
     assert!(matches!(client.send("x".into()), Err(SendError::NotConnected(_))));
     assert!(matches!(client.disconnect().await, Some(ClientClose::Silent { .. })));
-    assert_eq!(only_close(&soon(server).await.unwrap()).0, 1011);
+    assert_eq!(only_close(&within_timeout(server).await.unwrap()).0, 1011);
 }
 
 /// A peer that is frozen takes nothing, either.
@@ -656,7 +658,7 @@ async fn silence_is_noticed_while_the_client_is_stuck_in_writing() {
     for _ in 0..1000 {
         client.send("x".repeat(20_000)).unwrap();
     }
-    assert!(matches!(soon(closes.recv()).await, Some(ClientClose::Silent { .. })));
+    assert!(matches!(within_timeout(closes.recv()).await, Some(ClientClose::Silent { .. })));
     server.abort();
 }
 
@@ -681,7 +683,7 @@ async fn every_byte_is_a_sign_of_life_and_not_only_a_whole_message() {
         .build();
     let mut messages = received(&mut client);
     client.connect().await.unwrap();
-    assert_eq!(soon(messages.recv()).await.unwrap(), text);
+    assert_eq!(within_timeout(messages.recv()).await.unwrap(), text);
     client.disconnect().await;
     server.await.unwrap();
 }
@@ -780,11 +782,11 @@ async fn a_callback_that_panics_ends_the_connection_as_lost_and_the_server_is_to
     let mut closes = closes(&mut client);
     client.on_message(|_| panic!("a panic that this test expects"));
     client.connect().await.unwrap();
-    let close = soon(closes.recv()).await.unwrap();
+    let close = within_timeout(closes.recv()).await.unwrap();
     assert_eq!(close.to_string(), "lost: a callback panicked");
     assert!(!client.is_connected());
     assert_eq!(client.disconnect().await.unwrap().to_string(), "lost: a callback panicked");
-    assert_eq!(only_close(&soon(server).await.unwrap()).0, 1011);
+    assert_eq!(only_close(&within_timeout(server).await.unwrap()).0, 1011);
 }
 
 #[tokio::test]
@@ -799,7 +801,7 @@ async fn on_close_that_panics_changes_nothing_about_how_the_connection_ended() {
         client.on_close(|_| panic!("a panic that this test expects"));
         client.connect().await.unwrap();
         // The closing handshake is finished, and the server sees no reset.
-        assert_eq!(only_close(&soon(server).await.unwrap()).0, code);
+        assert_eq!(only_close(&within_timeout(server).await.unwrap()).0, code);
         let close = client.disconnect().await.unwrap();
         assert_eq!(close.to_string(), format!("closed by the server with {code}: so it is"));
     }
@@ -810,7 +812,7 @@ async fn on_close_that_panics_changes_nothing_about_how_the_connection_ended() {
     client.connect().await.unwrap();
     client.send("last words".into()).unwrap();
     assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));
-    assert_eq!(soon(server).await.unwrap()[0], Message::text("last words"));
+    assert_eq!(within_timeout(server).await.unwrap()[0], Message::text("last words"));
 }
 
 /// A server that writes `flood` over and over without a pause and answers nothing; its URL, and the bytes that it gets.
@@ -850,12 +852,12 @@ async fn what_a_client_sends_reaches_a_server_that_floods_it_without_pause() {
         let (sender, mut messages) = mpsc::channel(1);
         client.on_message(move |message: String| drop(sender.try_send(message)));
         client.connect().await.unwrap();
-        soon(messages.recv()).await.unwrap(); // the flood has come
+        within_timeout(messages.recv()).await.unwrap(); // the flood has come
         for text in ["hello", "again"] {
             client.send(text.into()).unwrap();
             let mut frame = [0; 2 + 4 + 5];
             for byte in &mut frame {
-                *byte = soon(got.recv()).await.unwrap();
+                *byte = within_timeout(got.recv()).await.unwrap();
             }
             let (key, payload) = (&frame[2..6], &frame[6..]);
             let payload: Vec<u8> =
@@ -876,7 +878,7 @@ async fn disconnect_keeps_its_time_although_the_server_floods_without_pause() {
             .with_disconnect_timeout(Duration::from_millis(50))
             .build();
         client.connect().await.unwrap();
-        let close = soon(client.disconnect()).await;
+        let close = within_timeout(client.disconnect()).await;
         assert!(matches!(close, Some(ClientClose::Unanswered)), "{close:?}");
     }
 }
@@ -900,7 +902,7 @@ async fn what_a_server_sends_reaches_a_client_that_sends_without_pause() {
         while !matches!(sender.send(text.clone()), Err(SendError::NotConnected(_))) {}
     });
     for _ in 0..3 {
-        assert_eq!(soon(answers.recv()).await.unwrap().len(), 1024);
+        assert_eq!(within_timeout(answers.recv()).await.unwrap().len(), 1024);
     }
     drop(client);
     sending.join().unwrap();

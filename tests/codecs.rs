@@ -12,11 +12,11 @@ use std::marker::PhantomData;
 use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
-use fixture::{Peer, Server, engine, soon};
+use fixture::{Peer, Server, engine, within_timeout};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BinaryCodec, CodecError, Decode, DisconnectRequest, Encode, Hub, JsonCodec, MessageContext, MessageKind,
+    BinaryCodec, CodecError, Decode, DisconnectRequest, Encode, Hub, HubContext, JsonCodec, MessageKind,
     RawCodec, WebSocketUpgrade, WsHub, WsHubConfig, deserialize_bounded,
 };
 use tokio::process::Command;
@@ -65,7 +65,7 @@ impl<C: Decode<Tree> + Encode<usize>> WsHub for Trees<C> {
     type InMessage = Tree;
     type OutMessage = usize;
 
-    async fn on_message(&self, tree: Tree, ctx: MessageContext<usize, C>) {
+    async fn on_message(&self, tree: Tree, ctx: HubContext<Self>) {
         ctx.unicast(tree.depth()).await;
     }
 }
@@ -102,8 +102,9 @@ async fn apart(name: &str, what: impl Future<Output = ()>) {
         return what.await;
     }
     let mut child = Command::new(std::env::current_exe().unwrap());
-    let output =
-        soon(child.args([name, "--exact", "--nocapture"]).env(CHILD, "1").kill_on_drop(true).output());
+    let output = within_timeout(
+        child.args([name, "--exact", "--nocapture"]).env(CHILD, "1").kill_on_drop(true).output(),
+    );
     let output = output.await.unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && stdout.contains("1 passed"), "the process ended: {output:?}");
@@ -172,7 +173,7 @@ impl WsHub for Echo {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, Panics>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.unicast(text).await;
     }
 
@@ -192,12 +193,12 @@ async fn a_decoder_that_panics_ends_that_connection_only_with_1011() {
     let server = Server::start(Router::new().route("/ws", any(serve)).with_state(hub.clone())).await;
     let mut bystander = Peer::connect(server.url("/ws")).await;
     let mut wrongdoer = Peer::connect(server.url("/ws")).await;
-    wrongdoer.say("fine").await;
-    wrongdoer.hears(&["fine"]).await;
-    wrongdoer.say("boo").await;
+    wrongdoer.send_text("fine").await;
+    wrongdoer.recv_texts(&["fine"]).await;
+    wrongdoer.send_text("boo").await;
     assert_eq!(wrongdoer.closed().await.0, 1011);
-    assert_eq!(soon(ended.recv()).await.unwrap(), "HandlerPanicked");
-    bystander.say("still here").await;
-    bystander.hears(&["still here"]).await;
+    assert_eq!(within_timeout(ended.recv()).await.unwrap(), "HandlerPanicked");
+    bystander.send_text("still here").await;
+    bystander.recv_texts(&["still here"]).await;
     assert_eq!(hub.len(), 1);
 }

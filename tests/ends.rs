@@ -9,11 +9,11 @@ mod fixture;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-use fixture::office::{Office, numbered};
+use fixture::hub_fixture::{HubFixture, numbered};
 use fixture::raw::{BINARY, CLOSE, FIN, PING, PONG, frame, text};
-use fixture::{Peer, Server, desk_app, eventually, soon, visit};
+use fixture::{Peer, Server, command_app, connect, eventually, within_timeout};
 use shardcast::{
-    BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, SendError,
+    BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, PublishError,
     Shutdown, ShutdownReport, WsHubConfig,
 };
 use tokio::io::AsyncWriteExt as _;
@@ -116,37 +116,37 @@ fn config(way: Way) -> WsHubConfig {
 async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_back() {
     for (way, expected, expected_code, invites_return) in ends() {
         let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
-        let mut office = Office::open_on(engine, config(way)).await;
-        let (mut raw, id) = office.visit_raw().await;
+        let mut fixture = HubFixture::open_on(engine, config(way)).await;
+        let (mut raw, id) = fixture.connect_raw().await;
         let mut shutdown: Option<JoinHandle<ShutdownReport>> = None;
         match way {
-            Way::SaysGoodbye => raw.says(&frame(FIN | CLOSE, &1000u16.to_be_bytes())).await,
-            Way::LeavesThePage => raw.says(&frame(FIN | CLOSE, &1001u16.to_be_bytes())).await,
-            Way::SaysNoCode => raw.says(&frame(FIN | CLOSE, b"")).await,
-            Way::SendsNonsense => raw.says(b"\x81\x01x").await,
-            Way::SendsTheWrongKind => raw.says(&frame(FIN | BINARY, b"x")).await,
-            Way::Floods => raw.says(&frame(FIN | PING, b"").repeat(4)).await,
-            Way::MakesTheHandlerPanic => raw.says(&text("panic as told")).await,
+            Way::SaysGoodbye => raw.send(&frame(FIN | CLOSE, &1000u16.to_be_bytes())).await,
+            Way::LeavesThePage => raw.send(&frame(FIN | CLOSE, &1001u16.to_be_bytes())).await,
+            Way::SaysNoCode => raw.send(&frame(FIN | CLOSE, b"")).await,
+            Way::SendsNonsense => raw.send(b"\x81\x01x").await,
+            Way::SendsTheWrongKind => raw.send(&frame(FIN | BINARY, b"x")).await,
+            Way::Floods => raw.send(&frame(FIN | PING, b"").repeat(4)).await,
+            Way::MakesTheHandlerPanic => raw.send(&text("panic as told")).await,
             Way::FallsSilent | Way::SaysNothing | Way::GrowsOld => {}
             Way::LetsTooMuchWait | Way::LetsTooMuchBeDropped | Way::KeepsTooMuch => {
                 let mut number = 0;
-                while !office.hub.is_empty() {
+                while !fixture.hub.is_empty() {
                     assert!(number < 10_000, "{way:?}: nobody ends it");
                     let bytes = if way == Way::KeepsTooMuch { 50_000 } else { 2000 };
-                    office.hub.to_all().try_publish(numbered(number, bytes)).unwrap();
-                    soon(office.hub.inspect(id)).await.unwrap();
+                    fixture.hub.to_all().try_publish(&numbered(number, bytes)).unwrap();
+                    within_timeout(fixture.hub.connection_metrics(id)).await.unwrap();
                     number += 1;
                 }
             }
             Way::AnswersLate => {
                 let nonce = raw.is_pinged().await;
                 tokio::time::sleep(ms(5)).await; // this has to pass
-                raw.says(&frame(FIN | PONG, &nonce)).await;
+                raw.send(&frame(FIN | PONG, &nonce)).await;
             }
-            Way::IsSentAway => office.hub.disconnect(id, CloseCode(4000), "so it is").await.unwrap(),
-            Way::IsAskedToReturn => office.hub.disconnect(id, CloseCode(1013), "so it is").await.unwrap(),
+            Way::IsSentAway => fixture.hub.disconnect(id, CloseCode(4000), "so it is").await.unwrap(),
+            Way::IsAskedToReturn => fixture.hub.disconnect(id, CloseCode(1013), "so it is").await.unwrap(),
             Way::SeesTheEngineStop => {
-                let engine = office.engine.clone();
+                let engine = fixture.engine.clone();
                 let end = Shutdown { code: CloseCode(1012), ..Shutdown::within(ms(1000)) };
                 shutdown = Some(tokio::spawn(async move { engine.shutdown_with(end).await.unwrap() }));
             }
@@ -168,13 +168,16 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
             }
         };
         assert_eq!(code, expected_code, "{way:?}");
-        let (ended, reason) = office.ended().await;
+        let (ended, reason) = fixture.ended().await;
         assert_eq!((ended, &reason), (id, &expected), "{way:?}");
         assert_eq!(reason.invites_return(), invites_return, "{way:?}");
-        eventually((0, 0, 0), || (office.hub.len(), office.hub.groups(), office.engine.connections())).await;
-        assert_eq!(office.others_ended(), [], "{way:?}: once");
+        eventually((0, 0, 0), || {
+            (fixture.hub.len(), fixture.hub.group_count(), fixture.engine.connection_count())
+        })
+        .await;
+        assert_eq!(fixture.others_ended(), [], "{way:?}: once");
         if let Some(shutdown) = shutdown {
-            soon(shutdown).await.unwrap();
+            within_timeout(shutdown).await.unwrap();
         }
     }
 }
@@ -183,15 +186,15 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
 async fn pongs_are_signs_of_life_for_the_idle_timeout() {
     let (idle, longer) = (ms(1500), ms(2000));
     let config = WsHubConfig { heartbeat_interval: DAY, idle_timeout: Some(idle), ..WsHubConfig::default() };
-    let mut office = Office::open(1, config).await;
-    let (mut raw, id) = office.visit_raw().await;
+    let mut fixture = HubFixture::open(1, config).await;
+    let (mut raw, id) = fixture.connect_raw().await;
     let began = Instant::now();
     while began.elapsed() < longer {
-        raw.says(&frame(FIN | PONG, b"still here")).await;
+        raw.send(&frame(FIN | PONG, b"still here")).await;
         tokio::time::sleep(ms(50)).await;
     }
-    assert_eq!((office.hub.len(), office.others_ended()), (1, vec![]));
-    assert_eq!(office.ended().await, (id, CloseReason::IdleTimeout));
+    assert_eq!((fixture.hub.len(), fixture.others_ended()), (1, vec![]));
+    assert_eq!(fixture.ended().await, (id, CloseReason::IdleTimeout));
     assert_eq!(raw.close_code().await, Some(1001));
 }
 
@@ -199,31 +202,32 @@ async fn pongs_are_signs_of_life_for_the_idle_timeout() {
 
 #[tokio::test]
 async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
-    let mut office = Office::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
-    let (mut raw, id) = office.visit_raw().await;
-    raw.says(&[text("wait"), frame(FIN | PING, b"x")].concat()).await;
-    assert_eq!(raw.hears().await, (PONG, b"x".to_vec()));
-    raw.says(&[text("all I leave"), frame(FIN | CLOSE, &1000u16.to_be_bytes())].concat()).await;
+    let mut fixture =
+        HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+    let (mut raw, id) = fixture.connect_raw().await;
+    raw.send(&[text("wait"), frame(FIN | PING, b"x")].concat()).await;
+    assert_eq!(raw.recv().await, (PONG, b"x".to_vec()));
+    raw.send(&[text("all I leave"), frame(FIN | CLOSE, &1000u16.to_be_bytes())].concat()).await;
     assert_eq!(raw.close_code().await, Some(1000));
-    eventually(0, || office.hub.len()).await;
+    eventually(0, || fixture.hub.len()).await;
     // What it said before is handled, then it is told the end.
-    let (mut witness, _) = office.visit().await;
-    assert_eq!(office.others_ended(), []);
-    office.ledger.permits.add_permits(1);
-    witness.hears(&["waited", "I leave"]).await;
-    assert_eq!(office.ended().await, (id, peer(Some(1000))));
+    let (mut witness, _) = fixture.connect().await;
+    assert_eq!(fixture.others_ended(), []);
+    fixture.recorder.permits.add_permits(1);
+    witness.recv_texts(&["waited", "I leave"]).await;
+    assert_eq!(fixture.ended().await, (id, peer(Some(1000))));
 }
 
 #[tokio::test]
 async fn the_answer_arrives_though_the_client_has_ended_its_side() {
-    let mut office = Office::open(1, WsHubConfig::default()).await;
+    let mut fixture = HubFixture::open(1, WsHubConfig::default()).await;
     for (said, heard) in [("hello", "hello"), ("wait", "waited")] {
-        let (mut raw, id) = office.visit_raw().await;
-        raw.says(&text(said)).await;
-        soon(raw.stream.shutdown()).await.unwrap();
-        office.ledger.permits.add_permits(usize::from(said == "wait"));
+        let (mut raw, id) = fixture.connect_raw().await;
+        raw.send(&text(said)).await;
+        within_timeout(raw.stream.shutdown()).await.unwrap();
+        fixture.recorder.permits.add_permits(usize::from(said == "wait"));
         assert_eq!(raw.rest().await, (vec![heard.to_owned()], None));
-        assert_eq!(office.ended().await, (id, CloseReason::Vanished));
+        assert_eq!(fixture.ended().await, (id, CloseReason::Vanished));
     }
 }
 
@@ -231,20 +235,20 @@ async fn the_answer_arrives_though_the_client_has_ended_its_side() {
 
 #[tokio::test]
 async fn a_close_code_that_cannot_be_sent_is_an_error_and_ends_nobody() {
-    let mut office = Office::open(1, WsHubConfig::default()).await;
-    let (mut peer, id) = office.visit().await;
+    let mut fixture = HubFixture::open(1, WsHubConfig::default()).await;
+    let (mut peer, id) = fixture.connect().await;
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
-        let refused = office.hub.disconnect(id, code, "upstream gone").await;
-        assert!(matches!(refused, Err(SendError::InvalidCloseCode(_))), "{code}: {refused:?}");
-        let refused = office.engine.shutdown_with(Shutdown { code, ..Shutdown::within(ms(1000)) }).await;
+        let refused = fixture.hub.disconnect(id, code, "upstream gone").await;
+        assert!(matches!(refused, Err(PublishError::InvalidCloseCode(_))), "{code}: {refused:?}");
+        let refused = fixture.engine.shutdown_with(Shutdown { code, ..Shutdown::within(ms(1000)) }).await;
         assert!(refused.is_err(), "{code}");
     }
-    peer.say("me still here").await;
-    peer.hears(&["still here"]).await;
-    assert_eq!(office.others_ended(), []);
+    peer.send_text("me still here").await;
+    peer.recv_texts(&["still here"]).await;
+    assert_eq!(fixture.others_ended(), []);
 }
 
-async fn hears_then_ends(peer: Peer, texts: &[&str], code: u16, reason: &str) {
+async fn recv_texts_then_close(peer: Peer, texts: &[&str], code: u16, reason: &str) {
     assert_eq!(
         peer.rest().await,
         (texts.iter().map(|text| (*text).to_owned()).collect(), Some((code, reason.to_owned())))
@@ -253,14 +257,14 @@ async fn hears_then_ends(peer: Peer, texts: &[&str], code: u16, reason: &str) {
 
 #[tokio::test]
 async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobody_else() {
-    let mut office = Office::open(2, WsHubConfig::default()).await;
+    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let mut peers = Vec::new();
     let mut ids: Vec<ConnectionId> = Vec::new();
     for number in 0..8 {
-        let (peer, id) = office.visit().await;
+        let (peer, id) = fixture.connect().await;
         for (group, members) in [("red", 0..3), ("blue", 3..5), ("green", 4..6)] {
             if members.contains(&number) {
-                office.hub.join(id, group).await.unwrap();
+                fixture.hub.join(id, group).await.unwrap();
             }
         }
         peers.push(peer);
@@ -271,46 +275,46 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
     let mut all_ended = Vec::new();
 
     // A group but one; what was sent before arrives, what is sent after does not.
-    office.hub.to_all().publish("one".to_owned()).await.unwrap();
+    fixture.hub.to_all().publish(&"one".to_owned()).await.unwrap();
     let but_one = [ids[1]];
-    office.hub.to_group("red").except(&but_one).disconnect(CloseCode(4001), "red is over").await.unwrap();
-    office.hub.to_all().publish("two".to_owned()).await.unwrap();
+    fixture.hub.to_group("red").except(&but_one).disconnect(CloseCode(4001), "red is over").await.unwrap();
+    fixture.hub.to_all().publish(&"two".to_owned()).await.unwrap();
     for peer in [red, red_too] {
-        hears_then_ends(peer, &["one"], 4001, "red is over").await;
+        recv_texts_then_close(peer, &["one"], 4001, "red is over").await;
     }
-    all_ended.extend([office.ended().await, office.ended().await]);
-    assert_eq!((office.hub.len(), office.hub.group_len("red")), (6, 1));
+    all_ended.extend([fixture.ended().await, fixture.ended().await]);
+    assert_eq!((fixture.hub.len(), fixture.hub.group_len("red")), (6, 1));
 
     // Several groups, whose common member ends once.
-    office.hub.to_groups(&["blue", "green"]).disconnect(CloseCode::NORMAL, "").await.unwrap();
+    fixture.hub.to_groups(&["blue", "green"]).disconnect(CloseCode::NORMAL, "").await.unwrap();
     for peer in [blue, both, green] {
-        hears_then_ends(peer, &["one", "two"], 1000, "").await;
-        all_ended.push(office.ended().await);
+        recv_texts_then_close(peer, &["one", "two"], 1000, "").await;
+        all_ended.push(fixture.ended().await);
     }
-    assert_eq!((office.hub.len(), office.hub.groups()), (3, 1));
+    assert_eq!((fixture.hub.len(), fixture.hub.group_count()), (3, 1));
 
     // Everyone but one; then that one alone.
     let but_last = [ids[7]];
-    office
+    fixture
         .hub
         .to_all()
         .except(&but_last)
         .disconnect(CloseCode::SERVICE_RESTART, "back at six")
         .await
         .unwrap();
-    office.hub.to_all().publish("three".to_owned()).await.unwrap();
+    fixture.hub.to_all().publish(&"three".to_owned()).await.unwrap();
     for peer in [spared, other] {
-        hears_then_ends(peer, &["one", "two"], 1012, "back at six").await;
-        all_ended.push(office.ended().await);
+        recv_texts_then_close(peer, &["one", "two"], 1012, "back at six").await;
+        all_ended.push(fixture.ended().await);
     }
-    assert_eq!(office.hub.len(), 1);
-    office.hub.disconnect(ids[7], CloseCode(3000), "žluťoučký").await.unwrap();
-    hears_then_ends(last, &["one", "two", "three"], 3000, "žluťoučký").await;
-    all_ended.push(office.ended().await);
+    assert_eq!(fixture.hub.len(), 1);
+    fixture.hub.disconnect(ids[7], CloseCode(3000), "žluťoučký").await.unwrap();
+    recv_texts_then_close(last, &["one", "two", "three"], 3000, "žluťoučký").await;
+    all_ended.push(fixture.ended().await);
 
     // Nobody is there: nothing happens, and nothing fails.
-    office.hub.to_all().disconnect(CloseCode::NORMAL, "nobody").await.unwrap();
-    office.hub.to_group("red").disconnect(CloseCode::NORMAL, "nobody").await.unwrap();
+    fixture.hub.to_all().disconnect(CloseCode::NORMAL, "nobody").await.unwrap();
+    fixture.hub.to_group("red").disconnect(CloseCode::NORMAL, "nobody").await.unwrap();
     let codes = [4001, 1012, 4001, 1000, 1000, 1000, 1012, 3000];
     for (id, code) in ids.iter().zip(codes) {
         let reasons: Vec<_> = all_ended.iter().filter(|(ended, _)| ended == id).collect();
@@ -319,8 +323,11 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
             "{reasons:?}"
         );
     }
-    eventually((0, 0, 0), || (office.hub.len(), office.hub.groups(), office.engine.connections())).await;
-    assert_eq!(office.others_ended(), []);
+    eventually((0, 0, 0), || {
+        (fixture.hub.len(), fixture.hub.group_count(), fixture.engine.connection_count())
+    })
+    .await;
+    assert_eq!(fixture.others_ended(), []);
 }
 
 // ---- the door
@@ -335,11 +342,11 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
         ..EngineConfig::default()
     };
     let engine = Engine::start(config).unwrap();
-    let server = Server::start_with_addresses(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
-    let (first, _) = visit(&server.url("/ws")).await;
-    let (mut second, _) = visit(&server.url("/ws")).await;
+    let server = Server::start_with_addresses(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    let (first, _) = connect(&server.url("/ws")).await;
+    let (mut second, _) = connect(&server.url("/ws")).await;
     let refused = async |from| {
-        let error = soon(Peer::try_connect_from(from, server.address)).await.err().unwrap();
+        let error = within_timeout(Peer::try_connect_from(from, server.address)).await.err().unwrap();
         let tungstenite::Error::Http(response) = error else { panic!("{error:?}") };
         assert_eq!(response.status(), 503);
         let retry_after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
@@ -348,14 +355,14 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     };
     refused(here).await;
     refused(here).await;
-    let (mut stranger, _) = soon(Peer::try_connect_from(there, server.address)).await.unwrap();
-    stranger.hear().await;
-    assert_eq!(engine.connections(), 3);
+    let (mut stranger, _) = within_timeout(Peer::try_connect_from(there, server.address)).await.unwrap();
+    stranger.recv_text().await;
+    assert_eq!(engine.connection_count(), 3);
     first.leave().await;
-    eventually(2, || engine.connections()).await;
-    let (_third, _) = visit(&server.url("/ws")).await;
+    eventually(2, || engine.connection_count()).await;
+    let (_third, _) = connect(&server.url("/ws")).await;
     refused(here).await;
-    second.say("all still here").await;
-    second.hears(&["still here"]).await;
-    stranger.hears(&["still here"]).await;
+    second.send_text("all still here").await;
+    second.recv_texts(&["still here"]).await;
+    stranger.recv_texts(&["still here"]).await;
 }

@@ -9,7 +9,7 @@ mod fixture;
 use std::process::Output;
 
 use fixture::program::{Running, fanout, program};
-use fixture::{Peer, soon};
+use fixture::{Peer, within_timeout};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -17,7 +17,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 /// Runs it to its end.
 async fn run(name: &str, arguments: &[&str]) -> Output {
-    soon(program(name).args(arguments).output()).await.unwrap()
+    within_timeout(program(name).args(arguments).output()).await.unwrap()
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -41,14 +41,14 @@ async fn custom_codec_prints_what_came_back_in_message_pack() {
 #[tokio::test]
 async fn echo_on_the_engine_alone_sends_every_message_back() {
     let mut echo = Running::start("echo", &["--port", "0"]);
-    let url = echo.says("listening on ").await;
+    let url = echo.wait_for_line("listening on ").await;
     let (mut ada, mut bob) = (Peer::connect(format!("{url}/")).await, Peer::connect(format!("{url}/")).await);
     for message in [Message::text("hello"), Message::text("žluťoučký"), Message::binary(vec![0xff, 0])] {
         ada.send(message.clone()).await;
         assert_eq!(ada.next().await, Some(message));
     }
-    bob.say("not Ada's").await;
-    bob.hears(&["not Ada's"]).await;
+    bob.send_text("not Ada's").await;
+    bob.recv_texts(&["not Ada's"]).await;
     assert_eq!(ada.leave().await, Vec::<String>::new());
     let output = run("echo", &["--prot", "0"]).await;
     assert!(!output.status.success());
@@ -68,12 +68,12 @@ impl Guest {
         Self { peer: Peer::connect(format!("{url}/ws?name={name}&room={room}")).await, change: 0 }
     }
 
-    async fn says(&mut self, text: &str) {
-        self.peer.say(json!({ "type": "say", "text": text }).to_string()).await;
+    async fn send(&mut self, text: &str) {
+        self.peer.send_text(json!({ "type": "say", "text": text }).to_string()).await;
     }
 
-    async fn hears(&mut self, expected: Value) {
-        let mut heard: Value = serde_json::from_str(&self.peer.hear().await).unwrap();
+    async fn recv(&mut self, expected: Value) {
+        let mut heard: Value = serde_json::from_str(&self.peer.recv_text().await).unwrap();
         if let Some(at) = heard.as_object_mut().unwrap().remove("at") {
             assert!(at.as_u64().unwrap() > 1_600_000_000_000, "milliseconds since 1970: {at}");
         }
@@ -89,59 +89,59 @@ impl Guest {
 #[tokio::test]
 async fn chat_serves_its_page_and_guests_of_one_room_talk() {
     let mut chat = Running::start("chat", &["--port", "0"]);
-    let url = chat.says("listening on http://").await;
+    let url = chat.wait_for_line("listening on http://").await;
 
     let mut page = String::new();
     let mut stream = TcpStream::connect(&url).await.unwrap();
     let request = format!("GET / HTTP/1.1\r\nhost: {url}\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
-    soon(stream.read_to_string(&mut page)).await.unwrap();
+    within_timeout(stream.read_to_string(&mut page)).await.unwrap();
     assert!(page.starts_with("HTTP/1.1 200 ") && page.contains("text/html"), "{page}");
     assert!(page.ends_with(include_str!("../examples/chat/page.html")));
 
     let url = format!("ws://{url}");
     let mut ada = Guest::enter(&url, "Ada", "lobby").await;
-    ada.hears(json!({ "type": "welcome", "you": "Ada", "room": "lobby", "members": ["Ada"] })).await;
+    ada.recv(json!({ "type": "welcome", "you": "Ada", "room": "lobby", "members": ["Ada"] })).await;
     let mut bob = Guest::enter(&url, "Bob", "lobby").await;
-    bob.hears(json!({ "type": "welcome", "you": "Bob", "room": "lobby", "members": ["Ada", "Bob"] })).await;
-    ada.hears(json!({ "type": "joined", "name": "Bob", "members": ["Ada", "Bob"] })).await;
+    bob.recv(json!({ "type": "welcome", "you": "Bob", "room": "lobby", "members": ["Ada", "Bob"] })).await;
+    ada.recv(json!({ "type": "joined", "name": "Bob", "members": ["Ada", "Bob"] })).await;
     let mut elsewhere = Guest::enter(&url, "Ada", "garden").await;
-    elsewhere.hears(json!({ "type": "welcome", "you": "Ada", "room": "garden", "members": ["Ada"] })).await;
+    elsewhere.recv(json!({ "type": "welcome", "you": "Ada", "room": "garden", "members": ["Ada"] })).await;
     let mut namesake = Guest::enter(&url, "Ada", "lobby").await;
     let three = ["Ada", "Bob", "Ada (2)"];
-    namesake.hears(json!({ "type": "welcome", "you": "Ada (2)", "room": "lobby", "members": three })).await;
+    namesake.recv(json!({ "type": "welcome", "you": "Ada (2)", "room": "lobby", "members": three })).await;
     for guest in [&mut ada, &mut bob] {
-        guest.hears(json!({ "type": "joined", "name": "Ada (2)", "members": three })).await;
+        guest.recv(json!({ "type": "joined", "name": "Ada (2)", "members": three })).await;
     }
 
     // Refused to Bob alone, who may go on.
     for refused in ["", " \n ", &"x".repeat(2001)] {
-        bob.says(refused).await;
-        bob.hears(json!({ "type": "refused", "why": "a message has 1 to 2000 characters" })).await;
+        bob.send(refused).await;
+        bob.recv(json!({ "type": "refused", "why": "a message has 1 to 2000 characters" })).await;
     }
     let longest = "ž".repeat(2000);
     for said in ["hello", &longest] {
-        bob.says(said).await;
+        bob.send(said).await;
         for guest in [&mut ada, &mut bob, &mut namesake] {
-            guest.hears(json!({ "type": "said", "name": "Bob", "text": said })).await;
+            guest.recv(json!({ "type": "said", "name": "Bob", "text": said })).await;
         }
     }
     namesake.peer.leave().await;
     for guest in [&mut ada, &mut bob] {
-        guest.hears(json!({ "type": "left", "name": "Ada (2)", "members": ["Ada", "Bob"] })).await;
+        guest.recv(json!({ "type": "left", "name": "Ada (2)", "members": ["Ada", "Bob"] })).await;
     }
     drop(bob);
-    ada.hears(json!({ "type": "left", "name": "Bob", "members": ["Ada"] })).await;
+    ada.recv(json!({ "type": "left", "name": "Bob", "members": ["Ada"] })).await;
 
     for (name, room) in [("", "lobby"), ("Ada", ""), (&*"x".repeat(33), "lobby"), ("%20", "lobby")] {
         let nobody = Guest::enter(&url, name, room).await;
         let (code, reason) = nobody.peer.closed().await;
         assert_eq!((code, reason.as_str()), (1008, "name and room have 1 to 32 characters"));
     }
-    elsewhere.says("alone").await;
-    elsewhere.hears(json!({ "type": "said", "name": "Ada", "text": "alone" })).await;
-    ada.says("alone, too").await;
-    ada.hears(json!({ "type": "said", "name": "Ada", "text": "alone, too" })).await;
+    elsewhere.send("alone").await;
+    elsewhere.recv(json!({ "type": "said", "name": "Ada", "text": "alone" })).await;
+    ada.send("alone, too").await;
+    ada.recv(json!({ "type": "said", "name": "Ada", "text": "alone, too" })).await;
 }
 
 // ---- fanout
@@ -151,33 +151,33 @@ async fn fanout_serves_its_four_routes() {
     let (mut fanout, address) = fanout(&["--shards", "2", "--no-pin", "--policy", "block"]).await;
     let connect = async |path: &str| Peer::connect(format!("ws://{address}{path}")).await;
     let tick = |t: u64| json!({ "t": t, "p": "padding" }).to_string();
-    let heard = async |peer: &mut Peer| serde_json::from_str::<Value>(&peer.hear().await).unwrap();
+    let heard = async |peer: &mut Peer| serde_json::from_str::<Value>(&peer.recv_text().await).unwrap();
     let ticked = |t: u64| json!({ "t": t, "p": "padding" });
 
     let (mut first, mut second) = (connect("/ws").await, connect("/ws").await);
     for (t, peer) in [(1, &mut first), (2, &mut second)] {
         // A client counts from its adoption, which its own tick proves.
-        peer.say(tick(t)).await;
+        peer.send_text(tick(t)).await;
         while heard(peer).await != ticked(t) {}
     }
-    first.say(tick(3)).await;
+    first.send_text(tick(3)).await;
     while heard(&mut second).await != ticked(3) {}
 
     let mut echo = connect("/echo").await;
     for t in [u64::MAX, 0] {
-        echo.say(tick(t)).await;
+        echo.send_text(tick(t)).await;
         assert_eq!(heard(&mut echo).await, ticked(t));
     }
 
     let (mut red, mut red_too, mut blue) =
         (connect("/group/red").await, connect("/group/red").await, connect("/group/blue").await);
     for (t, peer) in [(1, &mut red), (2, &mut red_too), (4, &mut blue)] {
-        peer.say(tick(t)).await;
+        peer.send_text(tick(t)).await;
         while heard(peer).await != ticked(t) {}
     }
-    red.say(tick(3)).await;
+    red.send_text(tick(3)).await;
     assert_eq!(heard(&mut red_too).await, ticked(3));
-    blue.say(tick(5)).await;
+    blue.send_text(tick(5)).await;
     assert_eq!(heard(&mut blue).await, ticked(5), "and not what was said in red");
 
     let mut raw = connect("/raw").await;

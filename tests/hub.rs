@@ -16,12 +16,14 @@ use axum::extract::{Path, State};
 use axum::response::{Html, IntoResponse as _, Response};
 use axum::routing::{any, get};
 use bytes::Bytes;
-use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
+use fixture::{
+    CommandHub, OnRuntime, Peer, Server, command_app, connect, engine, eventually, within_timeout,
+};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseCode, CloseReason, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub,
-    JsonCodec, MessageContext, RawCodec, RawMessage, RunOn, SendError, WebSocketUpgrade, WsHub, WsHubConfig,
-    serve_hub,
+    HubContext, JsonCodec, PublishError, RawCodec, RawMessage, Refusal, RunOn, WebSocketUpgrade, WsHub,
+    WsHubConfig, serve_hub,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -35,18 +37,18 @@ async fn an_engine_is_built_from_json_and_runs() {
     let config: EngineConfig = serde_json::from_str(r#"{"shards": 3, "pin": false}"#).unwrap();
     assert_eq!(config, EngineConfig { shards: Some(3), pin: false, ..EngineConfig::default() });
     let engine = Engine::start(config).unwrap();
-    assert_eq!(engine.shards(), 3);
-    let server = Server::start(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    assert_eq!(engine.shard_count(), 3);
+    let server = Server::start(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
     let mut shards = Vec::new();
     let mut peers = Vec::new();
     for _ in 0..3 {
-        let (peer, id) = visit(&server.url("/ws")).await;
+        let (peer, id) = connect(&server.url("/ws")).await;
         peers.push(peer);
         shards.push(id.shard());
     }
     shards.sort_unstable();
     assert_eq!(shards, [0, 1, 2], "each goes to the least loaded shard");
-    assert_eq!(engine.connections(), 3);
+    assert_eq!(engine.connection_count(), 3);
     eventually(3, || engine.metrics().adopted).await;
     assert_eq!(engine.shard_metrics().iter().map(|shard| shard.adopted).collect::<Vec<_>>(), [1, 1, 1]);
 }
@@ -74,26 +76,26 @@ fn a_config_with_a_mistake_says_which_field_and_what_it_may_be() {
 #[tokio::test]
 async fn dropping_the_last_handle_ends_the_engine_and_clients_see_1001() {
     let engine = engine(2);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let clients = hub.clients().clone();
-    let server = Server::start(desk_app(hub)).await;
+    let server = Server::start(command_app(hub)).await;
     let mut peers = Vec::new();
     for _ in 0..4 {
-        peers.push(visit(&server.url("/ws")).await.0);
+        peers.push(connect(&server.url("/ws")).await.0);
     }
     // What was published before the end is still delivered.
-    clients.to_all().publish("last words".to_owned()).await.unwrap();
+    clients.to_all().publish(&"last words".to_owned()).await.unwrap();
     server.stop().await;
     let ends: Vec<_> = peers.into_iter().map(|peer| tokio::spawn(peer.rest())).collect();
     // The drop waits for the shards, and they for their peers.
-    soon(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
+    within_timeout(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
     for end in ends {
-        let (texts, close) = soon(end).await.unwrap();
+        let (texts, close) = within_timeout(end).await.unwrap();
         assert_eq!(texts, ["last words"]);
         assert_eq!(close, Some((1001, String::new())));
     }
-    let refused = clients.to_all().send("too late".to_owned()).await;
-    assert!(matches!(refused, Err(SendError::Closed)) || clients.is_empty(), "{refused:?}");
+    let refused = clients.to_all().deliver(&"too late".to_owned()).await;
+    assert!(matches!(refused, Err(PublishError::Closed)) || clients.is_empty(), "{refused:?}");
 }
 
 // ---- hubs side by side
@@ -101,95 +103,95 @@ async fn dropping_the_last_handle_ends_the_engine_and_clients_see_1001() {
 #[tokio::test]
 async fn hubs_on_one_engine_do_not_hear_each_other() {
     let engine = engine(2);
-    let [red, blue] = [(); 2].map(|()| engine.hub::<Desk>(WsHubConfig::default()).unwrap());
+    let [red, blue] = [(); 2].map(|()| engine.hub::<CommandHub>(WsHubConfig::default()).unwrap());
     let (at_red, at_blue) =
-        (Server::start(desk_app(red.clone())).await, Server::start(desk_app(blue.clone())).await);
-    let (mut ada, ada_id) = visit(&at_red.url("/ws")).await;
-    let (mut bob, bob_id) = visit(&at_blue.url("/ws")).await;
-    let (mut cyd, cyd_id) = visit(&at_blue.url("/ws")).await;
+        (Server::start(command_app(red.clone())).await, Server::start(command_app(blue.clone())).await);
+    let (mut ada, ada_id) = connect(&at_red.url("/ws")).await;
+    let (mut bob, bob_id) = connect(&at_blue.url("/ws")).await;
+    let (mut cyd, cyd_id) = connect(&at_blue.url("/ws")).await;
 
     // The groups have one name and nothing else in common.
-    ada.say("join room").await;
-    bob.say("join room").await;
-    bob.say("me joined").await;
-    bob.hears(&["joined"]).await;
-    ada.say("all from Ada").await;
-    ada.say("group room to Ada's room").await;
-    ada.hears(&["from Ada", "to Ada's room"]).await;
+    ada.send_text("join room").await;
+    bob.send_text("join room").await;
+    bob.send_text("me joined").await;
+    bob.recv_texts(&["joined"]).await;
+    ada.send_text("all from Ada").await;
+    ada.send_text("group room to Ada's room").await;
+    ada.recv_texts(&["from Ada", "to Ada's room"]).await;
 
     // An id of one hub is nobody's in the other, whatever is done with it.
-    assert_eq!(red.to(bob_id).send("unicast".to_owned()).await.unwrap().targets, 0);
+    assert_eq!(red.to(bob_id).deliver(&"unicast".to_owned()).await.unwrap().targets, 0);
     red.join(cyd_id, "room").await.unwrap();
     red.leave(bob_id, "room").await.unwrap();
     red.disconnect(bob_id, CloseCode::NORMAL, "").await.unwrap();
-    assert_eq!(red.inspect(bob_id).await.unwrap(), None);
-    assert!(red.inspect(ada_id).await.unwrap().is_some());
-    assert_eq!(red.to_group("room").send("the room".to_owned()).await.unwrap().targets, 1);
-    assert_eq!(red.to_all().except(&[bob_id, cyd_id]).send("all".to_owned()).await.unwrap().targets, 1);
-    ada.hears(&["the room", "all"]).await;
+    assert_eq!(red.connection_metrics(bob_id).await.unwrap(), None);
+    assert!(red.connection_metrics(ada_id).await.unwrap().is_some());
+    assert_eq!(red.to_group("room").deliver(&"the room".to_owned()).await.unwrap().targets, 1);
+    assert_eq!(red.to_all().except(&[bob_id, cyd_id]).deliver(&"all".to_owned()).await.unwrap().targets, 1);
+    ada.recv_texts(&["the room", "all"]).await;
 
-    assert_eq!((red.len(), blue.len(), engine.connections()), (1, 2, 3));
+    assert_eq!((red.len(), blue.len(), engine.connection_count()), (1, 2, 3));
     assert_eq!((red.group_len("room"), blue.group_len("room")), (1, 1));
-    blue.to_group("room").publish("still a member".to_owned()).await.unwrap();
-    blue.to_all().publish("done".to_owned()).await.unwrap();
-    bob.hears(&["still a member", "done"]).await;
-    cyd.hears(&["done"]).await;
+    blue.to_group("room").publish(&"still a member".to_owned()).await.unwrap();
+    blue.to_all().publish(&"done".to_owned()).await.unwrap();
+    bob.recv_texts(&["still a member", "done"]).await;
+    cyd.recv_texts(&["done"]).await;
 }
 
 #[tokio::test]
 async fn an_id_that_nobody_ever_had_reaches_nobody() {
-    let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
-    let (peer, id) = visit(&server.url("/ws")).await;
+    let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
+    let (peer, id) = connect(&server.url("/ws")).await;
     peer.leave().await;
     eventually(0, || hub.len()).await;
     // One that has gone, and one of a slot that was never taken.
     for id in [id, "0000000001ffffff".parse().unwrap()] {
-        assert_eq!(hub.to(id).send("hello?".to_owned()).await.unwrap().targets, 0);
+        assert_eq!(hub.to(id).deliver(&"hello?".to_owned()).await.unwrap().targets, 0);
         hub.join(id, "room").await.unwrap();
         hub.leave(id, "room").await.unwrap();
         hub.disconnect(id, CloseCode::NORMAL, "").await.unwrap();
-        assert_eq!(hub.inspect(id).await.unwrap(), None);
+        assert_eq!(hub.connection_metrics(id).await.unwrap(), None);
     }
-    assert_eq!(hub.groups(), 0);
+    assert_eq!(hub.group_count(), 0);
 }
 
 // ---- publishing from outside
 
 #[tokio::test]
 async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
-    let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
-    assert_eq!(hub.to_all().send("nobody is here".to_owned()).await.unwrap().targets, 0);
-    let (mut ada, ada_id) = visit(&server.url("/ws")).await;
-    let (mut bob, bob_id) = visit(&server.url("/ws")).await;
-    let (mut cyd, cyd_id) = visit(&server.url("/ws")).await;
+    let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
+    assert_eq!(hub.to_all().deliver(&"nobody is here".to_owned()).await.unwrap().targets, 0);
+    let (mut ada, ada_id) = connect(&server.url("/ws")).await;
+    let (mut bob, bob_id) = connect(&server.url("/ws")).await;
+    let (mut cyd, cyd_id) = connect(&server.url("/ws")).await;
     hub.join(ada_id, "red").await.unwrap();
     hub.join(bob_id, "red").await.unwrap();
     hub.join(bob_id, "blue").await.unwrap();
-    assert_eq!((hub.len(), hub.groups(), hub.group_len("red")), (3, 2, 2));
+    assert_eq!((hub.len(), hub.group_count(), hub.group_len("red")), (3, 2, 2));
 
     let text = |text: &str| text.to_owned();
-    hub.to_all().publish(text("published")).await.unwrap();
-    hub.to_all().try_publish(text("tried")).unwrap();
-    let all = hub.to_all().send(text("sent")).await.unwrap();
-    let but_one = hub.to_all().except(&[ada_id]).send(text("but Ada")).await.unwrap();
-    let red = hub.to_group("red").send(text("red")).await.unwrap();
-    let both = hub.to_groups(&["red", "blue", "none"]).send(text("both")).await.unwrap();
+    hub.to_all().publish(&text("published")).await.unwrap();
+    hub.to_all().try_publish(&text("tried")).unwrap();
+    let all = hub.to_all().deliver(&text("sent")).await.unwrap();
+    let but_one = hub.to_all().except(&[ada_id]).deliver(&text("but Ada")).await.unwrap();
+    let red = hub.to_group("red").deliver(&text("red")).await.unwrap();
+    let both = hub.to_groups(&["red", "blue", "none"]).deliver(&text("both")).await.unwrap();
     let both_but =
-        hub.to_groups(&["red", "blue"]).except(&[bob_id]).send(text("both but Bob")).await.unwrap();
-    let none = hub.to_group("none").send(text("none")).await.unwrap();
-    let one = hub.to(cyd_id).send(text("one")).await.unwrap();
-    let left_out = hub.to(cyd_id).except(&[cyd_id]).send(text("left out")).await.unwrap();
+        hub.to_groups(&["red", "blue"]).except(&[bob_id]).deliver(&text("both but Bob")).await.unwrap();
+    let none = hub.to_group("none").deliver(&text("none")).await.unwrap();
+    let one = hub.to(cyd_id).deliver(&text("one")).await.unwrap();
+    let left_out = hub.to(cyd_id).except(&[cyd_id]).deliver(&text("left out")).await.unwrap();
     // From a thread without a runtime.
     let from_a_thread = hub.clone();
-    std::thread::spawn(move || from_a_thread.to_all().try_publish("from a thread".to_owned()).unwrap())
+    std::thread::spawn(move || from_a_thread.to_all().try_publish(&"from a thread".to_owned()).unwrap())
         .join()
         .unwrap();
 
-    ada.hears(&["published", "tried", "sent", "red", "both", "both but Bob", "from a thread"]).await;
-    bob.hears(&["published", "tried", "sent", "but Ada", "red", "both", "from a thread"]).await;
-    cyd.hears(&["published", "tried", "sent", "but Ada", "one", "from a thread"]).await;
+    ada.recv_texts(&["published", "tried", "sent", "red", "both", "both but Bob", "from a thread"]).await;
+    bob.recv_texts(&["published", "tried", "sent", "but Ada", "red", "both", "from a thread"]).await;
+    cyd.recv_texts(&["published", "tried", "sent", "but Ada", "one", "from a thread"]).await;
     let targets = [all, but_one, red, both, both_but, none, one, left_out].map(|receipt| receipt.targets);
     assert_eq!(targets, [3, 2, 2, 2, 1, 0, 1, 0]);
     assert_eq!(all.waited, 0, "nobody was behind");
@@ -202,7 +204,7 @@ async fn a_message_that_cannot_be_encoded_reaches_nobody_and_is_counted() {
         type Codec = JsonCodec;
         type InMessage = u32;
         type OutMessage = HashMap<Option<u32>, u32>;
-        async fn on_message(&self, key: u32, ctx: MessageContext<Self::OutMessage, JsonCodec>) {
+        async fn on_message(&self, key: u32, ctx: HubContext<Self>) {
             // JSON has no key for `Some(7)` nested once more.
             ctx.broadcast(HashMap::from([((key != 0).then_some(key), 1)])).await;
         }
@@ -211,13 +213,13 @@ async fn a_message_that_cannot_be_encoded_reaches_nobody_and_is_counted() {
     let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<Maps>>| ws.serve(&hub, Maps);
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub.clone())).await;
     let mut peer = Peer::connect(server.url("/ws")).await;
-    peer.say("0").await;
-    peer.say("7").await;
-    peer.hears(&[r#"{"7":1}"#]).await;
-    assert_eq!(hub.unencodable(), 1);
-    let refused = hub.to_all().send(HashMap::from([(None, 1)])).await;
-    assert!(matches!(refused, Err(SendError::Encode(_))), "{refused:?}");
-    assert_eq!(hub.unencodable(), 2);
+    peer.send_text("0").await;
+    peer.send_text("7").await;
+    peer.recv_texts(&[r#"{"7":1}"#]).await;
+    assert_eq!(hub.encode_failures(), 1);
+    let refused = hub.to_all().deliver(&HashMap::from([(None, 1)])).await;
+    assert!(matches!(refused, Err(PublishError::Encode(_))), "{refused:?}");
+    assert_eq!(hub.encode_failures(), 2);
 }
 
 #[tokio::test]
@@ -229,15 +231,16 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
         type Codec = RawCodec;
         type InMessage = String;
         type OutMessage = String;
-        async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+        async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
             ctx.unicast(format!("welcome to {}", self.room)).await;
             ctx.add_to_group(&self.room).await;
             // What comes meanwhile must wait.
             tokio::time::sleep(Duration::from_millis(5)).await;
-            let members = ctx.clients().to_group(&self.room).send("one more".to_owned()).await.unwrap();
+            let members = ctx.clients().to_group(&self.room).deliver(&"one more".to_owned()).await.unwrap();
             ctx.unicast(format!("{} here", members.targets)).await;
+            Ok(())
         }
-        async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+        async fn on_message(&self, text: String, ctx: HubContext<Self>) {
             ctx.broadcast_group(&self.room, text).await;
         }
     }
@@ -247,12 +250,12 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
     };
     let server = Server::start(Router::new().route("/{room}", any(app)).with_state(hub)).await;
     let mut ada = Peer::connect(server.url("/garden")).await;
-    ada.say("first").await;
-    ada.hears(&["welcome to garden", "one more", "1 here", "first"]).await;
+    ada.send_text("first").await;
+    ada.recv_texts(&["welcome to garden", "one more", "1 here", "first"]).await;
     let mut bob = Peer::connect(server.url("/garden")).await;
-    bob.say("second").await;
-    bob.hears(&["welcome to garden", "one more", "2 here", "second"]).await;
-    ada.hears(&["one more", "second"]).await;
+    bob.send_text("second").await;
+    bob.recv_texts(&["welcome to garden", "one more", "2 here", "second"]).await;
+    ada.recv_texts(&["one more", "second"]).await;
 }
 
 // ---- the door
@@ -261,54 +264,55 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
 async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leave() {
     let config = EngineConfig { shards: Some(2), pin: false, max_connections: 2, ..EngineConfig::default() };
     let engine = Engine::start(config).unwrap();
-    let server = Server::start(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
-    let first = visit(&server.url("/ws")).await.0;
-    let (mut second, _) = visit(&server.url("/ws")).await;
+    let server = Server::start(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    let first = connect(&server.url("/ws")).await.0;
+    let (mut second, _) = connect(&server.url("/ws")).await;
     for _ in 0..3 {
-        let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
+        let refused = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
         let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
         assert_eq!(response.status(), 503);
         let retry_after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
         assert!((2..=10).contains(&retry_after), "{retry_after}");
     }
-    second.say("me undisturbed").await;
-    second.hears(&["undisturbed"]).await;
+    second.send_text("me undisturbed").await;
+    second.recv_texts(&["undisturbed"]).await;
     first.leave().await;
-    eventually(1, || engine.connections()).await;
-    let (mut third, _) = visit(&server.url("/ws")).await;
-    third.say("all hello").await;
-    second.hears(&["hello"]).await;
+    eventually(1, || engine.connection_count()).await;
+    let (mut third, _) = connect(&server.url("/ws")).await;
+    third.send_text("all hello").await;
+    second.recv_texts(&["hello"]).await;
     // A handshake that is refused for another reason takes no place.
     third.leave().await;
-    eventually(1, || engine.connections()).await;
+    eventually(1, || engine.connection_count()).await;
     for _ in 0..3 {
-        let refused = soon(Peer::try_connect(server.url("/ws"), &[("sec-websocket-version", "8")])).await;
+        let refused =
+            within_timeout(Peer::try_connect(server.url("/ws"), &[("sec-websocket-version", "8")])).await;
         assert!(refused.is_err());
     }
-    assert_eq!(engine.connections(), 1);
+    assert_eq!(engine.connection_count(), 1);
 }
 
 #[tokio::test]
 async fn the_subprotocol_is_the_servers_choice_among_the_clients() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<Desk>>| {
-        ws.protocols(["chat.v2", "chat.v1"]).serve(&hub, Desk)
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<CommandHub>>| {
+        ws.protocols(["chat.v2", "chat.v1"]).serve(&hub, CommandHub)
     };
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
     let offer = [("sec-websocket-protocol", "soap, chat.v1, chat.v2")];
-    let (mut peer, response) = soon(Peer::try_connect(server.url("/ws"), &offer)).await.unwrap();
+    let (mut peer, response) = within_timeout(Peer::try_connect(server.url("/ws"), &offer)).await.unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "chat.v2");
-    assert_eq!(peer.hear().await.len(), 16, "and the hub serves it");
-    let (_, response) = soon(Peer::try_connect(server.url("/ws"), &[])).await.unwrap();
+    assert_eq!(peer.recv_text().await.len(), 16, "and the hub serves it");
+    let (_, response) = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.unwrap();
     assert!(!response.headers().contains_key("sec-websocket-protocol"));
 }
 
 #[tokio::test]
 async fn one_route_serves_a_page_and_a_hub() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let app = async |ws: Option<WebSocketUpgrade>, State(hub): State<Hub<Desk>>| -> Response {
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let app = async |ws: Option<WebSocketUpgrade>, State(hub): State<Hub<CommandHub>>| -> Response {
         match ws {
-            Some(ws) => ws.serve(&hub, Desk),
+            Some(ws) => ws.serve(&hub, CommandHub).into_response(),
             None => Html("<h1>a page</h1>").into_response(),
         }
     };
@@ -316,11 +320,11 @@ async fn one_route_serves_a_page_and_a_hub() {
     let mut page = String::new();
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
-    soon(stream.read_to_string(&mut page)).await.unwrap();
+    within_timeout(stream.read_to_string(&mut page)).await.unwrap();
     assert!(page.starts_with("HTTP/1.1 200 ") && page.ends_with("<h1>a page</h1>"), "{page}");
-    let (mut peer, _) = visit(&server.url("/")).await;
-    peer.say("me and a hub").await;
-    peer.hears(&["and a hub"]).await;
+    let (mut peer, _) = connect(&server.url("/")).await;
+    peer.send_text("me and a hub").await;
+    peer.recv_texts(&["and a hub"]).await;
 }
 
 // ---- where methods run
@@ -335,12 +339,13 @@ impl WsHub for Busy {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         tokio::time::sleep(Duration::from_millis(1)).await;
         ctx.unicast("open".to_owned()).await;
+        Ok(())
     }
 
-    async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, message: String, ctx: HubContext<Self>) {
         let answer = match message.split_once(' ') {
             Some(("sleep", millis)) => {
                 tokio::time::sleep(Duration::from_millis(millis.parse().unwrap())).await;
@@ -376,10 +381,12 @@ impl WsHub for Busy {
     }
 }
 
-async fn methods_use_all_of_tokio_in_order(run_on: RunOn) {
+async fn methods_use_all_of_tokio_in_order<H>()
+where
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Busy>,
+{
     let (ends, mut ended) = unbounded_channel();
-    let config = WsHubConfig { run_on, ..WsHubConfig::default() };
-    let hub = engine(2).hub::<Busy>(config).unwrap();
+    let hub = engine(2).hub::<H>(WsHubConfig::default()).unwrap();
     let serve = {
         let hub = hub.clone();
         async move |ws: WebSocketUpgrade| ws.serve(&hub, Busy { ends })
@@ -409,20 +416,21 @@ async fn methods_use_all_of_tokio_in_order(run_on: RunOn) {
             &format!("tcp {address}"),
             "end",
         ] {
-            peer.say(message).await;
+            peer.send_text(message).await;
         }
     }
     for peer in &mut peers {
         let elapsed = "deadline has elapsed";
-        peer.hears(&["open", "sleep 5", "at once", elapsed, "spawned it", "sleep 2", "blocked it"]).await;
-        peer.hears(&["by TCP", "end"]).await;
-        peer.say("thread x").await;
-        let thread = peer.hear().await;
-        assert_eq!(thread.starts_with("shard-"), run_on == RunOn::Shard, "{thread}");
+        peer.recv_texts(&["open", "sleep 5", "at once", elapsed, "spawned it", "sleep 2", "blocked it"])
+            .await;
+        peer.recv_texts(&["by TCP", "end"]).await;
+        peer.send_text("thread x").await;
+        let thread = peer.recv_text().await;
+        assert_eq!(thread.starts_with("shard-"), H::RUN_ON == RunOn::Shard, "{thread}");
     }
     for peer in peers {
         peer.leave().await;
-        let end = soon(ended.recv()).await.unwrap();
+        let end = within_timeout(ended.recv()).await.unwrap();
         assert_eq!(end.reason, CloseReason::Peer { code: Some(CloseCode::NORMAL), text: "".into() });
     }
     eventually(0, || hub.len()).await;
@@ -430,12 +438,12 @@ async fn methods_use_all_of_tokio_in_order(run_on: RunOn) {
 
 #[tokio::test]
 async fn methods_on_the_shard_use_all_of_tokio_and_answer_in_order() {
-    methods_use_all_of_tokio_in_order(RunOn::Shard).await;
+    methods_use_all_of_tokio_in_order::<Busy>().await;
 }
 
 #[tokio::test]
 async fn methods_on_the_runtime_use_all_of_tokio_and_answer_in_order() {
-    methods_use_all_of_tokio_in_order(RunOn::Runtime).await;
+    methods_use_all_of_tokio_in_order::<OnRuntime<Busy>>().await;
 }
 
 // ---- the short form
@@ -448,7 +456,7 @@ impl WsHub for Short {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.unicast(format!("{} bytes", text.len())).await;
     }
     async fn on_disconnect(&self, request: DisconnectRequest) {
@@ -479,26 +487,26 @@ async fn serve_hub_ends_when_its_connection_has_ended_and_holds_to_its_own_confi
     let mut large = Peer::connect(server.url("/1000")).await;
     let mut small_again = Peer::connect(server.url("/10")).await;
     let text = "x".repeat(500);
-    large.say(text.as_str()).await;
-    large.hears(&["500 bytes"]).await;
-    small.say("0123456789").await;
-    small.hears(&["10 bytes"]).await;
+    large.send_text(text.as_str()).await;
+    large.recv_texts(&["500 bytes"]).await;
+    small.send_text("0123456789").await;
+    small.recv_texts(&["10 bytes"]).await;
     assert!(returned.try_recv().is_err(), "nobody has left");
 
-    small.say(text.as_str()).await;
+    small.send_text(text.as_str()).await;
     assert_eq!(small.closed().await.0, 1009);
-    assert_eq!(soon(returned.recv()).await.unwrap().0, 10);
+    assert_eq!(within_timeout(returned.recv()).await.unwrap().0, 10);
     assert!(matches!(ended.try_recv(), Ok(CloseReason::Protocol(_))), "on_disconnect comes first");
 
-    large.say(text.as_str()).await;
-    large.hears(&["500 bytes"]).await;
-    small_again.say(text.as_str()).await;
+    large.send_text(text.as_str()).await;
+    large.recv_texts(&["500 bytes"]).await;
+    small_again.send_text(text.as_str()).await;
     assert_eq!(small_again.closed().await.0, 1009);
-    assert_eq!(soon(returned.recv()).await.unwrap().0, 10);
+    assert_eq!(within_timeout(returned.recv()).await.unwrap().0, 10);
     assert!(ended.try_recv().is_ok());
 
     drop(large);
-    assert_eq!(soon(returned.recv()).await.unwrap().0, 1000);
+    assert_eq!(within_timeout(returned.recv()).await.unwrap().0, 1000);
     assert_eq!(ended.try_recv(), Ok(CloseReason::Vanished));
 }
 
@@ -508,14 +516,14 @@ async fn serve_hub_with_an_impossible_config_closes_the_connection_and_returns()
     let serve = async move |ws: WebSocketUpgrade| {
         ws.on_upgrade(async move |socket| {
             let config = WsHubConfig { outbox_frames: 0, ..WsHubConfig::default() };
-            serve_hub(socket, Desk, &config).await;
+            serve_hub(socket, CommandHub, &config).await;
             returns.send(()).unwrap();
         })
     };
     let server = Server::start(Router::new().route("/ws", get(serve))).await;
     let peer = Peer::connect(server.url("/ws")).await;
     assert_eq!(peer.closed().await.0, 1011);
-    soon(returned.recv()).await.unwrap();
+    within_timeout(returned.recv()).await.unwrap();
 }
 
 // ---- codecs
@@ -533,7 +541,7 @@ async fn a_binary_hub_speaks_postcard() {
         type Codec = BinaryCodec;
         type InMessage = Reading;
         type OutMessage = Reading;
-        async fn on_message(&self, reading: Reading, ctx: MessageContext<Reading, BinaryCodec>) {
+        async fn on_message(&self, reading: Reading, ctx: HubContext<Self>) {
             ctx.broadcast(Reading { celsius: reading.celsius + 1.0, ..reading }).await;
         }
     }
@@ -568,7 +576,7 @@ async fn a_raw_hub_passes_text_as_text_and_binary_as_binary() {
         type Codec = RawCodec;
         type InMessage = RawMessage;
         type OutMessage = RawMessage;
-        async fn on_message(&self, message: RawMessage, ctx: MessageContext<RawMessage, RawCodec>) {
+        async fn on_message(&self, message: RawMessage, ctx: HubContext<Self>) {
             ctx.unicast(message).await;
         }
     }
@@ -592,27 +600,27 @@ async fn a_raw_hub_passes_text_as_text_and_binary_as_binary() {
 
 #[tokio::test]
 async fn disconnect_tells_the_client_its_code_and_reason_after_what_was_sent_before() {
-    let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
-    let (ada, ada_id) = visit(&server.url("/ws")).await;
-    let (mut bob, bob_id) = visit(&server.url("/ws")).await;
-    let (mut cyd, _) = visit(&server.url("/ws")).await;
-    hub.to(ada_id).publish("first".to_owned()).await.unwrap();
-    hub.to_all().publish("second".to_owned()).await.unwrap();
+    let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
+    let (ada, ada_id) = connect(&server.url("/ws")).await;
+    let (mut bob, bob_id) = connect(&server.url("/ws")).await;
+    let (mut cyd, _) = connect(&server.url("/ws")).await;
+    hub.to(ada_id).publish(&"first".to_owned()).await.unwrap();
+    hub.to_all().publish(&"second".to_owned()).await.unwrap();
     hub.disconnect(ada_id, CloseCode(4321), "you know why").await.unwrap();
-    hub.to_all().publish("third".to_owned()).await.unwrap();
+    hub.to_all().publish(&"third".to_owned()).await.unwrap();
     let (texts, close) = ada.rest().await;
     assert_eq!(texts, ["first", "second"]);
     assert_eq!(close, Some((4321, "you know why".to_owned())));
 
-    bob.hears(&["second", "third"]).await;
+    bob.recv_texts(&["second", "third"]).await;
     // From within, and a reason that is too long for a frame.
     let (reason, cut) = ("ž".repeat(100), "ž".repeat(61));
-    bob.say(format!("end 1008 {reason}")).await;
+    bob.send_text(format!("end 1008 {reason}")).await;
     assert_eq!(bob.closed().await, (1008, cut));
     eventually(1, || hub.len()).await;
-    assert_eq!(hub.to(bob_id).send("gone".to_owned()).await.unwrap().targets, 0);
-    cyd.hears(&["second", "third"]).await;
+    assert_eq!(hub.to(bob_id).deliver(&"gone".to_owned()).await.unwrap().targets, 0);
+    cyd.recv_texts(&["second", "third"]).await;
 }
 
 /// Panics where it is told to, and tells its ends.
@@ -626,11 +634,12 @@ impl WsHub for Fragile {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, _: MessageContext<String, RawCodec>) {
+    async fn on_connected(&self, _: HubContext<Self>) -> Result<(), Refusal> {
         assert_ne!(self.at, "open", "told to");
+        Ok(())
     }
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         if self.at == "later" {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -644,11 +653,13 @@ impl WsHub for Fragile {
     }
 }
 
-async fn a_panic_ends_only_its_own_connection(run_on: RunOn) {
+async fn a_panic_ends_only_its_own_connection<H>()
+where
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Fragile>,
+{
     let engine = engine(1);
     let (ends, mut ended) = unbounded_channel();
-    let config = WsHubConfig { run_on, ..WsHubConfig::default() };
-    let hub = engine.hub::<Fragile>(config).unwrap();
+    let hub = engine.hub::<H>(WsHubConfig::default()).unwrap();
     let routes = ["open", "message", "later", "disconnect", "never"].map(|at| (at, ends.clone()));
     let app = routes.into_iter().fold(Router::new(), |app, (at, ends)| {
         let hub = hub.clone();
@@ -662,19 +673,19 @@ async fn a_panic_ends_only_its_own_connection(run_on: RunOn) {
     assert_eq!(at_open.closed().await.0, 1011);
     for at in ["message", "later"] {
         let mut peer = Peer::connect(server.url(&format!("/{at}"))).await;
-        peer.say("now").await;
-        peer.say("not handled any more").await;
+        peer.send_text("now").await;
+        peer.send_text("not handled any more").await;
         assert_eq!(peer.closed().await.0, 1011);
     }
     for _ in 0..3 {
-        assert_eq!(soon(ended.recv()).await, Some(CloseReason::HandlerPanicked));
+        assert_eq!(within_timeout(ended.recv()).await, Some(CloseReason::HandlerPanicked));
     }
     let at_end = Peer::connect(server.url("/disconnect")).await;
     at_end.leave().await;
-    assert!(matches!(soon(ended.recv()).await, Some(CloseReason::Peer { .. })));
-    eventually(1, || engine.connections()).await;
-    bystander.say("still here").await;
-    bystander.hears(&["still here"]).await;
+    assert!(matches!(within_timeout(ended.recv()).await, Some(CloseReason::Peer { .. })));
+    eventually(1, || engine.connection_count()).await;
+    bystander.send_text("still here").await;
+    bystander.recv_texts(&["still here"]).await;
     assert!(ended.try_recv().is_err(), "each is told its end once");
     eventually(3, || engine.metrics().ended_panic).await;
     assert_eq!(hub.len(), 1);
@@ -682,12 +693,12 @@ async fn a_panic_ends_only_its_own_connection(run_on: RunOn) {
 
 #[tokio::test]
 async fn a_panic_on_the_shard_ends_only_its_own_connection_with_1011() {
-    a_panic_ends_only_its_own_connection(RunOn::Shard).await;
+    a_panic_ends_only_its_own_connection::<Fragile>().await;
 }
 
 #[tokio::test]
 async fn a_panic_on_the_runtime_ends_only_its_own_connection_with_1011() {
-    a_panic_ends_only_its_own_connection(RunOn::Runtime).await;
+    a_panic_ends_only_its_own_connection::<OnRuntime<Fragile>>().await;
 }
 
 /// Cleans up in its `Drop`, by a task of its runtime, and fails at it if told so.
@@ -708,7 +719,7 @@ impl WsHub for Tidy {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.unicast(text).await;
     }
 }
@@ -726,19 +737,19 @@ async fn a_hub_cleans_up_within_its_runtime_and_its_panic_there_harms_no_other()
     let mut bystander = Peer::connect(server.url("/false")).await;
     for fails in [false, true] {
         let mut peer = Peer::connect(server.url(&format!("/{fails}"))).await;
-        peer.say("here").await;
-        peer.hears(&["here"]).await;
+        peer.send_text("here").await;
+        peer.recv_texts(&["here"]).await;
         peer.leave().await;
-        assert_eq!(soon(was_dropped.recv()).await, Some(fails));
+        assert_eq!(within_timeout(was_dropped.recv()).await, Some(fails));
     }
-    bystander.say("still here").await;
-    bystander.hears(&["still here"]).await;
-    eventually(1, || engine.connections()).await;
+    bystander.send_text("still here").await;
+    bystander.recv_texts(&["still here"]).await;
+    eventually(1, || engine.connection_count()).await;
 }
 
 /// Keeps the context, to have it in `on_disconnect`.
 struct Keeper {
-    context: Mutex<Option<MessageContext<String, RawCodec>>>,
+    context: Mutex<Option<HubContext<Self>>>,
     dropped: UnboundedSender<()>,
 }
 
@@ -746,11 +757,12 @@ impl WsHub for Keeper {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.unicast("open".to_owned()).await;
         *self.context.lock().unwrap() = Some(ctx);
+        Ok(())
     }
-    async fn on_message(&self, _: String, _: MessageContext<String, RawCodec>) {}
+    async fn on_message(&self, _: String, _: HubContext<Self>) {}
     async fn on_disconnect(&self, _: DisconnectRequest) {
         let context = self.context.lock().unwrap().clone().unwrap();
         context.broadcast("one has left".to_owned()).await;
@@ -772,24 +784,24 @@ async fn a_hub_that_keeps_its_context_is_dropped_with_its_connection_all_the_sam
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
     let mut ada = Peer::connect(server.url("/ws")).await;
     let mut bob = Peer::connect(server.url("/ws")).await;
-    ada.hears(&["open"]).await;
-    bob.hears(&["open"]).await;
+    ada.recv_texts(&["open"]).await;
+    bob.recv_texts(&["open"]).await;
     bob.leave().await;
-    ada.hears(&["one has left"]).await;
-    soon(was_dropped.recv()).await.unwrap();
+    ada.recv_texts(&["one has left"]).await;
+    within_timeout(was_dropped.recv()).await.unwrap();
     assert!(was_dropped.try_recv().is_err(), "Ada's hub is in use");
 }
 
 #[tokio::test]
 async fn what_a_connection_has_counted_can_be_asked_for() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
-    let (mut peer, id): (_, ConnectionId) = visit(&server.url("/ws")).await;
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
+    let (mut peer, id): (_, ConnectionId) = connect(&server.url("/ws")).await;
     for _ in 0..5 {
-        peer.say("me x").await;
-        peer.hears(&["x"]).await;
+        peer.send_text("me x").await;
+        peer.recv_texts(&["x"]).await;
     }
-    let metrics = soon(hub.inspect(id)).await.unwrap().unwrap();
+    let metrics = within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap();
     assert_eq!((metrics.tally.received, metrics.tally.offered, metrics.tally.written), (5, 6, 6));
     assert_eq!((metrics.tally.discarded, metrics.tally.pending()), (0, 0));
 }
@@ -804,7 +816,7 @@ async fn every_connection_of_a_route_may_have_a_hub_value_of_its_own() {
         type Codec = RawCodec;
         type InMessage = String;
         type OutMessage = String;
-        async fn on_message(&self, _: String, ctx: MessageContext<String, RawCodec>) {
+        async fn on_message(&self, _: String, ctx: HubContext<Self>) {
             let seen = self.seen.fetch_add(1, Relaxed) + 1;
             let all = self.all.fetch_add(1, Relaxed) + 1;
             ctx.unicast(format!("{seen} of {all}")).await;
@@ -816,9 +828,51 @@ async fn every_connection_of_a_route_may_have_a_hub_value_of_its_own() {
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
     let (mut ada, mut bob) = (Peer::connect(server.url("/ws")).await, Peer::connect(server.url("/ws")).await);
     for (ada_hears, bob_hears) in [("1 of 1", "1 of 2"), ("2 of 3", "2 of 4")] {
-        ada.say("x").await;
-        ada.hears(&[ada_hears]).await;
-        bob.say("x").await;
-        bob.hears(&[bob_hears]).await;
+        ada.send_text("x").await;
+        ada.recv_texts(&[ada_hears]).await;
+        bob.send_text("x").await;
+        bob.recv_texts(&[bob_hears]).await;
     }
+}
+
+#[tokio::test]
+async fn one_connection_of_a_hub_may_have_settings_of_its_own() {
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let short: Arc<WsHubConfig> = Arc::new(WsHubConfig { max_message_bytes: 10, ..WsHubConfig::default() });
+    let app =
+        async move |ws: WebSocketUpgrade, Path(length): Path<String>, State(hub): State<Hub<CommandHub>>| {
+            match length.as_str() {
+                "short" => ws.serve(&hub, CommandHub).config(short.clone()),
+                _ => ws.serve(&hub, CommandHub),
+            }
+        };
+    let server = Server::start(Router::new().route("/{length}", any(app)).with_state(hub.clone())).await;
+    let (mut limited, _) = connect(&server.url("/short")).await;
+    let (mut other, _) = connect(&server.url("/long")).await;
+    for text in ["0123456789", "0123456789-"] {
+        other.send_text(text).await;
+        other.recv_texts(&[text]).await;
+    }
+    limited.send_text("0123456789").await;
+    limited.recv_texts(&["0123456789"]).await;
+    limited.send_text("0123456789-").await;
+    assert_eq!(limited.closed().await.0, 1009);
+    // They are clients of the same hub.
+    eventually(1, || hub.len()).await;
+}
+
+#[tokio::test]
+async fn a_connection_s_setting_out_of_range_is_a_500_that_names_it() {
+    let engine = engine(1);
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<CommandHub>>| {
+        ws.serve(&hub, CommandHub).config(WsHubConfig { outbox_frames: 0, ..WsHubConfig::default() })
+    };
+    let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
+    let refused = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await;
+    let Err(tungstenite::Error::Http(response)) = refused.map(drop) else { panic!("it was upgraded") };
+    assert_eq!(response.status(), 500);
+    let text = String::from_utf8(response.into_body().unwrap()).unwrap();
+    assert_eq!(text, "`outbox_frames` is 0, but must be from 1 to 16777216");
+    assert_eq!(engine.connection_count(), 0);
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::serve::Listener;
-use fixture::{Desk, Peer, desk_app, engine, soon};
+use fixture::{CommandHub, Peer, command_app, engine, within_timeout};
 use shardcast::WsHubConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, rustls, server};
@@ -93,21 +93,21 @@ impl Famine {
 
 #[tokio::test]
 async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let (acceptor, connector) = tls();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let app = desk_app(hub.clone());
+    let app = command_app(hub.clone());
     let server = TlsListener { listener, acceptor };
     tokio::spawn(async move { axum::serve(server, app).await.unwrap() });
     let connect = async || {
         let socket = TcpStream::connect(address).await.unwrap();
         let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-        soon(connector.connect(name, socket)).await.unwrap()
+        within_timeout(connector.connect(name, socket)).await.unwrap()
     };
     let shake_hands = async |stream| {
         let (socket, response) =
-            soon(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
+            within_timeout(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
         assert_eq!(response.status(), 101);
         Peer { socket }
     };
@@ -119,7 +119,7 @@ async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() 
     famine.end();
 
     let mut second = shake_hands(connect().await).await;
-    second.hear().await; // its id
+    second.recv_text().await; // its id
     assert_eq!(hub.len(), 1);
     second.leave().await;
 }

@@ -11,9 +11,9 @@ mod fixture;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use fixture::office::{Ledger, Office};
+use fixture::hub_fixture::{HubFixture, Recorder};
 use fixture::raw::Raw;
-use fixture::{eventually, soon};
+use fixture::{eventually, within_timeout};
 use futures_util::poll;
 use shardcast::{Engine, EngineConfig, Shutdown, WsHubConfig};
 
@@ -26,46 +26,46 @@ fn in_use() -> (usize, usize) {
 }
 
 /// An engine with connections of all kinds, ended in one of several ways; gives back what is dropped with its last hub.
-async fn one_engine(round: usize) -> Weak<Ledger> {
+async fn one_engine(round: usize) -> Weak<Recorder> {
     // Pinned shards hold a claim on their CPUs.
     let pinned = Engine::start(EngineConfig { shards: Some(3), ..EngineConfig::default() }).unwrap();
-    soon(tokio::task::spawn_blocking(move || drop(pinned))).await.unwrap();
-    let office = Office::open(2, WsHubConfig::default()).await;
+    within_timeout(tokio::task::spawn_blocking(move || drop(pinned))).await.unwrap();
+    let fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let mut peers = Vec::new();
     let mut raws: Vec<Raw> = Vec::new();
     for number in 0..3 {
-        let (peer, id) = office.visit().await;
-        office.hub.join(id, &format!("group {number}")).await.unwrap();
+        let (peer, id) = fixture.connect().await;
+        fixture.hub.join(id, &format!("group {number}")).await.unwrap();
         peers.push(tokio::spawn(peer.rest()));
-        raws.push(office.visit_raw().await.0);
+        raws.push(fixture.connect_raw().await.0);
     }
-    soon(office.hub.to_all().publish("hello".to_owned())).await.unwrap();
+    within_timeout(fixture.hub.to_all().publish(&"hello".to_owned())).await.unwrap();
     raws.pop().unwrap().reset();
     if round % 10 == 9 {
         // A handler that never ends by itself, and peers that do not answer.
-        raws[0].says(&fixture::raw::text("wait")).await;
-        eventually(1, || office.engine.metrics().tally.received).await;
+        raws[0].send(&fixture::raw::text("wait")).await;
+        eventually(1, || fixture.engine.metrics().tally.received).await;
     } else {
         raws.clear();
     }
-    let (engine, clients, ledger) =
-        (office.engine.clone(), office.hub.clients().clone(), Arc::downgrade(&office.ledger));
+    let (engine, clients, recorder) =
+        (fixture.engine.clone(), fixture.hub.clients().clone(), Arc::downgrade(&fixture.recorder));
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(Duration::from_secs(1)) };
     match round % 3 {
-        0 => drop(soon(engine.shutdown_with(shutdown)).await.unwrap()),
+        0 => drop(within_timeout(engine.shutdown_with(shutdown)).await.unwrap()),
         1 => {
             let _ = poll!(Box::pin(engine.shutdown_with(shutdown))); // begun, and not waited for
         }
         _ => {}
     }
-    soon(office.close()).await;
-    soon(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
+    within_timeout(fixture.close()).await;
+    within_timeout(tokio::task::spawn_blocking(move || drop(engine))).await.unwrap();
     for peer in peers {
-        let (heard, close) = soon(peer).await.unwrap();
+        let (heard, close) = within_timeout(peer).await.unwrap();
         assert_eq!((heard, close), (vec!["hello".to_owned()], Some((1001, String::new()))));
     }
-    assert_eq!((clients.len(), clients.groups()), (0, 0), "round {round}");
-    ledger
+    assert_eq!((clients.len(), clients.group_count()), (0, 0), "round {round}");
+    recorder
 }
 
 #[test]
@@ -76,8 +76,8 @@ fn engines_that_have_ended_leave_no_thread_no_descriptor_no_group_and_no_hub() {
     runtime.unwrap().block_on(async {
         let before = in_use();
         for round in 0..ENGINES {
-            let ledger = one_engine(round).await;
-            eventually(0, || ledger.strong_count()).await;
+            let recorder = one_engine(round).await;
+            eventually(0, || recorder.strong_count()).await;
         }
         eventually(before, in_use).await;
     });

@@ -1,4 +1,4 @@
-//! What reaches a client before its hub's `on_open` is over, over real sockets.
+//! What reaches a client before its hub's `on_connected` has returned, over real sockets.
 //!
 //! Nothing that is for all: so nobody hears secrets ahead of the greeting, and who is turned away hears none at all.
 
@@ -11,9 +11,9 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::Query;
 use axum::routing::any;
-use fixture::{Peer, Server, engine, soon};
+use fixture::{OnRuntime, Peer, Server, engine, within_timeout};
 use serde::Deserialize;
-use shardcast::{CloseCode, Hub, MessageContext, RawCodec, RunOn, WebSocketUpgrade, WsHub, WsHubConfig};
+use shardcast::{CloseCode, Hub, HubContext, RawCodec, Refusal, WebSocketUpgrade, WsHub, WsHubConfig};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -29,18 +29,18 @@ impl WsHub for Doorman {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.add_to_group("early").await;
         self.opening.send(()).unwrap();
         self.looked_up.acquire().await.unwrap().forget();
         if self.turns_away {
-            ctx.disconnect(CloseCode(4001), "not you").await;
-        } else {
-            ctx.unicast("welcome".to_owned()).await;
+            return Err(Refusal::new(CloseCode(4001), "not you"));
         }
+        ctx.unicast("welcome".to_owned()).await;
+        Ok(())
     }
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.broadcast(text).await;
     }
 }
@@ -50,16 +50,19 @@ struct Asked {
     turns_away: bool,
 }
 
-struct Door {
-    hub: Hub<Doorman>,
+struct Door<H: WsHub> {
+    hub: Hub<H>,
     server: Server,
     opening: UnboundedReceiver<()>,
     looked_up: Arc<Semaphore>,
 }
 
-impl Door {
-    async fn open(run_on: RunOn) -> Self {
-        let hub = engine(2).hub::<Doorman>(WsHubConfig { run_on, ..WsHubConfig::default() }).unwrap();
+impl<H> Door<H>
+where
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Doorman>,
+{
+    async fn open() -> Self {
+        let hub = engine(2).hub::<H>(WsHubConfig::default()).unwrap();
         let (opening, is_opening) = unbounded_channel();
         let looked_up = Arc::new(Semaphore::new(0));
         let (served, semaphore) = (hub.clone(), looked_up.clone());
@@ -71,53 +74,64 @@ impl Door {
     }
 
     /// A client that is being looked up.
-    async fn visit(&mut self, turns_away: bool) -> Peer {
+    async fn connect(&mut self, turns_away: bool) -> Peer {
         let peer = Peer::connect(self.server.url(&format!("/ws?turns_away={turns_away}"))).await;
-        soon(self.opening.recv()).await.unwrap();
+        within_timeout(self.opening.recv()).await.unwrap();
         peer
     }
 
     async fn tell(&self, text: &str) -> u64 {
-        soon(self.hub.to_all().send(text.to_owned())).await.unwrap().targets
+        within_timeout(self.hub.to_all().deliver(&text.to_owned())).await.unwrap().targets
     }
 }
 
 #[tokio::test]
-async fn nothing_that_is_for_all_reaches_a_client_before_its_on_open_is_over() {
-    for run_on in [RunOn::Shard, RunOn::Runtime] {
-        let mut door = Door::open(run_on).await;
-        let mut ada = door.visit(false).await;
-        assert_eq!(door.tell("a secret").await, 0);
-        // It is a member of what it has joined.
-        let receipt = soon(door.hub.to_group("early").send("to the group".to_owned())).await.unwrap();
-        assert_eq!(receipt.targets, 1);
-        door.looked_up.add_permits(1);
-        // What it says is handled when it is among all.
-        ada.say("hello all").await;
-        ada.hears(&["to the group", "welcome", "hello all"]).await;
-        let mut bob = door.visit(false).await;
-        assert_eq!(door.tell("only for Ada").await, 1);
-        door.looked_up.add_permits(1);
-        bob.say("hello Ada").await;
-        bob.hears(&["welcome", "hello Ada"]).await;
-        ada.hears(&["only for Ada", "hello Ada"]).await;
-    }
+async fn nothing_that_is_for_all_reaches_a_client_before_its_on_connected_has_returned() {
+    nothing_comes_early::<Doorman>().await;
+    nothing_comes_early::<OnRuntime<Doorman>>().await;
+}
+
+async fn nothing_comes_early<
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Doorman>,
+>() {
+    let mut door = Door::<H>::open().await;
+    let mut ada = door.connect(false).await;
+    assert_eq!(door.tell("a secret").await, 0);
+    // It is a member of what it has joined.
+    let receipt =
+        within_timeout(door.hub.to_group("early").deliver(&"to the group".to_owned())).await.unwrap();
+    assert_eq!(receipt.targets, 1);
+    door.looked_up.add_permits(1);
+    // What it says is handled when it is among all.
+    ada.send_text("hello all").await;
+    ada.recv_texts(&["to the group", "welcome", "hello all"]).await;
+    let mut bob = door.connect(false).await;
+    assert_eq!(door.tell("only for Ada").await, 1);
+    door.looked_up.add_permits(1);
+    bob.send_text("hello Ada").await;
+    bob.recv_texts(&["welcome", "hello Ada"]).await;
+    ada.recv_texts(&["only for Ada", "hello Ada"]).await;
 }
 
 #[tokio::test]
-async fn a_client_that_on_open_turns_away_hears_its_close_and_nothing_else() {
-    for run_on in [RunOn::Shard, RunOn::Runtime] {
-        let mut door = Door::open(run_on).await;
-        let eve = door.visit(true).await;
-        assert_eq!(door.tell("a secret").await, 0);
-        door.looked_up.add_permits(1);
-        let rest = tokio::spawn(eve.closed());
-        while !rest.is_finished() {
-            assert_eq!(door.tell("another secret").await, 0);
-            tokio::task::yield_now().await; // nobody is there, so nothing is waited for
-        }
-        assert_eq!(soon(rest).await.unwrap(), (4001, "not you".to_owned()));
+async fn a_client_that_on_connected_refuses_receives_its_close_and_nothing_else() {
+    a_refused_client_receives_its_close::<Doorman>().await;
+    a_refused_client_receives_its_close::<OnRuntime<Doorman>>().await;
+}
+
+async fn a_refused_client_receives_its_close<
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Doorman>,
+>() {
+    let mut door = Door::<H>::open().await;
+    let eve = door.connect(true).await;
+    assert_eq!(door.tell("a secret").await, 0);
+    door.looked_up.add_permits(1);
+    let rest = tokio::spawn(eve.closed());
+    while !rest.is_finished() {
+        assert_eq!(door.tell("another secret").await, 0);
+        tokio::task::yield_now().await; // nobody is there, so nothing is waited for
     }
+    assert_eq!(within_timeout(rest).await.unwrap(), (4001, "not you".to_owned()));
 }
 /// Tells all that it has come, on another thread, once it has been polled twice.
 struct Crier;
@@ -127,31 +141,37 @@ impl WsHub for Crier {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         tokio::task::yield_now().await;
         let clients = ctx.clients().clone();
-        let tell = move || clients.to_all().try_publish("somebody has come".to_owned()).unwrap();
+        let tell = move || clients.to_all().try_publish(&"somebody has come".to_owned()).unwrap();
         std::thread::spawn(tell).join().unwrap();
+        Ok(())
     }
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         ctx.broadcast(text).await;
     }
 }
 
 #[tokio::test]
-async fn what_on_open_has_others_tell_all_does_not_reach_its_own_client() {
-    for run_on in [RunOn::Shard, RunOn::Runtime] {
-        let hub = engine(1).hub::<Crier>(WsHubConfig { run_on, ..WsHubConfig::default() }).unwrap();
-        let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Crier);
-        let server = Server::start(Router::new().route("/ws", any(serve))).await;
-        let mut ada = Peer::connect(server.url("/ws")).await;
-        ada.say("hello").await;
-        ada.hears(&["hello"]).await;
-        let mut bob = Peer::connect(server.url("/ws")).await;
-        ada.hears(&["somebody has come"]).await;
-        bob.say("hello Ada").await;
-        bob.hears(&["hello Ada"]).await;
-        ada.hears(&["hello Ada"]).await;
-    }
+async fn what_on_connected_has_others_tell_all_does_not_reach_its_own_client() {
+    what_others_tell_all_is_not_received::<Crier>().await;
+    what_others_tell_all_is_not_received::<OnRuntime<Crier>>().await;
+}
+
+async fn what_others_tell_all_is_not_received<
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Crier>,
+>() {
+    let hub = engine(1).hub::<H>(WsHubConfig::default()).unwrap();
+    let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Crier);
+    let server = Server::start(Router::new().route("/ws", any(serve))).await;
+    let mut ada = Peer::connect(server.url("/ws")).await;
+    ada.send_text("hello").await;
+    ada.recv_texts(&["hello"]).await;
+    let mut bob = Peer::connect(server.url("/ws")).await;
+    ada.recv_texts(&["somebody has come"]).await;
+    bob.send_text("hello Ada").await;
+    bob.recv_texts(&["hello Ada"]).await;
+    ada.recv_texts(&["hello Ada"]).await;
 }

@@ -16,9 +16,12 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Path;
 use axum::routing::any;
-use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit, visit_amid};
+use fixture::{
+    CommandHub, OnRuntime, Peer, Server, command_app, connect, connect_amid, engine, eventually,
+    within_timeout,
+};
 use shardcast::{
-    CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, MessageContext, RawCodec, RunOn,
+    CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::io::AsyncWriteExt as _;
@@ -29,8 +32,8 @@ use tokio_tungstenite::tungstenite::Message;
 
 const SHARDS: usize = 3;
 
-fn desk(shards: usize) -> Hub<Desk> {
-    engine(shards).hub::<Desk>(WsHubConfig::default()).unwrap()
+fn command_hub(shards: usize) -> Hub<CommandHub> {
+    engine(shards).hub::<CommandHub>(WsHubConfig::default()).unwrap()
 }
 
 /// Reads in the background up to `last`, then leaves.
@@ -38,7 +41,7 @@ fn until(mut peer: Peer, last: &'static str) -> JoinHandle<Vec<String>> {
     tokio::spawn(async move {
         let mut heard = Vec::new();
         loop {
-            let text = peer.hear().await;
+            let text = peer.recv_text().await;
             if text == last {
                 break;
             }
@@ -58,13 +61,13 @@ fn is_subsequence(part: &[String], whole: &[String]) -> bool {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() {
     const EACH: usize = 150;
-    let hub = desk(SHARDS);
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = command_hub(SHARDS);
+    let server = Server::start(command_app(hub.clone())).await;
     let url = server.url("/ws");
     // Everybody is in "all"; a third each in "red", "blue" and both.
     let mut readers = Vec::new();
     for index in 0..18 {
-        let (peer, id) = visit(&url).await;
+        let (peer, id) = connect(&url).await;
         let groups = [vec!["red"], vec!["blue"], vec!["red", "blue"]][index % 3].clone();
         for group in &groups {
             hub.join(id, group).await.unwrap();
@@ -78,23 +81,23 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
         publishers.spawn(async move {
             for count in 0..EACH {
                 let text = |target| format!("task {publisher} {count} {target}");
-                soon(hub.to_all().publish(text("all"))).await.unwrap();
-                soon(hub.to_group("red").publish(text("red"))).await.unwrap();
-                soon(hub.to_groups(&["blue", "red"]).publish(text("both"))).await.unwrap();
+                within_timeout(hub.to_all().publish(&text("all"))).await.unwrap();
+                within_timeout(hub.to_group("red").publish(&text("red"))).await.unwrap();
+                within_timeout(hub.to_groups(&["blue", "red"]).publish(&text("both"))).await.unwrap();
             }
         });
     }
     for publisher in 0..4 {
-        let (mut peer, ..) = visit_amid(&url).await;
+        let (mut peer, ..) = connect_amid(&url).await;
         publishers.spawn(async move {
             for count in 0..EACH {
-                peer.say(format!("all handler {publisher} {count} all")).await;
-                peer.say(format!("group blue handler {publisher} {count} blue")).await;
+                peer.send_text(format!("all handler {publisher} {count} all")).await;
+                peer.send_text(format!("group blue handler {publisher} {count} blue")).await;
                 // Reads, so that it does not only write.
-                peer.hear().await;
+                peer.recv_text().await;
             }
-            peer.say("me finished").await;
-            while peer.hear().await != "finished" {}
+            peer.send_text("me finished").await;
+            while peer.recv_text().await != "finished" {}
             peer.leave().await;
         });
     }
@@ -103,15 +106,15 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
     for guest in 0..12 {
         let url = url.clone();
         guests.spawn(async move {
-            let (mut peer, _, mut heard) = visit_amid(&url).await;
+            let (mut peer, _, mut heard) = connect_amid(&url).await;
             for _ in 0..20 + 10 * guest {
-                heard.push(peer.hear().await);
+                heard.push(peer.recv_text().await);
             }
             heard.extend(peer.leave().await);
             heard
         });
     }
-    while let Some(guest) = soon(publishers.join_next()).await {
+    while let Some(guest) = within_timeout(publishers.join_next()).await {
         guest.unwrap();
     }
     // Guests that came late still wait for something to hear.
@@ -121,24 +124,24 @@ async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() 
         let filler = tokio::spawn(async move {
             let mut count = 0;
             while stopped.try_recv().is_err() {
-                hub.to_all().publish(format!("filler {count}")).await.unwrap();
+                hub.to_all().publish(&format!("filler {count}")).await.unwrap();
                 count += 1;
                 tokio::task::yield_now().await;
             }
         });
         let mut heard = Vec::new();
-        while let Some(guest) = soon(guests.join_next()).await {
+        while let Some(guest) = within_timeout(guests.join_next()).await {
             heard.push(guest.unwrap());
         }
         stop.send(()).unwrap();
-        soon(filler).await.unwrap();
+        within_timeout(filler).await.unwrap();
         heard
     };
-    hub.to_all().publish("done".to_owned()).await.unwrap();
+    hub.to_all().publish(&"done".to_owned()).await.unwrap();
 
     let mut by_groups: HashMap<Vec<&str>, Vec<String>> = HashMap::new();
     for (groups, reader) in readers {
-        let heard = soon(reader).await.unwrap();
+        let heard = within_timeout(reader).await.unwrap();
         let first = by_groups.entry(groups.clone()).or_insert_with(|| heard.clone());
         assert!(*first == heard, "two members of {groups:?} disagree");
     }
@@ -169,11 +172,12 @@ impl WsHub for Actor {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.unicast(ctx.connection_id().to_string()).await;
+        Ok(())
     }
 
-    async fn on_message(&self, name: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, name: String, ctx: HubContext<Self>) {
         ctx.broadcast(format!("{name} 1 all")).await;
         ctx.unicast(format!("{name} 2 me")).await;
         ctx.add_to_group("stage").await;
@@ -198,7 +202,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
     let mut audience = Vec::new();
     for _ in 0..6 {
-        let (peer, id) = visit(&server.url("/ws")).await;
+        let (peer, id) = connect(&server.url("/ws")).await;
         hub.join(id, "stage").await.unwrap();
         audience.push(until(peer, "done"));
     }
@@ -206,39 +210,39 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
     let mut on_stage = Vec::new();
     let mut acting = JoinSet::new();
     for actor in 0..5 {
-        let (mut peer, ..) = visit_amid(&server.url("/ws")).await;
+        let (mut peer, ..) = connect_amid(&server.url("/ws")).await;
         let name = format!("actor{actor}");
         for round in 0..ROUNDS {
             // Written before anything is read: small enough for the kernel.
-            peer.say(format!("{name} {round}")).await;
+            peer.send_text(format!("{name} {round}")).await;
         }
         on_stage.push((name, until(peer, "done")));
     }
     for puppet in 0..5 {
-        let (peer, id, _) = visit_amid(&server.url("/ws")).await;
+        let (peer, id, _) = connect_amid(&server.url("/ws")).await;
         let (hub, name) = (hub.clone(), format!("puppet{puppet}"));
         on_stage.push((name.clone(), until(peer, "done")));
         acting.spawn(async move {
             for round in 0..ROUNDS {
                 let name = format!("{name} {round}");
-                hub.to_all().publish(format!("{name} 1 all")).await.unwrap();
-                hub.to(id).publish(format!("{name} 2 me")).await.unwrap();
+                hub.to_all().publish(&format!("{name} 1 all")).await.unwrap();
+                hub.to(id).publish(&format!("{name} 2 me")).await.unwrap();
                 hub.join(id, "stage").await.unwrap();
-                hub.to_group("stage").publish(format!("{name} 3 stage")).await.unwrap();
-                hub.to(id).publish(format!("{name} 4 me")).await.unwrap();
-                hub.to_all().publish(format!("{name} 5 all")).await.unwrap();
+                hub.to_group("stage").publish(&format!("{name} 3 stage")).await.unwrap();
+                hub.to(id).publish(&format!("{name} 4 me")).await.unwrap();
+                hub.to_all().publish(&format!("{name} 5 all")).await.unwrap();
                 hub.leave(id, "stage").await.unwrap();
-                hub.to_group("stage").publish(format!("{name} 6 stage")).await.unwrap();
-                hub.to(id).publish(format!("{name} 7 me")).await.unwrap();
+                hub.to_group("stage").publish(&format!("{name} 6 stage")).await.unwrap();
+                hub.to(id).publish(&format!("{name} 7 me")).await.unwrap();
             }
         });
     }
-    while let Some(puppet) = soon(acting.join_next()).await {
+    while let Some(puppet) = within_timeout(acting.join_next()).await {
         puppet.unwrap();
     }
     // All actors' messages have been handled when their last deeds have been counted.
     eventually(5 * ROUNDS as u64, || engine.metrics().tally.received).await;
-    hub.to_all().publish("done".to_owned()).await.unwrap();
+    hub.to_all().publish(&"done".to_owned()).await.unwrap();
 
     let names: Vec<String> = on_stage.iter().map(|(name, _)| name.clone()).collect();
     let of = |heard: &[String], name: &str| -> Vec<String> {
@@ -251,13 +255,13 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
             .collect()
     };
     for member in audience {
-        let heard = soon(member).await.unwrap();
+        let heard = within_timeout(member).await.unwrap();
         for name in &names {
             assert_eq!(of(&heard, name), script(name, &["1 all", "3 stage", "5 all", "6 stage"]));
         }
     }
     for (name, reader) in on_stage {
-        let heard = soon(reader).await.unwrap();
+        let heard = within_timeout(reader).await.unwrap();
         // Itself sees what it did while a member, and not what came after it had left.
         let own = ["1 all", "2 me", "3 stage", "4 me", "5 all", "7 me"];
         assert_eq!(of(&heard, &name), script(&name, &own));
@@ -267,9 +271,9 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones_do_not() {
     const ROUNDS: usize = 200;
-    let hub = desk(SHARDS);
-    let server = Server::start(desk_app(hub.clone())).await;
-    let (other, other_id) = visit(&server.url("/ws")).await;
+    let hub = command_hub(SHARDS);
+    let server = Server::start(command_app(hub.clone())).await;
+    let (other, other_id) = connect(&server.url("/ws")).await;
     hub.join(other_id, "room").await.unwrap();
     let other = until(other, "done");
 
@@ -280,7 +284,7 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
         let (hub, stop) = (hub.clone(), stop.clone());
         noise.spawn(async move {
             while !stop.load(SeqCst) {
-                hub.to_group("room").publish("noise".to_owned()).await.unwrap();
+                hub.to_group("room").publish(&"noise".to_owned()).await.unwrap();
                 tokio::task::yield_now().await;
             }
         });
@@ -288,15 +292,15 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
     // The publisher is another task than the one that joins.
     let mut members = Vec::new();
     for member in 0..4 {
-        let (peer, id) = visit(&server.url("/ws")).await;
+        let (peer, id) = connect(&server.url("/ws")).await;
         members.push((member, until(peer, "done")));
         let hub = hub.clone();
         noise.spawn(async move {
             for round in 0..ROUNDS {
                 let elsewhere = async |when: &'static str| {
                     let (hub, text) = (hub.clone(), format!("{member} {round} {when}"));
-                    let publish = async move { hub.to_group("room").publish(text).await.unwrap() };
-                    soon(tokio::spawn(publish)).await.unwrap();
+                    let publish = async move { hub.to_group("room").publish(&text).await.unwrap() };
+                    within_timeout(tokio::spawn(publish)).await.unwrap();
                 };
                 elsewhere("before").await;
                 hub.join(id, "room").await.unwrap();
@@ -308,21 +312,21 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
     }
     let mut joiners_left = 4;
     while joiners_left > 0 {
-        soon(noise.join_next()).await.unwrap().unwrap();
+        within_timeout(noise.join_next()).await.unwrap().unwrap();
         joiners_left -= 1;
     }
     stop.store(true, SeqCst);
-    while let Some(noisy) = soon(noise.join_next()).await {
+    while let Some(noisy) = within_timeout(noise.join_next()).await {
         noisy.unwrap();
     }
-    hub.to_all().publish("done".to_owned()).await.unwrap();
+    hub.to_all().publish(&"done".to_owned()).await.unwrap();
     for (member, reader) in members {
-        let heard = soon(reader).await.unwrap();
+        let heard = within_timeout(reader).await.unwrap();
         let own: Vec<_> = heard.into_iter().filter(|text| text.starts_with(&format!("{member} "))).collect();
         let expected: Vec<_> = (0..ROUNDS).map(|round| format!("{member} {round} joined")).collect();
         assert_eq!(own, expected, "its own three publications: the one while it was a member, no other");
     }
-    let heard = soon(other).await.unwrap();
+    let heard = within_timeout(other).await.unwrap();
     assert_eq!(heard.iter().filter(|text| *text != "noise").count(), 4 * 3 * ROUNDS);
 }
 
@@ -331,11 +335,11 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
     // One shard, so that they share everything.
     let engine = engine(1);
     let config = WsHubConfig { outbox_frames: 8, outbox_bytes: 64 << 10, ..WsHubConfig::default() };
-    let hub = engine.hub::<Desk>(config).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
-    let (stalled, stalled_id) = visit(&server.url("/ws")).await;
-    let (mut ada, ada_id) = visit(&server.url("/ws")).await;
-    let (mut bob, bob_id) = visit(&server.url("/ws")).await;
+    let hub = engine.hub::<CommandHub>(config).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
+    let (stalled, stalled_id) = connect(&server.url("/ws")).await;
+    let (mut ada, ada_id) = connect(&server.url("/ws")).await;
+    let (mut bob, bob_id) = connect(&server.url("/ws")).await;
     for id in [ada_id, bob_id] {
         hub.join(id, "others").await.unwrap();
     }
@@ -345,42 +349,42 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
         let (hub, big) = (hub.clone(), big.clone());
         async move {
             loop {
-                hub.to(stalled_id).publish(big.clone()).await.unwrap();
+                hub.to(stalled_id).publish(&big.clone()).await.unwrap();
             }
         }
     };
     let waiting = tokio::spawn(publish);
-    let inspect = async || soon(hub.inspect(stalled_id)).await.unwrap().unwrap();
+    let inspect = async || within_timeout(hub.connection_metrics(stalled_id)).await.unwrap().unwrap();
     while inspect().await.tally.pending() < 3 {
         tokio::task::yield_now().await;
     }
     // A handler waits for it, too: that of Bob, who therefore is not read, but hears.
-    bob.say("all for everybody").await;
-    ada.hears(&["for everybody"]).await;
-    bob.hears(&["for everybody"]).await;
+    bob.send_text("all for everybody").await;
+    ada.recv_texts(&["for everybody"]).await;
+    bob.recv_texts(&["for everybody"]).await;
     for round in 0..200 {
         let text = format!("round {round}");
-        soon(hub.to_group("others").publish(text.clone())).await.unwrap();
-        ada.say(format!("me {text}, too")).await;
-        ada.hears(&[&text, &format!("{text}, too")]).await;
-        bob.hears(&[&text]).await;
+        within_timeout(hub.to_group("others").publish(&text.clone())).await.unwrap();
+        ada.send_text(format!("me {text}, too")).await;
+        ada.recv_texts(&[&text, &format!("{text}, too")]).await;
+        bob.recv_texts(&[&text]).await;
     }
     assert!(!waiting.is_finished());
     let metrics = inspect().await;
     assert!(metrics.tally.pending() >= 3 && metrics.tally.discarded == 0, "{metrics:?}");
     waiting.abort();
     // When it goes, Bob goes on.
-    bob.say("me free again").await;
+    bob.send_text("me free again").await;
     drop(stalled);
-    bob.hears(&["free again"]).await;
+    bob.recv_texts(&["free again"]).await;
     eventually(2, || hub.len()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_those_written_arrive() {
     let engine = engine(SHARDS);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub.clone())).await;
     let url = server.url("/ws");
 
     // Those who read to the end have received what was written to them.
@@ -389,59 +393,59 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
     for index in 0..12 {
         let (url, start) = (url.clone(), start.clone());
         polite.spawn(async move {
-            let (mut peer, id) = visit(&url).await;
+            let (mut peer, id) = connect(&url).await;
             let mut heard = 1; // its id
             // Nobody talks before all are there.
             start.wait().await;
             for round in 0..50 {
                 let own = format!("{index} {round}");
-                peer.say(format!("all {own}")).await;
+                peer.send_text(format!("all {own}")).await;
                 heard += 1;
-                while peer.hear().await != own {
+                while peer.recv_text().await != own {
                     heard += 1;
                 }
             }
             (id, heard, peer)
         });
     }
-    soon(start.wait()).await;
+    within_timeout(start.wait()).await;
     // Those who vanish have received a part.
     let mut rude = JoinSet::new();
     for _ in 0..8 {
         let url = url.clone();
         rude.spawn(async move {
-            let (mut peer, ..) = visit_amid(&url).await;
+            let (mut peer, ..) = connect_amid(&url).await;
             for _ in 0..5 {
-                peer.say("all hello and goodbye").await;
-                peer.hear().await;
+                peer.send_text("all hello and goodbye").await;
+                peer.recv_text().await;
             }
             // Without a word, and with something unread perhaps.
         });
     }
-    while let Some(one) = soon(rude.join_next()).await {
+    while let Some(one) = within_timeout(rude.join_next()).await {
         one.unwrap();
     }
     let mut stayers = Vec::new();
-    while let Some(one) = soon(polite.join_next()).await {
+    while let Some(one) = within_timeout(polite.join_next()).await {
         stayers.push(one.unwrap());
     }
     eventually(12, || hub.len()).await;
     // All has been published. Each one's own account agrees with what it has read, to the frame.
-    let receipt = soon(hub.to_all().send("last".to_owned())).await.unwrap();
+    let receipt = within_timeout(hub.to_all().deliver(&"last".to_owned())).await.unwrap();
     assert_eq!(receipt.targets, 12);
     let mut written_to_stayers = 0;
     for (id, mut heard, mut peer) in stayers {
-        while peer.hear().await != "last" {
+        while peer.recv_text().await != "last" {
             heard += 1;
         }
         heard += 1;
-        let metrics = soon(hub.inspect(id)).await.unwrap().unwrap();
+        let metrics = within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap();
         assert_eq!((metrics.tally.written, metrics.tally.offered), (heard, heard), "{metrics:?}");
         assert_eq!((metrics.tally.pending(), metrics.tally.discarded), (0, 0));
         assert_eq!(peer.leave().await, Vec::<String>::new());
         written_to_stayers += heard;
     }
-    eventually(0, || engine.connections()).await;
+    eventually(0, || engine.connection_count()).await;
     // A shard publishes its counters behind its turn, one after the other: they add up once it rests.
     eventually((20, 20, 0, 0, 0), || {
         let metrics = engine.metrics();
@@ -465,7 +469,7 @@ impl WsHub for Slow {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_message(&self, number: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, number: String, ctx: HubContext<Self>) {
         assert!(!self.busy.swap(true, SeqCst), "two calls at a time");
         let number: usize = number.parse().unwrap();
         match number % 7 {
@@ -480,10 +484,10 @@ impl WsHub for Slow {
     }
 }
 
-async fn one_connections_messages_are_handled_in_order(run_on: RunOn) {
+async fn one_connections_messages_are_handled_in_order<H: WsHub + From<Slow>>() {
     const MESSAGES: usize = 300;
     let engine = engine(2);
-    let hub = engine.hub::<Slow>(WsHubConfig { run_on, ..WsHubConfig::default() }).unwrap();
+    let hub = engine.hub::<H>(WsHubConfig::default()).unwrap();
     let serve = async move |ws: WebSocketUpgrade| {
         ws.serve(&hub, Slow { busy: AtomicBool::new(false), handled: Mutex::default() })
     };
@@ -494,15 +498,15 @@ async fn one_connections_messages_are_handled_in_order(run_on: RunOn) {
         clients.spawn(async move {
             let mut peer = Peer::connect(url).await;
             for number in 0..MESSAGES {
-                peer.say(number.to_string()).await;
+                peer.send_text(number.to_string()).await;
             }
             for number in 0..MESSAGES {
-                assert_eq!(peer.hear().await, number.to_string());
+                assert_eq!(peer.recv_text().await, number.to_string());
             }
             assert_eq!(peer.leave().await, Vec::<String>::new());
         });
     }
-    while let Some(client) = soon(clients.join_next()).await {
+    while let Some(client) = within_timeout(clients.join_next()).await {
         client.unwrap();
     }
     eventually(12, || engine.metrics().ended).await;
@@ -511,12 +515,12 @@ async fn one_connections_messages_are_handled_in_order(run_on: RunOn) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_7_messages_are_handled_one_after_the_other_on_the_shard() {
-    one_connections_messages_are_handled_in_order(RunOn::Shard).await;
+    one_connections_messages_are_handled_in_order::<Slow>().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_7_messages_are_handled_one_after_the_other_on_the_runtime() {
-    one_connections_messages_are_handled_in_order(RunOn::Runtime).await;
+    one_connections_messages_are_handled_in_order::<OnRuntime<Slow>>().await;
 }
 
 /// Handles a message for each permit.
@@ -529,7 +533,7 @@ impl WsHub for Gate {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
-    async fn on_message(&self, _: String, _: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, _: String, _: HubContext<Self>) {
         self.permits.acquire().await.unwrap().forget();
         self.handled.fetch_add(1, SeqCst);
     }
@@ -554,7 +558,7 @@ async fn promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it()
         tokio::spawn(async move {
             let text = "x".repeat(BYTES);
             for _ in 0..MESSAGES {
-                peer.say(text.as_str()).await;
+                peer.send_text(text.as_str()).await;
                 sent.fetch_add(1, SeqCst);
             }
             peer
@@ -573,7 +577,7 @@ async fn promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it()
     // One is with the handler, the others are not read.
     eventually(1, || engine.metrics().tally.received).await;
     permits.add_permits(MESSAGES);
-    let peer = soon(sending).await.unwrap();
+    let peer = within_timeout(sending).await.unwrap();
     eventually(MESSAGES, || handled.load(SeqCst)).await;
     peer.leave().await;
 }
@@ -588,13 +592,14 @@ impl WsHub for Mortal {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.add_to_group("mortals").await;
         ctx.add_to_group(&format!("alone {}", ctx.id())).await;
         ctx.unicast(ctx.id().to_string()).await;
+        Ok(())
     }
 
-    async fn on_message(&self, text: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
         match text.as_str() {
             "panic" => panic!("told to"),
             "end" => ctx.disconnect(CloseCode(4000), "asked for").await,
@@ -629,7 +634,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
         let (hub, stop) = (hub.clone(), stop.clone());
         tokio::spawn(async move {
             while !stop.load(SeqCst) {
-                hub.to_group("mortals").publish("on its way".to_owned()).await.unwrap();
+                hub.to_group("mortals").publish(&"on its way".to_owned()).await.unwrap();
                 tokio::task::yield_now().await;
             }
         })
@@ -641,15 +646,15 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
             let mut peer = Peer::connect(url).await;
             // Being in the group comes first, so others' messages may come before it.
             let id: ConnectionId = loop {
-                if let Ok(id) = peer.hear().await.parse() {
+                if let Ok(id) = peer.recv_text().await.parse() {
                     break id;
                 }
             };
-            peer.say("hello").await;
-            while peer.hear().await != "hello" {}
+            peer.send_text("hello").await;
+            while peer.recv_text().await != "hello" {}
             let code = match way {
                 "goodbye" => {
-                    peer.say_close(4123).await;
+                    peer.send_close(4123).await;
                     peer.rest().await.1
                 }
                 "vanish" => {
@@ -657,7 +662,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
                     None
                 }
                 "panic" | "end" => {
-                    peer.say(way).await;
+                    peer.send_text(way).await;
                     peer.rest().await.1
                 }
                 "outside" => {
@@ -671,11 +676,11 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
                 }
                 "protocol" => {
                     // An unmasked frame, past tungstenite.
-                    soon(peer.socket.get_mut().write_all(b"\x81\x01x")).await.unwrap();
+                    within_timeout(peer.socket.get_mut().write_all(b"\x81\x01x")).await.unwrap();
                     peer.rest().await.1
                 }
                 "busy" => {
-                    peer.say("sleep").await;
+                    peer.send_text("sleep").await;
                     peer.send(Message::text("unheard")).await;
                     drop(peer);
                     None
@@ -687,10 +692,10 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
     }
     let mut told = HashMap::new();
     for _ in 0..WAYS.len() * EACH {
-        let (id, reason) = soon(ended.recv()).await.unwrap();
+        let (id, reason) = within_timeout(ended.recv()).await.unwrap();
         assert!(told.insert(id, reason).is_none(), "{id} ended twice");
     }
-    while let Some(life) = soon(lives.join_next()).await {
+    while let Some(life) = within_timeout(lives.join_next()).await {
         let (way, id, code) = life.unwrap();
         let reason = told.remove(&id).unwrap();
         let (expected_code, is_expected) = match way {
@@ -710,8 +715,8 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
         assert_eq!(code, expected_code, "{way}");
     }
     stop.store(true, SeqCst);
-    soon(publishing).await.unwrap();
-    eventually((0, 0, 0), || (hub.len(), hub.groups(), engine.connections())).await;
+    within_timeout(publishing).await.unwrap();
+    eventually((0, 0, 0), || (hub.len(), hub.group_count(), engine.connection_count())).await;
     let all = (WAYS.len() * EACH) as u64;
     eventually((all, all, 0, 6, 6, 0), || {
         let metrics = engine.metrics();

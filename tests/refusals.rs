@@ -17,10 +17,10 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
-use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon, visit};
+use fixture::{CommandHub, Peer, Server, command_app, connect, engine, eventually, within_timeout};
 use shardcast::{
-    Engine, EngineConfig, Hub, MessageContext, RawCodec, ServeError, TrustedProxies, WebSocketUpgrade, WsHub,
-    WsHubConfig, serve_hub,
+    Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, Serve, ServeError, TrustedProxies,
+    WebSocketUpgrade, WsHub, WsHubConfig, serve_hub,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -34,16 +34,17 @@ impl WsHub for Announcer {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.broadcast("somebody has come".to_owned()).await;
+        Ok(())
     }
 
-    async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, message: String, ctx: HubContext<Self>) {
         ctx.unicast(message).await;
     }
 }
 
-async fn announce(ws: WebSocketUpgrade, State(hub): State<Hub<Announcer>>) -> Response {
+async fn announce(ws: WebSocketUpgrade, State(hub): State<Hub<Announcer>>) -> Serve<Announcer> {
     ws.serve(&hub, Announcer)
 }
 
@@ -61,14 +62,14 @@ fn handshake(path: &str, connection: &str, more: &str) -> Vec<u8> {
 
 /// Gives back the head of the response.
 async fn shake_hands(stream: &mut TcpStream, path: &str, more: &str) -> String {
-    soon(stream.write_all(&handshake(path, "Upgrade", more))).await.unwrap();
+    within_timeout(stream.write_all(&handshake(path, "Upgrade", more))).await.unwrap();
     head(stream).await
 }
 
 async fn head(stream: &mut TcpStream) -> String {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
-        head.push(soon(stream.read_u8()).await.unwrap());
+        head.push(within_timeout(stream.read_u8()).await.unwrap());
     }
     String::from_utf8(head).unwrap()
 }
@@ -133,8 +134,8 @@ async fn a_client_refused_by_a_middleware_never_enters_the_hub() {
     let engine = limited(EngineConfig::default());
     let server = Server::start(announcers(engine.hub(WsHubConfig::default()).unwrap())).await;
     let mut neighbour = Peer::connect(server.url("/ws")).await;
-    neighbour.say("there").await;
-    neighbour.hears(&["there"]).await;
+    neighbour.send_text("there").await;
+    neighbour.recv_texts(&["there"]).await;
     for path in REFUSING {
         for connection in ["Upgrade", "close, Upgrade"] {
             for ends_at_once in [false, true] {
@@ -150,13 +151,13 @@ async fn a_client_refused_by_a_middleware_never_enters_the_hub() {
                 let head = head(&mut client).await;
                 assert!(head.starts_with("HTTP/1.1 403 "), "{path}: {head}");
                 let _ = client.shutdown().await; // the server may have been first
-                let _ = soon(client.read_to_end(&mut Vec::new())).await;
+                let _ = within_timeout(client.read_to_end(&mut Vec::new())).await;
             }
         }
     }
-    eventually(1, || engine.connections()).await;
-    neighbour.say("nobody").await;
-    neighbour.hears(&["nobody"]).await;
+    eventually(1, || engine.connection_count()).await;
+    neighbour.send_text("nobody").await;
+    neighbour.recv_texts(&["nobody"]).await;
 }
 
 #[tokio::test]
@@ -170,11 +171,11 @@ async fn a_refused_client_gives_its_place_back_at_once_however_long_it_stays() {
         let head = shake_hands(&mut client, path, "").await;
         assert!(head.starts_with("HTTP/1.1 403 "), "{path}: {head}");
         staying.push(client);
-        eventually(0, || engine.connections()).await;
+        eventually(0, || engine.connection_count()).await;
     }
     let mut good = Peer::connect(server.url("/ws")).await;
-    good.say("there").await;
-    good.hears(&["there"]).await;
+    good.send_text("there").await;
+    good.recv_texts(&["there"]).await;
 }
 
 #[tokio::test]
@@ -186,15 +187,15 @@ async fn a_connection_goes_on_with_requests_and_handshakes_after_a_refused_one()
     let mut client = TcpStream::connect(server.address).await.unwrap();
     for _ in 0..3 {
         assert!(shake_hands(&mut client, "/replaced", "").await.starts_with("HTTP/1.1 403 "));
-        eventually(0, || engine.connections()).await;
+        eventually(0, || engine.connection_count()).await;
         client.write_all(b"GET /page HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
         assert!(head(&mut client).await.starts_with("HTTP/1.1 200 "));
         client.read_exact(&mut [0; 4]).await.unwrap();
     }
     assert!(shake_hands(&mut client, "/ws", "").await.starts_with("HTTP/1.1 101 "));
-    eventually(1, || engine.connections()).await;
+    eventually(1, || engine.connection_count()).await;
     drop(client);
-    eventually(0, || engine.connections()).await;
+    eventually(0, || engine.connection_count()).await;
 }
 
 #[tokio::test]
@@ -214,10 +215,10 @@ async fn an_answer_that_nobody_waits_for_any_more_holds_no_place() {
     let server = Server::start(app.layer(hold)).await;
     let mut client = TcpStream::connect(server.address).await.unwrap();
     client.write_all(&handshake("/ws", "Upgrade", "")).await.unwrap();
-    soon(waits.recv()).await.unwrap();
-    assert_eq!(engine.connections(), 1);
+    within_timeout(waits.recv()).await.unwrap();
+    assert_eq!(engine.connection_count(), 1);
     drop(client);
-    eventually(0, || engine.connections()).await;
+    eventually(0, || engine.connection_count()).await;
 }
 
 /// A body in another that says nothing of itself, as a compressing middleware makes it.
@@ -248,8 +249,8 @@ async fn compressed(response: Response) -> Response {
 
 #[tokio::test]
 async fn a_middleware_that_touches_head_or_body_of_a_101_does_not_cost_the_connection() {
-    let hub = engine(1).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let plain = || desk_app(hub.clone());
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let plain = || command_app(hub.clone());
     let apps = [
         ("wrapped", plain().layer(map_response(async |response: Response| response.map(Body::new)))),
         ("buffered", plain().layer(map_response(buffered))),
@@ -279,7 +280,8 @@ async fn a_middleware_that_touches_head_or_body_of_a_101_does_not_cost_the_conne
     for (name, app) in apps {
         let server = Server::start(app).await;
         let headers = [("accept-encoding", "gzip, br")];
-        let (mut peer, response) = soon(Peer::try_connect(server.url("/ws"), &headers)).await.unwrap();
+        let (mut peer, response) =
+            within_timeout(Peer::try_connect(server.url("/ws"), &headers)).await.unwrap();
         assert_ne!(
             response.headers().get(header::CONTENT_ENCODING),
             Some(&HeaderValue::from_static("gzip")),
@@ -287,21 +289,24 @@ async fn a_middleware_that_touches_head_or_body_of_a_101_does_not_cost_the_conne
         );
         assert!(!response.headers().contains_key(header::CONTENT_LENGTH), "{name}");
         assert!(!response.headers().contains_key(header::TRANSFER_ENCODING), "{name}");
-        peer.hear().await; // its id
-        peer.say("hello").await;
-        peer.hears(&["hello"]).await;
+        peer.recv_text().await; // its id
+        peer.send_text("hello").await;
+        peer.recv_texts(&["hello"]).await;
         peer.leave().await;
     }
     eventually(0, || hub.len()).await;
 }
 
 /// A route that hands over what the handshake has left, and tells what became of that.
-fn by_hand(hub: Hub<Desk>, may_go_on: watch::Receiver<bool>) -> (Router, mpsc::UnboundedReceiver<Outcome>) {
+fn by_hand(
+    hub: Hub<CommandHub>,
+    may_go_on: watch::Receiver<bool>,
+) -> (Router, mpsc::UnboundedReceiver<Outcome>) {
     let (outcomes, outcome) = mpsc::unbounded_channel();
     let serve = async move |ws: WebSocketUpgrade| {
         ws.on_upgrade(async move |socket| {
             may_go_on.clone().wait_for(|may| *may).await.unwrap();
-            outcomes.send(hub.serve(socket, Desk).await).unwrap();
+            outcomes.send(hub.serve(socket, CommandHub).await).unwrap();
         })
     };
     (Router::new().route("/ws", any(serve)), outcome)
@@ -315,19 +320,19 @@ async fn a_client_without_a_place_after_its_handshake_is_told_to_come_back_later
     let (_go, may_go_on) = watch::channel(true);
     let (app, mut outcome) = by_hand(engine.hub(WsHubConfig::default()).unwrap(), may_go_on);
     let server = Server::start(app).await;
-    let (_first, _) = visit(&server.url("/ws")).await;
-    soon(outcome.recv()).await.unwrap().unwrap();
+    let (_first, _) = connect(&server.url("/ws")).await;
+    within_timeout(outcome.recv()).await.unwrap().unwrap();
     let mut second = Peer::connect(server.url("/ws")).await;
-    second.say("what it says does not destroy what it is told").await;
+    second.send_text("what it says does not destroy what it is told").await;
     assert_eq!(second.closed().await.0, 1013);
-    assert!(matches!(soon(outcome.recv()).await, Some(Err(ServeError::Full))));
-    assert_eq!(engine.connections(), 1);
+    assert!(matches!(within_timeout(outcome.recv()).await, Some(Err(ServeError::Full))));
+    assert_eq!(engine.connection_count(), 1);
 }
 
 #[tokio::test]
 async fn a_client_whose_handshake_ends_in_a_shutdown_is_told_that_the_server_goes() {
     let engine = limited(EngineConfig::default());
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let (go, may_go_on) = watch::channel(false);
     let (app, mut outcome) = by_hand(hub.clone(), may_go_on.clone());
     // And one that has its place, but whose answer comes late.
@@ -340,19 +345,19 @@ async fn a_client_whose_handshake_ends_in_a_shutdown_is_told_that_the_server_goe
             response
         }
     });
-    let server = Server::start(app.nest("/late", desk_app(hub).layer(hold))).await;
+    let server = Server::start(app.nest("/late", command_app(hub).layer(hold))).await;
     let by_hand = Peer::connect(server.url("/ws")).await;
     let late = tokio::spawn(Peer::connect(server.url("/late/ws")));
-    soon(is_held.recv()).await.unwrap();
+    within_timeout(is_held.recv()).await.unwrap();
     let shutdown = tokio::spawn({
         let engine = engine.clone();
         async move { engine.shutdown(std::time::Duration::from_millis(100)).await }
     });
-    soon(shutdown).await.unwrap();
+    within_timeout(shutdown).await.unwrap();
     go.send(true).unwrap();
     assert_eq!(by_hand.closed().await.0, 1001);
-    assert_eq!(soon(late).await.unwrap().closed().await.0, 1001);
-    assert!(matches!(soon(outcome.recv()).await, Some(Err(ServeError::Stopping))));
+    assert_eq!(within_timeout(late).await.unwrap().closed().await.0, 1001);
+    assert!(matches!(within_timeout(outcome.recv()).await, Some(Err(ServeError::Stopping))));
 }
 
 #[tokio::test]
@@ -369,7 +374,7 @@ async fn a_websocket_that_an_application_drops_or_cannot_serve_ends_with_a_close
         .route(
             "/bad-config",
             any(async move |ws: WebSocketUpgrade| {
-                ws.on_upgrade(async move |socket| serve_hub(socket, Desk, &bad).await)
+                ws.on_upgrade(async move |socket| serve_hub(socket, CommandHub, &bad).await)
             }),
         );
     let server = Server::start(app).await;
@@ -416,15 +421,15 @@ async fn a_limit_by_address_that_sees_no_address_says_so_once_and_holds_all_the_
     let (_guard, logged) = logged();
     let engine = by_address(1);
     // As the README's shortest program does it, without connect info.
-    let server = Server::start(desk_app(engine.hub(WsHubConfig::default()).unwrap())).await;
-    let (first, _) = visit(&server.url("/ws")).await;
+    let server = Server::start(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    let (first, _) = connect(&server.url("/ws")).await;
     for _ in 0..3 {
         assert_eq!(Peer::connect(server.url("/ws")).await.closed().await.0, 1013);
     }
     assert_eq!(logged("into_make_service_with_connect_info"), 1, "once, with what to write instead");
     first.leave().await;
-    eventually(0, || engine.connections()).await;
-    visit(&server.url("/ws")).await;
+    eventually(0, || engine.connection_count()).await;
+    connect(&server.url("/ws")).await;
 }
 
 #[tokio::test]
@@ -435,14 +440,15 @@ async fn a_limit_by_address_sees_through_trusted_proxies_and_through_nobody_else
         ("127.0.0.0/8", "forwarded", false), // not what these proxies write
     ] {
         let engine = by_address(1);
-        let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+        let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
         let proxies = TrustedProxies::x_forwarded_for([trusted]).unwrap();
-        let serve =
-            async move |ws: WebSocketUpgrade| ws.trusted_proxies(&proxies).serve(&hub, Desk).into_response();
+        let serve = async move |ws: WebSocketUpgrade| {
+            ws.trusted_proxies(&proxies).serve(&hub, CommandHub).into_response()
+        };
         let server = Server::start_with_addresses(Router::new().route("/ws", any(serve))).await;
         let connect = async |client: &str| {
             let value = if header == "forwarded" { format!("for={client}") } else { client.to_owned() };
-            soon(Peer::try_connect(server.url("/ws"), &[(header, &value)])).await
+            within_timeout(Peer::try_connect(server.url("/ws"), &[(header, &value)])).await
         };
         let _first = connect("198.51.100.1").await.unwrap();
         assert!(connect("198.51.100.1").await.is_err(), "{trusted} {header}");
@@ -475,8 +481,8 @@ async fn an_application_learns_the_client_s_address_before_and_after_the_handsha
         (&blind, &[behind], None, ip("2001:db8::1")),
         (&blind, &[behind, told], ip("203.0.113.5"), ip("203.0.113.5")),
     ] {
-        let _peer = soon(Peer::try_connect(server.url("/ws"), headers)).await.unwrap();
-        assert_eq!(soon(was_seen.recv()).await.unwrap(), (before, after), "{headers:?}");
+        let _peer = within_timeout(Peer::try_connect(server.url("/ws"), headers)).await.unwrap();
+        assert_eq!(within_timeout(was_seen.recv()).await.unwrap(), (before, after), "{headers:?}");
     }
 }
 
@@ -484,7 +490,7 @@ async fn an_application_learns_the_client_s_address_before_and_after_the_handsha
 
 /// Shakes hands until the log has the line: there is one in a second for all tests of this process.
 async fn logs(address: SocketAddr, path: &str, more: &str, logged: impl Fn(&str) -> usize, line: &str) {
-    soon(async {
+    within_timeout(async {
         while logged(line) == 0 {
             let mut client = TcpStream::connect(address).await.unwrap();
             shake_hands(&mut client, path, more).await;

@@ -15,7 +15,7 @@ mod fixture;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use fixture::{Desk, Peer, Server, desk_app, engine, soon, visit};
+use fixture::{CommandHub, Peer, Server, command_app, connect, engine, within_timeout};
 use shardcast::{WsHub, WsHubConfig};
 use tokio::sync::mpsc;
 
@@ -84,12 +84,12 @@ async fn the_hello_hub_broadcasts_to_every_client() {
     }
     // A connection counts from its adoption, which its own echo proves; the others may see it, too.
     for (index, peer) in peers.iter_mut().enumerate() {
-        peer.say(format!(r#"{{"text":"I am {index}"}}"#)).await;
-        while peer.hear().await != format!(r#"{{"Ok":"I am {index}"}}"#) {}
+        peer.send_text(format!(r#"{{"text":"I am {index}"}}"#)).await;
+        while peer.recv_text().await != format!(r#"{{"Ok":"I am {index}"}}"#) {}
     }
-    peers[1].say(r#"{"text":"hello, \"world\""}"#).await;
+    peers[1].send_text(r#"{"text":"hello, \"world\""}"#).await;
     for peer in &mut peers {
-        while peer.hear().await != r#"{"Ok":"hello, \"world\""}"# {}
+        while peer.recv_text().await != r#"{"Ok":"hello, \"world\""}"# {}
     }
 }
 
@@ -166,12 +166,12 @@ async fn what_the_extractors_found_reaches_the_hub_of_its_own_connection() {
     let server = Server::start(hello_router().with_state(AppState { greeting: "dear" })).await;
     let mut ada = Peer::connect(server.url("/ws?name=Ada")).await;
     let mut bob = Peer::connect(server.url("/ws?name=Bob")).await;
-    ada.say(r#""one""#).await;
-    bob.say(r#""two""#).await;
-    ada.hears(&[r#""dear Ada: one""#]).await;
-    bob.hears(&[r#""dear Bob: two""#]).await;
+    ada.send_text(r#""one""#).await;
+    bob.send_text(r#""two""#).await;
+    ada.recv_texts(&[r#""dear Ada: one""#]).await;
+    bob.recv_texts(&[r#""dear Bob: two""#]).await;
     // What axum's extractors refuse never becomes a socket.
-    let refused = soon(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
+    let refused = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
     assert!(refused.to_string().contains("400"), "{refused}");
 }
 
@@ -231,10 +231,10 @@ async fn hub_and_client_talk_in_postcard_after_a_change_of_one_type() {
         .build();
     let (sender, mut replies) = mpsc::unbounded_channel();
     client.on_message(move |reply: HelloReply| sender.send(reply).unwrap());
-    soon(client.connect()).await.unwrap();
+    within_timeout(client.connect()).await.unwrap();
     client.send(HelloMessage { text: "hello".into() }).unwrap();
-    assert_eq!(soon(replies.recv()).await, Some(HelloReply::Ok("hello".into())));
-    soon(client.disconnect()).await;
+    assert_eq!(within_timeout(replies.recv()).await, Some(HelloReply::Ok("hello".into())));
+    within_timeout(client.disconnect()).await;
 }
 
 /// "Broadcast, unicast, groups - flexible targeting".
@@ -243,7 +243,7 @@ mod targeting {
     // added
     use axum::{Router, extract::Query, routing::get};
     use serde::{Deserialize, Serialize};
-    use shardcast::{JsonCodec, MessageContext, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
+    use shardcast::{JsonCodec, MessageContext, Refusal, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
 
     // added
     #[derive(Deserialize)]
@@ -271,11 +271,15 @@ mod targeting {
         type OutMessage = MyReply;
 
         // added: members for the groups that the method below sends to
-        async fn on_open(&self, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
+        async fn on_connected(
+            &self,
+            ctx: MessageContext<Self::OutMessage, Self::Codec>,
+        ) -> Result<(), Refusal> {
             for room in self.rooms.split(',') {
                 ctx.add_to_group(room).await;
             }
             ctx.unicast(MyReply::Here).await;
+            Ok(())
         }
 
         async fn on_message(&self, msg: Self::InMessage, ctx: MessageContext<Self::OutMessage, Self::Codec>) {
@@ -319,20 +323,20 @@ async fn every_call_of_the_context_reaches_whom_it_names_and_nobody_twice() {
     let server = Server::start(targeting::router()).await;
     let here = r#""Here""#;
     let mut sender = Peer::connect(server.url("/ws?rooms=room-1,room-3")).await;
-    sender.hears(&[here]).await;
+    sender.recv_texts(&[here]).await;
     let mut in_both = Peer::connect(server.url("/ws?rooms=room-1,room-2")).await;
-    in_both.hears(&[here]).await;
+    in_both.recv_texts(&[here]).await;
     let mut in_none = Peer::connect(server.url("/ws?rooms=room-3")).await;
-    in_none.hears(&[here]).await;
+    in_none.recv_texts(&[here]).await;
     for text in ["one", "two"] {
-        sender.say(format!(r#"{{"text":"{text}"}}"#)).await;
+        sender.send_text(format!(r#"{{"text":"{text}"}}"#)).await;
     }
     let (one, two) = (r#"{"Ok":"one"}"#, r#"{"Ok":"two"}"#);
     // All, the sender, all but two ids that nobody has; out of room-1 by then, though a member before.
-    sender.hears(&[one, one, one, two, two, two]).await;
+    sender.recv_texts(&[one, one, one, two, two, two]).await;
     // All, all, room-1, room-1, and both rooms once.
-    in_both.hears(&[one, one, one, one, one, two, two, two, two, two]).await;
-    in_none.hears(&[one, one, two, two]).await;
+    in_both.recv_texts(&[one, one, one, one, one, two, two, two, two, two]).await;
+    in_none.recv_texts(&[one, one, two, two]).await;
     for peer in [sender, in_both, in_none] {
         assert_eq!(peer.leave().await, Vec::<String>::new(), "no more than that");
     }
@@ -340,44 +344,44 @@ async fn every_call_of_the_context_reaches_whom_it_names_and_nobody_twice() {
 
 #[tokio::test]
 async fn ids_leave_out_those_who_bear_them_and_groups_reach_their_members_once() {
-    let hub = engine(2).hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = Server::start(desk_app(hub)).await;
+    let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start(command_app(hub)).await;
     let url = server.url("/ws");
     let ((mut ada, ada_id), (mut bob, bob_id), (mut cyd, _)) =
-        (visit(&url).await, visit(&url).await, visit(&url).await);
+        (connect(&url).await, connect(&url).await, connect(&url).await);
 
-    ada.say(format!("except {ada_id} but Ada")).await;
-    ada.say(format!("except {ada_id},{bob_id} but two")).await;
-    ada.say(format!("except {ada_id},nobody,{ada_id} but Ada again")).await;
-    ada.say("all all").await;
-    ada.hears(&["all"]).await;
-    bob.hears(&["but Ada", "but Ada again", "all"]).await;
-    cyd.hears(&["but Ada", "but two", "but Ada again", "all"]).await;
+    ada.send_text(format!("except {ada_id} but Ada")).await;
+    ada.send_text(format!("except {ada_id},{bob_id} but two")).await;
+    ada.send_text(format!("except {ada_id},nobody,{ada_id} but Ada again")).await;
+    ada.send_text("all all").await;
+    ada.recv_texts(&["all"]).await;
+    bob.recv_texts(&["but Ada", "but Ada again", "all"]).await;
+    cyd.recv_texts(&["but Ada", "but two", "but Ada again", "all"]).await;
 
     for peer in [&mut bob, &mut cyd] {
-        peer.say("join red").await;
-        peer.say("join red").await;
-        peer.say("me joined").await;
-        peer.hears(&["joined"]).await;
+        peer.send_text("join red").await;
+        peer.send_text("join red").await;
+        peer.send_text("me joined").await;
+        peer.recv_texts(&["joined"]).await;
     }
-    cyd.say("join blue").await;
-    cyd.say("me joined").await;
-    cyd.hears(&["joined"]).await;
+    cyd.send_text("join blue").await;
+    cyd.send_text("me joined").await;
+    cyd.recv_texts(&["joined"]).await;
 
-    ada.say("group red to red").await;
-    ada.say(format!("group-except red {bob_id} to red but Bob")).await;
-    ada.say("groups red,blue,nowhere,red to both").await;
-    ada.say("group nowhere to nobody").await;
-    ada.say("all done").await;
-    ada.hears(&["done"]).await;
-    bob.hears(&["to red", "to both", "done"]).await;
-    cyd.hears(&["to red", "to red but Bob", "to both", "done"]).await;
+    ada.send_text("group red to red").await;
+    ada.send_text(format!("group-except red {bob_id} to red but Bob")).await;
+    ada.send_text("groups red,blue,nowhere,red to both").await;
+    ada.send_text("group nowhere to nobody").await;
+    ada.send_text("all done").await;
+    ada.recv_texts(&["done"]).await;
+    bob.recv_texts(&["to red", "to both", "done"]).await;
+    cyd.recv_texts(&["to red", "to red but Bob", "to both", "done"]).await;
 
-    cyd.say("leave red").await;
-    cyd.say("group red without Cyd").await;
-    cyd.say("groups red,blue still blue").await;
-    cyd.hears(&["still blue"]).await;
-    bob.hears(&["without Cyd", "still blue"]).await;
+    cyd.send_text("leave red").await;
+    cyd.send_text("group red without Cyd").await;
+    cyd.send_text("groups red,blue still blue").await;
+    cyd.recv_texts(&["still blue"]).await;
+    bob.recv_texts(&["without Cyd", "still blue"]).await;
 }
 
 /// "Broadcast delivery policies".
@@ -422,7 +426,7 @@ mod policies {
 fn every_policy_of_the_readme_makes_a_hub() {
     for config in policies::configs() {
         assert_eq!(config.validate(), Ok(()));
-        assert!(engine(1).hub::<Desk>(config).is_ok());
+        assert!(engine(1).hub::<CommandHub>(config).is_ok());
     }
 }
 
@@ -516,7 +520,7 @@ async fn the_hooks_are_called_once_each_and_name_the_same_connection() {
     // For all threads, as the hooks run on shards.
     tracing_subscriber::fmt().with_ansi(false).with_writer(move || Log(sender.clone())).init();
     let mut line_with = async |prefix: &str| loop {
-        let line = soon(lines.recv()).await.unwrap();
+        let line = within_timeout(lines.recv()).await.unwrap();
         if let Some((_, id)) = line.split_once(prefix) {
             return id.trim().to_owned();
         }
@@ -527,8 +531,8 @@ async fn the_hooks_are_called_once_each_and_name_the_same_connection() {
         let mut peer = Peer::connect(server.url("/ws")).await;
         let id = line_with("new connection: ").await;
         assert!(id.parse::<shardcast::ConnectionId>().is_ok(), "{id}");
-        peer.say(format!(r#"{{"text":"{text}"}}"#)).await;
-        peer.hears(&[&format!(r#"{{"Ok":"{text}"}}"#)]).await;
+        peer.send_text(format!(r#"{{"text":"{text}"}}"#)).await;
+        peer.recv_texts(&[&format!(r#"{{"Ok":"{text}"}}"#)]).await;
         peer.leave().await;
         assert_eq!(line_with("disconnected: ").await, id);
     }
@@ -634,14 +638,14 @@ mod client {
         });
         let server = Server::start(axum::Router::new().route("/ws", route)).await;
         let mut listener = Peer::connect(server.url("/ws")).await;
-        listener.say(r#"{"text":"listening"}"#).await;
-        listener.hears(&[r#"{"Ok":"listening"}"#]).await;
+        listener.send_text(r#"{"text":"listening"}"#).await;
+        listener.recv_texts(&[r#"{"Ok":"listening"}"#]).await;
 
         URL.set(server.url("/ws")).unwrap();
         let run = || to_the_test::main().map_err(|error| error.to_string());
-        soon(tokio::task::spawn_blocking(run)).await.unwrap().unwrap();
-        listener.hears(&[r#"{"Ok":"hello"}"#]).await;
+        within_timeout(tokio::task::spawn_blocking(run)).await.unwrap().unwrap();
+        listener.recv_texts(&[r#"{"Ok":"hello"}"#]).await;
         let polite = CloseReason::Peer { code: Some(CloseCode::NORMAL), text: "".into() };
-        assert_eq!(soon(ended.recv()).await, Some(polite));
+        assert_eq!(within_timeout(ended.recv()).await, Some(polite));
     }
 }

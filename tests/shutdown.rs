@@ -11,15 +11,15 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::routing::any;
-use fixture::office::{Office, number_of, numbered};
+use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::program::{Running, fanout};
 use fixture::raw::Raw;
-use fixture::{Desk, Peer, desk_app, engine, eventually, soon, visit};
+use fixture::{CommandHub, Peer, command_app, connect, engine, eventually, within_timeout};
 use futures_util::{SinkExt as _, poll};
 use serde_json::{Value, json};
 use shardcast::{
-    CloseCode, CloseReason, EngineState, MessageContext, RawCodec, RunOn, SendError, Shutdown,
-    ShutdownReport, TrySendError, WebSocketUpgrade, WsHub, WsHubConfig,
+    CloseCode, CloseReason, EngineState, HubContext, PublishError, RawCodec, RunOn, Shutdown, ShutdownReport,
+    TryPublishError, WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -60,31 +60,31 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     const CLIENTS: usize = 12;
     const PUBLISHERS: usize = 3;
     const EACH: usize = 500;
-    let mut office = Office::open(3, WsHubConfig::default()).await;
+    let mut fixture = HubFixture::open(3, WsHubConfig::default()).await;
     let mut readers = Vec::new();
     for _ in 0..CLIENTS {
-        readers.push(reads_to_the_end(office.visit().await.0));
+        readers.push(reads_to_the_end(fixture.connect().await.0));
     }
     // The end comes when the last of it has been accepted, and much of it is still on its way.
     let publishers: Vec<_> = (0..PUBLISHERS)
         .map(|publisher| {
-            let clients = office.hub.clients().clone();
+            let clients = fixture.hub.clients().clone();
             tokio::spawn(async move {
                 for count in 0..EACH {
-                    clients.to_all().publish(format!("{count} {publisher}")).await.unwrap();
+                    clients.to_all().publish(&format!("{count} {publisher}")).await.unwrap();
                 }
             })
         })
         .collect();
     for publisher in publishers {
-        soon(publisher).await.unwrap();
+        within_timeout(publisher).await.unwrap();
     }
-    let report = soon(office.engine.shutdown(Duration::from_secs(10))).await;
+    let report = within_timeout(fixture.engine.shutdown(Duration::from_secs(10))).await;
     assert_eq!(counts(&report), [CLIENTS as u64, 0, 0]);
-    assert_eq!((office.engine.connections(), office.hub.len(), office.hub.groups()), (0, 0, 0));
+    assert_eq!((fixture.engine.connection_count(), fixture.hub.len(), fixture.hub.group_count()), (0, 0, 0));
     let mut first = None;
     for reader in readers {
-        let (heard, close) = soon(reader).await.unwrap();
+        let (heard, close) = within_timeout(reader).await.unwrap();
         assert_eq!(close, Some((1001, String::new())));
         for publisher in 0..PUBLISHERS {
             let own = heard.iter().filter(|text| text.ends_with(&format!(" {publisher}")));
@@ -93,14 +93,14 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
         assert!(*first.get_or_insert_with(|| heard.clone()) == heard, "in one order");
     }
     for _ in 0..CLIENTS {
-        assert_eq!(office.ended().await.1, gone());
+        assert_eq!(fixture.ended().await.1, gone());
     }
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.others_ended(), []);
     // Nothing more is taken, and asking again tells the same.
-    assert!(matches!(office.hub.to_all().try_publish("late".to_owned()), Err(TrySendError::Closed)));
-    let refused = office.hub.to_all().send("late".to_owned()).await;
-    assert!(matches!(refused, Err(SendError::Closed)), "{refused:?}");
-    assert_eq!(soon(office.engine.shutdown(LONG)).await, report);
+    assert!(matches!(fixture.hub.to_all().try_publish(&"late".to_owned()), Err(TryPublishError::Closed(_))));
+    let refused = fixture.hub.to_all().deliver(&"late".to_owned()).await;
+    assert!(matches!(refused, Err(PublishError::Closed)), "{refused:?}");
+    assert_eq!(within_timeout(fixture.engine.shutdown(LONG)).await, report);
 }
 
 /// Whenever the end comes between the calls of those who publish: what they are told `Ok` for is heard by all.
@@ -109,19 +109,19 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
     const ROUNDS: u64 = 20;
     const PUBLISHERS: usize = 8;
     for round in 0..ROUNDS {
-        let office = Office::open(2, WsHubConfig::default()).await;
+        let fixture = HubFixture::open(2, WsHubConfig::default()).await;
         let mut readers = Vec::new();
         for _ in 0..4 {
-            readers.push(reads_to_the_end(office.visit().await.0));
+            readers.push(reads_to_the_end(fixture.connect().await.0));
         }
         let publish = || {
-            let clients = office.hub.clients().clone();
+            let clients = fixture.hub.clients().clone();
             std::thread::spawn(move || {
                 let mut accepted = 0;
                 loop {
-                    match clients.to_all().try_publish(String::new()) {
+                    match clients.to_all().try_publish(&String::new()) {
                         Ok(()) => accepted += 1,
-                        Err(TrySendError::Full) => std::thread::yield_now(),
+                        Err(TryPublishError::Full(_)) => std::thread::yield_now(),
                         Err(_) => return accepted,
                     }
                 }
@@ -129,11 +129,11 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
         };
         let publishers: Vec<_> = std::iter::repeat_with(publish).take(PUBLISHERS).collect();
         // At another moment in each round.
-        eventually(true, || office.engine.metrics().publications > round * 50).await;
-        soon(office.engine.shutdown_with(at_once(LONG))).await.unwrap();
+        eventually(true, || fixture.engine.metrics().publications > round * 50).await;
+        within_timeout(fixture.engine.shutdown_with(at_once(LONG))).await.unwrap();
         let accepted: usize = publishers.into_iter().map(|publisher| publisher.join().unwrap()).sum();
         for reader in readers {
-            let (heard, close) = soon(reader).await.unwrap();
+            let (heard, close) = within_timeout(reader).await.unwrap();
             assert_eq!((heard.len(), close.map(|close| close.0)), (accepted, Some(1001)), "round {round}");
         }
     }
@@ -141,84 +141,85 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
 
 #[tokio::test]
 async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more() {
-    let mut office = Office::open(2, WsHubConfig::default()).await;
-    let (mut busy, busy_id) = office.visit().await;
-    let (mut other, other_id) = office.visit().await;
-    busy.say("wait").await;
-    eventually(1, || office.engine.metrics().tally.received).await;
-    let engine = office.engine.clone();
+    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
+    let (mut busy, busy_id) = fixture.connect().await;
+    let (mut other, other_id) = fixture.connect().await;
+    busy.send_text("wait").await;
+    eventually(1, || fixture.engine.metrics().tally.received).await;
+    let engine = fixture.engine.clone();
     let ending = Shutdown { code: CloseCode::SERVICE_RESTART, ..at_once(LONG) };
     let mut shutdown = Box::pin(engine.shutdown_with(ending));
     assert!(poll!(&mut shutdown).is_pending());
-    let refused = soon(Peer::try_connect(office.server.url("/ws"), &[])).await.err().unwrap();
+    let refused = within_timeout(Peer::try_connect(fixture.server.url("/ws"), &[])).await.err().unwrap();
     let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
     // When a shard has answered twice, a turn is over in which it has learnt of the end.
     for id in [busy_id, other_id] {
-        office.counted(id).await;
-        office.counted(id).await;
+        fixture.counted(id).await;
+        fixture.counted(id).await;
     }
-    other.say("all unheard").await;
-    busy.say("all unheard").await;
-    soon(office.hub.to_all().publish("still taken".to_owned())).await.unwrap();
-    other.hears(&["still taken"]).await;
+    other.send_text("all unheard").await;
+    busy.send_text("all unheard").await;
+    within_timeout(fixture.hub.to_all().publish(&"still taken".to_owned())).await.unwrap();
+    other.recv_texts(&["still taken"]).await;
     assert!(poll!(&mut shutdown).is_pending());
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.others_ended(), []);
 
     let readers = [busy, other].map(reads_to_the_end);
-    office.ledger.permits.add_permits(1);
-    assert_eq!(counts(&soon(shutdown).await.unwrap()), [2, 0, 0]);
+    fixture.recorder.permits.add_permits(1);
+    assert_eq!(counts(&within_timeout(shutdown).await.unwrap()), [2, 0, 0]);
     for (reader, heard_before) in readers.into_iter().zip([0, 1]) {
-        let (heard, close) = soon(reader).await.unwrap();
+        let (heard, close) = within_timeout(reader).await.unwrap();
         assert_eq!(heard, ["still taken", "waited"][heard_before..], "what the busy one sent at last, too");
         assert_eq!(close, Some((1012, String::new())));
     }
     for _ in 0..2 {
         let reason = CloseReason::Shutdown { code: CloseCode::SERVICE_RESTART };
-        assert_eq!(office.ended().await.1, reason);
+        assert_eq!(fixture.ended().await.1, reason);
     }
-    assert_eq!((office.engine.metrics().tally.received, office.engine.connections()), (1, 0));
+    assert_eq!((fixture.engine.metrics().tally.received, fixture.engine.connection_count()), (1, 0));
 }
 
 #[tokio::test]
 async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over() {
-    let mut office = Office::open(2, WsHubConfig::default()).await;
-    let (mut busy, _) = office.visit().await;
-    let (other, other_id) = office.visit().await;
-    busy.say("wait").await;
-    eventually(1, || office.engine.metrics().tally.received).await;
+    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
+    let (mut busy, _) = fixture.connect().await;
+    let (other, other_id) = fixture.connect().await;
+    busy.send_text("wait").await;
+    eventually(1, || fixture.engine.metrics().tally.received).await;
     let readers = [busy, other].map(reads_to_the_end);
     let began = Instant::now();
-    let report = soon(office.engine.shutdown(SHORT)).await;
+    let report = within_timeout(fixture.engine.shutdown(SHORT)).await;
     assert!(began.elapsed() >= SHORT, "it had all the time there was");
     assert_eq!(counts(&report), [2, 0, 1], "its client has had all that was its own");
     for reader in readers {
-        assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
+        assert_eq!(within_timeout(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
     }
-    assert_eq!(office.ended().await, (other_id, gone()));
-    assert_eq!(office.others_ended(), [], "the busy one was dropped without a word");
-    assert_eq!(office.engine.connections(), 0);
+    assert_eq!(fixture.ended().await, (other_id, gone()));
+    assert_eq!(fixture.others_ended(), [], "the busy one was dropped without a word");
+    assert_eq!(fixture.engine.connection_count(), 0);
 }
 
 /// Somebody who does not read, somebody who does, and many messages for both.
-async fn stalled_and_reading(messages: usize) -> (Office, Raw, JoinHandle<Heard>) {
-    let office = Office::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
-    let (stalled, _) = office.visit_raw().await;
-    let reader = reads_to_the_end(office.visit().await.0);
+async fn stalled_and_reading(messages: usize) -> (HubFixture, Raw, JoinHandle<Heard>) {
+    let fixture =
+        HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+    let (stalled, _) = fixture.connect_raw().await;
+    let reader = reads_to_the_end(fixture.connect().await.0);
     for number in 0..messages {
-        soon(office.hub.to_all().publish(numbered(number, MESSAGE_BYTES))).await.unwrap();
+        within_timeout(fixture.hub.to_all().publish(&numbered(number, MESSAGE_BYTES))).await.unwrap();
     }
-    (office, stalled, reader)
+    (fixture, stalled, reader)
 }
 
 #[tokio::test]
 async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_else() {
     const MESSAGES: usize = 200;
-    let (mut office, mut stalled, reader) = stalled_and_reading(MESSAGES).await;
-    let report = soon(office.engine.shutdown(SHORT)).await;
+    let (mut fixture, mut stalled, reader) = stalled_and_reading(MESSAGES).await;
+    let report = within_timeout(fixture.engine.shutdown(SHORT)).await;
     assert_eq!(counts(&report), [1, 1, 0]);
-    let (heard, close) = soon(reader).await.unwrap();
+    let (heard, close) = within_timeout(reader).await.unwrap();
     assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
     assert_eq!(close, Some((1001, String::new())));
     // What its kernel had is in one piece, and there is no Close behind what is missing.
@@ -229,65 +230,65 @@ async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_e
     }
     assert!(heard < MESSAGES);
     for _ in 0..2 {
-        assert_eq!(office.ended().await.1, gone(), "for the hub both have ended in order");
+        assert_eq!(fixture.ended().await.1, gone(), "for the hub both have ended in order");
     }
-    assert_eq!(office.engine.connections(), 0);
+    assert_eq!(fixture.engine.connection_count(), 0);
 }
 
 #[tokio::test]
 async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let config = WsHubConfig { heartbeat_interval: DAY, outbox_frames: 8, ..WsHubConfig::default() };
-    let office = Office::open(1, config).await;
-    let (_stalled, id) = office.visit_raw().await;
-    office.hub.join(id, "room").await.unwrap();
+    let fixture = HubFixture::open(1, config).await;
+    let (_stalled, id) = fixture.connect_raw().await;
+    fixture.hub.join(id, "room").await.unwrap();
     for number in 0..100 {
-        office.hub.to_all().try_publish(numbered(number, MESSAGE_BYTES)).unwrap();
+        fixture.hub.to_all().try_publish(&numbered(number, MESSAGE_BYTES)).unwrap();
     }
-    let hub = office.hub.clone();
-    let sending = tokio::spawn(async move { hub.to_all().send("last".to_owned()).await.unwrap() });
-    eventually(101, || office.engine.metrics().publications).await;
-    let report = soon(office.engine.shutdown_with(at_once(SHORT))).await.unwrap();
+    let hub = fixture.hub.clone();
+    let sending = tokio::spawn(async move { hub.to_all().deliver(&"last".to_owned()).await.unwrap() });
+    eventually(101, || fixture.engine.metrics().publications).await;
+    let report = within_timeout(fixture.engine.shutdown_with(at_once(SHORT))).await.unwrap();
     assert_eq!(counts(&report), [0, 1, 0]);
-    let receipt = soon(sending).await.unwrap();
+    let receipt = within_timeout(sending).await.unwrap();
     assert_eq!((receipt.targets, receipt.taken(), receipt.disconnected), (1, 0, 1));
-    let after = office.engine.metrics();
+    let after = fixture.engine.metrics();
     assert_eq!((after.connections, after.tally.pending(), after.pending_bytes, after.ended), (0, 0, 0, 1));
     assert_eq!(
         (after.tally.written + after.tally.discarded, after.tally.discarded > 0),
         (after.tally.offered, true),
         "{after:?}"
     );
-    assert_eq!((office.hub.len(), office.hub.groups()), (0, 0));
+    assert_eq!((fixture.hub.len(), fixture.hub.group_count()), (0, 0));
 }
 
 #[tokio::test]
 async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything() {
     const MESSAGES: usize = 200;
-    let (office, mut slow, reader) = stalled_and_reading(MESSAGES).await;
-    let engine = office.engine.clone();
+    let (fixture, mut slow, reader) = stalled_and_reading(MESSAGES).await;
+    let engine = fixture.engine.clone();
     let shutdown = tokio::spawn(async move { counts(&engine.shutdown_with(at_once(LONG)).await.unwrap()) });
     // The other one's end does not wait for it.
-    assert_eq!(soon(reader).await.unwrap().0.len(), MESSAGES);
+    assert_eq!(within_timeout(reader).await.unwrap().0.len(), MESSAGES);
     let (heard, code) = slow.rest().await;
     assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
     assert_eq!(code, Some(1001));
     drop(slow);
-    assert_eq!(soon(shutdown).await.unwrap(), [2, 0, 0]);
+    assert_eq!(within_timeout(shutdown).await.unwrap(), [2, 0, 0]);
 }
 
 #[tokio::test]
 async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its_time() {
-    let office = Office::open(2, WsHubConfig::default()).await;
-    let (mut stuck, id) = office.visit().await;
-    let reader = reads_to_the_end(office.visit().await.0);
-    stuck.say("hold").await;
-    eventually(1, || office.ledger.holds()).await;
-    let report = soon(office.engine.shutdown(SHORT)).await;
+    let fixture = HubFixture::open(2, WsHubConfig::default()).await;
+    let (mut stuck, id) = fixture.connect().await;
+    let reader = reads_to_the_end(fixture.connect().await.0);
+    stuck.send_text("hold").await;
+    eventually(1, || fixture.recorder.holds()).await;
+    let report = within_timeout(fixture.engine.shutdown(SHORT)).await;
     assert_eq!((counts(&report), report.stuck), ([1, 1, 0], vec![id.shard()]));
-    assert_eq!(soon(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
-    assert_eq!(office.engine.state(), EngineState::Ended);
-    office.ledger.let_go();
-    eventually(0, || office.engine.connections()).await;
+    assert_eq!(within_timeout(reader).await.unwrap(), (vec![], Some((1001, String::new()))));
+    assert_eq!(fixture.engine.state(), EngineState::Ended);
+    fixture.recorder.let_go();
+    eventually(0, || fixture.engine.connection_count()).await;
 }
 
 const CHILD: &str = "SHARDCAST_TEST_CHILD";
@@ -302,13 +303,13 @@ async fn a_child_of_these_tests() {
         type InMessage = String;
         type OutMessage = String;
 
-        async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+        async fn on_message(&self, message: String, ctx: HubContext<Self>) {
             println!("\nholds {message}");
             if message == "sleep" {
                 std::thread::sleep(DAY);
             } else {
                 // Its own shard is among those that this waits for.
-                let _ = Handle::current().block_on(ctx.clients().to_all().send(message));
+                let _ = Handle::current().block_on(ctx.clients().to_all().deliver(&message));
             }
         }
     }
@@ -337,31 +338,33 @@ async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
     let mut process = child.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
     let lines = BufReader::new(process.stdout.take().unwrap()).lines();
     let mut child = Running { process, lines };
-    let address = child.says("listens ").await;
+    let address = child.wait_for_line("listens ").await;
     let mut clients = Vec::new();
     for message in ["sleep", "wait for the own shard"] {
         let mut client = Peer::connect(format!("ws://{address}/ws")).await;
-        client.say(message).await;
-        assert_eq!(child.says("holds ").await, message);
+        client.send_text(message).await;
+        assert_eq!(child.wait_for_line("holds ").await, message);
         clients.push(client);
     }
     let process = child.process.id().unwrap().to_string();
-    assert!(soon(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
-    assert_eq!(child.says("stuck ").await, "[0, 1]");
-    assert!(soon(child.process.wait()).await.unwrap().success());
+    assert!(within_timeout(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
+    assert_eq!(child.wait_for_line("stuck ").await, "[0, 1]");
+    assert!(within_timeout(child.process.wait()).await.unwrap().success());
 }
 
 #[tokio::test]
 async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears_of_it() {
-    let office = Office::open(1, WsHubConfig::default()).await;
-    let (mut peer, _) = office.visit().await;
+    let fixture = HubFixture::open(1, WsHubConfig::default()).await;
+    let (mut peer, _) = fixture.connect().await;
     for code in [0, 1005, 1006, 5000].map(CloseCode) {
-        let error = soon(office.engine.shutdown_with(Shutdown { code, ..at_once(LONG) })).await.unwrap_err();
+        let error = within_timeout(fixture.engine.shutdown_with(Shutdown { code, ..at_once(LONG) }))
+            .await
+            .unwrap_err();
         assert!(error.to_string().contains(&format!("close code {code} may not be sent")), "{error}");
     }
-    assert!(!office.engine.is_stopping());
-    office.hub.to_all().publish("all is well".to_owned()).await.unwrap();
-    peer.hears(&["all is well"]).await;
+    assert!(!fixture.engine.is_stopping());
+    fixture.hub.to_all().publish(&"all is well".to_owned()).await.unwrap();
+    peer.recv_texts(&["all is well"]).await;
 }
 
 /// What is told to a client whose hub's runtime was shut down, when it says something or is waiting for an answer.
@@ -371,14 +374,14 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
         type Codec = RawCodec;
         type InMessage = String;
         type OutMessage = String;
+        const RUN_ON: RunOn = RunOn::Runtime;
 
-        async fn on_message(&self, _: String, _: MessageContext<String, RawCodec>) {
+        async fn on_message(&self, _: String, _: HubContext<Self>) {
             std::future::pending().await
         }
     }
     let engine = engine(1);
-    let hub =
-        engine.hub::<Pending>(WsHubConfig { run_on: RunOn::Runtime, ..WsHubConfig::default() }).unwrap();
+    let hub = engine.hub::<Pending>(WsHubConfig::default()).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let serving = hub.clone();
     let app = Router::new().route("/ws", any(async move |ws: WebSocketUpgrade| ws.serve(&serving, Pending)));
@@ -388,23 +391,23 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
         tokio::spawn(async move { axum::serve(listener, app).await });
         address
     });
-    let mut peer = Peer::connect(format!("ws://{}/ws", soon(address).await.unwrap())).await;
-    // A client is among all when `on_open` is done, which takes its time on a runtime.
-    while soon(hub.to_all().send("welcome".to_owned())).await.unwrap().targets == 0 {
+    let mut peer = Peer::connect(format!("ws://{}/ws", within_timeout(address).await.unwrap())).await;
+    // A client is among all when `on_connected` has returned, which takes some time on a runtime.
+    while within_timeout(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().targets == 0 {
         tokio::task::yield_now().await;
     }
-    peer.hears(&["welcome"]).await;
+    peer.recv_texts(&["welcome"]).await;
     if waits {
-        peer.say("wait").await;
+        peer.send_text("wait").await;
         eventually(1, || engine.metrics().tally.received).await;
     }
     runtime.shutdown_background();
     if !waits {
-        peer.say("too late").await;
+        peer.send_text("too late").await;
     }
-    let (heard, close) = soon(peer.rest()).await;
+    let (heard, close) = within_timeout(peer.rest()).await;
     assert_eq!(heard, Vec::<String>::new());
-    soon(engine.shutdown(LONG)).await;
+    within_timeout(engine.shutdown(LONG)).await;
     close
 }
 
@@ -419,12 +422,12 @@ async fn a_client_whose_hub_has_lost_its_runtime_is_told_1011() {
 #[tokio::test]
 async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() {
     let engine = engine(2);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = oneshot::channel::<()>();
     let (tell, told) = oneshot::channel();
-    let (app, ending) = (desk_app(hub.clone()), engine.clone());
+    let (app, ending) = (command_app(hub.clone()), engine.clone());
     let serving = tokio::spawn(async move {
         let signal = async move {
             stopped.await.unwrap();
@@ -434,16 +437,16 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
     });
     let mut readers = Vec::new();
     for _ in 0..5 {
-        readers.push(reads_to_the_end(visit(&format!("ws://{address}/ws")).await.0));
+        readers.push(reads_to_the_end(connect(&format!("ws://{address}/ws")).await.0));
     }
-    hub.to_all().publish("last words".to_owned()).await.unwrap();
+    hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     stop.send(()).unwrap();
     for reader in readers {
-        let (heard, close) = soon(reader).await.unwrap();
+        let (heard, close) = within_timeout(reader).await.unwrap();
         assert_eq!((heard, close), (vec!["last words".to_owned()], Some((1001, String::new()))));
     }
-    soon(serving).await.unwrap();
-    assert_eq!(counts(&soon(told).await.unwrap()), [5, 0, 0]);
+    within_timeout(serving).await.unwrap();
+    assert_eq!(counts(&within_timeout(told).await.unwrap()), [5, 0, 0]);
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
 }
 
@@ -480,7 +483,7 @@ async fn talk(
                 warm.send(()).unwrap();
             }
             // What is said to a server that ends is not heard, which is not its fault.
-            let _ = soon(peer.socket.send(tick(said + 1))).await;
+            let _ = within_timeout(peer.socket.send(tick(said + 1))).await;
         }
     }
 }
@@ -495,13 +498,13 @@ async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted
         // A client counts from its adoption, which its own tick proves.
         let mut peer = Peer::connect(format!("ws://{address}/ws")).await;
         let hello = json!({ "t": clients.len(), "p": "hello" }).to_string();
-        peer.say(hello.clone()).await;
-        while serde_json::from_str::<Value>(&peer.hear().await).unwrap()
+        peer.send_text(hello.clone()).await;
+        while serde_json::from_str::<Value>(&peer.recv_text().await).unwrap()
             != serde_json::from_str::<Value>(&hello).unwrap()
         {}
         clients.push(peer);
     }
-    clients[0].say(json!({ "t": 0, "p": "start" }).to_string()).await;
+    clients[0].send_text(json!({ "t": 0, "p": "start" }).to_string()).await;
     let (mut talking, mut warming) = (Vec::new(), Vec::new());
     for (name, peer) in clients.into_iter().enumerate() {
         let (warm, is_warm) = oneshot::channel();
@@ -510,14 +513,14 @@ async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted
         talking.push(tokio::spawn(talk(peer, name, talks, talks.then_some(warm))));
     }
     for is_warm in warming {
-        soon(is_warm).await.unwrap();
+        within_timeout(is_warm).await.unwrap();
     }
     let process = fanout.process.id().unwrap().to_string();
-    assert!(soon(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
+    assert!(within_timeout(Command::new("kill").args(["-TERM", &process]).status()).await.unwrap().success());
 
     let mut ends = Vec::new();
     for client in talking {
-        ends.push(soon(client).await.unwrap());
+        ends.push(within_timeout(client).await.unwrap());
     }
     let everything = &ends[0].0;
     for (heard, code) in &ends {
@@ -530,7 +533,7 @@ async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted
         let own: Vec<u64> = own.map(|tick| tick["t"].as_u64().unwrap()).collect();
         assert!(own.len() >= 30 && own.iter().copied().eq(1..=own.len() as u64), "without gaps: {own:?}");
     }
-    assert_eq!(fanout.says("flushed ").await, format!("{CLIENTS}, cut off 0, left over 0"));
-    assert!(soon(fanout.process.wait()).await.unwrap().success());
-    assert_eq!(soon(fanout.lines.next_line()).await.unwrap(), None);
+    assert_eq!(fanout.wait_for_line("flushed ").await, format!("{CLIENTS}, cut off 0, left over 0"));
+    assert!(within_timeout(fanout.process.wait()).await.unwrap().success());
+    assert_eq!(within_timeout(fanout.lines.next_line()).await.unwrap(), None);
 }

@@ -14,14 +14,15 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::routing::any;
-use fixture::office::{Office, number_of, numbered};
+use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
-use fixture::{PATIENCE, Peer, Server, desk_app, engine, eventually, soon, visit};
+use fixture::{OnRuntime, PATIENCE, Peer, Server, command_app, connect, engine, eventually, within_timeout};
 use shardcast::{
-    BroadcastPolicy, CloseReason, ConnectionId, MessageContext, RawCodec, Receipt, RunOn, WebSocketUpgrade,
-    WsHub, WsHubConfig,
+    BroadcastPolicy, CloseReason, ConnectionId, DropCause, Dropped, HubContext, RawCodec, Receipt, Refusal,
+    WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use socket2::SockRef;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -54,16 +55,16 @@ fn beating(policy: BroadcastPolicy) -> WsHubConfig {
 // ---- stalled, and reading in sips
 
 /// A slow peer and three that read, on two shards; each message reaches the three before the next is sent. The slow one
-/// takes at most `sip` bytes out of its kernel for each message. In the end it reads everything that is left.
-async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
+/// reads at most `bytes` bytes from its kernel for each message. In the end it reads everything that is left.
+async fn a_slow_peer_among_others(policy: BroadcastPolicy, bytes: usize) {
     const ROUNDS: usize = 120;
     const OTHERS: usize = 3;
-    let mut office = Office::open(2, narrow(policy)).await;
-    let (mut slow, slow_id) = office.visit_raw().await;
+    let mut fixture = HubFixture::open(2, narrow(policy)).await;
+    let (mut slow, slow_id) = fixture.connect_raw().await;
     let mut others = Vec::new();
     for _ in 0..OTHERS {
-        let (peer, id) = office.visit().await;
-        office.hub.join(id, "others").await.unwrap();
+        let (peer, id) = fixture.connect().await;
+        fixture.hub.join(id, "others").await.unwrap();
         others.push(peer);
     }
     let drops =
@@ -73,25 +74,25 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         let message = numbered(round, MESSAGE_BYTES);
         if drops {
             // Who wants a receipt waits for the slow one's time to be over; the others get the message meanwhile.
-            let target = office.hub.to_all();
-            let both = async { tokio::join!(target.send(&message), all_hear(&mut others, &message)).0 };
-            receipts.push(soon(both).await.unwrap());
+            let target = fixture.hub.to_all();
+            let both = async { tokio::join!(target.deliver(&message), all_hear(&mut others, &message)).0 };
+            receipts.push(within_timeout(both).await.unwrap());
         } else {
             // Its receipt may take until the slow one reads; the next one's ticket may not come before this one's.
-            let (hub, to_all) = (office.hub.clone(), message.clone());
-            let sending = tokio::spawn(async move { hub.to_all().send(to_all).await.unwrap() });
+            let (hub, to_all) = (fixture.hub.clone(), message.clone());
+            let sending = tokio::spawn(async move { hub.to_all().deliver(&to_all).await.unwrap() });
             all_hear(&mut others, &message).await;
             unfinished.push(sending);
             // Who does not publish to the slow one is not held up by it.
             let aside = format!("aside {round}");
-            soon(office.hub.to_group("others").publish(aside.clone())).await.unwrap();
+            within_timeout(fixture.hub.to_group("others").publish(&aside.clone())).await.unwrap();
             all_hear(&mut others, &aside).await;
         }
-        slow.sip(sip);
+        slow.read_at_most(bytes);
     }
 
     // What the connection has counted is what the receipts say and what the hub was told.
-    let counted = office.counted(slow_id).await;
+    let counted = fixture.counted(slow_id).await;
     let dropped = counted.tally.dropped.total();
     assert_eq!(counted.tally.offered, ROUNDS as u64 + 1, "with its id");
     assert_eq!(
@@ -116,21 +117,21 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         );
         assert!(!unfinished.last().unwrap().is_finished(), "who awaits the slow one waits");
     }
-    eventually(dropped, || office.ledger.drops(slow_id)).await;
+    eventually(dropped, || fixture.recorder.drops(slow_id)).await;
 
     // Now it reads: whole frames, in order, exactly those that the receipts do not call dropped.
     let last = numbered(ROUNDS, 10);
     if policy == HIGH_RTT {
-        soon(office.hub.to_all().publish(last)).await.unwrap(); // nobody waits under this policy
+        within_timeout(fixture.hub.to_all().publish(&last)).await.unwrap(); // nobody waits under this policy
     } else {
-        office.hub.to(slow_id).try_publish(last).unwrap();
+        fixture.hub.to(slow_id).try_publish(&last).unwrap();
     }
     let mut heard = Vec::new();
     while heard.last() != Some(&ROUNDS) {
-        heard.push(number_of(&slow.hears_text().await));
+        heard.push(number_of(&slow.recv_text().await));
     }
     for sending in unfinished {
-        receipts.push(soon(sending).await.unwrap());
+        receipts.push(within_timeout(sending).await.unwrap());
     }
     let arrived = |receipt: &Receipt| receipt.dropped.total() == 0;
     let taken = (0..ROUNDS).filter(|round| arrived(&receipts[*round]));
@@ -140,15 +141,15 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, sip: usize) {
         assert_eq!(receipt.taken(), OTHERS as u64 + u64::from(arrived(receipt)), "{receipt:?}");
         assert!(receipt.waited <= 1 && (arrived(receipt) || receipt.waited == 1), "{receipt:?}");
     }
-    let counted = office.counted(slow_id).await;
+    let counted = fixture.counted(slow_id).await;
     assert_eq!((counted.tally.written, counted.tally.pending()), (counted.tally.offered - dropped, 0));
-    assert_eq!(office.ledger.drops(slow_id), dropped, "none was told twice");
-    assert_eq!(office.others_ended(), []);
+    assert_eq!(fixture.recorder.drops(slow_id), dropped, "none was told twice");
+    assert_eq!(fixture.others_ended(), []);
 }
 
 async fn all_hear(peers: &mut [Peer], text: &str) {
     for peer in peers {
-        peer.hears(&[text]).await;
+        peer.recv_texts(&[text]).await;
     }
 }
 
@@ -186,28 +187,28 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
     const MAX_DROPS: u32 = 5;
     for timeout in [Duration::ZERO, ms(1)] {
         let policy = BroadcastPolicy::DropConnection { timeout, max_drops: MAX_DROPS };
-        let mut office = Office::open(2, narrow(policy)).await;
-        let (mut stalled, stalled_id) = office.visit_raw().await;
-        let (mut other, other_id) = office.visit().await;
+        let mut fixture = HubFixture::open(2, narrow(policy)).await;
+        let (mut stalled, stalled_id) = fixture.connect_raw().await;
+        let (mut other, other_id) = fixture.connect().await;
         for id in [stalled_id, other_id] {
-            office.hub.join(id, "both").await.unwrap();
+            fixture.hub.join(id, "both").await.unwrap();
         }
-        office.hub.join(stalled_id, "alone").await.unwrap();
+        fixture.hub.join(stalled_id, "alone").await.unwrap();
         let (mut rounds, mut losses) = (0, 0);
-        while office.hub.len() == 2 {
+        while fixture.hub.len() == 2 {
             assert!(rounds < MANY, "nobody ends it");
             let message = numbered(rounds, MESSAGE_BYTES);
-            let target = office.hub.to_group("both");
+            let target = fixture.hub.to_group("both");
             let hearing = all_hear(std::slice::from_mut(&mut other), &message);
-            let both = async { tokio::join!(target.send(&message), hearing).0 };
-            let receipt = soon(both).await.unwrap();
+            let both = async { tokio::join!(target.deliver(&message), hearing).0 };
+            let receipt = within_timeout(both).await.unwrap();
             losses += receipt.dropped.total();
             rounds += 1;
         }
         assert_eq!(losses, u64::from(MAX_DROPS), "each loss in a row counts, none before");
-        assert_eq!(office.ended().await, (stalled_id, CloseReason::TooManyDrops));
-        assert_eq!(office.ledger.drops(stalled_id), losses, "the hub was told before the end");
-        let left = (office.hub.group_len("both"), office.hub.group_len("alone"), office.hub.groups());
+        assert_eq!(fixture.ended().await, (stalled_id, CloseReason::TooManyDrops));
+        assert_eq!(fixture.recorder.drops(stalled_id), losses, "the hub was told before the end");
+        let left = (fixture.hub.group_len("both"), fixture.hub.group_len("alone"), fixture.hub.group_count());
         assert_eq!(left, (1, 0, 1));
         // What the kernel had is whole and in one piece, then it is told why.
         let (texts, code) = stalled.rest().await;
@@ -215,18 +216,18 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
         assert!(texts.iter().map(|text| number_of(text)).eq(0..texts.len()));
         let (own, written) = (texts.len() as u64 + 1, rounds as u64 + 1);
         drop(stalled);
-        eventually(1, || office.engine.connections()).await;
+        eventually(1, || fixture.engine.connection_count()).await;
         eventually((own + written, losses, 1, 0), || {
-            let all = office.engine.metrics();
+            let all = fixture.engine.metrics();
             (all.tally.written, all.tally.dropped.total(), all.ended_slow, all.tally.pending())
         })
         .await;
-        let all = office.engine.metrics();
+        let all = fixture.engine.metrics();
         assert!(all.tally.discarded >= OUTBOX_FRAMES as u64 - 1, "{all:?}");
         assert_eq!(all.tally.offered, all.tally.written + losses + all.tally.discarded, "{all:?}");
-        other.say("me still here").await;
-        other.hears(&["still here"]).await;
-        assert_eq!(office.others_ended(), []);
+        other.send_text("me still here").await;
+        other.recv_texts(&["still here"]).await;
+        assert_eq!(fixture.others_ended(), []);
     }
 }
 
@@ -234,104 +235,104 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_answers_is_not() {
-    let mut office = Office::open(1, beating(HIGH_RTT)).await;
-    let (mut prompt, prompt_id) = office.visit_raw().await;
-    let (mut late, late_id) = office.visit_raw().await;
+    let mut fixture = HubFixture::open(1, beating(HIGH_RTT)).await;
+    let (mut prompt, prompt_id) = fixture.connect_raw().await;
+    let (mut late, late_id) = fixture.connect_raw().await;
     let nonce = prompt.is_pinged().await;
-    prompt.says(&frame(FIN | PONG, &nonce)).await;
-    prompt.says(&text("me answered")).await;
-    assert_eq!(prompt.hears_text().await, "answered");
+    prompt.send(&frame(FIN | PONG, &nonce)).await;
+    prompt.send(&text("me answered")).await;
+    assert_eq!(prompt.recv_text().await, "answered");
     let nonce = late.is_pinged().await;
     tokio::time::sleep(ms(1100)).await; // this has to pass
-    assert_eq!(office.hub.len(), 2, "no answer is no slow answer");
-    late.says(&frame(FIN | PONG, &nonce)).await;
-    assert_eq!(office.ended().await, (late_id, CloseReason::HighRtt));
+    assert_eq!(fixture.hub.len(), 2, "no answer is no slow answer");
+    late.send(&frame(FIN | PONG, &nonce)).await;
+    assert_eq!(fixture.ended().await, (late_id, CloseReason::HighRtt));
     assert_eq!(late.close_code().await, Some(1013));
     drop(late);
-    eventually(1, || office.engine.connections()).await;
-    assert_eq!(office.engine.metrics().ended_slow, 1);
-    assert!(office.counted(prompt_id).await.rtt.last.is_some());
-    assert_eq!(office.others_ended(), []);
+    eventually(1, || fixture.engine.connection_count()).await;
+    assert_eq!(fixture.engine.metrics().ended_slow, 1);
+    assert!(fixture.counted(prompt_id).await.rtt.last.is_some());
+    assert_eq!(fixture.others_ended(), []);
 }
 
-/// A hub whose peers must answer soon, and a neighbour of theirs on the same shard, at another hub that is patient.
-async fn impatient(pong_timeout: Duration) -> (Office, Server, Peer) {
+/// A hub whose peers must answer within_timeout, and a neighbour of theirs on the same shard, at another hub that is patient.
+async fn impatient(pong_timeout: Duration) -> (HubFixture, Server, Peer) {
     let config = WsHubConfig {
         pong_timeout,
         close_timeout: ms(100),
         outbox_frames: OUTBOX_FRAMES,
         ..beating(BroadcastPolicy::Block)
     };
-    let office = Office::open(1, config).await;
-    let neighbours = Server::start(desk_app(office.engine.hub(WsHubConfig::default()).unwrap())).await;
-    let (neighbour, _) = visit(&neighbours.url("/ws")).await;
-    (office, neighbours, neighbour)
+    let fixture = HubFixture::open(1, config).await;
+    let neighbours = Server::start(command_app(fixture.engine.hub(WsHubConfig::default()).unwrap())).await;
+    let (neighbour, _) = connect(&neighbours.url("/ws")).await;
+    (fixture, neighbours, neighbour)
 }
 
 #[tokio::test]
 async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
-    let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
-    let (mut silent, id) = office.visit_raw().await;
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
-    assert_eq!((office.hub.len(), office.hub.groups()), (0, 0));
+    let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
+    let (mut silent, id) = fixture.connect_raw().await;
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
+    assert_eq!((fixture.hub.len(), fixture.hub.group_count()), (0, 0));
     silent.is_pinged().await;
     assert_eq!(
         silent.frame().await,
         Some((CLOSE, [&1011u16.to_be_bytes()[..], b"no pong in time"].concat()))
     );
     assert_eq!(silent.frame().await, None);
-    eventually(1, || office.engine.connections()).await;
-    neighbour.say("undisturbed").await;
-    neighbour.hears(&["undisturbed"]).await;
-    assert_eq!(office.others_ended(), []);
+    eventually(1, || fixture.engine.connection_count()).await;
+    neighbour.send_text("undisturbed").await;
+    neighbour.recv_texts(&["undisturbed"]).await;
+    assert_eq!(fixture.others_ended(), []);
 }
 
 #[tokio::test]
 async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy() {
-    let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
-    let (mut silent, id) = office.visit_raw().await;
-    silent.says(&text("wait")).await;
+    let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
+    let (mut silent, id) = fixture.connect_raw().await;
+    silent.send(&text("wait")).await;
     // It leaves the hub, though its handler is still at it and is told later.
-    eventually(0, || office.hub.len()).await;
+    eventually(0, || fixture.hub.len()).await;
     assert_eq!(silent.close_code().await, Some(1011));
-    neighbour.say("undisturbed").await;
-    neighbour.hears(&["undisturbed"]).await;
-    assert_eq!(office.others_ended(), [], "its handler is not interrupted");
-    assert_eq!(office.engine.connections(), 2, "so something of it is still there");
-    office.ledger.permits.add_permits(1);
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
-    eventually(1, || office.engine.connections()).await;
-    assert_eq!(office.others_ended(), []);
+    neighbour.send_text("undisturbed").await;
+    neighbour.recv_texts(&["undisturbed"]).await;
+    assert_eq!(fixture.others_ended(), [], "its handler is not interrupted");
+    assert_eq!(fixture.engine.connection_count(), 2, "so something of it is still there");
+    fixture.recorder.permits.add_permits(1);
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
+    eventually(1, || fixture.engine.connection_count()).await;
+    assert_eq!(fixture.others_ended(), []);
 }
 
 #[tokio::test]
 async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() {
-    let (mut office, _neighbours, mut neighbour) = impatient(ms(100)).await;
-    let (_silent, id) = office.visit_raw().await;
+    let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
+    let (_silent, id) = fixture.connect_raw().await;
     for round in 0..60 {
-        office.hub.to_all().try_publish(numbered(round, MESSAGE_BYTES)).unwrap();
+        fixture.hub.to_all().try_publish(&numbered(round, MESSAGE_BYTES)).unwrap();
     }
     let waiting = {
-        let hub = office.hub.clone();
-        tokio::spawn(async move { hub.to_all().send(numbered(60, MESSAGE_BYTES)).await.unwrap() })
+        let hub = fixture.hub.clone();
+        tokio::spawn(async move { hub.to_all().deliver(&numbered(60, MESSAGE_BYTES)).await.unwrap() })
     };
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
-    let receipt = soon(waiting).await.unwrap();
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
+    let receipt = within_timeout(waiting).await.unwrap();
     assert_eq!(
         (receipt.targets, receipt.waited, receipt.disconnected),
         (1, 1, 1),
         "who waited for it goes on"
     );
     // It does not even read the Close, and is dropped after its time.
-    eventually(1, || office.engine.connections()).await;
+    eventually(1, || fixture.engine.connection_count()).await;
     eventually((62 + 1, 0), || {
-        let all = office.engine.metrics();
+        let all = fixture.engine.metrics();
         (all.tally.written + all.tally.discarded, all.tally.pending())
     })
     .await;
-    neighbour.say("undisturbed").await;
-    neighbour.hears(&["undisturbed"]).await;
-    assert_eq!(office.others_ended(), []);
+    neighbour.send_text("undisturbed").await;
+    neighbour.recv_texts(&["undisturbed"]).await;
+    assert_eq!(fixture.others_ended(), []);
 }
 
 #[tokio::test]
@@ -343,10 +344,10 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
         pong_timeout: ms(1000),
         ..WsHubConfig::default()
     };
-    let mut office = Office::open(1, config).await;
+    let mut fixture = HubFixture::open(1, config).await;
     // Its pings are answered where nobody listens to it meanwhile.
-    let (mut neighbour, _) = office.visit().await;
-    let (flooder, id) = office.visit_raw().await;
+    let (mut neighbour, _) = fixture.connect().await;
+    let (flooder, id) = fixture.connect_raw().await;
     let flood = text(&format!("all {}", "x".repeat(1000))).repeat(100);
     let flooding = tokio::spawn(async move {
         let mut at = 0;
@@ -360,65 +361,65 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
         }
     });
     for text in ["one", "two", "three"] {
-        neighbour.say(format!("all {text}")).await;
-        while neighbour.hear().await != text {}
+        neighbour.send_text(format!("all {text}")).await;
+        while neighbour.recv_text().await != text {}
     }
     // It answers its pings as long as it listens.
     let listening = tokio::spawn(async move {
         loop {
-            neighbour.hear().await;
+            neighbour.recv_text().await;
         }
     });
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
-    soon(flooding).await.unwrap();
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
+    within_timeout(flooding).await.unwrap();
     listening.abort();
 }
 
 #[tokio::test]
 async fn pongs_that_answer_nothing_keep_no_peer_alive() {
     // Such that no pause of a busy machine is as long: it is the wrong words that must not count.
-    let (mut office, _neighbours, _neighbour) = impatient(ms(1000)).await;
-    let (mut liar, id) = office.visit_raw().await;
+    let (mut fixture, _neighbours, _neighbour) = impatient(ms(1000)).await;
+    let (mut liar, id) = fixture.connect_raw().await;
     let mut nonce = liar.is_pinged().await;
     nonce[0] ^= 1;
     // It talks all the time, and would live if its words counted.
     let began = Instant::now();
-    while office.hub.len() == 1 {
+    while fixture.hub.len() == 1 {
         for payload in [&nonce[..], b"", &[0; 8], &[0xff; 8], &nonce[..7]] {
             let _ = liar.stream.try_write(&frame(FIN | PONG, payload)); // its end may have come
         }
         assert!(began.elapsed() < PATIENCE, "it lives on lies");
         tokio::time::sleep(ms(50)).await;
     }
-    assert_eq!(office.ended().await, (id, CloseReason::PongTimeout));
+    assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
     assert_eq!(liar.close_code().await, Some(1011));
 }
 
 #[tokio::test]
 async fn pongs_that_answer_nothing_count_for_no_round_trip() {
-    let office = Office::open(1, beating(BroadcastPolicy::Block)).await;
-    let (mut raw, id) = office.visit_raw().await;
+    let fixture = HubFixture::open(1, beating(BroadcastPolicy::Block)).await;
+    let (mut raw, id) = fixture.connect_raw().await;
     let echo = async |raw: &mut Raw| {
-        raw.says(&text("so far")).await;
-        assert_eq!(raw.hears_text().await, "so far", "and all before it was read, too");
+        raw.send(&text("so far")).await;
+        assert_eq!(raw.recv_text().await, "so far", "and all before it was read, too");
     };
     let nonce = raw.is_pinged().await;
     let mut other = nonce.clone();
     other[7] ^= 1;
     for payload in [&other[..], b"", &nonce[..7], &[&nonce[..], b"x"].concat()] {
-        raw.says(&frame(FIN | PONG, payload)).await;
+        raw.send(&frame(FIN | PONG, payload)).await;
     }
     echo(&mut raw).await;
-    assert_eq!(office.counted(id).await.rtt.last, None, "wrong ones do not count");
-    raw.says(&frame(FIN | PONG, &nonce)).await;
+    assert_eq!(fixture.counted(id).await.rtt.last, None, "wrong ones do not count");
+    raw.send(&frame(FIN | PONG, &nonce)).await;
     echo(&mut raw).await;
-    let rtt = office.counted(id).await.rtt;
+    let rtt = fixture.counted(id).await.rtt;
     assert!(rtt.last.is_some() && rtt.average == rtt.last);
     for _ in 0..10 {
-        raw.says(&frame(FIN | PONG, &nonce)).await;
+        raw.send(&frame(FIN | PONG, &nonce)).await;
     }
     echo(&mut raw).await;
-    assert_eq!(office.counted(id).await.rtt, rtt, "the same answer once more does not count");
+    assert_eq!(fixture.counted(id).await.rtt, rtt, "the same answer once more does not count");
 }
 
 // ---- resets
@@ -428,7 +429,7 @@ fn until_number(mut peer: Peer, last: usize) -> JoinHandle<(Vec<usize>, Peer)> {
     tokio::spawn(async move {
         let mut heard = Vec::new();
         while heard.last() != Some(&last) {
-            heard.push(number_of(&peer.hear().await));
+            heard.push(number_of(&peer.recv_text().await));
         }
         (heard, peer)
     })
@@ -438,18 +439,18 @@ fn until_number(mut peer: Peer, last: usize) -> JoinHandle<(Vec<usize>, Peer)> {
 async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobody() {
     const RUDE: usize = 8;
     const LAST: usize = usize::MAX;
-    let mut office = Office::open(2, WsHubConfig::default()).await;
+    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let mut readers = Vec::new();
     for _ in 0..4 {
-        let (peer, id) = office.visit().await;
-        office.hub.join(id, "stayers").await.unwrap();
+        let (peer, id) = fixture.connect().await;
+        fixture.hub.join(id, "stayers").await.unwrap();
         readers.push(until_number(peer, LAST));
     }
     let mut rude = Vec::new();
     for number in 0..RUDE {
-        let (raw, id) = office.visit_raw().await;
-        office.hub.join(id, "goers").await.unwrap();
-        office.hub.join(id, &format!("alone {number}")).await.unwrap();
+        let (raw, id) = fixture.connect_raw().await;
+        fixture.hub.join(id, "goers").await.unwrap();
+        fixture.hub.join(id, &format!("alone {number}")).await.unwrap();
         rude.push((raw, id));
     }
     let mut ids: Vec<ConnectionId> = rude.iter().map(|(_, id)| *id).collect();
@@ -459,34 +460,34 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
         resets.spawn(async move {
             if number % 2 == 0 {
                 for round in 0..=number * 5 {
-                    assert_eq!(number_of(&raw.hears_text().await), round);
+                    assert_eq!(number_of(&raw.recv_text().await), round);
                 }
-                raw.sip(100);
+                raw.read_at_most(100);
             }
             raw.reset();
         });
     }
     let mut round = 0;
-    while !resets.is_empty() || office.hub.len() > 4 {
+    while !resets.is_empty() || fixture.hub.len() > 4 {
         assert!(round < MANY, "nobody notices");
-        soon(office.hub.to_all().publish(numbered(round, MESSAGE_BYTES))).await.unwrap();
+        within_timeout(fixture.hub.to_all().publish(&numbered(round, MESSAGE_BYTES))).await.unwrap();
         round += 1;
         while let Some(reset) = resets.try_join_next() {
             reset.unwrap();
         }
     }
-    soon(office.hub.to_all().publish(numbered(LAST, 30))).await.unwrap();
+    within_timeout(fixture.hub.to_all().publish(&numbered(LAST, 30))).await.unwrap();
     for reader in readers {
-        let (heard, _peer) = soon(reader).await.unwrap();
+        let (heard, _peer) = within_timeout(reader).await.unwrap();
         assert!(heard.iter().copied().eq((0..round).chain([LAST])), "everything, in order");
     }
     for _ in 0..RUDE {
-        let (id, reason) = office.ended().await;
+        let (id, reason) = fixture.ended().await;
         let place = ids.iter().position(|other| *other == id).expect("it has not ended before");
         ids.remove(place);
         assert!(matches!(reason, CloseReason::Transport(_) | CloseReason::Vanished), "{reason:?}");
     }
-    eventually(0, || office.hub.group_len("goers")).await;
+    eventually(0, || fixture.hub.group_len("goers")).await;
 }
 
 // ---- floods
@@ -499,40 +500,41 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
         heartbeat_interval: DAY,
         ..WsHubConfig::default()
     };
-    let mut office = Office::open(1, config).await;
-    let (mut other, _) = office.visit().await;
-    let (mut modest, _) = office.visit_raw().await;
-    modest.says(&frame(FIN | PING, b"ping").repeat(LIMIT)).await;
+    let mut fixture = HubFixture::open(1, config).await;
+    let (mut other, _) = fixture.connect().await;
+    let (mut modest, _) = fixture.connect_raw().await;
+    modest.send(&frame(FIN | PING, b"ping").repeat(LIMIT)).await;
     for _ in 0..LIMIT {
         assert_eq!(modest.frame().await, Some((PONG, b"ping".to_vec())));
     }
     // Small enough to be read at once, so that it all falls into one second.
     for opcode in [PING, PONG] {
-        let (mut flooder, id) = office.visit_raw().await;
-        flooder.says(&frame(FIN | opcode, b"ping").repeat(LIMIT * 3)).await;
+        let (mut flooder, id) = fixture.connect_raw().await;
+        flooder.send(&frame(FIN | opcode, b"ping").repeat(LIMIT * 3)).await;
         let answered = if opcode == PING { LIMIT } else { 0 };
         for _ in 0..answered {
             assert_eq!(flooder.frame().await, Some((PONG, b"ping".to_vec())));
         }
         assert_eq!(flooder.close_code().await, Some(1008));
-        assert_eq!(office.ended().await, (id, CloseReason::ControlFlood));
+        assert_eq!(fixture.ended().await, (id, CloseReason::ControlFlood));
     }
-    modest.says(&text("me still here")).await;
-    assert_eq!(modest.hears().await, (TEXT, b"still here".to_vec()));
-    other.say("me still here").await;
-    other.hears(&["still here"]).await;
-    assert_eq!(office.others_ended(), []);
+    modest.send(&text("me still here")).await;
+    assert_eq!(modest.recv().await, (TEXT, b"still here".to_vec()));
+    other.send_text("me still here").await;
+    other.recv_texts(&["still here"]).await;
+    assert_eq!(fixture.others_ended(), []);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is_busy() {
     const ATTEMPTS_IN_VAIN: usize = 50;
-    let mut office = Office::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
-    let (mut other, _) = office.visit().await;
-    let mut flooder = Raw::connect(office.server.address).await;
-    let id: ConnectionId = flooder.hears_text().await.parse().unwrap();
+    let mut fixture =
+        HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+    let (mut other, _) = fixture.connect().await;
+    let mut flooder = Raw::connect(fixture.server.address).await;
+    let id: ConnectionId = flooder.recv_text().await.parse().unwrap();
     SockRef::from(&flooder.stream).set_send_buffer_size(16 << 10).unwrap();
-    flooder.says(&text("wait")).await;
+    flooder.send(&text("wait")).await;
     // Until nothing more goes out, although its shard has had turn after turn, as the other one shows.
     let batch = text("me 12345678").repeat(1000);
     let (mut sent, mut in_vain) = (0, 0);
@@ -541,32 +543,32 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
             Ok(count) => (sent, in_vain) = (sent + count, 0),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 in_vain += 1;
-                other.say("me served").await;
-                other.hears(&["served"]).await;
+                other.send_text("me served").await;
+                other.recv_texts(&["served"]).await;
             }
             Err(error) => panic!("{error}"),
         }
         assert!(sent < 16 << 20, "everything is read, although nothing is handled");
     }
-    assert_eq!(office.counted(id).await.tally.received, 1, "the one that its handler is at");
-    office.ledger.permits.add_permits(1);
-    assert_eq!(flooder.hears_text().await, "waited");
-    other.hears(&["waited"]).await;
+    assert_eq!(fixture.counted(id).await.tally.received, 1, "the one that its handler is at");
+    fixture.recorder.permits.add_permits(1);
+    assert_eq!(flooder.recv_text().await, "waited");
+    other.recv_texts(&["waited"]).await;
     // All that was sent is handled, in whole messages, none twice.
     let message_bytes = text("me 12345678").len();
     for _ in 0..sent / message_bytes {
-        assert_eq!(flooder.hears_text().await, "12345678");
+        assert_eq!(flooder.recv_text().await, "12345678");
     }
     let missing = sent.next_multiple_of(message_bytes) - sent;
-    flooder.says(&batch[message_bytes - missing..message_bytes]).await;
+    flooder.send(&batch[message_bytes - missing..message_bytes]).await;
     if missing > 0 {
-        assert_eq!(flooder.hears_text().await, "12345678");
+        assert_eq!(flooder.recv_text().await, "12345678");
     }
-    flooder.says(&text("me over")).await;
-    assert_eq!(flooder.hears_text().await, "over");
-    other.say("me served").await;
-    other.hears(&["served"]).await;
-    assert_eq!(office.others_ended(), []);
+    flooder.send(&text("me over")).await;
+    assert_eq!(flooder.recv_text().await, "over");
+    other.send_text("me served").await;
+    other.recv_texts(&["served"]).await;
+    assert_eq!(fixture.others_ended(), []);
 }
 
 // ---- many drops
@@ -588,11 +590,12 @@ impl WsHub for Teller {
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_open(&self, ctx: MessageContext<String, RawCodec>) {
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.unicast(ctx.connection_id().to_string()).await;
+        Ok(())
     }
 
-    async fn on_message(&self, message: String, ctx: MessageContext<String, RawCodec>) {
+    async fn on_message(&self, message: String, ctx: HubContext<Self>) {
         self.0.begun.add_permits(1);
         if message == "wait" {
             self.0.permits.acquire().await.unwrap().forget();
@@ -611,43 +614,120 @@ impl WsHub for Teller {
 
 #[tokio::test]
 async fn however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_meanwhile() {
+    others_have_their_turn_between_drops::<Teller>().await;
+    others_have_their_turn_between_drops::<OnRuntime<Teller>>().await;
+}
+
+async fn others_have_their_turn_between_drops<
+    H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Teller>,
+>() {
     const DROPS: u64 = 10_000;
-    for run_on in [RunOn::Shard, RunOn::Runtime] {
-        let engine = engine(1);
-        let hub = engine.hub::<Teller>(WsHubConfig { run_on, ..narrow(DROP_AT_ONCE) }).unwrap();
-        let told = Arc::new(Told {
-            drops: AtomicU64::new(0),
-            first: Notify::new(),
-            permits: Semaphore::new(0),
-            begun: Semaphore::new(0),
-        });
-        let route = {
-            let (hub, told) = (hub.clone(), told.clone());
-            any(async move |ws: WebSocketUpgrade| ws.serve(&hub, Teller(told.clone())))
-        };
-        let server = Server::start(Router::new().route("/ws", route)).await;
-        let (mut watcher, _) = visit(&server.url("/ws")).await;
-        let mut stalled = Raw::connect_narrow(server.address).await;
-        let id: ConnectionId = stalled.hears_text().await.parse().unwrap();
-        // It is told of no drop until its method is over.
-        stalled.says(&text("wait")).await;
-        watcher.say("watch").await;
-        soon(told.begun.acquire_many(2)).await.unwrap().forget();
-        let dropped = async || {
-            let counted = soon(hub.inspect(id)).await.unwrap().unwrap();
-            counted.tally.dropped.timeout + counted.tally.dropped.overflow
-        };
-        while dropped().await < DROPS {
-            for round in 0..1000 {
-                let message = numbered(round, MESSAGE_BYTES);
-                soon(hub.to(id).policy(DROP_AT_ONCE).publish(message)).await.unwrap();
-            }
+    let engine = engine(1);
+    let hub = engine.hub::<H>(narrow(DROP_AT_ONCE)).unwrap();
+    let told = Arc::new(Told {
+        drops: AtomicU64::new(0),
+        first: Notify::new(),
+        permits: Semaphore::new(0),
+        begun: Semaphore::new(0),
+    });
+    let route = {
+        let (hub, told) = (hub.clone(), told.clone());
+        any(async move |ws: WebSocketUpgrade| ws.serve(&hub, Teller(told.clone())))
+    };
+    let server = Server::start(Router::new().route("/ws", route)).await;
+    let (mut watcher, _) = connect(&server.url("/ws")).await;
+    let mut stalled = Raw::connect_narrow(server.address).await;
+    let id: ConnectionId = stalled.recv_text().await.parse().unwrap();
+    // It is told of no drop until its method is over.
+    stalled.send(&text("wait")).await;
+    watcher.send_text("watch").await;
+    within_timeout(told.begun.acquire_many(2)).await.unwrap().forget();
+    let dropped = async || {
+        let counted = within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap();
+        counted.tally.dropped.timeout + counted.tally.dropped.overflow
+    };
+    while dropped().await < DROPS {
+        for round in 0..1000 {
+            let message = numbered(round, MESSAGE_BYTES);
+            within_timeout(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
         }
-        assert_eq!(told.drops.load(Relaxed), 0);
-        told.permits.add_permits(1);
-        let until_its_turn: u64 = watcher.hear().await.parse().unwrap();
-        // 1,000 in a turn, and whose turn is the first in a round is not told.
-        assert!((1..=2000).contains(&until_its_turn), "{until_its_turn} on {run_on:?}");
-        eventually(dropped().await, || told.drops.load(Relaxed)).await;
     }
+    assert_eq!(told.drops.load(Relaxed), 0);
+    told.permits.add_permits(1);
+    let until_its_turn: u64 = watcher.recv_text().await.parse().unwrap();
+    // 1,000 in a turn, and whose turn is the first in a round is not told.
+    assert!((1..=2000).contains(&until_its_turn), "{until_its_turn} on {:?}", H::RUN_ON);
+    eventually(dropped().await, || told.drops.load(Relaxed)).await;
+}
+
+/// Records what it is told of drops. `wait` waits for a permit.
+struct DropRecorder {
+    dropped: UnboundedSender<Dropped>,
+    permits: Arc<Semaphore>,
+}
+
+impl WsHub for DropRecorder {
+    type Codec = RawCodec;
+    type InMessage = String;
+    type OutMessage = String;
+
+    async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
+        ctx.add_to_group("prices").await;
+        ctx.unicast(ctx.connection_id().to_string()).await;
+        Ok(())
+    }
+
+    async fn on_message(&self, _: String, ctx: HubContext<Self>) {
+        ctx.unicast("waiting".to_owned()).await;
+        self.permits.acquire().await.unwrap().forget();
+    }
+
+    async fn on_dropped(&self, _: HubContext<Self>, dropped: Dropped) {
+        self.dropped.send(dropped).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_returned() {
+    let hub = engine(1).hub::<DropRecorder>(narrow(DROP_AT_ONCE)).unwrap();
+    let (dropped, mut told) = unbounded_channel();
+    let permits = Arc::new(Semaphore::new(0));
+    let route = {
+        let (hub, permits) = (hub.clone(), permits.clone());
+        let instance = move || DropRecorder { dropped: dropped.clone(), permits: permits.clone() };
+        any(async move |ws: WebSocketUpgrade| ws.serve(&hub, instance()))
+    };
+    let server = Server::start(Router::new().route("/ws", route)).await;
+    let mut stalled = Raw::connect_narrow(server.address).await;
+    let id: ConnectionId = stalled.recv_text().await.parse().unwrap();
+    stalled.send(&text("wait")).await;
+    assert_eq!(stalled.recv_text().await, "waiting");
+
+    // To one and to a group, until the client has lost some of both.
+    let lost =
+        async || within_timeout(hub.connection_metrics(id)).await.unwrap().unwrap().tally.dropped.overflow;
+    let message = numbered(0, MESSAGE_BYTES);
+    let (mut alone, mut both) = (0, 0);
+    for _ in 0..MANY {
+        within_timeout(hub.to(id).policy(DROP_AT_ONCE).unwrap().publish(&message)).await.unwrap();
+        alone = lost().await;
+        if alone > 0 {
+            break;
+        }
+    }
+    for _ in 0..MANY {
+        within_timeout(hub.to_group("prices").publish(&message)).await.unwrap();
+        both = lost().await;
+        if both > alone + 10 {
+            break;
+        }
+    }
+    assert!(alone > 0 && both > alone, "{alone} {both}");
+    assert!(told.try_recv().is_err(), "told while a method was pending");
+
+    permits.add_permits(1);
+    let notices = [within_timeout(told.recv()).await.unwrap(), within_timeout(told.recv()).await.unwrap()];
+    let seen = notices.map(|notice| (notice.messages, notice.cause, notice.group));
+    let group = Some(Arc::from("prices"));
+    assert_eq!(seen, [(alone, DropCause::Overflow, None), (both - alone, DropCause::Overflow, group)]);
 }

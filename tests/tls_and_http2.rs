@@ -16,7 +16,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{Method, StatusCode, Version};
 use axum::serve::Listener;
-use fixture::{Desk, Peer, Server, desk_app, engine, eventually, soon};
+use fixture::{CommandHub, Peer, Server, command_app, engine, eventually, within_timeout};
 use hyper::client::conn::http2;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -123,15 +123,16 @@ impl TlsServer {
     async fn stream(&self) -> client::TlsStream<TcpStream> {
         let socket = TcpStream::connect(self.address).await.unwrap();
         let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-        soon(self.connector.connect(name, socket)).await.unwrap()
+        within_timeout(self.connector.connect(name, socket)).await.unwrap()
     }
 
     /// A client behind TLS, and its id.
-    async fn visit(&self) -> (Peer<client::TlsStream<TcpStream>>, shardcast::ConnectionId) {
+    async fn connect(&self) -> (Peer<client::TlsStream<TcpStream>>, shardcast::ConnectionId) {
         let stream = self.stream().await;
-        let (socket, _) = soon(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
+        let (socket, _) =
+            within_timeout(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
         let mut peer = Peer { socket };
-        let id = peer.hear().await.parse().unwrap();
+        let id = peer.recv_text().await.parse().unwrap();
         (peer, id)
     }
 }
@@ -142,9 +143,9 @@ where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
     let (client, connection) =
-        soon(http2::handshake(TokioExecutor::new(), TokioIo::new(stream))).await.unwrap();
+        within_timeout(http2::handshake(TokioExecutor::new(), TokioIo::new(stream))).await.unwrap();
     // hyper has a task of its own for this, which wakes nobody when the server's settings arrive.
-    soon(async {
+    within_timeout(async {
         while !connection.is_extended_connect_protocol_enabled() {
             tokio::task::yield_now().await;
         }
@@ -155,7 +156,7 @@ where
 }
 
 /// A client on a stream of an HTTP/2 connection, and its id.
-async fn visit_by_http_2(
+async fn connect_by_http_2(
     client: &mut http2::SendRequest<Body>,
 ) -> (Peer<TokioIo<Upgraded>>, shardcast::ConnectionId) {
     let request = Request::builder()
@@ -166,28 +167,28 @@ async fn visit_by_http_2(
         .header("sec-websocket-version", "13")
         .body(Body::empty())
         .unwrap();
-    let mut response = soon(client.send_request(request)).await.unwrap();
+    let mut response = within_timeout(client.send_request(request)).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK, "not 101: the stream is the connection");
-    let stream = soon(hyper::upgrade::on(&mut response)).await.unwrap();
+    let stream = within_timeout(hyper::upgrade::on(&mut response)).await.unwrap();
     let mut peer = Peer::upgraded(TokioIo::new(stream)).await;
-    let id = peer.hear().await.parse().unwrap();
+    let id = peer.recv_text().await.parse().unwrap();
     (peer, id)
 }
 
-fn desk(config: WsHubConfig) -> Hub<Desk> {
-    engine(2).hub::<Desk>(config).unwrap()
+fn command_hub(config: WsHubConfig) -> Hub<CommandHub> {
+    engine(2).hub::<CommandHub>(config).unwrap()
 }
 
 #[tokio::test]
 async fn a_hub_talks_over_tls_and_both_sides_can_end_it() {
-    let hub = desk(WsHubConfig::default());
-    let server = TlsServer::by_axum(desk_app(hub.clone())).await;
-    let (mut ada, _) = server.visit().await;
-    let (mut bob, bob_id) = server.visit().await;
+    let hub = command_hub(WsHubConfig::default());
+    let server = TlsServer::by_axum(command_app(hub.clone())).await;
+    let (mut ada, _) = server.connect().await;
+    let (mut bob, bob_id) = server.connect().await;
     for text in ["hello", "žluťoučký"] {
-        ada.say(format!("all {text}")).await;
-        ada.hears(&[text]).await;
-        bob.hears(&[text]).await;
+        ada.send_text(format!("all {text}")).await;
+        ada.recv_texts(&[text]).await;
+        bob.recv_texts(&[text]).await;
     }
     hub.disconnect(bob_id, CloseCode(4321), "enough").await.unwrap();
     assert_eq!(bob.closed().await, (4321, "enough".to_owned()));
@@ -197,87 +198,87 @@ async fn a_hub_talks_over_tls_and_both_sides_can_end_it() {
 
 #[tokio::test]
 async fn a_hub_talks_over_http_2_on_several_streams_of_one_connection() {
-    let hub = desk(WsHubConfig::default());
-    let server = Server::start(desk_app(hub.clone())).await;
+    let hub = command_hub(WsHubConfig::default());
+    let server = Server::start(command_app(hub.clone())).await;
     let mut connection = http_2(TcpStream::connect(server.address).await.unwrap()).await;
-    let (mut ada, ada_id) = visit_by_http_2(&mut connection).await;
-    let (mut bob, bob_id) = visit_by_http_2(&mut connection).await;
+    let (mut ada, ada_id) = connect_by_http_2(&mut connection).await;
+    let (mut bob, bob_id) = connect_by_http_2(&mut connection).await;
     assert_ne!(ada_id, bob_id);
-    ada.say("all hello").await;
-    ada.hears(&["hello"]).await;
-    bob.hears(&["hello"]).await;
-    bob.say("end 4000 I leave").await;
+    ada.send_text("all hello").await;
+    ada.recv_texts(&["hello"]).await;
+    bob.recv_texts(&["hello"]).await;
+    bob.send_text("end 4000 I leave").await;
     assert_eq!(bob.closed().await, (4000, "I leave".to_owned()));
     // The other stream goes on.
     eventually(1, || hub.len()).await;
-    ada.say("all alone").await;
-    ada.hears(&["alone"]).await;
+    ada.send_text("all alone").await;
+    ada.recv_texts(&["alone"]).await;
     ada.leave().await;
     eventually(0, || hub.len()).await;
 }
 
 #[tokio::test]
 async fn a_hub_talks_over_http_2_within_tls() {
-    let hub = desk(WsHubConfig::default());
-    let server = TlsServer::by_hyper(desk_app(hub.clone())).await;
+    let hub = command_hub(WsHubConfig::default());
+    let server = TlsServer::by_hyper(command_app(hub.clone())).await;
     let stream = server.stream().await;
     assert_eq!(stream.get_ref().1.alpn_protocol(), Some(b"h2".as_slice()));
     let mut connection = http_2(stream).await;
-    let (mut peer, _) = visit_by_http_2(&mut connection).await;
-    peer.say("all hello").await;
-    peer.hears(&["hello"]).await;
+    let (mut peer, _) = connect_by_http_2(&mut connection).await;
+    peer.send_text("all hello").await;
+    peer.recv_texts(&["hello"]).await;
     peer.leave().await;
     eventually(0, || hub.len()).await;
 }
 
 #[tokio::test]
 async fn one_broadcast_reaches_clients_that_came_every_way_in_one_order() {
-    let hub = desk(WsHubConfig::default());
+    let hub = command_hub(WsHubConfig::default());
     let (plain, secure) =
-        (Server::start(desk_app(hub.clone())).await, TlsServer::by_axum(desk_app(hub.clone())).await);
+        (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
-    let (mut ada, _) = fixture::visit(&plain.url("/ws")).await;
-    let (mut bob, _) = secure.visit().await;
-    let (mut cyd, cyd_id) = visit_by_http_2(&mut connection).await;
+    let (mut ada, _) = fixture::connect(&plain.url("/ws")).await;
+    let (mut bob, _) = secure.connect().await;
+    let (mut cyd, cyd_id) = connect_by_http_2(&mut connection).await;
     for round in 0..30 {
-        ada.say(format!("all plain {round}")).await;
-        bob.say(format!("all TLS {round}")).await;
-        cyd.say(format!("all HTTP/2 {round}")).await;
-        let receipt = soon(hub.to_all().send(format!("task {round}"))).await.unwrap();
+        ada.send_text(format!("all plain {round}")).await;
+        bob.send_text(format!("all TLS {round}")).await;
+        cyd.send_text(format!("all HTTP/2 {round}")).await;
+        let receipt = within_timeout(hub.to_all().deliver(&format!("task {round}"))).await.unwrap();
         assert_eq!(receipt.targets, 3);
         let mut orders = Vec::new();
         for _ in 0..4 {
-            orders.push([ada.hear().await, bob.hear().await, cyd.hear().await]);
+            orders.push([ada.recv_text().await, bob.recv_text().await, cyd.recv_text().await]);
         }
         assert!(orders.iter().all(|[first, second, third]| first == second && second == third), "{orders:?}");
     }
-    ada.say(format!("except {cyd_id} not over HTTP/2")).await;
-    ada.say("all last").await;
-    ada.hears(&["not over HTTP/2", "last"]).await;
-    bob.hears(&["not over HTTP/2", "last"]).await;
-    cyd.hears(&["last"]).await;
+    ada.send_text(format!("except {cyd_id} not over HTTP/2")).await;
+    ada.send_text("all last").await;
+    ada.recv_texts(&["not over HTTP/2", "last"]).await;
+    bob.recv_texts(&["not over HTTP/2", "last"]).await;
+    cyd.recv_texts(&["last"]).await;
 }
 
 #[tokio::test]
 async fn messages_of_a_megabyte_go_both_ways_every_way() {
     const BYTES: usize = 1 << 20;
-    let hub = desk(WsHubConfig { max_message_bytes: 2 * BYTES, ..WsHubConfig::default() });
+    let hub = command_hub(WsHubConfig { max_message_bytes: 2 * BYTES, ..WsHubConfig::default() });
     let (plain, secure) =
-        (Server::start(desk_app(hub.clone())).await, TlsServer::by_axum(desk_app(hub.clone())).await);
+        (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
-    let (mut ada, _) = fixture::visit(&plain.url("/ws")).await;
-    let (mut bob, _) = secure.visit().await;
-    let (mut cyd, _) = visit_by_http_2(&mut connection).await;
+    let (mut ada, _) = fixture::connect(&plain.url("/ws")).await;
+    let (mut bob, _) = secure.connect().await;
+    let (mut cyd, _) = connect_by_http_2(&mut connection).await;
     // Read by all at the same time: a megabyte is more than what may be on its way to one who does not.
     for sender in 0..3 {
         let text = ["a", "b", "c"][sender].repeat(BYTES);
         let message = format!("all {text}");
         match sender {
-            0 => ada.say(message).await,
-            1 => bob.say(message).await,
-            _ => cyd.say(message).await,
+            0 => ada.send_text(message).await,
+            1 => bob.send_text(message).await,
+            _ => cyd.send_text(message).await,
         }
-        let (first, second, third) = tokio::join!(ada.hear(), bob.hear(), cyd.hear());
+        let (first, second, third) = tokio::join!(ada.recv_text(), bob.recv_text(), cyd.recv_text());
         assert!(first == text && second == text && third == text, "sent by {sender}");
     }
 }
@@ -285,22 +286,22 @@ async fn messages_of_a_megabyte_go_both_ways_every_way() {
 #[tokio::test]
 async fn a_stalled_tls_client_stalls_nobody_else() {
     const MESSAGES: usize = 60;
-    let hub = desk(WsHubConfig { outbox_frames: 8, ..WsHubConfig::default() });
+    let hub = command_hub(WsHubConfig { outbox_frames: 8, ..WsHubConfig::default() });
     let (plain, secure) =
-        (Server::start(desk_app(hub.clone())).await, TlsServer::by_axum(desk_app(hub.clone())).await);
-    let (stalled, stalled_id) = secure.visit().await;
-    let (mut ada, _) = fixture::visit(&plain.url("/ws")).await;
-    let (mut bob, _) = secure.visit().await;
+        (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
+    let (stalled, stalled_id) = secure.connect().await;
+    let (mut ada, _) = fixture::connect(&plain.url("/ws")).await;
+    let (mut bob, _) = secure.connect().await;
     let big = "x".repeat(64 << 10);
     for round in 0..MESSAGES {
         // Who does not wait, does not wait: what the stalled client cannot take is kept for it.
-        hub.to_all().try_publish(format!("{round} {big}")).unwrap();
-        let (ada_heard, bob_heard) = tokio::join!(ada.hear(), bob.hear());
+        hub.to_all().try_publish(&format!("{round} {big}")).unwrap();
+        let (ada_heard, bob_heard) = tokio::join!(ada.recv_text(), bob.recv_text());
         for heard in [ada_heard, bob_heard] {
             assert!(heard.starts_with(&format!("{round} ")) && heard.ends_with(&big));
         }
     }
-    let metrics = soon(hub.inspect(stalled_id)).await.unwrap().unwrap();
+    let metrics = within_timeout(hub.connection_metrics(stalled_id)).await.unwrap().unwrap();
     assert_eq!(metrics.tally.offered, 1 + MESSAGES as u64);
     assert!(
         metrics.tally.pending() > MESSAGES as u64 / 2,
@@ -309,18 +310,18 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     // Who awaits it, waits for it, and is let go when it has gone.
     let waiting = {
         let hub = hub.clone();
-        tokio::spawn(async move { hub.to_all().send("awaited".to_owned()).await.unwrap() })
+        tokio::spawn(async move { hub.to_all().deliver(&"awaited".to_owned()).await.unwrap() })
     };
-    ada.hears(&["awaited"]).await;
-    bob.hears(&["awaited"]).await;
+    ada.recv_texts(&["awaited"]).await;
+    bob.recv_texts(&["awaited"]).await;
     assert!(!waiting.is_finished());
     drop(stalled);
-    let receipt = soon(waiting).await.unwrap();
+    let receipt = within_timeout(waiting).await.unwrap();
     assert_eq!((receipt.targets, receipt.waited), (3, 1));
     eventually(2, || hub.len()).await;
-    ada.say("all on we go").await;
-    ada.hears(&["on we go"]).await;
-    bob.hears(&["on we go"]).await;
+    ada.send_text("all on we go").await;
+    ada.recv_texts(&["on we go"]).await;
+    bob.recv_texts(&["on we go"]).await;
 }
 
 // ---- the end of an engine
@@ -328,18 +329,18 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tls_client_that_has_got_everything_and_its_close_is_reported_as_flushed() {
     let engine = engine(2);
-    let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
-    let server = TlsServer::by_axum(desk_app(hub.clone())).await;
+    let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = TlsServer::by_axum(command_app(hub.clone())).await;
     let mut readers = Vec::new();
     for _ in 0..3 {
-        readers.push(tokio::spawn(server.visit().await.0.rest()));
+        readers.push(tokio::spawn(server.connect().await.0.rest()));
     }
-    hub.to_all().publish("last words".to_owned()).await.unwrap();
+    hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(fixture::PATIENCE) };
-    let report = soon(engine.shutdown_with(shutdown)).await.unwrap();
+    let report = within_timeout(engine.shutdown_with(shutdown)).await.unwrap();
     assert_eq!((report.flushed, report.cut_off), (3, 0));
     for reader in readers {
-        let heard = soon(reader).await.unwrap();
+        let heard = within_timeout(reader).await.unwrap();
         assert_eq!(heard, (vec!["last words".to_owned()], Some((1001, String::new()))));
     }
 }
@@ -349,15 +350,15 @@ async fn a_tls_client_is_not_reported_as_flushed_for_what_is_still_on_its_way_to
     // So little that all of it is out of the shard's hands at once, and so much that it never is.
     for bytes in [1000, 8 << 20] {
         let engine = engine(2);
-        let hub = engine.hub::<Desk>(WsHubConfig::default()).unwrap();
-        let server = TlsServer::by_axum(desk_app(hub.clone())).await;
+        let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
+        let server = TlsServer::by_axum(command_app(hub.clone())).await;
         let mut stalled = Vec::new();
         for _ in 0..3 {
-            stalled.push(server.visit().await.0);
+            stalled.push(server.connect().await.0);
         }
-        hub.to_all().try_publish("x".repeat(bytes)).unwrap();
+        hub.to_all().try_publish(&"x".repeat(bytes)).unwrap();
         // Nobody reads, and so nobody answers a Close.
-        let report = soon(engine.shutdown(Duration::from_millis(500))).await;
+        let report = within_timeout(engine.shutdown(Duration::from_millis(500))).await;
         assert_eq!((report.flushed, report.cut_off), (0, 3), "{bytes} bytes");
     }
 }

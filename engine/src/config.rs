@@ -1,72 +1,84 @@
-//! What can be set, with its unit, default and range.
+//! Settings, each with its unit, default, range and what happens at its limit.
 //!
-//! Read once when an engine starts or a connection is adopted. Every bound says what
-//! happens at it. Does not know what uses it.
+//! Read once, when an engine starts or a connection is adopted. Does not know what uses them.
 
 use std::time::Duration;
 
 use crate::id::SHARDS_MAX;
 use crate::policy::Policy;
 
-/// How an engine is built. All fields have defaults; deserializable with the feature `serde`.
+/// How an engine is built. All fields have defaults.
 ///
 /// ```
 /// # use shardcast_engine::EngineConfig;
 /// let config = EngineConfig { shards: Some(2), pin: false, ..EngineConfig::default() };
 /// assert!(config.validate().is_ok());
 /// ```
+///
+/// With the feature `serde` it can be read from a file or the environment. Fields that are missing have their defaults,
+/// unknown ones are refused, and durations are text such as `"5ms"`, `"15s"` or `"1h"`; one that may be absent is `"none"`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Deserialize), serde(default, deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct EngineConfig {
-    /// Number of shards, each one thread: 1 to 4096. Default: none, meaning one for each CPU
-    /// that this process may use (affinity and container quota considered).
+    /// Number of shards, each one thread: 1 to 4096. Default: none, which means one for each CPU that this process may use
+    /// (affinity and container quota considered).
     pub shards: Option<usize>,
-    /// Whether each shard is pinned to one of the allowed CPUs. Default: true. With more shards
-    /// than CPUs, CPUs are shared; where the system refuses, the shard runs unpinned and says so.
-    /// On Linux only: on other systems no shard is pinned.
+    /// Whether each shard is pinned to one of the allowed CPUs. Default: true. With more shards than CPUs, shards share
+    /// CPUs; where the system refuses, the shard runs unpinned and logs that. Linux only: on other systems no shard is
+    /// pinned.
     ///
-    /// A shard is bound to its CPU only while it waits for something to do, and what a handler starts
-    /// (threads, processes) may use all of the process's CPUs. Engines choose CPUs that no other has: each shard holds
-    /// a claim, an abstract Unix socket named `shardcast/cpu/NUMBER/CLAIM`, which engines in other processes of the
-    /// same network namespace see; where all are claimed, they share those with the fewest shards.
-    /// A shard puts its own affinity back, so change a running process's CPUs by its cpuset, not by `taskset`.
+    /// A shard is bound to its CPU only while it waits for work, and what a handler starts (threads, processes) may use all of
+    /// the process's CPUs. Engines choose CPUs that no other engine has: each shard holds a claim, an abstract Unix socket
+    /// named `shardcast/cpu/NUMBER/CLAIM`, which engines in other processes of the same network namespace see; where all
+    /// CPUs are claimed, shards share those with the fewest. A shard restores its own affinity, so change a running
+    /// process's CPUs by its cpuset, not by `taskset`.
     pub pin: bool,
     /// How long a handler's call may hold its shard before that is logged as a warning, with the namespace's name, and
     /// counted ([`Metrics::blocked`](crate::Metrics::blocked)): 10 ms to 1 hour, or none for neither. Default: 100 ms. It is
-    /// noticed up to half as long later. The same namespace is logged once a minute at most. What takes so long
-    /// belongs on another thread: until it is over, the shard's other connections wait.
+    /// noticed up to half as long later, and logged once a minute for the same namespace at most. Work that takes so long
+    /// belongs on another thread: until it is done, the shard's other connections wait.
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::blocked_after"))]
     pub blocked_after: Option<Duration>,
-    /// Publications that the log holds until every shard has read them: 2 to 1,048,576, rounded up to
-    /// a power of two. Default: 4096. At the limit publishers wait for the slowest shard.
+    /// Publications that the log holds until every shard has read them: 2 to 1,048,576, rounded up to a power of two.
+    /// Default: 4096. At the limit publishers wait for the slowest shard.
     pub log_capacity: usize,
-    /// Commands (adoptions, unicasts, joins, leaves, closes) that one shard's mailbox holds:
-    /// 1 to 1,048,576. Default: 4096. At the limit their senders wait for the shard.
+    /// Commands (adoptions, unicasts, joins, leaves, closes) that one shard's mailbox holds: 1 to 1,048,576. Default: 4096.
+    /// At the limit their senders wait for the shard.
     pub mailbox_capacity: usize,
-    /// Publishers that may wait for room at one place, the log or one mailbox: 1 to 16,777,216.
-    /// Default: 65,536. At the limit a publisher gets `SendError::Overloaded` instead of waiting.
+    /// Publishers that may wait for room in the log, and in each mailbox: 1 to 16,777,216. Default: 65,536. At the limit a
+    /// publisher gets the error `Overloaded` instead of waiting.
     pub publishers_waiting_max: usize,
-    /// How long a shard may wait to gather more before it writes to its sockets: 0 to 1 s, in effect whole
-    /// milliseconds, rounded up. Default: 0, it writes as soon as it has nothing else to do. Every frame is delayed by
-    /// as much at most, answers and pongs too; in return messages that come singly share a write.
+    /// How long a shard may wait to gather more before it writes to its sockets: 0 to 1 s, in effect whole milliseconds,
+    /// rounded up. Default: 0, which means that it writes as soon as it has nothing else to do. Every frame is delayed by at
+    /// most this time, answers and pongs too; in return, messages that arrive one at a time share a write.
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::coalesce"))]
     pub coalesce: Duration,
-    /// Bytes that a shard reads at once: 1 KiB to 16 MiB. Default: 65,536. One buffer per shard, not per connection.
+    /// Bytes that a shard reads at once: 1 KiB to 16 MiB. Default: 65,536. One buffer for each shard, not for each connection.
     pub read_buffer_bytes: usize,
-    /// Bytes that all outboxes together may keep in memory: 1 MiB to 1 TiB. Default: 1 GiB. What is sent to many
-    /// counts once for each shard. Beyond the limit the connections with the largest backlogs are ended (1013), but only
-    /// those whose sockets take no more for now; if that frees nothing, because they share a long frame or are in the
-    /// middle of one, their sockets are closed at once. Looked at in each turn of a shard in which a socket takes no more,
-    /// and whenever 1/64 more is kept.
+    /// Bytes of memory that all outboxes together may keep: 1 MiB to 1 TiB. Default: 1 GiB. A frame that is sent to many
+    /// counts once for each shard. Beyond the limit the connections with the largest backlogs are ended (1013), of those
+    /// whose sockets accept nothing for now; if that frees nothing, because they share a long frame or are in the middle of
+    /// one, their sockets are closed at once. Checked in each turn of a shard in which a socket accepts nothing more, and
+    /// whenever the kept memory has grown by 1/64.
     pub backlog_bytes_max: usize,
     /// Bytes of memory for all incoming messages that are incomplete or wait for their handler: 1 MiB to 1 TiB.
     /// Default: 1 GiB. Beyond the limit the connections with the most of it are ended (1013).
     pub unfinished_bytes_max: usize,
-    /// Connections from one peer address: 1 to 1,073,741,824, or none. Default: none. At the limit no more from there
-    /// are admitted; the face answers the upgrade with 503. IPv6 counts by its first 64 bits, IPv4 in IPv6's form
-    /// (`::ffff:192.0.2.1`) as IPv4. Peers whose address is not known are not counted; the face logs an error about it.
+    /// Connections from one peer address: 1 to 1,073,741,824 and at most `max_connections`, or none. Default: none. At the
+    /// limit no more from that address are admitted: `shardcast` answers the upgrade with 503. IPv6 counts by its first 64
+    /// bits, and IPv4 in an IPv6 form (`::ffff:192.0.2.1`) as IPv4. Peers whose address is not known are not counted, which
+    /// `shardcast` logs as an error.
     pub max_connections_per_address: Option<usize>,
-    /// Connections in all, at most: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are
-    /// admitted; the face answers the upgrade with 503.
+    /// Connections in total: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are admitted: `shardcast` answers the
+    /// upgrade with 503.
     pub max_connections: usize,
+    #[doc(hidden)]
+    #[cfg_attr(feature = "serde", serde(skip))]
+    pub __non_exhaustive: (),
 }
 
 impl Default for EngineConfig {
@@ -84,6 +96,7 @@ impl Default for EngineConfig {
             unfinished_bytes_max: 1 << 30,
             max_connections_per_address: None,
             max_connections: 1 << 20,
+            __non_exhaustive: (),
         }
     }
 }
@@ -122,56 +135,80 @@ impl EngineConfig {
     }
 }
 
-/// What holds for a connection while it lives. Connections that share one share its memory.
+/// The settings of a connection. Connections with the same settings share their memory. All fields have defaults, and all
+/// can be read with the feature `serde`, as in [`EngineConfig`].
+///
+/// ```
+/// # use shardcast_engine::ConnectionConfig;
+/// let config = ConnectionConfig { max_message_bytes: 1 << 20, ..ConnectionConfig::default() };
+/// assert!(config.validate().is_ok());
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct ConnectionConfig {
-    /// Frames that the outbox holds for a peer that reads too slowly: 1 to 16,777,216. Default: 1024.
-    /// Beyond it frames wait, and so do publishers that await them.
-    pub outbox_frames: usize,
-    /// Bytes that the outbox holds, likewise: 1 KiB to 1 GiB. Default: 1 MiB. An empty outbox takes one frame of any size.
-    pub outbox_bytes: usize,
-    /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit frames that
-    /// may be dropped are dropped at once; where none may, the connection is ended as a slow consumer (1013).
-    pub waiting_frames: usize,
-    /// Bytes that may wait for room, likewise: 0 to 16 GiB. Default: 16 MiB. The same happens at the limit. One
-    /// frame of any size may wait where nothing else does.
-    pub waiting_bytes: usize,
-    /// How long a peer may take nothing while something waits for it: 10 ms to 1 hour, or none. Default: 10 s. After
-    /// it the connection is ended as a slow consumer (1013), whatever the peer sends and whatever its handler does.
-    /// A peer that takes one byte in this time makes progress and stays. Where the system does not tell what the peer
-    /// has taken (it does on Linux), progress is room for another write.
-    pub stall_timeout: Option<Duration>,
     /// What happens to frames that find the outbox full. Default: [`Policy::Block`].
     pub policy: Policy,
-    /// Bytes of one message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one
-    /// ends the connection (1009).
+    /// Frames that the outbox holds for a client that reads too slowly: 1 to 16,777,216. Default: 1024. Beyond it the policy
+    /// decides.
+    pub outbox_frames: usize,
+    /// Bytes that the outbox holds for a client that reads too slowly: 1 KiB to 1 GiB. Default: 1 MiB. Beyond it the policy
+    /// decides. An empty outbox takes one frame of any size.
+    pub outbox_bytes: usize,
+    /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit frames that may be dropped
+    /// are dropped at once; where none may be, the connection is ended as a slow consumer (1013).
+    pub waiting_frames: usize,
+    /// Bytes that may wait for room in the outbox: 0 to 16 GiB. Default: 16 MiB. At the limit the same happens as for
+    /// `waiting_frames`. One frame of any size may wait where no other does.
+    pub waiting_bytes: usize,
+    /// How long a client may take nothing while something waits for it: 10 ms to 1 hour, or none. Default: 10 s. After it
+    /// the client is disconnected as a slow consumer (1013), whatever it sends and whatever its handler does. A client that
+    /// takes one byte in this time makes progress and stays connected. Where the system does not tell what the client has
+    /// taken (Linux does), progress is room for another write.
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::stall_timeout"))]
+    pub stall_timeout: Option<Duration>,
+    /// Bytes of one incoming message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one ends the connection
+    /// (1009).
     pub max_message_bytes: usize,
-    /// Fragments of one message: 1 to 16,777,216. Default: 1024. More end the connection (1008).
+    /// Fragments of one incoming message: 1 to 16,777,216. Default: 1024. More end the connection (1008).
     pub max_fragments: u32,
-    /// Control frames that the peer may send in one second: 1 to 65,535. Default: 200. More end the connection (1008).
+    /// Control frames that a client may send in one second: 1 to 65,535. Default: 200. More end the connection (1008).
     pub control_frames_per_second: u16,
     /// Time between two pings: 10 ms to 1 day. Default: 15 s.
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::heartbeat_interval"))]
     pub heartbeat_interval: Duration,
-    /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s. After it
-    /// the peer counts as dead (1011). Every whole message, every ping and the ping's pong is an answer. The wait is
-    /// prolonged by the same time, up to 250 times in a row, if meanwhile the peer has taken some of what was written
-    /// before the ping, or has sent at least 256 bytes of an unfinished message.
+    /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s. After it the client
+    /// counts as dead (1011). Every whole message, every ping and the ping's pong is an answer. The time is extended by the
+    /// same amount, up to 250 times in a row, if meanwhile the client has taken some of what was written before the ping, or
+    /// has sent at least 256 bytes of an unfinished message.
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::pong_timeout"))]
     pub pong_timeout: Duration,
-    /// Time without a byte from the peer (pongs count): 10 ms to 1 year, or none. Default: none. After it
-    /// the connection ends (1001).
+    /// Time without a byte from the client, pongs included: 10 ms to 1 year, or none. Default: none. After it the connection
+    /// ends (1001). Browsers answer pings whatever their page does. To end clients that send no messages, see
+    /// [`message_timeout`](Self::message_timeout).
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::idle_timeout"))]
     pub idle_timeout: Option<Duration>,
-    /// Time without a message from the peer (pings and pongs do not count): 10 ms to 1 year, or none. Default: none.
-    /// After it the connection ends (1001).
+    /// Time without a message from the client, for which pings and pongs do not count: 10 ms to 1 year, or none. Default:
+    /// none. After it the connection ends (1001).
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::message_timeout"))]
     pub message_timeout: Option<Duration>,
-    /// How long a connection may live: 10 ms to 1 year, or none. Default: none. After it the connection ends (1012).
-    /// It is up to a tenth shorter, so that clients which came together do not come back together.
+    /// How long a connection may last: 10 ms to 1 year, or none. Default: none. After it the connection ends (1012). The time is
+    /// shortened by up to a tenth, at random, so that clients which connected together do not reconnect together.
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::max_connection_duration"))]
     pub max_connection_duration: Option<Duration>,
-    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. A connection that joins one more
-    /// is ended (1008).
+    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. A connection that joins one more is ended
+    /// (1008).
     pub max_groups: usize,
-    /// Time for the closing handshake, flushing included: 10 ms to 1 hour. Default: 5 s. After half of it the frames
-    /// that still wait are discarded, so that the Close frame gets through; after all of it the socket is dropped.
+    /// Time for the closing handshake, including what is still to be sent: 10 ms to 1 hour. Default: 5 s. After half of it the
+    /// messages that still wait are discarded, so that the Close frame gets through; after all of it the socket is closed.
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::close_timeout"))]
     pub close_timeout: Duration,
+    #[doc(hidden)]
+    #[cfg_attr(feature = "serde", serde(skip))]
+    pub __non_exhaustive: (),
 }
 
 impl Default for ConnectionConfig {
@@ -193,6 +230,7 @@ impl Default for ConnectionConfig {
             max_connection_duration: None,
             max_groups: 10_000,
             close_timeout: Duration::from_secs(5),
+            __non_exhaustive: (),
         }
     }
 }

@@ -87,6 +87,8 @@ mod deadlines;
 mod decoder;
 mod directory;
 mod drop_notice;
+#[cfg(feature = "serde")]
+mod duration_text;
 mod engine;
 mod engine_core;
 mod entry;

@@ -1,37 +1,48 @@
-//! What happens when a peer is too slow for what is sent to it.
+//! What happens when a client is too slow for what is sent to it.
 //!
-//! Set for a connection, overridden for one publication. Plain data with ranges; the
-//! outbox and the shard carry it out. Knows nothing else.
+//! Set for a connection, overridden for one publication. Plain data with ranges, which the outbox and the shard carry out.
+//! Knows nothing else.
 
 use std::time::Duration;
 
 /// What happens to a frame for a connection whose outbox is full.
+///
+/// With the feature `serde`, as text: `"block"`, or a map such as `{ "drop_message": { "timeout": "100ms" } }`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "snake_case", deny_unknown_fields)
+)]
+#[non_exhaustive]
 pub enum Policy {
-    /// It waits, and so does the publisher that awaits it, until the connection has taken it or has gone.
+    /// The frame waits, and so does a publisher that awaits it, until the connection has accepted it or has ended.
     #[default]
     Block,
-    /// It waits at most `timeout` (0 to 1 hour; 0 means not at all), then it is dropped, counted and reported. Who
-    /// publishes does not wait for that, except for a receipt.
+    /// The frame waits at most `timeout`; then it is dropped, counted and reported. A publisher does not wait for that,
+    /// except for a receipt.
     DropMessage {
-        /// How long it waits.
+        /// How long a frame waits: 0 (not at all) to 1 hour.
+        #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::timeout"))]
         timeout: Duration,
     },
-    /// As `DropMessage`; and `max_drops` (at least 1) drops with nothing taken in between end the connection (1013).
+    /// As `DropMessage`; and `max_drops` drops with no frame accepted in between end the connection (1013).
     DropConnection {
-        /// How long a frame waits.
+        /// How long a frame waits: 0 (not at all) to 1 hour.
+        #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::timeout"))]
         timeout: Duration,
-        /// How many consecutive drops end the connection.
+        /// How many consecutive drops end the connection, at least 1.
         max_drops: u32,
     },
-    /// It waits, though nobody waits for it; and an average round-trip time above `max_rtt` (1 ms to 1 hour, and not
-    /// above the connection's `pong_timeout`) over the last `rtt_samples` (1 to 1024) pongs ends the connection (1013).
-    /// Before the first pong it counts as healthy. A connection's own policy is checked with each pong and when a frame
-    /// has to wait; that of a single message, when the message reaches the connection.
+    /// The frame waits, and no publisher waits for it. The connection is ended (1013) when the average round trip over the
+    /// last `rtt_samples` pongs is longer than `max_rtt`. Before the first pong it counts as healthy. A connection's own policy
+    /// is checked with each pong and when a frame has to wait; that of a single message, when the message reaches the
+    /// connection.
     DropOnHighRtt {
-        /// The highest average allowed.
+        /// The highest average allowed: 1 ms to 1 hour, and at most the connection's `pong_timeout`.
+        #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::max_rtt"))]
         max_rtt: Duration,
-        /// How many pongs the average covers.
+        /// How many pongs the average covers: 1 to 1024.
         rtt_samples: usize,
     },
 }

@@ -13,17 +13,17 @@
 use std::collections::HashMap;
 use std::error::Error;
 use std::future::IntoFuture;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{Query, State};
-use axum::response::{Html, Response};
+use axum::response::Html;
 use axum::routing::{any, get};
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    Clients, CloseCode, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub, JsonCodec,
-    MessageContext, WebSocketUpgrade, WsHub, WsHubConfig,
+    CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, Hub, HubContext, JsonCodec, Refusal, Serve,
+    Stateful, StatefulHub, WebSocketUpgrade, WsHubConfig,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -92,8 +92,6 @@ struct Members {
     /// the newer one.
     change: u64,
 }
-
-type Context = MessageContext<ToGuest, JsonCodec>;
 
 /// Who is in which room. Locked for an instant only, never across an await.
 #[derive(Default)]
@@ -177,35 +175,26 @@ struct Guest {
     room: Arc<str>,
     wished: String,
     token: Arc<str>,
-    /// Set when the guest has been let in.
-    entered: OnceLock<Entered>,
+    /// The guest's name in the room. None until the guest is let in.
+    name: Option<Arc<str>>,
 }
 
-struct Entered {
-    name: Arc<str>,
-    others: Clients<ToGuest, JsonCodec>,
-}
-
-impl WsHub for Guest {
+impl StatefulHub for Guest {
     type Codec = JsonCodec;
     type InMessage = FromGuest;
     type OutMessage = ToGuest;
 
-    async fn on_open(&self, ctx: Context) {
+    async fn on_connected(&mut self, ctx: HubContext<Stateful<Self>>) -> Result<(), Refusal> {
         let is_name = |name: &str| !name.trim().is_empty() && name.chars().count() <= NAME_MAX;
-        let reason = if !is_name(&self.wished) || !is_name(&self.room) {
-            "name and room have 1 to 32 characters"
-        } else if self.token.len() > TOKEN_MAX {
-            "a token has at most 64 bytes"
-        } else {
-            ""
-        };
-        if !reason.is_empty() {
-            return ctx.disconnect(CloseCode::POLICY_VIOLATION, reason).await;
+        if !is_name(&self.wished) || !is_name(&self.room) {
+            return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "name and room have 1 to 32 characters"));
+        }
+        if self.token.len() > TOKEN_MAX {
+            return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "a token has at most 64 bytes"));
         }
         let Entrance { name, members, former } =
             self.rooms.enter(&self.room, self.wished.trim(), &self.token, ctx.id());
-        let _ = self.entered.set(Entered { name: name.clone(), others: ctx.clients().clone() });
+        self.name = Some(name.clone());
         // One after the other by one task: every guest sees them in this order.
         let (you, room) = (name.clone(), self.room.clone());
         ctx.unicast(ToGuest::Welcome { you, room, members: members.clone(), at: now() }).await;
@@ -218,10 +207,11 @@ impl WsHub for Guest {
             // Fails only while the server is shutting down.
             ctx.clients().disconnect(former, TAKEN_OVER, reason).await.ok();
         }
+        Ok(())
     }
 
-    async fn on_message(&self, message: FromGuest, ctx: Context) {
-        let Some(Entered { name, .. }) = self.entered.get() else { return };
+    async fn on_message(&mut self, message: FromGuest, ctx: HubContext<Stateful<Self>>) {
+        let Some(name) = &self.name else { return };
         let text = match message {
             FromGuest::Say { text } => text,
             FromGuest::Who => {
@@ -236,12 +226,9 @@ impl WsHub for Guest {
         ctx.broadcast_group(&self.room, ToGuest::Said { name: name.clone(), text, at: now() }).await;
     }
 
-    async fn on_disconnect(&self, request: DisconnectRequest) {
-        let Some(Entered { others, .. }) = self.entered.get() else { return };
-        let Some((name, members)) = self.rooms.leave(&self.room, request.id) else { return };
-        let left = ToGuest::Left { name, members, at: now() };
-        // Fails only while the server is shutting down.
-        others.to_group(&self.room).publish(left).await.ok();
+    async fn on_disconnected(&mut self, ctx: HubContext<Stateful<Self>>, _: CloseReason) {
+        let Some((name, members)) = self.rooms.leave(&self.room, ctx.id()) else { return };
+        ctx.broadcast_group(&self.room, ToGuest::Left { name, members, at: now() }).await;
     }
 }
 
@@ -252,7 +239,7 @@ fn now() -> u64 {
 
 #[derive(Clone)]
 struct Chat {
-    hub: Hub<Guest>,
+    hub: Hub<Stateful<Guest>>,
     rooms: Arc<Rooms>,
 }
 
@@ -266,10 +253,14 @@ struct Wish {
     token: String,
 }
 
-async fn enter(ws: WebSocketUpgrade, State(chat): State<Chat>, Query(wish): Query<Wish>) -> Response {
+async fn enter(
+    ws: WebSocketUpgrade,
+    State(chat): State<Chat>,
+    Query(wish): Query<Wish>,
+) -> Serve<Stateful<Guest>> {
     let Wish { room, name: wished, token } = wish;
     let (room, token) = (room.into(), token.into());
-    ws.serve(&chat.hub, Guest { rooms: chat.rooms, room, wished, token, entered: OnceLock::new() })
+    ws.serve(&chat.hub, Guest { rooms: chat.rooms, room, wished, token, name: None })
 }
 
 #[tokio::main]

@@ -1,6 +1,7 @@
 //! What can go wrong with a client: in connecting, in sending, and how a connection ended.
 //!
-//! Plain data for the application; made by the rest of the client. Knows tungstenite's errors, and hides them as causes.
+//! Plain data, made by the rest of the client for the application. Knows tungstenite's errors, and keeps them as causes
+//! without naming their types.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -16,8 +17,8 @@ pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ClientError {
-    /// There is a connection; disconnect first.
-    #[error("the client is already connected")]
+    /// There is a connection already.
+    #[error("the client is already connected: disconnect it first")]
     AlreadyConnected,
     /// The URL, a header, a subprotocol or a setting is malformed, a header is one that the handshake makes itself, or
     /// the URL's scheme is not supported (`wss` needs the feature `client-tls`).
@@ -57,37 +58,44 @@ impl From<tungstenite::Error> for ClientError {
     }
 }
 
-/// A message that was not queued, and why.
+/// A message that was not queued, and why. Every variant has the message.
 #[derive(Error)]
 #[non_exhaustive]
 pub enum SendError<S> {
-    /// The queue is full: the server reads more slowly than the client sends. Try again later.
-    #[error("the queue is full")]
+    /// [`with_queue_messages`](super::HubClientBuilder::with_queue_messages) messages are queued: the server reads more
+    /// slowly than the client sends.
+    #[error("the queue is full: try again later")]
     Full(S),
-    /// There is no connection, or no longer.
-    #[error("the client is not connected")]
+    /// There is no connection, or none any more.
+    #[error("the client is not connected: connect it first")]
     NotConnected(S),
     /// The codec refuses the message.
     #[error("the message cannot be encoded")]
     Encode {
         /// The message.
         message: S,
-        /// What the codec says.
+        /// The codec's error.
         source: CodecError,
     },
 }
 
 impl<S> SendError<S> {
+    /// Whether the same message may be accepted later on this connection.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Full(_))
+    }
+
+    /// Whether there is no connection: nothing is accepted before the next successful
+    /// [`connect`](super::HubClient::connect).
+    pub fn is_closed(&self) -> bool {
+        matches!(self, Self::NotConnected(_))
+    }
+
     /// The message that was not sent.
-    pub fn into_message(self) -> S {
+    pub fn into_inner(self) -> S {
         match self {
             Self::Full(message) | Self::NotConnected(message) | Self::Encode { message, .. } => message,
         }
-    }
-
-    /// Whether it may help to try again later on this connection.
-    pub fn is_full(&self) -> bool {
-        matches!(self, Self::Full(_))
     }
 }
 

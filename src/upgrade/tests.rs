@@ -34,7 +34,7 @@ use super::*;
 #[derive(Debug, PartialEq)]
 struct Seen {
     kind: &'static str,
-    leftover: Bytes,
+    read_ahead: Bytes,
     protocol: Option<HeaderValue>,
 }
 
@@ -44,16 +44,16 @@ fn echo_app() -> (Router, mpsc::UnboundedReceiver<Seen>) {
     let handler = async move |ws: WebSocketUpgrade| {
         ws.protocols(["chat.v2", "chat.v1"]).on_upgrade(move |socket| async move {
             let protocol = socket.protocol().cloned();
-            let WebSocketParts { socket, leftover } = socket.into_parts();
+            let WebSocketParts { socket, read_ahead } = socket.into_parts();
             match socket {
                 RawSocket::Tcp(socket) => {
-                    seen.send(Seen { kind: "tcp", leftover: leftover.clone(), protocol }).unwrap();
+                    seen.send(Seen { kind: "tcp", read_ahead: read_ahead.clone(), protocol }).unwrap();
                     // Fails if a runtime still had it.
-                    echo(TcpStream::from_std(socket).unwrap(), leftover).await;
+                    echo(TcpStream::from_std(socket).unwrap(), read_ahead).await;
                 }
                 RawSocket::Unix(socket) | RawSocket::Bridge(socket) => {
-                    seen.send(Seen { kind: "unix", leftover: leftover.clone(), protocol }).unwrap();
-                    echo(UnixStream::from_std(socket).unwrap(), leftover).await;
+                    seen.send(Seen { kind: "unix", read_ahead: read_ahead.clone(), protocol }).unwrap();
+                    echo(UnixStream::from_std(socket).unwrap(), read_ahead).await;
                 }
             }
         })
@@ -61,8 +61,9 @@ fn echo_app() -> (Router, mpsc::UnboundedReceiver<Seen>) {
     (Router::new().route("/ws", any(handler)), was_seen)
 }
 
-async fn echo(socket: impl AsyncRead + AsyncWrite + Unpin, leftover: Bytes) {
-    let mut peer = WebSocketStream::from_partially_read(socket, leftover.to_vec(), Role::Server, None).await;
+async fn echo(socket: impl AsyncRead + AsyncWrite + Unpin, read_ahead: Bytes) {
+    let mut peer =
+        WebSocketStream::from_partially_read(socket, read_ahead.to_vec(), Role::Server, None).await;
     while let Some(Ok(message)) = peer.next().await {
         if message.is_text() || message.is_binary() {
             peer.send(message).await.unwrap();
@@ -124,7 +125,7 @@ async fn a_plain_connection_gives_up_its_own_socket() {
     talk_and_close(client.into_inner()).await;
 
     let protocol = Some(HeaderValue::from_static("chat.v2"));
-    assert_eq!(seen.recv().await, Some(Seen { kind: "tcp", leftover: Bytes::new(), protocol }));
+    assert_eq!(seen.recv().await, Some(Seen { kind: "tcp", read_ahead: Bytes::new(), protocol }));
     server.abort();
 }
 
@@ -142,8 +143,8 @@ async fn frames_that_came_together_with_the_handshake_are_not_lost() {
     assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
     assert!(head.contains("\r\nsec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"), "{head}");
 
-    let leftover = Bytes::copy_from_slice(&early);
-    assert_eq!(seen.recv().await, Some(Seen { kind: "tcp", leftover, protocol: None }));
+    let read_ahead = Bytes::copy_from_slice(&early);
+    assert_eq!(seen.recv().await, Some(Seen { kind: "tcp", read_ahead, protocol: None }));
     socket.write_all(&[0x82, 0, 0, 0, 0, b'y', b'o']).await.unwrap();
     let mut answers = [0; 8];
     socket.read_exact(&mut answers).await.unwrap();
@@ -282,9 +283,9 @@ async fn a_server_on_a_unix_socket_needs_no_bridge() {
     std::fs::remove_file(&path).unwrap();
     client.write_all(&[request_bytes(), b"\x81"].concat()).await.unwrap();
     response_head(&mut client).await;
-    let leftover = Bytes::from_static(b"\x81");
-    // A bridge would have no leftover.
-    assert_eq!(seen.recv().await, Some(Seen { kind: "unix", leftover, protocol: None }));
+    let read_ahead = Bytes::from_static(b"\x81");
+    // A bridge would have no read_ahead.
+    assert_eq!(seen.recv().await, Some(Seen { kind: "unix", read_ahead, protocol: None }));
     server.abort();
 }
 
@@ -350,7 +351,7 @@ async fn a_tls_connection_is_bridged_with_its_early_frames_and_its_ends() {
     // At its end this sees the server's close_notify: without one, rustls makes the read an error.
     talk_and_close(&mut client).await;
     assert_eq!(client.read(&mut [0; 8]).await.unwrap(), 0);
-    assert_eq!(seen.recv().await, Some(Seen { kind: "unix", leftover: Bytes::new(), protocol: None }));
+    assert_eq!(seen.recv().await, Some(Seen { kind: "unix", read_ahead: Bytes::new(), protocol: None }));
 
     drop(client);
     while tokio::runtime::Handle::current().metrics().num_alive_tasks() > 1 {
@@ -398,7 +399,7 @@ async fn two_websockets_share_one_http_2_connection() {
         assert!(!response.headers().contains_key("sec-websocket-accept"));
         streams.push(TokioIo::new(hyper::upgrade::on(&mut response).await.unwrap()));
         let protocol = Some(HeaderValue::from_static("chat.v1"));
-        assert_eq!(seen.recv().await, Some(Seen { kind: "unix", leftover: Bytes::new(), protocol }));
+        assert_eq!(seen.recv().await, Some(Seen { kind: "unix", read_ahead: Bytes::new(), protocol }));
     }
     let [first, second] = streams.try_into().unwrap();
     tokio::join!(talk_and_close(first), talk_and_close(second));

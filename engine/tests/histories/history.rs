@@ -182,6 +182,7 @@ impl History {
             unfinished_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),
             max_connections_per_address: None,
             max_connections: random.of(&[4, 1 << 20, 1 << 20]),
+            __non_exhaustive: (),
         };
         let now = Instant::now();
         let (engine, shards) = Engine::driven(engine_config.clone(), now).unwrap();
@@ -382,6 +383,7 @@ impl History {
             stall_timeout: random.of(&[None, Some(ms(10_000)), Some(ms(50))]),
             max_groups: random.of(&[1, 10_000, 10_000, 10_000, 10_000]),
             close_timeout: random.of(&[ms(10), ms(60), ms(5000)]),
+            __non_exhaustive: (),
         });
         let (ours, theirs) = UnixStream::pair().unwrap();
         let send_buffer = self.random.of(&[4096, 4096, 16_384, 65_536]);

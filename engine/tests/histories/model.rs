@@ -125,6 +125,7 @@ impl Model {
         let timeout = match self.policy(number, client) {
             Policy::DropMessage { timeout } | Policy::DropConnection { timeout, .. } => Some(timeout),
             Policy::Block | Policy::DropOnHighRtt { .. } => None,
+            _ => unreachable!("no history has another policy"),
         };
         let config = &self.clients[client].config;
         let is_tight = config.waiting_frames < 65_536 || config.waiting_bytes < 16 << 20;

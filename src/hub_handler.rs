@@ -1,0 +1,253 @@
+//! The hub handler: a hub's methods behind the engine's handler trait.
+//!
+//! One for each connection, owned by its shard. Decodes a message, calls the hub and polls the
+//! returned future at once; if that is pending, the connection is busy until the future's waker
+//! makes the shard resume it. A method's future may end the connection by its output, so that the
+//! end follows everything that the method has sent. Knows hubs, codecs and the engine's handler
+//! trait. Does not know sockets or frames.
+
+use std::borrow::Cow;
+use std::future::Future;
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll, Waker};
+
+use shardcast_engine::{CloseCode, CloseReason, Context, DropNotice, Flow, Handler, MakeHandler, Message};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::codec::{CodecError, Decode};
+use crate::context::{Caller, MessageContext};
+use crate::hub::{Dropped, Hub, HubContext, RunOn, WsHub};
+
+/// What a hub's method leaves behind: an error ends the connection for that reason.
+type Outcome = Result<(), Box<CloseReason>>;
+
+type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
+
+pub(crate) struct HubHandler<H: WsHub> {
+    /// None while the handler is being dropped.
+    hub: Option<Arc<H>>,
+    caller: Arc<Caller<H::OutMessage>>,
+    /// The method that is pending on the shard.
+    task: Option<Task>,
+    /// None where none of it is needed, because every idle connection has a handler.
+    overrides: Option<Box<Overrides>>,
+}
+
+/// What most handlers do not need.
+struct Overrides {
+    /// The runtime that the connection was served from: the hub's methods use its timers, sockets and tasks. None if the
+    /// shard's thread has entered it already.
+    runtime: Option<Handle>,
+    /// The method that is running on the runtime.
+    running: Option<JoinHandle<Outcome>>,
+    /// The runtime has shut down, which was logged.
+    is_runtime_gone: bool,
+    _done: DoneSignal,
+}
+
+/// Dropped with the handler, which tells `serve_hub` that the connection and its methods are done.
+pub(crate) type DoneSignal = Option<oneshot::Sender<()>>;
+
+/// Puts the closure that is freed on the shard into another size class than the handler that it makes. Otherwise the allocator
+/// reuses its memory for the long-lived handler: handlers end up scattered among handshake allocations, and that memory is
+/// never returned to the system.
+#[derive(Default)]
+struct AllocationPad {
+    _bytes: [u64; 10],
+}
+
+impl<H: WsHub> HubHandler<H> {
+    /// Makes the handler when the connection has an id. `done` is dropped when `on_disconnected` has returned.
+    pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, done: DoneSignal) -> MakeHandler {
+        let clients = handle.clients().clone();
+        let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
+        let has_overrides = runtime.is_some() || H::RUN_ON != RunOn::Shard || done.is_some();
+        let overrides = has_overrides
+            .then(|| Box::new(Overrides { runtime, running: None, is_runtime_gone: false, _done: done }));
+        let pad = AllocationPad::default();
+        Box::new(move |id| {
+            let _pad = pad;
+            let (hub, caller) = (Some(Arc::new(hub)), Arc::new(Caller::new(clients, id)));
+            Box::new(Self { hub, caller, task: None, overrides })
+        })
+    }
+
+    fn hub(&self) -> Arc<H> {
+        self.hub.clone().expect("it is taken by the drop only")
+    }
+
+    fn context(&self, context: &Context<'_>) -> HubContext<H> {
+        MessageContext::new(self.caller.clone(), context.position())
+    }
+
+    fn runtime(&self) -> Option<&Handle> {
+        self.overrides.as_ref()?.runtime.as_ref()
+    }
+
+    /// Starts a method and polls it as far as it gets now.
+    fn begin(
+        &mut self,
+        future: impl Future<Output = Outcome> + Send + 'static,
+        context: &mut Context<'_>,
+    ) -> Flow {
+        match self.start(future) {
+            Poll::Ready(outcome) => finish(outcome, context),
+            Poll::Pending => self.go_on(context),
+        }
+    }
+
+    /// Starts a method; ready if it is done already, all of it on this thread.
+    fn start(&mut self, future: impl Future<Output = Outcome> + Send + 'static) -> Poll<Outcome> {
+        if let Some(overrides) = self.overrides.as_mut().filter(|_| H::RUN_ON == RunOn::Runtime) {
+            overrides.running = Some(match &overrides.runtime {
+                Some(runtime) => runtime.spawn(future),
+                None => tokio::spawn(future),
+            });
+            return Poll::Pending;
+        }
+        let mut task: Task = Box::pin(future);
+        let _entered = self.runtime().map(Handle::enter);
+        // Most are ready at once and never use their waker, so the first poll goes without one. A future
+        // that is pending is polled again with a real one, which replaces the first: that is the contract.
+        let polled = task.as_mut().poll(&mut TaskContext::from_waker(Waker::noop()));
+        self.task = polled.is_pending().then_some(task);
+        polled
+    }
+
+    fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
+        if let Some(running) = self.overrides.as_mut().and_then(|overrides| overrides.running.take()) {
+            return self.wait_for(running, context);
+        }
+        // Taken, so that a future that panics is not polled again.
+        let Some(mut task) = self.task.take() else { return Flow::Ready };
+        let _entered = self.runtime().map(Handle::enter);
+        match task.as_mut().poll(&mut TaskContext::from_waker(&context.waker())) {
+            Poll::Ready(outcome) => finish(outcome, context),
+            Poll::Pending => {
+                self.task = Some(task);
+                Flow::Pending
+            }
+        }
+    }
+
+    fn wait_for(&mut self, mut running: JoinHandle<Outcome>, context: &mut Context<'_>) -> Flow {
+        let Some(overrides) = &mut self.overrides else { return Flow::Ready };
+        match Pin::new(&mut running).poll(&mut TaskContext::from_waker(&context.waker())) {
+            Poll::Pending => {
+                overrides.running = Some(running);
+                return Flow::Pending;
+            }
+            Poll::Ready(Ok(outcome)) => return finish(outcome, context),
+            Poll::Ready(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // Cancelled, because the runtime has shut down: nothing else cancels it. No method of this connection can run
+            // any more, so the connection ends instead of leaving its client without answers.
+            Poll::Ready(Err(_)) if !std::mem::replace(&mut overrides.is_runtime_gone, true) => {
+                tracing::error!(
+                    id = %context.id(),
+                    hub = std::any::type_name::<H>(),
+                    "a hub's runtime has shut down before its engine: the connection ends without `on_disconnected`; \
+                     shut the engine down first"
+                );
+                let text = Cow::Borrowed("the server's runtime has ended");
+                context.close(CloseReason::Application { code: CloseCode::INTERNAL_ERROR, text });
+            }
+            Poll::Ready(Err(_)) => {}
+        }
+        Flow::Ready
+    }
+}
+
+fn finish(outcome: Outcome, context: &mut Context<'_>) -> Flow {
+    if let Err(reason) = outcome {
+        context.close(*reason);
+    }
+    Flow::Ready
+}
+
+impl<H: WsHub> Handler for HubHandler<H> {
+    fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
+        let (hub, call) = (self.hub(), self.context(context));
+        let connecting = async move {
+            hub.on_connected(call).await.map_err(|refusal| Box::new(refusal.into_close_reason()))
+        };
+        if let Poll::Ready(outcome) = self.start(connecting) {
+            return finish(outcome, context);
+        }
+        // Another thread may have published on its behalf, which the shard cannot know. After `Pending` the shard adds the
+        // connection to everyone behind everything that was published until then.
+        if self.go_on(context) == Flow::Ready {
+            context.waker().wake();
+        }
+        Flow::Pending
+    }
+
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
+        match <H::Codec as Decode<H::InMessage>>::decode(message.kind, message.payload) {
+            Ok(message) => {
+                let (hub, call) = (self.hub(), self.context(context));
+                let handling = async move {
+                    hub.on_message(message, call).await;
+                    Ok(())
+                };
+                self.begin(handling, context)
+            }
+            Err(error) => {
+                let reason = match error {
+                    CodecError::WrongKind { .. } => CloseReason::WrongKind,
+                    _ => CloseReason::Undecodable,
+                };
+                let (hub, call) = (self.hub(), self.context(context));
+                let asking = async move {
+                    match hub.on_undecodable(call, error).await {
+                        ControlFlow::Continue(()) => Ok(()),
+                        ControlFlow::Break(()) => Err(Box::new(reason)),
+                    }
+                };
+                self.begin(asking, context)
+            }
+        }
+    }
+
+    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Flow {
+        let (hub, call) = (self.hub(), self.context(context));
+        let dropped = Dropped { messages: notice.frames, cause: notice.cause, group: notice.group.clone() };
+        let telling = async move {
+            hub.on_dropped(call, dropped).await;
+            Ok(())
+        };
+        self.begin(telling, context)
+    }
+
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
+        self.go_on(context)
+    }
+
+    fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
+        let (hub, call, reason) = (self.hub(), self.context(context), reason.clone());
+        let parting = async move {
+            hub.on_disconnected(call, reason).await;
+            Ok(())
+        };
+        self.begin(parting, context)
+    }
+}
+
+impl<H: WsHub> Drop for HubHandler<H> {
+    /// A hub may clean up with its runtime, and a panic in that must not end the shard's other connections.
+    fn drop(&mut self) {
+        let _entered = self.runtime().map(Handle::enter);
+        let (task, hub) = (self.task.take(), self.hub.take());
+        let drop_both = || {
+            drop(task);
+            drop(hub);
+        };
+        if catch_unwind(AssertUnwindSafe(drop_both)).is_err() {
+            tracing::error!(id = %self.caller.id(), "a hub panicked when it was dropped");
+        }
+    }
+}
