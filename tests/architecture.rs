@@ -82,7 +82,7 @@ fn what_is_dangerous_stands_in_few_places() {
                 "engine/src/admission.rs",
                 "engine/src/beacon.rs",
                 "engine/src/receipt.rs",
-                "engine/src/stopping.rs",
+                "engine/src/shutdown.rs",
                 "engine/src/sync.rs",
                 "engine/src/wait_list.rs",
                 "src/client/callback.rs",
@@ -98,7 +98,7 @@ fn what_is_dangerous_stands_in_few_places() {
             &[
                 "engine/src/engine.rs",
                 "engine/src/shard.rs",
-                "engine/src/shard/stop.rs",
+                "engine/src/shard/shutdown.rs",
                 "engine/src/watchdog.rs",
             ],
         ),

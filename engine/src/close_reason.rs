@@ -82,7 +82,7 @@ pub enum CloseReason {
     /// The handler panicked (1011).
     #[error("the handler panicked")]
     HandlerPanicked,
-    /// The engine is stopping.
+    /// The engine is shutdown.
     #[error("the engine is stopping")]
     Shutdown {
         /// The code sent to the peer: 1001 or 1012.

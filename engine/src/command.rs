@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 use crate::admission::Place;
 use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
-use crate::directory::{Directory, Entrance, Group, Oversized};
+use crate::directory::{Directory, Group, Oversized, PendingJoin};
 use crate::entry::Named;
 use crate::handler::MakeHandler;
 use crate::id::{ConnectionId, GroupKey};
@@ -61,7 +61,7 @@ impl std::fmt::Debug for Query {
 
 pub(crate) enum Action {
     Send { payload: Payload, delivery: Delivery, ticket: Option<Ticket>, oversized: Option<Oversized> },
-    Join(SmallVec<[Entrance; 1]>),
+    Join(SmallVec<[PendingJoin; 1]>),
     Leave(SmallVec<[Arc<Group>; 1]>),
     Close { reason: CloseReason, ticket: Option<Ticket> },
     Inspect(Box<dyn FnOnce(ConnectionMetrics) + Send>),
@@ -91,7 +91,7 @@ pub(crate) struct Adoption {
     pub(crate) encoding: Encoding,
     pub(crate) directory: Arc<Directory>,
     pub(crate) place: Place,
-    pub(crate) entrance: Entrance,
+    pub(crate) join: PendingJoin,
 }
 
 impl std::fmt::Debug for Adoption {

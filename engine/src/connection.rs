@@ -24,10 +24,10 @@ use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
 use crate::decoder::Decoder;
-use crate::directory::{Directory, Entrance, Group};
+use crate::directory::{Directory, Group, PendingJoin};
 use crate::drop_notice::DropNotice;
 use crate::frame::ControlFrame;
-use crate::handler::{Context, Flow, Handler, Post, Resume};
+use crate::handler::{Context, Flow, Handler, Resume, ResumeQueue};
 use crate::heartbeat::{Beat, Heartbeat};
 use crate::held::Held;
 use crate::id::{ConnectionId, Slot};
@@ -38,7 +38,7 @@ use crate::receipt::Origin;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
 use crate::tally::Tally;
-use crate::wheel::{UNARMED, Wheel};
+use crate::wheel::{NO_TICK, Wheel};
 
 #[cfg(feature = "audit")]
 mod audit;
@@ -77,7 +77,7 @@ enum Work {
     /// It answered `Pending` to something.
     Busy,
     /// It was told the end, and answered `Pending`.
-    Parting,
+    Closing,
 }
 
 pub(crate) struct Connection {
@@ -96,7 +96,7 @@ pub(crate) struct Connection {
     passage: Option<Box<Passage>>,
     heartbeat: Heartbeat,
     /// The tick of the wheel at which it is to be looked at next; other reminders are stale.
-    armed: u64,
+    timer_tick: u64,
     /// Since when the kernel refuses to take more for the peer, in microseconds; 0 while it takes more.
     refused_since: u64,
     /// Bytes given to the kernel. Wraps, and is only compared.
@@ -111,7 +111,7 @@ pub(crate) struct Connection {
     work: Work,
     intake: Intake,
     /// The Close frame is still to be queued, behind all data.
-    owes_close: bool,
+    close_frame_pending: bool,
     /// The kernel may have bytes for us.
     is_readable: bool,
     /// The kernel's end of the stream was announced, so a short read does not mean that it is empty.
@@ -134,7 +134,7 @@ pub(crate) struct Connection {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CallSite<'a> {
     pub(crate) position: Position,
-    pub(crate) post: &'a Arc<dyn Post>,
+    pub(crate) post: &'a Arc<dyn ResumeQueue>,
 }
 
 /// State that a connection has only at its beginning or only at its end.
@@ -159,7 +159,7 @@ pub(crate) struct Ending {
 /// A connection whose handler is not done with `on_open`. It is not a member of everyone yet.
 #[derive(Debug)]
 pub(crate) struct Opening {
-    pub(crate) everyone: Entrance,
+    pub(crate) everyone: PendingJoin,
     /// `on_open` is done, and the joining of everyone is in the shard's list, behind what the handler has sent.
     pub(crate) is_done: bool,
 }
@@ -189,7 +189,7 @@ impl Connection {
             resume: None,
             held: None,
             passage: None,
-            armed: UNARMED,
+            timer_tick: NO_TICK,
             refused_since: 0,
             written: 0,
             taken: 0,
@@ -199,7 +199,7 @@ impl Connection {
             phase: Phase::Open,
             work: Work::Idle,
             intake: Intake::Open,
-            owes_close: false,
+            close_frame_pending: false,
             is_readable: false,
             is_read_closed: false,
             is_input_over: false,
@@ -255,14 +255,14 @@ impl Connection {
 
     /// Sets its timer to `due`, unless it fires earlier already.
     pub(crate) fn remind_at(&mut self, due: Duration, wheel: &mut Wheel<ConnectionId>) {
-        wheel.arm_earlier(self.id, due, &mut self.armed);
+        wheel.arm_earlier(self.id, due, &mut self.timer_tick);
     }
 
     /// A timer has fired; false if it was replaced by a later one.
     pub(crate) fn is_reminded(&mut self, tick: u64) -> bool {
-        let is_current = self.armed == tick;
+        let is_current = self.timer_tick == tick;
         if is_current {
-            self.armed = UNARMED;
+            self.timer_tick = NO_TICK;
         }
         is_current
     }
@@ -294,13 +294,13 @@ impl Connection {
     }
 
     /// Its handler answered `Pending` to the end.
-    pub(crate) fn begin_parting(&mut self) {
-        self.work = Work::Parting;
+    pub(crate) fn begin_closing_work(&mut self) {
+        self.work = Work::Closing;
     }
 
     /// Its handler is done; true if that was with its end.
     pub(crate) fn finish_work(&mut self) -> bool {
-        std::mem::replace(&mut self.work, Work::Idle) == Work::Parting
+        std::mem::replace(&mut self.work, Work::Idle) == Work::Closing
     }
 
     /// A resume of it was taken out of the mailbox.
@@ -437,7 +437,7 @@ impl Connection {
 
     /// `is_told`: a Close frame is sent, behind all data.
     pub(crate) fn begin_ending(&mut self, ending: Ending, is_told: bool) {
-        self.owes_close = is_told;
+        self.close_frame_pending = is_told;
         self.passage = Some(Box::new(Passage::Ending(ending)));
     }
 

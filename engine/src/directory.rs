@@ -228,10 +228,10 @@ impl Directory {
     }
 
     /// One more connection, on `shard`.
-    pub(crate) fn enter_everyone(self: &Arc<Self>, shard: usize) -> Entrance {
+    pub(crate) fn enter_everyone(self: &Arc<Self>, shard: usize) -> PendingJoin {
         self.everyone.try_enter();
         self.everyone.add_interest(shard);
-        Entrance { directory: self.clone(), group: self.everyone.clone(), arrived: false }
+        PendingJoin { directory: self.clone(), group: self.everyone.clone(), arrived: false }
     }
 
     pub(crate) fn find(&self, name: &str) -> Option<Arc<Group>> {
@@ -250,7 +250,7 @@ impl Directory {
     }
 
     /// The entry of `name`, made if needed, with one more member, on `shard`.
-    pub(crate) fn enter(self: &Arc<Self>, name: &str, shard: usize) -> Entrance {
+    pub(crate) fn enter(self: &Arc<Self>, name: &str, shard: usize) -> PendingJoin {
         let groups = self.groups.pin();
         loop {
             let group = match groups.get(name) {
@@ -266,7 +266,7 @@ impl Directory {
             if group.try_enter() {
                 group.arriving.fetch_add(1, Relaxed); // Relaxed: seen by whoever sees that the join has returned
                 group.add_interest(shard);
-                return Entrance { directory: self.clone(), group, arrived: false };
+                return PendingJoin { directory: self.clone(), group, arrived: false };
             }
             self.forget(&group);
         }
@@ -307,25 +307,25 @@ impl Drop for Oversized {
 
 /// A member counted, but not yet in its shard's index; dropped on the way, it is uncounted.
 #[derive(Debug)]
-pub(crate) struct Entrance {
+pub(crate) struct PendingJoin {
     directory: Arc<Directory>,
     group: Arc<Group>,
     arrived: bool,
 }
 
-impl Entrance {
+impl PendingJoin {
     pub(crate) fn group(&self) -> &Arc<Group> {
         &self.group
     }
 
     /// The member is in its shard's index now, and `exit` is called when it leaves.
-    pub(crate) fn arrive(mut self) {
+    pub(crate) fn commit(mut self) {
         self.arrived = true;
         self.group.has_arrived();
     }
 }
 
-impl Drop for Entrance {
+impl Drop for PendingJoin {
     fn drop(&mut self) {
         if !self.arrived {
             self.group.has_arrived();
@@ -371,9 +371,9 @@ mod tests {
                 let directory = &directory;
                 scope.spawn(move || {
                     for _ in 0..10_000 {
-                        let entrance = directory.enter("room", shard);
+                        let join = directory.enter("room", shard);
                         let found = directory.find("room").expect("a member is in it");
-                        assert!(Arc::ptr_eq(&found, entrance.group()));
+                        assert!(Arc::ptr_eq(&found, join.group()));
                     }
                 });
             }

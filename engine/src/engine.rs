@@ -26,8 +26,8 @@ use crate::namespace::Namespace;
 use crate::payload::Payload;
 use crate::pinning::Cpus;
 use crate::rendition::{Encoding, TooManyEncodings};
-use crate::shard::{BELL, Parts, Shard};
-use crate::stopping::{EngineState, Shutdown, ShutdownReport};
+use crate::shard::{Parts, Shard, WAKE_TOKEN};
+use crate::shutdown::{EngineState, Shutdown, ShutdownReport};
 use crate::wait_list::Registration;
 use crate::watchdog::Watchdog;
 
@@ -91,7 +91,7 @@ impl Engine {
         let (threads, started) = mpsc::channel();
         let watchdog = Watchdog::new(core.clone(), started);
         let watchdog = thread::Builder::new().name("shard-watchdog".to_owned()).spawn(|| watchdog.run())?;
-        core.stopping.set_watchdog(watchdog.thread().clone());
+        core.shutdown.set_watchdog(watchdog.thread().clone());
         core.beacons.set_watchdog(watchdog.thread().clone());
         let owner = Owner { core, watchdog: Some(watchdog), shards: OnceLock::new() };
 
@@ -123,7 +123,7 @@ impl Engine {
                 }
                 Err(error) => {
                     failure = failure.or(error);
-                    owner.core.stopping.tell_end(index, &ShutdownReport::default());
+                    owner.core.shutdown.notify_closed(index, &ShutdownReport::default());
                 }
             }
         }
@@ -174,9 +174,9 @@ impl Engine {
     }
 
     /// A place for one more connection, or none if `max_connections` are here, or `max_connections_per_address` of
-    /// its address, or the engine is stopping. Ask before the handshake is answered.
+    /// its address, or the engine is shutdown. Ask before the handshake is answered.
     pub fn admit(&self, address: Option<IpAddr>) -> Option<Place> {
-        if self.owner.core.stopping.is_asked() { None } else { self.owner.core.admission.admit(address) }
+        if self.owner.core.shutdown.is_asked() { None } else { self.owner.core.admission.admit(address) }
     }
 
     /// Ends the engine in order: admits no more connections, reads no more messages, lets handlers finish, writes
@@ -197,7 +197,7 @@ impl Engine {
         let core = &self.owner.core;
         core.shut_down(shutdown, Instant::now());
         let mut registration = Registration::default();
-        Ok(poll_fn(|context| core.stopping.poll(&mut registration, context.waker())).await)
+        Ok(poll_fn(|context| core.shutdown.poll(&mut registration, context.waker())).await)
     }
 
     /// Waits until the engine has ended, for whatever reason: [`EngineState::Ended`] or [`EngineState::Failed`]. Does
@@ -206,19 +206,19 @@ impl Engine {
         let core = self.owner.core.clone();
         async move {
             let mut registration = Registration::default();
-            let _ = poll_fn(|context| core.stopping.poll(&mut registration, context.waker())).await;
-            core.stopping.state()
+            let _ = poll_fn(|context| core.shutdown.poll(&mut registration, context.waker())).await;
+            core.shutdown.state()
         }
     }
 
     /// What the engine is doing. Never goes back.
     pub fn state(&self) -> EngineState {
-        self.owner.core.stopping.state()
+        self.owner.core.shutdown.state()
     }
 
     /// Whether the engine ends or has ended, for whatever reason: it takes no more connections.
     pub fn is_stopping(&self) -> bool {
-        self.owner.core.stopping.is_asked()
+        self.owner.core.shutdown.is_asked()
     }
 
     /// The number of connections, those on their way to their shard included.
@@ -265,7 +265,7 @@ fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<EngineCore>, Vec<P
     let (log, readers) = Log::new(config.log_capacity, count, config.publishers_waiting_max);
     let polls = (0..count).map(|_| Poll::new()).collect::<Result<Vec<_>, _>>()?;
     let mailboxes = polls.iter().map(|poll| {
-        let bell = Waker::new(poll.registry(), BELL)?;
+        let bell = Waker::new(poll.registry(), WAKE_TOKEN)?;
         Ok(Mailbox::new(config.mailbox_capacity, config.publishers_waiting_max, bell))
     });
     let mailboxes = mailboxes.collect::<Result<Box<[_]>, std::io::Error>>()?;
@@ -287,7 +287,7 @@ impl Engine {
     }
 
     pub fn audit_is_closed(&self) -> bool {
-        self.owner.core.stopping.is_closed()
+        self.owner.core.shutdown.is_closed()
     }
 }
 

@@ -17,14 +17,14 @@ use crate::command::Command;
 use crate::config::EngineConfig;
 use crate::directory::Group;
 use crate::entry::{Entry, Named, Target};
-use crate::handler::Post;
+use crate::handler::ResumeQueue;
 use crate::id::ConnectionId;
 use crate::log::Log;
 use crate::mailbox::Mailbox;
 use crate::metrics::PublishedMetrics;
 use crate::position::Position;
 use crate::rendition::Encodings;
-use crate::stopping::{Shutdown, Stopping};
+use crate::shutdown::{Shutdown, ShutdownState};
 use crate::wait_list::Refused;
 
 /// Publications after which even a shard that they do not concern is woken to pass them.
@@ -55,7 +55,7 @@ pub(crate) struct EngineCore {
     /// Bytes that all outboxes keep in memory, and bytes of unfinished messages, as of the shards' last turns.
     pub(crate) retained_bytes: AtomicUsize,
     pub(crate) unfinished_bytes: AtomicUsize,
-    pub(crate) stopping: Stopping,
+    pub(crate) shutdown: ShutdownState,
     pub(crate) beacons: Beacons,
 }
 
@@ -76,7 +76,7 @@ impl EngineCore {
             encodings: Encodings::default(),
             retained_bytes: AtomicUsize::new(0),
             unfinished_bytes: AtomicUsize::new(0),
-            stopping: Stopping::new(shards),
+            shutdown: ShutdownState::new(shards),
             beacons,
             mailboxes,
             config,
@@ -148,21 +148,21 @@ impl EngineCore {
 
     /// Asks all shards to end in order.
     pub(crate) fn shut_down(&self, shutdown: Shutdown, now: Instant) {
-        self.stopping.ask(shutdown, now);
+        self.shutdown.ask(shutdown, now);
         self.wake_all();
     }
 
     /// Asks all shards to end now: what is queued is flushed for as long as `within`, nothing else is waited for.
     pub(crate) fn stop(&self, within: Duration, now: Instant) {
         let shutdown = Shutdown { within, spread: Duration::ZERO, code: CloseCode::GOING_AWAY };
-        self.stopping.ask(shutdown, now);
+        self.shutdown.ask(shutdown, now);
         self.close();
     }
 
     /// Refuses publications from now on, and tells the shards.
     pub(crate) fn close(&self) {
         self.log.close(); // first: who sees the engine closed sees the log's last tail
-        self.stopping.close();
+        self.shutdown.close();
         self.wake_all();
     }
 
@@ -171,7 +171,7 @@ impl EngineCore {
     }
 }
 
-impl Post for EngineCore {
+impl ResumeQueue for EngineCore {
     fn resume(&self, id: ConnectionId) {
         self.mailboxes[id.shard()].resume(id);
     }

@@ -2,7 +2,7 @@
 //!
 //! Owned by one shard, plain single-threaded data. Join and leave cost the same for a
 //! group of two and of a million, for a connection in one group and in a thousand: both
-//! sides keep the other's place and the last element fills a gap. Teardown costs the
+//! sides keep the other's index and the last element fills a gap. Teardown costs the
 //! connection's own groups. Knows slots and keys. Does not know connections, sockets, or
 //! what the shared entry `G` of a group is for.
 
@@ -19,9 +19,9 @@ const SCANNED: usize = 8;
 pub(crate) struct GroupIndex<G> {
     groups: Slab<LocalGroup<G>>,
     by_key: FxHashMap<GroupKey, u32>,
-    /// (group, slot) → place in the slot's own list, for the places beyond `SCANNED`: most connections are in few
+    /// (group, slot) → index in the slot's own list, for the indexes beyond `SCANNED`: most connections are in few
     /// groups, and an entry here for each would weigh more than the rest of their membership.
-    places: FxHashMap<(u32, Slot), u32>,
+    indexes: FxHashMap<(u32, Slot), u32>,
     slots: Vec<SlotGroups>,
     epoch: u32,
 }
@@ -62,7 +62,7 @@ impl<G> GroupIndex<G> {
         Self {
             groups: Slab::new(),
             by_key: FxHashMap::default(),
-            places: FxHashMap::default(),
+            indexes: FxHashMap::default(),
             slots: Vec::new(),
             epoch: 0,
         }
@@ -77,35 +77,35 @@ impl<G> GroupIndex<G> {
         if self.slots.len() <= slot.index() {
             self.slots.resize_with(slot.index() + 1, SlotGroups::default);
         }
-        if self.place(group, slot).is_some() {
+        if self.index(group, slot).is_some() {
             return false;
         }
         let own = &mut self.slots[slot.index()].own;
-        let place = own.len() as u32;
-        if place as usize >= SCANNED {
-            self.places.insert((group, slot), place);
+        let index = own.len() as u32;
+        if index as usize >= SCANNED {
+            self.indexes.insert((group, slot), index);
         }
         let members = &mut self.groups[group as usize].members;
         own.push(Membership { group, position: members.len() as u32 });
-        members.push(Member { slot, own: place });
+        members.push(Member { slot, own: index });
         true
     }
 
     /// Removes a member.
     pub(crate) fn leave(&mut self, key: GroupKey, slot: Slot) -> Left {
-        match self.by_key.get(&key).and_then(|group| self.place(*group, slot)) {
-            Some(place) => self.remove(slot, place),
+        match self.by_key.get(&key).and_then(|group| self.index(*group, slot)) {
+            Some(index) => self.remove(slot, index),
             None => Left::WasNoMember,
         }
     }
 
     /// Where the slot's own list holds the group.
-    fn place(&self, group: u32, slot: Slot) -> Option<u32> {
+    fn index(&self, group: u32, slot: Slot) -> Option<u32> {
         let own = &self.slots.get(slot.index())?.own;
         let near = own.iter().take(SCANNED).position(|membership| membership.group == group);
         match near {
-            Some(place) => Some(place as u32),
-            None if own.len() > SCANNED => self.places.get(&(group, slot)).copied(),
+            Some(index) => Some(index as u32),
+            None if own.len() > SCANNED => self.indexes.get(&(group, slot)).copied(),
             None => None,
         }
     }
@@ -122,9 +122,9 @@ impl<G> GroupIndex<G> {
         G: Clone,
     {
         let own = &self.slots.get(slot.index())?.own;
-        let place = own.len().checked_sub(1)?;
-        let shared = self.groups[own[place].group as usize].shared.clone();
-        Some((shared, self.remove(slot, place as u32)))
+        let index = own.len().checked_sub(1)?;
+        let shared = self.groups[own[index].group as usize].shared.clone();
+        Some((shared, self.remove(slot, index as u32)))
     }
 
     /// The group, if it has members on this shard.
@@ -139,10 +139,10 @@ impl<G> GroupIndex<G> {
         self.groups[group.0 as usize].members.len()
     }
 
-    /// The slot of the member at `place`.
+    /// The slot of the member at `index`.
     #[inline]
-    pub(crate) fn member(&self, group: LocalKey, place: usize) -> Slot {
-        self.groups[group.0 as usize].members[place].slot
+    pub(crate) fn member(&self, group: LocalKey, index: usize) -> Slot {
+        self.groups[group.0 as usize].members[index].slot
     }
 
     /// The members of several groups, each slot once.
@@ -177,20 +177,20 @@ impl<G> GroupIndex<G> {
             .map(|(_, group)| (&group.shared, group.members.iter().map(|member| member.slot).collect()))
     }
 
-    fn remove(&mut self, slot: Slot, place: u32) -> Left {
+    fn remove(&mut self, slot: Slot, index: u32) -> Left {
         let own = &mut self.slots[slot.index()].own;
-        let Membership { group, position } = own.swap_remove(place as usize);
+        let Membership { group, position } = own.swap_remove(index as usize);
         let last = own.len();
-        if place as usize >= SCANNED {
-            self.places.remove(&(group, slot));
+        if index as usize >= SCANNED {
+            self.indexes.remove(&(group, slot));
         }
-        if let Some(moved) = own.get(place as usize).copied() {
-            if place as usize >= SCANNED {
-                self.places.insert((moved.group, slot), place);
+        if let Some(moved) = own.get(index as usize).copied() {
+            if index as usize >= SCANNED {
+                self.indexes.insert((moved.group, slot), index);
             } else if last >= SCANNED {
-                self.places.remove(&(moved.group, slot));
+                self.indexes.remove(&(moved.group, slot));
             }
-            self.groups[moved.group as usize].members[moved.position as usize].own = place;
+            self.groups[moved.group as usize].members[moved.position as usize].own = index;
         }
         let members = &mut self.groups[group as usize].members;
         members.swap_remove(position as usize);
@@ -225,7 +225,7 @@ mod tests {
 
     fn members(index: &GroupIndex<u64>, key: u64) -> BTreeSet<Slot> {
         let Some(group) = index.find(GroupKey(key)) else { return BTreeSet::new() };
-        (0..index.len(group)).map(|place| index.member(group, place)).collect()
+        (0..index.len(group)).map(|member| index.member(group, member)).collect()
     }
 
     #[test]
@@ -273,12 +273,12 @@ mod tests {
                     prop_assert_eq!(members(&index, key), model.get(&key).cloned().unwrap_or_default());
                 }
                 let beyond = index.slots.iter().map(|slot| slot.own.len().saturating_sub(SCANNED));
-                prop_assert_eq!(index.places.len(), beyond.sum::<usize>());
+                prop_assert_eq!(index.indexes.len(), beyond.sum::<usize>());
             }
             for slot in (0..12).map(Slot::new) {
                 while index.leave_any(slot).is_some() {}
             }
-            prop_assert!(index.groups.is_empty() && index.by_key.is_empty() && index.places.is_empty());
+            prop_assert!(index.groups.is_empty() && index.by_key.is_empty() && index.indexes.is_empty());
         }
     }
 }

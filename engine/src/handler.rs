@@ -86,7 +86,7 @@ pub enum Flow {
 pub struct Context<'a> {
     id: ConnectionId,
     position: Position,
-    post: &'a Arc<dyn Post>,
+    post: &'a Arc<dyn ResumeQueue>,
     resume: &'a mut Option<Arc<Resume>>,
     close: Option<CloseReason>,
 }
@@ -95,7 +95,7 @@ impl<'a> Context<'a> {
     pub(crate) fn new(
         id: ConnectionId,
         position: Position,
-        post: &'a Arc<dyn Post>,
+        post: &'a Arc<dyn ResumeQueue>,
         resume: &'a mut Option<Arc<Resume>>,
     ) -> Self {
         Self { id, position, post, resume, close: None }
@@ -138,14 +138,14 @@ impl<'a> Context<'a> {
 }
 
 /// Where resumes are posted: the shards' mailboxes, which this file need not know.
-pub(crate) trait Post: std::fmt::Debug + Send + Sync {
+pub(crate) trait ResumeQueue: std::fmt::Debug + Send + Sync {
     fn resume(&self, id: ConnectionId);
 }
 
 /// Posts the connection's id to its shard, at most once until the shard has taken it.
 #[derive(Debug)]
 pub(crate) struct Resume {
-    post: Arc<dyn Post>,
+    post: Arc<dyn ResumeQueue>,
     id: ConnectionId,
     queued: Queued,
 }

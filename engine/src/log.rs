@@ -429,7 +429,7 @@ mod models {
             let mut registration = Registration::default();
             for registered in [false, true] {
                 match log.try_push(value) {
-                    Ok(_) => return bells.iter().for_each(|bell| bell.ring()),
+                    Ok(_) => return bells.iter().for_each(|bell| bell.wake()),
                     Err(Refused::Full(refused)) => value = refused,
                     Err(Refused::Closed(_)) => panic!("nobody closes"),
                 }

@@ -2,8 +2,8 @@
 //!
 //! Shared by everybody who sends to the shard. Bounded; who finds it full waits. Beside
 //! the entries lie the resumes: at most one for each connection, so they need no bound
-//! of their own and never fail. Does not know what a command does, nor the log: a stamp
-//! is a number to it.
+//! of their own and never fail. Does not know what a command does, nor the log: the position that a
+//! command comes after is a number to it.
 //!
 //! Sleeping. The shard announces that it is asleep and then looks once more for work;
 //! a sender puts its work down and then looks whether the shard is asleep. A `SeqCst`
@@ -22,12 +22,12 @@ use crate::sync::{ArrayQueue, AtomicBool, SegQueue, fence};
 use crate::wait_list::{Refused, WaitList};
 
 /// Interrupts the shard's poll.
-pub(crate) trait Bell {
-    fn ring(&self);
+pub(crate) trait Wake {
+    fn wake(&self);
 }
 
-impl Bell for mio::Waker {
-    fn ring(&self) {
+impl Wake for mio::Waker {
+    fn wake(&self) {
         if let Err(error) = self.wake() {
             // The eventfd cannot be full and is open as long as the mailbox lives.
             tracing::error!(%error, "waking a shard failed");
@@ -38,7 +38,7 @@ impl Bell for mio::Waker {
 #[derive(Debug)]
 pub(crate) struct Stamped<C> {
     /// The log position that the command must come after.
-    pub(crate) stamp: u64,
+    pub(crate) after: u64,
     pub(crate) command: C,
 }
 
@@ -75,7 +75,7 @@ impl Queued {
     }
 }
 
-impl<C, B: Bell> Mailbox<C, B> {
+impl<C, B: Wake> Mailbox<C, B> {
     pub(crate) fn new(capacity: usize, waiting_max: usize, bell: B) -> Self {
         Self {
             entries: ArrayQueue::new(capacity),
@@ -99,11 +99,11 @@ impl<C, B: Bell> Mailbox<C, B> {
         self.bytes.fetch_sub(bytes, AcqRel); // pairs with `reserve`
     }
 
-    pub(crate) fn push(&self, stamp: u64, command: C) -> Result<(), Refused<C>> {
+    pub(crate) fn push(&self, after: u64, command: C) -> Result<(), Refused<C>> {
         if self.closed.load(Relaxed) {
             return Err(Refused::Closed(command)); // Relaxed: the exact check follows below
         }
-        self.entries.push(Stamped { stamp, command }).map_err(|entry| Refused::Full(entry.command))?;
+        self.entries.push(Stamped { after, command }).map_err(|entry| Refused::Full(entry.command))?;
         self.wake();
         // After the fence in `wake`: either `close` drains this entry or we see it closed.
         if self.closed.load(Relaxed) {
@@ -128,7 +128,7 @@ impl<C, B: Bell> Mailbox<C, B> {
         fence(SeqCst); // pairs with the fence in `fall_asleep`
         // Relaxed: the fence orders it. The swap lets one of several senders ring.
         if self.asleep.load(Relaxed) && self.asleep.swap(false, Relaxed) {
-            self.bell.ring();
+            self.bell.wake();
         }
     }
 
@@ -197,8 +197,8 @@ mod models {
 
     impl Weigh for u32 {}
 
-    impl Bell for Arc<Sleeper> {
-        fn ring(&self) {
+    impl Wake for Arc<Sleeper> {
+        fn wake(&self) {
             Sleeper::ring(self);
         }
     }

@@ -253,9 +253,9 @@ impl Namespace {
         socket.prepare()?;
         self.publisher.expect(&config);
         let shard = place.choose_shard();
-        let entrance = self.publisher.directory().enter_everyone(shard);
+        let join = self.publisher.directory().enter_everyone(shard);
         let directory = self.publisher.directory().clone();
-        let adoption = Adoption { socket, received, handler, config, encoding, directory, place, entrance };
+        let adoption = Adoption { socket, received, handler, config, encoding, directory, place, join };
         self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
         Ok(())
     }

@@ -112,13 +112,13 @@ impl Segment {
 #[derive(Debug)]
 struct Waiting<T> {
     segment: Segment,
-    patience: Patience,
+    expiry: Expiry,
     origin: Option<T>,
 }
 
 /// How long a frame waits for room, and what it means if it does not get any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Patience {
+pub(crate) struct Expiry {
     /// When it is dropped; none is never.
     pub(crate) until: Option<Duration>,
     /// Consecutive drops that are too many; 0 is none.
@@ -199,7 +199,7 @@ const OPCODE_BITS: u8 = 0x0F;
 /// What `offer` did with the frames.
 #[must_use]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Offer {
+pub(crate) enum Enqueued {
     /// All are within the bound.
     Queued,
     /// Some wait for room.
@@ -243,7 +243,7 @@ impl<T> Outbox<T> {
     #[cfg(feature = "audit")]
     pub(crate) fn earliest_until(&self) -> Option<Duration> {
         let more = self.more.as_ref()?;
-        more.waiting.iter().filter_map(|waiting| waiting.patience.until).min()
+        more.waiting.iter().filter_map(|waiting| waiting.expiry.until).min()
     }
 
     /// Frames within the bound that are not wholly written.
@@ -259,7 +259,7 @@ impl<T> Outbox<T> {
     /// Appends all frames of `chunk` if nothing is queued and they take at most a quarter of the bounds; else
     /// false. This is the common case, and nothing else is to be done then: nobody waits, nothing becomes congested.
     #[inline]
-    pub(crate) fn begin(&mut self, chunk: &Rc<Chunk>, bounds: &Bounds) -> bool {
+    pub(crate) fn push_if_empty(&mut self, chunk: &Rc<Chunk>, bounds: &Bounds) -> bool {
         let (frames, bytes) = (chunk.frames(), chunk.bytes.len());
         if !self.is_empty() || frames as usize > bounds.frames / 4 || bytes > bounds.bytes / 4 {
             return false;
@@ -270,28 +270,28 @@ impl<T> Outbox<T> {
     }
 
     /// Appends all frames of `chunk`, as far as the bounds allow; what does not fit waits with its `origin`, or is
-    /// dropped at once if `patience` ends `now`.
+    /// dropped at once if `expiry` ends `now`.
     pub(crate) fn offer(
         &mut self,
         chunk: &Rc<Chunk>,
         bounds: &Bounds,
         now: Duration,
-        patience: Patience,
+        expiry: Expiry,
         origin: impl FnOnce() -> Option<T>,
-    ) -> Offer {
+    ) -> Enqueued {
         let all = Segment { chunk: chunk.clone(), next: 0, end: chunk.frames() };
         if !self.has_waiting() {
             let fitting = self.fitting(&all, bounds);
             if fitting == all.end {
                 self.append(all);
-                return Offer::Queued;
+                return Enqueued::Queued;
             }
             if fitting > 0 {
                 self.append(Segment { end: fitting, ..all.clone() });
             }
-            return self.wait(Segment { next: fitting, ..all }, bounds, now, patience, origin);
+            return self.wait(Segment { next: fitting, ..all }, bounds, now, expiry, origin);
         }
-        self.wait(all, bounds, now, patience, origin)
+        self.wait(all, bounds, now, expiry, origin)
     }
 
     fn wait(
@@ -299,9 +299,9 @@ impl<T> Outbox<T> {
         mut segment: Segment,
         bounds: &Bounds,
         now: Duration,
-        patience: Patience,
+        expiry: Expiry,
         origin: impl FnOnce() -> Option<T>,
-    ) -> Offer {
+    ) -> Enqueued {
         let frames = segment.frames();
         let mut room = bounds.waiting.saturating_sub(self.waiting()).min(frames as usize) as u32;
         let bytes = bounds.waiting_bytes.saturating_sub(self.backlog_bytes() - self.bytes);
@@ -313,7 +313,7 @@ impl<T> Outbox<T> {
         if room == 0 && bounds.waiting > 0 && !self.has_waiting() {
             room = 1;
         }
-        let may_wait = match patience.until {
+        let may_wait = match expiry.until {
             None => frames, // beyond the room it overflows
             Some(until) if until <= now => 0,
             Some(_) => room,
@@ -323,12 +323,12 @@ impl<T> Outbox<T> {
             let more = self.more.get_or_insert_default();
             more.waiting_frames += may_wait as usize;
             more.waiting_bytes += segment.bytes();
-            more.waiting.push_back(Waiting { segment, patience, origin: origin() });
+            more.waiting.push_back(Waiting { segment, expiry, origin: origin() });
         }
         match may_wait {
-            _ if may_wait < frames => Offer::Drops(frames - may_wait),
-            _ if may_wait > room => Offer::Overflow,
-            _ => Offer::Waits,
+            _ if may_wait < frames => Enqueued::Drops(frames - may_wait),
+            _ if may_wait > room => Enqueued::Overflow,
+            _ => Enqueued::Waits,
         }
     }
 
@@ -343,14 +343,14 @@ impl<T> Outbox<T> {
         let more = self.more.as_mut()?;
         let (mut frames, mut bytes, mut next) = (0, 0, None);
         more.waiting.retain(|waiting| {
-            let is_over = waiting.patience.until.is_some_and(|until| until <= now);
+            let is_over = waiting.expiry.until.is_some_and(|until| until <= now);
             if is_over {
                 frames += waiting.segment.frames() as usize;
                 bytes += waiting.segment.bytes();
                 let dropped =
-                    Dropped { frames: waiting.segment.frames(), max_drops: waiting.patience.max_drops };
+                    Dropped { frames: waiting.segment.frames(), max_drops: waiting.expiry.max_drops };
                 on_drop(dropped, waiting.origin.as_ref());
-            } else if let Some(until) = waiting.patience.until {
+            } else if let Some(until) = waiting.expiry.until {
                 next = Some(next.map_or(until, |next: Duration| next.min(until)));
             }
             !is_over
@@ -651,7 +651,7 @@ mod tests {
     const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8, waiting_bytes: 1 << 30 };
 
     /// A frame that says its number, in `bytes` bytes (6 to 120).
-    const FOR_EVER: Patience = Patience { until: None, max_drops: 0 };
+    const FOR_EVER: Expiry = Expiry { until: None, max_drops: 0 };
 
     fn frame(number: u32, bytes: usize) -> Vec<u8> {
         let mut frame = vec![0x82, bytes as u8 - 2];
@@ -715,7 +715,7 @@ mod tests {
 
     #[derive(Debug, Clone)]
     enum Step {
-        Offer(Vec<usize>),
+        Enqueued(Vec<usize>),
         Write(usize),
         Control(usize),
         Discard,
@@ -724,8 +724,8 @@ mod tests {
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            4 => prop::collection::vec(6usize..20, 1..5).prop_map(Step::Offer),
-            1 => (61usize..120).prop_map(|bytes| Step::Offer(vec![bytes])),
+            4 => prop::collection::vec(6usize..20, 1..5).prop_map(Step::Enqueued),
+            1 => (61usize..120).prop_map(|bytes| Step::Enqueued(vec![bytes])),
             8 => (1usize..60).prop_map(Step::Write),
             2 => (4usize..12).prop_map(Step::Control),
             1 => Just(Step::Discard),
@@ -747,7 +747,7 @@ mod tests {
             let mut controls = Vec::new();
             for step in steps {
                 match step {
-                    Step::Offer(sizes) => {
+                    Step::Enqueued(sizes) => {
                         let numbers = offered..offered + sizes.len() as u32;
                         let frames: Vec<_> =
                             numbers.clone().zip(&sizes).map(|(number, bytes)| frame(number, *bytes)).collect();
@@ -757,17 +757,17 @@ mod tests {
                         tickets.push(ticket.clone());
                         let (chunk, was_empty) = (chunk(&frames), outbox.is_empty());
                         // The short way in is taken for every second offer, where it is open.
-                        let offer = if tickets.len().is_multiple_of(2) && outbox.begin(&chunk, &BOUNDS) {
+                        let offer = if tickets.len().is_multiple_of(2) && outbox.push_if_empty(&chunk, &BOUNDS) {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
-                            Offer::Queued
+                            Enqueued::Queued
                         } else {
                             outbox.offer(&chunk, &BOUNDS, Duration::ZERO, FOR_EVER, || Some(ticket))
                         };
                         let waiting = pending.len() - outbox.frames as usize;
                         let expected = match waiting {
-                            0 => Offer::Queued,
-                            waiting if waiting <= BOUNDS.waiting => Offer::Waits,
-                            _ => Offer::Overflow,
+                            0 => Enqueued::Queued,
+                            waiting if waiting <= BOUNDS.waiting => Enqueued::Waits,
+                            _ => Enqueued::Overflow,
                         };
                         prop_assert_eq!(offer, expected);
                     }
@@ -840,7 +840,10 @@ mod tests {
     fn one_piece_allocates_nothing() {
         let mut outbox: Outbox<()> = Outbox::new();
         let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
-        assert_eq!(outbox.offer(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, || None), Offer::Queued);
+        assert_eq!(
+            outbox.offer(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
+            Enqueued::Queued
+        );
         assert!(outbox.more.is_none() && !outbox.is_empty());
         assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (1, 2));
         assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (2, 0));
@@ -852,11 +855,11 @@ mod tests {
         let mut outbox: Outbox<()> = Outbox::new();
         assert_eq!(
             outbox.offer(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
-            Offer::Queued
+            Enqueued::Queued
         );
         assert_eq!(
             outbox.offer(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
-            Offer::Waits
+            Enqueued::Waits
         );
         assert_eq!((outbox.frames, outbox.pending()), (1, 2));
         assert_eq!((outbox.wrote(100, &BOUNDS), outbox.frames, outbox.pending()), (1, 1, 1));
@@ -868,7 +871,7 @@ mod tests {
         let mut outboxes: [Outbox<()>; 2] = [Outbox::new(), Outbox::new()];
         for outbox in &mut outboxes {
             for piece in &pieces {
-                assert_eq!(outbox.offer(piece, &BOUNDS, Duration::ZERO, FOR_EVER, || None), Offer::Queued);
+                assert_eq!(outbox.offer(piece, &BOUNDS, Duration::ZERO, FOR_EVER, || None), Enqueued::Queued);
             }
         }
         let first = gather.gather(&outboxes[0], 1000).as_ptr();

@@ -152,12 +152,12 @@ impl Publisher {
             Ok(submitted) => submitted,
             Err(Refused::Closed(_)) => return Err(PublishError::Closed),
             Err(Refused::Full(draft)) => {
-                let narrow: &(dyn Narrow + Sync) = match draft.publication.to {
+                let bounded: &(dyn Bounded + Sync) = match draft.publication.to {
                     Address::Connection(id) => &self.core.mailboxes[id.shard()],
                     _ => &*self.core.log,
                 };
                 let attempt = move |draft: Box<Draft>| self.try_submit(*draft, wants);
-                let room: Room<'_, _> = Box::pin(self.wait_for_room(narrow, draft, attempt));
+                let room: Room<'_, _> = Box::pin(self.wait_for_room(bounded, draft, attempt));
                 room.await?
             }
         };
@@ -173,7 +173,7 @@ impl Publisher {
         poll_fn(|context| {
             let outcome = awaited.poll(context.waker()).map(Ok);
             let is_lost = outcome.is_pending()
-                && self.core.stopping.has_left_behind(awaited.number(), &mut registration, context.waker());
+                && self.core.shutdown.has_left_behind(awaited.number(), &mut registration, context.waker());
             if !is_lost {
                 return outcome;
             }
@@ -191,7 +191,7 @@ impl Publisher {
     pub(crate) fn try_submit(&self, draft: Draft, wants: Wants) -> Result<Submitted, Refused<Box<Draft>>> {
         let destination = self.resolve(&draft.publication);
         // Looked at last: where nobody is there any more, that may be because the end has come.
-        if self.core.stopping.is_closed() {
+        if self.core.shutdown.is_closed() {
             return Err(Refused::Closed(Box::new(draft)));
         }
         match destination {
@@ -344,7 +344,7 @@ impl Publisher {
         command: Command,
     ) -> Result<Position, PublishError> {
         let attempt = move |command| {
-            if self.core.stopping.is_closed() {
+            if self.core.shutdown.is_closed() {
                 return Err(Refused::Closed(command));
             }
             self.core.try_command(shard, command)
@@ -363,7 +363,7 @@ impl Publisher {
     /// Tries again whenever there may be room.
     async fn wait_for_room<T, U>(
         &self,
-        narrow: &(dyn Narrow + Sync),
+        bounded: &(dyn Bounded + Sync),
         value: T,
         mut attempt: impl FnMut(T) -> Result<U, Refused<T>>,
     ) -> Result<U, PublishError> {
@@ -373,7 +373,7 @@ impl Publisher {
             // Twice: what makes room between the first try and the registration wakes nobody.
             for registered in [false, true] {
                 // An attempt costs a look at each member group, and everybody is woken when there is room for one.
-                if !narrow.is_full() {
+                if !bounded.is_full() {
                     let Some(taken) = value.take() else { return Poll::Ready(Err(PublishError::Closed)) };
                     match attempt(taken) {
                         Ok(done) => return Poll::Ready(Ok(done)),
@@ -381,7 +381,7 @@ impl Publisher {
                         Err(Refused::Full(refused)) => value = Some(refused),
                     }
                 }
-                if !registered && !narrow.waiting().register(&mut registration, context.waker()) {
+                if !registered && !bounded.waiting().register(&mut registration, context.waker()) {
                     return Poll::Ready(Err(PublishError::Overloaded));
                 }
             }
@@ -393,14 +393,14 @@ impl Publisher {
 }
 
 /// What publishers wait at: the log, or a mailbox.
-trait Narrow {
+trait Bounded {
     /// Whether it has no room now. Not once it is closed.
     fn is_full(&self) -> bool;
 
     fn waiting(&self) -> &WaitList;
 }
 
-impl Narrow for Log<Entry> {
+impl Bounded for Log<Entry> {
     fn is_full(&self) -> bool {
         Self::is_full(self)
     }
@@ -410,7 +410,7 @@ impl Narrow for Log<Entry> {
     }
 }
 
-impl Narrow for Mailbox<Command, mio::Waker> {
+impl Bounded for Mailbox<Command, mio::Waker> {
     fn is_full(&self) -> bool {
         Self::is_full(self)
     }

@@ -3,7 +3,7 @@
 //! Owns its sockets, its group index and its outboxes outright; nothing in here is
 //! locked or shared. One turn: poll the sockets, read and hand over what came (answering
 //! in between while that is all there is to do), carry out the mailbox, run the log into
-//! the outboxes, flush, remind. Every step is bounded, so that a fan-out to many does not
+//! the outboxes, flush, fire_timers. Every step is bounded, so that a fan-out to many does not
 //! starve reading, and what is left over comes first in the next turn. Can be driven turn
 //! by turn with a given `now`. Does not know what payloads mean, nor how a connection came
 //! here.
@@ -34,10 +34,10 @@ use mio::{Events, Poll, Token};
 use crate::close_reason::CloseReason;
 use crate::command::Command;
 use crate::connection::Connection;
-use crate::crowd::Crowd;
 use crate::engine_core::EngineCore;
 use crate::entry::Entry;
-use crate::handler::Post;
+use crate::fanout::Fanout;
+use crate::handler::ResumeQueue;
 use crate::id::{ConnectionId, Slot};
 use crate::log::Reader;
 use crate::mailbox::{Mailbox, Stamped};
@@ -47,17 +47,18 @@ use crate::wheel::Wheel;
 
 #[cfg(feature = "audit")]
 pub(crate) mod audit;
-mod delivery;
-mod ending;
+mod closing;
+mod commands;
 mod inbound;
 mod outbound;
-mod stop;
+mod publications;
+mod shutdown;
 mod timer;
 
 use self::outbound::Shedding;
-use self::stop::Stop;
+use self::shutdown::ShardShutdown;
 
-pub(crate) const BELL: Token = Token(usize::MAX);
+pub(crate) const WAKE_TOKEN: Token = Token(usize::MAX);
 
 const EVENTS_PER_TURN: usize = 1024;
 /// Sockets read before what they brought is answered: as many as find what the kernel and we know of them still in
@@ -75,22 +76,22 @@ pub struct Shard {
     index: usize,
     core: Arc<EngineCore>,
     /// The same, as handlers' wakers see it.
-    post: Arc<dyn Post>,
+    post: Arc<dyn ResumeQueue>,
     poll: Poll,
     /// Some sockets that have something.
     events: Events,
     /// The others, where it is better to read all first.
     other_events: Events,
     reader: Reader<Entry>,
-    crowd: Crowd,
+    fanout: Fanout,
     wheel: Wheel<ConnectionId>,
     gather: Gather,
     started: Instant,
     /// Adoptions so far; tells apart the generations of a slot.
     generations: u64,
     nonces: timer::Nonces,
-    /// A command whose stamp the log has not reached.
-    held: Option<Stamped<Command>>,
+    /// A command whose after the log has not reached.
+    blocked_command: Option<Stamped<Command>>,
     /// Commands taken out of the mailbox so far.
     commands: u64,
     /// What is to be done behind everything that handlers have sent.
@@ -112,13 +113,13 @@ pub struct Shard {
     /// When the last turn began, and whether somebody else says what time it is.
     before: Duration,
     is_driven: bool,
-    stop: Option<Stop>,
+    shutdown: Option<ShardShutdown>,
     scratch: Scratch,
 }
 
-/// Something to be done when the log has been run up to `stamp` and so many commands have been carried out.
+/// Something to be done when the log has been run up to `after` and so many commands have been carried out.
 struct Later {
-    stamp: u64,
+    after: u64,
     commands: u64,
     id: ConnectionId,
     step: Step,
@@ -170,7 +171,7 @@ struct Scratch {
 
 impl std::fmt::Debug for Shard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let connections = self.crowd.connections.len();
+        let connections = self.fanout.connections.len();
         f.debug_struct("Shard")
             .field("index", &self.index)
             .field("connections", &connections)
@@ -191,7 +192,7 @@ impl Shard {
             events: Events::with_capacity(EVENTS_PER_ANSWER),
             other_events: Events::with_capacity(EVENTS_PER_TURN - EVENTS_PER_ANSWER),
             reader,
-            crowd: Crowd::new(coalesce),
+            fanout: Fanout::new(coalesce),
             wheel: Wheel::new(),
             retained_told: 0,
             unfinished_told: 0,
@@ -206,12 +207,12 @@ impl Shard {
             started: now,
             generations: 0,
             nonces: timer::Nonces::default(),
-            held: None,
+            blocked_command: None,
             commands: 0,
             later: VecDeque::new(),
             ready: Vec::new(),
             offers_left: 0,
-            stop: None,
+            shutdown: None,
             scratch: Scratch { read, ..Scratch::default() },
         }
     }
@@ -223,15 +224,15 @@ impl Shard {
     pub fn turn(&mut self, now: Instant) -> std::io::Result<()> {
         self.poll_sockets(Some(Duration::ZERO))?;
         self.polled = now.saturating_duration_since(self.started);
-        self.crowd.arrived = self.polled;
+        self.fanout.arrived = self.polled;
         self.work(now)
     }
 
     /// Whether another turn has something to do without anything new coming.
     pub fn has_work(&self) -> bool {
-        self.crowd.flushes.has_work()
+        self.fanout.flushes.has_work()
             || !self.ready.is_empty()
-            || self.held.is_some()
+            || self.blocked_command.is_some()
             || !self.later.is_empty()
             || !self.mailbox().is_empty()
             || !self.reader.is_at_tail()
@@ -239,8 +240,8 @@ impl Shard {
 
     /// When the next timer is due, if one is set.
     pub fn next_due(&self) -> Option<Instant> {
-        let timers = self.wheel.next().into_iter().chain(self.crowd.deadlines.next());
-        let due = timers.chain(self.crowd.flushes.due()).min();
+        let timers = self.wheel.next().into_iter().chain(self.fanout.deadlines.next());
+        let due = timers.chain(self.fanout.flushes.due()).min();
         due.map(|due| self.started + due)
     }
 
@@ -263,12 +264,12 @@ impl Shard {
             // this thread had to wait for its CPU.
             let slept = wait != Some(Duration::ZERO) && began - ended > SLEPT;
             let arrived = began.saturating_duration_since(self.started);
-            self.crowd.arrived = if slept { arrived } else { self.before };
+            self.fanout.arrived = if slept { arrived } else { self.before };
             self.before = arrived;
             self.core.beacons.turn(self.index, began);
             if let Err(error) = polled.and_then(|()| self.work(began)) {
                 tracing::error!(shard = self.index, %error, "polling failed; the engine stops");
-                self.core.stopping.fail();
+                self.core.shutdown.fail();
                 self.core.stop(Duration::ZERO, Instant::now());
                 break;
             }
@@ -290,7 +291,7 @@ impl Shard {
         if self.has_work() || !self.mailbox().fall_asleep(is_idle) {
             return Some(Duration::ZERO);
         }
-        let stop = self.stop.as_ref().map(|stop| self.started + stop.next_due());
+        let stop = self.shutdown.as_ref().map(|stop| self.started + stop.next_due());
         let due = self.next_due().into_iter().chain(stop).min();
         due.map(|due| due.saturating_duration_since(now))
     }
@@ -306,8 +307,8 @@ impl Shard {
 
     /// The longest turn of late: what a socket that has something had to wait at most.
     fn measure_lag(&mut self, turn: Duration) {
-        let lag = self.crowd.metrics.lag_micros;
-        self.crowd.metrics.lag_micros = (turn.as_micros() as u64).max(lag - lag.div_ceil(8));
+        let lag = self.fanout.metrics.lag_micros;
+        self.fanout.metrics.lag_micros = (turn.as_micros() as u64).max(lag - lag.div_ceil(8));
     }
 
     fn poll_sockets(&mut self, wait: Option<Duration>) -> std::io::Result<()> {
@@ -325,13 +326,13 @@ impl Shard {
         let is_full = events >= capacity;
         self.sweep.left = self.sweep.left.saturating_sub(events);
         if !is_full || self.sweep.left == 0 {
-            self.crowd.listened = if is_full { self.sweep.began } else { began };
-            self.sweep = Sweep { began, left: self.crowd.connections.len() + 1 }; // and the bell
+            self.fanout.listened = if is_full { self.sweep.began } else { began };
+            self.sweep = Sweep { began, left: self.fanout.connections.len() + 1 }; // and the bell
         }
     }
 
     fn work(&mut self, now: Instant) -> std::io::Result<()> {
-        self.crowd.now = self.crowd.now.max(now.saturating_duration_since(self.started));
+        self.fanout.now = self.fanout.now.max(now.saturating_duration_since(self.started));
         self.offers_left = OFFERS_PER_TURN;
         self.read_sockets()?;
         self.resume_handlers();
@@ -339,13 +340,13 @@ impl Shard {
         if self.drain_mailbox() {
             self.run_log(tail);
         }
-        self.carry_out_ends();
+        self.apply_verdicts();
         self.flush_dirty();
-        self.drop_late();
-        self.remind();
-        self.keep_within_budget();
-        self.follow_stop();
-        self.crowd.metrics.turns += 1;
+        self.expire_waiting();
+        self.fire_timers();
+        self.keep_within_budgets();
+        self.advance_shutdown();
+        self.fanout.metrics.turns += 1;
         self.publish_metrics();
         Ok(())
     }
@@ -365,15 +366,15 @@ impl Shard {
 
     /// The time now, for what must not contain the length of the turn. The turn's time where shards are driven by hand.
     fn clock(&self) -> Duration {
-        if self.is_driven { self.crowd.now } else { self.started.elapsed().max(self.crowd.now) }
+        if self.is_driven { self.fanout.now } else { self.started.elapsed().max(self.fanout.now) }
     }
 
     fn publish_metrics(&mut self) {
-        self.crowd.metrics.connections = self.crowd.connections.len() as u64;
-        self.crowd.metrics.pending_bytes = self.crowd.backlog_bytes as u64;
-        self.crowd.metrics.retained_bytes = self.crowd.retained.bytes() as u64;
-        self.crowd.metrics.unfinished_bytes = self.crowd.unfinished_bytes as u64;
-        self.core.metrics[self.index].publish(&self.crowd.metrics);
+        self.fanout.metrics.connections = self.fanout.connections.len() as u64;
+        self.fanout.metrics.pending_bytes = self.fanout.backlog_bytes as u64;
+        self.fanout.metrics.retained_bytes = self.fanout.retained.bytes() as u64;
+        self.fanout.metrics.unfinished_bytes = self.fanout.unfinished_bytes as u64;
+        self.core.metrics[self.index].publish(&self.fanout.metrics);
     }
 
     fn mailbox(&self) -> &Mailbox<Command, mio::Waker> {
@@ -381,6 +382,6 @@ impl Shard {
     }
 
     fn find(&self, id: ConnectionId) -> Option<&Connection> {
-        self.crowd.connections.find(id)
+        self.fanout.connections.find(id)
     }
 }

@@ -132,7 +132,7 @@ pub(crate) mod sleeper {
             Arc::new(Self { rung: Mutex::new(false), condvar: Condvar::new() })
         }
 
-        pub(crate) fn ring(&self) {
+        pub(crate) fn wake(&self) {
             *self.rung.lock().unwrap() = true;
             self.condvar.notify_one();
         }
@@ -149,7 +149,7 @@ pub(crate) mod sleeper {
 
     impl Wake for Sleeper {
         fn wake(self: Arc<Self>) {
-            self.ring();
+            self.wake();
         }
     }
 }

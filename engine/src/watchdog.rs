@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crate::beacon::Beacons;
 use crate::engine_core::EngineCore;
 use crate::id::GroupKey;
-use crate::stopping::Stopping;
+use crate::shutdown::ShutdownState;
 
 /// How long after a shutdown's time a shard that is still in a turn from before counts as stuck.
 const STUCK_AFTER: Duration = Duration::from_millis(200);
@@ -54,7 +54,7 @@ impl Watchdog {
 
     /// Watches until the engine is over.
     pub(crate) fn run(mut self) {
-        let EngineCore { beacons, stopping, .. } = &*self.core;
+        let EngineCore { beacons, shutdown, .. } = &*self.core;
         let mut quiet_looks = 0;
         loop {
             let now = Instant::now();
@@ -62,7 +62,7 @@ impl Watchdog {
                 sampler.sample(beacons, now);
                 sampler.period()
             });
-            let wait = match verdict(stopping, beacons, now) {
+            let wait = match verdict(shutdown, beacons, now) {
                 Next::Conclude => break,
                 Next::Sleep(wait) => wait,
             };
@@ -79,11 +79,11 @@ impl Watchdog {
     }
 
     fn conclude(&self) {
-        let EngineCore { stopping, metrics, mailboxes, .. } = &*self.core;
-        let remaining = stopping.remaining();
+        let EngineCore { shutdown, metrics, mailboxes, .. } = &*self.core;
+        let remaining = shutdown.remaining();
         for (shard, thread) in self.threads.try_iter().filter(|(shard, _)| !remaining.contains(shard)) {
             // It has ended but for what the application does at a thread's end, which may take its time as well.
-            let is_late = || stopping.plan().is_some_and(|plan| Instant::now() >= plan.by + LOST_AFTER);
+            let is_late = || shutdown.plan().is_some_and(|plan| Instant::now() >= plan.by + LOST_AFTER);
             while !thread.is_finished() && !is_late() {
                 thread::park_timeout(Duration::from_millis(1));
             }
@@ -93,7 +93,7 @@ impl Watchdog {
                 tracing::error!(shard, "a shard's thread panicked");
             }
         }
-        for shard in stopping.conclude(|shard| metrics[shard].read().connections) {
+        for shard in shutdown.conclude(|shard| metrics[shard].read().connections) {
             mailboxes[shard].close(); // its commands will never be carried out
             tracing::error!(
                 shard,
@@ -105,9 +105,9 @@ impl Watchdog {
 }
 
 /// Whether the engine's ending is over, or when to look again.
-fn verdict(stopping: &Stopping, beacons: &Beacons, now: Instant) -> Next {
-    let remaining = stopping.remaining();
-    let Some(plan) = stopping.plan() else { return Next::Sleep(None) };
+fn verdict(shutdown: &ShutdownState, beacons: &Beacons, now: Instant) -> Next {
+    let remaining = shutdown.remaining();
+    let Some(plan) = shutdown.plan() else { return Next::Sleep(None) };
     // A turn from before takes no notice of the end. A shard that has noticed it drops its connections now.
     let is_stuck = |shard: &usize| beacons.turn_of(*shard).is_some_and(|turn| turn < plan.by);
     if remaining.is_empty()
@@ -204,7 +204,7 @@ impl Sampler {
 mod tests {
     use super::*;
     use crate::close_code::CloseCode;
-    use crate::stopping::{EngineState, Shutdown, ShutdownReport};
+    use crate::shutdown::{EngineState, Shutdown, ShutdownReport};
     use crate::wait_list::Registration;
 
     const MS: Duration = Duration::from_millis(1);
@@ -272,40 +272,40 @@ mod tests {
     #[test]
     fn a_shutdown_leaves_behind_what_is_stuck_and_waits_for_what_is_on_its_way() {
         let start = Instant::now();
-        let (stopping, beacons) = (Stopping::new(3), Beacons::new(3, start));
-        assert_eq!(verdict(&stopping, &beacons, start), Next::Sleep(None));
-        stopping.ask(Shutdown::within(1000 * MS), start);
+        let (shutdown, beacons) = (ShutdownState::new(3), Beacons::new(3, start));
+        assert_eq!(verdict(&shutdown, &beacons, start), Next::Sleep(None));
+        shutdown.ask(Shutdown::within(1000 * MS), start);
         beacons.turn(1, start + 500 * MS); // and no end of it
-        stopping.tell_end(0, &ShutdownReport { flushed: 3, ..ShutdownReport::default() });
-        let at = |millis: u32| verdict(&stopping, &beacons, start + millis * MS);
+        shutdown.notify_closed(0, &ShutdownReport { flushed: 3, ..ShutdownReport::default() });
+        let at = |millis: u32| verdict(&shutdown, &beacons, start + millis * MS);
         assert_eq!(at(500), Next::Sleep(Some(700 * MS)));
         assert_eq!(at(1200), Next::Sleep(Some(50 * MS)), "the third sleeps: it is only slow to wake");
         assert_eq!(at(2000), Next::Conclude, "no longer than that");
         beacons.turn(2, start + 1001 * MS);
         assert_eq!(at(1300), Next::Sleep(Some(50 * MS)), "it drops its connections");
-        stopping.tell_end(2, &ShutdownReport { flushed: 4, ..ShutdownReport::default() });
+        shutdown.notify_closed(2, &ShutdownReport { flushed: 4, ..ShutdownReport::default() });
         assert_eq!(at(1199), Next::Sleep(Some(50 * MS)));
         assert_eq!(at(1200), Next::Conclude);
-        assert_eq!(stopping.state(), EngineState::Stopping);
-        assert_eq!(stopping.conclude(|shard| 10 * shard as u64), [1]);
+        assert_eq!(shutdown.state(), EngineState::Stopping);
+        assert_eq!(shutdown.conclude(|shard| 10 * shard as u64), [1]);
         let report = ShutdownReport { flushed: 7, cut_off: 10, left_over: 0, stuck: vec![1] };
-        let polled = || stopping.poll(&mut Registration::default(), std::task::Waker::noop());
+        let polled = || shutdown.poll(&mut Registration::default(), std::task::Waker::noop());
         assert_eq!(polled(), std::task::Poll::Ready(report.clone()));
-        stopping.tell_end(1, &ShutdownReport { flushed: 5, ..ShutdownReport::default() });
+        shutdown.notify_closed(1, &ShutdownReport { flushed: 5, ..ShutdownReport::default() });
         assert_eq!(polled(), std::task::Poll::Ready(report), "what comes too late changes nothing");
-        assert_eq!(stopping.state(), EngineState::Ended);
+        assert_eq!(shutdown.state(), EngineState::Ended);
     }
 
     #[test]
     fn a_shutdown_is_over_as_soon_as_all_shards_have_ended() {
         let start = Instant::now();
-        let (stopping, beacons) = (Stopping::new(2), Beacons::new(2, start));
+        let (shutdown, beacons) = (ShutdownState::new(2), Beacons::new(2, start));
         let code = CloseCode::GOING_AWAY;
-        stopping.ask(Shutdown { within: 1000 * MS, spread: Duration::ZERO, code }, start);
+        shutdown.ask(Shutdown { within: 1000 * MS, spread: Duration::ZERO, code }, start);
         for shard in 0..2 {
-            assert_ne!(verdict(&stopping, &beacons, start), Next::Conclude);
-            stopping.tell_end(shard, &ShutdownReport::default());
+            assert_ne!(verdict(&shutdown, &beacons, start), Next::Conclude);
+            shutdown.notify_closed(shard, &ShutdownReport::default());
         }
-        assert_eq!(verdict(&stopping, &beacons, start), Next::Conclude);
+        assert_eq!(verdict(&shutdown, &beacons, start), Next::Conclude);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owned by one shard. One word for each connection, in a bucket; nothing per timer. An
 //! entry is a reminder, not a promise: whoever is reminded looks at its own deadlines and
-//! is armed again. Times are measured from the shard's start. Knows no clock, and not
+//! is timer_tick again. Times are measured from the shard's start. Knows no clock, and not
 //! what the reminders are for.
 
 use std::time::Duration;
@@ -12,20 +12,20 @@ const BUCKETS: u64 = 1024;
 /// later times are reminded of at the horizon, and again.
 const TICK: Duration = Duration::from_millis(25);
 
-/// In place of a tick: not armed.
-pub(crate) const UNARMED: u64 = u64::MAX;
+/// In place of a tick: not timer_tick.
+pub(crate) const NO_TICK: u64 = u64::MAX;
 
 #[derive(Debug)]
 pub(crate) struct Wheel<T> {
     buckets: Box<[Vec<T>]>,
     /// The first tick that has not been expired.
     next: u64,
-    armed: usize,
+    timer_tick: usize,
 }
 
 impl<T> Wheel<T> {
     pub(crate) fn new() -> Self {
-        Self { buckets: (0..BUCKETS).map(|_| Vec::new()).collect(), next: 0, armed: 0 }
+        Self { buckets: (0..BUCKETS).map(|_| Vec::new()).collect(), next: 0, timer_tick: 0 }
     }
 
     /// Reminds of `item` at `due` or up to a tick later. Returns the tick, by which the reminder can be told
@@ -33,14 +33,14 @@ impl<T> Wheel<T> {
     pub(crate) fn arm(&mut self, item: T, due: Duration) -> u64 {
         let tick = self.tick(due);
         self.buckets[(tick % BUCKETS) as usize].push(item);
-        self.armed += 1;
+        self.timer_tick += 1;
         tick
     }
 
-    /// Reminds of `item` at `due`, unless it is armed for an earlier tick; `armed` is set to the earlier of the two.
-    pub(crate) fn arm_earlier(&mut self, item: T, due: Duration, armed: &mut u64) {
-        if self.tick(due) < *armed {
-            *armed = self.arm(item, due);
+    /// Reminds of `item` at `due`, unless it is timer_tick for an earlier tick; `timer_tick` is set to the earlier of the two.
+    pub(crate) fn arm_earlier(&mut self, item: T, due: Duration, timer_tick: &mut u64) {
+        if self.tick(due) < *timer_tick {
+            *timer_tick = self.arm(item, due);
         }
     }
 
@@ -51,7 +51,7 @@ impl<T> Wheel<T> {
     /// Moves everything due by `now` to `due`, each with its tick.
     pub(crate) fn expire(&mut self, now: Duration, due: &mut Vec<(T, u64)>) {
         let last = (now.as_nanos() / TICK.as_nanos()) as u64;
-        if self.armed == 0 {
+        if self.timer_tick == 0 {
             self.next = self.next.max(last + 1);
             return;
         }
@@ -59,7 +59,7 @@ impl<T> Wheel<T> {
         let end = last.saturating_add(1).min(self.next + BUCKETS);
         for tick in self.next..end {
             let bucket = &mut self.buckets[(tick % BUCKETS) as usize];
-            self.armed -= bucket.len();
+            self.timer_tick -= bucket.len();
             due.extend(bucket.drain(..).map(|item| (item, tick)));
         }
         self.next = self.next.max(last + 1);
@@ -67,7 +67,7 @@ impl<T> Wheel<T> {
 
     #[cfg(feature = "audit")]
     pub(crate) fn audit_len(&self) -> usize {
-        self.armed
+        self.timer_tick
     }
 
     #[cfg(feature = "audit")]
@@ -80,7 +80,7 @@ impl<T> Wheel<T> {
 
     /// When the next reminder is due.
     pub(crate) fn next(&self) -> Option<Duration> {
-        if self.armed == 0 {
+        if self.timer_tick == 0 {
             return None;
         }
         let ticks = self.next..self.next + BUCKETS;
@@ -117,15 +117,15 @@ mod tests {
                     now = now.max(next);
                     wheel.expire(now, &mut due);
                     for (number, tick) in due.drain(..) {
-                        let (at, armed) = expected.remove(&number).expect("once");
-                        prop_assert!(tick == armed && now >= at && now <= at + TICK);
+                        let (at, timer_tick) = expected.remove(&number).expect("once");
+                        prop_assert!(tick == timer_tick && now >= at && now <= at + TICK);
                     }
                 }
                 now = until;
                 wheel.expire(now, &mut due);
                 prop_assert!(due.is_empty());
             }
-            prop_assert_eq!(expected.len(), wheel.armed);
+            prop_assert_eq!(expected.len(), wheel.timer_tick);
         }
     }
 
@@ -133,7 +133,7 @@ mod tests {
     fn what_lies_beyond_the_horizon_is_reminded_of_early() {
         let mut wheel = Wheel::new();
         wheel.arm('a', Duration::from_secs(3600));
-        let next = wheel.next().expect("armed");
+        let next = wheel.next().expect("timer_tick");
         assert!(next <= Duration::from_secs(26));
         let mut due = Vec::new();
         wheel.expire(Duration::from_secs(100_000), &mut due);

@@ -58,7 +58,7 @@ fn with_sinks(count: usize) -> Rig {
         config,
     );
     for _ in 0..count {
-        let newcomer = NewConnection {
+        let new_connection = NewConnection {
             socket: Socket::sink(),
             received: Default::default(),
             handler: Box::new(|_| Box::new(Silent)),
@@ -66,7 +66,7 @@ fn with_sinks(count: usize) -> Rig {
             encoding: shardcast_engine::Encoding::PLAIN,
             place: rig.engine.admit(None).unwrap(),
         };
-        at_once(rig.everyone.adopt(newcomer)).unwrap();
+        at_once(rig.everyone.adopt(new_connection)).unwrap();
         rig.settle();
     }
     rig

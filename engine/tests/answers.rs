@@ -6,7 +6,7 @@
 
 mod fixture;
 
-use fixture::{Peer, Rig, at_once, newcomer_for};
+use fixture::{Peer, Rig, at_once, new_connection_with};
 use shardcast_engine::{
     Address, ConnectionConfig, Context, EngineConfig, Flow, Handler, Message, Namespace, Payload, Publication,
 };
@@ -42,9 +42,9 @@ fn rig_reading(peers: usize, read_buffer_bytes: usize) -> (Rig, Vec<Peer>) {
     let peers = (0..peers)
         .map(|_| {
             let speaker = Speaker(rig.everyone.clone());
-            let (newcomer, peer) =
-                newcomer_for(&rig.engine, &rig.config, 1 << 20, Box::new(|_| Box::new(speaker)));
-            at_once(rig.everyone.adopt(newcomer)).unwrap();
+            let (new_connection, peer) =
+                new_connection_with(&rig.engine, &rig.config, 1 << 20, Box::new(|_| Box::new(speaker)));
+            at_once(rig.everyone.adopt(new_connection)).unwrap();
             peer
         })
         .collect();
@@ -58,7 +58,7 @@ fn one_turn_answers_everybody_whom_it_reads() {
     let (mut rig, mut peers) = rig(1000);
     peers.iter_mut().for_each(|peer| peer.text("me"));
     rig.turn();
-    assert!(peers.iter_mut().all(|peer| peer.hear_data() == ["me"]));
+    assert!(peers.iter_mut().all(|peer| peer.receive_data() == ["me"]));
 }
 
 #[test]
@@ -71,9 +71,9 @@ fn what_many_say_to_all_in_one_turn_goes_out_in_one_write_each() {
     rig.turn();
     let after = rig.engine.metrics();
     assert_eq!((after.tally.written - before.tally.written, after.writes - before.writes), (10_000, 100));
-    let heard = peers[0].hear_data();
-    assert_eq!(heard.len(), 100);
-    assert!(peers[1..].iter_mut().all(|peer| peer.hear_data() == heard));
+    let received = peers[0].receive_data();
+    assert_eq!(received.len(), 100);
+    assert!(peers[1..].iter_mut().all(|peer| peer.receive_data() == received));
 }
 
 #[test]
@@ -85,11 +85,11 @@ fn an_answer_comes_behind_what_was_said_to_all_before_it() {
     }
     rig.settle();
     for (number, peer) in peers.iter_mut().enumerate() {
-        let heard = peer.hear_data();
-        assert_eq!(heard.len(), 40 + 1);
-        let place = |text: String| heard.iter().position(|heard| *heard == text);
+        let received = peer.receive_data();
+        assert_eq!(received.len(), 40 + 1);
+        let place = |text: String| received.iter().position(|received| *received == text);
         if let Some(said) = place(format!("both {number}")) {
-            assert!(place(format!("you both {number}")) > Some(said), "{heard:?}");
+            assert!(place(format!("you both {number}")) > Some(said), "{received:?}");
         }
     }
 }
@@ -102,7 +102,7 @@ fn many_questions_at_once_are_all_answered_in_order() {
     }
     rig.settle();
     let expected: Vec<_> = (0..9).map(|number| format!("me {number}")).collect();
-    assert!(peers.iter_mut().all(|peer| peer.hear_data() == expected));
+    assert!(peers.iter_mut().all(|peer| peer.receive_data() == expected));
 }
 
 #[test]
@@ -116,6 +116,6 @@ fn what_many_say_at_once_is_whole_where_the_read_buffer_holds_only_a_few_of_them
     }
     rig.settle();
     for (number, peer) in peers.iter_mut().enumerate() {
-        assert_eq!(peer.hear_data(), [said(number), "me too".to_owned()]);
+        assert_eq!(peer.receive_data(), [said(number), "me too".to_owned()]);
     }
 }

@@ -11,7 +11,7 @@ mod fixture;
 
 use std::time::Duration;
 
-use fixture::{Client, Heard, Rig, Sender, Task};
+use fixture::{Client, Received, Rig, Sender, Task};
 use shardcast_engine::{
     Address, CloseReason, ConnectionAudit, ConnectionConfig, EngineConfig, Payload, Policy, Publication,
     PublishError,
@@ -49,7 +49,7 @@ fn read_all(rig: &mut Rig, client: &mut Client) -> usize {
     let mut count = 0;
     loop {
         let is_last = look(rig).pending == 0;
-        count += client.peer.hear_data().len();
+        count += client.peer.receive_data().len();
         rig.settle();
         if is_last {
             return count;
@@ -127,17 +127,17 @@ fn a_peer_that_reads_is_never_ended_as_slow_while_its_publisher_awaits() {
         let mut rig = Rig::one(ConnectionConfig { waiting_bytes: 10_000, ..outbox_of(100_000) });
         let mut client = rig.connect();
         let everyone = rig.everyone.clone();
-        let mut heard = 0;
+        let mut received = 0;
         for length in &sizes {
             let mut publisher = publishing(&everyone, Address::Everyone, *length);
             while publisher.poll().is_none() {
                 rig.settle();
-                heard += client.peer.hear_data().len();
+                received += client.peer.receive_data().len();
             }
         }
-        heard += read_all(&mut rig, &mut client);
+        received += read_all(&mut rig, &mut client);
         assert_eq!(client.record().ends, [], "it reads all the time: {sizes:?}");
-        assert_eq!(heard, sizes.len());
+        assert_eq!(received, sizes.len());
     }
 }
 
@@ -301,13 +301,13 @@ fn who_publishes_waits_only_for_members_whose_policy_is_block() {
     assert!(publisher.poll().is_none());
     rig.settle();
     assert_eq!(publisher.poll(), Some(Ok(())), "the frame waits for one that may drop it");
-    let mut heard = [0, 0];
+    let mut received = [0, 0];
     for _ in 0..100 {
-        heard[0] += dropping.peer.hear_data().len();
-        heard[1] += client.peer.hear_data().len();
+        received[0] += dropping.peer.receive_data().len();
+        received[1] += client.peer.receive_data().len();
         rig.settle();
     }
-    assert_eq!(heard, [2, 1]);
+    assert_eq!(received, [2, 1]);
 }
 
 #[test]
@@ -330,7 +330,7 @@ fn what_was_refused_or_found_nobody_takes_no_room_from_others() {
         everyone.try_publish(Publication::message(Address::Connection(gone), bytes(1000))).unwrap();
         rig.settle();
     }
-    assert_eq!(client.peer.hear_data().len(), 4);
+    assert_eq!(client.peer.receive_data().len(), 4);
     for to in &all {
         let mut publisher = Task::new(everyone.publish(Publication::message(to, bytes(10))));
         assert_eq!(publisher.poll(), Some(Ok(())), "nothing is on its way, so nobody waits, {to:?}");
@@ -380,13 +380,13 @@ fn a_frame_of_any_size_follows_a_small_one_that_was_sent_just_before() {
             }
         }
         for client in &mut clients {
-            let mut heard = Vec::new();
-            while heard.len() < 2 && client.record().ends.is_empty() {
+            let mut received = Vec::new();
+            while received.len() < 2 && client.record().ends.is_empty() {
                 rig.settle();
-                heard.extend(client.peer.hear_data());
+                received.extend(client.peer.receive_data());
             }
             assert_eq!(client.record().ends, [], "healthy; unicast: {is_unicast}");
-            assert_eq!(heard.iter().map(String::len).collect::<Vec<_>>(), [2, 100_000]);
+            assert_eq!(received.iter().map(String::len).collect::<Vec<_>>(), [2, 100_000]);
         }
     }
 }
@@ -402,7 +402,7 @@ fn a_publication_to_many_healthy_clients_counts_once_against_the_budget() {
     rig.everyone.try_publish(Publication::message(Address::Everyone, bytes(2000))).unwrap();
     rig.settle();
     assert_eq!(rig.engine.metrics().ended, 0);
-    assert!(clients.iter_mut().all(|client| client.peer.hear_data().len() == 1));
+    assert!(clients.iter_mut().all(|client| client.peer.receive_data().len() == 1));
 }
 
 #[test]
@@ -425,14 +425,14 @@ fn what_is_queued_for_clients_whose_turn_has_not_come_ends_nobody() {
     rig.turn();
     assert!(rig.engine.metrics().retained_bytes > 1 << 20, "a test of something");
     // While they read, nobody refuses anything.
-    let mut heard = 0;
+    let mut received = 0;
     rig.now += ms(20);
     for _ in 0..200 {
         rig.turn();
-        heard += clients.iter_mut().map(|client| client.peer.hear_data().len()).sum::<usize>();
+        received += clients.iter_mut().map(|client| client.peer.receive_data().len()).sum::<usize>();
         rig.now += ms(20);
     }
-    assert_eq!((heard, rig.engine.metrics().ended_slow), (20, 0));
+    assert_eq!((received, rig.engine.metrics().ended_slow), (20, 0));
 }
 
 /// One shard that may keep 1 MiB for clients that read nothing.
@@ -481,7 +481,7 @@ fn beyond_the_budget_no_more_are_ended_than_free_the_excess() {
         let ends: Vec<_> = clients.iter().map(|client| client.record().ends).collect();
         assert_eq!(ends, [vec![CloseReason::Shed], vec![], vec![], vec![]], "{sizes:?}");
         assert!(rig.engine.metrics().retained_bytes <= 1 << 20);
-        assert_eq!(clients[0].peer.hear(), [Heard::End], "its frame could not be finished");
+        assert_eq!(clients[0].peer.receive(), [Received::End], "its frame could not be finished");
         assert_eq!(rig.shards[0].audit().errors, [""; 0]);
     }
 }
@@ -494,7 +494,7 @@ fn a_frame_counts_as_long_as_a_part_of_it_has_not_been_taken() {
         .unwrap();
     for _ in 0..500 {
         rig.settle();
-        let _ = clients[0].peer.hear_some(1000);
+        let _ = clients[0].peer.receive_some(1000);
     }
     rig.everyone
         .try_publish(Publication::message(Address::Connection(clients[1].id()), bytes(450_000)))
@@ -514,7 +514,7 @@ fn a_frame_that_many_keep_is_freed_by_ending_all_of_them() {
         rig.turn();
     }
     assert_eq!((rig.engine.metrics().retained_bytes, rig.engine.metrics().ended_slow), (0, 40));
-    assert!(clients.iter_mut().all(|client| client.peer.hear() == [Heard::End]));
+    assert!(clients.iter_mut().all(|client| client.peer.receive() == [Received::End]));
 }
 
 #[test]
@@ -526,7 +526,7 @@ fn messages_for_a_handler_whose_client_has_closed_are_the_first_to_be_given_up()
     let say = |rig: &mut Rig, client: &mut Client, bytes: &[u8]| {
         let mut said = 0;
         while said < bytes.len() {
-            said += client.peer.say_some(&bytes[said..]);
+            said += client.peer.send_some(&bytes[said..]);
             rig.settle();
         }
     };
@@ -556,19 +556,19 @@ fn beyond_the_budget_for_unfinished_messages_the_largest_is_shed() {
         let frame = fixture::client_frame(0x01, &vec![b'x'; length]);
         let mut said = 0;
         while said < frame.len() {
-            said += client.peer.say_some(&frame[said..]);
+            said += client.peer.send_some(&frame[said..]);
             rig.settle();
         }
     }
     let ends: Vec<_> = clients.iter().map(|client| client.record().ends).collect();
     assert_eq!(ends, [vec![], vec![CloseReason::UnfinishedShed], vec![]]);
-    let heard = clients[1].peer.hear_and_answer();
-    assert_eq!(heard, [Heard::Close(Some(1013)), Heard::End]);
+    let received = clients[1].peer.receive_and_answer();
+    assert_eq!(received, [Received::Close(Some(1013)), Received::End]);
     assert_eq!(clients[1].peer.close_text, "overloaded by unfinished messages");
     assert!(rig.engine.metrics().unfinished_bytes <= 1 << 20);
     // The others finish theirs.
     for client in [0, 2] {
-        clients[client].peer.say(0x80, b"the end");
+        clients[client].peer.send_frame(0x80, b"the end");
     }
     rig.settle();
     assert!([0, 2].iter().all(|client| clients[*client].record().messages.len() == 1));
@@ -669,12 +669,12 @@ fn beyond_the_budget_who_has_not_had_its_turn_is_not_shed_for_one_that_was_refus
     rig.turn();
     assert!(rig.engine.metrics().retained_bytes > 1 << 20, "a test of something");
     rig.turn();
-    let mut heard = 0;
+    let mut received = 0;
     for _ in 0..200 {
-        heard += clients.iter_mut().map(|client| client.peer.hear_data().len()).sum::<usize>();
+        received += clients.iter_mut().map(|client| client.peer.receive_data().len()).sum::<usize>();
         rig.turn();
     }
-    assert_eq!((ends(&clients).iter().sum::<usize>(), heard), (0, CLIENTS - 1));
+    assert_eq!((ends(&clients).iter().sum::<usize>(), received), (0, CLIENTS - 1));
 }
 
 #[test]
@@ -741,12 +741,12 @@ fn who_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_goes_on() 
     assert_eq!(publisher.poll(), Some(Ok(())));
     assert_eq!(client.record().ends, [CloseReason::SlowConsumer]);
     // What had been begun comes whole, then the Close.
-    let mut heard = Vec::new();
-    while heard.last() != Some(&Heard::End) {
-        heard.extend(client.peer.hear_and_answer());
+    let mut received = Vec::new();
+    while received.last() != Some(&Received::End) {
+        received.extend(client.peer.receive_and_answer());
         rig.settle();
     }
-    assert_eq!(heard[1..], [Heard::Close(Some(1013)), Heard::End]);
+    assert_eq!(received[1..], [Received::Close(Some(1013)), Received::End]);
 }
 
 #[test]
@@ -758,11 +758,11 @@ fn who_takes_a_little_within_each_stall_timeout_is_not_ended() {
     rig.settle();
     let mut publisher = publishing(&everyone, Address::Everyone, 10);
     assert!(publisher.poll().is_none());
-    let mut heard = Vec::new();
-    while heard.is_empty() {
+    let mut received = Vec::new();
+    while received.is_empty() {
         rig.pass(ms(8000));
         // As much as a local socket counts as one piece.
-        heard.extend(client.peer.hear_some(5000));
+        received.extend(client.peer.receive_some(5000));
         assert_eq!(client.record().ends, []);
     }
     rig.settle();

@@ -8,7 +8,7 @@ mod fixture;
 
 use std::time::Duration;
 
-use fixture::{Client, Heard, Rig};
+use fixture::{Client, Received, Rig};
 use shardcast_engine::{Address, ConnectionConfig, EngineConfig, Payload, Publication};
 
 const COALESCE: Duration = Duration::from_millis(5);
@@ -33,13 +33,13 @@ fn what_comes_within_the_time_shares_one_write() {
     let before = rig.engine.metrics();
     for text in ["one", "two", "three"] {
         publish(&mut rig, text);
-        assert!(clients.iter_mut().all(|client| client.peer.hear().is_empty()), "the shard gathers");
+        assert!(clients.iter_mut().all(|client| client.peer.receive().is_empty()), "the shard gathers");
         rig.pass(COALESCE / 5);
     }
     assert_eq!(rig.engine.metrics().tally.written, before.tally.written);
     rig.pass(COALESCE / 5 * 2);
     for client in &mut clients {
-        assert_eq!(client.peer.hear_data(), ["one", "two", "three"]);
+        assert_eq!(client.peer.receive_data(), ["one", "two", "three"]);
     }
     let after = rig.engine.metrics();
     assert_eq!((after.writes - before.writes, after.tally.written - before.tally.written), (3, 9));
@@ -51,9 +51,9 @@ fn the_time_runs_from_the_first_and_begins_anew_after_each_round() {
     for round in ["a", "b"] {
         publish(&mut rig, round);
         rig.pass(COALESCE - Duration::from_nanos(1));
-        assert!(clients[0].peer.hear().is_empty(), "{round}: not yet");
+        assert!(clients[0].peer.receive().is_empty(), "{round}: not yet");
         rig.pass(Duration::from_nanos(1));
-        assert_eq!(clients[0].peer.hear_data(), [round]);
+        assert_eq!(clients[0].peer.receive_data(), [round]);
         rig.pass(COALESCE * 3);
     }
 }
@@ -71,17 +71,17 @@ fn nobody_is_held_back_once_a_burst_is_as_large_as_it_may_be() {
         }
     }
     rig.settle();
-    let heard = clients[0].peer.hear_data();
-    assert!(heard.len() >= 700, "{} of 1000", heard.len());
+    let received = clients[0].peer.receive_data();
+    assert!(received.len() >= 700, "{} of 1000", received.len());
     rig.pass(Duration::from_secs(1));
-    assert_eq!(heard.len() + clients[0].peer.hear_data().len(), 1000);
+    assert_eq!(received.len() + clients[0].peer.receive_data().len(), 1000);
 }
 
 #[test]
 fn without_it_an_idle_shard_writes_at_once() {
     let (mut rig, mut clients) = rig(Duration::ZERO);
     publish(&mut rig, "now");
-    assert_eq!(clients[0].peer.hear(), [Heard::Data("now".into())]);
+    assert_eq!(clients[0].peer.receive(), [Received::Data("now".into())]);
 }
 
 #[test]
@@ -94,6 +94,6 @@ fn an_end_comes_behind_what_was_gathered() {
     )
     .unwrap();
     rig.pass(COALESCE);
-    let heard = clients[0].peer.hear();
-    assert_eq!(heard[..2], [Heard::Data("last words".into()), Heard::Close(Some(1000))]);
+    let received = clients[0].peer.receive();
+    assert_eq!(received[..2], [Received::Data("last words".into()), Received::Close(Some(1000))]);
 }

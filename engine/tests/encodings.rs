@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::mpsc::channel;
 use std::thread;
 
-use fixture::{Client, Heard, Rig, Task, at_once, block_on, lock, newcomer};
+use fixture::{Client, Received, Rig, Task, at_once, block_on, lock, new_connection};
 use shardcast_engine::{
     Address, AdoptError, CloseCode, CloseReason, ConnectionConfig, Encoding, Engine, EngineConfig, Frame,
     Payload, Publication,
@@ -50,7 +50,7 @@ fn counting(shards: usize) -> (Rig, Encoding, Arc<AtomicUsize>) {
 }
 
 fn adopt_with(rig: &Rig, encoding: Encoding) -> Client {
-    let (mut connection, client) = newcomer(&rig.engine, &rig.config, 1 << 16);
+    let (mut connection, client) = new_connection(&rig.engine, &rig.config, 1 << 16);
     connection.encoding = encoding;
     at_once(rig.everyone.adopt(connection)).unwrap();
     client
@@ -82,19 +82,19 @@ fn a_publisher_renders_once_for_all_shards_while_the_encoding_is_in_use() {
     rig.settle();
     assert_eq!(rendered.load(SeqCst), to.len(), "and by no shard");
     for client in &mut others {
-        let heard: Vec<_> = client.peer.hear_data();
-        let heard: Vec<_> = heard.iter().map(|text| decoded(encoding, text)).collect();
-        assert_eq!(heard, ["0", "1", "2", "3", "4"]);
+        let received: Vec<_> = client.peer.receive_data();
+        let received: Vec<_> = received.iter().map(|text| decoded(encoding, text)).collect();
+        assert_eq!(received, ["0", "1", "2", "3", "4"]);
     }
     for client in &mut plain {
-        assert_eq!(client.peer.hear_data(), ["for nobody else", "0", "1", "2"]);
+        assert_eq!(client.peer.receive_data(), ["for nobody else", "0", "1", "2"]);
     }
     drop(others);
     rig.settle();
     publish(&rig, EVERYONE, "after them");
     rig.settle();
     assert_eq!(rendered.load(SeqCst), to.len(), "nobody uses it any more");
-    assert_eq!(plain[0].peer.hear_data(), ["after them"]);
+    assert_eq!(plain[0].peer.receive_data(), ["after them"]);
 }
 
 #[test]
@@ -113,11 +113,11 @@ fn what_was_published_before_the_first_connection_of_an_encoding_is_rendered_onc
     rig.settle();
     assert_eq!(rendered.load(SeqCst), 4, "each once, for both");
     for client in &mut others {
-        let heard: Vec<_> = client.peer.hear_data();
-        let heard: Vec<_> = heard.iter().map(|text| decoded(encoding, text)).collect();
-        assert_eq!(heard, ["0", "1", "2", "3"]);
+        let received: Vec<_> = client.peer.receive_data();
+        let received: Vec<_> = received.iter().map(|text| decoded(encoding, text)).collect();
+        assert_eq!(received, ["0", "1", "2", "3"]);
     }
-    assert_eq!(plain.peer.hear_data(), ["0", "1", "2", "3"]);
+    assert_eq!(plain.peer.receive_data(), ["0", "1", "2", "3"]);
 }
 
 #[test]
@@ -131,8 +131,8 @@ fn a_message_to_one_connection_comes_in_its_encoding() {
     assert_eq!(rendered.load(SeqCst), 0, "only the shard knows what the connection uses");
     rig.settle();
     assert_eq!(rendered.load(SeqCst), 1);
-    assert_eq!(clients[0].peer.hear_data(), ["to one"]);
-    assert_eq!(clients[1].peer.hear_data(), [format!("{PREFIX}to one")]);
+    assert_eq!(clients[0].peer.receive_data(), ["to one"]);
+    assert_eq!(clients[1].peer.receive_data(), [format!("{PREFIX}to one")]);
 }
 
 #[test]
@@ -180,12 +180,12 @@ fn an_encoding_that_panics_closes_the_connections_that_use_it_and_no_other() {
     assert_eq!((receipt.targets, receipt.disconnected), (3, 2));
     for client in &mut others {
         assert_eq!(client.record().ends, [CloseReason::RenderFailed]);
-        let heard = client.peer.hear();
-        assert_eq!(heard[..2], [Heard::Data(format!("{PREFIX}good")), Heard::Close(Some(1011))]);
+        let received = client.peer.receive();
+        assert_eq!(received[..2], [Received::Data(format!("{PREFIX}good")), Received::Close(Some(1011))]);
     }
     publish(&rig, EVERYONE, "after it");
     rig.settle();
-    assert_eq!(plain.peer.hear_data(), ["good", "bad", "after it"]);
+    assert_eq!(plain.peer.receive_data(), ["good", "bad", "after it"]);
     assert!(plain.record().ends.is_empty());
 }
 
@@ -193,10 +193,18 @@ fn an_encoding_that_panics_closes_the_connections_that_use_it_and_no_other() {
 fn an_encoding_of_another_engine_is_refused() {
     let (rig, (other, encoding, _)) = (Rig::new(1), counting(1));
     drop(other);
-    let (mut connection, _client) = newcomer(&rig.engine, &rig.config, 4096);
+    let (mut connection, _client) = new_connection(&rig.engine, &rig.config, 4096);
     connection.encoding = encoding;
     assert!(matches!(at_once(rig.everyone.adopt(connection)), Err(AdoptError::UnknownEncoding)));
     assert_eq!((rig.everyone.len(), rig.engine.connection_count()), (0, 0));
+}
+
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
 }
 
 /// Clients of both encodings connect and leave during a flood from several threads, on several shards, so that the second
@@ -213,7 +221,7 @@ fn clients_of_two_encodings_that_come_and_go_during_a_flood_see_one_order_withou
     let other = engine.register_encoding(prefixed).unwrap();
     let connection_config = Arc::new(ConnectionConfig::default());
     let connect = |encoding| {
-        let (mut connection, client) = newcomer(&engine, &connection_config, 1 << 16);
+        let (mut connection, client) = new_connection(&engine, &connection_config, 1 << 16);
         connection.encoding = encoding;
         block_on(everyone.adopt(connection)).unwrap();
         client
@@ -223,6 +231,11 @@ fn clients_of_two_encodings_that_come_and_go_during_a_flood_see_one_order_withou
     };
     let is_over = AtomicBool::new(false);
     let (whole, parts) = thread::scope(|scope| {
+        // A test that fails must not leave threads behind that publish or read for ever.
+        let _end = OnDrop(|| {
+            is_over.store(true, Relaxed);
+            close(EVERYONE);
+        });
         // Everything that a client gets until it is closed. Tells its id with the first message.
         let read = |encoding| {
             let (Client { mut peer, record }, (tell_id, id)) = (connect(encoding), channel());
@@ -230,15 +243,15 @@ fn clients_of_two_encodings_that_come_and_go_during_a_flood_see_one_order_withou
                 let mut all = Vec::new();
                 loop {
                     match peer.wait() {
-                        Heard::Data(text) => {
+                        Received::Data(text) => {
                             if all.is_empty() {
                                 tell_id.send(lock(&record).id.unwrap()).unwrap();
                             }
                             all.push(decoded(encoding, &text));
                         }
-                        Heard::Ping(_) => {}
-                        Heard::Close(Some(1000)) => return all,
-                        heard => panic!("{heard:?}"),
+                        Received::Ping(_) => {}
+                        Received::Close(Some(1000)) => return all,
+                        received => panic!("{received:?}"),
                     }
                 }
             });
@@ -261,7 +274,8 @@ fn clients_of_two_encodings_that_come_and_go_during_a_flood_see_one_order_withou
         let (mut visitors, mut open) = (Vec::new(), VecDeque::new());
         for visitor in 0..VISITORS {
             // Runs that are longer than those who are there at a time: then nobody uses the other encoding.
-            let encoding = if visitor / (2 * OPEN_AT_A_TIME) % 2 == 0 { Encoding::PLAIN } else { other };
+            let encoding =
+                if (visitor / (2 * OPEN_AT_A_TIME)).is_multiple_of(2) { Encoding::PLAIN } else { other };
             let (reader, id) = read(encoding);
             visitors.push(reader);
             open.push_back(id.recv().unwrap());

@@ -14,7 +14,7 @@ use std::net::Shutdown as Half;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use fixture::{Client, Heard, Rig, SlowToPart, Task, at_once, client_frame, lock, newcomer};
+use fixture::{Client, Received, Rig, SlowToPart, Task, at_once, client_frame, lock, new_connection};
 use shardcast_engine::{
     Address, AdoptError, CloseCode, CloseReason, ConnectionConfig, EngineConfig, FrameError,
     GROUP_NAME_BYTES_MAX, InvalidCloseCode, Payload, Policy, Publication, PublishError, Shutdown,
@@ -25,8 +25,8 @@ const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-fn data(text: &str) -> Heard {
-    Heard::Data(text.into())
+fn data(text: &str) -> Received {
+    Received::Data(text.into())
 }
 
 fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
@@ -81,7 +81,7 @@ fn a_peer_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everything
         client.release();
         rig.settle();
         if takes_it {
-            assert_eq!(client.peer.hear_data(), ["the last"]);
+            assert_eq!(client.peer.receive_data(), ["the last"]);
             rig.pass(ms(50));
             assert_eq!(rig.engine.metrics().connections, 0, "nothing more is waited for");
         }
@@ -93,19 +93,19 @@ fn a_peer_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everything
 #[test]
 fn who_is_turned_away_while_it_talks_hears_why() {
     let mut rig = Rig::new(1);
-    let (newcomer, mut client) = newcomer(&rig.engine, &rig.config, 4096);
+    let (new_connection, mut client) = new_connection(&rig.engine, &rig.config, 4096);
     let mut other = rig.connect();
     other.peer.text("wait");
     rig.settle();
     let _end = shut_down(&mut rig); // and it waits for the other
     client.peer.text("hello");
-    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    at_once(rig.everyone.adopt(new_connection)).unwrap();
     rig.settle();
     // Not with an error: that would have destroyed the frame.
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     client.peer.stream.set_nonblocking(true).unwrap();
-    client.peer.stream.read_to_end(&mut heard).unwrap();
-    assert_eq!(heard, [0x88, 2, 0x03, 0xE9]);
+    client.peer.stream.read_to_end(&mut received).unwrap();
+    assert_eq!(received, [0x88, 2, 0x03, 0xE9]);
 }
 
 #[test]
@@ -137,13 +137,13 @@ fn a_busy_handler_keeps_neither_pong_nor_close_from_its_peer() {
     for text in ["wait", "two"] {
         client.peer.text(text);
     }
-    client.peer.say(0x89, b"are you there");
+    client.peer.send_frame(0x89, b"are you there");
     rig.settle();
-    assert_eq!(client.peer.hear(), [Heard::Pong(b"are you there".to_vec())], "though it is busy");
+    assert_eq!(client.peer.receive(), [Received::Pong(b"are you there".to_vec())], "though it is busy");
     client.peer.text("three");
     client.peer.close(1000);
     rig.settle();
-    assert_eq!(client.peer.hear(), [Heard::Close(Some(1000)), Heard::End], "though it is busy");
+    assert_eq!(client.peer.receive(), [Received::Close(Some(1000)), Received::End], "though it is busy");
     assert_eq!(rig.everyone.len(), 0, "it is in no group any more");
     assert_eq!(client.record().calls, ["wait"]);
     client.release();
@@ -181,8 +181,12 @@ fn a_peer_that_closes_and_reads_on_hears_what_was_queued_and_its_close() {
         client.peer.stream.shutdown(Half::Write).unwrap();
         rig.settle();
         rig.pass(ms(20));
-        let heard = client.peer.hear_and_answer();
-        assert_eq!(heard, [data("last words"), Heard::Close(Some(1000)), Heard::End], "{coalesce:?}");
+        let received = client.peer.receive_and_answer();
+        assert_eq!(
+            received,
+            [data("last words"), Received::Close(Some(1000)), Received::End],
+            "{coalesce:?}"
+        );
     }
 }
 
@@ -195,30 +199,40 @@ fn a_close_gets_through_behind_a_backlog() {
     }
     rig.settle();
     client.peer.close(1000);
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     // It reads one megabyte each second, while eight wait for it.
     for _ in 0..70 {
         rig.pass(ms(100));
         let mut left: usize = 100_000;
         while left > 0 {
-            heard.extend(client.peer.hear_some(left.min(20_000)));
+            received.extend(client.peer.receive_some(left.min(20_000)));
             left = left.saturating_sub(20_000);
             rig.settle();
         }
     }
-    heard.extend(client.peer.hear_and_answer());
-    assert_eq!(heard[heard.len() - 2..], [Heard::Close(Some(1000)), Heard::End], "{}", heard.len());
-    let whole = |heard: &Heard| matches!(heard, Heard::Data(text) if text.len() == 1 << 20);
-    assert!(heard[..heard.len() - 2].iter().filter(|heard| !matches!(heard, Heard::Ping(_))).all(whole));
+    received.extend(client.peer.receive_and_answer());
+    assert_eq!(
+        received[received.len() - 2..],
+        [Received::Close(Some(1000)), Received::End],
+        "{}",
+        received.len()
+    );
+    let whole = |received: &Received| matches!(received, Received::Data(text) if text.len() == 1 << 20);
+    assert!(
+        received[..received.len() - 2]
+            .iter()
+            .filter(|received| !matches!(received, Received::Ping(_)))
+            .all(whole)
+    );
 }
 
 #[test]
 fn a_close_without_a_code_is_answered_without_one() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
-    client.peer.say(0x88, b"");
+    client.peer.send_frame(0x88, b"");
     rig.settle();
-    assert_eq!(client.peer.hear(), [Heard::Close(None), Heard::End]);
+    assert_eq!(client.peer.receive(), [Received::Close(None), Received::End]);
     let reason = CloseReason::Peer { code: None, text: "".into() };
     assert_eq!(reason.close_frame(), Some((CloseCode::NO_STATUS, "".into())));
     assert_eq!(client.record().ends, [reason]);
@@ -228,11 +242,11 @@ fn a_close_without_a_code_is_answered_without_one() {
 fn the_reason_that_a_peer_gives_is_known_to_its_handler() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
-    client.peer.say(0x88, &[&4321u16.to_be_bytes()[..], b"tired of waiting"].concat());
+    client.peer.send_frame(0x88, &[&4321u16.to_be_bytes()[..], b"tired of waiting"].concat());
     rig.settle();
     let reason = CloseReason::Peer { code: Some(CloseCode(4321)), text: "tired of waiting".into() };
     assert_eq!(client.record().ends, [reason]);
-    assert_eq!(client.peer.hear(), [Heard::Close(Some(4321)), Heard::End]);
+    assert_eq!(client.peer.receive(), [Received::Close(Some(4321)), Received::End]);
 }
 
 // ---- A peer that ends its side ----------------------------------------------------------------------------------
@@ -256,7 +270,7 @@ fn the_answer_to_a_last_message_arrives_though_the_peer_has_ended_its_side() {
             client.release();
             rig.settle();
         }
-        assert_eq!(client.peer.hear_data(), ["the answer"], "busy: {is_busy}");
+        assert_eq!(client.peer.receive_data(), ["the answer"], "busy: {is_busy}");
         assert_eq!(client.record().ends, [CloseReason::Vanished]);
         assert!(rig.metrics_of(client.id()).is_none(), "nothing is left of it");
     }
@@ -284,7 +298,7 @@ fn nothing_is_asked_of_a_peer_that_has_ended_its_side_while_its_answer_is_prepar
     publish(&rig, Address::Connection(client.id()), "the answer");
     client.release();
     rig.settle();
-    assert_eq!(client.peer.hear(), [data("the answer"), Heard::End]);
+    assert_eq!(client.peer.receive(), [data("the answer"), Received::End]);
     rig.settle();
     assert_eq!(client.record().ends, [CloseReason::Vanished]);
 }
@@ -321,7 +335,7 @@ fn of_two_ends_at_once_the_first_is_recorded_and_told() {
     let ends = client.record().ends;
     let [reason] = &ends[..] else { panic!("{ends:?}") };
     let (code, text) = reason.close_frame().unwrap();
-    assert_eq!(client.peer.hear(), [Heard::Close(Some(code.0)), Heard::End], "{reason:?}");
+    assert_eq!(client.peer.receive(), [Received::Close(Some(code.0)), Received::End], "{reason:?}");
     assert_eq!((client.peer.close_text.as_str(), rig.engine.metrics().ended), (&*text, 1));
 }
 
@@ -331,10 +345,10 @@ fn of_two_ends_at_once_the_first_is_recorded_and_told() {
 fn told_after(bytes: &[u8], config: ConnectionConfig) -> (CloseReason, u16, String) {
     let mut rig = Rig::one(config);
     let mut client = rig.connect();
-    let _ = client.peer.say_some(bytes);
+    let _ = client.peer.send_some(bytes);
     rig.settle();
-    let heard = client.peer.hear_and_answer();
-    let [Heard::Close(Some(code)), ..] = heard[..] else { panic!("{heard:?}") };
+    let received = client.peer.receive_and_answer();
+    let [Received::Close(Some(code)), ..] = received[..] else { panic!("{received:?}") };
     (client.record().ends[0].clone(), code, client.peer.close_text.clone())
 }
 
@@ -362,7 +376,7 @@ fn a_close_code_that_cannot_be_sent_is_refused_and_ends_nobody() {
         assert_eq!(at_once(rig.engine.shutdown(shutdown)), Err(InvalidCloseCode(code)));
     }
     rig.settle();
-    assert!(clients.iter_mut().all(|client| client.peer.hear().is_empty()));
+    assert!(clients.iter_mut().all(|client| client.peer.receive().is_empty()));
     assert_eq!(rig.everyone.len(), 2);
 }
 
@@ -383,7 +397,7 @@ fn who_joins_more_groups_than_one_may_be_in_is_ended_with_1008() {
     at_once(rig.everyone.join(id, "e")).unwrap();
     rig.settle();
     assert_eq!(client.record().ends, [CloseReason::TooManyGroups]);
-    assert_eq!(client.peer.hear(), [Heard::Close(Some(1008)), Heard::End]);
+    assert_eq!(client.peer.receive(), [Received::Close(Some(1008)), Received::End]);
     assert_eq!(rig.everyone.group_count(), 0);
 }
 
@@ -424,8 +438,10 @@ fn settings_that_contradict_each_other_are_refused_by_name() {
     let engine = EngineConfig { shards: Some(1), unfinished_bytes_max: 1 << 20, ..EngineConfig::default() };
     let connection = ConnectionConfig { max_message_bytes: (1 << 20) + 1, ..ConnectionConfig::default() };
     let rig = Rig::with(engine, connection);
-    let (newcomer, Client { .. }) = newcomer(&rig.engine, &rig.config, 4096);
-    let Err(AdoptError::Config(error)) = at_once(rig.everyone.adopt(newcomer)) else { panic!("refused") };
+    let (new_connection, Client { .. }) = new_connection(&rig.engine, &rig.config, 4096);
+    let Err(AdoptError::Config(error)) = at_once(rig.everyone.adopt(new_connection)) else {
+        panic!("refused")
+    };
     assert_eq!((error.field, &*error.highest), ("max_message_bytes", "1048576"));
     assert_eq!(rig.engine.connection_count(), 0, "its place is given back");
 }

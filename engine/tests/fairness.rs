@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::Context as TaskContext;
 
-use fixture::{Peer, Rig, at_once, client_frame, newcomer_for};
+use fixture::{Peer, Rig, at_once, client_frame, new_connection_with};
 use shardcast_engine::{
     Address, ConnectionConfig, Context, EngineConfig, Flow, Handler, Message, Namespace, Payload,
     Publication, PublishError,
@@ -64,9 +64,9 @@ fn clients_that_send_as_fast_as_they_can_share_a_shard_evenly() {
             let publisher =
                 Publisher { everyone: rig.everyone.clone(), to_all, handled: handled.clone(), sending: None };
             let config = rig.config.clone();
-            let (newcomer, peer) =
-                newcomer_for(&rig.engine, &config, 1 << 16, Box::new(|_| Box::new(publisher)));
-            at_once(rig.everyone.adopt(newcomer)).unwrap();
+            let (new_connection, peer) =
+                new_connection_with(&rig.engine, &config, 1 << 16, Box::new(|_| Box::new(publisher)));
+            at_once(rig.everyone.adopt(new_connection)).unwrap();
             rig.settle();
             flooders.push((peer, handled));
         }
@@ -78,7 +78,7 @@ fn clients_that_send_as_fast_as_they_can_share_a_shard_evenly() {
                 while let Ok(count) = peer.stream.write(&flood[*at..]) {
                     *at = (*at + count) % flood.len();
                 }
-                let _ = peer.hear();
+                let _ = peer.receive();
             }
             rig.turn();
         }

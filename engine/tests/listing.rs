@@ -111,7 +111,7 @@ fn several_groups_are_joined_and_left_in_one_step() {
     publish("a", "3");
     publish("b", "4");
     rig.settle();
-    assert_eq!(client.peer.hear_data(), ["1", "2"]);
+    assert_eq!(client.peer.receive_data(), ["1", "2"]);
     // All or none: one name is too long.
     let too_long = "x".repeat(GROUP_NAME_BYTES_MAX + 1);
     assert_eq!(at_once(everyone.join_all(id, &["a", &too_long])), Err(PublishError::GroupNameTooLong));

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use fixture::{Client, Heard, Peer, Rig, at_once, block_on, client_frame, lock, newcomer_by_tcp};
+use fixture::{Client, Peer, Received, Rig, at_once, block_on, client_frame, lock, new_tcp_connection};
 use shardcast_engine::{
     Address, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, Flow, Handler, Message, Payload,
     Policy, Publication,
@@ -43,8 +43,8 @@ fn coalescing(coalesce: Duration, config: ConnectionConfig) -> Rig {
 fn await_ping(rig: &mut Rig, peer: &mut Peer) -> Vec<u8> {
     for _ in 0..1000 {
         rig.pass(ms(20));
-        for heard in peer.hear() {
-            if let Heard::Ping(nonce) = heard {
+        for received in peer.receive() {
+            if let Received::Ping(nonce) = received {
                 return nonce;
             }
         }
@@ -57,7 +57,7 @@ fn pass_answering(rig: &mut Rig, client: &mut Client, time: Duration) {
     let end = rig.now + time;
     while rig.now < end {
         rig.pass(ms(10));
-        let _ = client.peer.hear_and_answer();
+        let _ = client.peer.receive_and_answer();
         rig.settle();
     }
 }
@@ -89,11 +89,11 @@ const STUCK: [Stuck; 6] = [
 fn answered_but_busy(stuck: Stuck, is_tcp: bool, config: ConnectionConfig) -> (Rig, Client) {
     let engine = EngineConfig { shards: Some(1), read_buffer_bytes: 1024, ..EngineConfig::default() };
     let mut rig = Rig::with(engine, config);
-    let (newcomer, mut client) = match is_tcp {
-        true => newcomer_by_tcp(&rig.engine, &rig.config),
-        false => fixture::newcomer(&rig.engine, &rig.config, 1 << 16),
+    let (new_connection, mut client) = match is_tcp {
+        true => new_tcp_connection(&rig.engine, &rig.config),
+        false => fixture::new_connection(&rig.engine, &rig.config, 1 << 16),
     };
-    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    at_once(rig.everyone.adopt(new_connection)).unwrap();
     rig.settle();
     let busy = |others: usize| {
         [client_frame(0x82, b"wait"), client_frame(0x82, &[b'x'; 1000]).repeat(others)].concat()
@@ -185,24 +185,24 @@ fn a_neighbour_that_blocks_the_shard_is_no_round_trip() {
     let everyone = engine.namespace();
     let policy = Policy::DropOnHighRtt { max_rtt: MAX, rtt_samples: 2 };
     let config = Arc::new(ConnectionConfig { policy, ..beating(50, 60_000) });
-    let (newcomer, client) = fixture::newcomer(&engine, &config, 1 << 16);
-    block_on(everyone.adopt(newcomer)).unwrap();
+    let (new_connection, client) = fixture::new_connection(&engine, &config, 1 << 16);
+    block_on(everyone.adopt(new_connection)).unwrap();
     let (done, is_done) = channel();
     // A ping is written in the turn after the one in which it is due, and its pong read two turns later.
     let blocker = Blocker { time: 2 * MAX + AWAY, turns: 6, done };
-    let (newcomer, mut neighbour) =
-        fixture::newcomer_for(&engine, &config, 1 << 16, Box::new(|_| Box::new(blocker)));
-    block_on(everyone.adopt(newcomer)).unwrap();
+    let (new_connection, mut neighbour) =
+        fixture::new_connection_with(&engine, &config, 1 << 16, Box::new(|_| Box::new(blocker)));
+    block_on(everyone.adopt(new_connection)).unwrap();
     let Client { mut peer, record } = client;
     let idle = std::thread::spawn(move || {
         loop {
             match peer.wait() {
-                Heard::Ping(nonce) => {
+                Received::Ping(nonce) => {
                     std::thread::sleep(AWAY);
-                    peer.say(0x8A, &nonce);
+                    peer.send_frame(0x8A, &nonce);
                 }
-                Heard::Data(text) if text == "enough" => return peer,
-                Heard::Data(_) => {}
+                Received::Data(text) if text == "enough" => return peer,
+                Received::Data(_) => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -232,7 +232,7 @@ fn a_client_that_talks_and_answers_no_ping_lives() {
     for _ in 0..100 {
         client.peer.text("hello");
         rig.pass(ms(100));
-        let _ = client.peer.hear();
+        let _ = client.peer.receive();
     }
     assert_eq!(client.record().ends, []);
     rig.pass(ms(2000));
@@ -244,9 +244,9 @@ fn a_client_that_pings_and_answers_no_ping_lives() {
     let mut rig = Rig::one(beating(1000, 300));
     let mut client = rig.connect();
     for _ in 0..100 {
-        client.peer.say(0x89, b"are you there");
+        client.peer.send_frame(0x89, b"are you there");
         rig.pass(ms(100));
-        let _ = client.peer.hear();
+        let _ = client.peer.receive();
     }
     assert_eq!(client.record().ends, []);
     rig.pass(ms(2000));
@@ -298,7 +298,7 @@ fn a_long_message_that_keeps_coming_keeps_its_connection() {
     for piece in frame.chunks(1000) {
         client.peer.stream.write_all(piece).unwrap();
         rig.pass(ms(20));
-        let _ = client.peer.hear();
+        let _ = client.peer.receive();
     }
     assert_eq!(client.record().ends, []);
     assert_eq!(client.record().messages.iter().map(String::len).collect::<Vec<_>>(), [60_000]);
@@ -314,19 +314,19 @@ fn a_long_message_that_is_taken_slowly_keeps_its_connection() {
         rig.everyone
             .try_publish(Publication::message(Address::Everyone, Payload::text(&"x".repeat(400_000))))
             .unwrap();
-        let (began, mut heard) = (rig.now, Vec::new());
-        while heard.is_empty() && client.record().ends.is_empty() {
+        let (began, mut received) = (rig.now, Vec::new());
+        while received.is_empty() && client.record().ends.is_empty() {
             rig.pass(ms(33));
-            for one in client.peer.hear_some(bytes) {
+            for one in client.peer.receive_some(bytes) {
                 match one {
-                    Heard::Ping(nonce) => client.peer.say(0x8A, &nonce),
-                    other => heard.push(other),
+                    Received::Ping(nonce) => client.peer.send_frame(0x8A, &nonce),
+                    other => received.push(other),
                 }
             }
         }
         assert_eq!(client.record().ends, [], "send buffer {send_buffer}");
         assert!(rig.now - began > ms(500), "a test of something");
-        let [Heard::Data(text)] = &heard[..] else { panic!("{heard:?}") };
+        let [Received::Data(text)] = &received[..] else { panic!("{received:?}") };
         assert_eq!(text.len(), 400_000);
     }
 }
@@ -353,9 +353,9 @@ fn a_ping_behind_many_messages_waits_as_long_as_the_peer_takes_some() {
     let (began, mut is_answered) = (rig.now, false);
     while !is_answered && client.record().ends.is_empty() {
         rig.pass(ms(20));
-        for heard in client.peer.hear_some(1000) {
-            if let Heard::Ping(nonce) = heard {
-                client.peer.say(0x8A, &nonce);
+        for received in client.peer.receive_some(1000) {
+            if let Received::Ping(nonce) = received {
+                client.peer.send_frame(0x8A, &nonce);
                 is_answered = true;
             }
         }
@@ -378,24 +378,24 @@ fn who_gets_a_ping_late_has_the_whole_time_for_its_answer() {
         }
         rig.settle();
         let mut answers = std::collections::VecDeque::new();
-        let (mut heard, mut pings, mut next) = (0, 0, rig.now);
-        while heard < 300 && client.record().ends.is_empty() {
+        let (mut received, mut pings, mut next) = (0, 0, rig.now);
+        while received < 300 && client.record().ends.is_empty() {
             rig.pass(ms(10));
             if rig.now >= next {
                 next = rig.now + ms(pace);
                 // As much as a local socket counts as one piece.
-                for one in client.peer.hear_some(5000) {
+                for one in client.peer.receive_some(5000) {
                     match one {
-                        Heard::Ping(nonce) => {
+                        Received::Ping(nonce) => {
                             answers.push_back((rig.now + ms(300), nonce));
                             pings += 1;
                         }
-                        _ => heard += 1,
+                        _ => received += 1,
                     }
                 }
             }
             while let Some((_, nonce)) = answers.pop_front_if(|(due, _)| *due <= rig.now) {
-                client.peer.say(0x8A, &nonce);
+                client.peer.send_frame(0x8A, &nonce);
             }
         }
         assert_eq!(client.record().ends, [], "a piece each {pace} ms");
@@ -424,7 +424,7 @@ fn the_highest_limit_of_control_frames_is_a_limit() {
         rig.settle();
     }
     assert_eq!(client.record().ends, [], "65,535 within a second");
-    client.peer.say(0x8A, b"");
+    client.peer.send_frame(0x8A, b"");
     rig.settle();
     assert_eq!(client.record().ends, [CloseReason::ControlFlood]);
 }
@@ -453,7 +453,7 @@ fn time_that_the_shard_lost_before_a_ping_was_written_is_not_the_peers() {
             rig.now += if *is_stopped { ms(3000) } else { ms(90) };
             rig.turn();
             for client in &mut clients {
-                let _ = client.peer.hear_and_answer();
+                let _ = client.peer.receive_and_answer();
             }
         }
         let ended = clients.iter().filter(|client| !client.record().ends.is_empty()).count();
@@ -471,11 +471,11 @@ fn pongs_that_nobody_asked_for_leave_no_reminders() {
         let mut client = rig.connect();
         for _ in 0..4 {
             for _ in 0..190 {
-                client.peer.say(0x8A, b"unasked");
+                client.peer.send_frame(0x8A, b"unasked");
                 rig.turn();
             }
             rig.pass(ms(1000));
-            let _ = client.peer.hear();
+            let _ = client.peer.receive();
         }
         assert_eq!(client.record().ends, []);
         let reminders = rig.shards[0].audit().reminders;
@@ -503,7 +503,7 @@ fn talking_to_a_busy_handler(config: ConnectionConfig, unread: &[u8]) -> (Rig, C
     let mut client = rig.connect();
     client.peer.text("wait");
     for _ in 0..17 {
-        client.peer.say(0x82, &[b'x'; 1000]);
+        client.peer.send_frame(0x82, &[b'x'; 1000]);
     }
     rig.settle();
     client.peer.stream.write_all(unread).unwrap();
@@ -550,8 +550,8 @@ fn a_client_that_is_silent_while_its_handler_is_busy_is_silent() {
         rig.pass(ms(1100));
         assert_eq!(client.record().ends, [], "its handler is busy");
         assert_eq!(
-            client.peer.hear(),
-            [Heard::Close(Some(1001)), Heard::End],
+            client.peer.receive(),
+            [Received::Close(Some(1001)), Received::End],
             "for messages: {for_messages}"
         );
     }
@@ -563,7 +563,7 @@ fn a_client_that_is_silent_while_its_handler_is_busy_is_silent() {
 fn flood(rig: &mut Rig, peer: &mut Peer) {
     let messages = client_frame(0x81, &[b'x'; 1000]).repeat(100);
     for _ in 0..50 {
-        let _ = peer.say_some(&messages);
+        let _ = peer.send_some(&messages);
         rig.settle();
     }
 }
@@ -579,17 +579,17 @@ fn who_never_reads_is_given_up_whatever_it_sends() {
         flood(&mut rig, &mut flooder);
         neighbour.text("one");
         let began = rig.now;
-        let mut heard = Vec::new();
-        while !heard.contains(&Heard::Data("two".into())) && rig.now < began + ms(2000) {
+        let mut received = Vec::new();
+        while !received.contains(&Received::Data("two".into())) && rig.now < began + ms(2000) {
             rig.pass(ms(trickle.unwrap_or(20)));
             if trickle.is_some() {
-                let _ = flooder.say_some(b"x");
+                let _ = flooder.send_some(b"x");
             }
-            let new = neighbour.hear_and_answer();
-            if new.contains(&Heard::Data("one".into())) {
+            let new = neighbour.receive_and_answer();
+            if new.contains(&Received::Data("one".into())) {
                 neighbour.text("two");
             }
-            heard.extend(new);
+            received.extend(new);
         }
         assert_eq!(*lock(&ends), [CloseReason::PongTimeout], "trickle {trickle:?}");
         assert!(rig.now <= began + ms(1000), "{:?}, trickle {trickle:?}", rig.now - began);
@@ -608,17 +608,17 @@ fn who_is_silent_is_given_up_though_more_talk_than_one_turn_can_read() {
     for round in 0..100 {
         for talker in &mut talkers {
             talker.peer.text("hello");
-            let _ = talker.peer.hear();
+            let _ = talker.peer.receive();
         }
         // One answers as late as it may, and stands last in the line.
         if let Some((_, nonce)) = pong.take_if(|(since, _)| round == *since + 10) {
-            prompt.peer.say(0x8A, &nonce);
+            prompt.peer.send_frame(0x8A, &nonce);
         }
         rig.now += ms(20);
         let before = rig.engine.metrics().tally.received;
         rig.turn();
         is_full &= rig.engine.metrics().tally.received - before >= 1024;
-        if let [Heard::Ping(nonce)] = &prompt.peer.hear()[..] {
+        if let [Received::Ping(nonce)] = &prompt.peer.receive()[..] {
             pong = Some((round, nonce.clone()));
         }
     }
@@ -686,15 +686,15 @@ fn without_pings_who_takes_nothing_is_given_up_after_the_stall_timeout() {
         neighbour.text(&format!("neighbour {number} again"));
     }
     let began = rig.now;
-    let mut heard = vec![0; neighbours.len()];
-    while heard.iter().any(|count| *count < 20) && rig.now < began + ms(10_000) {
+    let mut received = vec![0; neighbours.len()];
+    while received.iter().any(|count| *count < 20) && rig.now < began + ms(10_000) {
         rig.pass(ms(50));
-        let _ = flooder.say_some(b"x"); // whatever it sends
-        for (neighbour, count) in neighbours.iter_mut().zip(&mut heard) {
-            *count += neighbour.hear_data().iter().filter(|text| text.starts_with("neighbour")).count();
+        let _ = flooder.send_some(b"x"); // whatever it sends
+        for (neighbour, count) in neighbours.iter_mut().zip(&mut received) {
+            *count += neighbour.receive_data().iter().filter(|text| text.starts_with("neighbour")).count();
         }
     }
-    assert_eq!(heard, [20; 10], "ten neighbours hear each other");
+    assert_eq!(received, [20; 10], "ten neighbours hear each other");
     assert_eq!(*lock(&ends), [CloseReason::SlowConsumer]);
     assert!(rig.now <= began + ms(2000), "{:?}", rig.now - began);
 }
@@ -726,7 +726,7 @@ fn a_policy_of_one_message_judges_by_its_own_number_of_round_trips() {
         for rtt in [400, 400, 10] {
             let nonce = await_ping(&mut rig, &mut client.peer);
             rig.pass(ms(rtt));
-            client.peer.say(0x8A, &nonce);
+            client.peer.send_frame(0x8A, &nonce);
             rig.settle();
             // From the first on, three are remembered.
             patient.try_publish(Publication::message(Address::Everyone, Payload::text("judge"))).unwrap();

@@ -8,7 +8,7 @@
 
 mod fixture;
 
-use fixture::{Client, Heard, Rig, Task, at_once, newcomer_for};
+use fixture::{Client, Received, Rig, Task, at_once, new_connection_with};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, Context, Flow, Handler, Message, Namespace, Payload, Publication,
 };
@@ -32,12 +32,12 @@ fn before_on_open_is_done_a_client_hears_what_is_for_it_alone_and_nothing_else()
     publish(&rig, Address::Connection(id), "welcome");
     publish(&rig, Address::Everyone, "another secret");
     rig.settle();
-    assert_eq!(client.peer.hear_data(), ["welcome"]);
+    assert_eq!(client.peer.receive_data(), ["welcome"]);
     finish_opening(&mut rig, &client);
     publish(&rig, Address::Everyone, "hello all");
     rig.settle();
-    assert_eq!(client.peer.hear_data(), ["hello all"]);
-    assert_eq!(witness.peer.hear_data(), ["a secret", "another secret", "hello all"]);
+    assert_eq!(client.peer.receive_data(), ["hello all"]);
+    assert_eq!(witness.peer.receive_data(), ["a secret", "another secret", "hello all"]);
 }
 
 #[test]
@@ -52,10 +52,10 @@ fn what_is_published_while_the_end_of_on_open_is_on_its_way_is_heard_or_not_but_
         rig.turn();
     }
     rig.settle();
-    let heard = client.peer.hear_data();
-    assert_eq!(heard[0], "welcome", "{heard:?}");
-    assert!(heard.len() > 1, "it has entered by then: {heard:?}");
-    assert!(["0", "1", "2"].map(String::from).ends_with(&heard[1..]), "{heard:?}");
+    let received = client.peer.receive_data();
+    assert_eq!(received[0], "welcome", "{received:?}");
+    assert!(received.len() > 1, "it has entered by then: {received:?}");
+    assert!(["0", "1", "2"].map(String::from).ends_with(&received[1..]), "{received:?}");
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn a_group_that_is_joined_in_on_open_counts_at_once() {
     publish(&rig, Address::group("a"), "to the group");
     publish(&rig, Address::groups(["b", "a"]), "to two groups");
     rig.settle();
-    assert_eq!(client.peer.hear_data(), ["to the group", "to two groups"]);
+    assert_eq!(client.peer.receive_data(), ["to the group", "to two groups"]);
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn a_client_that_is_turned_away_in_on_open_hears_its_close_and_nothing_else() {
     .unwrap();
     publish(&rig, Address::Everyone, "another secret");
     rig.settle();
-    assert_eq!(client.peer.hear(), [Heard::Close(Some(4001)), Heard::End]);
+    assert_eq!(client.peer.receive(), [Received::Close(Some(4001)), Received::End]);
     finish_opening(&mut rig, &client);
     publish(&rig, Address::Everyone, "too late");
     rig.settle();
@@ -123,12 +123,12 @@ fn what_a_handler_tells_everyone_in_on_open_does_not_reach_its_own_client() {
         let mut peer = rig.connect_handler(Box::new(move |_| Box::new(Announcer { everyone, turns_away })));
         publish(&rig, Address::Everyone, "later");
         rig.settle();
-        let heard = peer.hear();
+        let received = peer.receive();
         match turns_away {
-            false => assert_eq!(heard, [Heard::Data("later".into())]),
-            true => assert_eq!(heard, [Heard::Close(Some(4001)), Heard::End]),
+            false => assert_eq!(received, [Received::Data("later".into())]),
+            true => assert_eq!(received, [Received::Close(Some(4001)), Received::End]),
         }
-        assert_eq!(witness.peer.hear_data(), ["here is somebody", "later"]);
+        assert_eq!(witness.peer.receive_data(), ["here is somebody", "later"]);
     }
 }
 
@@ -153,13 +153,13 @@ impl Handler for Interrupted {
 fn what_others_send_while_on_open_runs_does_not_delay_the_entry() {
     let mut rig = Rig::new(1);
     let everyone = rig.everyone.clone();
-    let (newcomer, mut peer) =
-        newcomer_for(&rig.engine, &rig.config, 4096, Box::new(|_| Box::new(Interrupted(everyone))));
-    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    let (new_connection, mut peer) =
+        new_connection_with(&rig.engine, &rig.config, 4096, Box::new(|_| Box::new(Interrupted(everyone))));
+    at_once(rig.everyone.adopt(new_connection)).unwrap();
     // Whoever has awaited the adoption reaches it with what comes next.
     publish(&rig, Address::Everyone, "next");
     rig.settle();
-    assert_eq!(peer.hear_data(), ["next", "meanwhile"]);
+    assert_eq!(peer.receive_data(), ["next", "meanwhile"]);
 }
 
 #[test]

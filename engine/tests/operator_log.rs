@@ -47,7 +47,7 @@ impl Log {
 fn flood(rig: &mut Rig, clients: &mut [Client]) {
     for client in clients.iter_mut() {
         for _ in 0..4 {
-            client.peer.say(0x8A, b"unasked");
+            client.peer.send_frame(0x8A, b"unasked");
         }
     }
     rig.settle();
@@ -90,7 +90,7 @@ fn a_client_that_leaves_or_breaks_the_protocol_leaves_no_line() {
     let mut rig = rig();
     let mut clients = rig.connect_many(2);
     clients[0].peer.close(1000);
-    clients[1].peer.say(0xF1, b"x");
+    clients[1].peer.send_frame(0xF1, b"x");
     rig.settle();
     rig.pass(Duration::from_secs(20));
     let ends = clients[1].record().ends;

@@ -32,9 +32,9 @@ fn fill_log(rig: &Rig) {
     rig.everyone.try_publish(Publication::message(Address::Everyone, Payload::text("too much"))).unwrap_err();
 }
 
-/// What a client has heard, without what filled the log.
-fn hear(client: &mut Client) -> Vec<String> {
-    let mut data = client.peer.hear_data();
+/// What a client has received, without what filled the log.
+fn receive(client: &mut Client) -> Vec<String> {
+    let mut data = client.peer.receive_data();
     data.retain(|text| text != "fill");
     data
 }
@@ -70,9 +70,9 @@ fn who_has_joined_before_a_waiting_publication_gets_in_hears_it() {
             .unwrap();
         assert!(waiting.poll().is_some(), "there is room");
         rig.settle();
-        assert_eq!(hear(&mut clients[2]), ["quicker", "waited"], "{names:?}");
-        assert_eq!(hear(&mut clients[1]), ["quicker", "waited"], "a member before either, of {names:?}");
-        assert_eq!(hear(&mut clients[0]), <[&str; 0]>::default(), "it has left, {names:?}");
+        assert_eq!(receive(&mut clients[2]), ["quicker", "waited"], "{names:?}");
+        assert_eq!(receive(&mut clients[1]), ["quicker", "waited"], "a member before either, of {names:?}");
+        assert_eq!(receive(&mut clients[0]), <[&str; 0]>::default(), "it has left, {names:?}");
     }
 }
 
@@ -172,12 +172,12 @@ fn a_publication_whose_future_was_dropped_after_it_was_accepted_is_delivered() {
         rig.settle();
         assert!(given_up.poll().is_none());
     }
-    let mut heard = Vec::new();
-    while heard.len() < 4 {
-        heard.extend(client.peer.hear_data());
+    let mut received = Vec::new();
+    while received.len() < 4 {
+        received.extend(client.peer.receive_data());
         rig.settle();
     }
-    assert_eq!(heard[1..], ["pay 0", "pay 1", "pay 2"]);
+    assert_eq!(received[1..], ["pay 0", "pay 1", "pay 2"]);
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn a_publication_whose_future_was_dropped_before_it_was_accepted_is_not_sent() {
     assert!(given_up.poll().is_none(), "the log is full");
     drop(given_up);
     rig.settle();
-    assert_eq!(hear(&mut client), <[&str; 0]>::default());
+    assert_eq!(receive(&mut client), <[&str; 0]>::default());
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn what_waited_while_the_engine_closed_is_told_so_and_reaches_nobody() {
     assert!(end.poll().is_none());
     rig.settle();
     assert_eq!(waiting.poll(), Some(Err(PublishError::Closed)));
-    assert_eq!(client.peer.hear_data(), <[&str; 0]>::default());
+    assert_eq!(client.peer.receive_data(), <[&str; 0]>::default());
 }
 
 /// Publishes three frames that cannot share one piece of memory, then closes.
@@ -247,11 +247,11 @@ fn what_a_handler_publishes_before_it_closes_arrives_though_its_mailbox_is_full(
             at_once(rig.everyone.connection_metrics("0000000000000000".parse().unwrap(), |_| ())).unwrap();
         }
         rig.settle();
-        let data = |text: &str| fixture::Heard::Data(text.into());
-        let closed = [fixture::Heard::Close(Some(4000)), fixture::Heard::End];
-        let heard = peer.hear_and_answer();
-        assert_eq!(heard[..3], [data("one"), data("two"), data("three")], "full: {is_full}");
-        assert_eq!(heard[3..], closed, "full: {is_full}");
+        let data = |text: &str| fixture::Received::Data(text.into());
+        let closed = [fixture::Received::Close(Some(4000)), fixture::Received::End];
+        let received = peer.receive_and_answer();
+        assert_eq!(received[..3], [data("one"), data("two"), data("three")], "full: {is_full}");
+        assert_eq!(received[3..], closed, "full: {is_full}");
     }
 }
 
@@ -276,8 +276,8 @@ fn what_is_published_behind_more_commands_than_one_turn_takes_comes_behind_all_o
         rig.everyone.try_publish(Publication::message(&to, Payload::text("two"))).unwrap();
     }
     rig.settle();
-    assert_eq!(clients[0].peer.hear_data(), ["one", "two", "two", "two"]);
-    assert_eq!(clients[1].peer.hear_data(), ["two"], "it had left the group");
+    assert_eq!(clients[0].peer.receive_data(), ["one", "two", "two", "two"]);
+    assert_eq!(clients[1].peer.receive_data(), ["two"], "it had left the group");
 }
 
 /// Tells one connection and then everyone that there is a new one.
@@ -309,5 +309,5 @@ fn what_a_handler_sends_while_its_shard_empties_the_mailbox_keeps_its_order() {
     let mut client = rig.connect();
     let (everyone, id) = (rig.everyone.clone(), client.id());
     let _peer = rig.connect_handler(Box::new(move |_| Box::new(Announces(everyone, id))));
-    assert_eq!(client.peer.hear_data(), ["somebody comes", "somebody has come"]);
+    assert_eq!(client.peer.receive_data(), ["somebody comes", "somebody has come"]);
 }

@@ -59,7 +59,7 @@ fn a_join_says_from_where_on_publications_include_the_connection() {
     let behind = (3..9).filter(|number| sent[*number] > joined).map(|number| number.to_string());
     let behind: Vec<_> = behind.collect();
     assert_eq!(behind.len(), 3);
-    assert_eq!(clients[1].peer.hear_data()[3..], behind, "beside what was for everyone");
+    assert_eq!(clients[1].peer.receive_data()[3..], behind, "beside what was for everyone");
 }
 
 /// Notes where its calls are.
@@ -81,7 +81,7 @@ fn a_handler_knows_how_far_its_connection_has_come() {
     let mut expected = Vec::new();
     for number in 0..3 {
         expected.push(send(&mut rig, Address::Everyone, "news"));
-        assert_eq!(peer.hear_data(), ["news"]);
+        assert_eq!(peer.receive_data(), ["news"]);
         peer.text(&format!("{number}"));
         rig.settle();
     }

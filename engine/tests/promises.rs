@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
-use fixture::{Client, Heard, Peer, Rig, Task, at_once, block_on, client_frame, newcomer};
+use fixture::{Client, Peer, Received, Rig, Task, at_once, block_on, client_frame, new_connection};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, ConnectionId, Engine, EngineConfig, FrameError,
     MessageKind, Namespace, Payload, Policy, Publication, PublishError, Socket, TryPublishError,
@@ -44,8 +44,8 @@ fn threaded(shards: usize) -> (Engine, Namespace, Arc<ConnectionConfig>) {
 
 /// A client of an engine that has threads, and its id.
 fn enter(engine: &Engine, everyone: &Namespace, config: &Arc<ConnectionConfig>) -> (Peer, ConnectionId) {
-    let (newcomer, client) = newcomer(engine, config, 1 << 16);
-    block_on(everyone.adopt(newcomer)).unwrap();
+    let (new_connection, client) = new_connection(engine, config, 1 << 16);
+    block_on(everyone.adopt(new_connection)).unwrap();
     let Client { mut peer, record } = client;
     // Its id is known once it is open, and it is open before it gets what is published now.
     let hello = format!("hello {:p}", Arc::as_ptr(&record));
@@ -85,8 +85,8 @@ fn all_connections_see_one_order() {
                     let mut seen = Vec::new();
                     while left > 0 {
                         match peer.wait() {
-                            Heard::Data(text) if text == "end" => break,
-                            Heard::Data(text) if !text.starts_with("hello") => seen.push(text),
+                            Received::Data(text) if text == "end" => break,
+                            Received::Data(text) if !text.starts_with("hello") => seen.push(text),
                             _ => {}
                         }
                         left -= 1;
@@ -284,7 +284,7 @@ fn a_join_counts_from_the_next_publication_even_if_no_shard_has_moved_meanwhile(
         if number == 5 {
             expected.clear();
         }
-        assert_eq!(client.peer.hear_data(), expected);
+        assert_eq!(client.peer.receive_data(), expected);
         at_once(rig.everyone.leave(client.id(), "room")).unwrap();
     }
     rig.settle();
@@ -313,10 +313,10 @@ fn several_groups_reach_each_connection_once_and_the_excepted_not_at_all() {
     assert!(send.poll().is_none());
     rig.settle();
     assert_eq!(send.poll().unwrap().unwrap().targets, 3);
-    let heard: Vec<_> = clients.iter_mut().map(|client| client.peer.hear_data()).collect();
+    let received: Vec<_> = clients.iter_mut().map(|client| client.peer.receive_data()).collect();
     let both = vec!["all".to_owned(), "union".to_owned()];
     let all = vec!["all".to_owned()];
-    assert_eq!(heard, [both.clone(), vec![], all.clone(), both.clone(), both, all]);
+    assert_eq!(received, [both.clone(), vec![], all.clone(), both.clone(), both, all]);
 }
 
 // ---- Promise 4 --------------------------------------------------------------------------------------------------
@@ -362,21 +362,21 @@ fn a_publisher_waits_until_a_stalled_peer_takes_it_or_goes() {
             let first = task.poll();
             rig.settle();
             assert_eq!(first.or_else(|| task.poll()), Some(Ok(())));
-            assert_eq!(neighbour.peer.hear_data(), [number.to_string()]);
+            assert_eq!(neighbour.peer.receive_data(), [number.to_string()]);
         }
         // A publication to both reaches the neighbour at once, but is over only when both have it.
         let mut both = Task::new(everyone.deliver(Publication::message(EVERYONE, frame("both"))));
         assert!(both.poll().is_none());
         rig.settle();
         assert!(both.poll().is_none() && waits.poll().is_none());
-        assert_eq!(neighbour.peer.hear_data(), ["both"]);
+        assert_eq!(neighbour.peer.receive_data(), ["both"]);
         if goes {
             drop(stalled.peer.stream);
             rig.settle();
         } else {
             let mut last = Vec::new();
             while last.last().is_none_or(|text| text != "both") {
-                last.extend(stalled.peer.hear_data());
+                last.extend(stalled.peer.receive_data());
                 rig.settle();
             }
         }
@@ -391,22 +391,22 @@ fn a_peer_for_which_too_much_waits_is_ended_and_only_it() {
     let config = ConnectionConfig { waiting_frames: 8, ..narrow() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..EngineConfig::default() }, config);
     let (mut stalled, mut neighbour) = (rig.connect(), rig.connect());
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     for number in 0..100 {
         rig.everyone.try_publish(Publication::message(EVERYONE, big(number))).unwrap();
         rig.settle();
-        heard.extend(neighbour.peer.hear_data());
+        received.extend(neighbour.peer.receive_data());
     }
-    assert_eq!(heard.len(), 100);
+    assert_eq!(received.len(), 100);
     assert_eq!(stalled.record().ends, [CloseReason::SlowConsumer]);
     assert_eq!((rig.everyone.len(), rig.engine.metrics().ended_slow), (1, 1));
     // What it has not taken is discarded, but the frame that is begun is ended, and it is told why.
-    let mut heard = Vec::new();
-    while heard.last() != Some(&Heard::End) {
-        heard.extend(stalled.peer.hear());
+    let mut received = Vec::new();
+    while received.last() != Some(&Received::End) {
+        received.extend(stalled.peer.receive());
         rig.settle();
     }
-    assert_eq!(heard[heard.len() - 2..], [Heard::Close(Some(1013)), Heard::End]);
+    assert_eq!(received[received.len() - 2..], [Received::Close(Some(1013)), Received::End]);
     assert!(neighbour.record().ends.is_empty());
 }
 
@@ -434,7 +434,7 @@ fn a_full_log_gives_the_frame_back_and_a_publisher_that_waits_is_woken() {
         rig.settle();
     }
     rig.settle();
-    assert_eq!(client.peer.hear_data(), ["0", "1", "2"]);
+    assert_eq!(client.peer.receive_data(), ["0", "1", "2"]);
 }
 
 #[cfg(target_pointer_width = "64")]
@@ -464,7 +464,7 @@ fn a_frame_too_long_for_any_outbox_is_refused_and_given_back() {
     }
     publish(&rig, EVERYONE, "short");
     rig.settle();
-    assert_eq!(client.peer.hear_data(), ["short"]);
+    assert_eq!(client.peer.receive_data(), ["short"]);
 }
 
 #[test]
@@ -495,7 +495,7 @@ fn a_full_mailbox_gives_the_frame_back_and_a_publisher_that_waits_is_woken() {
     let first = waits.poll();
     rig.settle();
     assert_eq!(first.or_else(|| waits.poll()), Some(Ok(())));
-    assert_eq!(client.peer.hear_data(), ["0", "1"]);
+    assert_eq!(client.peer.receive_data(), ["0", "1"]);
 }
 
 /// Until the shards have stopped turning, as far as can be seen from outside.
@@ -527,7 +527,7 @@ fn a_sleeping_shard_is_woken_by_what_concerns_it() {
         fall_asleep(&engine);
         let text = number.to_string();
         everyone.try_publish(Publication::message(&to, frame(&text))).unwrap();
-        let _ = clients[receiver].0.wait_data_until(|heard| heard == text);
+        let _ = clients[receiver].0.wait_data_until(|received| received == text);
     }
 }
 
@@ -541,7 +541,7 @@ fn offered_is_written_plus_discarded_plus_pending() {
     // closed with a backlog.
     let mut clients = rig.connect_many(7);
     let ids: Vec<_> = clients.iter().map(Client::id).collect();
-    let mut heard = [0; 7];
+    let mut received = [0; 7];
     let mut written = HashMap::new();
     for round in 0..60 {
         for number in 0..3 {
@@ -569,7 +569,7 @@ fn offered_is_written_plus_discarded_plus_pending() {
                 readers.extend([2, 3]);
             }
             for reader in readers {
-                heard[reader] += clients[reader].peer.hear_data().len() as u64;
+                received[reader] += clients[reader].peer.receive_data().len() as u64;
             }
         }
         for (client, id) in ids.iter().enumerate() {
@@ -593,15 +593,19 @@ fn offered_is_written_plus_discarded_plus_pending() {
     for _ in 0..200 {
         rig.settle();
         for reader in [0, 1, 2, 3, 4, 6] {
-            heard[reader] += clients[reader].peer.hear_data().len() as u64;
+            received[reader] += clients[reader].peer.receive_data().len() as u64;
         }
     }
     for reader in 0..4 {
         match rig.metrics_of(ids[reader]) {
             Some(metrics) => {
-                assert_eq!((metrics.tally.written, metrics.tally.pending()), (heard[reader], 0), "{reader}");
+                assert_eq!(
+                    (metrics.tally.written, metrics.tally.pending()),
+                    (received[reader], 0),
+                    "{reader}"
+                );
             }
-            None => assert!(heard[reader] >= written[&reader], "{reader}"),
+            None => assert!(received[reader] >= written[&reader], "{reader}"),
         }
     }
     let all = rig.engine.metrics();
@@ -627,8 +631,8 @@ fn what_comes_in_one_turn_goes_out_in_one_write() {
     rig.settle();
     let after = rig.engine.metrics();
     assert_eq!((after.tally.written - before.tally.written, after.writes - before.writes), (400, 3));
-    assert_eq!(clients[0].peer.hear_data().len(), 200);
-    assert_eq!(clients[1].peer.hear_data(), clients[2].peer.hear_data());
+    assert_eq!(clients[0].peer.receive_data().len(), 200);
+    assert_eq!(clients[1].peer.receive_data(), clients[2].peer.receive_data());
 }
 
 #[test]
@@ -646,10 +650,10 @@ fn what_gathers_behind_a_blocked_peer_goes_out_in_few_writes() {
         rig.turn();
     }
     let before = rig.engine.metrics();
-    assert_eq!(client.peer.hear_data().len() as u64, before.tally.written);
+    assert_eq!(client.peer.receive_data().len() as u64, before.tally.written);
     rig.settle();
     assert!(rig.engine.metrics().writes - before.writes <= 2, "the begun frame, and then all the rest");
-    assert_eq!(client.peer.hear_data().len() as u64, sent + 200 - before.tally.written);
+    assert_eq!(client.peer.receive_data().len() as u64, sent + 200 - before.tally.written);
 }
 
 #[test]
@@ -674,9 +678,9 @@ fn a_fan_out_to_many_does_not_starve_reading() {
 /// So many connections that take everything as soon as it is written to them.
 fn connect_sinks(rig: &mut Rig, count: usize) {
     for _ in 0..count {
-        let (mut newcomer, _) = newcomer(&rig.engine, &rig.config, 4096);
-        newcomer.socket = Socket::sink();
-        at_once(rig.everyone.adopt(newcomer)).unwrap();
+        let (mut new_connection, _) = new_connection(&rig.engine, &rig.config, 4096);
+        new_connection.socket = Socket::sink();
+        at_once(rig.everyone.adopt(new_connection)).unwrap();
         rig.turn();
     }
     rig.settle();
@@ -750,8 +754,8 @@ fn a_flooding_peer_is_read_no_more_in_one_turn_than_its_share() {
 fn who_comes_in_the_place_of_one_that_has_gone_is_heard_out_though_it_has_gone_as_well() {
     let mut rig = Rig::new(1);
     drop(rig.connect().peer);
-    let (newcomer, mut second) = fixture::newcomer(&rig.engine, &rig.config, 4096);
-    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    let (new_connection, mut second) = fixture::new_connection(&rig.engine, &rig.config, 4096);
+    at_once(rig.everyone.adopt(new_connection)).unwrap();
     second.peer.text("last words");
     second.peer.close(1000);
     second.peer.stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -847,9 +851,9 @@ fn a_busy_handler_is_not_taken_for_a_dead_peer() {
     client.peer.text("wait");
     for _ in 0..120 {
         rig.pass(Duration::from_secs(1));
-        for heard in client.peer.hear() {
-            let Heard::Ping(nonce) = heard else { panic!("{heard:?}") };
-            client.peer.say(0x8A, &nonce);
+        for received in client.peer.receive() {
+            let Received::Ping(nonce) = received else { panic!("{received:?}") };
+            client.peer.send_frame(0x8A, &nonce);
         }
     }
     assert_eq!((rig.everyone.len(), client.record().ends.len()), (1, 0));
@@ -889,7 +893,7 @@ fn ends() -> Vec<End> {
         ),
         (
             "peer, no code",
-            |_, client| client.peer.say(0x88, &[]),
+            |_, client| client.peer.send_frame(0x88, &[]),
             is!(CloseReason::Peer { code: None, .. }),
             Some(0),
         ),
@@ -901,19 +905,21 @@ fn ends() -> Vec<End> {
         ),
         (
             "utf-8",
-            |_, client| client.peer.say(0x81, b"\xFF"),
+            |_, client| client.peer.send_frame(0x81, b"\xFF"),
             is!(CloseReason::Protocol(FrameError::InvalidUtf8)),
             Some(1007),
         ),
         (
             "too big",
-            |_, client| client.peer.say(0x82, &[0; 2000]),
+            |_, client| client.peer.send_frame(0x82, &[0; 2000]),
             is!(CloseReason::Protocol(FrameError::MessageTooBig { .. })),
             Some(1009),
         ),
         (
             "too many fragments",
-            |_, client| [0x02, 0x00, 0x00, 0x00, 0x00].iter().for_each(|first| client.peer.say(*first, b"x")),
+            |_, client| {
+                [0x02, 0x00, 0x00, 0x00, 0x00].iter().for_each(|first| client.peer.send_frame(*first, b"x"))
+            },
             is!(CloseReason::Protocol(FrameError::TooManyFragments { .. })),
             Some(1008),
         ),
@@ -972,9 +978,9 @@ fn ends() -> Vec<End> {
 
 /// Answers the pings that have come; fails if anything else but the end has.
 fn answer_pings(peer: &mut Peer) {
-    for heard in peer.hear() {
-        match heard {
-            Heard::Ping(nonce) => peer.say(0x8A, &nonce),
+    for received in peer.receive() {
+        match received {
+            Received::Ping(nonce) => peer.send_frame(0x8A, &nonce),
             other => panic!("{other:?}"),
         }
     }
@@ -1018,11 +1024,11 @@ fn ends_once(
         client.record().ends
     );
     assert_eq!((rig.everyone.len(), rig.everyone.group_count()), (0, 0), "{name}");
-    let mut heard = client.peer.hear();
-    heard.retain(|heard| !matches!(heard, Heard::Ping(_)));
-    let close = told.map(|code| Heard::Close((code > 0).then_some(code)));
-    let expected: Vec<_> = close.into_iter().chain([Heard::End]).collect();
-    assert_eq!(heard, expected, "{name}");
+    let mut received = client.peer.receive();
+    received.retain(|received| !matches!(received, Received::Ping(_)));
+    let close = told.map(|code| Received::Close((code > 0).then_some(code)));
+    let expected: Vec<_> = close.into_iter().chain([Received::End]).collect();
+    assert_eq!(received, expected, "{name}");
     // The peer goes as well, and with it the last of our memory.
     drop(std::mem::replace(&mut client.peer.stream, std::os::unix::net::UnixStream::pair().unwrap().0));
     for _ in 0..10 {
@@ -1073,7 +1079,7 @@ fn a_peer_that_does_not_answer_the_close_is_let_go_after_the_close_timeout() {
     assert_eq!((client.record().ends.len(), rig.engine.connection_count()), (1, 1));
     rig.pass(Duration::from_millis(5100));
     assert_eq!((client.record().ends.len(), rig.engine.connection_count()), (1, 0));
-    assert_eq!(client.peer.hear().last(), Some(&Heard::End));
+    assert_eq!(client.peer.receive().last(), Some(&Received::End));
 }
 
 #[test]
@@ -1117,16 +1123,17 @@ impl Drop for Grenade {
 fn a_handler_that_panics_as_it_is_dropped_harms_no_other() {
     let mut rig = Rig::new(1);
     let mut neighbour = rig.connect();
-    let (newcomer, client) = newcomer(&rig.engine, &rig.config, 4096);
-    let newcomer = shardcast_engine::NewConnection { handler: Box::new(|_| Box::new(Grenade)), ..newcomer };
-    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    let (new_connection, client) = new_connection(&rig.engine, &rig.config, 4096);
+    let new_connection =
+        shardcast_engine::NewConnection { handler: Box::new(|_| Box::new(Grenade)), ..new_connection };
+    at_once(rig.everyone.adopt(new_connection)).unwrap();
     rig.settle();
     assert_eq!(rig.everyone.len(), 2);
     drop(client);
     rig.settle();
     publish(&rig, EVERYONE, "still here");
     rig.settle();
-    assert_eq!((rig.everyone.len(), neighbour.peer.hear_data()), (1, vec!["still here".to_owned()]));
+    assert_eq!((rig.everyone.len(), neighbour.peer.receive_data()), (1, vec!["still here".to_owned()]));
 }
 
 #[test]
@@ -1143,10 +1150,10 @@ fn what_was_sent_before_a_close_is_read_before_it() {
     .unwrap();
     publish(&rig, EVERYONE, "four");
     rig.settle();
-    let data = |text: &str| Heard::Data(text.into());
+    let data = |text: &str| Received::Data(text.into());
     assert_eq!(
-        client.peer.hear(),
-        [data("one"), data("two"), data("three"), Heard::Close(Some(1000)), Heard::End]
+        client.peer.receive(),
+        [data("one"), data("two"), data("three"), Received::Close(Some(1000)), Received::End]
     );
 }
 
@@ -1167,11 +1174,11 @@ fn an_engine_that_is_dropped_closes_its_connections_and_lets_every_publisher_go(
         .drain(..)
         .map(|mut peer| {
             std::thread::spawn(move || {
-                let mut last = Heard::End;
+                let mut last = Received::End;
                 loop {
                     match peer.wait() {
-                        Heard::End => return last,
-                        heard => last = heard,
+                        Received::End => return last,
+                        received => last = received,
                     }
                 }
             })
@@ -1182,7 +1189,7 @@ fn an_engine_that_is_dropped_closes_its_connections_and_lets_every_publisher_go(
         publisher.join().unwrap();
     }
     for reader in readers {
-        assert_eq!(reader.join().unwrap(), Heard::Close(Some(1001)));
+        assert_eq!(reader.join().unwrap(), Received::Close(Some(1001)));
     }
     let refused = everyone.try_publish(Publication::message(EVERYONE, frame("x"))).unwrap_err();
     assert!(refused.is_closed());
@@ -1201,7 +1208,7 @@ fn connections_that_come_and_go_leave_nothing_behind() {
         publish(&rig, Address::group("room"), "hello");
         rig.settle();
         let gone = clients[0].id();
-        assert!(clients.iter_mut().all(|client| client.peer.hear_data() == ["hello"]));
+        assert!(clients.iter_mut().all(|client| client.peer.receive_data() == ["hello"]));
         drop(clients);
         // An id of before reaches nobody, though its slot may be taken again.
         rig.settle();
@@ -1214,7 +1221,7 @@ fn connections_that_come_and_go_leave_nothing_behind() {
         )
         .unwrap();
         rig.settle();
-        assert!(fresh.iter_mut().all(|client| client.peer.hear().is_empty()));
+        assert!(fresh.iter_mut().all(|client| client.peer.receive().is_empty()));
         drop(fresh);
         rig.settle();
         assert_eq!(
@@ -1233,14 +1240,14 @@ fn only_the_right_pong_counts() {
         let mut client = rig.connect();
         let nonce = loop {
             rig.pass(Duration::from_millis(500));
-            if let Some(Heard::Ping(nonce)) = client.peer.hear().pop() {
+            if let Some(Received::Ping(nonce)) = client.peer.receive().pop() {
                 break nonce;
             }
         };
-        client.peer.say(0x8A, b"");
-        client.peer.say(0x8A, &[0; 8]);
+        client.peer.send_frame(0x8A, b"");
+        client.peer.send_frame(0x8A, &[0; 8]);
         if right {
-            client.peer.say(0x8A, &nonce);
+            client.peer.send_frame(0x8A, &nonce);
         }
         rig.settle();
         let rtt = rig.metrics_of(client.id()).unwrap().rtt;
@@ -1259,9 +1266,9 @@ fn first_pings_are_spread_over_the_interval() {
         rig.pass(Duration::from_secs(1));
         let mut count = 0_usize;
         for client in &mut clients {
-            for heard in client.peer.hear() {
-                if let Heard::Ping(nonce) = heard {
-                    client.peer.say(0x8A, &nonce);
+            for received in client.peer.receive() {
+                if let Received::Ping(nonce) = received {
+                    client.peer.send_frame(0x8A, &nonce);
                     count += 1;
                 }
             }

@@ -11,7 +11,7 @@ mod fixture;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use fixture::{Client, Heard, Rig, Sender, Task, at_once, lock};
+use fixture::{Client, Received, Rig, Sender, Task, at_once, lock};
 use proptest::prelude::*;
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, Delivery, DropCause, EngineConfig,
@@ -39,8 +39,8 @@ fn big(text: impl std::fmt::Display) -> Payload {
 }
 
 /// The texts of big frames.
-fn short(heard: Vec<String>) -> Vec<String> {
-    heard.iter().map(|text| text.trim_end_matches('.').to_owned()).collect()
+fn short(received: Vec<String>) -> Vec<String> {
+    received.iter().map(|text| text.trim_end_matches('.').to_owned()).collect()
 }
 
 /// Outboxes of four frames and no heartbeat.
@@ -95,15 +95,15 @@ fn outcome(task: &mut Sending) -> Option<[u64; 5]> {
     Some([targets, waited, dropped.timeout, dropped.overflow, disconnected])
 }
 
-/// Lets the peer take everything, and tells what it heard.
-fn hear_all(rig: &mut Rig, client: &mut Client) -> Vec<Heard> {
+/// Lets the peer take everything, and tells what it received.
+fn hear_all(rig: &mut Rig, client: &mut Client) -> Vec<Received> {
     let mut all = Vec::new();
     let mut silence = 0;
     while silence < 3 {
-        let heard = client.peer.hear();
-        let is_over = heard.last() == Some(&Heard::End);
-        silence = if heard.is_empty() { silence + 1 } else { 0 };
-        all.extend(heard);
+        let received = client.peer.receive();
+        let is_over = received.last() == Some(&Received::End);
+        silence = if received.is_empty() { silence + 1 } else { 0 };
+        all.extend(received);
         if is_over {
             break;
         }
@@ -112,8 +112,8 @@ fn hear_all(rig: &mut Rig, client: &mut Client) -> Vec<Heard> {
     all
 }
 
-fn hear_all_data(rig: &mut Rig, client: &mut Client) -> Vec<String> {
-    let data = |heard| if let Heard::Data(text) = heard { Some(text) } else { None };
+fn receive_all_data(rig: &mut Rig, client: &mut Client) -> Vec<String> {
+    let data = |received| if let Received::Data(text) = received { Some(text) } else { None };
     short(hear_all(rig, client).into_iter().filter_map(data).collect())
 }
 
@@ -121,8 +121,8 @@ fn hear_all_data(rig: &mut Rig, client: &mut Client) -> Vec<String> {
 fn assert_ended(rig: &mut Rig, client: &mut Client, reason: &CloseReason, code: u16) {
     rig.settle();
     assert_eq!(client.record().ends, std::slice::from_ref(reason));
-    let heard = hear_all(rig, client);
-    assert!(heard.ends_with(&[Heard::Close(Some(code)), Heard::End]), "{:?}", heard.last());
+    let received = hear_all(rig, client);
+    assert!(received.ends_with(&[Received::Close(Some(code)), Received::End]), "{:?}", received.last());
     client.peer.stream.shutdown(std::net::Shutdown::Write).unwrap();
     rig.settle();
     assert!(rig.metrics_of(client.id()).is_none());
@@ -147,7 +147,7 @@ fn stalled_and_healthy(shards: usize, policy: Policy) -> (Rig, Client, Client) {
         at_once(rig.everyone.join(id, "b")).unwrap();
     }
     fill(&mut rig, &stalled);
-    assert_eq!(healthy.peer.hear_data().len(), 0);
+    assert_eq!(healthy.peer.receive_data().len(), 0);
     (rig, stalled, healthy)
 }
 
@@ -158,7 +158,7 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
         let everyone = rig.everyone.clone();
         let mut sending = send(&everyone, &to, "late");
         rig.settle();
-        assert_eq!(short(healthy.peer.hear_data()), ["late"], "{to:?}: who reads does not wait");
+        assert_eq!(short(healthy.peer.receive_data()), ["late"], "{to:?}: who reads does not wait");
         rig.pass(MS20 - Duration::from_nanos(1));
         assert!(sending.poll().is_none(), "{to:?}: its time is not over");
         let before = metrics(&mut rig, &stalled);
@@ -185,9 +185,9 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
         assert_eq!((stalled.record().drops, healthy.record().drops), (vec![1], vec![]), "{to:?}");
         // The rest arrives, and so does what comes after.
         let mut next = send(&everyone, &to, "next");
-        let heard = hear_all_data(&mut rig, &mut stalled);
-        assert_eq!(heard.last().map(String::as_str), Some("next"), "{to:?}");
-        assert!(!heard.contains(&"late".to_owned()), "{to:?}");
+        let received = receive_all_data(&mut rig, &mut stalled);
+        assert_eq!(received.last().map(String::as_str), Some("next"), "{to:?}");
+        assert!(!received.contains(&"late".to_owned()), "{to:?}");
         let [targets, .., timeout, overflow, gone] = outcome(&mut next).unwrap();
         assert_eq!((targets, timeout, overflow, gone), (2, 0, 0, 0), "{to:?}");
         assert_lives(&stalled);
@@ -259,8 +259,8 @@ fn a_frame_that_gets_room_in_time_is_delivered() {
         rig.settle();
         rig.pass(MS20 - Duration::from_nanos(1));
         assert!(sending.poll().is_none());
-        let heard = hear_all_data(&mut rig, &mut stalled);
-        assert_eq!(heard.last().map(String::as_str), Some("just in time"), "{to:?}");
+        let received = receive_all_data(&mut rig, &mut stalled);
+        assert_eq!(received.last().map(String::as_str), Some("just in time"), "{to:?}");
         assert_eq!(outcome(&mut sending), Some([2, 1, 0, 0, 0]), "{to:?}");
         rig.pass(ms(1000));
         assert_eq!((stalled.record().drops, rig.engine.metrics().tally.dropped.timeout), (vec![], 0));
@@ -279,8 +279,8 @@ fn a_timeout_of_zero_drops_at_once() {
             (stalled.record().drops, metrics(&mut rig, &stalled).tally.dropped.overflow),
             (vec![1], 1)
         );
-        assert_eq!(short(healthy.peer.hear_data()), ["lost"]);
-        assert!(hear_all_data(&mut rig, &mut stalled).iter().all(|text| text.starts_with("fill")));
+        assert_eq!(short(healthy.peer.receive_data()), ["lost"]);
+        assert!(receive_all_data(&mut rig, &mut stalled).iter().all(|text| text.starts_with("fill")));
     }
 }
 
@@ -290,7 +290,7 @@ fn drops_leave_the_order_of_what_is_delivered() {
     let mut client = rig.connect();
     at_once(rig.everyone.join(client.id(), "a")).unwrap();
     let patient = Sender::new(&rig.everyone, Some(Policy::DropMessage { timeout: ms(200) }));
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     for number in 0..300 {
         // Some wait longer than others that come after them.
         let sender = if number % 7 == 0 { patient.clone() } else { Sender::from(&rig.everyone) };
@@ -299,21 +299,22 @@ fn drops_leave_the_order_of_what_is_delivered() {
             rig.pass(ms(4));
         }
         if number % 50 > 40 {
-            let some = client.peer.hear_some(3000);
-            heard.extend(
-                some.into_iter().map(|heard| if let Heard::Data(text) = heard { text } else { panic!() }),
+            let some = client.peer.receive_some(3000);
+            received.extend(
+                some.into_iter()
+                    .map(|received| if let Received::Data(text) = received { text } else { panic!() }),
             );
         }
     }
     rig.pass(ms(1000));
-    let mut heard = short(heard);
-    heard.extend(hear_all_data(&mut rig, &mut client));
-    let heard: Vec<u64> = heard.iter().map(|text| text.parse().unwrap()).collect();
-    assert!(heard.is_sorted_by(|a, b| a < b), "{heard:?}");
+    let mut received = short(received);
+    received.extend(receive_all_data(&mut rig, &mut client));
+    let received: Vec<u64> = received.iter().map(|text| text.parse().unwrap()).collect();
+    assert!(received.is_sorted_by(|a, b| a < b), "{received:?}");
     let after = metrics(&mut rig, &client);
     let dropped = after.tally.dropped.total();
-    assert_eq!((heard.len() as u64, after.tally.pending()), (300 - dropped, 0));
-    assert!(dropped > 30 && heard.len() > 30, "a test of something: {dropped}");
+    assert_eq!((received.len() as u64, after.tally.pending()), (300 - dropped, 0));
+    assert!(dropped > 30 && received.len() > 30, "a test of something: {dropped}");
     assert_eq!(client.record().drops.iter().sum::<u64>(), dropped);
 }
 
@@ -449,7 +450,7 @@ fn a_frame_taken_by_an_empty_outbox_resets_the_count_of_drops() {
             rig.everyone.try_publish(Publication::message(EVERYONE, frame).except(&[nobody])).unwrap();
         }
         rig.settle();
-        assert_eq!(client.peer.hear_data().len(), 1);
+        assert_eq!(client.peer.receive_data().len(), 1);
     }
     assert_eq!(client.record().drops, [1; 5]);
     assert_lives(&client);
@@ -467,7 +468,7 @@ fn a_frame_that_had_waited_and_is_taken_resets_the_count_of_drops() {
     rig.settle();
     // It takes some, but its outbox stays full.
     while metrics(&mut rig, &stalled).tally.pending() == 30 + OUTBOX_FRAMES as u64 {
-        let _ = stalled.peer.hear_some(1000);
+        let _ = stalled.peer.receive_some(1000);
         rig.settle();
     }
     assert!(metrics(&mut rig, &stalled).tally.pending() > OUTBOX_FRAMES as u64 + 5);
@@ -521,10 +522,10 @@ fn a_frame_taken_when_another_is_dropped_resets_the_count_of_drops() {
 fn round_trip(rig: &mut Rig, client: &mut Client, rtt: Duration) {
     for _ in 0..2000 {
         rig.pass(ms(1));
-        for heard in client.peer.hear() {
-            if let Heard::Ping(nonce) = heard {
+        for received in client.peer.receive() {
+            if let Received::Ping(nonce) = received {
                 rig.pass(rtt);
-                client.peer.say(0x8A, &nonce);
+                client.peer.send_frame(0x8A, &nonce);
                 rig.settle();
                 return;
             }
@@ -597,8 +598,8 @@ fn before_the_first_pong_a_connection_counts_as_healthy() {
     rig.pass(Duration::from_secs(3600));
     assert!(sending.poll().is_none(), "it waits, as with Block");
     assert_lives(&stalled);
-    let heard = hear_all_data(&mut rig, &mut stalled);
-    assert_eq!(heard.last().map(String::as_str), Some("waits"));
+    let received = receive_all_data(&mut rig, &mut stalled);
+    assert_eq!(received.last().map(String::as_str), Some("waits"));
     assert_eq!(outcome(&mut sending), Some([2, 1, 0, 0, 0]));
 }
 
@@ -615,7 +616,7 @@ fn under_block_nothing_is_dropped_and_only_those_who_await_the_stalled_peer_wait
         Task::new(everyone.publish(Publication::message(Address::groups(["a", "b"]), big("1"))));
     assert!(publishing.poll().is_none());
     rig.settle();
-    let mut heard = healthy.peer.hear_data().len();
+    let mut received = healthy.peer.receive_data().len();
     for _ in 0..10 {
         rig.pass(Duration::from_secs(600));
         let mut other =
@@ -624,12 +625,12 @@ fn under_block_nothing_is_dropped_and_only_those_who_await_the_stalled_peer_wait
         let mut other = send(&everyone, Address::group("others"), "others");
         rig.settle();
         assert_eq!(outcome(&mut other), Some([1, 0, 0, 0, 0]));
-        heard += healthy.peer.hear_data().len();
+        received += healthy.peer.receive_data().len();
     }
-    assert_eq!(heard, 22);
+    assert_eq!(received, 22);
     assert!(sending.poll().is_none() && publishing.poll().is_none());
-    let heard = hear_all_data(&mut rig, &mut stalled);
-    assert!(heard.ends_with(&["0".into(), "1".into()]), "{heard:?}");
+    let received = receive_all_data(&mut rig, &mut stalled);
+    assert!(received.ends_with(&["0".into(), "1".into()]), "{received:?}");
     assert_eq!((outcome(&mut sending), publishing.poll()), (Some([2, 1, 0, 0, 0]), Some(Ok(()))));
     let all = rig.engine.metrics();
     assert_eq!(
@@ -648,7 +649,7 @@ fn a_publication_may_have_a_policy_of_its_own() {
         rig.settle();
         rig.pass(MS20);
         assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([2, 1, 1, 0, 0])), "{to:?}");
-        assert_eq!(hear_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
+        assert_eq!(receive_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
         assert_eq!(outcome(&mut waits), Some([2, 1, 0, 0, 0]));
         fill(&mut rig, &stalled);
     }
@@ -659,7 +660,7 @@ fn a_publication_may_have_a_policy_of_its_own() {
     rig.settle();
     rig.pass(Duration::from_secs(3600));
     assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([2, 1, 0, 1, 0])));
-    assert_eq!(hear_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
+    assert_eq!(receive_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
     assert_eq!(outcome(&mut waits), Some([2, 1, 0, 0, 0]));
     let error = Delivery::with_policy(Policy::DropMessage { timeout: DAY }).unwrap_err();
     assert_eq!(error.field, "timeout");
@@ -678,7 +679,7 @@ fn a_unicast_waits_for_room_unless_it_is_told_otherwise() {
     assert_eq!((outcome(&mut waits), outcome(&mut drops)), (None, Some([1, 1, 1, 0, 0])));
     rig.pass(Duration::from_secs(3600));
     assert_eq!((waits.poll(), stalled.record().drops), (None, vec![1]));
-    assert_eq!(hear_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
+    assert_eq!(receive_all_data(&mut rig, &mut stalled).last().map(String::as_str), Some("waits"));
     assert_eq!(outcome(&mut waits), Some([1, 1, 0, 0, 0]));
 }
 
@@ -705,7 +706,7 @@ fn beyond_the_bound_of_what_waits_the_excess_is_dropped_at_once() {
             (stalled.record().drops.iter().sum::<u64>(), rig.engine.metrics().tally.dropped.overflow),
             (2, 2)
         );
-        assert!(hear_all_data(&mut rig, &mut stalled).ends_with(&["0".into(), "1".into(), "2".into()]));
+        assert!(receive_all_data(&mut rig, &mut stalled).ends_with(&["0".into(), "1".into(), "2".into()]));
         assert!(sendings[..3].iter_mut().all(|sending| outcome(sending) == Some([1, 1, 0, 0, 0])));
         assert_lives(&stalled);
     }
@@ -763,8 +764,8 @@ fn beyond_the_budget_the_largest_backlog_is_shed_and_the_others_stay() {
     assert!(rig.engine.metrics().pending_bytes < 500_000);
     assert_ended(&mut rig, &mut clients[1], &CloseReason::Shed, 1013);
     // What the others had is still theirs.
-    assert_eq!(hear_all_data(&mut rig, &mut clients[0]).len(), 40);
-    assert_eq!(hear_all_data(&mut rig, &mut clients[2]).len(), 10);
+    assert_eq!(receive_all_data(&mut rig, &mut clients[0]).len(), 40);
+    assert_eq!(receive_all_data(&mut rig, &mut clients[2]).len(), 10);
     assert_eq!(rig.engine.metrics().pending_bytes, 0);
 }
 
@@ -776,20 +777,20 @@ fn a_flood_of_control_frames_ends_the_connection_and_a_peer_within_the_limit_liv
     for _ in 0..5 {
         for number in 0..10u8 {
             // Unsolicited pongs count as well; data does not.
-            within.peer.say(if number % 2 == 0 { 0x89 } else { 0x8A }, &[number]);
+            within.peer.send_frame(if number % 2 == 0 { 0x89 } else { 0x8A }, &[number]);
             within.peer.text("data");
             within.peer.text("data");
         }
         rig.pass(ms(1000));
-        let pongs = within.peer.hear();
-        assert_eq!(pongs, [0, 2, 4, 6, 8].map(|number| Heard::Pong(vec![number])));
+        let pongs = within.peer.receive();
+        assert_eq!(pongs, [0, 2, 4, 6, 8].map(|number| Received::Pong(vec![number])));
     }
     for _ in 0..10 {
-        beyond.peer.say(0x89, b"");
+        beyond.peer.send_frame(0x89, b"");
     }
     rig.settle();
     assert_lives(&beyond);
-    beyond.peer.say(0x8A, b"");
+    beyond.peer.send_frame(0x8A, b"");
     assert_ended(&mut rig, &mut beyond, &CloseReason::ControlFlood, 1008);
     assert_eq!(rig.engine.metrics().ended_protocol, 1);
     assert_lives(&within);
@@ -878,9 +879,9 @@ fn a_peer_that_vanishes_without_a_word_is_noticed_in_time() {
             let mut rig = rig(1, config.clone());
             let mut client = rig.connect();
             let answer = |client: &mut Client| {
-                for heard in client.peer.hear() {
-                    if let Heard::Ping(nonce) = heard {
-                        client.peer.say(0x8A, &nonce);
+                for received in client.peer.receive() {
+                    if let Received::Ping(nonce) = received {
+                        client.peer.send_frame(0x8A, &nonce);
                     }
                 }
             };
@@ -1108,7 +1109,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     };
     let mut rig = rig(shards, config);
     let mut clients = rig.connect_many(4);
-    let mut data_heard = [0u64; 64];
+    let mut data_received = [0u64; 64];
     let mut sendings: Vec<Sending> = Vec::new();
     let mut receipts: Vec<Receipt> = Vec::new();
     for (number, happens) in history.iter().enumerate() {
@@ -1133,7 +1134,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
                 }
             }
             Happens::Read { client, bytes } => {
-                read_some(&mut clients, client % count, bytes, &mut data_heard)
+                read_some(&mut clients, client % count, bytes, &mut data_received)
             }
             Happens::Say { client } => {
                 let client = &mut clients[client % count];
@@ -1186,16 +1187,16 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     // Those who live and read get exactly what was written for them.
     for _ in 0..20 {
         for client in 0..clients.len() {
-            read_some(&mut clients, client, 1 << 20, &mut data_heard);
+            read_some(&mut clients, client, 1 << 20, &mut data_received);
         }
         rig.settle();
     }
-    for (client, heard) in clients.iter().zip(data_heard) {
+    for (client, received) in clients.iter().zip(data_received) {
         if let Some(now) = rig.metrics_of(client.id())
             && client.record().ends.is_empty()
             && client.record().waker.is_none()
         {
-            assert_eq!((now.tally.written, now.tally.pending()), (heard, 0), "{now:?}");
+            assert_eq!((now.tally.written, now.tally.pending()), (received, 0), "{now:?}");
         }
     }
     assert_balance(&mut rig, &clients);
@@ -1235,12 +1236,12 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
 }
 
 /// Takes some bytes from the kernel, and answers pings.
-fn read_some(clients: &mut [Client], client: usize, bytes: usize, data_heard: &mut [u64]) {
+fn read_some(clients: &mut [Client], client: usize, bytes: usize, data_received: &mut [u64]) {
     let peer = &mut clients[client].peer;
-    for heard in peer.hear_some(bytes) {
-        match heard {
-            Heard::Data(_) => data_heard[client] += 1,
-            Heard::Ping(nonce) => {
+    for received in peer.receive_some(bytes) {
+        match received {
+            Received::Data(_) => data_received[client] += 1,
+            Received::Ping(nonce) => {
                 let _ = std::io::Write::write_all(&mut peer.stream, &fixture::client_frame(0x8A, &nonce));
             }
             _ => {}

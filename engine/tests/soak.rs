@@ -18,7 +18,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fixture::{Client, Heard, Peer, block_on, client_frame, newcomer};
+use fixture::{Client, Peer, Received, block_on, client_frame, new_connection};
 use shardcast_engine::{
     Address, ConnectionConfig, ConnectionId, Engine, EngineConfig, Namespace, Payload, Publication,
 };
@@ -51,20 +51,20 @@ fn pause(state: &mut u64, one_in: u64, micros: u64) {
     }
 }
 
-/// Reads until each publisher has said its last; what it heard.
+/// Reads until each publisher has said its last; what it received.
 fn read(mut peer: Peer, publishers: u64, mut state: u64) -> Vec<String> {
-    let (mut heard, mut ends) = (Vec::new(), 0);
+    let (mut received, mut ends) = (Vec::new(), 0);
     while ends < publishers {
         pause(&mut state, 40, 2000);
         match peer.wait() {
-            Heard::Data(text) if text == END => ends += 1,
-            Heard::Data(text) if text == HELLO => {}
-            Heard::Data(text) => heard.push(text.trim_end_matches('.').to_owned()),
-            Heard::Ping(nonce) => peer.stream.write_all(&client_frame(0x8A, &nonce)).unwrap(),
+            Received::Data(text) if text == END => ends += 1,
+            Received::Data(text) if text == HELLO => {}
+            Received::Data(text) => received.push(text.trim_end_matches('.').to_owned()),
+            Received::Ping(nonce) => peer.stream.write_all(&client_frame(0x8A, &nonce)).unwrap(),
             other => panic!("{other:?}"),
         }
     }
-    heard
+    received
 }
 
 /// Publishes, joins and leaves at random; what each client must hear of it.
@@ -107,24 +107,24 @@ fn publish(everyone: &Namespace, ids: &[ConnectionId], publisher: usize, mut sta
     expected
 }
 
-/// What every client heard, against what each publisher has sent to it.
-fn check(heard: &[Vec<String>], expected: &[Vec<Vec<String>>]) {
-    let sets: Vec<HashSet<&String>> = heard.iter().map(|heard| heard.iter().collect()).collect();
+/// What every client received, against what each publisher has sent to it.
+fn check(received: &[Vec<String>], expected: &[Vec<Vec<String>>]) {
+    let sets: Vec<HashSet<&String>> = received.iter().map(|received| received.iter().collect()).collect();
     let is_heard_by_all = |name: &&String| sets.iter().all(|set| set.contains(name));
-    let order: Vec<&String> = heard[0].iter().filter(is_heard_by_all).collect();
-    for (client, heard) in heard.iter().enumerate() {
-        let common: Vec<&String> = heard.iter().filter(is_heard_by_all).collect();
+    let order: Vec<&String> = received[0].iter().filter(is_heard_by_all).collect();
+    for (client, received) in received.iter().enumerate() {
+        let common: Vec<&String> = received.iter().filter(is_heard_by_all).collect();
         assert_eq!(common, order, "one order for all, client {client}");
         for (publisher, expected) in expected.iter().enumerate() {
             let prefix = format!("{publisher}:");
-            let from: Vec<&String> = heard.iter().filter(|name| name.starts_with(&prefix)).collect();
+            let from: Vec<&String> = received.iter().filter(|name| name.starts_with(&prefix)).collect();
             let expected: Vec<&String> = expected[client].iter().collect();
             assert_eq!(from, expected, "client {client}, publisher {publisher}");
         }
     }
 }
 
-/// One engine's life; how many messages were heard.
+/// One engine's life; how many messages were received.
 fn run(seed: u64) -> usize {
     let mut state = seed.wrapping_mul(77_777_777);
     let config = EngineConfig {
@@ -142,8 +142,8 @@ fn run(seed: u64) -> usize {
     let mut connect = || {
         let outbox_frames = draw_of(&mut state, &[1, 2, 8, 64, 1024]);
         let config = Arc::new(ConnectionConfig { outbox_frames, ..ConnectionConfig::default() });
-        let (newcomer, client) = newcomer(&engine, &config, 4096);
-        block_on(everyone.adopt(newcomer)).unwrap();
+        let (new_connection, client) = new_connection(&engine, &config, 4096);
+        block_on(everyone.adopt(new_connection)).unwrap();
         client
     };
     let clients: Vec<Client> = (0..count).map(|_| connect()).collect();
@@ -153,7 +153,7 @@ fn run(seed: u64) -> usize {
     let ids: Vec<_> = clients.iter().map(Client::id).collect();
     let publishers = 1 + draw(&mut state, 4);
     let seeds: Vec<u64> = (0..publishers).map(|_| draw(&mut state, u64::MAX)).collect();
-    let (heard, expected): (Vec<_>, Vec<_>) = thread::scope(|scope| {
+    let (received, expected): (Vec<_>, Vec<_>) = thread::scope(|scope| {
         let readers = clients.into_iter().enumerate();
         let readers: Vec<_> = readers
             .map(|(at, client)| scope.spawn(move || read(client.peer, publishers, seed ^ at as u64)))
@@ -168,8 +168,8 @@ fn run(seed: u64) -> usize {
         let expected = writers.into_iter().map(|writer| writer.join().unwrap()).collect();
         (readers.into_iter().map(|reader| reader.join().unwrap()).collect(), expected)
     });
-    check(&heard, &expected);
-    heard.iter().map(Vec::len).sum()
+    check(&received, &expected);
+    received.iter().map(Vec::len).sum()
 }
 
 fn setting(name: &str, default: u64) -> u64 {
@@ -186,7 +186,7 @@ fn threads_that_wait_sleep_and_wake_lose_and_reorder_nothing() {
         // A stuck one is left behind.
         thread::spawn(move || tell.send(run(seed)));
         match told.recv_timeout(PATIENCE) {
-            Ok(heard) => messages += heard,
+            Ok(received) => messages += received,
             Err(error) => panic!("SOAK_FROM={seed}: {error}"),
         }
         seed += 1;

@@ -11,7 +11,7 @@ use std::net::Shutdown as Half;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use fixture::{Client, ClosesAtDrop, Heard, Rig, SlowToPart, Task, at_once, lock, newcomer};
+use fixture::{Client, ClosesAtDrop, Received, Rig, SlowToPart, Task, at_once, lock, new_connection};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, EngineConfig, Payload, Policy, Publication, Shutdown,
     ShutdownReport, Socket,
@@ -56,7 +56,7 @@ fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
     rig.everyone.try_publish(Publication::message(to, Payload::text(text))).unwrap();
 }
 
-const GOES: [Heard; 2] = [Heard::Close(Some(1001)), Heard::End];
+const GOES: [Received; 2] = [Received::Close(Some(1001)), Received::End];
 
 // ---- Draining ---------------------------------------------------------------------------------------------------
 
@@ -68,9 +68,9 @@ fn a_busy_handler_is_waited_for_until_half_of_the_time_is_over() {
     rig.settle();
     let end = shut_down(&mut rig, within(seconds(60)));
     rig.pass(seconds(29));
-    assert_eq!((busy.peer.hear(), idle.peer.hear()), (vec![], vec![]), "it may still publish");
+    assert_eq!((busy.peer.receive(), idle.peer.receive()), (vec![], vec![]), "it may still publish");
     rig.pass(seconds(2));
-    assert_eq!((&busy.peer.hear()[..], &idle.peer.hear()[..]), (&GOES[..], &GOES[..]));
+    assert_eq!((&busy.peer.receive()[..], &idle.peer.receive()[..]), (&GOES[..], &GOES[..]));
     rig.pass(seconds(30));
     assert_eq!(report(&mut rig, end), [2, 0, 1], "one handler never finished");
     assert_eq!((busy.record().ends.len(), idle.record().ends.len()), (0, 1));
@@ -82,13 +82,13 @@ fn while_it_drains_an_engine_hands_over_no_message_and_takes_nobody_in() {
     let (mut busy, mut other) = (rig.connect(), rig.connect());
     busy.peer.text("wait");
     rig.settle();
-    let (newcomer, mut late) = newcomer(&rig.engine, &rig.config, 4096); // its handshake is over
+    let (new_connection, mut late) = new_connection(&rig.engine, &rig.config, 4096); // its handshake is over
     let _end = shut_down(&mut rig, within(seconds(60)));
     busy.peer.text("too late");
     other.peer.text("too late");
-    at_once(rig.everyone.adopt(newcomer)).unwrap();
+    at_once(rig.everyone.adopt(new_connection)).unwrap();
     rig.settle();
-    assert_eq!(late.peer.hear(), GOES, "it was turned away");
+    assert_eq!(late.peer.receive(), GOES, "it was turned away");
     assert_eq!((late.record().id, rig.everyone.len()), (None, 2));
     publish(&rig, Address::Everyone, "still accepted");
     busy.release();
@@ -96,7 +96,7 @@ fn while_it_drains_an_engine_hands_over_no_message_and_takes_nobody_in() {
     assert_eq!(other.record().messages, [""; 0]);
     assert_eq!(busy.record().messages, ["wait"]);
     for client in [&mut busy, &mut other] {
-        assert_eq!(client.peer.hear()[0], Heard::Data("still accepted".into()));
+        assert_eq!(client.peer.receive()[0], Received::Data("still accepted".into()));
     }
 }
 
@@ -110,7 +110,7 @@ fn a_handler_that_parts_slowly_holds_up_nobody() {
     let mut other = rig.connect();
     assert!(lock(&waker).is_some(), "it is parting");
     let end = shut_down(&mut rig, within(seconds(60)));
-    assert_eq!(other.peer.hear(), GOES, "at once");
+    assert_eq!(other.peer.receive(), GOES, "at once");
     rig.pass(seconds(61));
     drop(other);
     let [_, _, left_over] = report(&mut rig, end);
@@ -132,9 +132,9 @@ fn what_was_sent_before_an_engine_is_closed_goes_out_however_much_lies_before_it
         }
         let _end = shut_down(&mut rig, within(seconds(60)));
         let texts = if sent_to_many { &["one", "two"][..] } else { &["one"] };
-        let mut expected: Vec<_> = texts.iter().map(|text| Heard::Data((*text).into())).collect();
+        let mut expected: Vec<_> = texts.iter().map(|text| Received::Data((*text).into())).collect();
         expected.extend(GOES);
-        assert_eq!(client.peer.hear(), expected);
+        assert_eq!(client.peer.receive(), expected);
     }
 }
 
@@ -169,12 +169,12 @@ fn an_end_that_a_handler_has_decided_comes_before_that_of_the_engine() {
     // In one turn: the frame's time is over, the handler is told and closes, the engine has nobody to wait for.
     rig.now += ms(50);
     let _end = shut_down(&mut rig, within(seconds(60)));
-    let mut heard = Vec::new();
-    while heard.last() != Some(&Heard::End) {
-        heard.extend(peer.hear());
+    let mut received = Vec::new();
+    while received.last() != Some(&Received::End) {
+        received.extend(peer.receive());
         rig.settle();
     }
-    assert_eq!(heard[1..], [Heard::Close(Some(4000)), Heard::End]);
+    assert_eq!(received[1..], [Received::Close(Some(4000)), Received::End]);
 }
 
 // ---- Closing ----------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ fn connections_are_closed_at_even_distances_over_at_most_half_of_the_time() {
         let mut closed = 0;
         for second in 1..=20 {
             rig.pass(seconds(1));
-            let hears = |client: &mut Client| client.peer.hear().first() == GOES.first();
+            let hears = |client: &mut Client| client.peer.receive().first() == GOES.first();
             closed += clients.iter_mut().map(hears).filter(|hears| *hears).count();
             clients.retain(|client| client.record().ends.is_empty());
             assert!(closed.abs_diff(second) <= 3, "{closed} of 20 after {second} of 20 s, within {time:?}");
@@ -204,7 +204,7 @@ fn who_does_not_end_its_side_is_left_after_the_close_timeout() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
     let mut client = rig.connect();
     let end = shut_down(&mut rig, within(seconds(60)));
-    assert_eq!(client.peer.hear(), GOES);
+    assert_eq!(client.peer.receive(), GOES);
     rig.pass(seconds(4));
     assert_eq!(rig.engine.connection_count(), 1, "it may still end its side");
     rig.pass(seconds(2));
@@ -229,7 +229,7 @@ fn who_has_ended_its_side_is_let_go_as_soon_as_all_is_written() {
         .unwrap();
         client.release();
         rig.settle();
-        assert_eq!(client.peer.hear(), [Heard::Close(Some(4000)), Heard::End]);
+        assert_eq!(client.peer.receive(), [Received::Close(Some(4000)), Received::End]);
         if !is_first {
             assert_eq!(rig.engine.connection_count(), 1);
             client.peer.stream.shutdown(Half::Write).unwrap();
@@ -239,22 +239,22 @@ fn who_has_ended_its_side_is_let_go_as_soon_as_all_is_written() {
     }
 }
 
-/// Lets the client take so many bytes each second, until it has heard the end or so many seconds are over.
-fn take_slowly(rig: &mut Rig, client: &mut Client, bytes: usize, seconds_max: usize) -> Vec<Heard> {
-    let mut heard = Vec::new();
+/// Lets the client take so many bytes each second, until it has received the end or so many seconds are over.
+fn take_slowly(rig: &mut Rig, client: &mut Client, bytes: usize, seconds_max: usize) -> Vec<Received> {
+    let mut received = Vec::new();
     for _ in 0..seconds_max {
         rig.pass(seconds(1));
         let mut left = bytes;
         while left > 0 {
-            heard.extend(client.peer.hear_some(left.min(4000)));
+            received.extend(client.peer.receive_some(left.min(4000)));
             left = left.saturating_sub(4000);
             rig.settle();
         }
-        if matches!(heard.last(), Some(Heard::Close(_))) {
+        if matches!(received.last(), Some(Received::Close(_))) {
             break;
         }
     }
-    heard
+    received
 }
 
 #[test]
@@ -267,9 +267,9 @@ fn who_takes_slowly_what_is_its_own_has_the_time_of_the_shutdown_for_it() {
         publish(&rig, Address::Everyone, &"x".repeat(50_000));
     }
     let end = shut_down(&mut rig, within(seconds(60)));
-    let heard = take_slowly(&mut rig, &mut client, 20_000, 50);
-    assert_eq!(heard.len(), 11, "all, and the Close");
-    assert_eq!(heard[10], Heard::Close(Some(1001)));
+    let received = take_slowly(&mut rig, &mut client, 20_000, 50);
+    assert_eq!(received.len(), 11, "all, and the Close");
+    assert_eq!(received[10], Received::Close(Some(1001)));
     rig.pass(seconds(5));
     assert_eq!(report(&mut rig, end), [1, 0, 0]);
 }
@@ -283,12 +283,12 @@ fn who_takes_the_last_frame_in_the_last_moment_has_got_everything() {
     let end = shut_down(&mut rig, within(seconds(20)));
     // What has been begun is not given up to make way for the Close.
     rig.pass(seconds(17));
-    let mut heard = Vec::new();
-    while heard.last() != Some(&Heard::End) {
-        heard.extend(client.peer.hear());
+    let mut received = Vec::new();
+    while received.last() != Some(&Received::End) {
+        received.extend(client.peer.receive());
         rig.settle();
     }
-    assert_eq!((heard.len(), &heard[1..]), (3, &GOES[..]));
+    assert_eq!((received.len(), &received[1..]), (3, &GOES[..]));
     rig.pass(seconds(4));
     assert_eq!(report(&mut rig, end), [1, 0, 0]);
 }
@@ -307,11 +307,11 @@ fn who_has_not_got_everything_is_counted_as_cut_off() {
         }
     }
     let end = shut_down(&mut rig, within(seconds(20)));
-    assert_eq!(clients[0].peer.hear(), GOES);
-    let heard = take_slowly(&mut rig, &mut clients[2], 12_000, 19);
-    assert!((2..8).contains(&heard.len()), "a part of it: {}", heard.len());
-    assert_eq!(heard.last(), Some(&Heard::Close(Some(1001))));
-    assert!(matches!(clients[2].peer.hear()[..], [] | [Heard::End]));
+    assert_eq!(clients[0].peer.receive(), GOES);
+    let received = take_slowly(&mut rig, &mut clients[2], 12_000, 19);
+    assert!((2..8).contains(&received.len()), "a part of it: {}", received.len());
+    assert_eq!(received.last(), Some(&Received::Close(Some(1001))));
+    assert!(matches!(clients[2].peer.receive()[..], [] | [Received::End]));
     rig.pass(seconds(10));
     assert_eq!(report(&mut rig, end), [1, 3, 0]);
 }
@@ -326,7 +326,7 @@ fn who_has_got_everything_when_the_time_is_over_is_counted_as_flushed_and_nobody
         publish(&rig, Address::Connection(clients[1].id()), "unread");
         publish(&rig, Address::Connection(clients[2].id()), &"x".repeat(50_000));
         let end = shut_down(&mut rig, within(seconds(3)));
-        assert_eq!(clients[0].peer.hear(), GOES);
+        assert_eq!(clients[0].peer.receive(), GOES);
         rig.pass(passes);
         assert_eq!(report(&mut rig, end), [1, 2, 0]);
     }
@@ -345,7 +345,7 @@ fn what_a_connection_that_fails_had_not_taken_counts_it_as_cut_off() {
     rig.settle();
     busy.release();
     rig.settle();
-    assert_eq!(busy.peer.hear(), GOES);
+    assert_eq!(busy.peer.receive(), GOES);
     drop(busy);
     rig.settle();
     let [flushed, cut_off, _] = report(&mut rig, end);
@@ -362,7 +362,7 @@ fn whose_close_frame_was_not_written_is_counted_as_cut_off() {
     rig.turn();
     rig.shards.clear();
     let report = end.poll().unwrap();
-    assert_eq!(client.peer.hear(), [Heard::End], "no Close");
+    assert_eq!(client.peer.receive(), [Received::End], "no Close");
     assert_eq!((report.flushed, report.cut_off), (0, 1), "{report:?}");
 }
 
@@ -381,7 +381,7 @@ fn who_resets_with_something_unread_is_counted_as_cut_off() {
     assert!(matches!(lock(&record).ends[..], [CloseReason::Transport(_)]));
     busy.release();
     rig.settle();
-    assert_eq!(busy.peer.hear(), GOES);
+    assert_eq!(busy.peer.receive(), GOES);
     drop(busy);
     assert_eq!(report(&mut rig, end), [1, 1, 0]);
 }
@@ -391,11 +391,11 @@ fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
     let mut clients: Vec<_> = (0..3)
         .map(|_| {
-            let (mut newcomer, mut client) = newcomer(&rig.engine, &rig.config, 4096);
+            let (mut new_connection, mut client) = new_connection(&rig.engine, &rig.config, 4096);
             let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-            newcomer.socket = Socket::bridge(ours);
+            new_connection.socket = Socket::bridge(ours);
             client.peer = fixture::Peer::new(theirs);
-            at_once(rig.everyone.adopt(newcomer)).unwrap();
+            at_once(rig.everyone.adopt(new_connection)).unwrap();
             client
         })
         .collect();
@@ -408,14 +408,14 @@ fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
     rig.settle();
     let end = shut_down(&mut rig, within(seconds(60)));
     for client in &mut clients {
-        assert_eq!(client.peer.hear(), GOES);
+        assert_eq!(client.peer.receive(), GOES);
     }
-    let mut heard = Vec::new();
-    while heard.last() != Some(&Heard::End) {
-        heard.extend(last.peer.hear());
+    let mut received = Vec::new();
+    while received.last() != Some(&Received::End) {
+        received.extend(last.peer.receive());
         rig.settle();
     }
-    assert_eq!((heard.len(), last.record().ends), (2, vec![CloseReason::Vanished]));
+    assert_eq!((received.len(), last.record().ends), (2, vec![CloseReason::Vanished]));
     clients[0].peer.stream.shutdown(Half::Write).unwrap();
     rig.settle();
     rig.pass(seconds(61));

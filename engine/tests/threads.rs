@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::task::{Wake, Waker};
 use std::time::{Duration, Instant};
 
-use fixture::{Heard, Peer, at_once, block_on, newcomer_for};
+use fixture::{Peer, Received, at_once, block_on, new_connection_with};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, EngineState, Flow,
     Handler, InvalidCloseCode, Message, Namespace, Payload, Publication, PublishError, Shutdown,
@@ -89,8 +89,9 @@ fn engine(shards: usize, pin: bool) -> Engine {
 
 fn adopt<H: Handler + Send + 'static>(engine: &Engine, namespace: &Namespace, handler: H) -> Peer {
     let config = Arc::new(ConnectionConfig::default());
-    let (newcomer, peer) = newcomer_for(engine, &config, 1 << 20, Box::new(|_| Box::new(handler)));
-    block_on(namespace.adopt(newcomer)).unwrap();
+    let (new_connection, peer) =
+        new_connection_with(engine, &config, 1 << 20, Box::new(|_| Box::new(handler)));
+    block_on(namespace.adopt(new_connection)).unwrap();
     peer
 }
 
@@ -309,17 +310,17 @@ fn held_up() -> HeldUp {
 
 fn hears_1001_and_the_end(mut peer: Peer) {
     soon(move || {
-        let heard: Vec<Heard> = std::iter::from_fn(|| {
-            let heard = peer.wait();
-            if heard == Heard::Close(Some(1001)) {
+        let received: Vec<Received> = std::iter::from_fn(|| {
+            let received = peer.wait();
+            if received == Received::Close(Some(1001)) {
                 let _ = peer.stream.write_all(&fixture::client_frame(0x88, &1001_u16.to_be_bytes())); // it may be late
             }
-            Some(heard)
+            Some(received)
         })
-        .take_while(|heard| *heard != Heard::End)
-        .filter(|heard| matches!(heard, Heard::Close(_)))
+        .take_while(|received| *received != Received::End)
+        .filter(|received| matches!(received, Received::Close(_)))
         .collect();
-        assert_eq!(heard, [Heard::Close(Some(1001))]);
+        assert_eq!(received, [Received::Close(Some(1001))]);
     });
 }
 
@@ -356,8 +357,8 @@ fn who_waits_for_a_shard_that_is_left_behind_is_told_that_the_engine_has_ended()
             block_on(namespace.deliver(Publication::message(Address::Everyone, Payload::text("news"))))
         })
     };
-    let heard = soon(move || (other.wait(), other));
-    assert_eq!(heard.0, Heard::Data("news".into()), "the other shard has dealt with it");
+    let received = soon(move || (other.wait(), other));
+    assert_eq!(received.0, Received::Data("news".into()), "the other shard has dealt with it");
     // As many questions as lie in a mailbox, and one that waits for room.
     let (asked, questions) = (Arc::new(AtomicUsize::new(0)), EngineConfig::default().mailbox_capacity);
     let room = {
@@ -376,7 +377,7 @@ fn who_waits_for_a_shard_that_is_left_behind_is_told_that_the_engine_has_ended()
     assert_eq!(soon(|| receipt.join().unwrap()), Err(PublishError::Closed));
     let refused: Result<(), PublishError> = soon(|| room.join().unwrap());
     assert_eq!(refused, Err(PublishError::Closed));
-    drop((open, held, heard));
+    drop((open, held, received));
 }
 
 #[test]

@@ -45,7 +45,7 @@ fn a_publication_wakes_a_shard_as_long_as_one_member_stays() {
         rig.settle();
         publish(&rig, Address::group("a"), "to those who stay");
         rig.settle();
-        assert_eq!(clients[0].peer.hear_data(), ["to those who stay"], "{left} stay");
+        assert_eq!(clients[0].peer.receive_data(), ["to those who stay"], "{left} stay");
     }
 }
 
@@ -62,7 +62,7 @@ fn a_member_that_ends_does_not_take_the_others_wakes_along() {
     for to in [Address::group("a"), Address::groups(["a", "b"]), Address::Everyone] {
         publish(&rig, &to, "still here");
         rig.settle();
-        assert_eq!(clients[0].peer.hear_data(), ["still here"], "{to:?}");
+        assert_eq!(clients[0].peer.receive_data(), ["still here"], "{to:?}");
     }
 }
 
@@ -79,7 +79,7 @@ fn a_join_renews_the_interest_that_a_leave_has_cleared_on_its_way() {
     rig.settle();
     publish(&rig, Address::group("a"), "to the second");
     rig.settle();
-    assert_eq!(clients[1].peer.hear_data(), ["to the second"]);
+    assert_eq!(clients[1].peer.receive_data(), ["to the second"]);
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn who_waits_for_a_full_mailbox_is_woken_as_soon_as_one_command_was_taken() {
     let again = rig.everyone.try_publish(Publication::message(Address::Connection(id), Payload::text("six")));
     assert!(again.is_err(), "five was woken and has taken the room");
     rig.settle();
-    assert_eq!(client.peer.hear_data(), ["one", "two", "three", "four", "five"]);
+    assert_eq!(client.peer.receive_data(), ["one", "two", "three", "four", "five"]);
     assert_eq!(fifth.poll(), Some(Ok(())));
 }
 
@@ -130,7 +130,7 @@ fn who_waits_for_a_full_log_is_woken_although_no_shard_is_concerned() {
             rig.settle();
         }
         assert!(waiting.is_empty(), "{} of 20 wait for ever, {shards} shards", waiting.len());
-        assert_eq!(clients[0].peer.hear_data().len(), 20);
+        assert_eq!(clients[0].peer.receive_data().len(), 20);
     }
 }
 

@@ -12,13 +12,13 @@ pub(crate) struct Inside<'a> {
     pub(crate) is_writable: bool,
     pub(crate) is_dirty: bool,
     pub(crate) is_congested: bool,
-    pub(crate) owes_close: bool,
+    pub(crate) close_frame_pending: bool,
     /// Messages are held although the handler may be given them.
     pub(crate) keeps_messages: bool,
     /// Drops that the handler has not been told of.
     pub(crate) untold: u64,
     /// The tick of its reminder.
-    pub(crate) armed: u64,
+    pub(crate) timer_tick: u64,
 }
 
 impl Connection {
@@ -28,10 +28,10 @@ impl Connection {
             is_writable: self.is_writable,
             is_dirty: self.is_dirty,
             is_congested: self.is_congested,
-            owes_close: self.owes_close,
+            close_frame_pending: self.close_frame_pending,
             keeps_messages: self.held.is_some() && self.intake == Intake::Open && self.is_listening(),
             untold: self.counts.losses().map_or(0, |losses| losses.notices.frames()),
-            armed: self.armed,
+            timer_tick: self.timer_tick,
         }
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::close_reason::CloseReason;
 use crate::frame::ControlFrame;
 use crate::metrics::Metrics;
-use crate::outbox::{Chunk, Dropped, Gather, Next, Offer, Patience};
+use crate::outbox::{Chunk, Dropped, Enqueued, Expiry, Gather, Next};
 use crate::receipt::Origin;
 use crate::socket::Socket;
 use crate::tally::DropCause;
@@ -90,7 +90,7 @@ impl Connection {
     /// Takes the chunk if nothing is queued and it fits; false if not.
     #[inline]
     pub(crate) fn take_first(&mut self, chunk: &Rc<Chunk>) -> bool {
-        let is_taken = self.outbox.begin(chunk, &self.bounds());
+        let is_taken = self.outbox.push_if_empty(chunk, &self.bounds());
         if is_taken {
             self.counts.took();
         }
@@ -102,11 +102,11 @@ impl Connection {
         &mut self,
         chunk: &Rc<Chunk>,
         now: Duration,
-        patience: Patience,
+        expiry: Expiry,
         origin: impl FnOnce() -> Option<Origin>,
-    ) -> (Offer, usize) {
+    ) -> (Enqueued, usize) {
         let (bytes, queued) = (self.outbox.backlog_bytes(), self.outbox.queued());
-        let offer = self.outbox.offer(chunk, &self.bounds(), now, patience, origin);
+        let offer = self.outbox.offer(chunk, &self.bounds(), now, expiry, origin);
         if self.outbox.queued() > queued {
             self.counts.took(); // some of it was taken, whatever becomes of the rest
         }
@@ -357,8 +357,8 @@ impl Connection {
                 Next::Data(bytes) => (bytes, false),
                 Next::Pieces => (gather.gather(&self.outbox, WRITE_BYTES_MAX), false),
                 Next::Control(bytes) => (bytes, true),
-                Next::Nothing if self.owes_close => {
-                    self.owes_close = false;
+                Next::Nothing if self.close_frame_pending => {
+                    self.close_frame_pending = false;
                     let close = self.close_frame();
                     self.outbox.push_control(close.as_bytes());
                     continue;

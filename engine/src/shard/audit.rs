@@ -83,11 +83,11 @@ impl Shard {
     /// Lets a connection have lost so many frames before, half of them for each cause, so that a test need not wait
     /// until it has.
     pub fn pretend_losses(&mut self, id: ConnectionId, frames: u64) {
-        let Some(connection) = self.crowd.connections.get_mut(id.slot()) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(id.slot()) else { return };
         connection.pretend_losses(frames);
-        self.crowd.metrics.tally.offered += frames;
+        self.fanout.metrics.tally.offered += frames;
         for cause in [DropCause::Timeout, DropCause::Overflow] {
-            self.crowd.metrics.tally.dropped[cause] += frames / 2;
+            self.fanout.metrics.tally.dropped[cause] += frames / 2;
         }
     }
 
@@ -97,7 +97,7 @@ impl Shard {
         let mut wrong = |text: String| audit.errors.push(format!("shard {}: {text}", self.index));
         let (mut sum, mut unfinished, mut refused) = (0, 0, 0);
         let (mut dirty, mut ready) = (0, 0);
-        for connection in self.crowd.connections.iter() {
+        for connection in self.fanout.connections.iter() {
             let slot = connection.slot();
             let metrics = connection.metrics();
             let bounds = connection.bounds();
@@ -112,13 +112,13 @@ impl Shard {
             }
             if inside.is_dirty {
                 dirty += 1;
-                if !self.crowd.flushes.contains(&slot) {
+                if !self.fanout.flushes.contains(&slot) {
                     wrong(format!("{} is dirty but not in the list", connection.id()));
                 }
             } else if inside.is_writable
                 && connection.has_socket()
                 && !connection.is_lingering()
-                && (!outbox.is_empty() || inside.owes_close)
+                && (!outbox.is_empty() || inside.close_frame_pending)
             {
                 wrong(format!("{} has something to write, may write, and is not dirty", connection.id()));
             }
@@ -137,11 +137,11 @@ impl Shard {
                 wrong(format!("{} has untold drops and an idle handler", connection.id()));
             }
             if let Some(until) = outbox.earliest_until()
-                && !self.crowd.deadlines.is_reminded(connection.id(), until)
+                && !self.fanout.deadlines.is_reminded(connection.id(), until)
             {
                 wrong(format!("{} has a frame until {until:?} and no reminder", connection.id()));
             }
-            if connection.has_socket() && !self.wheel.has(connection.id(), inside.armed) {
+            if connection.has_socket() && !self.wheel.has(connection.id(), inside.timer_tick) {
                 wrong(format!("{} has a socket and nothing in the wheel", connection.id()));
             }
             if outbox.is_congested(&bounds) && !inside.is_congested && connection.is_open() {
@@ -150,7 +150,7 @@ impl Shard {
             if inside.is_congested && outbox.is_relieved(&bounds) {
                 wrong(format!("{} is counted as congested and relieved", connection.id()));
             }
-            let groups = self.crowd.groups.groups_of(slot).count();
+            let groups = self.fanout.groups.groups_of(slot).count();
             let is_open = connection.is_open();
             if (is_open && connection.opening().is_none() && groups == 0 && !connection.is_over())
                 || (!is_open && groups > 0)
@@ -183,31 +183,31 @@ impl Shard {
                 waiting_bytes_max: bounds.waiting_bytes,
             });
         }
-        if unfinished != self.crowd.unfinished_bytes {
+        if unfinished != self.fanout.unfinished_bytes {
             wrong(format!(
                 "{unfinished} bytes are unfinished but counted as {}",
-                self.crowd.unfinished_bytes
+                self.fanout.unfinished_bytes
             ));
         }
-        if refused != self.crowd.refused {
-            wrong(format!("{refused} sockets take no more but {} are counted", self.crowd.refused));
+        if refused != self.fanout.refused {
+            wrong(format!("{refused} sockets take no more but {} are counted", self.fanout.refused));
         }
-        if sum != self.crowd.backlog_bytes {
-            wrong(format!("backlog is {} but counted as {}", sum, self.crowd.backlog_bytes));
+        if sum != self.fanout.backlog_bytes {
+            wrong(format!("backlog is {} but counted as {}", sum, self.fanout.backlog_bytes));
         }
-        if dirty > self.crowd.flushes.waiting() || ready > self.ready.len() {
+        if dirty > self.fanout.flushes.waiting() || ready > self.ready.len() {
             wrong("lists are shorter than their flags".to_owned());
         }
-        if sum == 0 && self.crowd.retained.bytes() > 0 {
-            wrong(format!("{} bytes are retained by nobody", self.crowd.retained.bytes()));
+        if sum == 0 && self.fanout.retained.bytes() > 0 {
+            wrong(format!("{} bytes are retained by nobody", self.fanout.retained.bytes()));
         }
-        if !self.crowd.ends.is_empty() || !self.crowd.drops.is_empty() {
+        if !self.fanout.pending_ends.is_empty() || !self.fanout.pending_drop_notices.is_empty() {
             wrong("ends or drops are left over".to_owned());
         }
-        for (group, slots) in self.crowd.groups.audit() {
+        for (group, slots) in self.fanout.groups.audit() {
             let (mut congested, mut blocking) = (0, 0);
             for slot in &slots {
-                match self.crowd.connections.get(*slot) {
+                match self.fanout.connections.get(*slot) {
                     Some(connection) => {
                         congested += u64::from(connection.congestion().is_some());
                         blocking += u64::from(connection.congestion() == Some(true));
@@ -229,7 +229,7 @@ impl Shard {
                 shared_blocking,
             });
         }
-        for connection in self.crowd.connections.iter() {
+        for connection in self.fanout.connections.iter() {
             if let (Some(group), Some(blocks)) = (connection.provisional_group(), connection.congestion()) {
                 let (address, (shared_members, shared_congested, shared_blocking)) =
                     (std::ptr::from_ref(group) as usize, group.audit_counts());
@@ -245,7 +245,7 @@ impl Shard {
             }
         }
         audit.reminders = self.wheel.audit_len();
-        audit.deadlines = self.crowd.deadlines.audit_len();
+        audit.deadlines = self.fanout.deadlines.audit_len();
         audit
     }
 }

@@ -18,7 +18,7 @@ use crate::connection::{Arrival, CallSite, Connection, Read};
 use crate::handler::{Context, Flow, Handler, Message};
 use crate::id::Slot;
 
-use super::{BELL, EVENTS_PER_ANSWER, EVENTS_PER_TURN, Shard};
+use super::{EVENTS_PER_ANSWER, EVENTS_PER_TURN, Shard, WAKE_TOKEN};
 
 const READS_PER_SOCKET: usize = 4;
 const RESUMES_PER_TURN: usize = 4096;
@@ -26,7 +26,7 @@ const RESUMES_PER_TURN: usize = 4096;
 impl Shard {
     /// Reads whoever has something: some at a time, answering in between, as long as that is all there is to do.
     pub(super) fn read_sockets(&mut self) -> std::io::Result<()> {
-        let waiting = self.crowd.flushes.waiting();
+        let waiting = self.fanout.flushes.waiting();
         self.note_poll(self.polled, EVENTS_PER_ANSWER);
         self.read_polled(0);
         for _ in 1..EVENTS_PER_TURN / EVENTS_PER_ANSWER {
@@ -37,7 +37,7 @@ impl Shard {
                 return self.read_rest();
             }
             self.poll_sockets(Some(Duration::ZERO))?;
-            self.note_poll(self.crowd.now, EVENTS_PER_ANSWER);
+            self.note_poll(self.fanout.now, EVENTS_PER_ANSWER);
             self.read_polled(self.ready.len());
         }
         Ok(())
@@ -47,7 +47,7 @@ impl Shard {
     fn read_rest(&mut self) -> std::io::Result<()> {
         std::mem::swap(&mut self.events, &mut self.other_events);
         let polled = self.poll_sockets(Some(Duration::ZERO));
-        self.note_poll(self.crowd.now, EVENTS_PER_TURN - EVENTS_PER_ANSWER);
+        self.note_poll(self.fanout.now, EVENTS_PER_TURN - EVENTS_PER_ANSWER);
         self.read_polled(self.ready.len());
         std::mem::swap(&mut self.events, &mut self.other_events);
         polled
@@ -61,7 +61,7 @@ impl Shard {
         slots.extend(self.ready.drain(left..));
         // A slot may stand here twice, once for a connection that has gone.
         slots.retain(|slot| {
-            let connection = self.crowd.connections.get_mut(*slot);
+            let connection = self.fanout.connections.get_mut(*slot);
             connection.is_some_and(Connection::take_ready)
         });
         self.rotate(&mut slots);
@@ -75,22 +75,22 @@ impl Shard {
     fn note_events(&mut self) {
         let events = std::mem::replace(&mut self.events, Events::with_capacity(0));
         for event in &events {
-            if event.token() == BELL {
+            if event.token() == WAKE_TOKEN {
                 continue;
             }
             let slot = Slot::new(event.token().0);
-            let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
+            let Some(connection) = self.fanout.connections.get_mut(slot) else { continue };
             if event.is_writable() && connection.becomes_writable() {
-                self.crowd.refused -= 1;
-                self.crowd.mark_dirty(slot);
+                self.fanout.refused -= 1;
+                self.fanout.mark_dirty(slot);
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
-                let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
+                let Some(connection) = self.fanout.connections.get_mut(slot) else { continue };
                 connection.becomes_readable(event.is_read_closed() || event.is_error());
                 if connection.is_reading() {
                     self.mark_ready(slot);
                 } else {
-                    connection.heard(self.crowd.now, 0);
+                    connection.heard(self.fanout.now, 0);
                     // Nobody reads now, but a socket that has failed need not be waited for. One that was
                     // closed may: what was said before is still to be read.
                     if event.is_error() {
@@ -103,7 +103,7 @@ impl Shard {
     }
 
     pub(super) fn mark_ready(&mut self, slot: Slot) {
-        if let Some(connection) = self.crowd.connections.get_mut(slot)
+        if let Some(connection) = self.fanout.connections.get_mut(slot)
             && connection.mark_ready()
         {
             self.ready.push(slot);
@@ -118,7 +118,7 @@ impl Shard {
             }
         }
         for slot in slots {
-            if self.crowd.connections.get(*slot).is_some_and(Connection::is_reading) {
+            if self.fanout.connections.get(*slot).is_some_and(Connection::is_reading) {
                 self.mark_ready(*slot);
             }
         }
@@ -135,14 +135,14 @@ impl Shard {
                 self.hand_over(&mut arrivals, &mut buffer);
                 free = 0;
             }
-            let Some(connection) = self.crowd.connections.get_mut(*slot) else { continue };
+            let Some(connection) = self.fanout.connections.get_mut(*slot) else { continue };
             if !connection.is_reading() {
                 continue;
             }
             match connection.read(&mut buffer[free..]) {
                 Read::Bytes(_) if !connection.is_open() => {} // said after the end: not listened to
                 Read::Bytes(count) => {
-                    connection.heard(self.crowd.now, count);
+                    connection.heard(self.fanout.now, count);
                     arrivals.push((*slot, free..free + count));
                     free += count;
                 }
@@ -155,7 +155,7 @@ impl Shard {
                     continue;
                 }
                 Read::Failed(kind) => {
-                    self.hang_up(*slot, CloseReason::Transport(kind));
+                    self.abort(*slot, CloseReason::Transport(kind));
                     continue;
                 }
             }
@@ -175,7 +175,7 @@ impl Shard {
 
     /// The peer sends no more. It may still read, so what is on its way to it goes out first.
     fn end_of_input(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if connection.is_lingering() {
             self.drop_socket(slot);
         } else if connection.is_open() && connection.is_caught_up() {
@@ -192,36 +192,36 @@ impl Shard {
 
     /// Handles what `input` contains: control frames at once, messages as soon as the handler is idle.
     fn receive(&mut self, slot: Slot, input: &mut [u8]) {
-        let Some(connection) = self.crowd.connections.get(slot) else { return };
+        let Some(connection) = self.fanout.connections.get(slot) else { return };
         let before = connection.unfinished_bytes();
         self.decode(slot, input);
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         connection.note_pause();
         self.count_unfinished(slot, before);
     }
 
     /// Updates the sum of unfinished bytes by what has changed for a connection that had `before`.
     pub(super) fn count_unfinished(&mut self, slot: Slot, before: usize) {
-        let Some(connection) = self.crowd.connections.get(slot) else { return };
-        self.crowd.unfinished_bytes = self.crowd.unfinished_bytes + connection.unfinished_bytes() - before;
+        let Some(connection) = self.fanout.connections.get(slot) else { return };
+        self.fanout.unfinished_bytes = self.fanout.unfinished_bytes + connection.unfinished_bytes() - before;
     }
 
     fn decode(&mut self, slot: Slot, input: &mut [u8]) {
         let mut consumed = 0;
         while consumed < input.len() {
-            let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+            let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
             if connection.is_over() {
                 return; // said after the end: not listened to
             }
             let from = consumed;
             let site = CallSite { position: self.core.position(self.reader.position()), post: &self.post };
-            let at = Arrival { now: self.crowd.now, arrived: self.crowd.arrived };
+            let at = Arrival { now: self.fanout.now, arrived: self.fanout.arrived };
             let shown = self.core.beacons.call(self.index, connection.directory().key());
             let received = connection.receive(&mut input[from..], &mut consumed, at, &site);
             drop(shown);
-            self.crowd.metrics.tally.received += u64::from(received.is_handled);
+            self.fanout.metrics.tally.received += u64::from(received.is_handled);
             if received.is_answered {
-                self.crowd.mark_dirty(slot);
+                self.fanout.mark_dirty(slot);
             }
             if let Some(reason) = received.end {
                 self.end_in_order(slot, reason);
@@ -232,13 +232,13 @@ impl Shard {
     /// Gives the handler the messages that were held for it, until it is busy. Returns whether it is idle then.
     pub(super) fn hand_held(&mut self, slot: Slot) -> bool {
         loop {
-            let Some(connection) = self.crowd.connections.get_mut(slot) else { return false };
+            let Some(connection) = self.fanout.connections.get_mut(slot) else { return false };
             let before = connection.unfinished_bytes();
             let Some(mut held) = connection.take_held() else { return connection.is_idle() };
             let message = held.pop();
             if message.is_some() {
                 connection.count_received();
-                self.crowd.metrics.tally.received += 1;
+                self.fanout.metrics.tally.received += 1;
             }
             let mut end = None;
             if let Some((kind, payload)) = message {
@@ -247,7 +247,7 @@ impl Shard {
                 };
                 (_, end) = self.run_handler(slot, on_message);
             }
-            if let Some(connection) = self.crowd.connections.get_mut(slot) {
+            if let Some(connection) = self.fanout.connections.get_mut(slot) {
                 connection.give_back_held(held);
             }
             self.count_unfinished(slot, before);
@@ -278,15 +278,15 @@ impl Shard {
     /// Puts another one first in each turn, because the first may take all the room that there is.
     fn rotate<T>(&self, who: &mut [T]) {
         if who.len() > 1 {
-            who.rotate_left((self.crowd.metrics.turns % who.len() as u64) as usize);
+            who.rotate_left((self.fanout.metrics.turns % who.len() as u64) as usize);
         }
     }
 
     /// The handler is done with what kept it busy.
     fn proceed(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if connection.finish_work() {
-            self.part(slot);
+            self.release_handler(slot);
             return;
         }
         if connection.opening().is_some_and(|opening| !opening.is_done) {
@@ -297,15 +297,15 @@ impl Shard {
 
     /// Goes on with a handler that is idle: with drops it was not told of, messages held for it, and new ones.
     pub(super) fn go_on(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_open() || !connection.has_socket() {
-            self.tell_end(slot);
+            self.notify_closed(slot);
             return;
         }
-        if self.tell_drops(slot) == Flow::Pending || !self.hand_held(slot) {
+        if self.notify_drops(slot) == Flow::Pending || !self.hand_held(slot) {
             return;
         }
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if connection.is_input_over() {
             self.end_of_input(slot);
         } else if connection.is_reading() {
@@ -332,7 +332,7 @@ impl Shard {
         slot: Slot,
         call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
     ) -> (Flow, Option<CloseReason>) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return (Flow::Ready, None) };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return (Flow::Ready, None) };
         let _shown = self.core.beacons.call(self.index, connection.directory().key());
         let site = CallSite { position: self.core.position(self.reader.position()), post: &self.post };
         connection.call(&site, call)
@@ -340,7 +340,7 @@ impl Shard {
 
     /// The handler has panicked or closes the connection: it gets no more messages, also none that came before the end.
     pub(super) fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_open() {
             let before = connection.unfinished_bytes();
             connection.forget_held();

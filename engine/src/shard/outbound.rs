@@ -27,54 +27,54 @@ pub(super) struct Shedding {
 impl Shard {
     /// One write for each connection with something queued; some are left for the next turn if there are many.
     pub(super) fn flush_dirty(&mut self) {
-        let count = self.crowd.flushes.begin(self.crowd.now, self.stop.is_some());
+        let count = self.fanout.flushes.begin(self.fanout.now, self.shutdown.is_some());
         for _ in 0..count {
-            if let Some(slot) = self.crowd.flushes.next() {
+            if let Some(slot) = self.fanout.flushes.next() {
                 self.flush(slot);
             }
         }
         self.gather.clear();
-        self.crowd.flushes.end(count);
+        self.fanout.flushes.end(count);
     }
 
     /// One write for each connection that has had something to write since so many waited.
     pub(super) fn flush_since(&mut self, waiting: usize) {
         let mut slots = std::mem::take(&mut self.scratch.slots);
         slots.clear();
-        slots.extend(self.crowd.flushes.take_since(waiting));
+        slots.extend(self.fanout.flushes.take_since(waiting));
         slots.iter().for_each(|slot| self.flush(*slot));
         self.gather.clear();
         self.scratch.slots = slots;
     }
 
     fn flush(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         connection.clear_dirty();
         let (before, ping) = (connection.backlog_bytes(), connection.ping_to_write());
-        let flushed = connection.flush(&mut self.gather, &mut self.crowd.metrics, self.crowd.now);
-        self.crowd.backlog_bytes -= before - connection.backlog_bytes();
+        let flushed = connection.flush(&mut self.gather, &mut self.fanout.metrics, self.fanout.now);
+        self.fanout.backlog_bytes -= before - connection.backlog_bytes();
         if let Some(is_ahead) = ping
             && connection.has_no_control()
         {
             self.note_ping(slot, is_ahead);
         }
-        self.crowd.relieve(slot);
+        self.fanout.relieve(slot);
         match flushed {
             Flushed::Rests => {}
             Flushed::Refused => {
                 self.refusals += 1;
-                self.crowd.refused += 1;
-                let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-                if let Some(due) = connection.look_at_stall(self.crowd.now) {
+                self.fanout.refused += 1;
+                let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
+                if let Some(due) = connection.look_at_stall(self.fanout.now) {
                     connection.remind_at(due, &mut self.wheel);
                 }
             }
-            Flushed::HasMore => self.crowd.mark_dirty(slot),
+            Flushed::HasMore => self.fanout.mark_dirty(slot),
             Flushed::Finished => {
-                let connection = self.crowd.connections.get(slot);
+                let connection = self.fanout.connections.get(slot);
                 // Whether it has taken everything is asked for the report of a shutdown only.
                 let is_over = |connection: &Connection| {
-                    connection.is_input_over() && (self.stop.is_none() || connection.is_delivered())
+                    connection.is_input_over() && (self.shutdown.is_none() || connection.is_delivered())
                 };
                 if connection.is_some_and(is_over) {
                     self.drop_socket(slot);
@@ -82,7 +82,7 @@ impl Shard {
                     self.linger(slot);
                 }
             }
-            Flushed::Failed(kind) => self.hang_up(slot, CloseReason::Transport(kind)),
+            Flushed::Failed(kind) => self.abort(slot, CloseReason::Transport(kind)),
         }
     }
 
@@ -90,7 +90,7 @@ impl Shard {
     #[cold]
     fn note_ping(&mut self, slot: Slot, is_ahead: bool) {
         let now = self.clock();
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         connection.ping_sent(now, is_ahead);
         let due = now + connection.config().pong_timeout;
         connection.remind_at(due, &mut self.wheel);
@@ -98,8 +98,8 @@ impl Shard {
 
     /// Everything has been written: what is left is the peer's to do, and it has the usual time for it.
     fn linger(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let by = self.crowd.now + connection.config().close_timeout;
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
+        let by = self.fanout.now + connection.config().close_timeout;
         if let Some(ending) = connection.ending_mut().filter(|ending| ending.by > by) {
             ending.by = by;
         }
@@ -109,14 +109,14 @@ impl Shard {
     /// Adds the memory that is held here to the shared sums. While they are too large, ends the connections that hold
     /// most, until this shard's part of the excess is gone. A backlog counts only where the socket has refused a write:
     /// otherwise the flush has merely not come yet, and the peer is not slow.
-    pub(super) fn keep_within_budget(&mut self) {
+    pub(super) fn keep_within_budgets(&mut self) {
         let excess = self.tell_retained();
         if excess == 0 {
             self.shedding = Shedding::default();
-        } else if self.crowd.refused > 0 {
+        } else if self.fanout.refused > 0 {
             self.shed_backlog(excess);
         }
-        let (max, held) = (self.core.config.unfinished_bytes_max, self.crowd.unfinished_bytes);
+        let (max, held) = (self.core.config.unfinished_bytes_max, self.fanout.unfinished_bytes);
         let excess = self::excess(&self.core.unfinished_bytes, &mut self.unfinished_told, held, max);
         if excess > 0 {
             self.shed(excess, CloseReason::UnfinishedShed, Connection::unfinished_bytes);
@@ -125,14 +125,14 @@ impl Shard {
 
     /// Adds what outboxes keep here to the shared sum; returns this shard's part of what is too much.
     fn tell_retained(&mut self) -> usize {
-        let (max, held) = (self.core.config.backlog_bytes_max, self.crowd.retained.bytes());
+        let (max, held) = (self.core.config.backlog_bytes_max, self.fanout.retained.bytes());
         excess(&self.core.retained_bytes, &mut self.retained_told, held, max)
     }
 
     /// Ends connections for their backlogs, if there is news since the last look: it costs as much as there are
     /// connections.
     fn shed_backlog(&mut self, excess: usize) {
-        let held = self.crowd.retained.bytes();
+        let held = self.fanout.retained.bytes();
         let growth = self.core.config.backlog_bytes_max / GROWTH / self.core.mailboxes.len();
         let Shedding { ended, looked_at } = self.shedding;
         if std::mem::take(&mut self.refusals) == 0 && held < looked_at + growth && ended == 0 {
@@ -151,10 +151,10 @@ impl Shard {
     /// One that has ended already loses what it still holds: messages for its handler, or the frame that was being
     /// written, with its socket.
     fn shed(&mut self, excess: usize, reason: CloseReason, held: impl Fn(&Connection) -> usize) -> usize {
-        let (largest, sum) = self.crowd.largest(excess, held);
+        let (largest, sum) = self.fanout.largest(excess, held);
         for id in largest {
             let slot = id.slot();
-            let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
+            let Some(connection) = self.fanout.connections.get_mut(slot) else { continue };
             if connection.is_open() {
                 self.end(slot, reason.clone());
                 continue;

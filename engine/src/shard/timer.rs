@@ -1,6 +1,6 @@
 //! What is due: pings, silence, closing handshakes, frames that have waited long enough.
 //!
-//! The wheel and the deadlines only remind; what is to be done, each connection's own times
+//! The wheel and the deadlines only fire_timers; what is to be done, each connection's own times
 //! say. Does not know why a connection ends beyond the reason it is given.
 
 use std::hash::{BuildHasher as _, RandomState};
@@ -14,22 +14,22 @@ use super::{Shard, Untold};
 
 impl Shard {
     /// Drops frames that have waited as long as they may.
-    pub(super) fn drop_late(&mut self) {
+    pub(super) fn expire_waiting(&mut self) {
         let mut late = std::mem::take(&mut self.scratch.late);
-        self.crowd.deadlines.expire(self.crowd.now, &mut late);
+        self.fanout.deadlines.expire(self.fanout.now, &mut late);
         for id in late.drain(..) {
-            self.crowd.drop_late(id);
+            self.fanout.expire_waiting(id);
         }
         self.scratch.late = late;
-        self.carry_out_ends();
+        self.apply_verdicts();
     }
 
-    pub(super) fn remind(&mut self) {
+    pub(super) fn fire_timers(&mut self) {
         let mut due = std::mem::take(&mut self.scratch.due);
-        self.wheel.expire(self.crowd.now, &mut due);
+        self.wheel.expire(self.fanout.now, &mut due);
         for (id, tick) in due.drain(..) {
             let slot = id.slot();
-            if let Some(connection) = self.crowd.connections.get_mut(slot)
+            if let Some(connection) = self.fanout.connections.get_mut(slot)
                 && connection.id() == id
                 && connection.is_reminded(tick)
             {
@@ -42,8 +42,8 @@ impl Shard {
 
     /// Does what is due for a connection and arms its next reminder.
     pub(super) fn beat(&mut self, slot: Slot) {
-        let (now, listened) = (self.crowd.now, self.crowd.listened);
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let (now, listened) = (self.fanout.now, self.fanout.listened);
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if connection.ending().is_some() {
             return self.beat_ending(slot);
         }
@@ -66,7 +66,7 @@ impl Shard {
                 Beat::Ping(payload) => {
                     connection.push_ping(&payload);
                     if connection.mark_dirty() {
-                        self.crowd.flushes.mark(slot);
+                        self.fanout.flushes.mark(slot);
                     }
                     continue;
                 }
@@ -90,8 +90,8 @@ impl Shard {
 
     /// Does what is due in a closing handshake: makes way for the Close frame, or drops the socket.
     fn beat_ending(&mut self, slot: Slot) {
-        let now = self.crowd.now;
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let now = self.fanout.now;
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let has_socket = connection.has_socket();
         let Some(ending) = connection.ending().filter(|_| has_socket) else {
             return; // only the handler is left, and it has the time it needs
@@ -102,23 +102,23 @@ impl Shard {
         if connection.awaits_acknowledgement() && connection.is_delivered() {
             return self.drop_socket(slot);
         }
-        let Some(ending) = self.crowd.connections[slot].ending_mut() else { return };
+        let Some(ending) = self.fanout.connections[slot].ending_mut() else { return };
         if ending.flush_by.take_if(|by| now >= *by).is_some() && self.discard(slot) > 0 {
-            if let Some(ending) = self.crowd.connections[slot].ending_mut() {
+            if let Some(ending) = self.fanout.connections[slot].ending_mut() {
                 ending.is_cut = true;
             }
-            self.crowd.mark_dirty(slot);
+            self.fanout.mark_dirty(slot);
         }
         self.arm_ending(slot);
     }
 
     /// Arms the reminder for what is due next in a closing handshake.
     pub(super) fn arm_ending(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let Some(ending) = connection.ending() else { return };
         let mut due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
         if connection.awaits_acknowledgement() {
-            due = due.min(self.crowd.now + LOOK_INTERVAL); // nothing announces that it has taken everything
+            due = due.min(self.fanout.now + LOOK_INTERVAL); // nothing announces that it has taken everything
         }
         connection.remind_at(due, &mut self.wheel);
     }
@@ -126,7 +126,7 @@ impl Shard {
     /// Logs now and then how many connections were ended because of their peers. Single ones are logged at `debug`.
     fn tell_operator(&mut self) {
         let Untold { since, slow, flooding, undecodable } = self.untold;
-        let is_due = since.is_zero() || self.crowd.now >= since + TELL_INTERVAL;
+        let is_due = since.is_zero() || self.fanout.now >= since + TELL_INTERVAL;
         if slow + flooding + undecodable > 0 && is_due {
             tracing::info!(
                 shard = self.index,
@@ -135,7 +135,7 @@ impl Shard {
                 undecodable,
                 "clients were ended for what they did"
             );
-            self.untold = Untold { since: self.crowd.now, ..Untold::default() };
+            self.untold = Untold { since: self.fanout.now, ..Untold::default() };
         }
     }
 }

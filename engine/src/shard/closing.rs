@@ -18,14 +18,14 @@ use super::{Shard, Step};
 
 impl Shard {
     /// The stream is over: without a closing handshake if none has begun.
-    pub(super) fn hang_up(&mut self, slot: Slot, reason: CloseReason) {
+    pub(super) fn abort(&mut self, slot: Slot, reason: CloseReason) {
         self.end(slot, reason);
         self.drop_socket(slot);
     }
 
     /// Ends a connection behind everything that its handler has sent before.
     pub(super) fn end_in_order(&mut self, slot: Slot, reason: CloseReason) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_open() || !connection.stop_listening() {
             return;
         }
@@ -35,24 +35,24 @@ impl Shard {
 
     /// Decides the end of an open connection: it leaves every index at once, its peer is told, its handler too.
     pub(super) fn end(&mut self, slot: Slot, reason: CloseReason) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_open() {
             return;
         }
         tracing::debug!(id = %connection.id(), %reason, "connection ended");
-        self.crowd.unfinished_bytes -= connection.unfinished_bytes();
+        self.fanout.unfinished_bytes -= connection.unfinished_bytes();
         connection.begin_closing(reason.is_in_input());
-        self.crowd.unfinished_bytes += connection.unfinished_bytes();
+        self.fanout.unfinished_bytes += connection.unfinished_bytes();
         let is_readable = connection.is_readable();
         self.count_end(&reason);
         let is_told = reason.close_frame().is_some();
         if !reason.flushes_first() {
             self.discard(slot);
         }
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
-        let now = self.crowd.now;
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
+        let now = self.fanout.now;
         let (by, close_timeout) = (now + self.core.config.coalesce, connection.config().close_timeout);
-        let by = match (&reason, &self.stop) {
+        let by = match (&reason, &self.shutdown) {
             (CloseReason::Shutdown { .. }, Some(stop)) => stop.by,
             _ => by + close_timeout,
         };
@@ -68,15 +68,15 @@ impl Shard {
         self.leave_groups(slot);
         if is_flushed {
             self.arm_ending(slot);
-            self.crowd.mark_dirty(slot);
+            self.fanout.mark_dirty(slot);
         } else {
             self.drop_socket(slot);
         }
-        self.tell_end(slot);
+        self.notify_closed(slot);
     }
 
     fn count_end(&mut self, reason: &CloseReason) {
-        let (metrics, untold) = (&mut self.crowd.metrics, &mut self.untold);
+        let (metrics, untold) = (&mut self.fanout.metrics, &mut self.untold);
         metrics.ended += 1;
         match reason {
             CloseReason::Protocol(_) => metrics.ended_protocol += 1,
@@ -106,9 +106,9 @@ impl Shard {
 
     /// Takes a connection out of all its groups.
     pub(super) fn leave_groups(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let (directory, congestion) = (connection.directory().clone(), connection.take_congestion());
-        while let Some((group, left)) = self.crowd.groups.leave_any(slot) {
+        while let Some((group, left)) = self.fanout.groups.leave_any(slot) {
             self.has_left(&directory, &group, left, congestion);
         }
     }
@@ -116,7 +116,7 @@ impl Shard {
     /// Gives up everything that is queued for a connection, the frame that is being written included; returns how
     /// many frames that were.
     pub(super) fn discard_all(&mut self, slot: Slot) -> u64 {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return 0 };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return 0 };
         let Discarded { frames, bytes } = connection.discard_all();
         self.count_discarded(frames, bytes)
     }
@@ -144,26 +144,26 @@ impl Shard {
     /// Discards what is queued for a connection, except the frame that is being written. Returns how many frames that
     /// was.
     pub(super) fn discard(&mut self, slot: Slot) -> u64 {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return 0 };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return 0 };
         let Discarded { frames, bytes } = connection.discard();
         self.count_discarded(frames, bytes)
     }
 
     fn count_discarded(&mut self, frames: u64, bytes: usize) -> u64 {
-        self.crowd.backlog_bytes -= bytes;
-        self.crowd.metrics.tally.discarded += frames;
+        self.fanout.backlog_bytes -= bytes;
+        self.fanout.metrics.tally.discarded += frames;
         frames
     }
 
     /// Tells the handler of drops, if there were any; whether it is done with that.
-    pub(super) fn tell_drops(&mut self, slot: Slot) -> Flow {
-        while let Some(connection) = self.crowd.connections.get_mut(slot)
+    pub(super) fn notify_drops(&mut self, slot: Slot) -> Flow {
+        while let Some(connection) = self.fanout.connections.get_mut(slot)
             && let Some(notice) = connection.take_drop_notice()
         {
             let (flow, end) = self.run_handler(slot, |handler, context| handler.on_drop(&notice, context));
             if let Some(reason) = end {
                 // It has panicked, or wants no more.
-                if let Some(connection) = self.crowd.connections.get_mut(slot) {
+                if let Some(connection) = self.fanout.connections.get_mut(slot) {
                     connection.forget_drop_notices();
                 }
                 self.end_by_handler(slot, reason);
@@ -176,29 +176,29 @@ impl Shard {
     }
 
     /// Tells the handler the end, unless it is busy: then when it is done.
-    pub(super) fn tell_end(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+    pub(super) fn notify_closed(&mut self, slot: Slot) {
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_idle() || !connection.has_handler() {
             return;
         }
-        if self.tell_drops(slot) == Flow::Pending || !self.hand_held(slot) {
+        if self.notify_drops(slot) == Flow::Pending || !self.hand_held(slot) {
             return; // and again when it is done
         }
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let Some(reason) = connection.ending().map(|ending| ending.reason.clone()) else { return };
         match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
             Flow::Pending => {
-                if let Some(connection) = self.crowd.connections.get_mut(slot) {
-                    connection.begin_parting();
+                if let Some(connection) = self.fanout.connections.get_mut(slot) {
+                    connection.begin_closing_work();
                 }
             }
-            Flow::Ready => self.part(slot),
+            Flow::Ready => self.release_handler(slot),
         }
     }
 
     /// Lets go of a handler that has been told the end.
-    pub(super) fn part(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+    pub(super) fn release_handler(&mut self, slot: Slot) {
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let handler = connection.take_handler();
         let shown = self.core.beacons.call(self.index, connection.directory().key());
         if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
@@ -209,25 +209,25 @@ impl Shard {
     }
 
     pub(super) fn drop_socket(&mut self, slot: Slot) {
-        let Some(connection) = self.crowd.connections.get_mut(slot) else { return };
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.has_socket() {
             return;
         }
         let is_delivered = connection.is_delivered();
         if connection.drop_socket() {
-            self.crowd.refused -= 1;
+            self.fanout.refused -= 1;
         }
         let discarded = self.discard_all(slot);
-        if let Some(stop) = &mut self.stop {
+        if let Some(stop) = &mut self.shutdown {
             stop.count(discarded == 0 && is_delivered);
         }
         self.remove_if_over(slot);
     }
 
     fn remove_if_over(&mut self, slot: Slot) {
-        if self.crowd.connections.get(slot).is_some_and(Connection::is_gone) {
-            let connection = self.crowd.connections.remove(slot);
-            self.crowd.unfinished_bytes -= connection.unfinished_bytes();
+        if self.fanout.connections.get(slot).is_some_and(Connection::is_gone) {
+            let connection = self.fanout.connections.remove(slot);
+            self.fanout.unfinished_bytes -= connection.unfinished_bytes();
             connection.directory().remove_encoding(connection.encoding());
             connection.directory().ended(self.index).add(connection.tally());
         }

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use crate::close_reason::CloseReason;
 use crate::connection::Connection;
 use crate::id::{ConnectionId, Slot};
-use crate::stopping::ShutdownReport;
+use crate::shutdown::ShutdownReport;
 
 use super::Shard;
 
 /// How far this shard has got with ending.
 #[derive(Debug)]
-pub(super) struct Stop {
+pub(super) struct ShardShutdown {
     /// When everything must be over.
     pub(super) by: Duration,
     /// When handlers that are still busy are no longer waited for.
@@ -27,7 +27,7 @@ pub(super) struct Stop {
     pub(super) report: ShutdownReport,
 }
 
-impl Stop {
+impl ShardShutdown {
     /// A connection's socket is gone. `is_flushed`: its peer has everything that was sent to it.
     pub(super) fn count(&mut self, is_flushed: bool) {
         if is_flushed {
@@ -48,28 +48,28 @@ impl Stop {
 impl Shard {
     /// Whether the engine's ending has come further than this shard has followed.
     pub(super) fn has_news_of_stopping(&self) -> bool {
-        match &self.stop {
-            None => self.core.stopping.is_asked(),
-            Some(stop) => stop.closings.is_none() && self.core.stopping.is_closed(),
+        match &self.shutdown {
+            None => self.core.shutdown.is_asked(),
+            Some(stop) => stop.closings.is_none() && self.core.shutdown.is_closed(),
         }
     }
 
     /// Takes part in the engine's ending, as far as it has come.
-    pub(super) fn follow_stop(&mut self) {
-        let Some(plan) = self.core.stopping.plan() else { return };
-        let now = self.crowd.now;
-        if self.stop.is_none() {
+    pub(super) fn advance_shutdown(&mut self) {
+        let Some(plan) = self.core.shutdown.plan() else { return };
+        let now = self.fanout.now;
+        if self.shutdown.is_none() {
             let by = plan.by.saturating_duration_since(self.started);
             let closing_by = by.saturating_sub(plan.within / 2);
             let report = ShutdownReport::default();
-            self.stop = Some(Stop { by, closing_by, is_quiet: false, closings: None, report });
-            self.crowd.connections.iter_mut().for_each(Connection::pause);
+            self.shutdown = Some(ShardShutdown { by, closing_by, is_quiet: false, closings: None, report });
+            self.fanout.connections.iter_mut().for_each(Connection::pause);
         }
-        let Some(stop) = &mut self.stop else { return };
+        let Some(stop) = &mut self.shutdown else { return };
         if stop.closings.is_none() {
-            if !stop.is_quiet && !self.crowd.connections.iter().any(Connection::is_busy) {
+            if !stop.is_quiet && !self.fanout.connections.iter().any(Connection::is_busy) {
                 stop.is_quiet = true;
-                if self.core.stopping.tell_quiet() {
+                if self.core.shutdown.tell_quiet() {
                     self.core.close();
                 }
             }
@@ -77,14 +77,15 @@ impl Shard {
                 self.core.close();
             }
             let mailbox = &self.core.mailboxes[self.index];
-            let has_commands = self.held.is_some() || !self.later.is_empty() || !mailbox.is_empty();
-            if !self.core.stopping.is_closed()
+            let has_commands =
+                self.blocked_command.is_some() || !self.later.is_empty() || !mailbox.is_empty();
+            if !self.core.shutdown.is_closed()
                 || !self.reader.is_at_tail()
                 || (has_commands && now < stop.closing_by)
             {
                 return; // what was sent before goes out first
             }
-            let open = self.crowd.connections.iter().filter(|connection| connection.is_open());
+            let open = self.fanout.connections.iter().filter(|connection| connection.is_open());
             let closing = |connection: &Connection| {
                 (now + plan.spread.mul_f64(connection.slot().spread()), connection.id())
             };
@@ -92,7 +93,7 @@ impl Shard {
             closings.sort_unstable_by(|a, b| b.cmp(a));
             stop.closings = Some(closings);
         }
-        while let Some(stop) = &mut self.stop
+        while let Some(stop) = &mut self.shutdown
             && let Some(closings) = &mut stop.closings
             && let Some((_, id)) = closings.pop_if(|(due, _)| *due <= now)
         {
@@ -103,9 +104,9 @@ impl Shard {
     }
 
     pub(super) fn has_stopped(&self) -> bool {
-        self.stop.as_ref().is_some_and(|stop| {
-            let is_over = stop.closings.is_some() && self.crowd.connections.is_empty();
-            is_over || self.crowd.now >= stop.by
+        self.shutdown.as_ref().is_some_and(|stop| {
+            let is_over = stop.closings.is_some() && self.fanout.connections.is_empty();
+            is_over || self.fanout.now >= stop.by
         })
     }
 }
@@ -113,14 +114,14 @@ impl Shard {
 impl Shard {
     /// What remains when the time is over: sockets are dropped with what is queued for them, handlers are abandoned.
     fn abandon(&mut self, report: &mut ShutdownReport) {
-        let slots: Vec<Slot> = self.crowd.connections.iter().map(Connection::slot).collect();
+        let slots: Vec<Slot> = self.fanout.connections.iter().map(Connection::slot).collect();
         for slot in slots {
-            if let Some(connection) = self.crowd.connections.get_mut(slot) {
+            if let Some(connection) = self.fanout.connections.get_mut(slot) {
                 drop(connection.take_opening());
             }
             self.leave_groups(slot);
-            let Some(connection) = self.crowd.connections.get_mut(slot) else { continue };
-            self.crowd.metrics.ended += u64::from(connection.is_open());
+            let Some(connection) = self.fanout.connections.get_mut(slot) else { continue };
+            self.fanout.metrics.ended += u64::from(connection.is_open());
             report.left_over += u64::from(connection.has_handler());
             let (has_socket, is_delivered) = (connection.has_socket(), connection.is_delivered());
             match self.discard_all(slot) {
@@ -129,12 +130,12 @@ impl Shard {
                 _ => report.cut_off += 1,
             }
         }
-        self.crowd.unfinished_bytes = 0;
-        let connections = &mut self.crowd.connections;
+        self.fanout.unfinished_bytes = 0;
+        let connections = &mut self.fanout.connections;
         if catch_unwind(AssertUnwindSafe(|| connections.clear())).is_err() {
             tracing::error!("dropping a handler panicked");
         }
-        self.keep_within_budget();
+        self.keep_within_budgets();
         self.publish_metrics();
     }
 }
@@ -143,15 +144,15 @@ impl Drop for Shard {
     /// Nobody waits for a shard that has ended.
     fn drop(&mut self) {
         self.mailbox().close();
-        let mut report = self.stop.take().map_or_else(ShutdownReport::default, |stop| stop.report);
+        let mut report = self.shutdown.take().map_or_else(ShutdownReport::default, |stop| stop.report);
         if std::thread::panicking() {
             // Promises cannot be kept with a part of the connections gone: the whole engine stops.
             tracing::error!(shard = self.index, "a shard panicked; the engine stops");
-            self.core.stopping.fail();
+            self.core.shutdown.fail();
             self.core.stop(Duration::ZERO, Instant::now());
         } else {
             self.abandon(&mut report);
         }
-        self.core.stopping.tell_end(self.index, &report);
+        self.core.shutdown.notify_closed(self.index, &report);
     }
 }

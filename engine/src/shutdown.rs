@@ -82,7 +82,7 @@ pub enum EngineState {
 }
 
 #[derive(Debug)]
-pub(crate) struct Stopping {
+pub(crate) struct ShutdownState {
     state: AtomicU8,
     has_failed: AtomicBool,
     plan: OnceLock<Plan>,
@@ -111,7 +111,7 @@ struct End {
     report: ShutdownReport,
 }
 
-impl Stopping {
+impl ShutdownState {
     pub(crate) fn new(shards: usize) -> Self {
         let has_ended = vec![false; shards].into();
         Self {
@@ -188,7 +188,7 @@ impl Stopping {
     }
 
     /// A shard has ended.
-    pub(crate) fn tell_end(&self, shard: usize, report: &ShutdownReport) {
+    pub(crate) fn notify_closed(&self, shard: usize, report: &ShutdownReport) {
         let all_have = {
             let mut end = self.lock();
             end.has_ended[shard] = true;

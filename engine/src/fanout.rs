@@ -1,4 +1,4 @@
-//! The crowd: a shard's connections, its group index, and what a fan-out does to them.
+//! The fanout: a shard's connections, its group index, and what a fan-out does to them.
 //!
 //! Owned by one shard. Puts frames into outboxes and notes what follows from it, for the
 //! shard to carry out when the fan-out is over: who is to be flushed, told of drops,
@@ -23,7 +23,7 @@ use crate::flush_schedule::FlushSchedule;
 use crate::group::{GroupIndex, LocalKey};
 use crate::id::{ConnectionId, Slot};
 use crate::metrics::{GroupMetrics, Metrics};
-use crate::outbox::{Chunk, Dropped, Offer, Patience, Retained};
+use crate::outbox::{Chunk, Dropped, Enqueued, Expiry, Retained};
 use crate::policy::Policy;
 use crate::receipt::{Origin, Ticket};
 use crate::tally::DropCause;
@@ -52,15 +52,15 @@ impl<'a> Terms<'a> {
     }
 }
 
-pub(crate) struct Crowd {
+pub(crate) struct Fanout {
     pub(crate) connections: Connections,
     pub(crate) groups: GroupIndex<Arc<Group>>,
     /// Slots with something to write.
     pub(crate) flushes: FlushSchedule<Slot>,
     /// Ends decided in the middle of a fan-out.
-    pub(crate) ends: Vec<(ConnectionId, CloseReason)>,
+    pub(crate) pending_ends: Vec<(ConnectionId, CloseReason)>,
     /// Connections whose handlers are to be told of drops.
-    pub(crate) drops: Vec<ConnectionId>,
+    pub(crate) pending_drop_notices: Vec<ConnectionId>,
     /// When frames that wait are to be dropped.
     pub(crate) deadlines: Deadlines<ConnectionId>,
     /// Bytes in all outboxes; a chunk counts in each.
@@ -80,14 +80,14 @@ pub(crate) struct Crowd {
     pub(crate) arrived: Duration,
 }
 
-impl Crowd {
+impl Fanout {
     pub(crate) fn new(coalesce: Duration) -> Self {
         Self {
             connections: Connections::default(),
             groups: GroupIndex::new(),
             flushes: FlushSchedule::new(coalesce),
-            ends: Vec::new(),
-            drops: Vec::new(),
+            pending_ends: Vec::new(),
+            pending_drop_notices: Vec::new(),
             deadlines: Deadlines::new(),
             backlog_bytes: 0,
             retained: Retained::default(),
@@ -103,8 +103,8 @@ impl Crowd {
     /// Offers the batch to each member of a group; returns how many there were. `entry` is its first.
     pub(crate) fn fan_out(&mut self, group: LocalKey, batch: &mut Batch<'_>, entry: &Entry) -> u64 {
         let (mut targets, mut waited) = (0, 0);
-        for place in 0..self.groups.len(group) {
-            let slot = self.groups.member(group, place);
+        for index in 0..self.groups.len(group) {
+            let slot = self.groups.member(group, index);
             self.offer_unless(slot, batch, entry, &mut targets, &mut waited);
         }
         count(entry, targets, waited)
@@ -146,7 +146,7 @@ impl Crowd {
             ticket.count_disconnected();
         }
         if let Some(connection) = self.connections.get(slot) {
-            self.ends.push((connection.id(), CloseReason::RenderFailed));
+            self.pending_ends.push((connection.id(), CloseReason::RenderFailed));
         }
     }
 
@@ -154,9 +154,9 @@ impl Crowd {
     pub(crate) fn note_ends(&mut self, slots: &[Slot], reason: &CloseReason, entry: &Entry) -> u64 {
         let ids = slots.iter().filter_map(|slot| self.connections.get(*slot)).map(Connection::id);
         let ids = ids.filter(|id| !entry.publication.except.contains(id));
-        let before = self.ends.len();
-        self.ends.extend(ids.map(|id| (id, reason.clone())));
-        count(entry, (self.ends.len() - before) as u64, 0)
+        let before = self.pending_ends.len();
+        self.pending_ends.extend(ids.map(|id| (id, reason.clone())));
+        count(entry, (self.pending_ends.len() - before) as u64, 0)
     }
 
     /// Puts the chunk into one outbox; true if something of it did not fit.
@@ -172,7 +172,7 @@ impl Crowd {
         if let Some((max, samples)) = terms.policy.and_then(|policy| policy.rtt_limit())
             && connection.is_rtt_above(max, samples)
         {
-            self.ends.push((connection.id(), CloseReason::HighRtt));
+            self.pending_ends.push((connection.id(), CloseReason::HighRtt));
         }
         if connection.take_first(chunk) {
             self.backlog_bytes += chunk.bytes();
@@ -186,17 +186,17 @@ impl Crowd {
         let Some(connection) = self.connections.get_mut(slot) else { return false };
         let policy = terms.policy.unwrap_or(connection.config().policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
-        let patience = Patience { until, max_drops: policy.max_drops() };
-        let (offer, bytes) = connection.offer(chunk, self.now, patience, || terms.origin(policy));
+        let expiry = Expiry { until, max_drops: policy.max_drops() };
+        let (offer, bytes) = connection.offer(chunk, self.now, expiry, || terms.origin(policy));
         self.backlog_bytes += bytes;
         if let Some(blocks) = connection.becomes_congested() {
             connection.provisional_group().into_iter().for_each(|group| group.add_congested(blocks));
             self.groups.groups_of(slot).for_each(|group| group.add_congested(blocks));
         }
-        if offer == Offer::Queued {
+        if offer == Enqueued::Queued {
             return false;
         }
-        self.offered_too_much(slot, offer, policy, patience, terms);
+        self.offered_too_much(slot, offer, policy, expiry, terms);
         true
     }
 
@@ -205,34 +205,34 @@ impl Crowd {
     fn offered_too_much(
         &mut self,
         slot: Slot,
-        offer: Offer,
+        offer: Enqueued,
         policy: Policy,
-        patience: Patience,
+        expiry: Expiry,
         terms: Terms<'_>,
     ) {
-        if let Offer::Drops(frames) = offer {
+        if let Enqueued::Drops(frames) = offer {
             if let Some(ticket) = terms.ticket {
                 ticket.count_drop(DropCause::Overflow);
             }
-            let dropped = Dropped { frames, max_drops: patience.max_drops };
+            let dropped = Dropped { frames, max_drops: expiry.max_drops };
             self.note_drop(slot, DropCause::Overflow, dropped, terms.group);
         }
         let Some(connection) = self.connections.get_mut(slot) else { return };
-        if offer == Offer::Overflow {
-            self.ends.push((connection.id(), CloseReason::SlowConsumer));
+        if offer == Enqueued::Overflow {
+            self.pending_ends.push((connection.id(), CloseReason::SlowConsumer));
         }
-        if let Some(until) = patience.until
+        if let Some(until) = expiry.until
             && connection.has_waiting()
         {
             self.deadlines.push(until, connection.id());
         }
         if policy.rtt_limit().is_some_and(|(max, samples)| connection.is_rtt_above(max, samples)) {
-            self.ends.push((connection.id(), CloseReason::HighRtt));
+            self.pending_ends.push((connection.id(), CloseReason::HighRtt));
         }
     }
 
     /// Drops what has waited too long for one connection.
-    pub(crate) fn drop_late(&mut self, id: ConnectionId) {
+    pub(crate) fn expire_waiting(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections.find_mut(id) else { return };
         let mut drops: SmallVec<[(Dropped, Option<Arc<str>>); 4]> = SmallVec::new();
         let expired = connection.expire(self.now, |dropped, origin| {
@@ -263,10 +263,10 @@ impl Crowd {
         self.metrics.tally.dropped[cause] += u64::from(frames);
         let loss = connection.count_drop(cause, frames, group);
         if loss.is_news {
-            self.drops.push(connection.id());
+            self.pending_drop_notices.push(connection.id());
         }
         if max_drops > 0 && loss.in_a_row >= max_drops {
-            self.ends.push((connection.id(), CloseReason::TooManyDrops));
+            self.pending_ends.push((connection.id(), CloseReason::TooManyDrops));
         }
     }
 

@@ -1,0 +1,127 @@
+//! From the log into the outboxes, and what a fan-out could only note.
+//!
+//! Runs the log up to a given position, in batches, within what one turn may do; offers a message to one connection.
+//! Ends and drops that come out of it are carried out when the fan-out is over. Does not write to sockets.
+
+use std::rc::Rc;
+
+use crate::batch::Batch;
+use crate::close_reason::CloseReason;
+use crate::connection::{Connection, WRITE_BYTES_MAX};
+use crate::entry::{Named, Target};
+use crate::fanout::Terms;
+use crate::id::Slot;
+use crate::outbox::Chunk;
+use crate::payload::Payload;
+use crate::publication::{Content, Delivery};
+use crate::receipt::Ticket;
+use crate::rendition::Encoding;
+
+use super::Shard;
+
+impl Shard {
+    /// Runs the log into the outboxes, up to `limit`; false if it did not get there.
+    pub(super) fn run_log(&mut self, limit: u64) -> bool {
+        while self.reader.position() < limit {
+            if self.offers_left == 0 || self.fanout.flushes.room() == 0 {
+                return false;
+            }
+            let Some(first) = self.reader.get(0) else { return false };
+            let mut count = 1;
+            let offers = match (&first.publication.content, &first.target) {
+                (Content::Message(payload), Target::One(group)) => {
+                    let members = self.fanout.groups.find(group.key).or_else(|| {
+                        // The group may have ended and begun anew since the publisher looked.
+                        group.is_closed().then(|| self.fanout.groups.find(group.current_key()?)).flatten()
+                    });
+                    match members {
+                        None => 0,
+                        Some(group) => {
+                            let limit = limit.min(self.reader.position() + self.fanout.flushes.room());
+                            let joined = Some((limit, WRITE_BYTES_MAX));
+                            let (encodings, retained) = (&self.core.encodings, &self.fanout.retained);
+                            let mut batch = Batch::new(&self.reader, payload, joined, encodings, retained);
+                            count = batch.len();
+                            self.fanout.fan_out(group, &mut batch, first)
+                        }
+                    }
+                }
+                (content, target) => {
+                    let mut slots = std::mem::take(&mut self.scratch.slots);
+                    match target {
+                        Target::One(group) => {
+                            self.fanout.groups.union(group.current_key().into_iter(), &mut slots)
+                        }
+                        Target::Several(groups) => {
+                            let keys = groups.iter().filter_map(Named::current_key);
+                            self.fanout.groups.union(keys, &mut slots);
+                        }
+                    }
+                    let offers = match content {
+                        Content::Message(payload) => {
+                            let (encodings, retained) = (&self.core.encodings, &self.fanout.retained);
+                            let mut batch = Batch::new(&self.reader, payload, None, encodings, retained);
+                            self.fanout.fan_out_to(&slots, &mut batch, first)
+                        }
+                        Content::Close { code, text } => {
+                            let reason = CloseReason::Application { code: *code, text: text.clone() };
+                            self.fanout.note_ends(&slots, &reason, first)
+                        }
+                    };
+                    self.scratch.slots = slots;
+                    offers
+                }
+            };
+            self.offers_left = self.offers_left.saturating_sub(offers);
+            self.fanout.metrics.publications += count;
+            self.fanout.flushes.ran(count);
+            self.reader.advance(count);
+            self.apply_verdicts();
+        }
+        true
+    }
+
+    pub(super) fn offer_one(
+        &mut self,
+        slot: Slot,
+        payload: Payload,
+        delivery: Delivery,
+        ticket: Option<Ticket>,
+    ) {
+        let Some(connection) = self.fanout.connections.get(slot) else { return };
+        let frame = match connection.encoding() {
+            Encoding::PLAIN => Some(payload.into_plain_frame()),
+            encoding => self.core.encodings.render(encoding, &payload),
+        };
+        let waits = match frame {
+            Some(frame) => {
+                let chunk = Rc::new(Chunk::single(frame.into(), &self.fanout.retained));
+                // For one connection `Block` holds, whatever its own policy is.
+                let policy = Some(delivery.policy().unwrap_or_default());
+                self.fanout.offer(slot, &chunk, Terms { policy, ticket: ticket.as_ref(), group: None })
+            }
+            None => {
+                self.fanout.cannot_render(slot, ticket.as_ref());
+                false
+            }
+        };
+        if let Some(ticket) = ticket {
+            ticket.count(1, u64::from(waits));
+        }
+        self.apply_verdicts();
+    }
+
+    /// Does what a fan-out could only note: tells of drops, ends connections.
+    pub(super) fn apply_verdicts(&mut self) {
+        while let Some(id) = self.fanout.pending_drop_notices.pop() {
+            if self.find(id).is_some_and(Connection::is_idle) {
+                let _ = self.notify_drops(id.slot()); // if it is pending, it goes on by itself
+            }
+        }
+        while let Some((id, reason)) = self.fanout.pending_ends.pop() {
+            if self.find(id).is_some() {
+                self.end(id.slot(), reason);
+            }
+        }
+    }
+}
