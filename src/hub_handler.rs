@@ -251,3 +251,26 @@ impl<H: WsHub> Drop for HubHandler<H> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::RawCodec;
+
+    struct Silent;
+
+    impl WsHub for Silent {
+        type Codec = RawCodec;
+        type InMessage = String;
+        type OutMessage = String;
+
+        async fn on_message(&self, _: String, _: HubContext<Self>) {}
+    }
+
+    #[test]
+    fn an_idle_connection_costs_80_bytes_here_and_its_hub() {
+        assert_eq!(size_of::<HubHandler<Silent>>(), 40);
+        assert_eq!(size_of::<Caller<String>>(), 40);
+        assert_eq!(size_of::<Task>() + size_of::<Outcome>(), 24, "a method's outcome is one word");
+    }
+}
