@@ -159,6 +159,36 @@ impl<M> Clients<M> {
         Ok(self.inner.namespace.leave(id, group).await?)
     }
 
+    /// Joins several groups in one step: no message comes between them.
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join); then none of them has been joined.
+    pub async fn join_all(&self, id: ConnectionId, groups: &[&str]) -> Result<Position, PublishError> {
+        Ok(self.inner.namespace.join_all(id, groups).await?)
+    }
+
+    /// Leaves several groups in one step: no message comes between them.
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join).
+    pub async fn leave_all(&self, id: ConnectionId, groups: &[&str]) -> Result<(), PublishError> {
+        Ok(self.inner.namespace.leave_all(id, groups).await?)
+    }
+
+    /// The groups that a client is in, after everything that was sent before, in no particular order. None when it has
+    /// disconnected.
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join).
+    pub async fn groups_of(&self, id: ConnectionId) -> Result<Option<Vec<Arc<str>>>, PublishError> {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let answer = |groups| {
+            let _ = sender.send(groups); // fails when nobody waits for the answer any more
+        };
+        self.inner.namespace.groups_of(id, answer).await?;
+        Ok(receiver.await.ok())
+    }
+
     /// Ends a connection, after what was sent to it before, with a Close frame that carries `code` and at most
     /// 123 bytes of `reason`.
     ///
@@ -212,6 +242,12 @@ impl<M> Clients<M> {
     /// How many members a group has.
     pub fn group_len(&self, group: &str) -> usize {
         self.inner.namespace.group_len(group)
+    }
+
+    /// The groups that have members, each with how many, in no particular order. Groups that appear or disappear during the
+    /// call may be missing.
+    pub fn groups(&self) -> Vec<(Arc<str>, usize)> {
+        self.inner.namespace.groups()
     }
 
     /// How many groups have members.
@@ -283,6 +319,25 @@ impl<'a, M> Target<'a, M> {
             sum += part;
         }
         Ok(sum)
+    }
+
+    /// The ids of the target's clients, after everything that was sent before, in no particular order. Every shard visits
+    /// each of these connections.
+    ///
+    /// # Errors
+    /// An engine that has ended, too many publishers that wait already.
+    pub async fn members(&self) -> Result<Vec<ConnectionId>, PublishError> {
+        let (sender, mut parts) = tokio::sync::mpsc::unbounded_channel();
+        let on_members = move |part| {
+            let _ = sender.send(part); // fails when nobody waits for the answer any more
+        };
+        self.clients.inner.namespace.collect_members(&self.to, on_members).await?;
+        let mut members = Vec::new();
+        while let Some(part) = parts.recv().await {
+            members.extend(part);
+        }
+        members.retain(|id| !self.except.contains(id));
+        Ok(members)
     }
 
     /// Sends under this policy instead of each connection's own. Without it a message to one client waits for room

@@ -373,6 +373,30 @@ impl<H: WsHub> Hub<H> {
         self.clients.leave(id, group).await
     }
 
+    /// See [`Clients::join_all`].
+    ///
+    /// # Errors
+    /// As for [`Clients::join_all`].
+    pub async fn join_all(&self, id: ConnectionId, groups: &[&str]) -> Result<Position, PublishError> {
+        self.clients.join_all(id, groups).await
+    }
+
+    /// See [`Clients::leave_all`].
+    ///
+    /// # Errors
+    /// As for [`Clients::leave_all`].
+    pub async fn leave_all(&self, id: ConnectionId, groups: &[&str]) -> Result<(), PublishError> {
+        self.clients.leave_all(id, groups).await
+    }
+
+    /// See [`Clients::groups_of`].
+    ///
+    /// # Errors
+    /// As for [`Clients::groups_of`].
+    pub async fn groups_of(&self, id: ConnectionId) -> Result<Option<Vec<Arc<str>>>, PublishError> {
+        self.clients.groups_of(id).await
+    }
+
     /// See [`Clients::disconnect`].
     ///
     /// # Errors
@@ -418,6 +442,11 @@ impl<H: WsHub> Hub<H> {
     /// See [`Clients::group_len`].
     pub fn group_len(&self, group: &str) -> usize {
         self.clients.group_len(group)
+    }
+
+    /// See [`Clients::groups`].
+    pub fn groups(&self) -> Vec<(Arc<str>, usize)> {
+        self.clients.groups()
     }
 
     /// See [`Clients::group_count`].
