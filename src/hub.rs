@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 
 use shardcast_engine::{
-    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause,
-    GroupMetrics, Place, Position,
+    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, ConnectionPermit,
+    DropCause, GroupMetrics, Position,
 };
 use tokio::runtime;
 
@@ -468,7 +468,7 @@ impl<H: WsHub> Hub<H> {
         self.runtime
     }
 
-    pub(crate) fn admit(&self, address: Option<IpAddr>) -> Option<Place> {
+    pub(crate) fn admit(&self, address: Option<IpAddr>) -> Option<ConnectionPermit> {
         self.engine.admit(address)
     }
 

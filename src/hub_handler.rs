@@ -14,7 +14,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll, Waker};
 
-use shardcast_engine::{CloseCode, CloseReason, Context, DropNotice, Flow, Handler, MakeHandler, Message};
+use shardcast_engine::{CloseCode, CloseReason, Context, DropNotice, Handler, MakeHandler, Message};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -94,7 +94,7 @@ impl<H: WsHub> HubHandler<H> {
         &mut self,
         future: impl Future<Output = Outcome> + Send + 'static,
         context: &mut Context<'_>,
-    ) -> Flow {
+    ) -> Poll<()> {
         match self.start(future) {
             Poll::Ready(outcome) => finish(outcome, context),
             Poll::Pending => self.go_on(context),
@@ -119,28 +119,28 @@ impl<H: WsHub> HubHandler<H> {
         polled
     }
 
-    fn go_on(&mut self, context: &mut Context<'_>) -> Flow {
+    fn go_on(&mut self, context: &mut Context<'_>) -> Poll<()> {
         if let Some(running) = self.overrides.as_mut().and_then(|overrides| overrides.running.take()) {
             return self.wait_for(running, context);
         }
         // Taken, so that a future that panics is not polled again.
-        let Some(mut task) = self.task.take() else { return Flow::Ready };
+        let Some(mut task) = self.task.take() else { return Poll::Ready(()) };
         let _entered = self.runtime().map(Handle::enter);
         match task.as_mut().poll(&mut TaskContext::from_waker(&context.waker())) {
             Poll::Ready(outcome) => finish(outcome, context),
             Poll::Pending => {
                 self.task = Some(task);
-                Flow::Pending
+                Poll::Pending
             }
         }
     }
 
-    fn wait_for(&mut self, mut running: JoinHandle<Outcome>, context: &mut Context<'_>) -> Flow {
-        let Some(overrides) = &mut self.overrides else { return Flow::Ready };
+    fn wait_for(&mut self, mut running: JoinHandle<Outcome>, context: &mut Context<'_>) -> Poll<()> {
+        let Some(overrides) = &mut self.overrides else { return Poll::Ready(()) };
         match Pin::new(&mut running).poll(&mut TaskContext::from_waker(&context.waker())) {
             Poll::Pending => {
                 overrides.running = Some(running);
-                return Flow::Pending;
+                return Poll::Pending;
             }
             Poll::Ready(Ok(outcome)) => return finish(outcome, context),
             Poll::Ready(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
@@ -158,19 +158,19 @@ impl<H: WsHub> HubHandler<H> {
             }
             Poll::Ready(Err(_)) => {}
         }
-        Flow::Ready
+        Poll::Ready(())
     }
 }
 
-fn finish(outcome: Outcome, context: &mut Context<'_>) -> Flow {
+fn finish(outcome: Outcome, context: &mut Context<'_>) -> Poll<()> {
     if let Err(reason) = outcome {
         context.close(*reason);
     }
-    Flow::Ready
+    Poll::Ready(())
 }
 
 impl<H: WsHub> Handler for HubHandler<H> {
-    fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
+    fn on_open(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let (hub, call) = (self.hub(), self.context(context));
         let connecting = async move {
             hub.on_connected(call).await.map_err(|refusal| Box::new(refusal.into_close_reason()))
@@ -180,13 +180,13 @@ impl<H: WsHub> Handler for HubHandler<H> {
         }
         // Another thread may have published on its behalf, which the shard cannot know. After `Pending` the shard adds the
         // connection to everyone behind everything that was published until then.
-        if self.go_on(context) == Flow::Ready {
+        if self.go_on(context) == Poll::Ready(()) {
             context.waker().wake();
         }
-        Flow::Pending
+        Poll::Pending
     }
 
-    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
         match <H::Codec as Decode<H::InMessage>>::decode(message.kind, message.payload) {
             Ok(message) => {
                 let (hub, call) = (self.hub(), self.context(context));
@@ -213,7 +213,7 @@ impl<H: WsHub> Handler for HubHandler<H> {
         }
     }
 
-    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Flow {
+    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Poll<()> {
         let (hub, call) = (self.hub(), self.context(context));
         let dropped = Dropped { messages: notice.frames, cause: notice.cause, group: notice.group.clone() };
         let telling = async move {
@@ -223,11 +223,11 @@ impl<H: WsHub> Handler for HubHandler<H> {
         self.begin(telling, context)
     }
 
-    fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.go_on(context)
     }
 
-    fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
+    fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Poll<()> {
         let (hub, call, reason) = (self.hub(), self.context(context), reason.clone());
         let parting = async move {
             hub.on_disconnected(call, reason).await;

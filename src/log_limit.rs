@@ -11,7 +11,7 @@ use std::{
 };
 
 /// A connection was refused by a limit on connections.
-pub(crate) static NO_PLACE: LogLimit = LogLimit::new();
+pub(crate) static CONNECTION_LIMIT: LogLimit = LogLimit::new();
 /// A connection could not be taken over.
 pub(crate) static NOT_TAKEN_OVER: LogLimit = LogLimit::new();
 /// The answer to a handshake was not sent.

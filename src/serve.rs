@@ -12,13 +12,14 @@ use std::sync::Arc;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use shardcast_engine::{
-    AdoptError, CloseCode, ConnectionConfig, Encoding, MakeHandler, NewConnection, Place, PublishError,
+    AdoptError, CloseCode, ConnectionConfig, ConnectionPermit, Encoding, MakeHandler, NewConnection,
+    PublishError,
 };
 use tokio::runtime::Handle;
 
 use crate::hub::{Hub, WsHub};
 use crate::hub_handler::HubHandler;
-use crate::log_limit::{INVALID_CONFIG, NO_PLACE, NOT_TAKEN_OVER};
+use crate::log_limit::{CONNECTION_LIMIT, INVALID_CONFIG, NOT_TAKEN_OVER};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
 /// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused together do
@@ -106,13 +107,13 @@ impl<H: WsHub> IntoResponse for Serve<H> {
                 return (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response();
             }
         };
-        let Some(place) = hub.admit(upgrade.peer_address()) else {
-            log_no_place(&hub, "503");
+        let Some(permit) = hub.admit(upgrade.peer_address()) else {
+            log_connection_limit(&hub, "503");
             let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
             let why = "connection limit reached";
             return (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response();
         };
-        if place.lacks_address() && place.is_first_to_lack_address() {
+        if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
                 "`max_connections_per_address` is set, but this router does not tell where its clients are: serve it \
                  with `axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())`, or give \
@@ -121,17 +122,17 @@ impl<H: WsHub> IntoResponse for Serve<H> {
             );
         }
         upgrade.on_upgrade(move |socket| async move {
-            let mut place = place;
-            if place.lacks_address()
+            let mut permit = permit;
+            if permit.lacks_address()
                 && let Some(address) = socket.peer_address()
-                && !place.count_for(address)
+                && !permit.count_for(address)
             {
-                log_no_place(&hub, "1013");
+                log_connection_limit(&hub, "1013");
                 ServeError::Full.turn_away(socket);
                 return;
             }
             let handler = HubHandler::maker(&hub, instance, Handle::current(), None);
-            if let Err(error) = hub.adopt(socket, handler, place).await {
+            if let Err(error) = hub.adopt(socket, handler, permit).await {
                 error.log();
             }
         })
@@ -147,25 +148,25 @@ impl<H: WsHub> Hub<H> {
     /// cannot be prepared (1011).
     pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
         let instance = instance.into();
-        let Some(place) = self.admit(socket.peer_address()) else {
+        let Some(permit) = self.admit(socket.peer_address()) else {
             let error = if self.is_stopping() { ServeError::Stopping } else { ServeError::Full };
             error.turn_away(socket);
             return Err(error);
         };
-        if place.lacks_address() && place.is_first_to_lack_address() {
+        if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
                 "`max_connections_per_address` is set, but the address of a client is not known: behind TLS and HTTP/2 \
                  it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
             );
         }
-        self.adopt(socket, HubHandler::maker(self, instance, Handle::current(), None), place).await
+        self.adopt(socket, HubHandler::maker(self, instance, Handle::current(), None), permit).await
     }
 
     pub(crate) async fn adopt(
         &self,
         socket: WebSocket,
         handler: MakeHandler,
-        place: Place,
+        permit: ConnectionPermit,
     ) -> Result<(), ServeError> {
         if self.is_stopping() {
             ServeError::Stopping.turn_away(socket);
@@ -181,7 +182,7 @@ impl<H: WsHub> Hub<H> {
             RawSocket::Bridge(stream) => shardcast_engine::Socket::bridge(stream),
         };
         let encoding = Encoding::PLAIN;
-        let connection = NewConnection { socket, received, handler, config, encoding, place };
+        let connection = NewConnection { socket, received, handler, config, encoding, permit };
         match self.clients().namespace().adopt(connection).await {
             Ok(()) => Ok(()),
             Err(error) => {
@@ -242,10 +243,10 @@ impl ServeError {
 }
 
 /// Logs that a client was refused, with a status or a close code.
-pub(crate) fn log_no_place<H: WsHub>(hub: &Hub<H>, told: &'static str) {
+pub(crate) fn log_connection_limit<H: WsHub>(hub: &Hub<H>, told: &'static str) {
     if hub.is_stopping() {
         tracing::debug!(told, "a connection was refused: the engine is stopping");
-    } else if let Some(left_out) = NO_PLACE.allows() {
+    } else if let Some(left_out) = CONNECTION_LIMIT.allows() {
         tracing::warn!(
             told,
             left_out,

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::engine::Engine;
 use crate::hub::{Hub, WsHub};
 use crate::hub_handler::HubHandler;
-use crate::serve::{ServeError, log_no_place};
+use crate::serve::{ServeError, log_connection_limit};
 use crate::upgrade::WebSocket;
 
 static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
@@ -47,14 +47,14 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionC
             return;
         }
     };
-    let Some(place) = handle.admit(socket.peer_address()) else {
-        log_no_place(&handle, "1013");
+    let Some(permit) = handle.admit(socket.peer_address()) else {
+        log_connection_limit(&handle, "1013");
         ServeError::Full.turn_away(socket);
         return;
     };
     let (sender, done) = oneshot::channel();
     let handler = HubHandler::maker(&handle, hub, Handle::current(), Some(sender));
-    match handle.adopt(socket, handler, place).await {
+    match handle.adopt(socket, handler, permit).await {
         Ok(()) => drop(done.await), // an error means that the handler was dropped, which is the end, too
         Err(error) => error.log(),
     }

@@ -236,7 +236,7 @@ async fn a_stream_that_ends_within_a_frame_is_a_peer_that_vanished() {
         wrongdoer.stream.shutdown().await.unwrap();
         let mut rest = Vec::new();
         within_timeout(wrongdoer.stream.read_to_end(&mut rest)).await.unwrap();
-        assert_eq!(within_timeout(scene.ended.recv()).await, Some(CloseReason::Vanished));
+        assert_eq!(within_timeout(scene.ended.recv()).await, Some(CloseReason::Disconnected));
         assert_eq!(rest, b"", "nobody is left to read a Close");
     }
     scene.bystander_goes_on().await;
@@ -283,7 +283,7 @@ fn an_impossible_config_is_refused_with_the_fields_name_and_range() {
     for (config, field, range) in [
         (WsHubConfig { outbox_frames: 0, ..default() }, "outbox_frames", "1 to 16777216"),
         (WsHubConfig { outbox_bytes: 10, ..default() }, "outbox_bytes", "1024 to 1073741824"),
-        (WsHubConfig { waiting_frames: usize::MAX, ..default() }, "waiting_frames", "0 to 16777216"),
+        (WsHubConfig { overflow_frames: usize::MAX, ..default() }, "overflow_frames", "0 to 16777216"),
         (WsHubConfig { max_message_bytes: 0, ..default() }, "max_message_bytes", "1 to 1073741824"),
         (WsHubConfig { max_fragments: 0, ..default() }, "max_fragments", "1 to 16777216"),
         (WsHubConfig { heartbeat_interval: day * 2, ..default() }, "heartbeat_interval", "10ms to 86400s"),

@@ -82,7 +82,7 @@ async fn an_outbox_keeps_so_many_bytes_and_then_the_policy_decides() {
 
 #[tokio::test]
 async fn so_many_frames_wait_for_room_and_more_end_a_client_that_may_lose_nothing() {
-    let narrow = WsHubConfig { outbox_frames: 4, waiting_frames: 6, ..with(BroadcastPolicy::Block) };
+    let narrow = WsHubConfig { outbox_frames: 4, overflow_frames: 6, ..with(BroadcastPolicy::Block) };
     let mut fixture = HubFixture::open(1, narrow).await;
     let (mut stalled, id) = fixture.connect_raw().await;
     let (frames, _, last) = most_pending(&fixture, id).await;
@@ -97,7 +97,7 @@ async fn so_many_frames_wait_for_room_and_more_end_a_client_that_may_lose_nothin
 
 #[tokio::test]
 async fn so_many_frames_wait_for_room_and_more_are_dropped_at_once_where_they_may() {
-    let narrow = WsHubConfig { outbox_frames: 4, waiting_frames: 6, ..with(DROP_LATE) };
+    let narrow = WsHubConfig { outbox_frames: 4, overflow_frames: 6, ..with(DROP_LATE) };
     let mut fixture = HubFixture::open(1, narrow).await;
     let (_stalled, id) = fixture.connect_raw().await;
     let (frames, _, counted) = most_pending(&fixture, id).await;
@@ -111,7 +111,7 @@ async fn so_many_frames_wait_for_room_and_more_are_dropped_at_once_where_they_ma
 #[tokio::test]
 async fn so_many_bytes_wait_for_room() {
     for policy in [DROP_LATE, BroadcastPolicy::Block] {
-        let narrow = WsHubConfig { outbox_frames: 4, waiting_bytes: 10_000, ..with(policy) };
+        let narrow = WsHubConfig { outbox_frames: 4, overflow_bytes: 10_000, ..with(policy) };
         let mut fixture = HubFixture::open(1, narrow).await;
         let (_stalled, id) = fixture.connect_raw().await;
         let (frames, bytes, last) = most_pending(&fixture, id).await;
@@ -154,7 +154,7 @@ async fn beyond_the_budget_for_all_backlogs_the_largest_is_shed_with_1013_and_th
     }
     assert!(most <= BUDGET as u64, "nobody stays beyond the budget: {most}");
     assert!(most > (BUDGET - 2 * BYTES) as u64, "nobody is shed within it: {most}");
-    assert_eq!(fixture.ended().await, (large_id, CloseReason::Shed));
+    assert_eq!(fixture.ended().await, (large_id, CloseReason::BacklogLimit));
     let (texts, code) = large.rest().await;
     assert!(code == Some(1013) && texts.len() < number);
     for (raw, id, count) in [(&mut small, small_id, 20), (&mut middle, middle_id, 40)] {

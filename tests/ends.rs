@@ -64,14 +64,14 @@ fn peer(code: Option<u16>) -> CloseReason {
 /// the peer is invited to return.
 fn ends() -> Vec<(Way, CloseReason, Option<u16>, bool)> {
     use CloseReason::{
-        ControlFlood, HandlerPanicked, HighRtt, IdleTimeout, MaxDuration, PongTimeout, Protocol, Shed,
-        SlowConsumer, TooManyDrops, Transport, Vanished, WrongKind,
+        BacklogLimit, ControlFlood, Disconnected, HandlerPanicked, HighRtt, IdleTimeout, MaxDuration,
+        PongTimeout, Protocol, SlowConsumer, TooManyDrops, Transport, WrongKind,
     };
     vec![
         (Way::SaysGoodbye, peer(Some(1000)), Some(1000), false),
         (Way::LeavesThePage, peer(Some(1001)), Some(1001), true),
         (Way::SaysNoCode, peer(None), Some(1005), true),
-        (Way::Vanishes, Vanished, None, true),
+        (Way::Vanishes, Disconnected, None, true),
         (Way::Resets, Transport(std::io::ErrorKind::ConnectionReset), None, true),
         (Way::SendsNonsense, Protocol(FrameError::Unmasked), Some(1002), false),
         (Way::SendsTheWrongKind, WrongKind, Some(1003), false),
@@ -81,7 +81,7 @@ fn ends() -> Vec<(Way, CloseReason, Option<u16>, bool)> {
         (Way::LetsTooMuchWait, SlowConsumer, Some(1013), true),
         (Way::LetsTooMuchBeDropped, TooManyDrops, Some(1013), true),
         (Way::AnswersLate, HighRtt, Some(1013), true),
-        (Way::KeepsTooMuch, Shed, Some(1013), true),
+        (Way::KeepsTooMuch, BacklogLimit, Some(1013), true),
         (Way::Floods, ControlFlood, Some(1008), false),
         (Way::IsSentAway, application(4000), Some(4000), false),
         (Way::IsAskedToReturn, application(1013), Some(1013), true),
@@ -93,7 +93,7 @@ fn ends() -> Vec<(Way, CloseReason, Option<u16>, bool)> {
 fn config(way: Way) -> WsHubConfig {
     let calm = WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() };
     let beating = WsHubConfig { heartbeat_interval: ms(50), pong_timeout: DAY, ..calm.clone() };
-    let narrow = WsHubConfig { outbox_frames: 4, waiting_frames: 4, ..calm.clone() };
+    let narrow = WsHubConfig { outbox_frames: 4, overflow_frames: 4, ..calm.clone() };
     let (timeout, max_drops) = (Duration::ZERO, 3);
     match way {
         Way::FallsSilent => WsHubConfig { pong_timeout: ms(50), ..beating },
@@ -114,7 +114,7 @@ fn config(way: Way) -> WsHubConfig {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_back() {
-    for (way, expected, expected_code, invites_return) in ends() {
+    for (way, expected, expected_code, should_reconnect) in ends() {
         let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
         let mut fixture = HubFixture::open_on(engine, config(way)).await;
         let (mut raw, id) = fixture.connect_raw().await;
@@ -170,7 +170,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
         assert_eq!(code, expected_code, "{way:?}");
         let (ended, reason) = fixture.ended().await;
         assert_eq!((ended, &reason), (id, &expected), "{way:?}");
-        assert_eq!(reason.invites_return(), invites_return, "{way:?}");
+        assert_eq!(reason.should_reconnect(), should_reconnect, "{way:?}");
         eventually((0, 0, 0), || {
             (fixture.hub.len(), fixture.hub.group_count(), fixture.engine.connection_count())
         })
@@ -227,7 +227,7 @@ async fn the_answer_arrives_though_the_client_has_ended_its_side() {
         within_timeout(raw.stream.shutdown()).await.unwrap();
         fixture.recorder.permits.add_permits(usize::from(said == "wait"));
         assert_eq!(raw.rest().await, (vec![heard.to_owned()], None));
-        assert_eq!(fixture.ended().await, (id, CloseReason::Vanished));
+        assert_eq!(fixture.ended().await, (id, CloseReason::Disconnected));
     }
 }
 

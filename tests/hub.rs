@@ -194,7 +194,7 @@ async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
     cyd.recv_texts(&["published", "tried", "sent", "but Ada", "one", "from a thread"]).await;
     let targets = [all, but_one, red, both, both_but, none, one, left_out].map(|receipt| receipt.targets);
     assert_eq!(targets, [3, 2, 2, 2, 1, 0, 1, 0]);
-    assert_eq!(all.waited, 0, "nobody was behind");
+    assert_eq!(all.delayed, 0, "nobody was behind");
 }
 
 #[tokio::test]
@@ -507,7 +507,7 @@ async fn serve_hub_ends_when_its_connection_has_ended_and_holds_to_its_own_confi
 
     drop(large);
     assert_eq!(within_timeout(returned.recv()).await.unwrap().0, 1000);
-    assert_eq!(ended.try_recv(), Ok(CloseReason::Vanished));
+    assert_eq!(ended.try_recv(), Ok(CloseReason::Disconnected));
 }
 
 #[tokio::test]

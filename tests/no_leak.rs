@@ -50,7 +50,7 @@ async fn one_engine(round: usize) -> Weak<Recorder> {
     }
     let (engine, clients, recorder) =
         (fixture.engine.clone(), fixture.hub.clients().clone(), Arc::downgrade(&fixture.recorder));
-    let shutdown = Shutdown { spread: Duration::ZERO, ..Shutdown::within(Duration::from_secs(1)) };
+    let shutdown = Shutdown { close_window: Duration::ZERO, ..Shutdown::within(Duration::from_secs(1)) };
     match round % 3 {
         0 => drop(within_timeout(engine.shutdown_with(shutdown)).await.unwrap()),
         1 => {

@@ -709,7 +709,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
             }
             "protocol" => (Some(1002), matches!(&reason, CloseReason::Protocol(_))),
             // Which of the two depends on whether something was unread when the socket went.
-            _ => (None, matches!(&reason, CloseReason::Vanished | CloseReason::Transport(_))),
+            _ => (None, matches!(&reason, CloseReason::Disconnected | CloseReason::Transport(_))),
         };
         assert!(is_expected, "{way}: {reason:?}");
         assert_eq!(code, expected_code, "{way}");

@@ -39,7 +39,7 @@ const MESSAGE_BYTES: usize = 2000;
 type Heard = (Vec<String>, Option<(u16, String)>);
 
 fn at_once(within: Duration) -> Shutdown {
-    Shutdown { spread: Duration::ZERO, ..Shutdown::within(within) }
+    Shutdown { close_window: Duration::ZERO, ..Shutdown::within(within) }
 }
 
 /// Flushed, cut off, left over.
@@ -250,7 +250,7 @@ async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let report = within_timeout(fixture.engine.shutdown_with(at_once(SHORT))).await.unwrap();
     assert_eq!(counts(&report), [0, 1, 0]);
     let receipt = within_timeout(sending).await.unwrap();
-    assert_eq!((receipt.targets, receipt.taken(), receipt.disconnected), (1, 0, 1));
+    assert_eq!((receipt.targets, receipt.accepted(), receipt.disconnected), (1, 0, 1));
     let after = fixture.engine.metrics();
     assert_eq!((after.connections, after.tally.pending(), after.pending_bytes, after.ended), (0, 0, 0, 1));
     assert_eq!(

@@ -138,8 +138,8 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, bytes: usize) {
     assert_eq!(heard, taken.chain([ROUNDS]).collect::<Vec<_>>());
     for receipt in &receipts {
         assert_eq!(receipt.targets, OTHERS as u64 + 1);
-        assert_eq!(receipt.taken(), OTHERS as u64 + u64::from(arrived(receipt)), "{receipt:?}");
-        assert!(receipt.waited <= 1 && (arrived(receipt) || receipt.waited == 1), "{receipt:?}");
+        assert_eq!(receipt.accepted(), OTHERS as u64 + u64::from(arrived(receipt)), "{receipt:?}");
+        assert!(receipt.delayed <= 1 && (arrived(receipt) || receipt.delayed == 1), "{receipt:?}");
     }
     let counted = fixture.counted(slow_id).await;
     assert_eq!((counted.tally.written, counted.tally.pending()), (counted.tally.offered - dropped, 0));
@@ -319,7 +319,7 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
     let receipt = within_timeout(waiting).await.unwrap();
     assert_eq!(
-        (receipt.targets, receipt.waited, receipt.disconnected),
+        (receipt.targets, receipt.delayed, receipt.disconnected),
         (1, 1, 1),
         "who waited for it goes on"
     );
@@ -485,7 +485,7 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
         let (id, reason) = fixture.ended().await;
         let place = ids.iter().position(|other| *other == id).expect("it has not ended before");
         ids.remove(place);
-        assert!(matches!(reason, CloseReason::Transport(_) | CloseReason::Vanished), "{reason:?}");
+        assert!(matches!(reason, CloseReason::Transport(_) | CloseReason::Disconnected), "{reason:?}");
     }
     eventually(0, || fixture.hub.group_len("goers")).await;
 }

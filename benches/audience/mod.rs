@@ -11,11 +11,12 @@ pub(crate) mod driven;
 pub(crate) mod running;
 
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use shardcast_engine::{
-    Address, ConnectionConfig, ConnectionId, Context, Encoding, Engine, Flow, Handler, Message, Metrics,
-    Namespace, NewConnection, Payload, Publication, Socket, TryPublishError,
+    Address, ConnectionConfig, ConnectionId, Context, Encoding, Engine, Handler, Message, Metrics, Namespace,
+    NewConnection, Payload, Publication, Socket, TryPublishError,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -50,7 +51,7 @@ fn newcomer(
         }),
         config: config.clone(),
         encoding: Encoding::PLAIN,
-        place: engine.admit(None).expect("there is a place for everybody"),
+        permit: engine.admit(None).expect("there is a place for everybody"),
     }
 }
 
@@ -84,7 +85,7 @@ fn check_losses(metrics: &Metrics) {
 struct Silent;
 
 impl Handler for Silent {
-    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
-        Flow::Ready
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
     }
 }

@@ -15,8 +15,8 @@ use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::time::Duration;
 
 use shardcast_engine::{
-    Address, CloseReason, ConnectionConfig, Context, Encoding, Engine, EngineConfig, Flow, Handler,
-    MakeHandler, Message, MessageKind, Namespace, NewConnection, Payload, Publication, accept_key,
+    Address, CloseReason, ConnectionConfig, Context, Encoding, Engine, EngineConfig, Handler, MakeHandler,
+    Message, MessageKind, Namespace, NewConnection, Payload, Publication, accept_key,
 };
 
 /// Sends every message back as it came.
@@ -25,7 +25,7 @@ struct Echo {
 }
 
 impl Handler for Echo {
-    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
         let frame = match (message.kind, std::str::from_utf8(message.payload)) {
             (MessageKind::Text, Ok(text)) => Payload::text(text),
             _ => Payload::binary(message.payload),
@@ -35,7 +35,7 @@ impl Handler for Echo {
             // Its mailbox is full. A real handler would answer `Pending` and try again.
             context.close(CloseReason::SlowConsumer);
         }
-        Flow::Ready
+        Poll::Ready(())
     }
 }
 
@@ -70,10 +70,10 @@ fn welcome(
     config: Arc<ConnectionConfig>,
 ) -> Result<(), Box<dyn Error>> {
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let Some(place) = engine.admit(Some(stream.peer_addr()?.ip())) else {
+    let Some(permit) = engine.admit(Some(stream.peer_addr()?.ip())) else {
         stream
             .write_all(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n")?;
-        return Err("no place left".into());
+        return Err("connection limit reached".into());
     };
     let mut request = Vec::new();
     let head = loop {
@@ -110,7 +110,7 @@ fn welcome(
     let echo = Echo { everyone: everyone.clone() };
     let handler: MakeHandler = Box::new(|_| Box::new(echo));
     let newcomer =
-        NewConnection { socket: stream.into(), received, handler, config, encoding: Encoding::PLAIN, place };
+        NewConnection { socket: stream.into(), received, handler, config, encoding: Encoding::PLAIN, permit };
     block_on(everyone.adopt(newcomer))?;
     Ok(())
 }

@@ -40,15 +40,15 @@ impl Admission {
     }
 
     /// A place for one more connection, unless all are taken, in all or for its address.
-    pub(crate) fn admit(self: &Arc<Self>, address: Option<IpAddr>) -> Option<Place> {
+    pub(crate) fn admit(self: &Arc<Self>, address: Option<IpAddr>) -> Option<ConnectionPermit> {
         // Relaxed: a counter; nothing else hangs on it.
         let one_more = |taken| (taken < self.max).then_some(taken + 1);
         self.taken.fetch_update(Relaxed, Relaxed, one_more).ok()?;
         // From here on the place gives back what it has.
-        let mut place = Place { admission: self.clone(), shard: None, address: None };
+        let mut permit = ConnectionPermit { admission: self.clone(), shard: None, address: None };
         match address {
-            Some(address) if !place.count_for(address) => None,
-            _ => Some(place),
+            Some(address) if !permit.count_for(address) => None,
+            _ => Some(permit),
         }
     }
 
@@ -59,14 +59,14 @@ impl Admission {
 
 /// One connection's place; free again when dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct ConnectionPermit {
     admission: Arc<Admission>,
     shard: Option<u32>,
     /// Where it is counted for its address.
     address: Option<Box<IpAddr>>,
 }
 
-impl Place {
+impl ConnectionPermit {
     /// Whether connections are counted by their addresses, and this one's is not known.
     pub fn lacks_address(&self) -> bool {
         self.admission.addresses.is_some() && self.address.is_none()
@@ -113,7 +113,7 @@ fn counted_as(address: IpAddr) -> IpAddr {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.admission.taken.fetch_sub(1, Relaxed);
         if let Some(shard) = self.shard {

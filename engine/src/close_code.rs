@@ -44,7 +44,7 @@ impl CloseCode {
 
     /// Whether a peer that reads this code may sensibly come back: 1001 and 1011–1014.
     #[must_use]
-    pub const fn invites_return(self) -> bool {
+    pub const fn should_reconnect(self) -> bool {
         matches!(self.0, 1001 | 1011..=1014)
     }
 

@@ -23,7 +23,7 @@ pub enum CloseReason {
     },
     /// The peer's end of the stream came without a Close frame.
     #[error("the peer ended the stream without a Close frame")]
-    Vanished,
+    Disconnected,
     /// The socket failed.
     #[error("the socket failed: {0}")]
     Transport(std::io::ErrorKind),
@@ -57,11 +57,11 @@ pub enum CloseReason {
     HighRtt,
     /// All backlogs together had grown too large, and this one was among the largest.
     #[error("shed for its large backlog")]
-    Shed,
+    BacklogLimit,
     /// The messages of all connections that were incomplete or waited for their handler took too much memory, and this
     /// connection's were among the largest.
     #[error("shed for its large unfinished message")]
-    UnfinishedShed,
+    UnfinishedLimit,
     /// The connection joined more groups than [`max_groups`](crate::ConnectionConfig::max_groups).
     #[error("the connection joined too many groups")]
     TooManyGroups,
@@ -114,7 +114,7 @@ impl CloseReason {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Peer { .. } => "peer",
-            Self::Vanished => "vanished",
+            Self::Disconnected => "disconnected",
             Self::Transport(_) => "transport",
             Self::Protocol(_) => "protocol",
             Self::Undecodable => "undecodable",
@@ -125,8 +125,8 @@ impl CloseReason {
             Self::SlowConsumer => "slow_consumer",
             Self::TooManyDrops => "too_many_drops",
             Self::HighRtt => "high_rtt",
-            Self::Shed => "shed",
-            Self::UnfinishedShed => "unfinished_shed",
+            Self::BacklogLimit => "backlog_limit",
+            Self::UnfinishedLimit => "unfinished_limit",
             Self::TooManyGroups => "too_many_groups",
             Self::ControlFlood => "control_flood",
             Self::Application { .. } => "application",
@@ -140,7 +140,7 @@ impl CloseReason {
     /// [`CloseCode::NO_STATUS`] means a Close frame without a code, the answer to a peer's Close frame without one.
     pub fn close_frame(&self) -> Option<(CloseCode, Cow<'_, str>)> {
         let (code, text) = match self {
-            Self::Vanished | Self::Transport(_) => return None,
+            Self::Disconnected | Self::Transport(_) => return None,
             Self::Peer { code, .. } => (code.unwrap_or(CloseCode::NO_STATUS), ""),
             Self::Protocol(error) => return Some((error.close_code(), error.to_string().into())),
             Self::Undecodable => (CloseCode::INVALID_PAYLOAD, "undecodable message"),
@@ -148,11 +148,11 @@ impl CloseReason {
             Self::PongTimeout => (CloseCode::INTERNAL_ERROR, "no pong in time"),
             Self::IdleTimeout => (CloseCode::GOING_AWAY, "idle"),
             Self::MaxDuration => (CloseCode::SERVICE_RESTART, "maximum duration"),
-            Self::SlowConsumer | Self::TooManyDrops | Self::Shed => {
+            Self::SlowConsumer | Self::TooManyDrops | Self::BacklogLimit => {
                 (CloseCode::TRY_AGAIN_LATER, "slow consumer")
             }
             Self::HighRtt => (CloseCode::TRY_AGAIN_LATER, "round trips too slow"),
-            Self::UnfinishedShed => (CloseCode::TRY_AGAIN_LATER, "overloaded by unfinished messages"),
+            Self::UnfinishedLimit => (CloseCode::TRY_AGAIN_LATER, "overloaded by unfinished messages"),
             Self::TooManyGroups => (CloseCode::POLICY_VIOLATION, "too many groups"),
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
             Self::Application { code, text } => (*code, &**text),
@@ -164,12 +164,12 @@ impl CloseReason {
 
     /// Whether the peer may sensibly come back, at once or after a while: the end was the network's, the
     /// server's or the hour's doing, not a fault in what the peer says.
-    pub fn invites_return(&self) -> bool {
+    pub fn should_reconnect(&self) -> bool {
         match self {
             Self::Protocol(_) | Self::Undecodable | Self::WrongKind => false,
             Self::ControlFlood | Self::TooManyGroups => false,
             Self::Peer { code, .. } => code.is_none_or(|code| code != CloseCode::NORMAL),
-            Self::Application { code, .. } => code.invites_return(),
+            Self::Application { code, .. } => code.should_reconnect(),
             _ => true,
         }
     }
@@ -178,14 +178,15 @@ impl CloseReason {
     ///
     /// Not where the peer has been slow or silent: it would only delay the end.
     pub(crate) fn flushes_first(&self) -> bool {
-        let is_slow = matches!(self, Self::SlowConsumer | Self::TooManyDrops | Self::HighRtt | Self::Shed);
+        let is_slow =
+            matches!(self, Self::SlowConsumer | Self::TooManyDrops | Self::HighRtt | Self::BacklogLimit);
         let is_silent = matches!(self, Self::PongTimeout | Self::Transport(_));
         !is_slow && !is_silent
     }
 
     /// Whether the end came with the peer's input: then the messages before it are still handled.
     pub(crate) fn is_in_input(&self) -> bool {
-        let is_gone = matches!(self, Self::Peer { .. } | Self::Vanished | Self::Transport(_));
+        let is_gone = matches!(self, Self::Peer { .. } | Self::Disconnected | Self::Transport(_));
         is_gone || matches!(self, Self::Protocol(_) | Self::ControlFlood)
     }
 }

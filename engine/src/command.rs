@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::admission::Place;
+use crate::admission::ConnectionPermit;
 use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
 use crate::directory::{Directory, Group, Oversized, PendingJoin};
@@ -90,7 +90,7 @@ pub(crate) struct Adoption {
     pub(crate) config: Arc<ConnectionConfig>,
     pub(crate) encoding: Encoding,
     pub(crate) directory: Arc<Directory>,
-    pub(crate) place: Place,
+    pub(crate) permit: ConnectionPermit,
     pub(crate) join: PendingJoin,
 }
 

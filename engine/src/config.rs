@@ -160,10 +160,10 @@ pub struct ConnectionConfig {
     pub outbox_bytes: usize,
     /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit frames that may be dropped
     /// are dropped at once; where none may be, the connection is ended as a slow consumer (1013).
-    pub waiting_frames: usize,
+    pub overflow_frames: usize,
     /// Bytes that may wait for room in the outbox: 0 to 16 GiB. Default: 16 MiB. At the limit the same happens as for
-    /// `waiting_frames`. One frame of any size may wait where no other does.
-    pub waiting_bytes: usize,
+    /// `overflow_frames`. One frame of any size may wait where no other does.
+    pub overflow_bytes: usize,
     /// How long a client may take nothing while something waits for it: 10 ms to 1 hour, or none. Default: 10 s. After it
     /// the client is disconnected as a slow consumer (1013), whatever it sends and whatever its handler does. A client that
     /// takes one byte in this time makes progress and stays connected. Where the system does not tell what the client has
@@ -216,8 +216,8 @@ impl Default for ConnectionConfig {
         Self {
             outbox_frames: 1024,
             outbox_bytes: 1 << 20,
-            waiting_frames: 65_536,
-            waiting_bytes: 16 << 20,
+            overflow_frames: 65_536,
+            overflow_bytes: 16 << 20,
             stall_timeout: Some(Duration::from_secs(10)),
             policy: Policy::Block,
             max_message_bytes: 64 << 10,
@@ -246,8 +246,8 @@ impl ConnectionConfig {
         const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
         within("outbox_frames", self.outbox_frames, 1, 1 << 24)?;
         within("outbox_bytes", self.outbox_bytes, 1024, 1 << 30)?;
-        within("waiting_frames", self.waiting_frames, 0, 1 << 24)?;
-        within("waiting_bytes", self.waiting_bytes, 0, 16 << 30)?;
+        within("overflow_frames", self.overflow_frames, 0, 1 << 24)?;
+        within("overflow_bytes", self.overflow_bytes, 0, 16 << 30)?;
         within("max_message_bytes", self.max_message_bytes, 1, 1 << 30)?;
         within("max_fragments", self.max_fragments, 1, 1 << 24)?;
         within("control_frames_per_second", self.control_frames_per_second, 1, u16::MAX)?;

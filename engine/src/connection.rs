@@ -17,9 +17,10 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
-use crate::admission::Place;
+use crate::admission::ConnectionPermit;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
@@ -27,7 +28,7 @@ use crate::decoder::Decoder;
 use crate::directory::{Directory, Group, PendingJoin};
 use crate::drop_notice::DropNotice;
 use crate::frame::ControlFrame;
-use crate::handler::{Context, Flow, Handler, Resume, ResumeQueue};
+use crate::handler::{Context, Handler, Resume, ResumeQueue};
 use crate::heartbeat::{Beat, Heartbeat};
 use crate::held::Held;
 use crate::id::{ConnectionId, Slot};
@@ -127,7 +128,7 @@ pub(crate) struct Connection {
     /// Is counted as congested in its groups.
     is_congested: bool,
     encoding: Encoding,
-    _place: Place,
+    _permit: ConnectionPermit,
 }
 
 /// From where its shard calls a handler.
@@ -174,7 +175,7 @@ impl Connection {
         encoding: Encoding,
         directory: Arc<Directory>,
         handler: Box<dyn Handler>,
-        place: Place,
+        permit: ConnectionPermit,
         now: Duration,
     ) -> Self {
         Self {
@@ -208,7 +209,7 @@ impl Connection {
             is_ready: false,
             is_congested: false,
             encoding,
-            _place: place,
+            _permit: permit,
         }
     }
 
@@ -314,15 +315,15 @@ impl Connection {
     pub(crate) fn call(
         &mut self,
         site: &CallSite<'_>,
-        call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
-    ) -> (Flow, Option<CloseReason>) {
-        let Some(handler) = self.handler.as_deref_mut() else { return (Flow::Ready, None) };
+        call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Poll<()>,
+    ) -> (Poll<()>, Option<CloseReason>) {
+        let Some(handler) = self.handler.as_deref_mut() else { return (Poll::Ready(()), None) };
         let mut context = Context::new(self.id, site.position, site.post, &mut self.resume);
         let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
             Ok(flow) => (flow, context.into_close()),
-            Err(_) => (Flow::Ready, Some(CloseReason::HandlerPanicked)),
+            Err(_) => (Poll::Ready(()), Some(CloseReason::HandlerPanicked)),
         };
-        if flow == Flow::Pending && self.is_idle() {
+        if flow == Poll::Pending && self.is_idle() {
             self.work = Work::Busy;
         }
         (flow, end)
@@ -378,8 +379,8 @@ impl Connection {
         Bounds {
             frames: self.config.outbox_frames,
             bytes: self.config.outbox_bytes,
-            waiting: self.config.waiting_frames,
-            waiting_bytes: self.config.waiting_bytes,
+            waiting: self.config.overflow_frames,
+            overflow_bytes: self.config.overflow_bytes,
         }
     }
 

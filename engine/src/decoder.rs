@@ -143,7 +143,7 @@ enum Lent {
 /// An event that is complete, without the borrow.
 struct Ready {
     says: Says,
-    at: Place,
+    at: ConnectionPermit,
 }
 
 #[derive(Clone, Copy)]
@@ -154,7 +154,7 @@ enum Says {
     Close(Option<CloseCode>),
 }
 
-enum Place {
+enum ConnectionPermit {
     Input(Range<usize>),
     Kept,
 }
@@ -258,7 +258,7 @@ impl Decoder {
                     let payload = &mut input[whole.clone()];
                     unmask(payload, header.key, 0);
                     let says = self.conclude_in_place(header.opcode, payload)?;
-                    return Ok(Some(Ready { says, at: Place::Input(whole) }));
+                    return Ok(Some(Ready { says, at: ConnectionPermit::Input(whole) }));
                 }
                 self.partial().open_frame(header);
             }
@@ -266,7 +266,7 @@ impl Decoder {
             *at += partial.take_payload(&mut input[*at..], limits)?;
             let Some(header) = partial.close_frame() else { return Ok(None) };
             if let Some(says) = partial.conclude(&header)? {
-                return Ok(Some(Ready { says, at: Place::Kept }));
+                return Ok(Some(Ready { says, at: ConnectionPermit::Kept }));
             }
         }
     }
@@ -352,9 +352,9 @@ impl Decoder {
 
     fn event<'a>(&'a self, ready: Ready, input: &'a [u8]) -> Event<'a> {
         let payload = match (ready.at, &self.state) {
-            (Place::Input(range), _) => &input[range],
-            (Place::Kept, State::Partial(partial)) => partial.lent_bytes(),
-            (Place::Kept, _) => unreachable!("an event that was kept is kept in a partial"),
+            (ConnectionPermit::Input(range), _) => &input[range],
+            (ConnectionPermit::Kept, State::Partial(partial)) => partial.lent_bytes(),
+            (ConnectionPermit::Kept, _) => unreachable!("an event that was kept is kept in a partial"),
         };
         match ready.says {
             Says::Message(kind) => Event::Message { kind, payload },

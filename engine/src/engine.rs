@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use mio::{Poll, Waker};
 
-use crate::admission::Place;
+use crate::admission::ConnectionPermit;
 use crate::beacon::Beacons;
 use crate::close_code::InvalidCloseCode;
 use crate::config::{ConfigError, EngineConfig};
@@ -175,7 +175,7 @@ impl Engine {
 
     /// A place for one more connection, or none if `max_connections` are here, or `max_connections_per_address` of
     /// its address, or the engine is shutdown. Ask before the handshake is answered.
-    pub fn admit(&self, address: Option<IpAddr>) -> Option<Place> {
+    pub fn admit(&self, address: Option<IpAddr>) -> Option<ConnectionPermit> {
         if self.owner.core.shutdown.is_asked() { None } else { self.owner.core.admission.admit(address) }
     }
 

@@ -154,7 +154,7 @@ impl EngineCore {
 
     /// Asks all shards to end now: what is queued is flushed for as long as `within`, nothing else is waited for.
     pub(crate) fn stop(&self, within: Duration, now: Instant) {
-        let shutdown = Shutdown { within, spread: Duration::ZERO, code: CloseCode::GOING_AWAY };
+        let shutdown = Shutdown { within, close_window: Duration::ZERO, code: CloseCode::GOING_AWAY };
         self.shutdown.ask(shutdown, now);
         self.close();
     }

@@ -102,21 +102,21 @@ impl Fanout {
 
     /// Offers the batch to each member of a group; returns how many there were. `entry` is its first.
     pub(crate) fn fan_out(&mut self, group: LocalKey, batch: &mut Batch<'_>, entry: &Entry) -> u64 {
-        let (mut targets, mut waited) = (0, 0);
+        let (mut targets, mut delayed) = (0, 0);
         for index in 0..self.groups.len(group) {
             let slot = self.groups.member(group, index);
-            self.offer_unless(slot, batch, entry, &mut targets, &mut waited);
+            self.offer_unless(slot, batch, entry, &mut targets, &mut delayed);
         }
-        count(entry, targets, waited)
+        count(entry, targets, delayed)
     }
 
     /// Offers the batch to each slot; returns how many there were.
     pub(crate) fn fan_out_to(&mut self, slots: &[Slot], batch: &mut Batch<'_>, entry: &Entry) -> u64 {
-        let (mut targets, mut waited) = (0, 0);
+        let (mut targets, mut delayed) = (0, 0);
         for slot in slots {
-            self.offer_unless(*slot, batch, entry, &mut targets, &mut waited);
+            self.offer_unless(*slot, batch, entry, &mut targets, &mut delayed);
         }
-        count(entry, targets, waited)
+        count(entry, targets, delayed)
     }
 
     #[inline]
@@ -126,7 +126,7 @@ impl Fanout {
         batch: &mut Batch<'_>,
         entry: &Entry,
         targets: &mut u64,
-        waited: &mut u64,
+        delayed: &mut u64,
     ) {
         let Some(connection) = self.connections.get(slot) else { return };
         if entry.publication.except.contains(&connection.id()) {
@@ -134,7 +134,7 @@ impl Fanout {
         }
         *targets += 1;
         match batch.chunk(connection.encoding()) {
-            Some(chunk) => *waited += u64::from(self.offer(slot, chunk, Terms::of(entry))),
+            Some(chunk) => *delayed += u64::from(self.offer(slot, chunk, Terms::of(entry))),
             None => self.cannot_render(slot, entry.ticket.as_ref()),
         }
     }
@@ -231,7 +231,7 @@ impl Fanout {
         }
     }
 
-    /// Drops what has waited too long for one connection.
+    /// Drops what has delayed too long for one connection.
     pub(crate) fn expire_waiting(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections.find_mut(id) else { return };
         let mut drops: SmallVec<[(Dropped, Option<Arc<str>>); 4]> = SmallVec::new();
@@ -354,9 +354,9 @@ impl Fanout {
     }
 }
 
-fn count(entry: &Entry, targets: u64, waited: u64) -> u64 {
+fn count(entry: &Entry, targets: u64, delayed: u64) -> u64 {
     if let Some(ticket) = &entry.ticket {
-        ticket.count(targets, waited);
+        ticket.count(targets, delayed);
     }
     targets
 }

@@ -8,7 +8,7 @@
 //! reasons. Does not know sockets.
 
 use std::sync::Arc;
-use std::task::{Wake, Waker};
+use std::task::{Poll, Wake, Waker};
 
 use crate::close_code::{CloseCode, InvalidCloseCode};
 use crate::close_reason::CloseReason;
@@ -32,33 +32,33 @@ pub trait Handler {
     /// What this method sends to everyone does not reach its own connection. If it returns `Ready` at once, that holds for what
     /// it has sent on this thread; what others send on its behalf, it must have awaited: by `Pending`, and `Ready` from
     /// [`on_resume`](Self::on_resume).
-    fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
+    fn on_open(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let _ = context;
-        Flow::Ready
+        Poll::Ready(())
     }
 
     /// A whole message has arrived. Payloads of text are valid UTF-8.
-    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow;
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()>;
 
     /// Frames for this connection were dropped by the policy. Called once for each cause and group since the last
     /// calls; not while another call is pending, but before the next message and before the end.
-    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Flow {
+    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Poll<()> {
         let _ = (notice, context);
-        Flow::Ready
+        Poll::Ready(())
     }
 
     /// A waker from the context was woken, after a call that answered `Pending`.
-    fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let _ = context;
-        Flow::Ready
+        Poll::Ready(())
     }
 
     /// The connection has ended; called exactly once, after the last `Pending` was resolved and the messages that came
     /// before the end were handled.
     /// The handler is dropped when this, or the `on_resume` after it, is `Ready`.
-    fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
+    fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Poll<()> {
         let _ = (reason, context);
-        Flow::Ready
+        Poll::Ready(())
     }
 }
 
@@ -69,16 +69,6 @@ pub struct Message<'a> {
     pub kind: MessageKind,
     /// Its bytes; valid UTF-8 if the kind is text.
     pub payload: &'a [u8],
-}
-
-/// Whether a handler is done with what it was given.
-#[must_use]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flow {
-    /// Done: the next message may come.
-    Ready,
-    /// Not done: call `on_resume` when the waker was woken.
-    Pending,
 }
 
 /// What a handler may ask of its connection during a call.

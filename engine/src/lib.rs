@@ -13,10 +13,11 @@
 //! use std::io::{Read, Write};
 //! use std::os::unix::net::UnixStream;
 //! use std::sync::Arc;
+//! use std::task::Poll;
 //! use std::time::Instant;
 //!
 //! use shardcast_engine::{
-//!     Address, ConnectionConfig, Context, Encoding, Engine, EngineConfig, Flow, Handler, Message, Namespace,
+//!     Address, ConnectionConfig, Context, Encoding, Engine, EngineConfig, Handler, Message, Namespace,
 //!     NewConnection, Payload, Publication,
 //! };
 //!
@@ -24,10 +25,10 @@
 //! struct Lengths(Namespace);
 //!
 //! impl Handler for Lengths {
-//!     fn on_message(&mut self, message: Message<'_>, _: &mut Context<'_>) -> Flow {
+//!     fn on_message(&mut self, message: Message<'_>, _: &mut Context<'_>) -> Poll<()> {
 //!         let payload = Payload::text(&format!("{} bytes", message.payload.len()));
 //!         self.0.try_publish(Publication::message(Address::Everyone, payload)).ok(); // refused if the log is full
-//!         Flow::Ready
+//!         Poll::Ready(())
 //!     }
 //! }
 //!
@@ -54,7 +55,7 @@
 //!     handler: Box::new(|_| Box::new(lengths)), // made on the shard, once there is an id
 //!     config: Arc::new(ConnectionConfig::default()),
 //!     encoding: Encoding::PLAIN,
-//!     place: engine.admit(None).expect("there is room for one"),
+//!     permit: engine.admit(None).expect("there is room for one"),
 //! };
 //! block_on(everyone.adopt(connection))?;
 //! shards[0].turn(Instant::now())?;
@@ -126,7 +127,7 @@ mod wait_list;
 mod watchdog;
 mod wheel;
 
-pub use admission::Place;
+pub use admission::ConnectionPermit;
 pub use close_code::{CloseCode, InvalidCloseCode};
 pub use close_reason::CloseReason;
 pub use config::{ConfigError, ConnectionConfig, EngineConfig};
@@ -134,7 +135,7 @@ pub use decoder::{Decoder, Event, Limits};
 pub use drop_notice::DropNotice;
 pub use engine::{Engine, StartError};
 pub use frame::{ControlFrame, Frame, FrameError, Header, MessageKind, Opcode};
-pub use handler::{Context, Flow, Handler, MakeHandler, Message};
+pub use handler::{Context, Handler, MakeHandler, Message};
 pub use handshake::accept_key;
 pub use heartbeat::Rtt;
 pub use id::{ConnectionId, InvalidConnectionId};

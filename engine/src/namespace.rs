@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::admission::Place;
+use crate::admission::ConnectionPermit;
 use crate::command::{Action, Adoption, Answer, Command, Query};
 use crate::config::{ConfigError, ConnectionConfig};
 use crate::engine_core::EngineCore;
@@ -245,17 +245,17 @@ impl Namespace {
     /// A setting out of range, an encoding of another engine, a socket that cannot be prepared, an engine that has ended, too many
     /// waiting.
     pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
-        let NewConnection { socket, received, handler, config, encoding, mut place } = connection;
+        let NewConnection { socket, received, handler, config, encoding, mut permit } = connection;
         self.publisher.core().config.validate_with(&config)?;
         if !self.publisher.core().encodings.has(encoding) {
             return Err(AdoptError::UnknownEncoding);
         }
         socket.prepare()?;
         self.publisher.expect(&config);
-        let shard = place.choose_shard();
+        let shard = permit.choose_shard();
         let join = self.publisher.directory().enter_everyone(shard);
         let directory = self.publisher.directory().clone();
-        let adoption = Adoption { socket, received, handler, config, encoding, directory, place, join };
+        let adoption = Adoption { socket, received, handler, config, encoding, directory, permit, join };
         self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
         Ok(())
     }
@@ -274,7 +274,7 @@ pub struct NewConnection {
     /// How payloads become frames for it; for most, [`Encoding::PLAIN`].
     pub encoding: Encoding,
     /// Its place in the engine, taken before the handshake was answered.
-    pub place: Place,
+    pub permit: ConnectionPermit,
 }
 
 impl std::fmt::Debug for NewConnection {

@@ -138,7 +138,7 @@ pub(crate) struct Bounds {
     pub(crate) frames: usize,
     pub(crate) bytes: usize,
     pub(crate) waiting: usize,
-    pub(crate) waiting_bytes: usize,
+    pub(crate) overflow_bytes: usize,
 }
 
 /// `T` is held for as long as a frame waits.
@@ -156,8 +156,8 @@ pub(crate) struct Outbox<T> {
 struct More<T> {
     rest: VecDeque<Segment>,
     waiting: VecDeque<Waiting<T>>,
-    waiting_frames: usize,
-    waiting_bytes: usize,
+    overflow_frames: usize,
+    overflow_bytes: usize,
     control: Vec<u8>,
     /// Where in `control` the write stopped inside a control frame.
     control_written: usize,
@@ -168,8 +168,8 @@ impl<T> Default for More<T> {
         Self {
             rest: VecDeque::new(),
             waiting: VecDeque::new(),
-            waiting_frames: 0,
-            waiting_bytes: 0,
+            overflow_frames: 0,
+            overflow_bytes: 0,
             control: Vec::new(),
             control_written: 0,
         }
@@ -237,7 +237,7 @@ impl<T> Outbox<T> {
 
     #[cfg(feature = "audit")]
     pub(crate) fn audit_bytes(&self) -> (usize, usize) {
-        (self.bytes, self.more.as_ref().map_or(0, |more| more.waiting_bytes))
+        (self.bytes, self.more.as_ref().map_or(0, |more| more.overflow_bytes))
     }
 
     #[cfg(feature = "audit")]
@@ -253,7 +253,7 @@ impl<T> Outbox<T> {
 
     /// Bytes that are kept for the peer, the waiting ones included. Frames shared with others count for each.
     pub(crate) fn backlog_bytes(&self) -> usize {
-        self.bytes + self.more.as_ref().map_or(0, |more| more.waiting_bytes)
+        self.bytes + self.more.as_ref().map_or(0, |more| more.overflow_bytes)
     }
 
     /// Appends all frames of `chunk` if nothing is queued and they take at most a quarter of the bounds; else
@@ -304,7 +304,7 @@ impl<T> Outbox<T> {
     ) -> Enqueued {
         let frames = segment.frames();
         let mut room = bounds.waiting.saturating_sub(self.waiting()).min(frames as usize) as u32;
-        let bytes = bounds.waiting_bytes.saturating_sub(self.backlog_bytes() - self.bytes);
+        let bytes = bounds.overflow_bytes.saturating_sub(self.backlog_bytes() - self.bytes);
         let start = segment.chunk.start(segment.next);
         while room > 0 && (segment.chunk.end(segment.next + room) - start) as usize > bytes {
             room -= 1;
@@ -321,8 +321,8 @@ impl<T> Outbox<T> {
         segment.end = segment.next + may_wait;
         if may_wait > 0 {
             let more = self.more.get_or_insert_default();
-            more.waiting_frames += may_wait as usize;
-            more.waiting_bytes += segment.bytes();
+            more.overflow_frames += may_wait as usize;
+            more.overflow_bytes += segment.bytes();
             more.waiting.push_back(Waiting { segment, expiry, origin: origin() });
         }
         match may_wait {
@@ -355,8 +355,8 @@ impl<T> Outbox<T> {
             }
             !is_over
         });
-        more.waiting_frames -= frames;
-        more.waiting_bytes -= bytes;
+        more.overflow_frames -= frames;
+        more.overflow_bytes -= bytes;
         self.admit(bounds);
         self.shrink();
         next
@@ -370,7 +370,7 @@ impl<T> Outbox<T> {
 
     /// Frames that wait for room.
     pub(crate) fn waiting(&self) -> usize {
-        self.more.as_ref().map_or(0, |more| more.waiting_frames)
+        self.more.as_ref().map_or(0, |more| more.overflow_frames)
     }
 
     /// How many of the segment's frames, up to which index, fit within the bounds.
@@ -528,8 +528,8 @@ impl<T> Outbox<T> {
             }
             let more = self.more.get_or_insert_default();
             let taken = Segment { end: fitting, ..waiting.segment.clone() };
-            more.waiting_frames -= taken.frames() as usize;
-            more.waiting_bytes -= taken.bytes();
+            more.overflow_frames -= taken.frames() as usize;
+            more.overflow_bytes -= taken.bytes();
             if fitting < end {
                 waiting.segment.next = fitting;
                 more.waiting.push_front(waiting);
@@ -546,8 +546,8 @@ impl<T> Outbox<T> {
             more.rest = VecDeque::new();
             more.waiting.iter().filter_map(|waiting| waiting.origin.as_ref()).for_each(&mut on_gone);
             more.waiting = VecDeque::new();
-            more.waiting_frames = 0;
-            more.waiting_bytes = 0;
+            more.overflow_frames = 0;
+            more.overflow_bytes = 0;
         }
         self.frames = 0;
         self.bytes = 0;
@@ -648,7 +648,7 @@ mod tests {
     use super::*;
     use crate::frame::ControlFrame;
 
-    const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8, waiting_bytes: 1 << 30 };
+    const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8, overflow_bytes: 1 << 30 };
 
     /// A frame that says its number, in `bytes` bytes (6 to 120).
     const FOR_EVER: Expiry = Expiry { until: None, max_drops: 0 };

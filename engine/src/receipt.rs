@@ -22,10 +22,10 @@ pub struct Receipt {
     /// Connections that the publication was meant for.
     pub targets: u64,
     /// Of these, connections whose outbox was full, so that the frame had to wait (or was dropped at once).
-    pub waited: u64,
+    pub delayed: u64,
     /// Connections for which the frame was dropped.
     pub dropped: Drops,
-    /// Of those that waited, connections that ended before they took the frame.
+    /// Of those that delayed, connections that ended before they took the frame.
     pub disconnected: u64,
     /// The place in the order: of a publication, behind it; of a frame to one connection, or to nobody, behind what had
     /// been published before.
@@ -34,7 +34,7 @@ pub struct Receipt {
 
 impl Receipt {
     /// Connections that have the frame in their outbox or in the kernel.
-    pub fn taken(&self) -> u64 {
+    pub fn accepted(&self) -> u64 {
         self.targets - self.dropped.total() - self.disconnected
     }
 }
@@ -51,7 +51,7 @@ pub(crate) struct Open {
 #[derive(Debug, Default)]
 struct State {
     targets: AtomicU64,
-    waited: AtomicU64,
+    delayed: AtomicU64,
     dropped: SharedDrops,
     disconnected: AtomicU64,
     end: Mutex<End>,
@@ -95,10 +95,10 @@ impl Open {
         self.wants_outcome
     }
 
-    pub(crate) fn count(&self, targets: u64, waited: u64) {
+    pub(crate) fn count(&self, targets: u64, delayed: u64) {
         // Relaxed: read after `reached` was seen under the lock.
         self.state.targets.fetch_add(targets, Relaxed);
-        self.state.waited.fetch_add(waited, Relaxed);
+        self.state.delayed.fetch_add(delayed, Relaxed);
     }
 
     pub(crate) fn count_drop(&self, cause: DropCause) {
@@ -135,10 +135,10 @@ impl Awaited {
             end.waker = Some(waker.clone());
             return Poll::Pending;
         }
-        let State { targets, waited, dropped, disconnected, .. } = &*self.0;
+        let State { targets, delayed, dropped, disconnected, .. } = &*self.0;
         Poll::Ready(Receipt {
             targets: targets.load(Relaxed),
-            waited: waited.load(Relaxed),
+            delayed: delayed.load(Relaxed),
             dropped: Drops::load(dropped),
             disconnected: disconnected.load(Relaxed),
             position: Position::default(),

@@ -34,7 +34,7 @@ pub struct Shutdown {
     pub within: Duration,
     /// The part of it over which the connections are closed, at even distances in no particular order, so that
     /// clients do not come back all at once. At most a half of `within` is used.
-    pub spread: Duration,
+    pub close_window: Duration,
     /// What the Close frames say: 1001 (going away) or 1012 (service restart). A code that may not be sent
     /// ([`CloseCode::is_valid_on_wire`]) is refused.
     pub code: CloseCode,
@@ -43,7 +43,7 @@ pub struct Shutdown {
 impl Shutdown {
     /// Closes with 1001 within this time, connections spread over a quarter of it.
     pub fn within(within: Duration) -> Self {
-        Self { within, spread: within / 4, code: CloseCode::GOING_AWAY }
+        Self { within, close_window: within / 4, code: CloseCode::GOING_AWAY }
     }
 }
 
@@ -101,7 +101,7 @@ pub(crate) struct ShutdownState {
 pub(crate) struct Plan {
     pub(crate) by: Instant,
     pub(crate) within: Duration,
-    pub(crate) spread: Duration,
+    pub(crate) close_window: Duration,
     pub(crate) code: CloseCode,
 }
 
@@ -134,9 +134,14 @@ impl ShutdownState {
 
     /// Begins to drain; the first plan counts. The caller wakes the shards.
     pub(crate) fn ask(&self, shutdown: Shutdown, now: Instant) {
-        let Shutdown { within, spread, code } = shutdown;
+        let Shutdown { within, close_window, code } = shutdown;
         let within = within.min(WITHIN_MAX);
-        self.plan.get_or_init(|| Plan { by: now + within, within, spread: spread.min(within / 2), code });
+        self.plan.get_or_init(|| Plan {
+            by: now + within,
+            within,
+            close_window: close_window.min(within / 2),
+            code,
+        });
         self.raise(DRAINING);
         self.rouse();
     }

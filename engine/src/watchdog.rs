@@ -301,7 +301,7 @@ mod tests {
         let start = Instant::now();
         let (shutdown, beacons) = (ShutdownState::new(2), Beacons::new(2, start));
         let code = CloseCode::GOING_AWAY;
-        shutdown.ask(Shutdown { within: 1000 * MS, spread: Duration::ZERO, code }, start);
+        shutdown.ask(Shutdown { within: 1000 * MS, close_window: Duration::ZERO, code }, start);
         for shard in 0..2 {
             assert_ne!(verdict(&shutdown, &beacons, start), Next::Conclude);
             shutdown.notify_closed(shard, &ShutdownReport::default());

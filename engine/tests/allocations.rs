@@ -11,11 +11,12 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
+use std::task::Poll;
 use std::time::Duration;
 
 use fixture::{Rig, at_once};
 use shardcast_engine::{
-    Address, ConnectionConfig, Context, Flow, Handler, Message, NewConnection, Payload, Publication, Socket,
+    Address, ConnectionConfig, Context, Handler, Message, NewConnection, Payload, Publication, Socket,
 };
 
 struct Counting;
@@ -42,8 +43,8 @@ static ALLOCATOR: Counting = Counting;
 struct Silent;
 
 impl Handler for Silent {
-    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
-        Flow::Ready
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
     }
 }
 
@@ -64,7 +65,7 @@ fn with_sinks(count: usize) -> Rig {
             handler: Box::new(|_| Box::new(Silent)),
             config: Arc::clone(&rig.config),
             encoding: shardcast_engine::Encoding::PLAIN,
-            place: rig.engine.admit(None).unwrap(),
+            permit: rig.engine.admit(None).unwrap(),
         };
         at_once(rig.everyone.adopt(new_connection)).unwrap();
         rig.settle();

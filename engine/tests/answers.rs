@@ -6,16 +6,18 @@
 
 mod fixture;
 
+use std::task::Poll;
+
 use fixture::{Peer, Rig, at_once, new_connection_with};
 use shardcast_engine::{
-    Address, ConnectionConfig, Context, EngineConfig, Flow, Handler, Message, Namespace, Payload, Publication,
+    Address, ConnectionConfig, Context, EngineConfig, Handler, Message, Namespace, Payload, Publication,
 };
 
 /// Says what it is told: `all…` to all, `both…` to all and then `you both…` to its peer, anything else to its peer.
 struct Speaker(Namespace);
 
 impl Handler for Speaker {
-    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
         let text = std::str::from_utf8(message.payload).unwrap();
         let say =
             |to, text: &str| self.0.try_publish(Publication::message(&to, Payload::text(text))).unwrap();
@@ -28,7 +30,7 @@ impl Handler for Speaker {
             }
             _ => say(me, text),
         }
-        Flow::Ready
+        Poll::Ready(())
     }
 }
 

@@ -124,7 +124,7 @@ fn a_peer_that_reads_is_never_ended_as_slow_while_its_publisher_awaits() {
     let ever_smaller = (1..=40).map(|part| 50_000 / part - 20).collect();
     let large = vec![300_000; 5];
     for sizes in [equal, ever_smaller, large] {
-        let mut rig = Rig::one(ConnectionConfig { waiting_bytes: 10_000, ..outbox_of(100_000) });
+        let mut rig = Rig::one(ConnectionConfig { overflow_bytes: 10_000, ..outbox_of(100_000) });
         let mut client = rig.connect();
         let everyone = rig.everyone.clone();
         let mut received = 0;
@@ -367,7 +367,7 @@ fn who_publishes_what_may_be_dropped_waits_for_nobody() {
 fn a_frame_of_any_size_follows_a_small_one_that_was_sent_just_before() {
     // The two are sent before the shard has moved; alone they fit, one after the other.
     for is_unicast in [false, true] {
-        let config = ConnectionConfig { waiting_bytes: 5000, ..outbox_of(1024) };
+        let config = ConnectionConfig { overflow_bytes: 5000, ..outbox_of(1024) };
         let mut rig = Rig::one(config);
         let mut clients = rig.connect_many(11);
         for client in &clients {
@@ -457,7 +457,7 @@ fn the_budget_holds_for_sockets_that_have_taken_nothing_for_long() {
         let kept = rig.engine.metrics().retained_bytes;
         assert!(kept <= (1 << 20) + (1 << 20) / 64, "{kept} bytes are kept in round {round}");
     }
-    let ended = clients.iter().filter(|client| client.record().ends == [CloseReason::Shed]).count();
+    let ended = clients.iter().filter(|client| client.record().ends == [CloseReason::BacklogLimit]).count();
     assert_eq!((ended as u64, rig.engine.metrics().ended), (10, 10), "none of them reads");
 }
 
@@ -479,7 +479,7 @@ fn beyond_the_budget_no_more_are_ended_than_free_the_excess() {
         }
         rig.settle();
         let ends: Vec<_> = clients.iter().map(|client| client.record().ends).collect();
-        assert_eq!(ends, [vec![CloseReason::Shed], vec![], vec![], vec![]], "{sizes:?}");
+        assert_eq!(ends, [vec![CloseReason::BacklogLimit], vec![], vec![], vec![]], "{sizes:?}");
         assert!(rig.engine.metrics().retained_bytes <= 1 << 20);
         assert_eq!(clients[0].peer.receive(), [Received::End], "its frame could not be finished");
         assert_eq!(rig.shards[0].audit().errors, [""; 0]);
@@ -501,7 +501,11 @@ fn a_frame_counts_as_long_as_a_part_of_it_has_not_been_taken() {
         .unwrap();
     rig.settle();
     let ends: Vec<_> = clients.iter().map(|client| client.record().ends).collect();
-    assert_eq!(ends, [vec![CloseReason::Shed], vec![]], "it keeps most, though less is left to be written");
+    assert_eq!(
+        ends,
+        [vec![CloseReason::BacklogLimit], vec![]],
+        "it keeps most, though less is left to be written"
+    );
     assert!(rig.engine.metrics().retained_bytes <= 1 << 20);
 }
 
@@ -561,7 +565,7 @@ fn beyond_the_budget_for_unfinished_messages_the_largest_is_shed() {
         }
     }
     let ends: Vec<_> = clients.iter().map(|client| client.record().ends).collect();
-    assert_eq!(ends, [vec![], vec![CloseReason::UnfinishedShed], vec![]]);
+    assert_eq!(ends, [vec![], vec![CloseReason::UnfinishedLimit], vec![]]);
     let received = clients[1].peer.receive_and_answer();
     assert_eq!(received, [Received::Close(Some(1013)), Received::End]);
     assert_eq!(clients[1].peer.close_text, "overloaded by unfinished messages");

@@ -271,7 +271,7 @@ fn the_answer_to_a_last_message_arrives_though_the_peer_has_ended_its_side() {
             rig.settle();
         }
         assert_eq!(client.peer.receive_data(), ["the answer"], "busy: {is_busy}");
-        assert_eq!(client.record().ends, [CloseReason::Vanished]);
+        assert_eq!(client.record().ends, [CloseReason::Disconnected]);
         assert!(rig.metrics_of(client.id()).is_none(), "nothing is left of it");
     }
 }
@@ -300,7 +300,7 @@ fn nothing_is_asked_of_a_peer_that_has_ended_its_side_while_its_answer_is_prepar
     rig.settle();
     assert_eq!(client.peer.receive(), [data("the answer"), Received::End]);
     rig.settle();
-    assert_eq!(client.record().ends, [CloseReason::Vanished]);
+    assert_eq!(client.record().ends, [CloseReason::Disconnected]);
 }
 
 #[test]

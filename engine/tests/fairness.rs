@@ -10,11 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::Context as TaskContext;
+use std::task::Poll;
 
 use fixture::{Peer, Rig, at_once, client_frame, new_connection_with};
 use shardcast_engine::{
-    Address, ConnectionConfig, Context, EngineConfig, Flow, Handler, Message, Namespace, Payload,
-    Publication, PublishError,
+    Address, ConnectionConfig, Context, EngineConfig, Handler, Message, Namespace, Payload, Publication,
+    PublishError,
 };
 
 const CLIENTS: usize = 4;
@@ -30,7 +31,7 @@ struct Publisher {
 }
 
 impl Handler for Publisher {
-    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Flow {
+    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
         self.handled.fetch_add(1, Relaxed);
         let (everyone, to_all, id) = (self.everyone.clone(), self.to_all, context.id());
         self.sending = Some(Box::pin(async move {
@@ -40,13 +41,13 @@ impl Handler for Publisher {
         self.on_resume(context)
     }
 
-    fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
-        let Some(sending) = &mut self.sending else { return Flow::Ready };
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let Some(sending) = &mut self.sending else { return Poll::Ready(()) };
         if sending.as_mut().poll(&mut TaskContext::from_waker(&context.waker())).is_pending() {
-            return Flow::Pending;
+            return Poll::Pending;
         }
         self.sending = None;
-        Flow::Ready
+        Poll::Ready(())
     }
 }
 

@@ -12,12 +12,13 @@ mod fixture;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use fixture::{Client, Peer, Received, Rig, at_once, block_on, client_frame, lock, new_tcp_connection};
 use shardcast_engine::{
-    Address, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, Flow, Handler, Message, Payload,
-    Policy, Publication,
+    Address, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, Handler, Message, Payload, Policy,
+    Publication,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -159,19 +160,19 @@ struct Blocker {
 }
 
 impl Handler for Blocker {
-    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Flow {
+    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
         self.on_resume(context)
     }
 
-    fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
         std::thread::sleep(self.time);
         self.turns -= 1;
         if self.turns == 0 {
             self.done.send(()).unwrap();
-            return Flow::Ready;
+            return Poll::Ready(());
         }
         context.waker().wake();
-        Flow::Pending
+        Poll::Pending
     }
 }
 

@@ -8,9 +8,11 @@
 
 mod fixture;
 
+use std::task::Poll;
+
 use fixture::{Client, Received, Rig, Task, at_once, new_connection_with};
 use shardcast_engine::{
-    Address, CloseCode, CloseReason, Context, Flow, Handler, Message, Namespace, Payload, Publication,
+    Address, CloseCode, CloseReason, Context, Handler, Message, Namespace, Payload, Publication,
 };
 
 fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
@@ -99,18 +101,18 @@ struct Announcer {
 }
 
 impl Handler for Announcer {
-    fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
+    fn on_open(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.everyone
             .try_publish(Publication::message(Address::Everyone, Payload::text("here is somebody")))
             .unwrap();
         if self.turns_away {
             context.close(CloseReason::Application { code: CloseCode(4001), text: "not you".into() });
         }
-        Flow::Ready
+        Poll::Ready(())
     }
 
-    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
-        Flow::Ready
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
     }
 }
 
@@ -136,16 +138,16 @@ fn what_a_handler_tells_everyone_in_on_open_does_not_reach_its_own_client() {
 struct Interrupted(Namespace);
 
 impl Handler for Interrupted {
-    fn on_open(&mut self, _: &mut Context<'_>) -> Flow {
+    fn on_open(&mut self, _: &mut Context<'_>) -> Poll<()> {
         let tell = || {
             self.0.try_publish(Publication::message(Address::Everyone, Payload::text("meanwhile"))).unwrap()
         };
         std::thread::scope(|scope| drop(scope.spawn(tell)));
-        Flow::Ready
+        Poll::Ready(())
     }
 
-    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
-        Flow::Ready
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
     }
 }
 

@@ -220,7 +220,7 @@ impl Handler for Farewell {
         &mut self,
         _: Message<'_>,
         context: &mut shardcast_engine::Context<'_>,
-    ) -> shardcast_engine::Flow {
+    ) -> std::task::Poll<()> {
         let nobody = "0000000000000000".parse().unwrap();
         for text in ["one", "two", "three"] {
             self.0
@@ -229,7 +229,7 @@ impl Handler for Farewell {
         }
         let code = shardcast_engine::CloseCode(4000);
         context.close(shardcast_engine::CloseReason::Application { code, text: "bye".into() });
-        shardcast_engine::Flow::Ready
+        std::task::Poll::Ready(())
     }
 }
 
@@ -284,22 +284,18 @@ fn what_is_published_behind_more_commands_than_one_turn_takes_comes_behind_all_o
 struct Announces(Namespace, ConnectionId);
 
 impl Handler for Announces {
-    fn on_open(&mut self, _: &mut shardcast_engine::Context<'_>) -> shardcast_engine::Flow {
+    fn on_open(&mut self, _: &mut shardcast_engine::Context<'_>) -> std::task::Poll<()> {
         self.0
             .try_publish(Publication::message(Address::Connection(self.1), Payload::text("somebody comes")))
             .unwrap();
         self.0
             .try_publish(Publication::message(Address::Everyone, Payload::text("somebody has come")))
             .unwrap();
-        shardcast_engine::Flow::Ready
+        std::task::Poll::Ready(())
     }
 
-    fn on_message(
-        &mut self,
-        _: Message<'_>,
-        _: &mut shardcast_engine::Context<'_>,
-    ) -> shardcast_engine::Flow {
-        shardcast_engine::Flow::Ready
+    fn on_message(&mut self, _: Message<'_>, _: &mut shardcast_engine::Context<'_>) -> std::task::Poll<()> {
+        std::task::Poll::Ready(())
     }
 }
 

@@ -5,9 +5,10 @@
 mod fixture;
 
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 
 use fixture::{Rig, Task, at_once, lock};
-use shardcast_engine::{Address, Context, Flow, Handler, Message, Payload, Position, Publication};
+use shardcast_engine::{Address, Context, Handler, Message, Payload, Position, Publication};
 
 /// Sends, lets everything settle, and returns where that was.
 fn send(rig: &mut Rig, to: Address, text: &str) -> Position {
@@ -66,9 +67,9 @@ fn a_join_says_from_where_on_publications_include_the_connection() {
 struct Noting(Arc<Mutex<Vec<Position>>>);
 
 impl Handler for Noting {
-    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Flow {
+    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
         lock(&self.0).push(context.position());
-        Flow::Ready
+        Poll::Ready(())
     }
 }
 

@@ -382,13 +382,13 @@ fn a_publisher_waits_until_a_stalled_peer_takes_it_or_goes() {
         }
         assert_eq!(waits.poll(), Some(Ok(())));
         let receipt = both.poll().unwrap().unwrap();
-        assert_eq!((receipt.targets, receipt.waited), (2, 1));
+        assert_eq!((receipt.targets, receipt.delayed), (2, 1));
     }
 }
 
 #[test]
 fn a_peer_for_which_too_much_waits_is_ended_and_only_it() {
-    let config = ConnectionConfig { waiting_frames: 8, ..narrow() };
+    let config = ConnectionConfig { overflow_frames: 8, ..narrow() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..EngineConfig::default() }, config);
     let (mut stalled, mut neighbour) = (rig.connect(), rig.connect());
     let mut received = Vec::new();
@@ -535,7 +535,7 @@ fn a_sleeping_shard_is_woken_by_what_concerns_it() {
 
 #[test]
 fn offered_is_written_plus_discarded_plus_pending() {
-    let config = ConnectionConfig { waiting_frames: 30, ..narrow() };
+    let config = ConnectionConfig { overflow_frames: 30, ..narrow() };
     let mut rig = Rig::with(EngineConfig { shards: Some(2), ..EngineConfig::default() }, config);
     // Two that read, two that stop and take it up again, one that stops for good, one that vanishes, one that is
     // closed with a backlog.
@@ -587,7 +587,11 @@ fn offered_is_written_plus_discarded_plus_pending() {
     }
     let ended: Vec<_> = clients.iter().map(|client| client.record().ends.clone()).collect();
     assert_eq!((&ended[0][..], &ended[4][..]), (&[][..], &[CloseReason::SlowConsumer][..]));
-    assert!(matches!(ended[5][..], [CloseReason::Vanished | CloseReason::Transport(_)]), "{:?}", ended[5]);
+    assert!(
+        matches!(ended[5][..], [CloseReason::Disconnected | CloseReason::Transport(_)]),
+        "{:?}",
+        ended[5]
+    );
     rig.pass(Duration::from_secs(10));
     // Those who read in the end have got what was written, no more and no less.
     for _ in 0..200 {
@@ -898,9 +902,9 @@ fn ends() -> Vec<End> {
             Some(0),
         ),
         (
-            "vanished",
+            "disconnected",
             |_, client| client.peer.stream.shutdown(std::net::Shutdown::Write).unwrap(),
-            is!(CloseReason::Vanished),
+            is!(CloseReason::Disconnected),
             None,
         ),
         (
@@ -1108,8 +1112,8 @@ impl shardcast_engine::Handler for Grenade {
         &mut self,
         _: shardcast_engine::Message<'_>,
         _: &mut shardcast_engine::Context<'_>,
-    ) -> shardcast_engine::Flow {
-        shardcast_engine::Flow::Ready
+    ) -> std::task::Poll<()> {
+        std::task::Poll::Ready(())
     }
 }
 

@@ -47,7 +47,7 @@ fn short(received: Vec<String>) -> Vec<String> {
 fn narrow(policy: Policy) -> ConnectionConfig {
     ConnectionConfig {
         outbox_frames: OUTBOX_FRAMES,
-        waiting_frames: 100,
+        overflow_frames: 100,
         stall_timeout: None,
         policy,
         heartbeat_interval: DAY,
@@ -91,8 +91,8 @@ fn send(sender: impl Into<Sender>, to: impl Into<Address>, text: &str) -> Sendin
 /// What the receipt says: targets, waited, dropped after a while, dropped at once, gone.
 fn outcome(task: &mut Sending) -> Option<[u64; 5]> {
     let receipt = task.poll()?.unwrap();
-    let Receipt { targets, waited, dropped, disconnected, .. } = receipt;
-    Some([targets, waited, dropped.timeout, dropped.overflow, disconnected])
+    let Receipt { targets, delayed, dropped, disconnected, .. } = receipt;
+    Some([targets, delayed, dropped.timeout, dropped.overflow, disconnected])
 }
 
 /// Lets the peer take everything, and tells what it received.
@@ -687,8 +687,8 @@ fn a_unicast_waits_for_room_unless_it_is_told_otherwise() {
 
 #[test]
 fn beyond_the_bound_of_what_waits_the_excess_is_dropped_at_once() {
-    let by_frames = |config| ConnectionConfig { waiting_frames: 3, ..config };
-    let by_bytes = |config| ConnectionConfig { waiting_bytes: 3500, ..config };
+    let by_frames = |config| ConnectionConfig { overflow_frames: 3, ..config };
+    let by_bytes = |config| ConnectionConfig { overflow_bytes: 3500, ..config };
     let patient = Policy::DropMessage { timeout: Duration::from_secs(3600) };
     for config in [by_frames(narrow(patient)), by_bytes(narrow(patient))] {
         let mut rig = rig(1, config);
@@ -714,8 +714,8 @@ fn beyond_the_bound_of_what_waits_the_excess_is_dropped_at_once() {
 
 #[test]
 fn beyond_the_bound_of_what_waits_a_connection_that_may_drop_nothing_is_ended() {
-    let by_frames = |config| ConnectionConfig { waiting_frames: 3, ..config };
-    let by_bytes = |config| ConnectionConfig { waiting_bytes: 3500, ..config };
+    let by_frames = |config| ConnectionConfig { overflow_frames: 3, ..config };
+    let by_bytes = |config| ConnectionConfig { overflow_bytes: 3500, ..config };
     for config in [by_frames(narrow(Policy::Block)), by_bytes(narrow(Policy::Block))] {
         let mut rig = rig(1, config);
         let (mut stalled, healthy) = (rig.connect(), rig.connect());
@@ -762,7 +762,7 @@ fn beyond_the_budget_the_largest_backlog_is_shed_and_the_others_stay() {
     let ended: Vec<_> = clients.iter().map(|client| client.record().ends.len()).collect();
     assert_eq!(ended, [0, 1, 0, 0]);
     assert!(rig.engine.metrics().pending_bytes < 500_000);
-    assert_ended(&mut rig, &mut clients[1], &CloseReason::Shed, 1013);
+    assert_ended(&mut rig, &mut clients[1], &CloseReason::BacklogLimit, 1013);
     // What the others had is still theirs.
     assert_eq!(receive_all_data(&mut rig, &mut clients[0]).len(), 40);
     assert_eq!(receive_all_data(&mut rig, &mut clients[2]).len(), 10);
@@ -1100,8 +1100,8 @@ fn assert_surveyed(rig: &mut Rig) {
 fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bool) {
     let config = ConnectionConfig {
         outbox_bytes: 30_000,
-        waiting_frames: 12,
-        waiting_bytes: 60_000,
+        overflow_frames: 12,
+        overflow_bytes: 60_000,
         heartbeat_interval: ms(100),
         pong_timeout: ms(200),
         close_timeout: ms(60),
@@ -1225,7 +1225,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     let sum = |count: fn(&Receipt) -> u64| receipts.iter().map(count).sum::<u64>();
     assert!(receipts.iter().all(|receipt| {
         let lost = receipt.dropped.total() + receipt.disconnected;
-        lost <= receipt.waited && receipt.waited <= receipt.targets
+        lost <= receipt.delayed && receipt.delayed <= receipt.targets
     }));
     if all_awaited {
         assert_eq!(sum(|receipt| receipt.targets), all.tally.offered);

@@ -32,7 +32,7 @@ fn quiet() -> ConnectionConfig {
 
 /// All at once.
 fn within(within: Duration) -> Shutdown {
-    Shutdown { spread: Duration::ZERO, ..Shutdown::within(within) }
+    Shutdown { close_window: Duration::ZERO, ..Shutdown::within(within) }
 }
 
 fn shut_down(rig: &mut Rig, shutdown: Shutdown) -> Task<'static, ShutdownReport> {
@@ -184,7 +184,7 @@ fn connections_are_closed_at_even_distances_over_at_most_half_of_the_time() {
     for (time, spread) in [(seconds(60), seconds(20)), (seconds(40), seconds(30))] {
         let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
         let mut clients = rig.connect_many(20);
-        let _end = shut_down(&mut rig, Shutdown { spread, ..Shutdown::within(time) });
+        let _end = shut_down(&mut rig, Shutdown { close_window: spread, ..Shutdown::within(time) });
         let mut closed = 0;
         for second in 1..=20 {
             rig.pass(seconds(1));
@@ -415,7 +415,7 @@ fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
         received.extend(last.peer.receive());
         rig.settle();
     }
-    assert_eq!((received.len(), last.record().ends), (2, vec![CloseReason::Vanished]));
+    assert_eq!((received.len(), last.record().ends), (2, vec![CloseReason::Disconnected]));
     clients[0].peer.stream.shutdown(Half::Write).unwrap();
     rig.settle();
     rig.pass(seconds(61));

@@ -12,14 +12,13 @@ use std::io::Write as _;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
-use std::task::{Wake, Waker};
+use std::task::{Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use fixture::{Peer, Received, at_once, block_on, new_connection_with};
 use shardcast_engine::{
-    Address, CloseCode, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, EngineState, Flow,
-    Handler, InvalidCloseCode, Message, Namespace, Payload, Publication, PublishError, Shutdown,
-    ShutdownReport,
+    Address, CloseCode, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, EngineState, Handler,
+    InvalidCloseCode, Message, Namespace, Payload, Publication, PublishError, Shutdown, ShutdownReport,
 };
 
 /// After this, what was awaited counts as never coming, however busy the machine.
@@ -77,9 +76,9 @@ impl Drop for Open {
 struct Holder(Arc<Gate>);
 
 impl Handler for Holder {
-    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Flow {
+    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
         self.0.hold(context.id().shard());
-        Flow::Ready
+        Poll::Ready(())
     }
 }
 
@@ -96,7 +95,7 @@ fn adopt<H: Handler + Send + 'static>(engine: &Engine, namespace: &Namespace, ha
 }
 
 fn shutdown(within: Duration) -> Shutdown {
-    Shutdown { within, spread: Duration::ZERO, code: CloseCode::GOING_AWAY }
+    Shutdown { within, close_window: Duration::ZERO, code: CloseCode::GOING_AWAY }
 }
 
 /// What comes on the shards, from a callback that is called on each.
@@ -135,22 +134,22 @@ mod cpus {
     struct Starter(Sender<(&'static str, [String; 2])>);
 
     impl Starter {
-        fn start(&self, place: &'static str) -> Flow {
+        fn start(&self, place: &'static str) -> Poll<()> {
             self.0.send((place, of_what_is_started())).unwrap();
-            Flow::Ready
+            Poll::Ready(())
         }
     }
 
     impl Handler for Starter {
-        fn on_open(&mut self, _: &mut Context<'_>) -> Flow {
+        fn on_open(&mut self, _: &mut Context<'_>) -> Poll<()> {
             self.start("on_open")
         }
 
-        fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+        fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Poll<()> {
             self.start("on_message")
         }
 
-        fn on_close(&mut self, _: &CloseReason, _: &mut Context<'_>) -> Flow {
+        fn on_close(&mut self, _: &CloseReason, _: &mut Context<'_>) -> Poll<()> {
             self.start("on_close")
         }
     }
@@ -413,9 +412,9 @@ fn dropping_the_last_handle_waits_for_no_shard_that_a_handler_holds() {
 fn a_handler_may_drop_the_last_handle_and_its_shard_ends_by_itself() {
     struct Last(Option<Engine>);
     impl Handler for Last {
-        fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Flow {
+        fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Poll<()> {
             self.0 = None;
-            Flow::Ready
+            Poll::Ready(())
         }
     }
     let engine = engine(2, false);

@@ -26,7 +26,7 @@ pub struct ConnectionAudit {
     pub queued: u64,
     pub queued_bytes: usize,
     pub waiting: u64,
-    pub waiting_bytes: usize,
+    pub overflow_bytes: usize,
     pub outbox_frames: usize,
     pub outbox_bytes: usize,
     pub waiting_frames_max: usize,
@@ -166,7 +166,7 @@ impl Shard {
             if !connection.is_open() && connection.has_handler() && connection.is_idle() {
                 wrong(format!("{} has ended, its handler is idle and was not let go", connection.id()));
             }
-            let (queued_bytes, waiting_bytes) = outbox.audit_bytes();
+            let (queued_bytes, overflow_bytes) = outbox.audit_bytes();
             audit.connections.push(ConnectionAudit {
                 id: connection.id(),
                 is_open: connection.is_open(),
@@ -176,11 +176,11 @@ impl Shard {
                 queued: outbox.queued().into(),
                 queued_bytes,
                 waiting: outbox.waiting() as u64,
-                waiting_bytes,
+                overflow_bytes,
                 outbox_frames: bounds.frames,
                 outbox_bytes: bounds.bytes,
                 waiting_frames_max: bounds.waiting,
-                waiting_bytes_max: bounds.waiting_bytes,
+                waiting_bytes_max: bounds.overflow_bytes,
             });
         }
         if unfinished != self.fanout.unfinished_bytes {

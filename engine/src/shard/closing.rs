@@ -6,12 +6,12 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::task::Poll;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Connection, Discarded, Ending};
 use crate::directory::{Directory, Group};
 use crate::group::Left;
-use crate::handler::Flow;
 use crate::id::Slot;
 
 use super::{Shard, Step};
@@ -59,7 +59,7 @@ impl Shard {
         // A backlog may hold up the Close frame only so long that it still has time to get through.
         let flush_by = by - close_timeout.min(by.saturating_sub(now) / 2);
         // A peer that has ended the stream may still read: what is queued goes out, though no Close frame follows.
-        let is_flushed = is_told || (reason == CloseReason::Vanished && connection.has_backlog());
+        let is_flushed = is_told || (reason == CloseReason::Disconnected && connection.has_backlog());
         let ending = Ending { reason, by, flush_by: Some(flush_by), is_cut: false };
         connection.begin_ending(ending, is_told);
         if is_readable {
@@ -94,8 +94,8 @@ impl Shard {
             CloseReason::SlowConsumer
             | CloseReason::TooManyDrops
             | CloseReason::HighRtt
-            | CloseReason::Shed
-            | CloseReason::UnfinishedShed => {
+            | CloseReason::BacklogLimit
+            | CloseReason::UnfinishedLimit => {
                 metrics.ended_slow += 1;
                 untold.slow += 1;
             }
@@ -156,7 +156,7 @@ impl Shard {
     }
 
     /// Tells the handler of drops, if there were any; whether it is done with that.
-    pub(super) fn notify_drops(&mut self, slot: Slot) -> Flow {
+    pub(super) fn notify_drops(&mut self, slot: Slot) -> Poll<()> {
         while let Some(connection) = self.fanout.connections.get_mut(slot)
             && let Some(notice) = connection.take_drop_notice()
         {
@@ -168,11 +168,11 @@ impl Shard {
                 }
                 self.end_by_handler(slot, reason);
             }
-            if flow == Flow::Pending {
+            if flow == Poll::Pending {
                 return flow;
             }
         }
-        Flow::Ready
+        Poll::Ready(())
     }
 
     /// Tells the handler the end, unless it is busy: then when it is done.
@@ -181,18 +181,18 @@ impl Shard {
         if !connection.is_idle() || !connection.has_handler() {
             return;
         }
-        if self.notify_drops(slot) == Flow::Pending || !self.hand_held(slot) {
+        if self.notify_drops(slot) == Poll::Pending || !self.hand_held(slot) {
             return; // and again when it is done
         }
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let Some(reason) = connection.ending().map(|ending| ending.reason.clone()) else { return };
         match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
-            Flow::Pending => {
+            Poll::Pending => {
                 if let Some(connection) = self.fanout.connections.get_mut(slot) {
                     connection.begin_closing_work();
                 }
             }
-            Flow::Ready => self.release_handler(slot),
+            Poll::Ready(()) => self.release_handler(slot),
         }
     }
 

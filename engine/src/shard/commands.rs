@@ -4,6 +4,7 @@
 //! must do behind everything that a handler has sent. Does not write to sockets.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::task::Poll;
 
 use mio::Token;
 
@@ -14,7 +15,6 @@ use crate::connection::{Connection, Opening};
 use crate::directory::PendingJoin;
 use crate::engine_core::sent_by_this_thread;
 use crate::frame::ControlFrame;
-use crate::handler::Flow;
 use crate::id::{ConnectionId, GroupKey, Slot};
 use crate::socket::Socket;
 
@@ -200,7 +200,7 @@ impl Shard {
     }
 
     fn adopt(&mut self, adoption: Adoption) {
-        let Adoption { mut socket, received, handler, config, encoding, directory, place, join } = adoption;
+        let Adoption { mut socket, received, handler, config, encoding, directory, permit, join } = adoption;
         if self.shutdown.is_some() {
             return turn_away(&socket, CloseCode::GOING_AWAY);
         }
@@ -224,7 +224,7 @@ impl Shard {
         };
         drop(shown);
         let connection =
-            Connection::open(id, socket, config, encoding, directory, handler, place, self.fanout.now);
+            Connection::open(id, socket, config, encoding, directory, handler, permit, self.fanout.now);
         connection.directory().add_encoding(encoding);
         self.fanout.connections.insert(connection);
         self.fanout.metrics.adopted += 1;
@@ -232,7 +232,7 @@ impl Shard {
         self.beat(slot);
         let before = sent_by_this_thread();
         let flow = self.call(slot, |handler, context| handler.on_open(context));
-        if flow == Flow::Ready && sent_by_this_thread() == before {
+        if flow == Poll::Ready(()) && sent_by_this_thread() == before {
             // Nothing was sent meanwhile that it must not get.
             if !self.fanout.connections[slot].is_over() {
                 self.join(slot, join);
@@ -240,7 +240,7 @@ impl Shard {
         } else {
             let opening = Opening { everyone: join, is_done: false };
             self.fanout.connections[slot].begin_opening(opening);
-            if flow == Flow::Ready {
+            if flow == Poll::Ready(()) {
                 self.enter_in_order(slot);
             }
         }

@@ -8,6 +8,7 @@
 
 use std::io::ErrorKind;
 use std::ops::Range;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +16,7 @@ use mio::Events;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Arrival, CallSite, Connection, Read};
-use crate::handler::{Context, Flow, Handler, Message};
+use crate::handler::{Context, Handler, Message};
 use crate::id::Slot;
 
 use super::{EVENTS_PER_ANSWER, EVENTS_PER_TURN, Shard, WAKE_TOKEN};
@@ -180,7 +181,7 @@ impl Shard {
             self.drop_socket(slot);
         } else if connection.is_open() && connection.is_caught_up() {
             // Until then a busy handler may still answer, and so may messages that are held for it.
-            self.end_in_order(slot, CloseReason::Vanished);
+            self.end_in_order(slot, CloseReason::Disconnected);
         }
     }
 
@@ -268,7 +269,7 @@ impl Shard {
                 continue;
             }
             let flow = self.call(id.slot(), |handler, context| handler.on_resume(context));
-            if flow == Flow::Ready {
+            if flow == Poll::Ready(()) {
                 self.proceed(id.slot());
             }
         }
@@ -302,7 +303,7 @@ impl Shard {
             self.notify_closed(slot);
             return;
         }
-        if self.notify_drops(slot) == Flow::Pending || !self.hand_held(slot) {
+        if self.notify_drops(slot) == Poll::Pending || !self.hand_held(slot) {
             return;
         }
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
@@ -317,8 +318,8 @@ impl Shard {
     pub(super) fn call(
         &mut self,
         slot: Slot,
-        call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
-    ) -> Flow {
+        call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Poll<()>,
+    ) -> Poll<()> {
         let (flow, end) = self.run_handler(slot, call);
         if let Some(reason) = end {
             self.end_by_handler(slot, reason);
@@ -330,9 +331,9 @@ impl Shard {
     pub(super) fn run_handler(
         &mut self,
         slot: Slot,
-        call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Flow,
-    ) -> (Flow, Option<CloseReason>) {
-        let Some(connection) = self.fanout.connections.get_mut(slot) else { return (Flow::Ready, None) };
+        call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Poll<()>,
+    ) -> (Poll<()>, Option<CloseReason>) {
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return (Poll::Ready(()), None) };
         let _shown = self.core.beacons.call(self.index, connection.directory().key());
         let site = CallSite { position: self.core.position(self.reader.position()), post: &self.post };
         connection.call(&site, call)

@@ -119,7 +119,7 @@ impl Shard {
         let (max, held) = (self.core.config.unfinished_bytes_max, self.fanout.unfinished_bytes);
         let excess = self::excess(&self.core.unfinished_bytes, &mut self.unfinished_told, held, max);
         if excess > 0 {
-            self.shed(excess, CloseReason::UnfinishedShed, Connection::unfinished_bytes);
+            self.shed(excess, CloseReason::UnfinishedLimit, Connection::unfinished_bytes);
         }
     }
 
@@ -141,7 +141,7 @@ impl Shard {
         // A shared chunk is freed only when its last holder is closed. So while nothing has been freed, each further look
         // closes as much again.
         let before = if held < looked_at { 0 } else { ended };
-        let ended = self.shed(excess.max(before), CloseReason::Shed, Connection::refused_bytes);
+        let ended = self.shed(excess.max(before), CloseReason::BacklogLimit, Connection::refused_bytes);
         let ended = if ended == 0 { 0 } else { before + ended };
         self.shedding = Shedding { ended, looked_at: held };
         self.tell_retained(); // before another shard ends some for what is free now
@@ -159,7 +159,7 @@ impl Shard {
                 self.end(slot, reason.clone());
                 continue;
             }
-            if reason == CloseReason::UnfinishedShed {
+            if reason == CloseReason::UnfinishedLimit {
                 let before = connection.unfinished_bytes();
                 connection.forget_held();
                 self.count_unfinished(slot, before);

@@ -87,7 +87,7 @@ impl Shard {
             }
             let open = self.fanout.connections.iter().filter(|connection| connection.is_open());
             let closing = |connection: &Connection| {
-                (now + plan.spread.mul_f64(connection.slot().spread()), connection.id())
+                (now + plan.close_window.mul_f64(connection.slot().spread()), connection.id())
             };
             let mut closings: Vec<_> = open.map(closing).collect();
             closings.sort_unstable_by(|a, b| b.cmp(a));

@@ -42,13 +42,13 @@ impl History {
         for (client, record) in self.records.iter().enumerate() {
             let (peer, config, record) = (&self.peers[client], &self.configs[client], lock(record));
             let Some(reason) = record.ends.first() else { continue };
-            let is_tight = config.waiting_frames < 65_536 || config.waiting_bytes < 1 << 20;
+            let is_tight = config.overflow_frames < 65_536 || config.overflow_bytes < 1 << 20;
             let is_justified = match reason {
                 CloseReason::PongTimeout => !peer.is_good || peer.is_broken,
                 CloseReason::IdleTimeout => config.idle_timeout.is_some() || config.message_timeout.is_some(),
                 CloseReason::MaxDuration => config.max_connection_duration.is_some(),
                 CloseReason::Peer { .. } => peer.has_said_close,
-                CloseReason::Vanished | CloseReason::Transport(_) => peer.is_broken,
+                CloseReason::Disconnected | CloseReason::Transport(_) => peer.is_broken,
                 CloseReason::Protocol(_) => peer.is_faulty || config.max_fragments < 1024,
                 CloseReason::SlowConsumer => is_tight || (config.stall_timeout.is_some() && !peer.is_good),
                 CloseReason::HighRtt => {
@@ -57,8 +57,8 @@ impl History {
                 CloseReason::TooManyDrops => {
                     self.has_frame_with_drops || matches!(config.policy, Policy::DropConnection { .. })
                 }
-                CloseReason::UnfinishedShed => self.engine_config.unfinished_bytes_max == 1 << 20,
-                CloseReason::Shed => self.engine_config.backlog_bytes_max == 1 << 20,
+                CloseReason::UnfinishedLimit => self.engine_config.unfinished_bytes_max == 1 << 20,
+                CloseReason::BacklogLimit => self.engine_config.backlog_bytes_max == 1 << 20,
                 CloseReason::TooManyGroups => config.max_groups == 1,
                 CloseReason::ControlFlood => config.control_frames_per_second < 1000,
                 CloseReason::HandlerPanicked => peer.asked_for_panic,

@@ -4,11 +4,10 @@
 //! against what the engine promises handlers: none while one is pending, none after
 //! `on_close`.
 
-use std::task::Waker;
+use std::task::{Poll, Waker};
 
 use shardcast_engine::{
-    Address, CloseCode, CloseReason, Context, DropNotice, Flow, Handler, Message, Namespace, Policy,
-    Publication,
+    Address, CloseCode, CloseReason, Context, DropNotice, Handler, Message, Namespace, Policy, Publication,
 };
 
 use super::ON_PURPOSE;
@@ -77,7 +76,7 @@ impl Obedient {
         }
     }
 
-    fn wait(&self, context: &mut Context<'_>) -> Flow {
+    fn wait(&self, context: &mut Context<'_>) -> Poll<()> {
         let mut record = lock(&self.record);
         record.is_busy = true;
         let waker = context.waker();
@@ -85,12 +84,12 @@ impl Obedient {
             waker.wake_by_ref();
         }
         record.waker = Some(waker);
-        Flow::Pending
+        Poll::Pending
     }
 
-    fn wait_if(&self, waits: impl Fn(&Record) -> bool, context: &mut Context<'_>) -> Flow {
+    fn wait_if(&self, waits: impl Fn(&Record) -> bool, context: &mut Context<'_>) -> Poll<()> {
         let waits = waits(&lock(&self.record));
-        if waits { self.wait(context) } else { Flow::Ready }
+        if waits { self.wait(context) } else { Poll::Ready(()) }
     }
 
     fn publish(&self, target: &Target, bytes: usize) {
@@ -114,15 +113,15 @@ impl Obedient {
 }
 
 impl Handler for Obedient {
-    fn on_open(&mut self, context: &mut Context<'_>) -> Flow {
+    fn on_open(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.note_call("on_open");
         lock(&self.model).clients[self.client].id = Some(context.id());
         let waits = lock(&self.record).waits_at_open;
         lock(&self.record).is_opening = waits;
-        if waits { self.wait(context) } else { Flow::Ready }
+        if waits { self.wait(context) } else { Poll::Ready(()) }
     }
 
-    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Flow {
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
         self.note_call("on_message");
         let is_last = matches!(message.payload[4], action::CLOSE | action::PANIC);
         {
@@ -149,20 +148,20 @@ impl Handler for Obedient {
             }
             _ => {}
         }
-        Flow::Ready
+        Poll::Ready(())
     }
 
-    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Flow {
+    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Poll<()> {
         self.note_call("on_drop");
         lock(&self.record).drops += notice.frames;
         self.wait_if(|record| record.waits_at_drop, context)
     }
 
-    fn on_resume(&mut self, context: &mut Context<'_>) -> Flow {
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let mut record = lock(&self.record);
         if record.waker.is_some() {
             let _ = context.waker();
-            return Flow::Pending;
+            return Poll::Pending;
         }
         if !std::mem::take(&mut record.is_busy) {
             let text = format!("on_resume of {} is called while it is not busy", self.client);
@@ -171,10 +170,10 @@ impl Handler for Obedient {
         if std::mem::take(&mut record.is_opening) {
             lock(&self.model).clients[self.client].has_entered = true;
         }
-        Flow::Ready
+        Poll::Ready(())
     }
 
-    fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Flow {
+    fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Poll<()> {
         self.note_call("on_close");
         lock(&self.record).ends.push(reason.clone());
         self.wait_if(|record| record.waits_at_close, context)

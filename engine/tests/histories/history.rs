@@ -362,15 +362,15 @@ impl History {
     // ---- What is done from outside ----
 
     fn adopt(&mut self) {
-        let Some(place) = self.engine.admit(None) else { return };
+        let Some(permit) = self.engine.admit(None) else { return };
         let is_calm = self.random.one_in(2);
         let policy = self.policy();
         let random = &mut self.random;
         let config = Arc::new(ConnectionConfig {
             outbox_frames: random.of(&[1, 2, 4, 16, 64, 1024]),
             outbox_bytes: random.of(&[1024, 4096, 30_000, 1 << 20]),
-            waiting_frames: random.of(&[0, 1, 4, 64, 65_536, 65_536]),
-            waiting_bytes: random.of(&[0, 5000, 60_000, 16 << 20, 16 << 20]),
+            overflow_frames: random.of(&[0, 1, 4, 64, 65_536, 65_536]),
+            overflow_bytes: random.of(&[0, 5000, 60_000, 16 << 20, 16 << 20]),
             policy,
             max_message_bytes: random.of(&[200, 65_536]),
             max_fragments: random.of(&[3, 1024]),
@@ -432,7 +432,7 @@ impl History {
             handler: Box::new(move |_| Box::new(Obedient { client, record, model, namespaces })),
             config,
             encoding,
-            place,
+            permit,
         };
         let namespace = self.namespaces[namespace].clone();
         self.adoptions_under_way += 1;
@@ -562,7 +562,7 @@ impl History {
         let within = ahead + ms(more);
         let spread = self.random.of(&[Duration::ZERO, ms(50), within]);
         let code = self.random.of(&[CloseCode::GOING_AWAY, CloseCode::SERVICE_RESTART]);
-        let (engine, shutdown) = (self.engine.clone(), Shutdown { within, spread, code });
+        let (engine, shutdown) = (self.engine.clone(), Shutdown { within, close_window: spread, code });
         tell!(self, "shutdown {shutdown:?}");
         self.begin(Effect::Shutdown, Place::Nowhere, async move {
             Outcome::Report(engine.shutdown(shutdown).await.expect("a code that can be sent"))
@@ -728,7 +728,7 @@ impl History {
             (Effect::Frame { number, .. }, Outcome::Receipt(Ok(receipt))) => {
                 lock(&self.model).frames[*number as usize].receipt = Some(receipt);
                 let lost = receipt.dropped.total() + receipt.disconnected;
-                if receipt.waited > receipt.targets || lost > receipt.waited {
+                if receipt.delayed > receipt.targets || lost > receipt.delayed {
                     self.fault(format!("a receipt that does not add up: {receipt:?}"));
                 }
             }
@@ -912,7 +912,7 @@ impl History {
             let is_within = connection.queued as usize <= connection.outbox_frames
                 && (connection.queued_bytes <= connection.outbox_bytes || connection.queued == 1);
             let waits_within = connection.waiting as usize <= connection.waiting_frames_max
-                && (connection.waiting_bytes <= connection.waiting_bytes_max || connection.waiting == 1);
+                && (connection.overflow_bytes <= connection.waiting_bytes_max || connection.waiting == 1);
             if !is_within || !waits_within {
                 model.faults.push(format!("beyond the bounds: {connection:?}"));
             }

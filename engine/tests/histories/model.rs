@@ -128,7 +128,7 @@ impl Model {
             _ => unreachable!("no history has another policy"),
         };
         let config = &self.clients[client].config;
-        let is_tight = config.waiting_frames < 65_536 || config.waiting_bytes < 16 << 20;
+        let is_tight = config.overflow_frames < 65_536 || config.overflow_bytes < 16 << 20;
         Losses {
             by_timeout: timeout.is_some_and(|timeout| timeout > Duration::ZERO),
             by_overflow: timeout.is_some_and(|timeout| timeout.is_zero() || is_tight),
