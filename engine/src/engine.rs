@@ -267,8 +267,8 @@ fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<EngineCore>, Vec<P
     let (log, readers) = Log::new(config.log_capacity, count, config.publishers_waiting_max);
     let polls = (0..count).map(|_| Poll::new()).collect::<Result<Vec<_>, _>>()?;
     let mailboxes = polls.iter().map(|poll| {
-        let bell = Waker::new(poll.registry(), WAKE_TOKEN)?;
-        Ok(Mailbox::new(config.mailbox_capacity, config.publishers_waiting_max, bell))
+        let poll_waker = Waker::new(poll.registry(), WAKE_TOKEN)?;
+        Ok(Mailbox::new(config.mailbox_capacity, config.publishers_waiting_max, poll_waker))
     });
     let mailboxes = mailboxes.collect::<Result<Box<[_]>, std::io::Error>>()?;
     let core = Arc::new(EngineCore::new(config, log, mailboxes, Beacons::new(count, now)));

@@ -113,7 +113,7 @@ impl<'a> Context<'a> {
             && !code.is_valid_on_wire()
         {
             let error = InvalidCloseCode(*code);
-            tracing::error!(id = %self.id, %error, "a handler closed with a code that may not be sent: 1011 is sent instead");
+            tracing::error!(id = %self.id, %error, "a handler closed with an invalid code: 1011 is sent instead");
             *code = CloseCode::INTERNAL_ERROR;
         }
         self.close.get_or_insert(reason);
