@@ -1,9 +1,8 @@
 //! Messages that were read while their handler was busy.
 //!
-//! Owned by one connection, and exists only while it is needed. Control frames must be
-//! answered whatever the handler does, so reading goes on for a while, and messages wait
-//! here, behind each other in one buffer. Knows messages. Does not bound itself: its owner
-//! stops reading.
+//! Owned by one connection, and exists only while it is needed. Control frames must be answered whatever the
+//! handler does, so reading continues for a while, and messages wait here, one after the other in one buffer.
+//! Knows messages. Does not bound itself: its owner stops reading (backpressure).
 
 use crate::frame::MessageKind;
 

@@ -142,7 +142,7 @@ impl ShutdownState {
             code,
         });
         self.raise(DRAINING);
-        self.rouse();
+        self.wake_watchdog();
     }
 
     /// Refuses publications from now on. The caller wakes the shards.
@@ -159,7 +159,7 @@ impl ShutdownState {
         self.state.fetch_max(state, AcqRel); // pairs with the loads below: the plan is seen
     }
 
-    fn rouse(&self) {
+    fn wake_watchdog(&self) {
         if let Some(watchdog) = self.watchdog.get() {
             watchdog.unpark();
         }

@@ -1,18 +1,17 @@
-//! The timing wheel of one shard: who is to be looked at when.
+//! The timing wheel of one shard: when to look at which connection.
 //!
-//! Owned by one shard. One word for each connection, in a bucket; nothing per timer. An
-//! entry is a reminder, not a promise: whoever is reminded looks at its own deadlines and
-//! is timer_tick again. Times are measured from the shard's start. Knows no clock, and not
-//! what the reminders are for.
+//! Owned by one shard. One word for each connection, in a bucket; nothing per timer. An entry is a reminder,
+//! not a promise: when it fires, a connection looks at its own deadlines and is armed again. Times are
+//! measured from the shard's start. Knows no clock, and not what the reminders are for.
 
 use std::time::Duration;
 
 const BUCKETS: u64 = 1024;
-/// How late a reminder may come. With the number of buckets it gives the horizon, 25 s:
-/// later times are reminded of at the horizon, and again.
+/// How late a reminder may be. With the number of buckets it gives the horizon, 25 s: later times are
+/// reminded of at the horizon, and again.
 const TICK: Duration = Duration::from_millis(25);
 
-/// In place of a tick: not timer_tick.
+/// In place of a tick: not armed.
 pub(crate) const NO_TICK: u64 = u64::MAX;
 
 #[derive(Debug)]
@@ -20,24 +19,24 @@ pub(crate) struct Wheel<T> {
     buckets: Box<[Vec<T>]>,
     /// The first tick that has not been expired.
     next: u64,
-    timer_tick: usize,
+    armed: usize,
 }
 
 impl<T> Wheel<T> {
     pub(crate) fn new() -> Self {
-        Self { buckets: (0..BUCKETS).map(|_| Vec::new()).collect(), next: 0, timer_tick: 0 }
+        Self { buckets: (0..BUCKETS).map(|_| Vec::new()).collect(), next: 0, armed: 0 }
     }
 
-    /// Reminds of `item` at `due` or up to a tick later. Returns the tick, by which the reminder can be told
-    /// from an older one.
+    /// Arms `item` for `due` or up to a tick later. Returns the tick, which distinguishes this reminder from
+    /// older ones.
     pub(crate) fn arm(&mut self, item: T, due: Duration) -> u64 {
         let tick = self.tick(due);
         self.buckets[(tick % BUCKETS) as usize].push(item);
-        self.timer_tick += 1;
+        self.armed += 1;
         tick
     }
 
-    /// Reminds of `item` at `due`, unless it is timer_tick for an earlier tick; `timer_tick` is set to the earlier of the two.
+    /// Arms `item` for `due`, unless it is armed for an earlier tick; sets `timer_tick` to the earlier of the two.
     pub(crate) fn arm_earlier(&mut self, item: T, due: Duration, timer_tick: &mut u64) {
         if self.tick(due) < *timer_tick {
             *timer_tick = self.arm(item, due);
@@ -51,7 +50,7 @@ impl<T> Wheel<T> {
     /// Moves everything due by `now` to `due`, each with its tick.
     pub(crate) fn expire(&mut self, now: Duration, due: &mut Vec<(T, u64)>) {
         let last = (now.as_nanos() / TICK.as_nanos()) as u64;
-        if self.timer_tick == 0 {
+        if self.armed == 0 {
             self.next = self.next.max(last + 1);
             return;
         }
@@ -59,7 +58,7 @@ impl<T> Wheel<T> {
         let end = last.saturating_add(1).min(self.next + BUCKETS);
         for tick in self.next..end {
             let bucket = &mut self.buckets[(tick % BUCKETS) as usize];
-            self.timer_tick -= bucket.len();
+            self.armed -= bucket.len();
             due.extend(bucket.drain(..).map(|item| (item, tick)));
         }
         self.next = self.next.max(last + 1);
@@ -67,7 +66,7 @@ impl<T> Wheel<T> {
 
     #[cfg(feature = "audit")]
     pub(crate) fn audit_len(&self) -> usize {
-        self.timer_tick
+        self.armed
     }
 
     #[cfg(feature = "audit")]
@@ -80,7 +79,7 @@ impl<T> Wheel<T> {
 
     /// When the next reminder is due.
     pub(crate) fn next(&self) -> Option<Duration> {
-        if self.timer_tick == 0 {
+        if self.armed == 0 {
             return None;
         }
         let ticks = self.next..self.next + BUCKETS;
@@ -111,7 +110,7 @@ mod tests {
                 let at = now + Duration::from_millis(ahead);
                 let tick = wheel.arm(number, at);
                 expected.insert(number, (at, tick));
-                // Sleep as a shard does: to the next reminder, until `wait` is over.
+                // Sleep as a shard does: until the next reminder, or until `wait` is over.
                 let until = now + Duration::from_millis(wait);
                 while let Some(next) = wheel.next().filter(|next| *next <= until) {
                     now = now.max(next);
@@ -125,7 +124,7 @@ mod tests {
                 wheel.expire(now, &mut due);
                 prop_assert!(due.is_empty());
             }
-            prop_assert_eq!(expected.len(), wheel.timer_tick);
+            prop_assert_eq!(expected.len(), wheel.armed);
         }
     }
 
@@ -133,7 +132,7 @@ mod tests {
     fn what_lies_beyond_the_horizon_is_reminded_of_early() {
         let mut wheel = Wheel::new();
         wheel.arm('a', Duration::from_secs(3600));
-        let next = wheel.next().expect("timer_tick");
+        let next = wheel.next().expect("it is armed");
         assert!(next <= Duration::from_secs(26));
         let mut due = Vec::new();
         wheel.expire(Duration::from_secs(100_000), &mut due);
