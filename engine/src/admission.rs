@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_bounded_and_come_back() {
+    fn permits_are_limited_and_released() {
         let admission = Admission::new(2, None, 2);
         let mut first = admission.admit(None).unwrap();
         let mut second = admission.admit(None).unwrap();
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_has_a_bound_of_its_own() {
+    fn an_address_has_a_limit_of_its_own() {
         let admission = Admission::new(10, Some(1), 1);
         let (one, other) = (IpAddr::from([127, 0, 0, 1]), IpAddr::from([127, 0, 0, 2]));
         let first = admission.admit(Some(one)).unwrap();
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_counts_by_whom_it_belongs_to() {
+    fn an_address_counts_by_the_network_it_belongs_to() {
         let admission = Admission::new(10, Some(1), 1);
         let admit = |address: &str| admission.admit(Some(address.parse().unwrap()));
         let _first = [admit("192.0.2.1").unwrap(), admit("2001:db8::1").unwrap()];

@@ -462,7 +462,7 @@ mod tests {
     use super::*;
 
     #[test]
-    #[allow(clippy::print_stdout, reason = "`cargo test -- --nocapture` tells the number")]
+    #[allow(clippy::print_stdout, reason = "`cargo test -- --nocapture` prints the number")]
     fn a_connection_costs_a_known_amount_of_memory() {
         println!("the state of a connection: {} bytes", size_of::<Connection>());
         assert!(size_of::<Connection>() <= 304, "{} bytes", size_of::<Connection>());

@@ -70,7 +70,7 @@ mod tests {
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
     #[test]
-    fn each_is_reminded_of_at_the_earliest_time_that_it_asked_for() {
+    fn each_item_is_due_at_the_earliest_time_that_was_set() {
         let mut deadlines = Deadlines::new();
         deadlines.push(MS(100), 'a');
         deadlines.push(MS(30), 'b');
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn it_holds_one_reminder_for_each_item_however_often_it_is_asked() {
+    fn each_item_has_one_timer_however_often_it_is_set() {
         let mut deadlines = Deadlines::new();
         let mut due = Vec::new();
         for round in 0..1000 {

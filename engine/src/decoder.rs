@@ -571,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_frame_is_handed_out_from_the_input_and_nothing_is_kept() {
+    fn a_whole_frame_is_returned_from_the_input_and_nothing_is_kept() {
         let mut bytes = frame(FIN | 0x2, b"in place", None);
         let payload_at = bytes[bytes.len() - 8..].as_ptr();
         let (mut decoder, mut at) = (Decoder::new(), 0);
@@ -582,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_whose_header_came_apart_is_still_handed_out_from_the_input() {
+    fn a_frame_with_a_split_header_is_still_returned_from_the_input() {
         let mut bytes = frame(FIN | 0x2, b"in place", None);
         let payload_at = bytes[bytes.len() - 8..].as_ptr();
         let (mut decoder, mut at) = (Decoder::new(), 0);
@@ -614,7 +614,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_of_a_message_is_given_back_when_it_was_handed_out() {
+    fn the_memory_of_a_message_is_freed_after_its_event() {
         let mut decoder = Decoder::new();
         let mut bytes = frame(FIN | 0x2, &[7; 50_000], None);
         let (mut first, mut second) = (bytes.drain(..30_000).collect::<Vec<_>>(), bytes);
@@ -677,7 +677,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_error_is_the_last_word() {
+    fn the_first_error_is_final() {
         let mut decoder = Decoder::new();
         for _ in 0..3 {
             assert_eq!(last(&mut decoder, &frame(FIN | 0x3, b"", None)), Err(FrameError::ReservedOpcode(3)));
@@ -687,7 +687,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_behind_a_close_is_discarded() {
+    fn input_after_a_close_is_discarded() {
         let close = frame(FIN | 0x8, b"\x03\xe8bye", None);
         let behind = frame(FIN | 0x3, b"not even a frame", None);
         for cut in 0..=close.len() {

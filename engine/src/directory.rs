@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn members_that_come_and_go_at_once_never_hide_in_a_closed_entry() {
+    fn concurrent_joins_and_leaves_never_lose_a_member_in_a_closed_entry() {
         let directory = directory();
         std::thread::scope(|scope| {
             for shard in 0..4 {

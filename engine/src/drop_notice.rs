@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn drops_are_told_apart_by_cause_and_group_and_the_list_is_bounded() {
+    fn drops_are_kept_separately_by_cause_and_group_in_a_bounded_list() {
         let mut notices = DropNotices::default();
         let names: Vec<Arc<str>> = (0..1000).map(|number| number.to_string().into()).collect();
         for name in names.iter().chain(&names) {

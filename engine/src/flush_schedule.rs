@@ -201,7 +201,7 @@ mod tests {
         }
 
         #[test]
-        fn everybody_is_flushed_and_the_log_goes_on(
+        fn every_outbox_is_flushed_and_the_log_makes_progress(
             count in 1usize..2000,
             outbox_frames in 1usize..300,
             coalesce in 0u32..20,
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_is_flushed_when_the_first_has_waited_long_enough() {
+    fn all_are_flushed_when_the_first_has_waited_long_enough() {
         let mut schedule = FlushSchedule::new(5 * MS);
         schedule.mark('a');
         assert_eq!(
@@ -238,11 +238,11 @@ mod tests {
         assert_eq!([schedule.next(), schedule.next(), schedule.next()], [Some('a'), Some('b'), None]);
         schedule.end(2);
         schedule.mark('c');
-        assert_eq!(schedule.begin(6 * MS, true), 1, "at an end nobody waits");
+        assert_eq!(schedule.begin(6 * MS, true), 1, "no item waits when it is urgent");
     }
 
     #[test]
-    fn what_was_there_before_an_answer_waits_for_its_turn() {
+    fn items_queued_before_an_answer_keep_their_turn() {
         let mut schedule = FlushSchedule::new(Duration::ZERO);
         schedule.mark('a');
         let before = schedule.waiting();

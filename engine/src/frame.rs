@@ -480,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn building_hands_on_the_codecs_error() {
+    fn building_returns_the_writers_error() {
         assert_eq!(Frame::build(8, |_| Err("no")), Err("no"));
     }
 

@@ -32,7 +32,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_hashed_as_it_came() {
+    fn the_key_is_hashed_as_received() {
         assert_eq!(accept_key(b"x3JJHMbDL1EzLkh9GBhXDw=="), "HSmrc0sMlYUkAGmm5OPpG2HaGWk=");
     }
 }

@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_not_been_listened_to_is_not_called_silent() {
+    fn a_client_whose_input_was_not_read_is_not_silent() {
         let mut beats = pinged(5000);
         assert_eq!(beats.beat(MS(9000), MS(5299), &config(), || 7), Beat::Wait(MS(5300)));
         assert_eq!(beats.beat(MS(9000), MS(5300), &config(), || 7), Beat::Unanswered);
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_speaks_has_answered_and_a_late_pong_is_still_a_round_trip() {
+    fn any_message_is_an_answer_and_a_late_pong_is_still_a_round_trip() {
         let mut beats = pinged(5000);
         beats.heard(MS(5200), 6);
         beats.answered();
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_is_prolonged_a_bounded_number_of_times_and_by_enough_bytes_only() {
+    fn a_wait_is_extended_a_bounded_number_of_times_and_by_enough_bytes_only() {
         let mut beats = pinged(5000);
         for round in 1..=u64::from(EXTENSIONS_MAX) {
             assert_eq!(beat(&mut beats, 5000 + 300 * round), Beat::Unanswered);
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_of_round_trips_is_kept_for_whoever_asks() {
+    fn a_window_of_round_trips_is_kept_from_the_first_query_on() {
         let mut beats = pinged(5000);
         assert!(!beats.is_rtt_above(MS(1), 2), "none before the first pong");
         for (at, rtt) in [(5000, 10), (6000, 100), (7000, 200)] {
@@ -488,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_only_answers_pings_ends_where_messages_are_asked_for() {
+    fn a_client_that_only_answers_pings_is_ended_by_a_message_timeout() {
         let config = ConnectionConfig { message_timeout: Some(MS(1500)), ..config() };
         let mut beats = Heartbeat::new(MS(0), 0.0, &config);
         beats.heard(MS(1400), 6);
@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pong_counts_though_something_behind_its_ping_was_not_written_yet() {
+    fn a_pong_is_an_answer_even_if_bytes_after_its_ping_are_still_queued() {
         let mut beats = Heartbeat::new(MS(0), 0.0, &config());
         assert_eq!(beat(&mut beats, 1000), Beat::Ping(7u64.to_be_bytes()));
         assert!(beats.pong(MS(1200), &7u64.to_be_bytes()));

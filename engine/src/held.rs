@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_come_back_whole_and_in_order() {
+    fn messages_are_returned_whole_and_in_order() {
         let mut held = Held::default();
         let message =
             |number: u32| (number.to_string().repeat(number as usize % 9), number.is_multiple_of(2));
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_taken_is_given_back() {
+    fn the_memory_of_taken_messages_is_reused() {
         let mut held = Held::default();
         for _ in 0..10_000 {
             held.push(MessageKind::Binary, &[0; 100]);

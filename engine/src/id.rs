@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_gives_back_what_it_was_made_of() {
+    fn an_id_returns_its_parts() {
         let id = ConnectionId::new(SHARDS_MAX - 1, Slot::new(SLOTS_MAX - 1), u64::MAX);
         assert_eq!((id.shard(), id.slot().index()), (SHARDS_MAX - 1, SLOTS_MAX - 1));
         assert_eq!(id.to_string().parse(), Ok(id));

@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_log_gives_the_value_back_and_its_end_drops_the_rest() {
+    fn a_full_log_returns_the_value_and_its_drop_drops_the_rest() {
         let drops = Arc::new(AtomicUsize::new(0));
         let (log, readers) = Log::new(2, 2, 1);
         let value = |number| Value { publisher: 0, number: Box::new(number), drops: drops.clone() };
@@ -515,7 +515,7 @@ mod models {
     }
 
     #[test]
-    fn what_is_accepted_before_the_close_lies_below_the_tail_that_is_seen_after_it() {
+    fn everything_accepted_before_a_close_is_below_the_tail_read_after_it() {
         loom::model(|| {
             let drops = Arc::new(AtomicUsize::new(0));
             let (log, mut readers) = Log::new(4, 1, 4);
@@ -537,7 +537,7 @@ mod models {
     }
 
     #[test]
-    fn a_reader_that_ends_holds_back_nobody() {
+    fn a_reader_that_ends_holds_back_no_publisher() {
         loom::model(|| {
             let drops = Arc::new(AtomicUsize::new(0));
             let (log, mut readers) = Log::new(2, 2, 4);
@@ -553,7 +553,7 @@ mod models {
     }
 
     #[test]
-    fn a_log_without_readers_keeps_nothing_and_blocks_nobody() {
+    fn a_log_without_readers_keeps_no_value_and_blocks_no_publisher() {
         loom::model(|| {
             let drops = Arc::new(AtomicUsize::new(0));
             let (log, readers) = Log::new(2, 1, 4);

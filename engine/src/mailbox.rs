@@ -216,7 +216,7 @@ mod models {
     }
 
     #[test]
-    fn an_entry_never_lies_beside_a_sleeping_shard() {
+    fn a_shard_never_sleeps_while_a_command_is_queued() {
         loom::model(|| {
             let (mailbox, poll_waker) = mailbox(2);
             let senders = [1, 2].map(|command| {
@@ -235,7 +235,7 @@ mod models {
     }
 
     #[test]
-    fn a_resume_never_lies_beside_a_sleeping_shard() {
+    fn a_shard_never_sleeps_while_a_resume_is_queued() {
         loom::model(|| {
             let (mailbox, poll_waker) = mailbox(1);
             let sender = mailbox.clone();
@@ -278,7 +278,7 @@ mod models {
     }
 
     #[test]
-    fn a_publication_never_lies_beside_a_sleeping_shard() {
+    fn a_shard_never_sleeps_while_a_publication_is_unread() {
         loom::model(|| {
             let (mailbox, poll_waker) = mailbox(1);
             let (log, mut readers) = Log::new(2, 1, 4);
@@ -306,7 +306,7 @@ mod models {
     }
 
     #[test]
-    fn nothing_is_left_behind_in_a_closed_mailbox() {
+    fn no_command_remains_in_a_closed_mailbox() {
         loom::model(|| {
             let (mailbox, _) = mailbox(2);
             let senders = [1, 2].map(|command| {
@@ -321,7 +321,7 @@ mod models {
     }
 
     #[test]
-    fn who_waits_at_a_full_mailbox_is_woken_by_room_or_by_its_end() {
+    fn a_sender_at_a_full_mailbox_is_woken_by_room_or_by_its_close() {
         for close in [false, true] {
             loom::model(move || {
                 let (mailbox, poll_waker) = mailbox(1);

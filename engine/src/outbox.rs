@@ -650,7 +650,7 @@ mod tests {
 
     const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8, overflow_bytes: 1 << 30 };
 
-    /// A frame that says its number, in `bytes` bytes (6 to 120).
+    /// A frame with its number as payload, in `bytes` bytes (6 to 120).
     const FOR_EVER: Expiry = Expiry { until: None, max_drops: 0 };
 
     fn frame(number: u32, bytes: usize) -> Vec<u8> {
@@ -665,7 +665,7 @@ mod tests {
         Rc::new(Chunk::joined(frames.iter().map(Vec::as_slice), bytes, &Retained::default()))
     }
 
-    /// What has reached the peer: whole frames, and the beginning of one.
+    /// What has reached the client: whole frames, and the beginning of one.
     #[derive(Debug, Default)]
     struct Peer {
         data: Vec<u32>,
@@ -694,7 +694,7 @@ mod tests {
         }
     }
 
-    /// One write of at most `bytes`, as a connection does it; false if there was nothing to write.
+    /// Writes once, at most `bytes`, as a connection does; false if there was nothing to write.
     fn write<T>(outbox: &mut Outbox<T>, gather: &mut Gather, peer: &mut Peer, bytes: usize) -> bool {
         let before = peer.data.len();
         let (piece, is_control) = match outbox.next() {
@@ -736,11 +736,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 8 } else { 1000 }))]
         #[test]
-        fn the_peer_gets_whole_frames_in_order_and_every_frame_is_accounted_for(
+        fn the_client_gets_whole_frames_in_order_and_every_frame_is_accounted_for(
             steps in prop::collection::vec(step(), 1..60)
         ) {
             let (mut outbox, mut gather, mut peer) = (Outbox::new(), Gather::default(), Peer::default());
-            // Of each pending frame its number, its length, and the offer it came with.
+            // For each pending frame its number, its length, and its offer.
             let mut pending: VecDeque<(u32, usize, usize)> = VecDeque::new();
             let mut tickets: Vec<Rc<()>> = Vec::new();
             let (mut offered, mut written, mut discarded) = (0, 0, 0);
@@ -756,7 +756,7 @@ mod tests {
                         let ticket = Rc::new(());
                         tickets.push(ticket.clone());
                         let (chunk, was_empty) = (chunk(&frames), outbox.is_empty());
-                        // The short way in is taken for every second offer, where it is open.
+                        // Every second offer tries the fast path.
                         let offer = if tickets.len().is_multiple_of(2) && outbox.push_if_empty(&chunk, &BOUNDS) {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
                             Enqueued::Queued
@@ -772,7 +772,7 @@ mod tests {
                         prop_assert_eq!(offer, expected);
                     }
                     Step::Write(bytes) => {
-                        // A control frame goes before all data, but never into a frame.
+                        // A control frame precedes all data, but is never inside a frame.
                         let control = outbox.more.as_ref().is_some_and(|more| !more.control.is_empty());
                         let is_control = matches!(outbox.next(), Next::Control(_));
                         prop_assert_eq!(is_control, control && !peer.has_begun_data());
@@ -806,11 +806,11 @@ mod tests {
                         peer = Peer::default();
                     }
                 }
-                // Nothing is lost and nothing invented.
+                // No frame is lost or invented.
                 prop_assert_eq!(outbox.pending(), pending.len() as u64);
                 prop_assert_eq!(offered as usize, written + discarded + pending.len());
                 prop_assert_eq!(&peer.controls[..], &controls[..peer.controls.len()]);
-                // The bounds hold, and nothing waits that has room.
+                // The bounds hold, and no frame waits that has room.
                 let queued = outbox.frames as usize;
                 let begun = if peer.has_begun_data() { peer.begun.len() } else { 0 };
                 let bytes: usize = pending.iter().take(queued).map(|(_, bytes, _)| bytes).sum();
@@ -824,7 +824,7 @@ mod tests {
                 for (offer, ticket) in tickets.iter().enumerate() {
                     prop_assert_eq!(Rc::strong_count(ticket) > 1, waiting.contains(&offer));
                 }
-                // Nothing stays allocated for nothing.
+                // Nothing stays allocated while nothing is queued.
                 let is_needed = outbox.more.as_ref().is_some_and(|more| {
                     !more.rest.is_empty() || !more.waiting.is_empty() || !more.control.is_empty()
                 });
@@ -837,7 +837,7 @@ mod tests {
     }
 
     #[test]
-    fn one_piece_allocates_nothing() {
+    fn a_single_chunk_allocates_nothing() {
         let mut outbox: Outbox<()> = Outbox::new();
         let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
         assert_eq!(
@@ -866,7 +866,7 @@ mod tests {
     }
 
     #[test]
-    fn what_several_connections_have_queued_alike_is_gathered_once() {
+    fn equal_queues_of_several_connections_are_gathered_once() {
         let (mut gather, pieces) = (Gather::default(), [chunk(&[frame(0, 10)]), chunk(&[frame(1, 10)])]);
         let mut outboxes: [Outbox<()>; 2] = [Outbox::new(), Outbox::new()];
         for outbox in &mut outboxes {
@@ -896,7 +896,7 @@ mod tests {
             assert!(outbox.more.as_ref().is_some_and(|more| more.control.len() <= CONTROL_BYTES_MAX));
         }
         while write(&mut outbox, &mut gather, &mut peer, 50) {}
-        assert_eq!(peer.controls[..2], [0, 1_000_000], "the one that was begun, and our ping");
+        assert_eq!(peer.controls[..2], [0, 1_000_000], "the partly written pong, and our ping");
         assert_eq!(peer.controls.last(), Some(&999), "the last ping is answered");
     }
 }

@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_peer_has_not_read_is_told_until_it_has() {
+    fn bytes_are_unacknowledged_until_the_client_has_read_them() {
         let (mut ours, mut theirs) = UnixStream::pair().expect("a pair");
         assert_eq!(unacknowledged(&ours), Some(0));
         ours.write_all(&[0; 1000]).expect("room");
@@ -40,7 +40,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_has_no_answer() {
+    fn a_descriptor_that_is_not_a_socket_has_no_result() {
         let file = std::fs::File::open("/dev/null").expect("it exists");
         assert_eq!(unacknowledged(&file), None);
     }

@@ -186,7 +186,7 @@ mod linux {
         }
 
         #[test]
-        fn engines_take_the_cpus_with_the_fewest_shards_and_give_them_back() {
+        fn engines_claim_the_cpus_with_the_fewest_shards_and_release_them() {
             for _ in 0..16 {
                 let one = take(&mut cpus("fewest"), 1);
                 let other = take(&mut cpus("fewest"), 1);
@@ -207,14 +207,14 @@ mod linux {
         }
 
         #[test]
-        fn who_starts_at_the_same_moment_finds_out_by_the_claim() {
+        fn engines_that_start_at_the_same_moment_claim_different_cpus() {
             let (mut one, mut other) = (cpus("moment"), cpus("moment"));
             let (one, other) = (take(&mut one, 1), take(&mut other, 1));
             assert_eq!(numbers(one.iter().chain(&other)), [3, 5]);
         }
 
         #[test]
-        fn a_process_without_cpus_to_know_of_pins_nothing() {
+        fn a_process_without_known_cpus_pins_nothing() {
             assert!(Cpus::new(CpuSet::new(), "shardcast-test/none".to_owned()).take().is_none());
         }
     }

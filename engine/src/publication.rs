@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_code_that_cannot_be_sent_closes_nobody() {
+    fn a_code_that_may_not_be_sent_closes_no_connection() {
         let refused = Publication::close(Address::Everyone, CloseCode(1006), "");
         assert_eq!(refused, Err(InvalidCloseCode(CloseCode(1006))));
     }

@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_holds_its_shard_is_counted_once_and_not_before_its_time() {
+    fn a_call_that_blocks_its_shard_is_counted_once_and_not_too_early() {
         let (mut sampler, beacons, _name, start) = sampler();
         let call = beacons.call(0, NAMESPACE);
         for (millis, blocked) in [(0, 0), (50, 0), (99, 0), (100, 1), (150, 1), (10_000, 1), (10_050, 1)] {
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn many_short_calls_hold_nothing_up() {
+    fn many_short_calls_block_nothing() {
         let (mut sampler, beacons, _name, start) = sampler();
         for look in 0..100 {
             let _call = beacons.call(0, NAMESPACE);
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_was_stopped_blames_no_call() {
+    fn a_suspended_process_counts_no_call_as_blocking() {
         let (mut sampler, beacons, _name, start) = sampler();
         let _call = beacons.call(0, NAMESPACE);
         sampler.sample(&beacons, start);
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_is_logged_once_a_minute_and_others_beside_it() {
+    fn each_namespace_is_logged_at_most_once_a_minute() {
         let (mut sampler, beacons, _name, start) = sampler();
         let other: Arc<str> = "another".into();
         beacons.name(GroupKey(8), &other);
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shutdown_leaves_behind_what_is_stuck_and_waits_for_what_is_on_its_way() {
+    fn a_shutdown_abandons_stuck_shards_and_waits_for_the_others() {
         let start = Instant::now();
         let (shutdown, beacons) = (ShutdownState::new(3), Beacons::new(3, start));
         assert_eq!(verdict(&shutdown, &beacons, start), Next::Sleep(None));

@@ -100,7 +100,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_reminder_comes_once_and_at_most_a_tick_late(
+        fn a_reminder_fires_once_and_at_most_a_tick_late(
             arms in prop::collection::vec((0u64..20_000, 0u64..25_000), 1..100)
         ) {
             let mut wheel = Wheel::new();
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_beyond_the_horizon_is_reminded_of_early() {
+    fn a_time_beyond_the_horizon_is_reminded_of_early() {
         let mut wheel = Wheel::new();
         wheel.arm('a', Duration::from_secs(3600));
         let next = wheel.next().expect("it is armed");

@@ -175,8 +175,8 @@ mod tests {
         for mut nonces in [Nonces::default(), Nonces::default()] {
             for count in 1..=1000_u64 {
                 let nonce = nonces.next();
-                assert!(seen.insert(nonce), "it has been in a ping of this shard or of another");
-                assert_ne!(nonce, known.hash_one(count), "a hash whose key everybody knows");
+                assert!(seen.insert(nonce), "the number was used before, by this shard or by the other");
+                assert_ne!(nonce, known.hash_one(count), "the hash has a publicly known key");
             }
         }
     }
