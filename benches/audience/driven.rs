@@ -65,9 +65,9 @@ impl Driven {
 
     /// Ends the connection in the next turn.
     pub(crate) fn close(&mut self, id: ConnectionId) {
-        let closing = self
-            .everyone
-            .publish(Publication::close(Address::Connection(id), CloseCode::NORMAL, "").unwrap());
+        let closing = self.everyone.publish(
+            Publication::close(Address::Connection(id), CloseCode::NORMAL, "").expect("1000 may be sent"),
+        );
         drive(&mut self.shards, self.now, closing).expect("the engine runs");
     }
 
