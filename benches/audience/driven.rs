@@ -45,8 +45,8 @@ impl Driven {
         for socket in sockets {
             let ids = self.ids.0.clone();
             let on_id = move |id| ids.send(id).expect("the audience is there");
-            let newcomer = super::newcomer(&self.engine, socket, &config, on_id);
-            let adopting = self.everyone.adopt(newcomer);
+            let connection = super::connection(&self.engine, socket, &config, on_id);
+            let adopting = self.everyone.adopt(connection);
             drive(&mut self.shards, self.now, adopting).expect("an engine that runs adopts");
         }
         self.settle();

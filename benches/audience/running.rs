@@ -37,8 +37,8 @@ impl Running {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime can be built");
         runtime.block_on(async {
             for _ in self.members..members as u64 {
-                let newcomer = super::newcomer(&self.engine, Socket::sink(), &config, |_| {});
-                self.everyone.adopt(newcomer).await.expect("an engine that runs adopts");
+                let connection = super::connection(&self.engine, Socket::sink(), &config, |_| {});
+                self.everyone.adopt(connection).await.expect("an engine that runs adopts");
             }
         });
         self.members = self.members.max(members as u64);

@@ -16,7 +16,7 @@ use mio::{Poll, Waker};
 use crate::admission::ConnectionPermit;
 use crate::beacon::Beacons;
 use crate::close_code::InvalidCloseCode;
-use crate::config::{ConfigError, EngineConfig};
+use crate::config::{ConfigError, ConnectionConfig, EngineConfig};
 use crate::engine_core::EngineCore;
 use crate::frame::Frame;
 use crate::log::Log;
@@ -154,6 +154,15 @@ impl Engine {
     /// The same with a name, by which log lines speak of it. Names need not differ.
     pub fn namespace_named(&self, name: &str) -> Namespace {
         Namespace::new(self.owner.core.clone(), name)
+    }
+
+    /// Checks settings that connections are to be handed over with, also against the engine's own: a message must not be
+    /// allowed to be longer than [`unfinished_bytes_max`](EngineConfig::unfinished_bytes_max).
+    ///
+    /// # Errors
+    /// The first field that is out of range, by name.
+    pub fn check(&self, config: &ConnectionConfig) -> Result<(), ConfigError> {
+        self.owner.core.config.validate_with(config)
     }
 
     /// Registers an encoding: from now on connections may be handed over with it, and `render` makes the frames that they
