@@ -45,7 +45,7 @@ fn the_code_map_lists_every_module_and_file() {
 }
 
 #[test]
-fn the_engine_does_not_say_the_words_of_the_face() {
+fn the_engine_does_not_say_the_words_of_the_crate_above_it() {
     const NEVER: [&str; 5] = ["axum", "hub", "hubs", "json", "tokio"];
     // In prose these may stand, for instance to say that the engine does not know them.
     const NOT_AS_CODE: [&str; 5] = ["codec", "http", "hyper", "postcard", "futures"];

@@ -228,7 +228,7 @@ async fn what_comes_behind_the_offence_is_not_handled() {
 }
 
 #[tokio::test]
-async fn a_stream_that_ends_within_a_frame_is_a_peer_that_vanished() {
+async fn a_stream_that_ends_within_a_frame_is_a_peer_that_disconnected() {
     let mut scene = Scene::json().await;
     for cut in [1, 3, 7] {
         let mut wrongdoer = scene.wrongdoer().await;
