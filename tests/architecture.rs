@@ -183,9 +183,9 @@ fn no_file_is_named_after_nothing() {
 
 #[test]
 fn an_example_is_built_without_what_the_tests_depend_on() {
-    let (face, examples) = (read(&root().join("Cargo.toml")), read(&root().join("examples/Cargo.toml")));
+    let (manifest, examples) = (read(&root().join("Cargo.toml")), read(&root().join("examples/Cargo.toml")));
     assert!(
-        face.contains("autoexamples = false") && !face.contains("[[example]]"),
+        manifest.contains("autoexamples = false") && !face.contains("[[example]]"),
         "it has dev-dependencies"
     );
     assert!(!examples.contains("dev-dependencies"), "every example is compiled with them");
