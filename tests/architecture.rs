@@ -158,7 +158,7 @@ fn every_file_begins_with_its_door_sign() {
     let mut found = Vec::new();
     for path in sources(&folders) {
         let text = read(&path);
-        // The face's sign is its guide.
+        // The crate documentation is its guide.
         let sign = if name(&path) == "src/lib.rs" { "#![doc = include_str!(" } else { "//! " };
         if !text.starts_with(sign) {
             found.push(format!("{} does not begin with `{sign}`", name(&path)));
@@ -185,7 +185,7 @@ fn no_file_is_named_after_nothing() {
 fn an_example_is_built_without_what_the_tests_depend_on() {
     let (manifest, examples) = (read(&root().join("Cargo.toml")), read(&root().join("examples/Cargo.toml")));
     assert!(
-        manifest.contains("autoexamples = false") && !face.contains("[[example]]"),
+        manifest.contains("autoexamples = false") && !manifest.contains("[[example]]"),
         "it has dev-dependencies"
     );
     assert!(!examples.contains("dev-dependencies"), "every example is compiled with them");
