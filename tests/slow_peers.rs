@@ -16,7 +16,9 @@ use axum::Router;
 use axum::routing::any;
 use fixture::hub_fixture::{HubFixture, number_of, numbered};
 use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
-use fixture::{OnRuntime, PATIENCE, Peer, Server, command_app, connect, engine, eventually, within_timeout};
+use fixture::{
+    OnRuntime, Peer, Server, TEST_TIMEOUT, command_app, connect, engine, eventually, within_timeout,
+};
 use shardcast::{
     BroadcastPolicy, CloseReason, ConnectionId, DropCause, Dropped, HubContext, RawCodec, Receipt, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
@@ -388,7 +390,7 @@ async fn pongs_that_answer_nothing_keep_no_peer_alive() {
         for payload in [&nonce[..], b"", &[0; 8], &[0xff; 8], &nonce[..7]] {
             let _ = liar.stream.try_write(&frame(FIN | PONG, payload)); // its end may have come
         }
-        assert!(began.elapsed() < PATIENCE, "it lives on lies");
+        assert!(began.elapsed() < TEST_TIMEOUT, "it lives on lies");
         tokio::time::sleep(ms(50)).await;
     }
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));

@@ -45,8 +45,8 @@ impl Driven {
         for socket in sockets {
             let ids = self.ids.0.clone();
             let on_id = move |id| ids.send(id).expect("the audience is there");
-            let newcomer = super::newcomer(&self.engine, socket, &config, on_id);
-            let adopting = self.everyone.adopt(newcomer);
+            let connection = super::connection(&self.engine, socket, &config, on_id);
+            let adopting = self.everyone.adopt(connection);
             drive(&mut self.shards, self.now, adopting).expect("an engine that runs adopts");
         }
         self.settle();
@@ -65,9 +65,9 @@ impl Driven {
 
     /// Ends the connection in the next turn.
     pub(crate) fn close(&mut self, id: ConnectionId) {
-        let closing = self
-            .everyone
-            .publish(Publication::close(Address::Connection(id), CloseCode::NORMAL, "").unwrap());
+        let closing = self.everyone.publish(
+            Publication::close(Address::Connection(id), CloseCode::NORMAL, "").expect("1000 may be sent"),
+        );
         drive(&mut self.shards, self.now, closing).expect("the engine runs");
     }
 

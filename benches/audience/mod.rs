@@ -36,7 +36,7 @@ pub(crate) fn config() -> ConnectionConfig {
 }
 
 /// Somebody new; `on_id` is told the id, on the shard.
-fn newcomer(
+fn connection(
     engine: &Engine,
     socket: Socket,
     config: &Arc<ConnectionConfig>,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use shardcast_engine::{Engine, EngineConfig, Metrics, Namespace, Payload, Socket};
 
 /// After which the engine is believed to hang.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TEST_TIMEOUT: Duration = Duration::from_secs(120);
 /// A wait that is longer looks rarely: who looks all the time takes a CPU from those who work. It then ends at most
 /// some 3 % too late, and what the system adds to a sleep (on Linux 50 µs).
 const SHORT: Duration = Duration::from_millis(1);
@@ -37,8 +37,8 @@ impl Running {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime can be built");
         runtime.block_on(async {
             for _ in self.members..members as u64 {
-                let newcomer = super::newcomer(&self.engine, Socket::sink(), &config, |_| {});
-                self.everyone.adopt(newcomer).await.expect("an engine that runs adopts");
+                let connection = super::connection(&self.engine, Socket::sink(), &config, |_| {});
+                self.everyone.adopt(connection).await.expect("an engine that runs adopts");
             }
         });
         self.members = self.members.max(members as u64);
@@ -77,7 +77,7 @@ impl Running {
             }
             super::check_losses(&metrics); // what is lost need not be waited for
             let waited = started.elapsed();
-            assert!(waited < PATIENCE, "{PATIENCE:?} and not yet: {what}; {metrics:?}");
+            assert!(waited < TEST_TIMEOUT, "{TEST_TIMEOUT:?} and not yet: {what}; {metrics:?}");
             if waited < SHORT {
                 thread::yield_now(); // where shards share this CPU, it is theirs
             } else {

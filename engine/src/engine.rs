@@ -15,7 +15,7 @@ use mio::{Poll, Waker};
 use crate::admission::ConnectionPermit;
 use crate::beacon::Beacons;
 use crate::close_code::InvalidCloseCode;
-use crate::config::{ConfigError, EngineConfig};
+use crate::config::{ConfigError, ConnectionConfig, EngineConfig};
 use crate::engine_core::EngineCore;
 use crate::frame::Frame;
 use crate::log::Log;
@@ -155,6 +155,15 @@ impl Engine {
     /// Like [`namespace`](Self::namespace), with a name for log lines. Names need not be unique.
     pub fn namespace_named(&self, name: &str) -> Namespace {
         Namespace::new(self.owner.core.clone(), name)
+    }
+
+    /// Checks a connection's settings, also against the engine's own: `max_message_bytes` must not exceed
+    /// [`unfinished_bytes_max`](EngineConfig::unfinished_bytes_max).
+    ///
+    /// # Errors
+    /// [`ConfigError`] for the first field that is out of range.
+    pub fn check(&self, config: &ConnectionConfig) -> Result<(), ConfigError> {
+        self.owner.core.config.validate_with(config)
     }
 
     /// Registers an encoding: connections can be adopted with it from now on, and `render` makes their frames
