@@ -184,6 +184,7 @@ impl Counts {
         Tally { offered, written, dropped, discarded, received }
     }
 
+    #[cfg(feature = "audit")]
     pub(crate) fn losses(&self) -> Option<&Losses> {
         self.losses.as_deref()
     }

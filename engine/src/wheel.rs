@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 const BUCKETS: u64 = 1024;
+const WORDS: usize = BUCKETS as usize / 64;
 /// How late a reminder may be. With the number of buckets it gives the horizon, 25 s: later times are
 /// reminded of at the horizon, and again.
 const TICK: Duration = Duration::from_millis(25);
@@ -17,6 +18,8 @@ pub(crate) const NO_TICK: u64 = u64::MAX;
 #[derive(Debug)]
 pub(crate) struct Wheel<T> {
     buckets: Box<[Vec<T>]>,
+    /// A bit for each bucket that is not empty, so that finding the next one takes a few words and not all buckets.
+    occupied: [u64; WORDS],
     /// The first tick that has not been expired.
     next: u64,
     armed: usize,
@@ -24,14 +27,16 @@ pub(crate) struct Wheel<T> {
 
 impl<T> Wheel<T> {
     pub(crate) fn new() -> Self {
-        Self { buckets: (0..BUCKETS).map(|_| Vec::new()).collect(), next: 0, armed: 0 }
+        Self { buckets: (0..BUCKETS).map(|_| Vec::new()).collect(), occupied: [0; WORDS], next: 0, armed: 0 }
     }
 
     /// Arms `item` for `due` or up to a tick later. Returns the tick, which distinguishes this reminder from
     /// older ones.
     pub(crate) fn arm(&mut self, item: T, due: Duration) -> u64 {
         let tick = self.tick(due);
-        self.buckets[(tick % BUCKETS) as usize].push(item);
+        let bucket = (tick % BUCKETS) as usize;
+        self.buckets[bucket].push(item);
+        self.occupied[bucket / 64] |= 1 << (bucket % 64);
         self.armed += 1;
         tick
     }
@@ -56,10 +61,11 @@ impl<T> Wheel<T> {
         }
         // A clock that jumps passes each bucket once.
         let end = last.saturating_add(1).min(self.next + BUCKETS);
-        for tick in self.next..end {
-            let bucket = &mut self.buckets[(tick % BUCKETS) as usize];
-            self.armed -= bucket.len();
-            due.extend(bucket.drain(..).map(|item| (item, tick)));
+        while let Some(tick) = self.first_occupied().filter(|tick| *tick < end) {
+            let bucket = (tick % BUCKETS) as usize;
+            self.armed -= self.buckets[bucket].len();
+            due.extend(self.buckets[bucket].drain(..).map(|item| (item, tick)));
+            self.occupied[bucket / 64] &= !(1 << (bucket % 64));
         }
         self.next = self.next.max(last + 1);
     }
@@ -79,12 +85,24 @@ impl<T> Wheel<T> {
 
     /// When the next reminder is due.
     pub(crate) fn next(&self) -> Option<Duration> {
-        if self.armed == 0 {
-            return None;
-        }
-        let ticks = self.next..self.next + BUCKETS;
-        let tick = ticks.into_iter().find(|tick| !self.buckets[(tick % BUCKETS) as usize].is_empty())?;
+        let tick = self.first_occupied()?;
         Some(TICK.saturating_mul(u32::try_from(tick).unwrap_or(u32::MAX)))
+    }
+
+    /// The first tick whose bucket is not empty.
+    fn first_occupied(&self) -> Option<u64> {
+        let (first, start) = ((self.next % BUCKETS) as usize, self.next % 64);
+        // Around the ring once, the first word twice: its low bits are the last ticks.
+        (0..=WORDS).find_map(|word| {
+            let mask = match word {
+                0 => u64::MAX << start,
+                WORDS => !(u64::MAX << start),
+                _ => u64::MAX,
+            };
+            let bits = self.occupied[(first / 64 + word) % WORDS] & mask;
+            let tick = self.next - start + word as u64 * 64 + u64::from(bits.trailing_zeros());
+            (bits != 0).then_some(tick)
+        })
     }
 }
 
