@@ -3,7 +3,9 @@
 //! The handle through which everything is published. Cloneable, usable from any thread and any task. Does not
 //! know how publications reach the shards (`publisher.rs`), sockets, or what payloads mean.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -18,7 +20,7 @@ use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::payload::Payload;
 use crate::position::Position;
 use crate::publication::{Address, Publication};
-use crate::publisher::{GROUP_NAME_BYTES_MAX, PublishError, Publisher, TryPublishError, Wants};
+use crate::publisher::{GROUP_NAME_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError, Wants};
 use crate::receipt::Receipt;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
@@ -45,10 +47,13 @@ impl Namespace {
     /// # Errors
     /// [`PublishError::Closed`] if the engine has ended, [`PublishError::Overloaded`] if too many publishers
     /// wait, [`PublishError::TooLong`] for a payload that no outbox can hold.
-    pub async fn publish(&self, publication: Publication) -> Result<(), PublishError> {
-        // A publication that closes connections needs no room in their outboxes.
+    pub fn publish(
+        &self,
+        publication: Publication,
+    ) -> impl Future<Output = Result<(), PublishError>> + Send + Unpin + use<'_> {
+        // Nobody waits for room where connections are closed.
         let wants = if publication.payload().is_some() { Wants::Room } else { Wants::Nothing };
-        self.publisher.submit(publication, wants).await.map(drop)
+        WithoutReceipt(self.publisher.submit(publication, wants))
     }
 
     /// Publishes, and always waits until every connection that is addressed has accepted the message or has
@@ -56,8 +61,11 @@ impl Namespace {
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
-    pub async fn deliver(&self, publication: Publication) -> Result<Receipt, PublishError> {
-        self.publisher.submit(publication, Wants::Outcome).await
+    pub fn deliver(
+        &self,
+        publication: Publication,
+    ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + Unpin + use<'_> {
+        self.publisher.submit(publication, Wants::Outcome)
     }
 
     /// Publishes without waiting, for code that is not async. A slow consumer gets the message when its
@@ -262,6 +270,17 @@ impl Namespace {
         let adoption = Adoption { socket, received, handler, config, encoding, directory, permit, join };
         self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
         Ok(())
+    }
+}
+
+/// A submission whose receipt nobody asked for.
+struct WithoutReceipt<'a>(Submission<'a>);
+
+impl Future for WithoutReceipt<'_> {
+    type Output = Result<(), PublishError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(context).map_ok(drop)
     }
 }
 

@@ -18,7 +18,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::Poll;
+use std::task::{Context, Poll, ready};
 
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Command};
@@ -138,50 +138,18 @@ impl Publisher {
     }
 
     /// Publishes as soon as the log or the mailbox has room, and waits for the outcome that the caller `wants`.
-    pub(crate) async fn submit(
-        &self,
-        publication: Publication,
-        wants: Wants,
-    ) -> Result<Receipt, PublishError> {
-        if publication.payload().is_some_and(|payload| payload.bytes().len() > Payload::BYTES_MAX) {
-            return Err(PublishError::TooLong);
-        }
-        let (position, awaited) = match self.try_submit(publication.into(), wants) {
-            Ok(submitted) => submitted,
-            Err(Refused::Closed(_)) => return Err(PublishError::Closed),
-            Err(Refused::Full(draft)) => {
-                let bounded: &(dyn Bounded + Sync) = match draft.publication.to {
-                    Address::Connection(id) => &self.core.mailboxes[id.shard()],
-                    _ => &*self.core.log,
-                };
-                let attempt = move |draft: Box<Draft>| self.try_submit(*draft, wants);
-                let room: Room<'_, _> = Box::pin(self.wait_for_room(bounded, draft, attempt));
-                room.await?
-            }
-        };
-        match awaited {
-            Some(awaited) => Ok(Receipt { position, ..self.outcome(awaited).await? }),
-            None => Ok(Receipt { position, ..Receipt::default() }),
-        }
+    pub(crate) fn submit(&self, publication: Publication, wants: Wants) -> Submission<'_> {
+        Submission { publisher: self, wants, step: Step::Submit(publication) }
     }
 
-    /// Waits until every target has accepted the frame or has disconnected.
-    async fn outcome(&self, awaited: Awaited) -> Result<Receipt, PublishError> {
-        let mut registration = Registration::default();
-        poll_fn(|context| {
-            let outcome = awaited.poll(context.waker()).map(Ok);
-            let is_lost = outcome.is_pending()
-                && self.core.shutdown.has_left_behind(awaited.number(), &mut registration, context.waker());
-            if !is_lost {
-                return outcome;
-            }
-            // A shard that was abandoned at the engine's end never reports the outcome.
-            match awaited.poll(context.waker()) {
-                Poll::Ready(receipt) => Poll::Ready(Ok(receipt)),
-                Poll::Pending => Poll::Ready(Err(PublishError::Closed)),
-            }
-        })
-        .await
+    /// Waits until there was room for the draft.
+    fn room_for(&self, draft: Box<Draft>, wants: Wants) -> Room<'_, Submitted> {
+        let bounded: &(dyn Bounded + Sync) = match draft.publication.to {
+            Address::Connection(id) => &self.core.mailboxes[id.shard()],
+            _ => &*self.core.log,
+        };
+        let attempt = move |draft: Box<Draft>| self.try_submit(*draft, wants);
+        Box::pin(self.wait_for_room(bounded, draft, attempt))
     }
 
     /// Attempts once: resolves the address as of now, decides whether the publisher must wait for a member,
@@ -390,6 +358,89 @@ impl Publisher {
             Poll::Pending
         })
         .await
+    }
+}
+
+/// A publication on its way. Attempted when it is first polled.
+///
+/// Written by hand: each async function in a chain of them keeps a copy of its argument for as long as it lives, and an
+/// application's method is as large as the futures that it awaits.
+#[must_use = "nothing is published before it is polled"]
+pub(crate) struct Submission<'a> {
+    publisher: &'a Publisher,
+    wants: Wants,
+    step: Step<'a>,
+}
+
+enum Step<'a> {
+    Submit(Publication),
+    WaitForRoom(Room<'a, Submitted>),
+    AwaitOutcome { position: Position, awaited: Awaited, registration: Registration<'a> },
+    Done,
+}
+
+impl<'a> Submission<'a> {
+    /// What follows once the publication is accepted.
+    fn accepted(&mut self, (position, awaited): Submitted) -> Option<Receipt> {
+        let Some(awaited) = awaited else { return Some(Receipt { position, ..Receipt::default() }) };
+        self.step = Step::AwaitOutcome { position, awaited, registration: Registration::default() };
+        None
+    }
+
+    /// The outcome, once every target has accepted the frame or has disconnected.
+    fn poll_outcome(&mut self, context: &mut Context<'_>) -> Poll<Result<Receipt, PublishError>> {
+        let Step::AwaitOutcome { position, awaited, registration } = &mut self.step else {
+            return Poll::Pending;
+        };
+        let outcome = |receipt| Ok(Receipt { position: *position, ..receipt });
+        let polled = awaited.poll(context.waker()).map(outcome);
+        let shutdown = &self.publisher.core.shutdown;
+        let is_lost =
+            polled.is_pending() && shutdown.has_left_behind(awaited.number(), registration, context.waker());
+        if !is_lost {
+            return polled;
+        }
+        // A shard that was abandoned at the engine's end never reports the outcome.
+        match awaited.poll(context.waker()) {
+            Poll::Ready(receipt) => Poll::Ready(outcome(receipt)),
+            Poll::Pending => Poll::Ready(Err(PublishError::Closed)),
+        }
+    }
+}
+
+impl Future for Submission<'_> {
+    type Output = Result<Receipt, PublishError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        if let Step::Submit(_) = this.step
+            && let Step::Submit(publication) = std::mem::replace(&mut this.step, Step::Done)
+        {
+            if publication.payload().is_some_and(|payload| payload.bytes().len() > Payload::BYTES_MAX) {
+                return Poll::Ready(Err(PublishError::TooLong));
+            }
+            match this.publisher.try_submit(publication.into(), this.wants) {
+                Ok(submitted) => {
+                    if let Some(receipt) = this.accepted(submitted) {
+                        return Poll::Ready(Ok(receipt));
+                    }
+                }
+                Err(Refused::Closed(_)) => return Poll::Ready(Err(PublishError::Closed)),
+                Err(Refused::Full(draft)) => {
+                    this.step = Step::WaitForRoom(this.publisher.room_for(draft, this.wants));
+                }
+            }
+        }
+        if let Step::WaitForRoom(room) = &mut this.step {
+            let submitted = ready!(room.as_mut().poll(context));
+            this.step = Step::Done;
+            if let Some(receipt) = this.accepted(submitted?) {
+                return Poll::Ready(Ok(receipt));
+            }
+        }
+        let outcome = ready!(this.poll_outcome(context));
+        this.step = Step::Done;
+        Poll::Ready(outcome)
     }
 }
 
