@@ -1,7 +1,7 @@
-//! The peer: the crate axum-signal 0.1.3, used the way its README shows.
+//! The crate axum-signal 0.1.3, used as its README shows.
 //!
-//! Its default configuration, typed JSON in and out, one hub type per route because its registry has one list of
-//! clients per type. It counts no losses and has no order between clients: the load generator says what that means.
+//! Its default configuration, typed JSON in and out. One hub type for each route, because its registry has one list of
+//! clients for each type. It counts no losses and keeps no order between clients; the load generator reports both.
 
 use std::io;
 
@@ -16,7 +16,7 @@ use axum_signal::{
 };
 use tokio::net::TcpListener;
 
-use super::peer::{self, Message};
+use super::runtime::{self, Message};
 
 struct FanOut;
 struct Echo;
@@ -50,7 +50,7 @@ impl WsHub for Echo {
 /// Serves until it is killed.
 pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
     let router = Router::new().route("/ws", any(fan_out)).route("/echo", any(echo));
-    axum::serve(peer::without_delay(listener), router).await
+    axum::serve(runtime::without_delay(listener), router).await
 }
 
 async fn fan_out(upgrade: WebSocketUpgrade) -> Response {
