@@ -32,6 +32,10 @@ const fn column(title: &'static str, measure: Measure, show: Show) -> Column {
     Column { title, measure, show }
 }
 
+const DELIVERIES: Column = column("deliveries/s", deliveries, Show::Median(0));
+const P50: Column = column("p50 µs", p50, Show::Median(0));
+const P99: Column = column("p99 µs", p99, Show::Median(0));
+const BYTES_PER_CONNECTION: Column = column("bytes per connection", bytes_per_connection, Show::Median(0));
 const COST: Column = column("CPU µs/delivery", cost, Show::Median(3));
 const COST_RATIO: Column = column("× floor", cost, Show::Ratio(3));
 const SERVER: Column = column("server core", server_share, Show::Percent);
@@ -40,10 +44,10 @@ const CLIENT: Column = column("client core", client_share, Show::Percent);
 const DELIVERED: Column = column("delivered", delivered, Show::LeastPercent);
 
 pub(crate) static TRAFFIC: [Column; 10] = [
-    column("deliveries/s", deliveries, Show::Median(0)),
+    DELIVERIES,
     column("× floor", deliveries, Show::Ratio(2)),
-    column("p50 µs", p50, Show::Median(0)),
-    column("p99 µs", p99, Show::Median(0)),
+    P50,
+    P99,
     COST,
     COST_RATIO,
     SERVER,
@@ -53,9 +57,9 @@ pub(crate) static TRAFFIC: [Column; 10] = [
 ];
 
 pub(crate) static LATENCY: [Column; 10] = [
-    column("p50 µs", p50, Show::Median(0)),
+    P50,
     column("× floor", p50, Show::Ratio(2)),
-    column("p99 µs", p99, Show::Median(0)),
+    P99,
     column("× floor", p99, Show::Ratio(2)),
     COST,
     COST_RATIO,
@@ -66,11 +70,27 @@ pub(crate) static LATENCY: [Column; 10] = [
 ];
 
 pub(crate) static MEMORY: [Column; 4] = [
-    column("bytes per connection", bytes_per_connection, Show::Median(0)),
+    BYTES_PER_CONNECTION,
     column("× floor", bytes_per_connection, Show::Ratio(1)),
     column("resident MiB, empty", |report| Some(mib(memory(report)?.empty_bytes)), Show::Median(1)),
     column("full", |report| Some(mib(memory(report)?.full_bytes)), Show::Median(1)),
 ];
+
+/// Single runs of any scenario.
+pub(crate) static EVERY_RUN: [Column; 7] =
+    [DELIVERIES, P99, COST, BYTES_PER_CONNECTION, SERVER, WAITED, CLIENT];
+
+impl Show {
+    /// A dash where there is no value.
+    pub(crate) fn text(self, value: Option<f64>) -> String {
+        match (self, value) {
+            (_, None) => "–".to_owned(),
+            (Self::Median(digits) | Self::Ratio(digits), Some(value)) => format!("{value:.digits$}"),
+            (Self::Percent, Some(share)) => format!("{:.0} %", 100.0 * share),
+            (Self::LeastPercent, Some(share)) => format!("{:.3} %", 100.0 * share),
+        }
+    }
+}
 
 impl Column {
     /// Whether it is a value and not the ratio of another column's.
@@ -104,19 +124,19 @@ fn p50(report: &Report) -> Option<f64> {
     Some(traffic(report)?.latency?.p50_us)
 }
 
-pub(crate) fn p99(report: &Report) -> Option<f64> {
+fn p99(report: &Report) -> Option<f64> {
     Some(traffic(report)?.latency?.p99_us)
 }
 
-pub(crate) fn server_share(report: &Report) -> Option<f64> {
+fn server_share(report: &Report) -> Option<f64> {
     traffic(report)?.server_cpu_share
 }
 
-pub(crate) fn waiting_share(report: &Report) -> Option<f64> {
+fn waiting_share(report: &Report) -> Option<f64> {
     traffic(report)?.server_waiting_share
 }
 
-pub(crate) fn client_share(report: &Report) -> Option<f64> {
+fn client_share(report: &Report) -> Option<f64> {
     Some(traffic(report)?.client_cpu_share)
 }
 

@@ -3,10 +3,7 @@
 use std::fmt;
 
 use super::{
-    column::{
-        Column, Measure, Show, bytes_per_connection, client_share, cost, deliveries, p99, server_share,
-        waiting_share,
-    },
+    column::{Column, EVERY_RUN, Show},
     comparison::{Comparison, SLICE},
     runs::Run,
     scenario::Scenario,
@@ -23,11 +20,7 @@ pub(crate) struct Table<'a>(pub(crate) &'a Comparison);
 impl Table<'_> {
     fn scenario(&self, f: &mut fmt::Formatter<'_>, scenario: Scenario) -> fmt::Result {
         let columns = scenario.columns();
-        write!(f, "| server |")?;
-        columns.iter().try_for_each(|column| write!(f, " {} |", column.title))?;
-        write!(f, " verdict |\n|---|")?;
-        columns.iter().try_for_each(|_| write!(f, "--:|"))?;
-        writeln!(f, "---|")?;
+        header(f, &["server"], columns)?;
         for &server in &self.0.servers {
             write!(f, "| {server} |")?;
             for column in columns {
@@ -40,37 +33,22 @@ impl Table<'_> {
 
     fn cell(&self, scenario: Scenario, server: Subject, column: &Column) -> String {
         let runs = &self.0.runs;
-        match column.show {
-            Show::Median(digits) => number(runs.median(scenario, server, column.measure), digits),
-            Show::Ratio(digits) => number(runs.ratio(scenario, server, column.measure), digits),
-            Show::Percent => percent(runs.median(scenario, server, column.measure), 0),
-            Show::LeastPercent => percent(runs.least(scenario, server, column.measure), 3),
-        }
+        column.show.text(match column.show {
+            Show::Median(_) | Show::Percent => runs.median(scenario, server, column.measure),
+            Show::Ratio(_) => runs.ratio(scenario, server, column.measure),
+            Show::LeastPercent => runs.least(scenario, server, column.measure),
+        })
     }
 
     fn every_run(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "| scenario | round | server | deliveries/s | p99 µs | CPU µs/delivery | bytes per connection | \
-             server core | waited | client core | verdict |"
-        )?;
-        writeln!(f, "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|---|")?;
-        for run in &self.0.runs.0 {
-            let Run { round, scenario, server, outcome } = run;
-            let value = |measure: Measure| outcome.report.as_ref().and_then(measure);
-            writeln!(
-                f,
-                "| {scenario} | {} | {server} | {} | {} | {} | {} | {} | {} | {} | {} |",
-                round + 1,
-                number(value(deliveries), 0),
-                number(value(p99), 0),
-                number(value(cost), 3),
-                number(value(bytes_per_connection), 0),
-                percent(value(server_share), 0),
-                percent(value(waiting_share), 0),
-                percent(value(client_share), 0),
-                outcome.verdict(),
-            )?;
+        header(f, &["scenario", "round", "server"], &EVERY_RUN)?;
+        for Run { round, scenario, server, outcome } in &self.0.runs.0 {
+            write!(f, "| {scenario} | {} | {server} |", round + 1)?;
+            for column in &EVERY_RUN {
+                let value = outcome.report.as_ref().and_then(column.measure);
+                write!(f, " {} |", column.show.text(value))?;
+            }
+            writeln!(f, " {} |", outcome.verdict())?;
         }
         Ok(())
     }
@@ -100,14 +78,11 @@ impl fmt::Display for Table<'_> {
     }
 }
 
-/// A dash where there is no value.
-fn number(value: Option<f64>, digits: usize) -> String {
-    value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
-}
-
-/// A dash where there is no value.
-fn percent(share: Option<f64>, digits: usize) -> String {
-    share.map_or_else(|| "–".to_owned(), |share| format!("{:.digits$} %", 100.0 * share))
+/// The first two lines of a table: `keys` on the left, a verdict on the right.
+fn header(f: &mut fmt::Formatter<'_>, keys: &[&str], columns: &[Column]) -> fmt::Result {
+    let titles: Vec<_> = columns.iter().map(|column| column.title).collect();
+    writeln!(f, "| {} | {} | verdict |", keys.join(" | "), titles.join(" | "))?;
+    writeln!(f, "|{}{}---|", "---|".repeat(keys.len()), "--:|".repeat(columns.len()))
 }
 
 #[cfg(test)]

@@ -76,30 +76,21 @@ impl ClientPool {
         self.ready.pop()
     }
 
-    /// Reads everything that one connection has received and passes on every message's number. After `Ended::Closed` the
-    /// socket remains until the server closes it, which is `Ended::ClosedByBoth`; any other error ends the connection.
-    pub(crate) fn read(&mut self, index: usize, on_message: impl FnMut(u64)) -> Result<(), Ended> {
-        let Some(connection) = &mut self.connections[index] else { return Ok(()) };
-        let outcome = connection.read(&mut self.scratch, on_message);
-        self.after_read(index, outcome)
-    }
-
-    /// The same, but reads at most `limit` bytes.
-    pub(crate) fn read_some(
+    /// Reads everything that one connection has received, or at most `limit` bytes, and passes on every message's number.
+    /// After `Ended::Closed` the socket remains until the server closes it, which is `Ended::ClosedByBoth`; any other
+    /// error ends the connection.
+    #[inline]
+    pub(crate) fn read(
         &mut self,
         index: usize,
-        limit: usize,
+        limit: Option<usize>,
         on_message: impl FnMut(u64),
     ) -> Result<(), Ended> {
         let Some(connection) = &mut self.connections[index] else { return Ok(()) };
-        let outcome = connection.read_some(&mut self.scratch, limit.min(SCRATCH_BYTES), on_message);
-        self.after_read(index, outcome)
-    }
-
-    fn after_read(&mut self, index: usize, outcome: Result<(), Ended>) -> Result<(), Ended> {
+        let outcome = connection.read(&mut self.scratch, limit, on_message);
         match &outcome {
             Ok(()) => {
-                if self.connections[index].as_ref().is_some_and(Connection::has_outgoing) {
+                if connection.has_outgoing() {
                     self.dirty.push(index);
                 }
             }

@@ -68,31 +68,22 @@ impl Connection {
         &mut self.outgoing
     }
 
-    /// Reads everything that has arrived.
+    /// Reads everything that has arrived, or at most `limit` bytes.
     pub(crate) fn read(
         &mut self,
         scratch: &mut Vec<u8>,
+        limit: Option<usize>,
         mut on_message: impl FnMut(u64),
     ) -> Result<(), Ended> {
         if self.is_closing {
             return self.await_end(scratch);
+        }
+        if let Some(limit) = limit {
+            return self.read_once(scratch, limit.min(SCRATCH_BYTES), &mut on_message).map(drop);
         }
         // A short read has emptied a stream socket; a later byte raises a new edge (epoll(7)).
         while self.read_once(scratch, SCRATCH_BYTES, &mut on_message)? == SCRATCH_BYTES {}
         Ok(())
-    }
-
-    /// Reads at most `limit` bytes, which are at most `SCRATCH_BYTES`.
-    pub(crate) fn read_some(
-        &mut self,
-        scratch: &mut Vec<u8>,
-        limit: usize,
-        mut on_message: impl FnMut(u64),
-    ) -> Result<(), Ended> {
-        if self.is_closing {
-            return self.await_end(scratch);
-        }
-        self.read_once(scratch, limit, &mut on_message).map(|_| ())
     }
 
     /// Reads once and handles the frames; returns how many bytes were read.
@@ -243,7 +234,7 @@ mod tests {
     /// Reads until the connection ends.
     fn end(connection: &mut Connection) -> Ended {
         loop {
-            if let Err(ended) = connection.read(&mut Vec::new(), |_| ()) {
+            if let Err(ended) = connection.read(&mut Vec::new(), None, |_| ()) {
                 return ended;
             }
             std::thread::yield_now();
@@ -262,10 +253,10 @@ mod tests {
         let frame = frame::parse(&answer).unwrap().unwrap();
         frame::apply_mask(frame.mask.unwrap(), &mut answer[frame.payload.clone()]);
         assert_eq!((frame.opcode, &answer[frame.payload]), (Opcode::Close, &1001_u16.to_be_bytes()[..]));
-        assert!(connection.read(&mut vec![0; 64], |_| ()).is_ok());
+        assert!(connection.read(&mut vec![0; 64], None, |_| ()).is_ok());
         drop(server);
         assert!(matches!(
-            std::iter::repeat_with(|| connection.read(&mut vec![0; 64], |_| ())).find(Result::is_err),
+            std::iter::repeat_with(|| connection.read(&mut vec![0; 64], None, |_| ())).find(Result::is_err),
             Some(Err(Ended::ClosedByBoth))
         ));
     }
@@ -279,7 +270,7 @@ mod tests {
         for _ in 0..8 {
             server.write_all(&ping).unwrap();
             while !connection.has_outgoing() {
-                connection.read(&mut Vec::new(), |_| ()).unwrap();
+                connection.read(&mut Vec::new(), None, |_| ()).unwrap();
             }
             connection.flush();
             server.read_exact(&mut [0; 11]).unwrap();

@@ -251,11 +251,6 @@ impl DeliveryTracker {
         given_up
     }
 
-    /// How many messages have not landed.
-    pub(crate) fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-
     pub(crate) fn is_settled(&self) -> bool {
         self.in_flight == 0
     }

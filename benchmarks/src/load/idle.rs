@@ -49,7 +49,7 @@ fn await_stable_memory(
         while Instant::now() < sample_at {
             pool.wait(sample_at.saturating_duration_since(Instant::now()))?;
             while let Some(index) = pool.next_ready() {
-                if let Err(ended) = pool.read(index, |_| ()) {
+                if let Err(ended) = pool.read(index, None, |_| ()) {
                     report.disconnected(index, &ended);
                 }
             }

@@ -18,7 +18,6 @@ mod options;
 mod pace;
 mod pending_connection;
 mod plan;
-mod progress;
 pub(crate) mod report;
 mod settle;
 mod slow_readers;

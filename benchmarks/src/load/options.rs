@@ -76,10 +76,6 @@ pub(crate) struct Options {
     /// server pays for waking a client that sleeps, some 2 µs each time.
     #[arg(long)]
     pub(crate) spin: bool,
-    /// Print a line each second on stderr. By default only when stderr is a terminal and the measurement takes more than
-    /// 5 s.
-    #[arg(long)]
-    pub(crate) progress: bool,
     /// Print one JSON object on stdout instead of text.
     #[arg(long)]
     pub(crate) json: bool,

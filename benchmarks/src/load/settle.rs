@@ -39,7 +39,7 @@ pub(crate) fn settle(
             pool.wait(probe_at.saturating_duration_since(Instant::now()))?;
             while let Some(index) = pool.next_ready() {
                 let mut got = false;
-                let outcome = pool.read(index, |_| got = true);
+                let outcome = pool.read(index, None, |_| got = true);
                 if let Err(ended) = &outcome {
                     report.disconnected(index, ended);
                 }

@@ -102,11 +102,7 @@ impl SlowReaders {
         if clients.status(index) != Status::Unwatched {
             return;
         }
-        let outcome = match limit {
-            None => clients.pool.read(index, |_| self.received += 1),
-            Some(limit) => clients.pool.read_some(index, limit, |_| self.received += 1),
-        };
-        let Err(ended) = outcome else { return };
+        let Err(ended) = clients.pool.read(index, limit, |_| self.received += 1) else { return };
         // After a Close frame the end of TCP is no second end.
         self.disconnected += u64::from(!matches!(ended, Ended::ClosedByBoth));
         if !matches!(ended, Ended::Closed(_)) {

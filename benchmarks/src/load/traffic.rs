@@ -1,7 +1,7 @@
 //! Messages through the server: settle, warm up, measure, drain.
 //!
 //! Connects the clients (sockets and expected deliveries) with the pace (when to send), and runs the chores in between:
-//! slow readers, memory samples, progress. A latency ends when the last receiver's bytes have been read, so it includes
+//! slow readers and memory samples. A latency ends when the last receiver's bytes have been read, so it includes
 //! the client's own reading of all connections: comparable between servers, but not the network's.
 
 use std::time::{Duration, Instant};
@@ -16,7 +16,6 @@ use super::{
     latencies::Latencies,
     memory_monitor::MemoryMonitor,
     pace::{Pace, Senders},
-    progress::Progress,
     report::Report,
     settle::settle,
     slow_readers::SlowReaders,
@@ -60,7 +59,6 @@ pub(super) struct Traffic {
     /// Present where the server's shutdown is expected.
     closes: Option<CloseCounts>,
     memory: Option<MemoryMonitor>,
-    progress: Option<Progress>,
     report: Report,
 }
 
@@ -133,7 +131,6 @@ impl Traffic {
             slow,
             closes: options.expect_end.then(CloseCounts::default),
             memory,
-            progress: Progress::new(options.progress, options.duration()),
             report,
         })
     }
@@ -151,9 +148,8 @@ impl Traffic {
         Ok(self.snapshot(Some(server))?.since(&before))
     }
 
-    /// Measures the slices from now on. A slice is too short for progress lines.
+    /// Measures the slices from now on.
     pub(super) fn measure_slices(&mut self) {
-        self.progress = None;
         self.latencies = Some(Latencies::default());
     }
 
@@ -210,13 +206,13 @@ impl Traffic {
         match self.clients.status(index) {
             Status::Watched => {
                 let Clients { pool, tracker, .. } = &mut self.clients;
-                if let Err(ended) = pool.read(index, |seq| tracker.receive(index, seq)) {
+                if let Err(ended) = pool.read(index, None, |seq| tracker.receive(index, seq)) {
                     self.on_end(index, &ended);
                 }
             }
             Status::Unwatched => self.slow.on_readable(&mut self.clients, index),
             Status::Closing | Status::Disconnected => {
-                if self.clients.pool.read(index, |_| ()).is_err() {
+                if self.clients.pool.read(index, None, |_| ()).is_err() {
                     self.clients.set_status(index, Status::Disconnected);
                 }
             }
@@ -297,9 +293,6 @@ impl Traffic {
         self.slow.read_due(&mut self.clients, now);
         if let Some(memory) = &mut self.memory {
             memory.sample(now);
-        }
-        if let Some(progress) = &mut self.progress {
-            progress.print_due(&self.clients.tracker, &self.report, now);
         }
         self.replace_lost(now);
         self.follow_landed();

@@ -1,4 +1,4 @@
-//! The servers that shardcast is measured against.
+//! The servers that shardcast is compared with.
 //!
 //! Each is a process that listens on 127.0.0.1, prints the line `ready`, broadcasts every message on `/ws` to all
 //! including the sender, and returns every message on `/echo` to its sender. The load generator needs nothing else of
