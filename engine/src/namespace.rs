@@ -51,7 +51,7 @@ impl Namespace {
         &self,
         publication: Publication,
     ) -> impl Future<Output = Result<(), PublishError>> + Send + Unpin + use<'_> {
-        // Nobody waits for room where connections are closed.
+        // A publication that closes connections needs no room in their outboxes.
         let wants = if publication.payload().is_some() { Wants::Room } else { Wants::Nothing };
         WithoutReceipt(self.publisher.submit(publication, wants))
     }
@@ -273,7 +273,7 @@ impl Namespace {
     }
 }
 
-/// A submission whose receipt nobody asked for.
+/// A submission without a receipt.
 struct WithoutReceipt<'a>(Submission<'a>);
 
 impl Future for WithoutReceipt<'_> {

@@ -142,7 +142,7 @@ impl Publisher {
         Submission { publisher: self, wants, step: Step::Submit(publication) }
     }
 
-    /// Waits until there was room for the draft.
+    /// Waits for room for the draft.
     fn room_for(&self, draft: Box<Draft>, wants: Wants) -> Room<'_, Submitted> {
         let bounded: &(dyn Bounded + Sync) = match draft.publication.to {
             Address::Connection(id) => &self.core.mailboxes[id.shard()],
@@ -361,10 +361,10 @@ impl Publisher {
     }
 }
 
-/// A publication on its way. Attempted when it is first polled.
+/// A publication in flight, as a future. Its first poll makes the first attempt.
 ///
-/// Written by hand: each async function in a chain of them keeps a copy of its argument for as long as it lives, and an
-/// application's method is as large as the futures that it awaits.
+/// Written by hand, because each async function in a chain keeps a copy of its argument for as long as it lives,
+/// and an application's method is as large as the futures that it awaits.
 #[must_use = "nothing is published before it is polled"]
 pub(crate) struct Submission<'a> {
     publisher: &'a Publisher,
@@ -380,7 +380,7 @@ enum Step<'a> {
 }
 
 impl<'a> Submission<'a> {
-    /// What follows once the publication is accepted.
+    /// Ends the submission of an accepted publication, or goes on to await its outcome.
     fn accepted(&mut self, (position, awaited): Submitted) -> Option<Receipt> {
         let Some(awaited) = awaited else { return Some(Receipt { position, ..Receipt::default() }) };
         self.step = Step::AwaitOutcome { position, awaited, registration: Registration::default() };

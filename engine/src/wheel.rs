@@ -92,7 +92,7 @@ impl<T> Wheel<T> {
     /// The first tick whose bucket is not empty.
     fn first_occupied(&self) -> Option<u64> {
         let (first, start) = ((self.next % BUCKETS) as usize, self.next % 64);
-        // Around the ring once, the first word twice: its low bits are the last ticks.
+        // Once around the ring, the first word twice: its low bits are the last ticks.
         (0..=WORDS).find_map(|word| {
             let mask = match word {
                 0 => u64::MAX << start,
