@@ -186,7 +186,7 @@ impl Sampler {
             return false;
         }
         let before = self.records.insert(namespace, LogRecord { at: now, suppressed: 0 });
-        self.records.retain(|namespace, _| beacons.name_of(*namespace).is_some()); // the others have no handles any more
+        self.records.retain(|namespace, _| beacons.name_of(*namespace).is_some()); // forgets dropped ones
         tracing::warn!(
             shard,
             namespace = beacons.name_of(namespace).as_deref().unwrap_or("a dropped one"),

@@ -1,7 +1,7 @@
 //! What a delivery allocates: nothing, however many connections a publication reaches.
 //!
-//! A counting allocator and an engine that is driven by hand, in a process of their own. Peers are sinks, so nothing
-//! ever stays queued.
+//! A counting allocator and an engine that is driven by hand, in a process of their own. The clients are
+//! sinks, so nothing ever stays queued.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test, which tells its numbers")]
 
@@ -73,7 +73,7 @@ fn with_sinks(count: usize) -> Rig {
     rig
 }
 
-/// Allocations of publishing and delivering, once all buffers have the size that they need.
+/// Allocations of publishing and delivering, once all buffers have reached their size.
 fn allocations(rig: &mut Rig, at_a_time: usize) -> usize {
     let frame = Payload::text("what everybody gets");
     let publish = |rig: &mut Rig| {

@@ -1,6 +1,6 @@
-//! Answering: what goes to one connection goes out between the reads, and what goes to many is gathered all the same.
+//! Answers: messages to one connection are written between the reads, and messages to many are still batched.
 //!
-//! Driven turn by turn; what a turn has done is looked up, not waited for.
+//! Driven turn by turn; the effect of a turn is checked, not waited for.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -13,7 +13,8 @@ use shardcast_engine::{
     Address, ConnectionConfig, Context, EngineConfig, Handler, Message, Namespace, Payload, Publication,
 };
 
-/// Says what it is told: `all…` to all, `both…` to all and then `you both…` to its peer, anything else to its peer.
+/// Answers messages: `all…` to everyone, `both…` to everyone and then `you both…` to its client, anything
+/// else to its client.
 struct Speaker(Namespace);
 
 impl Handler for Speaker {
@@ -55,7 +56,7 @@ fn rig_reading(peers: usize, read_buffer_bytes: usize) -> (Rig, Vec<Peer>) {
 }
 
 #[test]
-fn one_turn_answers_everybody_whom_it_reads() {
+fn one_turn_answers_every_client_that_it_reads() {
     // More than a fan-out would flush in one turn.
     let (mut rig, mut peers) = rig(1000);
     peers.iter_mut().for_each(|peer| peer.text("me"));
@@ -64,7 +65,7 @@ fn one_turn_answers_everybody_whom_it_reads() {
 }
 
 #[test]
-fn what_many_say_to_all_in_one_turn_goes_out_in_one_write_each() {
+fn broadcasts_of_one_turn_are_written_in_one_write_per_connection() {
     let (mut rig, mut peers) = rig(100);
     for (number, peer) in peers.iter_mut().enumerate() {
         peer.text(&format!("all {number}"));
@@ -79,10 +80,10 @@ fn what_many_say_to_all_in_one_turn_goes_out_in_one_write_each() {
 }
 
 #[test]
-fn an_answer_comes_behind_what_was_said_to_all_before_it() {
+fn an_answer_follows_the_broadcasts_before_it() {
     let (mut rig, mut peers) = rig(100);
     for (number, peer) in peers.iter_mut().enumerate() {
-        // Some only ask, so that there are answers before and behind what all are to hear.
+        // Some only ask, so that there are answers before and after the messages to everyone.
         peer.text(&format!("{} {number}", if number % 40 < 20 { "me" } else { "both" }));
     }
     rig.settle();
@@ -108,7 +109,7 @@ fn many_questions_at_once_are_all_answered_in_order() {
 }
 
 #[test]
-fn what_many_say_at_once_is_whole_where_the_read_buffer_holds_only_a_few_of_them() {
+fn many_messages_at_once_arrive_whole_with_a_small_read_buffer() {
     let (mut rig, mut peers) = rig_reading(100, 1024);
     // From a few bytes to several buffers.
     let said = |number: usize| format!("me {number} {}", "x".repeat(number * 37 % 3000));

@@ -1,9 +1,8 @@
-//! What waits for a peer that takes it slowly, and who waits with it.
+//! Backlogs of slow consumers, and the publishers that wait for them.
 //!
-//! `publish` under `Block` ends when nobody waits for its frame any more. What is held is
-//! bounded for one connection and for all, and the bounds strike those who do not read, not
-//! those whose turn has not come. A look inside the shard (the feature `audit`) says what
-//! waits.
+//! `publish` under `Block` ends when no member has to be waited for any more. Held memory is bounded for one
+//! connection and for all, and the bounds end connections that do not read, not those whose flush is merely
+//! due. The feature `audit` shows what waits inside the shard.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -29,7 +28,7 @@ fn outbox_of(outbox_bytes: usize) -> ConnectionConfig {
     ConnectionConfig { outbox_bytes, ..ConnectionConfig::default() }
 }
 
-/// The only connection of the first shard.
+/// Looks at the only connection of the first shard.
 fn look(rig: &Rig) -> ConnectionAudit {
     let audit = rig.shards[0].audit();
     assert_eq!(audit.errors, [""; 0]);
@@ -44,7 +43,7 @@ fn publishing(
     Task::new(sender.into().publish(Publication::message(to, bytes(length))))
 }
 
-/// Lets the client read until nothing is left for it; how many frames that were.
+/// Lets the client read until nothing is left for it; returns the number of frames.
 fn read_all(rig: &mut Rig, client: &mut Client) -> usize {
     let mut count = 0;
     loop {
@@ -59,8 +58,9 @@ fn read_all(rig: &mut Rig, client: &mut Client) -> usize {
 
 // ---- When `publish` returns -------------------------------------------------------------------------------------
 
-/// Publishes so many bytes each, all at once, and compares those that have returned with what waits.
-fn no_frame_waits_whose_publisher_has_returned(sizes: &[usize], unicast_first: Option<usize>) {
+/// Publishes frames of these sizes, all at once, and compares the publishers that have returned with the
+/// frames that wait.
+fn no_frame_of_a_returned_publisher_waits(sizes: &[usize], unicast_first: Option<usize>) {
     let mut rig = Rig::one(outbox_of(100_000));
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
@@ -77,10 +77,10 @@ fn no_frame_waits_whose_publisher_has_returned(sizes: &[usize], unicast_first: O
         let look = look(&rig);
         assert_eq!(look.waiting, publishers.len() as u64, "frames and publishers that wait: {look:?}");
     }
-    assert!(!publishers.is_empty(), "a test of something: {sizes:?}");
+    assert!(!publishers.is_empty(), "the test must make publishers wait: {sizes:?}");
     assert_eq!(read_all(&mut rig, &mut client), all);
     publishers.retain_mut(|publisher| publisher.poll().is_none());
-    assert_eq!(publishers.len(), 0, "the peer has taken everything");
+    assert_eq!(publishers.len(), 0, "the client has taken everything");
     assert_eq!(client.record().ends, []);
 }
 
@@ -88,21 +88,21 @@ fn no_frame_waits_whose_publisher_has_returned(sizes: &[usize], unicast_first: O
 fn a_publish_under_block_that_has_returned_leaves_no_frame_waiting() {
     // Each fits into what the ones before it seem to leave: half, a third, a quarter …
     let ever_smaller: Vec<usize> = (1..=20).map(|part| 50_000 / part - 20).collect();
-    no_frame_waits_whose_publisher_has_returned(&ever_smaller, None);
-    no_frame_waits_whose_publisher_has_returned(&[17_000; 12], None);
+    no_frame_of_a_returned_publisher_waits(&ever_smaller, None);
+    no_frame_of_a_returned_publisher_waits(&[17_000; 12], None);
     let mut ever_larger = ever_smaller;
     ever_larger.reverse();
-    no_frame_waits_whose_publisher_has_returned(&ever_larger, None);
+    no_frame_of_a_returned_publisher_waits(&ever_larger, None);
 }
 
 #[test]
-fn a_unicast_on_its_way_counts_against_the_room_for_a_broadcast() {
-    no_frame_waits_whose_publisher_has_returned(&[30_000], Some(90_000));
-    no_frame_waits_whose_publisher_has_returned(&[200_000, 30_000, 10], Some(200_000));
+fn a_unicast_in_flight_counts_against_the_room_for_a_broadcast() {
+    no_frame_of_a_returned_publisher_waits(&[30_000], Some(90_000));
+    no_frame_of_a_returned_publisher_waits(&[200_000, 30_000, 10], Some(200_000));
 }
 
 #[test]
-fn a_publish_that_finds_a_full_peer_returns_when_the_peer_has_room() {
+fn a_publish_to_a_full_outbox_returns_when_the_outbox_has_room() {
     let mut rig = Rig::one(outbox_of(100_000));
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
@@ -110,7 +110,7 @@ fn a_publish_that_finds_a_full_peer_returns_when_the_peer_has_room() {
     rig.settle(); // the kernel is full
     everyone.try_publish(Publication::message(Address::Connection(client.id()), bytes(80_000))).unwrap();
     let mut publisher = publishing(&everyone, Address::Everyone, 30_000);
-    assert!(publisher.poll().is_none(), "80,000 bytes are on their way, 30,000 more will wait");
+    assert!(publisher.poll().is_none(), "80,000 bytes are in flight, 30,000 more will wait");
     rig.settle();
     assert!(publisher.poll().is_none());
     assert_eq!(look(&rig).waiting, 1);
@@ -119,7 +119,7 @@ fn a_publish_that_finds_a_full_peer_returns_when_the_peer_has_room() {
 }
 
 #[test]
-fn a_peer_that_reads_is_never_ended_as_slow_while_its_publisher_awaits() {
+fn a_client_that_reads_is_never_ended_as_a_slow_consumer_while_its_publisher_waits() {
     let equal = [17_000; 40].to_vec();
     let ever_smaller = (1..=40).map(|part| 50_000 / part - 20).collect();
     let large = vec![300_000; 5];
@@ -157,11 +157,11 @@ fn congestion_ends_when_nothing_waits_and_the_outbox_is_nearly_empty() {
     assert!(look.queued_bytes <= 25_000, "{look:?}");
     assert_eq!(rig.shards[0].audit().groups[0].congested, 0, "at most a quarter is queued");
     let everyone = rig.everyone.clone();
-    assert_eq!(publishing(&everyone, Address::Everyone, 10).poll(), Some(Ok(())), "so nobody waits");
+    assert_eq!(publishing(&everyone, Address::Everyone, 10).poll(), Some(Ok(())), "so no publisher waits");
 }
 
 #[test]
-fn the_last_frame_for_which_an_outbox_surely_has_room_is_the_last_that_nobody_waits_for() {
+fn a_publisher_waits_from_the_first_frame_that_may_not_fit() {
     let mut rig = Rig::one(ConnectionConfig { outbox_frames: 4, ..ConnectionConfig::default() });
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
@@ -186,7 +186,7 @@ fn the_last_frame_for_which_an_outbox_surely_has_room_is_the_last_that_nobody_wa
 }
 
 #[test]
-fn the_smallest_outbox_says_how_much_is_published_without_waiting() {
+fn the_smallest_outbox_limits_what_is_published_without_waiting() {
     let narrow = |config| ConnectionConfig { outbox_frames: 4, ..config };
     for small in [narrow(outbox_of(1 << 20)), outbox_of(20_000)] {
         for small_first in [true, false] {
@@ -206,14 +206,14 @@ fn the_smallest_outbox_says_how_much_is_published_without_waiting() {
             let waiting: u64 =
                 rig.shards[0].audit().connections.iter().map(|connection| connection.waiting).sum();
             assert_eq!(waiting, publishers.len() as u64, "{small:?}, first: {small_first}");
-            assert!(waiting > 0, "a test of something");
+            assert!(waiting > 0, "the test must make a frame wait");
         }
     }
 }
 
 #[test]
-fn a_unicast_waits_where_what_is_on_its_way_may_fill_the_outbox() {
-    // In the mailbox, each of which fits by itself; or in the log.
+fn a_unicast_waits_if_what_is_in_flight_may_fill_the_outbox() {
+    // Commands in the mailbox, each of which fits by itself; or publications in the log.
     let unicasts = |count| vec![(true, 20_000); count];
     for ahead in [unicasts(7), vec![(false, 90_000)]] {
         let mut rig = Rig::one(outbox_of(100_000));
@@ -233,13 +233,13 @@ fn a_unicast_waits_where_what_is_on_its_way_may_fill_the_outbox() {
         rig.settle();
         publishers.retain_mut(|publisher| publisher.poll().is_none());
         let look = look(&rig);
-        assert!(look.waiting > 0, "a test of something");
+        assert!(look.waiting > 0, "the test must make a frame wait");
         assert_eq!(publishers.len() as u64, look.waiting, "{look:?}");
     }
 }
 
 #[test]
-fn who_publishes_under_block_waits_for_every_member_that_is_behind() {
+fn a_publisher_under_block_waits_for_every_congested_member() {
     // Its own policy would let its frames be dropped.
     let policy = Policy::DropMessage { timeout: ms(3_600_000) };
     let mut rig = Rig::one(ConnectionConfig { policy, ..outbox_of(100_000) });
@@ -250,20 +250,20 @@ fn who_publishes_under_block_waits_for_every_member_that_is_behind() {
         fixture::at_once(everyone.join(id, group)).unwrap();
     }
     blocking.try_publish(Publication::message(Address::Connection(behind.id()), bytes(150_000))).unwrap();
-    rig.settle(); // what the kernel did not take fills its outbox
-    // One that is on its way into a group counts there already.
+    rig.settle(); // what the kernel has not taken fills its outbox
+    // A member counts in a group as soon as its join is in flight.
     fixture::at_once(everyone.join(behind.id(), "c")).unwrap();
     let targets = [Address::Everyone, Address::groups(["a", "b"]), Address::group("b"), Address::group("c")];
     let mut publishers: Vec<_> = targets.map(|to| publishing(&blocking, to, 10)).into();
     publishers.push(publishing(&everyone, Address::Connection(behind.id()), 10));
     let polled: Vec<_> = publishers.iter_mut().map(Task::poll).collect();
-    assert_eq!(polled, [None; 5], "no shard has moved");
+    assert_eq!(polled, [None; 5], "no shard has taken a turn");
     rig.settle();
     assert!(publishers.iter_mut().all(|publisher| publisher.poll().is_none()), "it has no room");
     assert_eq!(
         publishing(&everyone, Address::Everyone, 10).poll(),
         Some(Ok(())),
-        "by its own policy nobody waits"
+        "by its own policy no publisher waits"
     );
     drop(behind);
     rig.settle();
@@ -271,7 +271,7 @@ fn who_publishes_under_block_waits_for_every_member_that_is_behind() {
 }
 
 #[test]
-fn one_that_is_behind_and_on_its_way_into_a_group_is_waited_for_there() {
+fn a_congested_connection_counts_in_a_group_as_soon_as_its_join_is_in_flight() {
     let mut rig = Rig::one(outbox_of(100_000));
     let behind = rig.connect();
     let everyone = rig.everyone.clone();
@@ -279,13 +279,13 @@ fn one_that_is_behind_and_on_its_way_into_a_group_is_waited_for_there() {
     rig.settle();
     fixture::at_once(everyone.join(behind.id(), "a")).unwrap();
     let mut publisher = publishing(&everyone, Address::group("a"), 10);
-    assert_eq!(publisher.poll(), None, "no shard has moved");
+    assert_eq!(publisher.poll(), None, "no shard has taken a turn");
     rig.settle();
     assert_eq!((publisher.poll(), look(&rig).waiting), (None, 1));
 }
 
 #[test]
-fn who_publishes_waits_only_for_members_whose_policy_is_block() {
+fn a_publisher_waits_only_for_members_whose_policy_is_block() {
     let mut rig = Rig::one(outbox_of(100_000));
     let blocking = rig.config.clone();
     let policy = Policy::DropMessage { timeout: ms(3_600_000) };
@@ -296,7 +296,7 @@ fn who_publishes_waits_only_for_members_whose_policy_is_block() {
     let everyone = rig.everyone.clone();
     everyone.try_publish(Publication::message(Address::Connection(dropping.id()), bytes(100_000))).unwrap();
     rig.settle(); // its outbox is full
-    // More than surely fits, so the publisher is told when everybody has it for whom it waits.
+    // More than surely fits, so the publisher waits until every `Block` member has accepted it.
     let mut publisher = publishing(&everyone, Address::Everyone, 80_000);
     assert!(publisher.poll().is_none());
     rig.settle();
@@ -311,7 +311,7 @@ fn who_publishes_waits_only_for_members_whose_policy_is_block() {
 }
 
 #[test]
-fn what_was_refused_or_found_nobody_takes_no_room_from_others() {
+fn refused_and_empty_publications_take_no_room_from_others() {
     let engine =
         EngineConfig { shards: Some(1), log_capacity: 2, mailbox_capacity: 2, ..EngineConfig::default() };
     let mut rig = Rig::with(engine, outbox_of(10_000));
@@ -333,13 +333,13 @@ fn what_was_refused_or_found_nobody_takes_no_room_from_others() {
     assert_eq!(client.peer.receive_data().len(), 4);
     for to in &all {
         let mut publisher = Task::new(everyone.publish(Publication::message(to, bytes(10))));
-        assert_eq!(publisher.poll(), Some(Ok(())), "nothing is on its way, so nobody waits, {to:?}");
+        assert_eq!(publisher.poll(), Some(Ok(())), "nothing is in flight, so no publisher waits, {to:?}");
         rig.settle();
     }
 }
 
 #[test]
-fn who_publishes_what_may_be_dropped_waits_for_nobody() {
+fn a_publisher_of_droppable_messages_waits_for_no_member() {
     let mut rig = Rig::new(2);
     let clients = rig.connect_many(2);
     for _ in 0..3 {
@@ -353,7 +353,7 @@ fn who_publishes_what_may_be_dropped_waits_for_nobody() {
     ] {
         let dropping = Sender::new(&rig.everyone, Some(policy));
         for to in [Address::Everyone, Address::Connection(clients[0].id())] {
-            // No shard has moved meanwhile.
+            // No shard has taken a turn meanwhile.
             let mut publisher = Task::new(dropping.publish(Publication::message(&to, bytes(1 << 20))));
             assert_eq!(publisher.poll(), Some(Ok(())), "{policy:?} to {to:?}");
         }
@@ -365,7 +365,7 @@ fn who_publishes_what_may_be_dropped_waits_for_nobody() {
 
 #[test]
 fn a_frame_of_any_size_follows_a_small_one_that_was_sent_just_before() {
-    // The two are sent before the shard has moved; alone they fit, one after the other.
+    // Both are sent before the shard takes a turn; alone they fit, one after the other.
     for is_unicast in [false, true] {
         let config = ConnectionConfig { overflow_bytes: 5000, ..outbox_of(1024) };
         let mut rig = Rig::one(config);
@@ -406,8 +406,8 @@ fn a_publication_to_many_healthy_clients_counts_once_against_the_budget() {
 }
 
 #[test]
-fn what_is_queued_for_clients_whose_turn_has_not_come_ends_nobody() {
-    // Gathering holds back what is written, so everything is in memory at the end of the turn.
+fn frames_that_are_merely_due_to_be_flushed_end_no_connection() {
+    // Coalescing delays the writes, so everything is in memory at the end of the turn.
     let engine = EngineConfig {
         shards: Some(1),
         backlog_bytes_max: 1 << 20,
@@ -423,8 +423,8 @@ fn what_is_queued_for_clients_whose_turn_has_not_come_ends_nobody() {
             .unwrap();
     }
     rig.turn();
-    assert!(rig.engine.metrics().retained_bytes > 1 << 20, "a test of something");
-    // While they read, nobody refuses anything.
+    assert!(rig.engine.metrics().retained_bytes > 1 << 20, "the test must exceed the budget");
+    // While they read, no socket refuses a write.
     let mut received = 0;
     rig.now += ms(20);
     for _ in 0..200 {
@@ -445,7 +445,7 @@ fn within_a_mebibyte(clients: usize) -> (Rig, Vec<Client>) {
 }
 
 #[test]
-fn the_budget_holds_for_sockets_that_have_taken_nothing_for_long() {
+fn the_budget_holds_for_sockets_that_are_stalled_for_long() {
     let (mut rig, clients) = within_a_mebibyte(10);
     for round in 0..60 {
         for client in &clients {
@@ -462,9 +462,9 @@ fn the_budget_holds_for_sockets_that_have_taken_nothing_for_long() {
 }
 
 #[test]
-fn beyond_the_budget_no_more_are_ended_than_free_the_excess() {
-    // Each has begun a frame, so ending one does not free all that it holds; in the second case, what is left is less than
-    // what another one holds.
+fn above_the_budget_no_more_connections_are_ended_than_free_the_excess() {
+    // Each has a partly written frame, so ending one does not free all that it holds; in the second case,
+    // what is left is less than what another one holds.
     for sizes in [
         [&[900_000][..], &[500_000], &[400_000], &[20_000]],
         [&[400_000, 50_000], &[440_000], &[300_000], &[]],
@@ -504,7 +504,7 @@ fn a_frame_counts_as_long_as_a_part_of_it_has_not_been_taken() {
     assert_eq!(
         ends,
         [vec![CloseReason::BacklogLimit], vec![]],
-        "it keeps most, though less is left to be written"
+        "it holds the most memory, although less is left to write"
     );
     assert!(rig.engine.metrics().retained_bytes <= 1 << 20);
 }
@@ -513,7 +513,7 @@ fn a_frame_counts_as_long_as_a_part_of_it_has_not_been_taken() {
 fn a_frame_that_many_keep_is_freed_by_ending_all_of_them() {
     let (mut rig, mut clients) = within_a_mebibyte(40);
     rig.everyone.try_publish(Publication::message(Address::Everyone, bytes(2 << 20))).unwrap();
-    // Some turns, as each look ends as many more as before.
+    // Several turns, as each check ends as many more as the one before.
     for _ in 0..20 {
         rig.turn();
     }
@@ -522,7 +522,7 @@ fn a_frame_that_many_keep_is_freed_by_ending_all_of_them() {
 }
 
 #[test]
-fn messages_for_a_handler_whose_client_has_closed_are_the_first_to_be_given_up() {
+fn messages_of_a_client_that_has_closed_are_discarded_first() {
     let engine = EngineConfig { shards: Some(1), unfinished_bytes_max: 1 << 20, ..EngineConfig::default() };
     let config = ConnectionConfig { max_message_bytes: 1 << 20, ..ConnectionConfig::default() };
     let mut rig = Rig::with(engine, config);
@@ -534,12 +534,12 @@ fn messages_for_a_handler_whose_client_has_closed_are_the_first_to_be_given_up()
             rig.settle();
         }
     };
-    // It has said something long while its handler was busy, and then closed.
+    // It has sent a long message while its handler was busy, and then closed.
     say(&mut rig, &mut clients[0], &fixture::client_frame(0x81, b"wait"));
     let close = fixture::client_frame(0x88, &1000u16.to_be_bytes());
     let said = [fixture::client_frame(0x82, &vec![b'x'; 800_000]), close].concat();
     say(&mut rig, &mut clients[0], &said);
-    assert!(rig.engine.metrics().unfinished_bytes > 800_000, "a test of something");
+    assert!(rig.engine.metrics().unfinished_bytes > 800_000, "the test must hold messages");
     say(&mut rig, &mut clients[1], &fixture::client_frame(0x01, &vec![b'x'; 500_000]));
     assert_eq!(clients[1].record().ends, [], "there is room without what the other has left");
     assert!(rig.engine.metrics().unfinished_bytes <= 1 << 20);
@@ -550,12 +550,12 @@ fn messages_for_a_handler_whose_client_has_closed_are_the_first_to_be_given_up()
 }
 
 #[test]
-fn beyond_the_budget_for_unfinished_messages_the_largest_is_shed() {
+fn above_the_budget_for_unfinished_messages_the_largest_is_ended() {
     let engine = EngineConfig { shards: Some(1), unfinished_bytes_max: 1 << 20, ..EngineConfig::default() };
     let config = ConnectionConfig { max_message_bytes: 1 << 20, ..ConnectionConfig::default() };
     let mut rig = Rig::with(engine, config);
     let mut clients = rig.connect_many(3);
-    // A fragment each, the last of which is too much for all together.
+    // Each sends a fragment, the last of which exceeds the limit for all.
     for (client, length) in clients.iter_mut().zip([100_000, 600_000, 450_000]) {
         let frame = fixture::client_frame(0x01, &vec![b'x'; length]);
         let mut said = 0;
@@ -570,7 +570,7 @@ fn beyond_the_budget_for_unfinished_messages_the_largest_is_shed() {
     assert_eq!(received, [Received::Close(Some(1013)), Received::End]);
     assert_eq!(clients[1].peer.close_text, "overloaded by unfinished messages");
     assert!(rig.engine.metrics().unfinished_bytes <= 1 << 20);
-    // The others finish theirs.
+    // The others complete their messages.
     for client in [0, 2] {
         clients[client].peer.send_frame(0x80, b"the end");
     }
@@ -579,7 +579,7 @@ fn beyond_the_budget_for_unfinished_messages_the_largest_is_shed() {
     assert_eq!(rig.engine.metrics().unfinished_bytes, 0);
 }
 
-/// Clients that read nothing, on so many shards, with a budget of 1 MiB and no time that ends them.
+/// Clients that read nothing, on several shards, with a budget of 1 MiB and no timeout that ends them.
 fn on_a_budget(shards: usize, clients: usize) -> (Rig, Vec<Client>) {
     let engine = EngineConfig { shards: Some(shards), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
     let config = ConnectionConfig {
@@ -593,7 +593,7 @@ fn on_a_budget(shards: usize, clients: usize) -> (Rig, Vec<Client>) {
     (rig, clients)
 }
 
-/// Sends so many times 10,000 bytes to one client.
+/// Sends 10,000 bytes to one client, several times.
 fn send_to(rig: &mut Rig, client: &Client, times: usize) {
     let frame = bytes(10_000 - 4);
     for _ in 0..times {
@@ -609,7 +609,7 @@ fn ends(clients: &[Client]) -> Vec<usize> {
 }
 
 #[test]
-fn what_many_slow_clients_share_counts_once_against_the_budget() {
+fn frames_shared_by_slow_clients_count_once_against_the_budget() {
     let (mut rig, clients) = on_a_budget(1, 30);
     for _ in 0..10 {
         rig.everyone.try_publish(Publication::message(Address::Everyone, bytes(50_000))).unwrap();
@@ -621,7 +621,7 @@ fn what_many_slow_clients_share_counts_once_against_the_budget() {
 }
 
 #[test]
-fn beyond_the_budget_what_is_left_of_a_connection_that_ends_goes_before_one_that_lives() {
+fn above_the_budget_closing_connections_are_dropped_before_open_ones_are_ended() {
     let (mut rig, clients) = on_a_budget(1, 2);
     send_to(&mut rig, &clients[0], 70);
     send_to(&mut rig, &clients[1], 20);
@@ -638,7 +638,7 @@ fn beyond_the_budget_what_is_left_of_a_connection_that_ends_goes_before_one_that
 }
 
 #[test]
-fn beyond_the_budget_each_shard_sheds_its_part_of_the_excess() {
+fn above_the_budget_each_shard_sheds_its_part_of_the_excess() {
     let (mut rig, clients) = on_a_budget(2, 20);
     let frame = bytes(10_000 - 4);
     for _ in 0..6 {
@@ -656,8 +656,8 @@ fn beyond_the_budget_each_shard_sheds_its_part_of_the_excess() {
 }
 
 #[test]
-fn beyond_the_budget_who_has_not_had_its_turn_is_not_shed_for_one_that_was_refused() {
-    // More than are flushed in one turn; all but the first read, and get what the turn did not come to.
+fn above_the_budget_a_connection_that_is_due_to_be_flushed_is_not_ended() {
+    // More than are flushed in one turn; all but the first read, and receive what the turn did not write.
     const CLIENTS: usize = 600;
     fixture::ask_for_descriptors(2 * CLIENTS as u64 + 200);
     let (mut rig, slow) = on_a_budget(1, 1);
@@ -671,7 +671,7 @@ fn beyond_the_budget_who_has_not_had_its_turn_is_not_shed_for_one_that_was_refus
             .unwrap();
     }
     rig.turn();
-    assert!(rig.engine.metrics().retained_bytes > 1 << 20, "a test of something");
+    assert!(rig.engine.metrics().retained_bytes > 1 << 20, "the test must exceed the budget");
     rig.turn();
     let mut received = 0;
     for _ in 0..200 {
@@ -715,7 +715,7 @@ fn drops_are_counted_beyond_32_bits() {
         }
     }
     rig.pass(ms(100));
-    assert_eq!(look(&rig).pending, 1); // and the books of this connection balance
+    assert_eq!(look(&rig).pending, 1); // and the tally of this connection adds up
     let counted = rig.metrics_of(id).unwrap();
     let all = rig.engine.metrics();
     for (timeout, overflow) in [
@@ -724,14 +724,14 @@ fn drops_are_counted_beyond_32_bits() {
     ] {
         assert_eq!((timeout, overflow), (before / 2 + 5, before / 2 + 5));
     }
-    assert_eq!(client.record().drops.iter().sum::<u64>(), 10, "the handler is told of the ten");
+    assert_eq!(client.record().drops.iter().sum::<u64>(), 10, "the ten are reported to the handler");
     assert_eq!(client.record().ends, []);
 }
 
 // ---- Time -------------------------------------------------------------------------------------------------------
 
 #[test]
-fn who_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_goes_on() {
+fn a_client_that_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_continues() {
     let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: ms(86_400_000), ..outbox_of(1024) });
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
@@ -744,7 +744,7 @@ fn who_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_goes_on() 
     rig.pass(ms(200));
     assert_eq!(publisher.poll(), Some(Ok(())));
     assert_eq!(client.record().ends, [CloseReason::SlowConsumer]);
-    // What had been begun comes whole, then the Close.
+    // The partly written frame arrives whole, then the Close.
     let mut received = Vec::new();
     while received.last() != Some(&Received::End) {
         received.extend(client.peer.receive_and_answer());
@@ -754,7 +754,7 @@ fn who_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_goes_on() 
 }
 
 #[test]
-fn who_takes_a_little_within_each_stall_timeout_is_not_ended() {
+fn a_client_that_takes_a_little_within_each_stall_timeout_is_not_ended() {
     let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: ms(86_400_000), ..outbox_of(1024) });
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
@@ -765,7 +765,7 @@ fn who_takes_a_little_within_each_stall_timeout_is_not_ended() {
     let mut received = Vec::new();
     while received.is_empty() {
         rig.pass(ms(8000));
-        // As much as a local socket counts as one piece.
+        // As much as a local socket accounts as one piece.
         received.extend(client.peer.receive_some(5000));
         assert_eq!(client.record().ends, []);
     }

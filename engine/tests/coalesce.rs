@@ -1,6 +1,6 @@
-//! Gathering: with `coalesce` a shard waits for more before it writes, and never longer than it may.
+//! Coalescing: with `coalesce` a shard waits for more frames before it writes, but never longer than configured.
 //!
-//! Driven turn by turn; what the peer has and has not is looked up, not waited for.
+//! Driven turn by turn; what the client has received is checked, not waited for.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -28,12 +28,12 @@ fn publish(rig: &mut Rig, text: &str) {
 }
 
 #[test]
-fn what_comes_within_the_time_shares_one_write() {
+fn frames_within_the_coalescing_time_share_one_write() {
     let (mut rig, mut clients) = rig(COALESCE);
     let before = rig.engine.metrics();
     for text in ["one", "two", "three"] {
         publish(&mut rig, text);
-        assert!(clients.iter_mut().all(|client| client.peer.receive().is_empty()), "the shard gathers");
+        assert!(clients.iter_mut().all(|client| client.peer.receive().is_empty()), "the shard coalesces");
         rig.pass(COALESCE / 5);
     }
     assert_eq!(rig.engine.metrics().tally.written, before.tally.written);
@@ -46,7 +46,7 @@ fn what_comes_within_the_time_shares_one_write() {
 }
 
 #[test]
-fn the_time_runs_from_the_first_and_begins_anew_after_each_round() {
+fn the_time_runs_from_the_first_frame_and_restarts_after_each_round() {
     let (mut rig, mut clients) = rig(COALESCE);
     for round in ["a", "b"] {
         publish(&mut rig, round);
@@ -59,7 +59,7 @@ fn the_time_runs_from_the_first_and_begins_anew_after_each_round() {
 }
 
 #[test]
-fn nobody_is_held_back_once_a_burst_is_as_large_as_it_may_be() {
+fn a_burst_of_the_maximum_size_is_not_delayed_any_longer() {
     let (mut rig, mut clients) = rig(Duration::from_secs(1));
     // In steps, each smaller than a burst.
     for number in 0..1000 {
@@ -85,7 +85,7 @@ fn without_it_an_idle_shard_writes_at_once() {
 }
 
 #[test]
-fn an_end_comes_behind_what_was_gathered() {
+fn a_close_follows_coalesced_frames() {
     let (mut rig, mut clients) = rig(COALESCE);
     publish(&mut rig, "last words");
     fixture::at_once(

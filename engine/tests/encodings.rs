@@ -1,7 +1,7 @@
-//! Encodings: connections that take their payloads in different frames see one order and lose nothing.
+//! Encodings: connections that receive their payloads in different frames see one order and lose nothing.
 //!
-//! The second encoding puts a prefix in front of each payload, so that a frame in the wrong encoding is noticed. How often
-//! it is rendered is counted: by publishers while it is in use, by shards only for what they find not rendered.
+//! The second encoding puts a prefix in front of each payload, so that a frame in the wrong encoding is noticed. The
+//! test counts how often it renders: publishers render while it is in use, shards only what has no rendition yet.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -27,7 +27,7 @@ fn prefixed(payload: &Payload) -> Frame {
     Frame::text(&format!("{PREFIX}{}", std::str::from_utf8(payload.bytes()).unwrap()))
 }
 
-/// Without the prefix, which is there exactly if the encoding asks for it.
+/// The text without the prefix, which it has exactly if the encoding adds one.
 fn decoded(encoding: Encoding, text: &str) -> String {
     let (rest, has_prefix) = match text.strip_prefix(PREFIX) {
         Some(rest) => (rest, true),
@@ -37,7 +37,7 @@ fn decoded(encoding: Encoding, text: &str) -> String {
     rest.to_owned()
 }
 
-/// An engine with an encoding that counts how often it renders.
+/// An engine with an encoding that counts its renditions.
 fn counting(shards: usize) -> (Rig, Encoding, Arc<AtomicUsize>) {
     let rig = Rig::new(shards);
     let rendered = Arc::new(AtomicUsize::new(0));
@@ -65,19 +65,19 @@ fn a_publisher_renders_once_for_all_shards_while_the_encoding_is_in_use() {
     let (mut rig, encoding, rendered) = counting(3);
     let mut plain: Vec<_> = (0..3).map(|_| adopt_with(&rig, Encoding::PLAIN)).collect();
     rig.settle();
-    publish(&rig, EVERYONE, "for nobody else");
-    assert_eq!(rendered.load(SeqCst), 0, "nobody uses it");
+    publish(&rig, EVERYONE, "before the encoding is in use");
+    assert_eq!(rendered.load(SeqCst), 0, "no connection uses it");
     let mut others: Vec<_> = (0..6).map(|_| adopt_with(&rig, encoding)).collect();
     rig.settle();
     for client in &others {
         at_once(rig.everyone.join(client.id(), "room")).unwrap();
     }
     rendered.store(0, SeqCst);
-    // To everyone, several of which a shard joins; to a group; to several.
+    // To everyone, several of which a shard batches; to a group; to several.
     let to = [EVERYONE, EVERYONE, EVERYONE, Address::group("room"), Address::groups(["room", "none"])];
     for (number, to) in to.iter().enumerate() {
         publish(&rig, to, &number.to_string());
-        assert_eq!(rendered.load(SeqCst), number + 1, "by the publisher, before any shard has moved");
+        assert_eq!(rendered.load(SeqCst), number + 1, "by the publisher, before any shard has taken a turn");
     }
     rig.settle();
     assert_eq!(rendered.load(SeqCst), to.len(), "and by no shard");
@@ -87,22 +87,22 @@ fn a_publisher_renders_once_for_all_shards_while_the_encoding_is_in_use() {
         assert_eq!(received, ["0", "1", "2", "3", "4"]);
     }
     for client in &mut plain {
-        assert_eq!(client.peer.receive_data(), ["for nobody else", "0", "1", "2"]);
+        assert_eq!(client.peer.receive_data(), ["before the encoding is in use", "0", "1", "2"]);
     }
     drop(others);
     rig.settle();
     publish(&rig, EVERYONE, "after them");
     rig.settle();
-    assert_eq!(rendered.load(SeqCst), to.len(), "nobody uses it any more");
+    assert_eq!(rendered.load(SeqCst), to.len(), "no connection uses it any more");
     assert_eq!(plain[0].peer.receive_data(), ["after them"]);
 }
 
 #[test]
-fn what_was_published_before_the_first_connection_of_an_encoding_is_rendered_once_by_its_shard() {
+fn publications_before_the_first_connection_of_an_encoding_are_rendered_once_by_its_shard() {
     let (mut rig, encoding, rendered) = counting(1);
     let mut plain = adopt_with(&rig, Encoding::PLAIN);
     rig.settle();
-    // Both are on their way, and behind them publications that no publisher has rendered.
+    // Both adoptions are in flight, followed by publications that no publisher has rendered.
     let mut others = [adopt_with(&rig, encoding), adopt_with(&rig, encoding)];
     for number in 0..3 {
         publish(&rig, EVERYONE, &number.to_string());
@@ -121,7 +121,7 @@ fn what_was_published_before_the_first_connection_of_an_encoding_is_rendered_onc
 }
 
 #[test]
-fn a_message_to_one_connection_comes_in_its_encoding() {
+fn a_message_to_one_connection_has_its_encoding() {
     let (mut rig, encoding, rendered) = counting(2);
     let mut clients = [adopt_with(&rig, Encoding::PLAIN), adopt_with(&rig, encoding)];
     rig.settle();
@@ -136,7 +136,7 @@ fn a_message_to_one_connection_comes_in_its_encoding() {
 }
 
 #[test]
-fn a_publisher_waits_for_room_for_what_its_message_becomes() {
+fn a_publisher_waits_for_room_for_the_longest_rendition() {
     let config = ConnectionConfig { outbox_bytes: 16_000, ..ConnectionConfig::default() };
     let mut rig = Rig::one(config);
     let large = rig.engine.register_encoding(|_| Frame::binary(&[0; 10_000])).unwrap();
@@ -144,7 +144,7 @@ fn a_publisher_waits_for_room_for_what_its_message_becomes() {
     let small = || Publication::message(EVERYONE, Payload::text("small"));
     let _plain = adopt_with(&rig, Encoding::PLAIN);
     rig.settle();
-    assert_eq!(Task::new(everyone.publish(small())).poll(), Some(Ok(())), "there is room everywhere");
+    assert_eq!(Task::new(everyone.publish(small())).poll(), Some(Ok(())), "every outbox has room");
     let _large = adopt_with(&rig, large);
     rig.settle();
     let mut publishing = Task::new(everyone.publish(small()));
@@ -207,11 +207,11 @@ impl<F: Fn()> Drop for OnDrop<F> {
     }
 }
 
-/// Clients of both encodings connect and leave during a flood from several threads, on several shards, so that the second
-/// encoding comes into use and out of use in the middle of it. One client sees the whole flood; what any other
-/// sees must be a part of that without a gap, in its own encoding.
+/// Clients of both encodings connect and leave during a flood from several threads, on several shards, so
+/// that the second encoding comes into use and out of use in the middle of it. One client sees the whole
+/// flood; what any other sees must be a contiguous part of that, in its own encoding.
 #[test]
-fn clients_of_two_encodings_that_come_and_go_during_a_flood_see_one_order_without_gaps() {
+fn clients_of_two_encodings_that_connect_and_leave_during_a_flood_see_one_order_without_gaps() {
     const PUBLISHERS: usize = 3;
     const VISITORS: usize = 48;
     const OPEN_AT_A_TIME: usize = 3;
@@ -231,12 +231,12 @@ fn clients_of_two_encodings_that_come_and_go_during_a_flood_see_one_order_withou
     };
     let is_over = AtomicBool::new(false);
     let (whole, parts) = thread::scope(|scope| {
-        // A test that fails must not leave threads behind that publish or read for ever.
+        // A failing test must not leave threads running that publish or read for ever.
         let _end = OnDrop(|| {
             is_over.store(true, Relaxed);
             close(EVERYONE);
         });
-        // Everything that a client gets until it is closed. Tells its id with the first message.
+        // Reads everything until the client is closed. Sends its id with the first message.
         let read = |encoding| {
             let (Client { mut peer, record }, (tell_id, id)) = (connect(encoding), channel());
             let reader = scope.spawn(move || {
@@ -273,7 +273,7 @@ fn clients_of_two_encodings_that_come_and_go_during_a_flood_see_one_order_withou
             .collect();
         let (mut visitors, mut open) = (Vec::new(), VecDeque::new());
         for visitor in 0..VISITORS {
-            // Runs that are longer than those who are there at a time: then nobody uses the other encoding.
+            // Runs longer than the number of clients connected at a time: then no connection uses the other encoding.
             let encoding =
                 if (visitor / (2 * OPEN_AT_A_TIME)).is_multiple_of(2) { Encoding::PLAIN } else { other };
             let (reader, id) = read(encoding);

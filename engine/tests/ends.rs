@@ -1,9 +1,8 @@
-//! Ends, and what must still happen before and after them.
+//! Closing, and what must still happen before and after it.
 //!
-//! Every connection ends once and is counted once. A peer that can still read is told why,
-//! with a Close frame that no backlog and no busy handler holds up for long; what it said
-//! before its own Close is handled first. What cannot be said is refused before anybody is
-//! ended.
+//! Every connection ends once and is counted once. A client that can still read gets a Close frame with the
+//! reason, which no backlog and no busy handler delays for long; messages that it sent before its own Close
+//! are handled first. A close that cannot be sent is refused before any connection is ended.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -69,7 +68,7 @@ fn a_connection_that_fails_while_its_handler_is_busy_is_reported_once() {
 }
 
 #[test]
-fn a_peer_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everything() {
+fn a_client_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everything() {
     for takes_it in [true, false] {
         let mut rig = Rig::new(1);
         let mut client = rig.connect();
@@ -83,7 +82,7 @@ fn a_peer_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everything
         if takes_it {
             assert_eq!(client.peer.receive_data(), ["the last"]);
             rig.pass(ms(50));
-            assert_eq!(rig.engine.metrics().connections, 0, "nothing more is waited for");
+            assert_eq!(rig.engine.metrics().connections, 0, "the shard waits for nothing more");
         }
         let report = report(&mut rig, end);
         assert_eq!((report.flushed, report.cut_off), if takes_it { (1, 0) } else { (0, 1) }, "{report:?}");
@@ -91,17 +90,17 @@ fn a_peer_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everything
 }
 
 #[test]
-fn who_is_turned_away_while_it_talks_hears_why() {
+fn a_client_that_is_refused_while_it_sends_gets_the_close_frame() {
     let mut rig = Rig::new(1);
     let (new_connection, mut client) = new_connection(&rig.engine, &rig.config, 4096);
     let mut other = rig.connect();
     other.peer.text("wait");
     rig.settle();
-    let _end = shut_down(&mut rig); // and it waits for the other
+    let _end = shut_down(&mut rig); // which waits for the other connection
     client.peer.text("hello");
     at_once(rig.everyone.adopt(new_connection)).unwrap();
     rig.settle();
-    // Not with an error: that would have destroyed the frame.
+    // Not with a reset: that would have destroyed the Close frame.
     let mut received = Vec::new();
     client.peer.stream.set_nonblocking(true).unwrap();
     client.peer.stream.read_to_end(&mut received).unwrap();
@@ -109,7 +108,7 @@ fn who_is_turned_away_while_it_talks_hears_why() {
 }
 
 #[test]
-fn a_connection_whose_handler_parts_slowly_is_reported_once() {
+fn a_connection_whose_handler_closes_slowly_is_reported_once() {
     let mut rig = Rig::new(1);
     let waker = Arc::new(Mutex::new(None));
     let handed = waker.clone();
@@ -131,7 +130,7 @@ fn a_connection_whose_handler_parts_slowly_is_reported_once() {
 // ---- The peer's own Close ---------------------------------------------------------------------------------------
 
 #[test]
-fn a_busy_handler_keeps_neither_pong_nor_close_from_its_peer() {
+fn a_busy_handler_delays_neither_pong_nor_close() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     for text in ["wait", "two"] {
@@ -139,20 +138,28 @@ fn a_busy_handler_keeps_neither_pong_nor_close_from_its_peer() {
     }
     client.peer.send_frame(0x89, b"are you there");
     rig.settle();
-    assert_eq!(client.peer.receive(), [Received::Pong(b"are you there".to_vec())], "though it is busy");
+    assert_eq!(
+        client.peer.receive(),
+        [Received::Pong(b"are you there".to_vec())],
+        "although its handler is busy"
+    );
     client.peer.text("three");
     client.peer.close(1000);
     rig.settle();
-    assert_eq!(client.peer.receive(), [Received::Close(Some(1000)), Received::End], "though it is busy");
+    assert_eq!(
+        client.peer.receive(),
+        [Received::Close(Some(1000)), Received::End],
+        "although its handler is busy"
+    );
     assert_eq!(rig.everyone.len(), 0, "it is in no group any more");
     assert_eq!(client.record().calls, ["wait"]);
     client.release();
     rig.settle();
-    assert_eq!(client.record().calls, ["wait", "two", "three", "close"], "what it said is handled first");
+    assert_eq!(client.record().calls, ["wait", "two", "three", "close"], "its messages are handled first");
 }
 
 #[test]
-fn messages_before_a_close_are_handled_one_after_the_other_though_each_takes_its_time() {
+fn messages_before_a_close_are_handled_in_order_even_if_each_takes_time() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     for text in ["wait 1", "wait 2", "wait 3"] {
@@ -171,7 +178,7 @@ fn messages_before_a_close_are_handled_one_after_the_other_though_each_takes_its
 }
 
 #[test]
-fn a_peer_that_closes_and_reads_on_hears_what_was_queued_and_its_close() {
+fn a_client_that_closes_and_still_reads_gets_what_was_queued_and_its_close() {
     for coalesce in [ms(0), ms(3)] {
         let engine = EngineConfig { shards: Some(1), coalesce, ..EngineConfig::default() };
         let mut rig = Rig::with(engine, ConnectionConfig::default());
@@ -191,7 +198,7 @@ fn a_peer_that_closes_and_reads_on_hears_what_was_queued_and_its_close() {
 }
 
 #[test]
-fn a_close_gets_through_behind_a_backlog() {
+fn a_close_gets_through_despite_a_backlog() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     for _ in 0..8 {
@@ -200,7 +207,7 @@ fn a_close_gets_through_behind_a_backlog() {
     rig.settle();
     client.peer.close(1000);
     let mut received = Vec::new();
-    // It reads one megabyte each second, while eight wait for it.
+    // It reads one megabyte per second, while eight wait for it.
     for _ in 0..70 {
         rig.pass(ms(100));
         let mut left: usize = 100_000;
@@ -239,7 +246,7 @@ fn a_close_without_a_code_is_answered_without_one() {
 }
 
 #[test]
-fn the_reason_that_a_peer_gives_is_known_to_its_handler() {
+fn the_reason_in_a_clients_close_reaches_its_handler() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     client.peer.send_frame(0x88, &[&4321u16.to_be_bytes()[..], b"tired of waiting"].concat());
@@ -252,14 +259,14 @@ fn the_reason_that_a_peer_gives_is_known_to_its_handler() {
 // ---- A peer that ends its side ----------------------------------------------------------------------------------
 
 #[test]
-fn the_answer_to_a_last_message_arrives_though_the_peer_has_ended_its_side() {
+fn the_answer_to_a_last_message_arrives_after_the_client_has_ended_its_side() {
     for is_busy in [false, true] {
         let mut rig = Rig::new(1);
         let mut client = rig.connect();
         client.peer.text(if is_busy { "wait" } else { "hello" });
         client.peer.stream.shutdown(Half::Write).unwrap();
         if !is_busy {
-            // The answer is sent before the shard has read that the stream ends.
+            // The answer is sent before the shard has read the end of the stream.
             publish(&rig, Address::Connection(client.id()), "the answer");
         }
         rig.settle();
@@ -279,7 +286,7 @@ fn the_answer_to_a_last_message_arrives_though_the_peer_has_ended_its_side() {
 // ---- Two ends at once -------------------------------------------------------------------------------------------
 
 #[test]
-fn nothing_is_asked_of_a_peer_that_has_ended_its_side_while_its_answer_is_prepared() {
+fn a_client_that_has_ended_its_side_is_not_pinged_while_its_answer_is_prepared() {
     let timeout = Some(ms(100));
     let config = ConnectionConfig {
         heartbeat_interval: ms(100),
@@ -317,13 +324,13 @@ fn a_handler_that_panics_or_closes_gets_no_more_messages_from_before_the_end() {
         rig.settle();
         let record = client.record();
         assert_eq!(record.messages, ["wait", "one", last]);
-        assert_eq!(record.ends.len(), 1, "and is told the end once: {:?}", record.ends);
+        assert_eq!(record.ends.len(), 1, "and is notified of the end once: {:?}", record.ends);
         assert_eq!(rig.shards[0].audit().errors, [""; 0]);
     }
 }
 
 #[test]
-fn of_two_ends_at_once_the_first_is_recorded_and_told() {
+fn of_two_simultaneous_ends_the_first_is_recorded_and_reported() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     for (code, text) in [(4000, "the first"), (4001, "the second")] {
@@ -341,7 +348,7 @@ fn of_two_ends_at_once_the_first_is_recorded_and_told() {
 
 // ---- What is said at an end -------------------------------------------------------------------------------------
 
-/// What a client hears that has said this.
+/// How the connection of a client that has sent these bytes ends: reason, close code and text.
 fn told_after(bytes: &[u8], config: ConnectionConfig) -> (CloseReason, u16, String) {
     let mut rig = Rig::one(config);
     let mut client = rig.connect();
@@ -353,7 +360,7 @@ fn told_after(bytes: &[u8], config: ConnectionConfig) -> (CloseReason, u16, Stri
 }
 
 #[test]
-fn who_breaks_the_protocol_is_told_in_words_what_was_wrong() {
+fn a_protocol_error_is_explained_in_the_close_frame() {
     let config = ConnectionConfig { max_message_bytes: 100, ..ConnectionConfig::default() };
     let (reason, code, text) = told_after(&client_frame(0x81, &[b'x'; 101]), config.clone());
     assert!(matches!(reason, CloseReason::Protocol(FrameError::MessageTooBig { .. })), "{reason:?}");
@@ -364,7 +371,7 @@ fn who_breaks_the_protocol_is_told_in_words_what_was_wrong() {
 }
 
 #[test]
-fn a_close_code_that_cannot_be_sent_is_refused_and_ends_nobody() {
+fn a_close_code_that_may_not_be_sent_is_refused_and_ends_no_connection() {
     let mut rig = Rig::new(1);
     let mut clients = rig.connect_many(2);
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
@@ -383,7 +390,7 @@ fn a_close_code_that_cannot_be_sent_is_refused_and_ends_nobody() {
 // ---- Bounds that end --------------------------------------------------------------------------------------------
 
 #[test]
-fn who_joins_more_groups_than_one_may_be_in_is_ended_with_1008() {
+fn a_connection_that_joins_too_many_groups_is_ended_with_1008() {
     let mut rig = Rig::one(ConnectionConfig { max_groups: 3, ..ConnectionConfig::default() });
     let mut client = rig.connect();
     let id = client.id();
@@ -434,7 +441,7 @@ fn settings_that_contradict_each_other_are_refused_by_name() {
     let error = engine.validate().unwrap_err();
     assert_eq!((error.field, &*error.value, &*error.highest), ("max_connections_per_address", "11", "10"));
 
-    // One connection's setting against the engine's: found when the connection comes.
+    // One connection's setting against the engine's: checked at its adoption.
     let engine = EngineConfig { shards: Some(1), unfinished_bytes_max: 1 << 20, ..EngineConfig::default() };
     let connection = ConnectionConfig { max_message_bytes: (1 << 20) + 1, ..ConnectionConfig::default() };
     let rig = Rig::with(engine, connection);
@@ -443,5 +450,5 @@ fn settings_that_contradict_each_other_are_refused_by_name() {
         panic!("refused")
     };
     assert_eq!((error.field, &*error.highest), ("max_message_bytes", "1048576"));
-    assert_eq!(rig.engine.connection_count(), 0, "its place is given back");
+    assert_eq!(rig.engine.connection_count(), 0, "its permit is released");
 }

@@ -22,7 +22,7 @@ const CLIENTS: usize = 4;
 
 type Sending = Pin<Box<dyn Future<Output = Result<(), PublishError>> + Send>>;
 
-/// Publishes what it hears, and waits until it has been taken.
+/// Publishes each message that it receives, and waits until it has been accepted.
 struct Publisher {
     everyone: Namespace,
     to_all: bool,

@@ -1,16 +1,16 @@
-//! Framing, held against tungstenite.
+//! Framing, compared with tungstenite.
 //!
-//! A second, independent implementation is the judge: what it reads, we read; what it refuses, we refuse for the
-//! same cause; what it writes, we read, and what we write, it reads. Frames are drawn at random, spoiled at random,
-//! and cut at random.
+//! A second, independent implementation is the reference: what it reads, the engine reads; what it refuses,
+//! the engine refuses for the same cause; each reads what the other writes. Frames are generated at random,
+//! corrupted at random, and cut at random.
 //!
-//! Deliberate differences, each pinned by a test of its own:
+//! Deliberate differences, each covered by a test of its own:
 //! - Close code 1014 is accepted (registered with IANA since RFC 6455); tungstenite 0.30 answers it as a violation.
 //! - A 64-bit length with the top bit set is its own error; tungstenite calls it too long.
-//! - Faults are reported as soon as they can be known; tungstenite waits for the frame's last byte. Seen in
-//!   `a_spoiled_byte_is_reported_where_the_text_becomes_impossible` and in the decoder's own tests.
-//! - Where one frame has several faults and one of them is a claim above tungstenite's *frame* limit, tungstenite
-//!   names the claim. Not generated here: its frame limit is set far above any frame drawn.
+//! - Faults are reported as soon as they can be known; tungstenite waits for the frame's last byte. Covered
+//!   by `a_spoiled_byte_is_reported_where_the_text_becomes_impossible` and by the decoder's own tests.
+//! - If one frame has several faults and one of them is a claim above tungstenite's *frame* limit,
+//!   tungstenite reports the claim. Not generated here: its frame limit is set far above any generated frame.
 
 use std::convert::Infallible;
 use std::io::{self, Cursor, Read, Write};
@@ -25,7 +25,7 @@ use tungstenite::error::{CapacityError, Error, ProtocolError};
 use tungstenite::protocol::{CloseFrame, Role, WebSocket, WebSocketConfig};
 use tungstenite::{Message, protocol::frame::coding};
 
-/// Small, so that drawn messages cross it often.
+/// Small, so that generated messages often exceed it.
 const LIMITS: Limits = Limits { max_message_bytes: 300, max_fragments: 1000 };
 /// Tungstenite's limit of one frame; it reserves a claimed length up to this, so not without bound.
 const FRAME_BYTES_MAX: usize = 1 << 20;
@@ -44,13 +44,13 @@ enum Said {
 /// How a sequence of bytes ended.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum End {
-    /// More bytes would have been welcome.
+    /// The decoder waits for more bytes.
     Open,
     Closed,
     Refused(Cause),
 }
 
-/// The causes that both sides can name.
+/// The causes that both implementations can report.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Cause {
     Unmasked,
@@ -104,7 +104,7 @@ fn their_cause(error: &Error) -> Cause {
     }
 }
 
-/// What our decoder makes of the pieces, each in a buffer that is destroyed behind the call.
+/// The engine's result for the pieces, each in a buffer that is overwritten after the call.
 fn ours<'p>(pieces: impl IntoIterator<Item = &'p [u8]>, limits: &Limits) -> Transcript {
     let mut decoder = Decoder::new();
     let mut said = Vec::new();
@@ -135,7 +135,7 @@ fn ours<'p>(pieces: impl IntoIterator<Item = &'p [u8]>, limits: &Limits) -> Tran
     (said, End::Open)
 }
 
-/// An in-memory stream: gives what it was made of, takes everything.
+/// An in-memory stream: returns its input, accepts all output.
 struct Wire(Cursor<Vec<u8>>);
 
 impl Read for Wire {
@@ -153,7 +153,7 @@ impl Write for Wire {
     }
 }
 
-/// What tungstenite makes of the same bytes.
+/// Tungstenite's result for the same bytes.
 fn theirs(bytes: &[u8], role: Role, message_bytes_max: usize) -> Transcript {
     let config = WebSocketConfig::default()
         .read_buffer_size(4096)
@@ -167,7 +167,7 @@ fn theirs(bytes: &[u8], role: Role, message_bytes_max: usize) -> Transcript {
             Ok(Message::Binary(payload)) => said.push(Said::Binary(payload.to_vec())),
             Ok(Message::Ping(payload)) => said.push(Said::Ping(payload.to_vec())),
             Ok(Message::Pong(payload)) => said.push(Said::Pong(payload.to_vec())),
-            // This is how tungstenite hands out a Close whose code is not allowed.
+            // This is how tungstenite returns a Close with a code that is not allowed.
             Ok(Message::Close(Some(CloseFrame { code: coding::CloseCode::Protocol, reason })))
                 if reason.as_str() == "Protocol violation" =>
             {
@@ -186,7 +186,7 @@ fn theirs(bytes: &[u8], role: Role, message_bytes_max: usize) -> Transcript {
 
 // ---- What is drawn ----------------------------------------------------------------------------------------------
 
-/// A frame as a client might write it, or not.
+/// A valid or invalid client frame.
 #[derive(Debug, Clone)]
 struct Drawn {
     fin: bool,
@@ -195,7 +195,7 @@ struct Drawn {
     masked: bool,
     key: [u8; 4],
     payload: Vec<u8>,
-    /// How the length is written at least: 0 in the second byte, 1 in two more, 2 in eight more.
+    /// The shortest form of the length: 0 in the second byte, 1 in two more, 2 in eight more.
     length_class: u8,
 }
 
@@ -258,7 +258,7 @@ fn control() -> impl Strategy<Value = Drawn> {
 }
 
 fn close() -> impl Strategy<Value = Drawn> {
-    // 1014 apart: see the differences above.
+    // 1014 is excluded: see the differences above.
     let code = prop_oneof![
         select(vec![1000u16, 1001, 1002, 1003, 1007, 1011, 1012, 1013, 3000, 4999]),
         select(vec![0u16, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535]),
@@ -304,7 +304,7 @@ fn conversation() -> impl Strategy<Value = Vec<Drawn>> {
     vec(part, 1..5).prop_map(|parts| parts.concat())
 }
 
-/// One thing done wrong (or merely oddly) to one frame.
+/// One corruption of (or a rare form in) one frame.
 #[derive(Debug, Clone)]
 enum Spoil {
     ReservedBits(u8),
@@ -362,7 +362,7 @@ fn spoiled(mut frames: Vec<Drawn>, spoils: &[(Index, Spoil)]) -> Vec<Drawn> {
             }
         }
     }
-    // The one difference that is not drawn.
+    // The one difference that is not generated.
     frames.retain(|frame| frame.opcode != 0x8 || !frame.payload.starts_with(&1014u16.to_be_bytes()));
     frames
 }
@@ -384,7 +384,7 @@ fn cut<'b>(bytes: &'b [u8], cuts: &[Index]) -> Vec<&'b [u8]> {
 
 proptest! {
     #[test]
-    fn we_read_what_tungstenite_reads_and_refuse_what_it_refuses(
+    fn the_decoder_accepts_and_refuses_the_same_frames_as_tungstenite(
         frames in conversation(),
         spoils in prop_oneof![1 => vec(spoil(), 0..1), 4 => vec(spoil(), 1..3)],
         cuts in vec(any::<Index>(), 0..8),
@@ -401,7 +401,7 @@ proptest! {
         cuts in vec(any::<Index>(), 0..20),
         end in any::<Index>(),
     ) {
-        // The end is cut off too: it need not be a frame's.
+        // The end is cut off too: it need not be at a frame boundary.
         let wire = on_the_wire(&spoiled(frames, &spoils));
         let wire = &wire[..end.index(wire.len() + 1)];
         let whole = ours([wire], &LIMITS);
@@ -423,7 +423,7 @@ proptest! {
         claim in prop_oneof![(FRAME_BYTES_MAX as u64 + 1)..1 << 40, any::<u64>().prop_map(|n| n | 1 << 63)],
         key in any::<[u8; 4]>(),
     ) {
-        // A message, then the header of one that is too long, and nothing behind it.
+        // A message, then the header of one that is too long, and nothing after it.
         let mut wire = on_the_wire(&frames);
         let before = ours([&wire[..]], &LIMITS).1;
         wire.extend([0x82, 0xff]);
@@ -449,7 +449,7 @@ proptest! {
         let last = payload.len() - 1;
         payload.swap(at.index(last + 1), last);
 
-        // What std says of each beginning: lost, or merely not finished yet.
+        // The verdict of std on each prefix: impossible, or merely incomplete.
         let lost_at = (1..=payload.len())
             .find(|&end| std::str::from_utf8(&payload[..end]).is_err_and(|error| error.error_len().is_some()));
 
@@ -472,7 +472,7 @@ proptest! {
     }
 
     #[test]
-    fn what_a_tungstenite_client_writes_we_read(
+    fn the_decoder_reads_what_a_tungstenite_client_writes(
         said in vec(
             prop_oneof![
                 text(50).prop_map(Message::text),
@@ -505,7 +505,7 @@ fn the_drawn_frames_reach_every_cause_and_every_end() {
     use proptest::strategy::ValueTree;
     use proptest::test_runner::TestRunner;
 
-    // A comparison proves nothing about what is never drawn.
+    // A comparison proves nothing about inputs that are never generated.
     let mut runner = TestRunner::deterministic();
     let drawn = (conversation(), vec(spoil(), 0..3));
     let mut ends: Vec<End> = Vec::new();
@@ -542,7 +542,7 @@ fn the_drawn_frames_reach_every_cause_and_every_end() {
 }
 
 #[test]
-fn code_1014_is_accepted_though_tungstenite_refuses_it() {
+fn code_1014_is_accepted_although_tungstenite_refuses_it() {
     let wire = on_the_wire(&[good(0x8, true, [1, 2, 3, 4], vec![0x03, 0xf6])]);
     assert_eq!(ours([&wire[..]], &LIMITS), (vec![Said::Close(Some((1014, String::new())))], End::Closed));
     assert_eq!(theirs(&wire, Role::Server, 300), (vec![], End::Refused(Cause::CloseCode)));
@@ -568,7 +568,7 @@ fn length() -> impl Strategy<Value = usize> {
 
 proptest! {
     #[test]
-    fn what_we_write_a_tungstenite_client_reads(length in length(), seed in any::<u8>(), hint in 0usize..70_000) {
+    fn a_tungstenite_client_reads_our_data_frames(length in length(), seed in any::<u8>(), hint in 0usize..70_000) {
         let payload: Vec<u8> = (0..length).map(|n| (n as u8).wrapping_mul(31) ^ seed).collect();
         let text: String = payload.iter().map(|&byte| char::from(byte & 0x7f)).collect();
         let built = Frame::build(hint, |buffer| {
@@ -584,7 +584,7 @@ proptest! {
     }
 
     #[test]
-    fn what_we_write_to_control_a_tungstenite_client_reads(
+    fn a_tungstenite_client_reads_our_control_frames(
         ping in bytes(0..126),
         pong in bytes(0..126),
         code in select(vec![1000u16, 1001, 1002, 1003, 1007, 1008, 1009, 1011, 1012, 1013, 3000, 4999]),

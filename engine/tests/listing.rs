@@ -1,5 +1,5 @@
-//! Lists: the groups of a namespace, the members of a group, the groups of a connection, at a definite point in the order.
-//! And several groups joined or left in one step.
+//! Lists: the groups of a namespace, the members of a group, the groups of a connection, each at a definite
+//! position in the order. And several groups joined or left in one step.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -64,7 +64,7 @@ fn groups_members_and_a_connection_s_groups_can_be_listed() {
     assert_eq!(members(&mut rig, &Address::group("none")), []);
     assert_eq!(groups_of(&mut rig, a), Some(vec!["x".into(), "y".into()]));
     assert_eq!(groups_of(&mut rig, d), Some(vec![]), "everyone is no group");
-    // One that is closing belongs to nothing any more; one whose `on_open` is not done, not yet to everyone.
+    // A closing connection belongs to nothing any more; one whose `on_open` is not done, not yet to everyone.
     at_once(rig.everyone.publish(Publication::close(a.id(), CloseCode::NORMAL, "").unwrap())).unwrap();
     let opening = rig.connect_opening();
     rig.settle();

@@ -1,9 +1,8 @@
-//! Who counts as alive, and who is given up.
+//! Liveness: which clients count as alive, and which are ended.
 //!
-//! A peer is judged by what it does, and never by what keeps the server busy: its bytes, its
-//! whole frames and what it takes are signs of life wherever they are stuck on the way. In
-//! turn nobody keeps a connection, or those who publish to it, by sending alone. Time is the
-//! tests' own, but for what is about threads.
+//! A client is judged by what it does, never by what keeps the server busy: its bytes, its whole messages and
+//! what it takes are signs of life wherever they are delayed. In turn, no client keeps a connection, or
+//! blocks publishers, merely by sending. Tests control the time, except where they are about threads.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -27,7 +26,7 @@ const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// Pings each `interval`, to be answered within `timeout`.
+/// Pings each `interval`, which must be answered within `timeout`.
 fn beating(interval: u64, timeout: u64) -> ConnectionConfig {
     ConnectionConfig {
         heartbeat_interval: ms(interval),
@@ -40,7 +39,7 @@ fn coalescing(coalesce: Duration, config: ConnectionConfig) -> Rig {
     Rig::with(EngineConfig { shards: Some(1), coalesce, ..EngineConfig::default() }, config)
 }
 
-/// Lets time pass until the peer hears a ping; its nonce.
+/// Lets time pass until the client receives a ping; returns its nonce.
 fn await_ping(rig: &mut Rig, peer: &mut Peer) -> Vec<u8> {
     for _ in 0..1000 {
         rig.pass(ms(20));
@@ -65,18 +64,18 @@ fn pass_answering(rig: &mut Rig, client: &mut Client, time: Duration) {
 
 // ---- Signs of life ----------------------------------------------------------------------------------------------
 
-/// Where a pong is while its peer's handler is busy.
+/// Where a pong is while its client's handler is busy.
 #[derive(Debug, Clone, Copy)]
 enum Stuck {
     /// Before the message that keeps the handler busy.
     Nowhere,
-    /// Behind it and so many others of 1,000 bytes.
+    /// After it and this many others of 1,000 bytes.
     Behind(usize),
-    /// Behind as many that were said before the ping came.
+    /// After as many that were sent before the ping arrived.
     LongBehind(usize),
 }
 
-/// Right behind the message, behind more than is read at once, behind more than is read ahead of a busy handler.
+/// Directly after the message, after more than is read at once, after more than is read ahead of a busy handler.
 const STUCK: [Stuck; 6] = [
     Stuck::Nowhere,
     Stuck::Behind(0),
@@ -86,7 +85,7 @@ const STUCK: [Stuck; 6] = [
     Stuck::LongBehind(40),
 ];
 
-/// A connection with a busy handler, whose peer has answered a ping at once.
+/// A connection with a busy handler, whose client has answered a ping at once.
 fn answered_but_busy(stuck: Stuck, is_tcp: bool, config: ConnectionConfig) -> (Rig, Client) {
     let engine = EngineConfig { shards: Some(1), read_buffer_bytes: 1024, ..EngineConfig::default() };
     let mut rig = Rig::with(engine, config);
@@ -116,7 +115,7 @@ fn answered_but_busy(stuck: Stuck, is_tcp: bool, config: ConnectionConfig) -> (R
     (rig, client)
 }
 
-/// Waits for the first message: by TCP it comes when it comes.
+/// Waits for the first message: over TCP it may take a while to arrive.
 fn arrive(rig: &mut Rig, client: &Client) {
     let began = Instant::now();
     rig.settle();
@@ -126,7 +125,7 @@ fn arrive(rig: &mut Rig, client: &Client) {
 }
 
 #[test]
-fn a_pong_counts_wherever_it_is_stuck_behind_a_busy_handler() {
+fn a_pong_counts_wherever_a_busy_handler_delays_it() {
     for (stuck, is_tcp) in STUCK.into_iter().flat_map(|stuck| [(stuck, false), (stuck, true)]) {
         let (mut rig, client) = answered_but_busy(stuck, is_tcp, beating(1000, 300));
         rig.pass(ms(900)); // three times the pong timeout, and before the next ping
@@ -152,7 +151,7 @@ fn a_handlers_time_is_no_round_trip() {
     }
 }
 
-/// Blocks its shard for so long in each of so many turns, and tells when it has done so.
+/// Blocks its shard for `time` in each of `turns` turns, and reports when it has done so.
 struct Blocker {
     time: Duration,
     turns: usize,
@@ -178,7 +177,7 @@ impl Handler for Blocker {
 
 #[test]
 fn a_neighbour_that_blocks_the_shard_is_no_round_trip() {
-    // The peer is a little away, so that its pongs arrive while the shard is blocked, and far from being too far.
+    // The client is at some distance, so that its pongs arrive while the shard is blocked, but far below the limit.
     const AWAY: Duration = ms(100);
     const MAX: Duration = ms(1000);
     let engine =
@@ -210,7 +209,7 @@ fn a_neighbour_that_blocks_the_shard_is_no_round_trip() {
     });
     neighbour.text("block");
     is_done.recv().unwrap();
-    // What had arrived by now has been read when the shard has done something else, twice.
+    // What had arrived by now has been read when the shard has processed another message, twice.
     for _ in 0..2 {
         block_on(everyone.publish(Publication::message(Address::Everyone, Payload::text("a turn")))).unwrap();
         assert_eq!(
@@ -227,7 +226,7 @@ fn a_neighbour_that_blocks_the_shard_is_no_round_trip() {
 }
 
 #[test]
-fn a_client_that_talks_and_answers_no_ping_lives() {
+fn a_client_that_sends_messages_and_answers_no_ping_stays_connected() {
     let mut rig = Rig::one(beating(1000, 300));
     let mut client = rig.connect();
     for _ in 0..100 {
@@ -237,11 +236,11 @@ fn a_client_that_talks_and_answers_no_ping_lives() {
     }
     assert_eq!(client.record().ends, []);
     rig.pass(ms(2000));
-    assert_eq!(client.record().ends, [CloseReason::PongTimeout], "it has fallen silent");
+    assert_eq!(client.record().ends, [CloseReason::PongTimeout], "it is silent now");
 }
 
 #[test]
-fn a_client_that_pings_and_answers_no_ping_lives() {
+fn a_client_that_pings_and_answers_no_ping_stays_connected() {
     let mut rig = Rig::one(beating(1000, 300));
     let mut client = rig.connect();
     for _ in 0..100 {
@@ -251,14 +250,14 @@ fn a_client_that_pings_and_answers_no_ping_lives() {
     }
     assert_eq!(client.record().ends, []);
     rig.pass(ms(2000));
-    assert_eq!(client.record().ends, [CloseReason::PongTimeout], "it has fallen silent");
+    assert_eq!(client.record().ends, [CloseReason::PongTimeout], "it is silent now");
 }
 
 #[test]
 fn a_pong_that_is_read_in_the_turn_in_which_its_time_is_over_counts() {
     for stuck in STUCK {
         let (mut rig, client) = answered_but_busy(stuck, false, beating(1000, 300));
-        rig.now += ms(800); // of which the shard sees nothing
+        rig.now += ms(800); // which the shard does not notice
         client.release();
         rig.settle();
         assert_eq!(client.record().ends, [], "{stuck:?}");
@@ -266,8 +265,8 @@ fn a_pong_that_is_read_in_the_turn_in_which_its_time_is_over_counts() {
 }
 
 #[test]
-fn who_has_spoken_in_time_and_was_not_read_yet_is_not_silent() {
-    // More than one turn looks at.
+fn a_client_whose_input_is_still_unread_is_not_silent() {
+    // More than one turn can read.
     const CLIENTS: usize = 1100;
     fixture::ask_for_descriptors(2 * CLIENTS as u64 + 200);
     let quiet = beating(86_400_000, 1000);
@@ -286,7 +285,7 @@ fn who_has_spoken_in_time_and_was_not_read_yet_is_not_silent() {
         rig.settle();
         assert_eq!((rig.engine.metrics().tally.received, rig.everyone.len()), (CLIENTS as u64, CLIENTS));
         rig.pass(ms(1100));
-        assert_eq!(rig.everyone.len(), 0, "they have fallen silent; {config:?}");
+        assert_eq!(rig.everyone.len(), 0, "they are silent now; {config:?}");
     }
 }
 
@@ -294,7 +293,7 @@ fn who_has_spoken_in_time_and_was_not_read_yet_is_not_silent() {
 fn a_long_message_that_keeps_coming_keeps_its_connection() {
     let mut rig = Rig::one(beating(100, 100));
     let mut client = rig.connect();
-    // No pong may come inside a frame. 60,000 bytes at 1,000 each 20 ms are twelve times the pong timeout.
+    // No pong may be sent inside a frame. 60,000 bytes at 1,000 each 20 ms are twelve times the pong timeout.
     let frame = client_frame(0x82, &[b'x'; 60_000]);
     for piece in frame.chunks(1000) {
         client.peer.stream.write_all(piece).unwrap();
@@ -307,7 +306,7 @@ fn a_long_message_that_keeps_coming_keeps_its_connection() {
 
 #[test]
 fn a_long_message_that_is_taken_slowly_keeps_its_connection() {
-    // The pings wait behind what it has not read yet: here, or in the kernel.
+    // The pings wait after bytes that it has not read yet: in the outbox, or in the kernel.
     for (send_buffer, bytes) in [(4096, 2000), (1 << 20, 20_000)] {
         let mut rig = Rig::one(beating(200, 200));
         rig.send_buffer = send_buffer;
@@ -326,15 +325,15 @@ fn a_long_message_that_is_taken_slowly_keeps_its_connection() {
             }
         }
         assert_eq!(client.record().ends, [], "send buffer {send_buffer}");
-        assert!(rig.now - began > ms(500), "a test of something");
+        assert!(rig.now - began > ms(500), "the test must exceed the pong timeout");
         let [Received::Data(text)] = &received[..] else { panic!("{received:?}") };
         assert_eq!(text.len(), 400_000);
     }
 }
 
 #[test]
-fn a_ping_behind_many_messages_waits_as_long_as_the_peer_takes_some() {
-    // Whether it takes something is asked four times within the pong timeout, the last time when that is over.
+fn a_ping_after_many_messages_waits_as_long_as_the_client_takes_some() {
+    // Whether it takes something is checked four times within the pong timeout, the last time at its end.
     let mut rig = Rig::one(ConnectionConfig { stall_timeout: Some(ms(10_000)), ..beating(200, 200) });
     rig.send_buffer = 1 << 16;
     let mut client = rig.connect();
@@ -363,12 +362,13 @@ fn a_ping_behind_many_messages_waits_as_long_as_the_peer_takes_some() {
     }
     rig.settle();
     assert_eq!((client.record().ends, is_answered), (vec![], true));
-    assert!(rig.now > began + ms(400), "a test of something");
+    assert!(rig.now > began + ms(400), "the test must exceed the pong timeout");
 }
 
 #[test]
-fn who_gets_a_ping_late_has_the_whole_time_for_its_answer() {
-    // Pings wait in the kernel behind what the peer takes at its pace; it answers most of a timeout after it got one.
+fn a_client_that_gets_a_ping_late_has_the_whole_time_for_its_answer() {
+    // Pings wait in the kernel after bytes that the client takes at its pace; it answers most of a timeout
+    // after it received one.
     for pace in [70, 110, 130, 170, 300, 390] {
         let mut rig = Rig::one(beating(1000, 400));
         let mut client = rig.connect();
@@ -384,7 +384,7 @@ fn who_gets_a_ping_late_has_the_whole_time_for_its_answer() {
             rig.pass(ms(10));
             if rig.now >= next {
                 next = rig.now + ms(pace);
-                // As much as a local socket counts as one piece.
+                // As much as a local socket accounts as one piece.
                 for one in client.peer.receive_some(5000) {
                     match one {
                         Received::Ping(nonce) => {
@@ -400,7 +400,7 @@ fn who_gets_a_ping_late_has_the_whole_time_for_its_answer() {
             }
         }
         assert_eq!(client.record().ends, [], "a piece each {pace} ms");
-        assert!(pings > 0, "a test of something");
+        assert!(pings > 0, "the test must answer pings");
     }
 }
 
@@ -442,8 +442,8 @@ fn a_ping_that_is_held_back_to_be_gathered_is_not_yet_waited_for() {
 
 #[test]
 fn time_that_the_shard_lost_before_a_ping_was_written_is_not_the_peers() {
-    // In which turns the process was stopped before, for three times the pong timeout: so a ping that is due, one that is
-    // held back, one that was written and a pong that was not read are all met by it.
+    // The turns before which the process was suspended, for three times the pong timeout: so it happens to a
+    // ping that is due, one that is delayed, one that was written and a pong that was not read.
     let stops: [&[bool]; 4] =
         [&[true, false, false], &[true, true, false], &[true, false], &[true, true, false, true, false]];
     for (coalesce, stops) in [0, 20].into_iter().flat_map(|coalesce| stops.map(|stops| (ms(coalesce), stops)))
@@ -459,14 +459,14 @@ fn time_that_the_shard_lost_before_a_ping_was_written_is_not_the_peers() {
         }
         let ended = clients.iter().filter(|client| !client.record().ends.is_empty()).count();
         assert_eq!(ended, 0, "coalesce {coalesce:?}, stopped {stops:?}");
-        // Not even a look is needed for who is silent in truth.
+        // A client that is really silent is ended.
         rig.pass(ms(5000));
         assert!(clients.iter().all(|client| client.record().ends == [CloseReason::PongTimeout]));
     }
 }
 
 #[test]
-fn pongs_that_nobody_asked_for_leave_no_reminders() {
+fn unsolicited_pongs_leave_no_timers() {
     for heartbeat_interval in [15_000, 5000] {
         let mut rig = Rig::one(beating(heartbeat_interval, 10_000));
         let mut client = rig.connect();
@@ -489,7 +489,7 @@ fn pongs_that_nobody_asked_for_leave_no_reminders() {
 
 // ---- Silence ----------------------------------------------------------------------------------------------------
 
-/// Ends whoever says nothing for a second, whether any byte counts or only whole messages.
+/// Ends a client that sends nothing for a second, whether any byte counts or only whole messages.
 fn impatient(for_messages: bool) -> ConnectionConfig {
     let timeout = Some(ms(1000));
     match for_messages {
@@ -498,7 +498,7 @@ fn impatient(for_messages: bool) -> ConnectionConfig {
     }
 }
 
-/// A client that is talking to a busy handler: as much as is held for it, `unread` behind it.
+/// A client that sends messages to a busy handler: as much as is held for it, followed by `unread`.
 fn talking_to_a_busy_handler(config: ConnectionConfig, unread: &[u8]) -> (Rig, Client) {
     let mut rig = Rig::one(config);
     let mut client = rig.connect();
@@ -513,12 +513,12 @@ fn talking_to_a_busy_handler(config: ConnectionConfig, unread: &[u8]) -> (Rig, C
 }
 
 #[test]
-fn a_client_is_not_silent_while_a_busy_handler_keeps_it_from_being_heard() {
+fn a_client_is_not_silent_while_a_busy_handler_keeps_it_from_being_read() {
     for for_messages in [false, true] {
         let unread = client_frame(0x82, &[b'x'; 1000]).repeat(20);
         let (mut rig, client) = talking_to_a_busy_handler(impatient(for_messages), &unread);
         rig.pass(ms(5000));
-        assert_eq!(client.record().ends, [], "it has said more; for messages: {for_messages}");
+        assert_eq!(client.record().ends, [], "it has sent more; for messages: {for_messages}");
         client.release();
         rig.settle();
         assert_eq!(client.record().messages.len(), 38);
@@ -528,14 +528,14 @@ fn a_client_is_not_silent_while_a_busy_handler_keeps_it_from_being_heard() {
 }
 
 #[test]
-fn the_time_for_a_message_begins_anew_when_a_handler_lets_it_be_read() {
+fn the_message_timeout_restarts_when_reading_resumes() {
     let message = client_frame(0x82, &[b'x'; 1000]);
     let (begun, rest) = message.split_at(500);
     let (mut rig, mut client) = talking_to_a_busy_handler(impatient(true), begun);
     rig.pass(ms(900));
     client.release();
     rig.pass(ms(900));
-    assert_eq!(client.record().ends, [], "it could not go on while nobody read");
+    assert_eq!(client.record().ends, [], "it could not continue while its socket was not read");
     client.peer.stream.write_all(rest).unwrap();
     rig.settle();
     assert_eq!(client.record().messages.len(), 19);
@@ -560,7 +560,7 @@ fn a_client_that_is_silent_while_its_handler_is_busy_is_silent() {
 
 // ---- Who is given up --------------------------------------------------------------------------------------------
 
-/// A flooder: says messages until its own kernel takes no more, and reads nothing.
+/// Sends messages until the client's own kernel accepts no more, and reads nothing.
 fn flood(rig: &mut Rig, peer: &mut Peer) {
     let messages = client_frame(0x81, &[b'x'; 1000]).repeat(100);
     for _ in 0..50 {
@@ -570,9 +570,9 @@ fn flood(rig: &mut Rig, peer: &mut Peer) {
 }
 
 #[test]
-fn who_never_reads_is_given_up_whatever_it_sends() {
+fn a_client_that_never_reads_is_ended_whatever_it_sends() {
     let narrow = ConnectionConfig { outbox_frames: 1, outbox_bytes: 1024, ..beating(100, 100) };
-    // Sends until nothing is taken any more; sends nothing more; sends a byte of a frame now and then.
+    // Sends until its kernel accepts no more; sends nothing more; sends a byte of a frame now and then.
     for trickle in [None, Some(80)] {
         let mut rig = Rig::one(narrow.clone());
         let (mut flooder, ends) = rig.connect_broadcaster();
@@ -598,20 +598,20 @@ fn who_never_reads_is_given_up_whatever_it_sends() {
 }
 
 #[test]
-fn who_is_silent_is_given_up_though_more_talk_than_one_turn_can_read() {
+fn a_silent_client_is_ended_even_if_more_send_than_one_turn_can_read() {
     let mut rig = Rig::one(beating(200, 200));
     fixture::ask_for_descriptors(3000);
     let mut talkers: Vec<_> = (0..1200).map(|_| rig.connect_at_once()).collect();
     let (mut prompt, silent) = (rig.connect_at_once(), rig.connect_at_once());
     rig.settle();
-    // A turn tells of 1,024 sockets at most. All of these have something in each turn.
+    // A turn reports 1,024 sockets at most. All of these have input in each turn.
     let (mut is_full, mut pong) = (true, None::<(u32, Vec<u8>)>);
     for round in 0..100 {
         for talker in &mut talkers {
             talker.peer.text("hello");
             let _ = talker.peer.receive();
         }
-        // One answers as late as it may, and stands last in the line.
+        // One answers as late as it may, and is the last of the ready sockets.
         if let Some((_, nonce)) = pong.take_if(|(since, _)| round == *since + 10) {
             prompt.peer.send_frame(0x8A, &nonce);
         }
@@ -623,14 +623,14 @@ fn who_is_silent_is_given_up_though_more_talk_than_one_turn_can_read() {
             pong = Some((round, nonce.clone()));
         }
     }
-    assert!(is_full, "a test of something");
-    assert_eq!(prompt.record().ends, [], "its answers lay there in time");
+    assert!(is_full, "every turn must be full");
+    assert_eq!(prompt.record().ends, [], "its answers had arrived in time");
     assert_eq!(silent.record().ends, [CloseReason::PongTimeout]);
     assert_eq!(rig.engine.metrics().ended, 1, "nobody else");
 }
 
 #[test]
-fn who_hears_a_ping_and_does_not_answer_has_one_timeout_and_no_more() {
+fn a_client_that_gets_a_ping_and_does_not_answer_has_one_timeout_and_no_more() {
     let mut rig = Rig::one(beating(1000, 400));
     let mut client = rig.connect();
     let _ = await_ping(&mut rig, &mut client.peer); // written at most 20 ms ago
@@ -641,7 +641,7 @@ fn who_hears_a_ping_and_does_not_answer_has_one_timeout_and_no_more() {
 }
 
 #[test]
-fn pongs_that_nobody_asked_for_keep_nobody_alive() {
+fn unsolicited_pongs_keep_no_connection_alive() {
     let mut rig = Rig::one(beating(1000, 300));
     let mut client = rig.connect();
     let _ = await_ping(&mut rig, &mut client.peer);
@@ -655,7 +655,7 @@ fn pongs_that_nobody_asked_for_keep_nobody_alive() {
 }
 
 #[test]
-fn the_stall_timeout_holds_though_a_ping_waits_as_well() {
+fn the_stall_timeout_holds_even_if_a_ping_waits() {
     let config = ConnectionConfig { stall_timeout: Some(ms(500)), ..beating(100, 5000) };
     let mut rig = Rig::one(config);
     let client = rig.connect();
@@ -669,7 +669,7 @@ fn the_stall_timeout_holds_though_a_ping_waits_as_well() {
 }
 
 #[test]
-fn without_pings_who_takes_nothing_is_given_up_after_the_stall_timeout() {
+fn without_pings_a_client_that_takes_nothing_is_ended_after_the_stall_timeout() {
     let config = ConnectionConfig {
         outbox_frames: 1,
         outbox_bytes: 1024,
@@ -681,7 +681,7 @@ fn without_pings_who_takes_nothing_is_given_up_after_the_stall_timeout() {
     let (mut flooder, ends) = rig.connect_broadcaster();
     let mut neighbours: Vec<_> = (0..10).map(|_| rig.connect_broadcaster().0).collect();
     flood(&mut rig, &mut flooder);
-    // Each says two things, the second of which is handled when everybody has taken the first or has gone.
+    // Each sends two messages, the second of which is handled when all have accepted the first or have disconnected.
     for (number, neighbour) in neighbours.iter_mut().enumerate() {
         neighbour.text(&format!("neighbour {number}"));
         neighbour.text(&format!("neighbour {number} again"));
@@ -695,13 +695,13 @@ fn without_pings_who_takes_nothing_is_given_up_after_the_stall_timeout() {
             *count += neighbour.receive_data().iter().filter(|text| text.starts_with("neighbour")).count();
         }
     }
-    assert_eq!(received, [20; 10], "ten neighbours hear each other");
+    assert_eq!(received, [20; 10], "ten neighbours receive each other's messages");
     assert_eq!(*lock(&ends), [CloseReason::SlowConsumer]);
     assert!(rig.now <= began + ms(2000), "{:?}", rig.now - began);
 }
 
 #[test]
-fn a_client_that_only_answers_pings_ends_where_messages_are_asked_for() {
+fn a_client_that_only_answers_pings_is_ended_by_the_message_timeout() {
     let config = ConnectionConfig { message_timeout: Some(ms(1000)), ..beating(100, 300) };
     let mut rig = Rig::one(config);
     let mut client = rig.connect();
@@ -729,12 +729,12 @@ fn a_policy_of_one_message_judges_by_its_own_number_of_round_trips() {
             rig.pass(ms(rtt));
             client.peer.send_frame(0x8A, &nonce);
             rig.settle();
-            // From the first on, three are remembered.
+            // From the first judgement on, three are remembered.
             patient.try_publish(Publication::message(Address::Everyone, Payload::text("judge"))).unwrap();
             rig.settle();
             assert_eq!(client.record().ends, []);
         }
-        // The last alone was quick, the last three together were too slow; and nothing waits for the peer.
+        // The last alone was fast, the last three together were too slow; and nothing waits for the client.
         strict.try_publish(Publication::message(Address::Everyone, Payload::text("judge"))).unwrap();
         rig.settle();
         assert_eq!(client.record().ends, ends, "over {rtt_samples}");

@@ -1,8 +1,8 @@
-//! The first moment of a connection: what reaches it before its `on_open` is done.
+//! The opening of a connection: what reaches it before its `on_open` is done.
 //!
-//! Who has been greeted is among everyone, and nobody else: so a client hears nothing ahead
-//! of its greeting, and one that is turned away hears nothing at all. What is sent to it
-//! alone, or to a group that it has joined, reaches it at once.
+//! A connection is a member of everyone only after its greeting: so a client receives nothing before its
+//! greeting, and a client that is refused receives no message at all. What is sent to it alone, or to a group
+//! that it has joined, reaches it at once.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -25,7 +25,7 @@ fn finish_opening(rig: &mut Rig, client: &Client) {
 }
 
 #[test]
-fn before_on_open_is_done_a_client_hears_what_is_for_it_alone_and_nothing_else() {
+fn before_on_open_is_done_a_client_gets_only_messages_to_it_alone() {
     let mut rig = Rig::new(2);
     let mut witness = rig.connect();
     let mut client = rig.connect_opening();
@@ -43,7 +43,7 @@ fn before_on_open_is_done_a_client_hears_what_is_for_it_alone_and_nothing_else()
 }
 
 #[test]
-fn what_is_published_while_the_end_of_on_open_is_on_its_way_is_heard_or_not_but_in_order() {
+fn publications_during_the_end_of_on_open_arrive_in_order_from_some_position_on() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect_opening();
     let id = client.id();
@@ -56,7 +56,7 @@ fn what_is_published_while_the_end_of_on_open_is_on_its_way_is_heard_or_not_but_
     rig.settle();
     let received = client.peer.receive_data();
     assert_eq!(received[0], "welcome", "{received:?}");
-    assert!(received.len() > 1, "it has entered by then: {received:?}");
+    assert!(received.len() > 1, "it is a member of everyone by then: {received:?}");
     assert!(["0", "1", "2"].map(String::from).ends_with(&received[1..]), "{received:?}");
 }
 
@@ -73,7 +73,7 @@ fn a_group_that_is_joined_in_on_open_counts_at_once() {
 }
 
 #[test]
-fn a_client_that_is_turned_away_in_on_open_hears_its_close_and_nothing_else() {
+fn a_client_that_is_refused_in_on_open_gets_its_close_and_nothing_else() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect_opening();
     publish(&rig, Address::Everyone, "a secret");
@@ -94,7 +94,7 @@ fn a_client_that_is_turned_away_in_on_open_hears_its_close_and_nothing_else() {
     assert!(rig.everyone.is_empty());
 }
 
-/// Tells everyone that it is here, within `on_open`; and may close at once.
+/// Sends a message to everyone within `on_open`; may close at once.
 struct Announcer {
     everyone: Namespace,
     turns_away: bool,
@@ -103,7 +103,7 @@ struct Announcer {
 impl Handler for Announcer {
     fn on_open(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.everyone
-            .try_publish(Publication::message(Address::Everyone, Payload::text("here is somebody")))
+            .try_publish(Publication::message(Address::Everyone, Payload::text("hello from on_open")))
             .unwrap();
         if self.turns_away {
             context.close(CloseReason::Application { code: CloseCode(4001), text: "not you".into() });
@@ -117,7 +117,7 @@ impl Handler for Announcer {
 }
 
 #[test]
-fn what_a_handler_tells_everyone_in_on_open_does_not_reach_its_own_client() {
+fn broadcasts_of_a_handler_in_on_open_do_not_reach_its_own_client() {
     for turns_away in [false, true] {
         let mut rig = Rig::new(2);
         let mut witness = rig.connect();
@@ -130,11 +130,11 @@ fn what_a_handler_tells_everyone_in_on_open_does_not_reach_its_own_client() {
             false => assert_eq!(received, [Received::Data("later".into())]),
             true => assert_eq!(received, [Received::Close(Some(4001)), Received::End]),
         }
-        assert_eq!(witness.peer.receive_data(), ["here is somebody", "later"]);
+        assert_eq!(witness.peer.receive_data(), ["hello from on_open", "later"]);
     }
 }
 
-/// Somebody else tells everyone something while `on_open` runs.
+/// Another thread sends a message to everyone while `on_open` runs.
 struct Interrupted(Namespace);
 
 impl Handler for Interrupted {
@@ -152,20 +152,20 @@ impl Handler for Interrupted {
 }
 
 #[test]
-fn what_others_send_while_on_open_runs_does_not_delay_the_entry() {
+fn messages_of_others_during_on_open_do_not_delay_the_opening() {
     let mut rig = Rig::new(1);
     let everyone = rig.everyone.clone();
     let (new_connection, mut peer) =
         new_connection_with(&rig.engine, &rig.config, 4096, Box::new(|_| Box::new(Interrupted(everyone))));
     at_once(rig.everyone.adopt(new_connection)).unwrap();
-    // Whoever has awaited the adoption reaches it with what comes next.
+    // A publisher that has awaited the adoption reaches the connection with its next publication.
     publish(&rig, Address::Everyone, "next");
     rig.settle();
     assert_eq!(peer.receive_data(), ["next", "meanwhile"]);
 }
 
 #[test]
-fn messages_that_came_with_the_handshake_are_handled_after_on_open() {
+fn messages_that_arrived_with_the_handshake_are_handled_after_on_open() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect_opening();
     client.peer.text("early");
@@ -176,7 +176,7 @@ fn messages_that_came_with_the_handshake_are_handled_after_on_open() {
 }
 
 #[test]
-fn who_publishes_to_everyone_does_not_wait_for_a_client_that_has_not_entered() {
+fn a_publisher_to_everyone_does_not_wait_for_a_client_that_is_opening() {
     let mut rig = Rig::new(1);
     let client = rig.connect_opening();
     publish(&rig, Address::Connection(client.id()), &"x".repeat(10 << 20));
@@ -186,5 +186,5 @@ fn who_publishes_to_everyone_does_not_wait_for_a_client_that_has_not_entered() {
         Task::new(everyone.deliver(Publication::message(Address::Everyone, Payload::text("to nobody"))));
     assert!(publisher.poll().is_none());
     rig.settle();
-    assert_eq!(publisher.poll().expect("nobody is to be waited for").unwrap().targets, 0);
+    assert_eq!(publisher.poll().expect("no member must be waited for").unwrap().targets, 0);
 }

@@ -1,4 +1,4 @@
-//! What an operator reads of clients that were ended for what they did: few lines, however many clients.
+//! What an operator reads about slow or misbehaving clients that were ended: few lines, however many clients.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -12,7 +12,7 @@ use fixture::{Client, Rig, lock};
 use shardcast_engine::{ConnectionConfig, EngineConfig, FrameError};
 use tracing::subscriber::DefaultGuard;
 
-/// What this thread logs at `info` and above, for as long as the guard lives.
+/// What this thread logs at `info` and above, for as long as the guard exists.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -36,7 +36,7 @@ impl Log {
         (log, tracing::subscriber::set_default(subscriber))
     }
 
-    /// The lines so far that tell of ended clients.
+    /// The lines so far that report ended clients.
     fn lines(&self) -> Vec<String> {
         let text = String::from_utf8_lossy(&lock(&self.0)).into_owned();
         text.lines().filter(|line| line.contains("clients were ended")).map(str::to_owned).collect()
@@ -70,7 +70,7 @@ fn many_clients_that_are_ended_at_once_are_one_line_and_later_ones_one_line_in_t
     let lines = log.lines();
     assert_eq!(lines.len(), 1, "{lines:#?}");
     assert!(lines[0].contains(" INFO ") && lines[0].contains("flooding=20"), "{lines:#?}");
-    // Others, over the next ten seconds, are told together.
+    // Others, over the next ten seconds, are reported together.
     for some in clients[20..].chunks_mut(10) {
         rig.pass(Duration::from_secs(2));
         flood(&mut rig, some);
@@ -81,7 +81,7 @@ fn many_clients_that_are_ended_at_once_are_one_line_and_later_ones_one_line_in_t
     assert_eq!(lines.len(), 2, "{lines:#?}");
     assert!(lines[1].contains("flooding=40"), "{lines:#?}");
     rig.pass(Duration::from_secs(60));
-    assert_eq!(log.lines().len(), 2, "nobody was ended since");
+    assert_eq!(log.lines().len(), 2, "no client was ended since");
 }
 
 #[test]

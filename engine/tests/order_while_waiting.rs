@@ -1,9 +1,8 @@
-//! Who waits to publish, while the world goes on.
+//! Publishers that wait, while other things happen.
 //!
-//! A publisher that finds the log or a mailbox full waits, and meanwhile groups end and
-//! begin, other publishers come first, futures are dropped, the engine ends. The promises
-//! hold for the moment at which the publication gets in, not for the one at which it was
-//! tried first.
+//! A publisher that finds the log or a mailbox full waits. Meanwhile groups are emptied and created again,
+//! other publishers get in first, futures are dropped, the engine ends. The guarantees hold for the moment at
+//! which the publication is accepted, not for that of its first attempt.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -19,7 +18,7 @@ use shardcast_engine::{
     Payload, Publication, PublishError, Shutdown,
 };
 
-/// An engine whose log takes four publications.
+/// An engine whose log holds four publications.
 fn narrow_log(shards: usize) -> Rig {
     let engine = EngineConfig { shards: Some(shards), log_capacity: 4, ..EngineConfig::default() };
     Rig::with(engine, ConnectionConfig::default())
@@ -32,7 +31,7 @@ fn fill_log(rig: &Rig) {
     rig.everyone.try_publish(Publication::message(Address::Everyone, Payload::text("too much"))).unwrap_err();
 }
 
-/// What a client has received, without what filled the log.
+/// What a client has received, without the publications that filled the log.
 fn receive(client: &mut Client) -> Vec<String> {
     let mut data = client.peer.receive_data();
     data.retain(|text| text != "fill");
@@ -40,7 +39,7 @@ fn receive(client: &mut Client) -> Vec<String> {
 }
 
 #[test]
-fn who_has_joined_before_a_waiting_publication_gets_in_hears_it() {
+fn a_member_that_joins_before_a_waiting_publication_is_accepted_gets_it() {
     for names in [&["a", "b"][..], &["a"]] {
         let mut rig = narrow_log(2);
         let mut clients = rig.connect_many(3);
@@ -57,7 +56,8 @@ fn who_has_joined_before_a_waiting_publication_gets_in_hears_it() {
                 Payload::text("waited"),
             )));
         assert!(waiting.poll().is_none(), "the log is full");
-        // The first leaves: with two names, the group ends with it, while the log is full because of the other shard.
+        // The first member leaves: with two names, the group is emptied by that, while the other shard keeps
+        // the log full.
         at_once(rig.everyone.leave(first, "a")).unwrap();
         rig.turn_of(0);
         at_once(rig.everyone.join(second, "a")).unwrap();
@@ -77,7 +77,7 @@ fn who_has_joined_before_a_waiting_publication_gets_in_hears_it() {
 }
 
 #[test]
-fn a_receipt_counts_the_members_at_the_moment_the_publication_got_in() {
+fn a_receipt_counts_the_members_at_the_moment_of_acceptance() {
     let mut rig = narrow_log(1);
     let clients = rig.connect_many(2);
     at_once(rig.everyone.join(clients[0].id(), "a")).unwrap();
@@ -88,15 +88,15 @@ fn a_receipt_counts_the_members_at_the_moment_the_publication_got_in() {
         Task::new(everyone.deliver(Publication::message(Address::group("a"), Payload::text("waited"))));
     assert!(sending.poll().is_none(), "the log is full");
     at_once(rig.everyone.leave(clients[0].id(), "a")).unwrap();
-    rig.settle(); // the group has ended
+    rig.settle(); // the group is closed
     at_once(rig.everyone.join(clients[1].id(), "a")).unwrap();
-    assert!(sending.poll().is_none(), "there is room, but nobody has taken it");
+    assert!(sending.poll().is_none(), "there is room, but no publisher has taken it");
     rig.settle();
-    assert_eq!(sending.poll().expect("it was taken").unwrap().targets, 1);
+    assert_eq!(sending.poll().expect("it was accepted").unwrap().targets, 1);
 }
 
 #[test]
-fn a_question_that_waited_is_about_the_members_at_the_moment_it_got_in() {
+fn a_query_that_waited_is_about_the_members_at_the_moment_of_acceptance() {
     for names in [&["a"][..], &["a", "b"]] {
         let engine = EngineConfig { shards: Some(1), mailbox_capacity: 4, ..EngineConfig::default() };
         let mut rig = Rig::with(engine, ConnectionConfig::default());
@@ -118,7 +118,7 @@ fn a_question_that_waited_is_about_the_members_at_the_moment_it_got_in() {
         let address = Address::groups(names.iter().copied());
         let mut asking = Task::new(everyone.collect_metrics(&address, &[], on_metrics));
         assert!(asking.poll().is_none(), "the mailbox is full");
-        // The group ends, and begins anew with somebody who has been offered something.
+        // The group is closed, and created again with a member that has been offered a frame.
         rig.turn();
         at_once(rig.everyone.join(second, "a")).unwrap();
         assert_eq!(asking.poll(), Some(Ok(())));
@@ -128,7 +128,7 @@ fn a_question_that_waited_is_about_the_members_at_the_moment_it_got_in() {
 }
 
 #[test]
-fn who_gives_up_waiting_frees_the_place() {
+fn a_publisher_that_stops_waiting_makes_room_for_another() {
     for given_up in [0, 2, 10] {
         let engine = EngineConfig {
             shards: Some(1),
@@ -148,7 +148,7 @@ fn who_gives_up_waiting_frees_the_place() {
             assert!(publish().poll().is_none(), "it waits, and is dropped");
         }
         let (mut first, mut second, mut third) = (publish(), publish(), publish());
-        assert_eq!((first.poll(), second.poll()), (None, None), "two may wait, {given_up} have given up");
+        assert_eq!((first.poll(), second.poll()), (None, None), "two may wait, {given_up} were dropped");
         assert_eq!(third.poll(), Some(Err(PublishError::Overloaded)), "and no more");
     }
 }
@@ -195,7 +195,7 @@ fn a_publication_whose_future_was_dropped_before_it_was_accepted_is_not_sent() {
 }
 
 #[test]
-fn what_waited_while_the_engine_closed_is_told_so_and_reaches_nobody() {
+fn a_publication_that_waited_while_the_engine_closed_is_refused_and_not_delivered() {
     let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1, ..EngineConfig::default() };
     let mut rig = Rig::with(engine, ConnectionConfig::default());
     let mut client = rig.connect();
@@ -212,7 +212,7 @@ fn what_waited_while_the_engine_closed_is_told_so_and_reaches_nobody() {
     assert_eq!(client.peer.receive_data(), <[&str; 0]>::default());
 }
 
-/// Publishes three frames that cannot share one piece of memory, then closes.
+/// Publishes three frames that cannot share one chunk, then closes.
 struct Farewell(Namespace);
 
 impl Handler for Farewell {
@@ -234,7 +234,7 @@ impl Handler for Farewell {
 }
 
 #[test]
-fn what_a_handler_publishes_before_it_closes_arrives_though_its_mailbox_is_full() {
+fn publications_before_a_handlers_close_arrive_even_if_the_mailbox_is_full() {
     for is_full in [false, true] {
         let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1, ..EngineConfig::default() };
         let mut rig = Rig::with(engine, ConnectionConfig::default());
@@ -243,7 +243,7 @@ fn what_a_handler_publishes_before_it_closes_arrives_though_its_mailbox_is_full(
         let mut peer = rig.connect_handler(Box::new(|_| Box::new(Farewell(everyone))));
         peer.text("go");
         if is_full {
-            // Somebody asks for something at the same time.
+            // Another publisher sends a command at the same time.
             at_once(rig.everyone.connection_metrics("0000000000000000".parse().unwrap(), |_| ())).unwrap();
         }
         rig.settle();
@@ -258,7 +258,7 @@ fn what_a_handler_publishes_before_it_closes_arrives_though_its_mailbox_is_full(
 // ---- A turn that cannot finish ----------------------------------------------------------------------------------
 
 #[test]
-fn what_is_published_behind_more_commands_than_one_turn_takes_comes_behind_all_of_them() {
+fn a_publication_after_more_commands_than_one_turn_takes_follows_all_of_them() {
     let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1 << 14, ..EngineConfig::default() };
     let mut rig = Rig::with(engine, ConnectionConfig::default());
     let mut clients = rig.connect_many(2);
@@ -268,7 +268,7 @@ fn what_is_published_behind_more_commands_than_one_turn_takes_comes_behind_all_o
     for _ in 0..10_000 {
         at_once(rig.everyone.connection_metrics(first, |_| ())).unwrap();
     }
-    // The last of many commands: who is a member by now?
+    // The last of many commands: is the connection a member by now?
     at_once(rig.everyone.join(first, "a")).unwrap();
     at_once(rig.everyone.leave(second, "a")).unwrap();
     rig.everyone.try_publish(Publication::message(Address::Connection(first), Payload::text("one"))).unwrap();
@@ -280,17 +280,15 @@ fn what_is_published_behind_more_commands_than_one_turn_takes_comes_behind_all_o
     assert_eq!(clients[1].peer.receive_data(), ["two"], "it had left the group");
 }
 
-/// Tells one connection and then everyone that there is a new one.
+/// Sends a message to one connection and then one to everyone about a new connection.
 struct Announces(Namespace, ConnectionId);
 
 impl Handler for Announces {
     fn on_open(&mut self, _: &mut shardcast_engine::Context<'_>) -> std::task::Poll<()> {
         self.0
-            .try_publish(Publication::message(Address::Connection(self.1), Payload::text("somebody comes")))
+            .try_publish(Publication::message(Address::Connection(self.1), Payload::text("to one")))
             .unwrap();
-        self.0
-            .try_publish(Publication::message(Address::Everyone, Payload::text("somebody has come")))
-            .unwrap();
+        self.0.try_publish(Publication::message(Address::Everyone, Payload::text("to everyone"))).unwrap();
         std::task::Poll::Ready(())
     }
 
@@ -300,10 +298,10 @@ impl Handler for Announces {
 }
 
 #[test]
-fn what_a_handler_sends_while_its_shard_empties_the_mailbox_keeps_its_order() {
+fn messages_of_a_handler_keep_their_order_while_its_shard_empties_the_mailbox() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     let (everyone, id) = (rig.everyone.clone(), client.id());
     let _peer = rig.connect_handler(Box::new(move |_| Box::new(Announces(everyone, id))));
-    assert_eq!(client.peer.receive_data(), ["somebody comes", "somebody has come"]);
+    assert_eq!(client.peer.receive_data(), ["to one", "to everyone"]);
 }

@@ -1,4 +1,4 @@
-//! Places in the one order: what receipts, joins and handlers' calls say of them.
+//! Positions in the total order, in receipts, joins and handlers' calls.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -10,17 +10,17 @@ use std::task::Poll;
 use fixture::{Rig, Task, at_once, lock};
 use shardcast_engine::{Address, Context, Handler, Message, Payload, Position, Publication};
 
-/// Sends, lets everything settle, and returns where that was.
+/// Sends, lets everything settle, and returns the position.
 fn send(rig: &mut Rig, to: Address, text: &str) -> Position {
     let everyone = rig.everyone.clone();
     let mut sending = Task::new(everyone.deliver(Publication::message(&to, Payload::text(text))));
     let early = sending.poll();
     rig.settle();
-    early.or_else(|| sending.poll()).expect("every target has taken it").unwrap().position
+    early.or_else(|| sending.poll()).expect("every target has accepted it").unwrap().position
 }
 
 #[test]
-fn a_receipt_says_where_in_the_order_its_publication_is() {
+fn a_receipt_gives_the_position_of_its_publication() {
     let mut rig = Rig::new(2);
     let clients = rig.connect_many(2);
     at_once(rig.everyone.join(clients[0].id(), "room")).unwrap();
@@ -30,7 +30,7 @@ fn a_receipt_says_where_in_the_order_its_publication_is() {
     assert_eq!(
         send(&mut rig, Address::Connection(clients[1].id()), "for one"),
         second,
-        "behind what was published"
+        "after what was published"
     );
     assert_eq!(send(&mut rig, Address::group("nobody"), "for nobody"), second);
     let third = send(&mut rig, Address::groups(["room", "nobody"]), "three");
@@ -43,7 +43,7 @@ fn a_receipt_says_where_in_the_order_its_publication_is() {
 }
 
 #[test]
-fn a_join_says_from_where_on_publications_include_the_connection() {
+fn a_join_returns_the_position_from_which_publications_include_the_connection() {
     let mut rig = Rig::new(2);
     let mut clients = rig.connect_many(2);
     let mut sent: Vec<_> =
@@ -63,7 +63,7 @@ fn a_join_says_from_where_on_publications_include_the_connection() {
     assert_eq!(clients[1].peer.receive_data()[3..], behind, "beside what was for everyone");
 }
 
-/// Notes where its calls are.
+/// Records the positions of its calls.
 struct Noting(Arc<Mutex<Vec<Position>>>);
 
 impl Handler for Noting {
@@ -74,7 +74,7 @@ impl Handler for Noting {
 }
 
 #[test]
-fn a_handler_knows_how_far_its_connection_has_come() {
+fn a_handler_knows_its_connections_position() {
     let mut rig = Rig::new(1);
     let noted = Arc::new(Mutex::new(Vec::new()));
     let told = noted.clone();

@@ -1,6 +1,7 @@
-//! The engine's promises (ARCHITECTURE.md), each a test with its name.
+//! The engine's guarantees, each a test with its name.
 //!
-//! Where the promise is about what follows from what, the engine is driven turn by turn with a clock of the test's
+//! Tests about consequences drive the engine turn by turn with a clock of their own. Tests about threads use
+//! threads, and clients that connect and disconnect. Nothing here waits for time.
 //! own. Where it is about threads, there are threads, and clients that come and go. Nothing here waits for time.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
@@ -47,7 +48,7 @@ fn enter(engine: &Engine, everyone: &Namespace, config: &Arc<ConnectionConfig>) 
     let (new_connection, client) = new_connection(engine, config, 1 << 16);
     block_on(everyone.adopt(new_connection)).unwrap();
     let Client { mut peer, record } = client;
-    // Its id is known once it is open, and it is open before it gets what is published now.
+    // Its id is known once it is open, and it is open before the message that is published now.
     let hello = format!("hello {:p}", Arc::as_ptr(&record));
     block_on(everyone.publish(Publication::message(EVERYONE, frame(&hello)))).unwrap();
     let _ = peer.wait_data_until(|text| text == hello);
@@ -55,7 +56,7 @@ fn enter(engine: &Engine, everyone: &Namespace, config: &Arc<ConnectionConfig>) 
     (peer, id)
 }
 
-/// A sequence that looks random and is the same every time.
+/// A pseudo-random sequence, the same every time.
 fn draw(state: &mut u64, below: u64) -> u64 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     (*state >> 33) % below
@@ -76,7 +77,7 @@ fn all_connections_see_one_order() {
             order
         };
         let stayers: Vec<_> = peers.into_iter().map(|peer| scope.spawn(move || stay(peer))).collect();
-        // Others come while it goes on, stay for some messages and vanish, unannounced.
+        // Transient clients connect meanwhile, stay for some messages and disconnect without a Close.
         let visitors: Vec<_> = (0..3)
             .map(|_| {
                 let visit = || {
@@ -110,7 +111,7 @@ fn all_connections_see_one_order() {
         for publisher in publishers {
             publisher.join().unwrap();
         }
-        // The visitors' last visit may begin only now; it ends with what ends everything.
+        // The last transient client may connect only now; it ends with the messages that end everything.
         let is_over = AtomicBool::new(false);
         let (orders, visits) = std::thread::scope(|inner| {
             inner.spawn(|| {
@@ -125,20 +126,20 @@ fn all_connections_see_one_order() {
             (orders, visits)
         });
         let orders: Vec<_> = orders.into_iter().map(|order| order.unwrap()).collect();
-        assert!(orders.iter().all(|order| *order == orders[0]), "those who stayed disagree");
+        assert!(orders.iter().all(|order| *order == orders[0]), "the permanent clients disagree");
         assert_eq!(orders[0].len(), PUBLISHERS * EACH);
         for seen in visits.into_iter().flat_map(|visits| visits.unwrap()) {
             let is_part = seen.is_empty() || orders[0].windows(seen.len()).any(|part| part == seen);
-            assert!(is_part, "a visitor saw another order: {seen:?}");
+            assert!(is_part, "a transient client saw another order: {seen:?}");
         }
     });
 }
 
 // ---- Promises 2 and 3 -------------------------------------------------------------------------------------------
 
-/// Each publisher has a group of its own, so it knows exactly who must see which of its messages.
+/// Each publisher has a group of its own, so it knows exactly which clients must receive which of its messages.
 #[test]
-fn what_one_publisher_does_in_sequence_is_seen_in_that_sequence() {
+fn each_publishers_actions_are_seen_in_their_sequence() {
     const PUBLISHERS: u64 = 3;
     const CLIENTS: u64 = 7;
     let (engine, everyone, config) = threaded(3);
@@ -201,7 +202,7 @@ fn membership_is_exact() {
     let (engine, everyone, config) = threaded(2);
     let clients: Vec<_> = (0..4).map(|_| enter(&engine, &everyone, &config)).collect();
     let ids: Vec<_> = clients.iter().map(|(_, id)| *id).collect();
-    // Publications begun and ended: between the two is what is under way.
+    // Publications begun and ended: those in between are in flight.
     let (begun, ended, is_over) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let readers: Vec<_> = clients
@@ -275,7 +276,7 @@ fn a_join_counts_from_the_next_publication_even_if_no_shard_has_moved_meanwhile(
     assert_eq!(
         (rig.everyone.group_len("room"), rig.everyone.group_count()),
         (6, 1),
-        "the shards have not moved"
+        "the shards have not taken a turn"
     );
     rig.settle();
     for (number, client) in clients.iter_mut().enumerate() {
@@ -342,11 +343,11 @@ fn stall<'a>(
             return (task, number);
         }
     }
-    panic!("nobody had to wait");
+    panic!("no publisher had to wait");
 }
 
 #[test]
-fn a_publisher_waits_until_a_stalled_peer_takes_it_or_goes() {
+fn a_publisher_waits_until_a_stalled_client_takes_the_message_or_disconnects() {
     for goes in [false, true] {
         let mut rig = Rig::with(EngineConfig { shards: Some(2), ..EngineConfig::default() }, narrow());
         let everyone = rig.everyone.clone();
@@ -354,7 +355,7 @@ fn a_publisher_waits_until_a_stalled_peer_takes_it_or_goes() {
         at_once(everyone.join(neighbour.id(), "others")).unwrap();
         let (mut waits, _) = stall(&mut rig, &everyone, &stalled);
         assert!(waits.poll().is_none());
-        // Who does not await the stalled peer does not wait for it; nor does its neighbour.
+        // A publisher that does not await the stalled client does not wait for it; nor does its neighbour.
         for number in 0..50 {
             let to =
                 if number % 2 == 0 { Address::group("others") } else { Address::Connection(neighbour.id()) };
@@ -364,7 +365,7 @@ fn a_publisher_waits_until_a_stalled_peer_takes_it_or_goes() {
             assert_eq!(first.or_else(|| task.poll()), Some(Ok(())));
             assert_eq!(neighbour.peer.receive_data(), [number.to_string()]);
         }
-        // A publication to both reaches the neighbour at once, but is over only when both have it.
+        // A publication to both reaches the neighbour at once, but ends only when both have accepted it.
         let mut both = Task::new(everyone.deliver(Publication::message(EVERYONE, frame("both"))));
         assert!(both.poll().is_none());
         rig.settle();
@@ -387,7 +388,7 @@ fn a_publisher_waits_until_a_stalled_peer_takes_it_or_goes() {
 }
 
 #[test]
-fn a_peer_for_which_too_much_waits_is_ended_and_only_it() {
+fn a_client_with_too_much_overflow_is_ended_and_no_other() {
     let config = ConnectionConfig { overflow_frames: 8, ..narrow() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..EngineConfig::default() }, config);
     let (mut stalled, mut neighbour) = (rig.connect(), rig.connect());
@@ -400,7 +401,7 @@ fn a_peer_for_which_too_much_waits_is_ended_and_only_it() {
     assert_eq!(received.len(), 100);
     assert_eq!(stalled.record().ends, [CloseReason::SlowConsumer]);
     assert_eq!((rig.everyone.len(), rig.engine.metrics().ended_slow), (1, 1));
-    // What it has not taken is discarded, but the frame that is begun is ended, and it is told why.
+    // What it has not taken is discarded, but the partly written frame is completed, and a Close frame follows.
     let mut received = Vec::new();
     while received.last() != Some(&Received::End) {
         received.extend(stalled.peer.receive());
@@ -443,7 +444,7 @@ fn a_frame_too_long_for_any_outbox_is_refused_and_given_back() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     let (everyone, id) = (rig.everyone.clone(), client.id());
-    // Zeros that nobody touches take no memory.
+    // Zeros that are never touched take no memory.
     let long = Payload::build(0, |buffer| {
         *buffer = vec![0; Payload::BYTES_MAX + 11];
         Ok::<_, std::convert::Infallible>(MessageKind::Binary)
@@ -498,7 +499,7 @@ fn a_full_mailbox_gives_the_frame_back_and_a_publisher_that_waits_is_woken() {
     assert_eq!(client.peer.receive_data(), ["0", "1"]);
 }
 
-/// Until the shards have stopped turning, as far as can be seen from outside.
+/// Waits until the shards have stopped turning, as far as that is visible from outside.
 fn fall_asleep(engine: &Engine) {
     let mut unchanged = 0;
     let mut before = engine.metrics().turns;
@@ -513,7 +514,7 @@ fn fall_asleep(engine: &Engine) {
 #[test]
 fn a_sleeping_shard_is_woken_by_what_concerns_it() {
     let (engine, everyone, _) = threaded(2);
-    // No heartbeat comes to the rescue of a wake that was lost: this test would hang.
+    // No heartbeat rescues a lost wake: this test would hang.
     let day = Duration::from_secs(24 * 60 * 60);
     let config = Arc::new(ConnectionConfig { heartbeat_interval: day, ..ConnectionConfig::default() });
     let mut clients: Vec<_> = (0..2).map(|_| enter(&engine, &everyone, &config)).collect();
@@ -537,8 +538,8 @@ fn a_sleeping_shard_is_woken_by_what_concerns_it() {
 fn offered_is_written_plus_discarded_plus_pending() {
     let config = ConnectionConfig { overflow_frames: 30, ..narrow() };
     let mut rig = Rig::with(EngineConfig { shards: Some(2), ..EngineConfig::default() }, config);
-    // Two that read, two that stop and take it up again, one that stops for good, one that vanishes, one that is
-    // closed with a backlog.
+    // Two that read, two that stop and resume, one that stops for good, one that disconnects without a Close,
+    // one that is closed with a backlog.
     let mut clients = rig.connect_many(7);
     let ids: Vec<_> = clients.iter().map(Client::id).collect();
     let mut received = [0; 7];
@@ -593,7 +594,7 @@ fn offered_is_written_plus_discarded_plus_pending() {
         ended[5]
     );
     rig.pass(Duration::from_secs(10));
-    // Those who read in the end have got what was written, no more and no less.
+    // Clients that read at the end have received what was written, no more and no less.
     for _ in 0..200 {
         rig.settle();
         for reader in [0, 1, 2, 3, 4, 6] {
@@ -624,7 +625,7 @@ fn offered_is_written_plus_discarded_plus_pending() {
 // ---- Coalescing and fairness ------------------------------------------------------------------------------------
 
 #[test]
-fn what_comes_in_one_turn_goes_out_in_one_write() {
+fn publications_of_one_turn_are_written_in_one_write() {
     let mut rig = Rig::new(1);
     let mut clients = rig.connect_many(3);
     let before = rig.engine.metrics();
@@ -640,7 +641,7 @@ fn what_comes_in_one_turn_goes_out_in_one_write() {
 }
 
 #[test]
-fn what_gathers_behind_a_blocked_peer_goes_out_in_few_writes() {
+fn frames_queued_for_a_stalled_client_are_written_in_few_writes() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     let mut sent = 0;
@@ -656,7 +657,10 @@ fn what_gathers_behind_a_blocked_peer_goes_out_in_few_writes() {
     let before = rig.engine.metrics();
     assert_eq!(client.peer.receive_data().len() as u64, before.tally.written);
     rig.settle();
-    assert!(rig.engine.metrics().writes - before.writes <= 2, "the begun frame, and then all the rest");
+    assert!(
+        rig.engine.metrics().writes - before.writes <= 2,
+        "the partly written frame, and then all the rest"
+    );
     assert_eq!(client.peer.receive_data().len() as u64, sent + 200 - before.tally.written);
 }
 
@@ -679,7 +683,7 @@ fn a_fan_out_to_many_does_not_starve_reading() {
     assert_eq!((rig.engine.metrics().tally.written, listener.len()), (MANY as u64 + 1, MANY));
 }
 
-/// So many connections that take everything as soon as it is written to them.
+/// Connections that take everything as soon as it is written to them.
 fn connect_sinks(rig: &mut Rig, count: usize) {
     for _ in 0..count {
         let (mut new_connection, _) = new_connection(&rig.engine, &rig.config, 4096);
@@ -695,7 +699,7 @@ fn one_turn_puts_no_more_frames_into_outboxes_than_a_bound() {
     const MANY: u64 = 1000;
     let mut rig = Rig::new(1);
     connect_sinks(&mut rig, MANY as usize);
-    let nobody = "0000000000000000".parse().unwrap(); // so each is offered by itself
+    let nobody = "0000000000000000".parse().unwrap(); // so that each is offered by itself
     for _ in 0..250 {
         rig.everyone.try_publish(Publication::message(EVERYONE, frame("to all")).except(&[nobody])).unwrap();
     }
@@ -707,7 +711,7 @@ fn one_turn_puts_no_more_frames_into_outboxes_than_a_bound() {
 }
 
 #[test]
-fn who_keeps_up_loses_nothing_however_much_is_published_at_once() {
+fn a_client_that_keeps_up_loses_nothing_however_much_is_published_at_once() {
     // With so many clients a turn does not write to all of them.
     for (count, is_joined) in [(1, true), (1, false), (3000, true), (3000, false)] {
         let policy = Policy::DropMessage { timeout: Duration::ZERO };
@@ -729,10 +733,10 @@ fn who_keeps_up_loses_nothing_however_much_is_published_at_once() {
 }
 
 #[test]
-fn a_flooding_peer_is_read_no_more_in_one_turn_than_its_share() {
+fn a_flooding_client_is_read_no_more_in_one_turn_than_its_share() {
     let config = EngineConfig { shards: Some(1), read_buffer_bytes: 1024, ..EngineConfig::default() };
     let flood: Vec<u8> = (0..5000).flat_map(|_| client_frame(0x81, b"1234")).collect();
-    // Alone, and as one of so many that they are polled in parts.
+    // Alone, and among so many that they are polled in parts.
     for peers in [1, 100] {
         let mut rig = Rig::with(config.clone(), ConnectionConfig::default());
         let mut clients = rig.connect_many(peers);
@@ -755,7 +759,7 @@ fn a_flooding_peer_is_read_no_more_in_one_turn_than_its_share() {
 }
 
 #[test]
-fn who_comes_in_the_place_of_one_that_has_gone_is_heard_out_though_it_has_gone_as_well() {
+fn a_connection_in_a_reused_slot_is_read_to_its_end() {
     let mut rig = Rig::new(1);
     drop(rig.connect().peer);
     let (new_connection, mut second) = fixture::new_connection(&rig.engine, &rig.config, 4096);
@@ -763,7 +767,7 @@ fn who_comes_in_the_place_of_one_that_has_gone_is_heard_out_though_it_has_gone_a
     second.peer.text("last words");
     second.peer.close(1000);
     second.peer.stream.shutdown(std::net::Shutdown::Write).unwrap();
-    // In one turn the first one's end is noticed and the second takes its place, in the next it is read.
+    // In one turn the first connection's end is noticed and the second gets its slot, in the next it is read.
     rig.turn();
     rig.settle();
     let record = second.record();
@@ -788,7 +792,7 @@ fn messages_of_one_connection_are_handled_in_order_one_after_the_other() {
     client.release();
     rig.settle();
     assert_eq!((client.record().messages.len(), client.record().resumes), (6, 2));
-    // A wake too many is nothing.
+    // A superfluous wake has no effect.
     client.peer.text("wait g");
     rig.settle();
     let waker = client.record().waker.clone().unwrap();
@@ -804,7 +808,7 @@ fn messages_of_one_connection_are_handled_in_order_one_after_the_other() {
 }
 
 #[test]
-fn a_peer_that_is_not_read_is_refused_by_its_own_kernel() {
+fn a_client_that_is_not_read_is_blocked_by_its_own_kernel() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     client.peer.text("wait");
@@ -818,7 +822,7 @@ fn a_peer_that_is_not_read_is_refused_by_its_own_kernel() {
             Err(error) => break error,
         }
         rig.settle();
-        assert!(taken < 64 << 20, "somebody keeps it all");
+        assert!(taken < 64 << 20, "something buffers it all");
     };
     assert_eq!(refused.kind(), std::io::ErrorKind::WouldBlock);
     client.release();
@@ -827,7 +831,7 @@ fn a_peer_that_is_not_read_is_refused_by_its_own_kernel() {
 }
 
 #[test]
-fn what_was_said_before_a_close_is_handled_even_if_the_handler_was_busy() {
+fn messages_before_a_close_are_handled_even_if_the_handler_was_busy() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     client.peer.text("wait");
@@ -844,7 +848,7 @@ fn what_was_said_before_a_close_is_handled_even_if_the_handler_was_busy() {
 }
 
 #[test]
-fn a_busy_handler_is_not_taken_for_a_dead_peer() {
+fn a_busy_handler_is_not_taken_for_a_dead_client() {
     let config = ConnectionConfig {
         heartbeat_interval: Duration::from_secs(15),
         pong_timeout: Duration::from_secs(10),
@@ -870,7 +874,7 @@ fn a_busy_handler_is_not_taken_for_a_dead_peer() {
 
 // ---- Promise 8 --------------------------------------------------------------------------------------------------
 
-/// What ends a connection; the reason; what the peer is told, if it is there to read it.
+/// A way to end a connection; the reason; the close code for a client that can still read it.
 type End = (&'static str, fn(&mut Rig, &mut Client), fn(&CloseReason) -> bool, Option<u16>);
 
 macro_rules! is {
@@ -980,7 +984,7 @@ fn ends() -> Vec<End> {
     ]
 }
 
-/// Answers the pings that have come; fails if anything else but the end has.
+/// Answers the pings that have arrived; fails on any other input except the end of the stream.
 fn answer_pings(peer: &mut Peer) {
     for received in peer.receive() {
         match received {
@@ -1001,7 +1005,7 @@ fn strict() -> ConnectionConfig {
     }
 }
 
-/// Whatever ends it: once, with the right word to the peer, and then nothing is left.
+/// A connection ends once, with the right Close frame, and then nothing of it is left.
 fn ends_once(
     name: &str,
     end: impl Fn(&mut Rig, &mut Client),
@@ -1017,7 +1021,7 @@ fn ends_once(
     for _ in 0..3 {
         rig.turn();
     }
-    // What comes too late changes nothing any more.
+    // Late events change nothing any more.
     let _ = std::io::Write::write(&mut client.peer.stream, &client_frame(0x81, b"late"));
     for _ in 0..10 {
         rig.turn();
@@ -1033,7 +1037,7 @@ fn ends_once(
     let close = told.map(|code| Received::Close((code > 0).then_some(code)));
     let expected: Vec<_> = close.into_iter().chain([Received::End]).collect();
     assert_eq!(received, expected, "{name}");
-    // The peer goes as well, and with it the last of our memory.
+    // The client's socket is dropped as well, and with it the last memory of the connection.
     drop(std::mem::replace(&mut client.peer.stream, std::os::unix::net::UnixStream::pair().unwrap().0));
     for _ in 0..10 {
         rig.turn();
@@ -1044,7 +1048,7 @@ fn ends_once(
 }
 
 #[test]
-fn every_end_is_told_once() {
+fn every_end_is_reported_once() {
     for (name, end, is_reason, told) in ends() {
         ends_once(name, end, is_reason, told);
     }
@@ -1057,7 +1061,7 @@ fn every_end_is_told_once() {
 }
 
 #[test]
-fn an_idle_peer_is_ended() {
+fn an_idle_client_is_ended() {
     let config = ConnectionConfig { idle_timeout: Some(Duration::from_secs(5)), ..strict() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..EngineConfig::default() }, config);
     let mut client = rig.connect();
@@ -1071,7 +1075,7 @@ fn an_idle_peer_is_ended() {
 }
 
 #[test]
-fn a_peer_that_does_not_answer_the_close_is_let_go_after_the_close_timeout() {
+fn a_client_that_does_not_answer_the_close_is_dropped_after_the_close_timeout() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..EngineConfig::default() }, strict());
     let mut client = rig.connect();
     at_once(
@@ -1087,7 +1091,7 @@ fn a_peer_that_does_not_answer_the_close_is_let_go_after_the_close_timeout() {
 }
 
 #[test]
-fn a_handler_that_is_busy_is_told_the_end_when_it_is_done() {
+fn a_busy_handler_is_notified_of_the_end_when_it_is_done() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     client.peer.text("wait");
@@ -1105,9 +1109,9 @@ fn a_handler_that_is_busy_is_told_the_end_when_it_is_done() {
 }
 
 /// A handler whose destructor panics, as a future's may.
-struct Grenade;
+struct PanicsOnDrop;
 
-impl shardcast_engine::Handler for Grenade {
+impl shardcast_engine::Handler for PanicsOnDrop {
     fn on_message(
         &mut self,
         _: shardcast_engine::Message<'_>,
@@ -1117,7 +1121,7 @@ impl shardcast_engine::Handler for Grenade {
     }
 }
 
-impl Drop for Grenade {
+impl Drop for PanicsOnDrop {
     fn drop(&mut self) {
         assert!(std::thread::panicking(), "as a destructor should not");
     }
@@ -1129,7 +1133,7 @@ fn a_handler_that_panics_as_it_is_dropped_harms_no_other() {
     let mut neighbour = rig.connect();
     let (new_connection, client) = new_connection(&rig.engine, &rig.config, 4096);
     let new_connection =
-        shardcast_engine::NewConnection { handler: Box::new(|_| Box::new(Grenade)), ..new_connection };
+        shardcast_engine::NewConnection { handler: Box::new(|_| Box::new(PanicsOnDrop)), ..new_connection };
     at_once(rig.everyone.adopt(new_connection)).unwrap();
     rig.settle();
     assert_eq!(rig.everyone.len(), 2);
@@ -1141,7 +1145,7 @@ fn a_handler_that_panics_as_it_is_dropped_harms_no_other() {
 }
 
 #[test]
-fn what_was_sent_before_a_close_is_read_before_it() {
+fn messages_before_a_close_are_received_before_it() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
     publish(&rig, EVERYONE, "one");
@@ -1162,7 +1166,7 @@ fn what_was_sent_before_a_close_is_read_before_it() {
 }
 
 #[test]
-fn an_engine_that_is_dropped_closes_its_connections_and_lets_every_publisher_go() {
+fn a_dropped_engine_closes_its_connections_and_releases_every_publisher() {
     let (engine, everyone, config) = threaded(2);
     let mut peers: Vec<_> = (0..6).map(|_| enter(&engine, &everyone, &config).0).collect();
     let publishers: Vec<_> = (0..4)
@@ -1201,7 +1205,7 @@ fn an_engine_that_is_dropped_closes_its_connections_and_lets_every_publisher_go(
 }
 
 #[test]
-fn connections_that_come_and_go_leave_nothing_behind() {
+fn connections_that_connect_and_close_leave_nothing() {
     let mut rig = Rig::new(2);
     for round in 0..30 {
         let mut clients = rig.connect_many(4);
@@ -1214,10 +1218,10 @@ fn connections_that_come_and_go_leave_nothing_behind() {
         let gone = clients[0].id();
         assert!(clients.iter_mut().all(|client| client.peer.receive_data() == ["hello"]));
         drop(clients);
-        // An id of before reaches nobody, though its slot may be taken again.
+        // The id of a closed connection reaches no other one, although its slot may be in use again.
         rig.settle();
         let mut fresh = rig.connect_many(4);
-        publish(&rig, Address::Connection(gone), "for a ghost");
+        publish(&rig, Address::Connection(gone), "to nobody");
         at_once(rig.everyone.join(gone, "ghosts")).unwrap();
         at_once(
             rig.everyone

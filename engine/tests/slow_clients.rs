@@ -1,8 +1,8 @@
-//! Slow clients: each policy, each bound and each sign of life, as a promise with its name.
+//! Slow consumers: each policy, each bound and each sign of life, as a guarantee with its name.
 //!
-//! The engine is driven turn by turn with a clock of the test's own, and peers that stop
-//! reading do so at a known frame: nothing sleeps, nothing depends on the machine. What
-//! no single story covers is left to random histories, after which the books must balance.
+//! The engine is driven turn by turn with a clock of the test's own, and clients that stop reading do so at a
+//! known frame: nothing sleeps, nothing depends on the machine. Random histories cover what no single test
+//! does; after each, the tallies must add up.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -23,7 +23,7 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const DROP: Policy = Policy::DropMessage { timeout: MS20 };
 const DROP_AT_ONCE: Policy = Policy::DropMessage { timeout: Duration::ZERO };
 const MS20: Duration = ms(20);
-/// The longest that a reminder may come late, for a ping and for its missing answer.
+/// How late a timer may be, for a ping and for its missing answer.
 const TWO_TICKS: Duration = ms(50);
 const OUTBOX_FRAMES: usize = 4;
 
@@ -60,7 +60,7 @@ fn rig(shards: usize, config: ConnectionConfig) -> Rig {
     Rig::with(EngineConfig { shards: Some(shards), ..EngineConfig::default() }, config)
 }
 
-/// Sends to the client alone until its outbox is full to the last frame and nothing waits.
+/// Sends to the client alone until its outbox is full to the last frame and no frame waits.
 fn fill(rig: &mut Rig, client: &Client) {
     let everyone = Sender::new(&rig.everyone, Some(Policy::Block));
     for number in 0..1000 {
@@ -75,7 +75,7 @@ fn fill(rig: &mut Rig, client: &Client) {
             return;
         }
     }
-    panic!("the peer takes everything");
+    panic!("the client takes everything");
 }
 
 fn metrics(rig: &mut Rig, client: &Client) -> ConnectionMetrics {
@@ -84,18 +84,18 @@ fn metrics(rig: &mut Rig, client: &Client) -> ConnectionMetrics {
 
 fn send(sender: impl Into<Sender>, to: impl Into<Address>, text: &str) -> Sending {
     let mut task = Task::new(sender.into().deliver(Publication::message(to, big(text))));
-    assert!(task.poll().is_none(), "no shard has moved");
+    assert!(task.poll().is_none(), "no shard has taken a turn");
     task
 }
 
-/// What the receipt says: targets, waited, dropped after a while, dropped at once, gone.
+/// The numbers of the receipt: targets, delayed, dropped by timeout, dropped by overflow, disconnected.
 fn outcome(task: &mut Sending) -> Option<[u64; 5]> {
     let receipt = task.poll()?.unwrap();
     let Receipt { targets, delayed, dropped, disconnected, .. } = receipt;
     Some([targets, delayed, dropped.timeout, dropped.overflow, disconnected])
 }
 
-/// Lets the peer take everything, and tells what it received.
+/// Lets the client take everything, and returns what it received.
 fn hear_all(rig: &mut Rig, client: &mut Client) -> Vec<Received> {
     let mut all = Vec::new();
     let mut silence = 0;
@@ -117,7 +117,8 @@ fn receive_all_data(rig: &mut Rig, client: &mut Client) -> Vec<String> {
     short(hear_all(rig, client).into_iter().filter_map(data).collect())
 }
 
-/// How it ended, and that its peer can read it: the code behind the last whole frame, then the end of the stream.
+/// Checks how it ended, and that its client can read it: the close code after the last whole frame, then the
+/// end of the stream.
 fn assert_ended(rig: &mut Rig, client: &mut Client, reason: &CloseReason, code: u16) {
     rig.settle();
     assert_eq!(client.record().ends, std::slice::from_ref(reason));
@@ -134,7 +135,7 @@ fn assert_lives(client: &Client) {
 
 // ---- DropMessage ------------------------------------------------------------------------------------------------
 
-/// Every target that a frame for several connections can have.
+/// Every kind of address for several connections.
 fn targets() -> [Address; 3] {
     [EVERYONE, Address::group("a"), Address::groups(["a", "b"])]
 }
@@ -158,7 +159,7 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
         let everyone = rig.everyone.clone();
         let mut sending = send(&everyone, &to, "late");
         rig.settle();
-        assert_eq!(short(healthy.peer.receive_data()), ["late"], "{to:?}: who reads does not wait");
+        assert_eq!(short(healthy.peer.receive_data()), ["late"], "{to:?}: a client that reads does not wait");
         rig.pass(MS20 - Duration::from_nanos(1));
         assert!(sending.poll().is_none(), "{to:?}: its time is not over");
         let before = metrics(&mut rig, &stalled);
@@ -183,7 +184,7 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
             "{to:?}"
         );
         assert_eq!((stalled.record().drops, healthy.record().drops), (vec![1], vec![]), "{to:?}");
-        // The rest arrives, and so does what comes after.
+        // The rest arrives, and so does the next publication.
         let mut next = send(&everyone, &to, "next");
         let received = receive_all_data(&mut rig, &mut stalled);
         assert_eq!(received.last().map(String::as_str), Some("next"), "{to:?}");
@@ -195,19 +196,19 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
 }
 
 #[test]
-fn a_handler_is_told_which_drops_by_cause_and_group() {
+fn drops_are_reported_to_a_handler_by_cause_and_group() {
     for (policy, cause) in [(DROP, DropCause::Timeout), (DROP_AT_ONCE, DropCause::Overflow)] {
         let (mut rig, stalled, _healthy) = stalled_and_healthy(1, policy);
         let everyone = rig.everyone.clone();
         let one = Address::Connection(stalled.id());
-        lock(&stalled.record).waits_at_drop = true; // so the rest is told later
+        lock(&stalled.record).waits_at_drop = true; // so the rest is reported later
         let to =
             [Address::group("a"), Address::group("b"), Address::group("a"), targets()[2].clone(), EVERYONE];
         for to in to {
             everyone.try_publish(Publication::message(&to, big("lost"))).unwrap();
             rig.settle();
         }
-        let dropping = Sender::new(&everyone, Some(policy)); // for one connection `Block` holds otherwise
+        let dropping = Sender::new(&everyone, Some(policy)); // a message to one connection blocks by default
         dropping.try_publish(Publication::message(one, big("lost"))).unwrap();
         rig.settle();
         rig.pass(MS20);
@@ -222,10 +223,7 @@ fn a_handler_is_told_which_drops_by_cause_and_group() {
         }
         let expected = [(None, 3), (Some("a".to_owned()), 2), (Some("b".to_owned()), 1)];
         assert_eq!(sums.into_iter().collect::<Vec<_>>(), expected);
-        assert!(
-            notices.len() <= 4,
-            "those that came while the handler was busy are told together: {notices:?}"
-        );
+        assert!(notices.len() <= 4, "drops while the handler was busy are reported together: {notices:?}");
     }
 }
 
@@ -292,7 +290,7 @@ fn drops_leave_the_order_of_what_is_delivered() {
     let patient = Sender::new(&rig.everyone, Some(Policy::DropMessage { timeout: ms(200) }));
     let mut received = Vec::new();
     for number in 0..300 {
-        // Some wait longer than others that come after them.
+        // Some may wait longer than later ones.
         let sender = if number % 7 == 0 { patient.clone() } else { Sender::from(&rig.everyone) };
         sender.try_publish(Publication::message(&targets()[number % 3], big(number))).unwrap();
         if number % 3 == 0 {
@@ -314,7 +312,7 @@ fn drops_leave_the_order_of_what_is_delivered() {
     let after = metrics(&mut rig, &client);
     let dropped = after.tally.dropped.total();
     assert_eq!((received.len() as u64, after.tally.pending()), (300 - dropped, 0));
-    assert!(dropped > 30 && received.len() > 30, "a test of something: {dropped}");
+    assert!(dropped > 30 && received.len() > 30, "the test must drop and deliver many: {dropped}");
     assert_eq!(client.record().drops.iter().sum::<u64>(), dropped);
 }
 
@@ -329,10 +327,10 @@ fn recipients_clocks_run_together() {
         let began = rig.now;
         let mut sending = send(&everyone, &to, "to all");
         let mut publishing = Task::new(everyone.publish(Publication::message(&to, big("to all"))));
-        assert_eq!(publishing.poll(), Some(Ok(())), "nobody waits for what may be dropped");
+        assert_eq!(publishing.poll(), Some(Ok(())), "no publisher waits for frames that may be dropped");
         rig.settle();
         rig.pass(ms(19));
-        assert!(sending.poll().is_none(), "but a receipt tells the end");
+        assert!(sending.poll().is_none(), "but a receipt waits for the outcome");
         rig.pass(ms(1));
         let all = STALLED as u64;
         assert_eq!(outcome(&mut sending), Some([all, all, all, 0, 0]));
@@ -373,9 +371,9 @@ fn too_many_drops_in_a_row_end_the_connection() {
 }
 
 #[test]
-fn how_many_drops_are_too_many_says_the_policy_of_the_frame_that_is_dropped() {
+fn the_limit_on_drops_is_that_of_the_dropped_frames_policy() {
     for (strict, lenient) in [(THREE_DROPS, DROP), (THREE_DROPS_AT_ONCE, DROP_AT_ONCE)] {
-        // The connection's own drops nothing, or ends nobody,
+        // The connection's own policy drops nothing, or ends no connection,
         for (own, is_unicast) in [Policy::Block, lenient].map(|own| [(own, false), (own, true)]).concat() {
             let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, own);
             let strict = Sender::new(&rig.everyone, Some(strict));
@@ -388,7 +386,7 @@ fn how_many_drops_are_too_many_says_the_policy_of_the_frame_that_is_dropped() {
             }
             assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
         }
-        // or ends it after three, of which the last must be its own.
+        // or ends it after three drops, of which the last must be its own.
         let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, strict);
         let lenient = Sender::new(&rig.everyone, Some(lenient));
         for _ in 0..10 {
@@ -418,7 +416,7 @@ fn a_burst_of_drops_counts_as_many() {
 }
 
 #[test]
-fn a_frame_taken_in_between_resets_the_count_of_drops() {
+fn a_frame_accepted_in_between_resets_the_count_of_drops() {
     for policy in [THREE_DROPS, THREE_DROPS_AT_ONCE] {
         let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, policy);
         for _ in 0..3 {
@@ -438,13 +436,13 @@ fn a_frame_taken_in_between_resets_the_count_of_drops() {
 }
 
 #[test]
-fn a_frame_taken_by_an_empty_outbox_resets_the_count_of_drops() {
+fn a_frame_accepted_by_an_empty_outbox_resets_the_count_of_drops() {
     let config = ConnectionConfig { outbox_bytes: 4096, outbox_frames: 1024, ..narrow(THREE_DROPS_AT_ONCE) };
     let mut rig = rig(1, config);
     let mut client = rig.connect();
-    let nobody = "0000000000000000".parse().unwrap(); // so each is offered by itself
+    let nobody = "0000000000000000".parse().unwrap(); // so that each is offered by itself
     for _ in 0..5 {
-        // Both in one turn: beside the first there is no room for the second.
+        // Both in one turn: with the first there is no room for the second.
         for length in [10, 5000] {
             let frame = Payload::text(&"x".repeat(length));
             rig.everyone.try_publish(Publication::message(EVERYONE, frame).except(&[nobody])).unwrap();
@@ -457,7 +455,7 @@ fn a_frame_taken_by_an_empty_outbox_resets_the_count_of_drops() {
 }
 
 #[test]
-fn a_frame_that_had_waited_and_is_taken_resets_the_count_of_drops() {
+fn a_frame_accepted_after_waiting_resets_the_count_of_drops() {
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, THREE_DROPS);
     drop_one(&mut rig, EVERYONE);
     drop_one(&mut rig, EVERYONE);
@@ -479,9 +477,9 @@ fn a_frame_that_had_waited_and_is_taken_resets_the_count_of_drops() {
     assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
 }
 
-/// Frames that are published together are joined into one piece; the count is of frames all the same.
+/// Frames that are published together are joined into one chunk; frames are counted all the same.
 #[test]
-fn a_frame_taken_out_of_a_burst_resets_the_count_of_drops() {
+fn a_frame_accepted_out_of_a_burst_resets_the_count_of_drops() {
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, THREE_DROPS_AT_ONCE);
     drop_one(&mut rig, EVERYONE);
     drop_one(&mut rig, EVERYONE);
@@ -493,9 +491,9 @@ fn a_frame_taken_out_of_a_burst_resets_the_count_of_drops() {
     assert_lives(&stalled);
 }
 
-/// A small frame behind a large one gets room when the large one's time is over.
+/// A small frame after a large one gets room when the large one's time is over.
 #[test]
-fn a_frame_taken_when_another_is_dropped_resets_the_count_of_drops() {
+fn a_frame_accepted_when_another_is_dropped_resets_the_count_of_drops() {
     let policy = Policy::DropConnection { timeout: MS20, max_drops: 2 };
     let config = ConnectionConfig { outbox_frames: 1000, outbox_bytes: 4000, ..narrow(policy) };
     let mut rig = rig(1, config);
@@ -518,7 +516,7 @@ fn a_frame_taken_when_another_is_dropped_resets_the_count_of_drops() {
 
 // ---- DropOnHighRtt ----------------------------------------------------------------------------------------------
 
-/// Waits for a ping, and answers it after so long.
+/// Waits for a ping, and answers it after `rtt`.
 fn round_trip(rig: &mut Rig, client: &mut Client, rtt: Duration) {
     for _ in 0..2000 {
         rig.pass(ms(1));
@@ -539,7 +537,7 @@ fn beating(policy: Policy) -> ConnectionConfig {
 }
 
 #[test]
-fn pings_come_every_interval_also_where_a_pong_may_take_longer() {
+fn pings_are_sent_every_interval_even_if_a_pong_may_take_longer() {
     let interval = ms(50);
     let config =
         ConnectionConfig { heartbeat_interval: interval, pong_timeout: ms(8000), ..narrow(Policy::Block) };
@@ -573,13 +571,13 @@ fn old_round_trips_leave_the_window() {
     let policy = Policy::DropOnHighRtt { max_rtt: ms(100), rtt_samples: 2 };
     let mut first = rig(1, beating(policy));
     let mut client = first.connect();
-    // Were old ones kept, ten quick ones would excuse two slow ones;
+    // If old ones were kept, ten fast ones would excuse two slow ones;
     (0..10).for_each(|_| round_trip(&mut first, &mut client, ms(10)));
     round_trip(&mut first, &mut client, ms(150));
     assert_lives(&client);
     round_trip(&mut first, &mut client, ms(150));
     assert_ended(&mut first, &mut client, &CloseReason::HighRtt, 1013);
-    // and a slow one would weigh for ever.
+    // and a slow one would count for ever.
     let mut second = rig(1, beating(policy));
     let mut client = second.connect();
     for rtt in [10, 180, 10, 180, 10, 180, 10] {
@@ -606,7 +604,7 @@ fn before_the_first_pong_a_connection_counts_as_healthy() {
 // ---- Block and overrides ----------------------------------------------------------------------------------------
 
 #[test]
-fn under_block_nothing_is_dropped_and_only_those_who_await_the_stalled_peer_wait() {
+fn under_block_nothing_is_dropped_and_only_publishers_to_the_stalled_client_wait() {
     let (mut rig, mut stalled, mut healthy) = stalled_and_healthy(2, Policy::Block);
     let everyone = rig.everyone.clone();
     at_once(everyone.join(healthy.id(), "others")).unwrap();
@@ -621,7 +619,7 @@ fn under_block_nothing_is_dropped_and_only_those_who_await_the_stalled_peer_wait
         rig.pass(Duration::from_secs(600));
         let mut other =
             Task::new(everyone.publish(Publication::message(Address::group("others"), big("others"))));
-        assert_eq!(other.poll(), Some(Ok(())), "nobody in that group is behind");
+        assert_eq!(other.poll(), Some(Ok(())), "no member of that group is congested");
         let mut other = send(&everyone, Address::group("others"), "others");
         rig.settle();
         assert_eq!(outcome(&mut other), Some([1, 0, 0, 0, 0]));
@@ -641,7 +639,7 @@ fn under_block_nothing_is_dropped_and_only_those_who_await_the_stalled_peer_wait
 
 #[test]
 fn a_publication_may_have_a_policy_of_its_own() {
-    // One that drops, where connections block;
+    // A policy that drops, where connections block;
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, Policy::Block);
     let (own, dropping) = (rig.everyone.clone(), Sender::new(&rig.everyone, Some(DROP)));
     for to in targets() {
@@ -667,7 +665,7 @@ fn a_publication_may_have_a_policy_of_its_own() {
 }
 
 #[test]
-fn a_unicast_waits_for_room_unless_it_is_told_otherwise() {
+fn a_unicast_waits_for_room_unless_its_policy_drops() {
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP_AT_ONCE);
     let (own, dropping) = (rig.everyone.clone(), Sender::new(&rig.everyone, Some(DROP)));
     let to = Address::Connection(stalled.id());
@@ -686,7 +684,7 @@ fn a_unicast_waits_for_room_unless_it_is_told_otherwise() {
 // ---- Bounds -----------------------------------------------------------------------------------------------------
 
 #[test]
-fn beyond_the_bound_of_what_waits_the_excess_is_dropped_at_once() {
+fn above_the_overflow_limit_the_excess_is_dropped_at_once() {
     let by_frames = |config| ConnectionConfig { overflow_frames: 3, ..config };
     let by_bytes = |config| ConnectionConfig { overflow_bytes: 3500, ..config };
     let patient = Policy::DropMessage { timeout: Duration::from_secs(3600) };
@@ -713,7 +711,7 @@ fn beyond_the_bound_of_what_waits_the_excess_is_dropped_at_once() {
 }
 
 #[test]
-fn beyond_the_bound_of_what_waits_a_connection_that_may_drop_nothing_is_ended() {
+fn above_the_overflow_limit_a_connection_that_may_drop_nothing_is_ended() {
     let by_frames = |config| ConnectionConfig { overflow_frames: 3, ..config };
     let by_bytes = |config| ConnectionConfig { overflow_bytes: 3500, ..config };
     for config in [by_frames(narrow(Policy::Block)), by_bytes(narrow(Policy::Block))] {
@@ -735,13 +733,13 @@ fn beyond_the_bound_of_what_waits_a_connection_that_may_drop_nothing_is_ended() 
 }
 
 #[test]
-fn beyond_the_budget_the_largest_backlog_is_shed_and_the_others_stay() {
+fn above_the_budget_the_largest_backlog_is_shed_and_the_others_stay() {
     let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
     let config = ConnectionConfig { outbox_frames: 1024, ..narrow(Policy::Block) };
     let mut rig = Rig::with(engine, config);
     let mut clients = rig.connect_many(4);
     let frame = Payload::text(&"x".repeat(10_000));
-    // Some 300, 600 and 100 KB, and a peer that reads.
+    // Some 300, 600 and 100 KB, and a client that reads.
     for (client, count) in [(0, 30), (1, 60), (2, 10)] {
         for _ in 0..count {
             rig.everyone
@@ -763,14 +761,14 @@ fn beyond_the_budget_the_largest_backlog_is_shed_and_the_others_stay() {
     assert_eq!(ended, [0, 1, 0, 0]);
     assert!(rig.engine.metrics().pending_bytes < 500_000);
     assert_ended(&mut rig, &mut clients[1], &CloseReason::BacklogLimit, 1013);
-    // What the others had is still theirs.
+    // The other backlogs are kept.
     assert_eq!(receive_all_data(&mut rig, &mut clients[0]).len(), 40);
     assert_eq!(receive_all_data(&mut rig, &mut clients[2]).len(), 10);
     assert_eq!(rig.engine.metrics().pending_bytes, 0);
 }
 
 #[test]
-fn a_flood_of_control_frames_ends_the_connection_and_a_peer_within_the_limit_lives() {
+fn a_flood_of_control_frames_ends_the_connection_but_not_one_within_the_limit() {
     let config = ConnectionConfig { control_frames_per_second: 10, ..narrow(Policy::Block) };
     let mut rig = rig(1, config);
     let (mut within, mut beyond) = (rig.connect(), rig.connect());
@@ -800,7 +798,7 @@ fn a_flood_of_control_frames_ends_the_connection_and_a_peer_within_the_limit_liv
 // ---- Being told of drops ----------------------------------------------------------------------------------------
 
 #[test]
-fn a_busy_handler_is_told_of_drops_before_its_next_message_and_before_the_end() {
+fn a_busy_handler_is_notified_of_drops_before_its_next_message_and_before_the_end() {
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, DROP);
     stalled.peer.text("wait");
     rig.settle();
@@ -818,7 +816,7 @@ fn a_busy_handler_is_told_of_drops_before_its_next_message_and_before_the_end() 
         (stalled.record().calls, stalled.record().drops),
         (vec!["wait", "drop", "next"].into_iter().map(String::from).collect(), vec![2])
     );
-    // It may itself take its time over a drop: what comes next waits, the next drop too.
+    // The handler may take its time over a drop notice: the next message waits, and so does the next notice.
     stalled.wait_at_drop(true);
     drop_one(&mut rig, EVERYONE);
     drop_one(&mut rig, EVERYONE);
@@ -855,7 +853,7 @@ fn a_busy_handler_is_told_of_drops_before_its_next_message_and_before_the_end() 
 }
 
 #[test]
-fn a_handler_that_takes_its_time_over_the_last_drop_is_told_the_end_after_it() {
+fn a_handler_that_is_busy_with_the_last_drop_is_notified_of_the_end_after_it() {
     let policy = Policy::DropConnection { timeout: MS20, max_drops: 1 };
     let (mut rig, mut stalled, _healthy) = stalled_and_healthy(1, policy);
     stalled.wait_at_drop(true);
@@ -870,10 +868,10 @@ fn a_handler_that_takes_its_time_over_the_last_drop_is_told_the_end_after_it() {
 // ---- Liveness ---------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_peer_that_vanishes_without_a_word_is_noticed_in_time() {
+fn a_client_that_disappears_without_a_close_is_noticed_in_time() {
     let (interval, timeout) = (Duration::from_secs(15), Duration::from_secs(10));
     let config = ConnectionConfig { heartbeat_interval: interval, pong_timeout: timeout, ..narrow(DROP) };
-    // Whenever it vanishes, whatever its handler does, however full its outbox is.
+    // Whenever it disconnects, whatever its handler does, however full its outbox is.
     for second in 0..20 {
         for (is_busy, is_full) in [(false, false), (true, false), (false, true), (true, true)] {
             let mut rig = rig(1, config.clone());
@@ -898,7 +896,7 @@ fn a_peer_that_vanishes_without_a_word_is_noticed_in_time() {
             if is_full {
                 fill(&mut rig, &client);
             }
-            // It says nothing from now on and takes nothing; others go on sending to it.
+            // It sends nothing from now on and takes nothing; others continue to send to it.
             let noticed = (0..).find(|_| {
                 rig.everyone.try_publish(Publication::message(EVERYONE, big("anybody?"))).unwrap();
                 rig.pass(ms(50));
@@ -921,7 +919,7 @@ fn a_peer_that_vanishes_without_a_word_is_noticed_in_time() {
 // ---- The books --------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_group_counts_what_its_present_members_have_counted() {
+fn a_groups_metrics_are_the_sum_of_its_current_members() {
     let (mut rig, stalled, mut healthy) = stalled_and_healthy(2, DROP_AT_ONCE);
     let stranger = rig.connect();
     for member in [&stalled, &healthy] {
@@ -960,7 +958,7 @@ fn a_group_counts_what_its_present_members_have_counted() {
     assert_eq!(rig.collect_metrics(&Address::Connection(healthy.id()), &[healthy.id()]), Default::default());
     assert_eq!(rig.collect_metrics(&Address::group("none"), &[]), Default::default());
 
-    // Who leaves is not counted there any more; among everyone even who has gone is.
+    // A connection that leaves is no longer counted in the group; in everyone, even a disconnected one is.
     at_once(rig.everyone.leave(stalled.id(), "room")).unwrap();
     assert_eq!(rig.collect_metrics(&Address::group("room"), &[]).tally.offered, second.tally.offered);
     let before = rig.collect_metrics(&EVERYONE, &[]);
@@ -973,7 +971,7 @@ fn a_group_counts_what_its_present_members_have_counted() {
 }
 
 #[test]
-fn what_is_asked_about_connections_is_answered_behind_what_was_sent_before() {
+fn queries_about_connections_are_answered_after_what_was_sent_before() {
     // With so small an outbox the shard runs one publication a turn.
     let mut rig = rig(1, narrow(Policy::Block));
     let clients = rig.connect_many(2);
@@ -993,7 +991,7 @@ fn what_is_asked_about_connections_is_answered_behind_what_was_sent_before() {
 }
 
 #[test]
-fn a_survey_tells_the_mean_and_the_highest_round_trip() {
+fn group_metrics_contain_the_mean_and_the_highest_round_trip() {
     let mut rig = rig(2, beating(Policy::Block));
     assert_eq!(rig.collect_metrics(&EVERYONE, &[]).rtt_average(), None);
     let mut clients = rig.connect_many(2);
@@ -1007,7 +1005,7 @@ fn a_survey_tells_the_mean_and_the_highest_round_trip() {
     assert_eq!(together.rtt_average(), Some((each[0] + each[1]) / 2));
 }
 
-/// One thing that happens; clients are counted modulo how many there are.
+/// One event of a history; clients are counted modulo their number.
 #[derive(Debug, Clone)]
 enum Happens {
     Publish { to: usize, bytes: usize, policy: usize, awaited: bool },
@@ -1050,7 +1048,7 @@ const POLICIES: [Policy; 6] = [
 ];
 const GROUPS: [&str; 2] = ["a", "b"];
 
-/// What the connections have counted adds up for each, and together to what the engine has counted.
+/// The connections' tallies add up for each, and together to the engine's.
 fn assert_balance(rig: &mut Rig, clients: &[Client]) {
     rig.settle();
     let mut sum = [0; 2];
@@ -1073,7 +1071,7 @@ fn assert_balance(rig: &mut Rig, clients: &[Client]) {
     assert_surveyed(rig);
 }
 
-/// What all connections of the namespace count together, those that have gone included, is what the engine counts.
+/// The sum over the namespace's connections, including those that have disconnected, equals the engine's.
 fn assert_surveyed(rig: &mut Rig) {
     let (all, surveyed) = (rig.engine.metrics(), rig.collect_metrics(&EVERYONE, &[]));
     let engine = [
@@ -1184,7 +1182,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
             assert_balance(&mut rig, &clients);
         }
     }
-    // Those who live and read get exactly what was written for them.
+    // Open clients that read receive exactly what was written for them.
     for _ in 0..20 {
         for client in 0..clients.len() {
             read_some(&mut clients, client, 1 << 20, &mut data_received);
@@ -1200,11 +1198,11 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
         }
     }
     assert_balance(&mut rig, &clients);
-    // In the end all go, and nothing is left of them.
+    // At the end all disconnect, and nothing of them is left.
     for client in &clients {
         let _ = client.peer.stream.shutdown(std::net::Shutdown::Both);
     }
-    // A handler may have been told of several things to wait for.
+    // A handler may be notified of several events that it takes its time over.
     for _ in 0..history.len() {
         let busy = clients.iter().filter(|client| client.record().waker.is_some());
         busy.for_each(Client::release);
@@ -1212,7 +1210,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     }
     rig.pass(ms(1000));
     for mut sending in sendings {
-        receipts.push(sending.poll().expect("every publisher is let go").unwrap());
+        receipts.push(sending.poll().expect("every publisher is released").unwrap());
     }
     assert_surveyed(&mut rig);
     let all = rig.engine.metrics();
@@ -1253,7 +1251,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
 
     #[test]
-    fn after_any_history_the_books_balance(
+    fn after_any_history_the_tallies_add_up(
         history in prop::collection::vec(happens(), 1..150),
         own in prop::sample::select(&POLICIES[..]),
         shards in 1..3usize,

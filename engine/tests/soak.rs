@@ -1,12 +1,11 @@
 //! Threads under load: small logs and mailboxes, shards that fall asleep, publishers that wait.
 //!
-//! One engine after the other, each drawn from its seed: several publishers join and leave
-//! groups and publish to everyone, to groups and to single clients, some awaiting receipts,
-//! while every client reads with pauses. Each client must hear exactly what was for it, in
-//! each publisher's order, and all of them what was for everyone in one order. An engine
-//! that takes longer than a minute has lost a wake.
+//! One engine after the other, each generated from its seed: several publishers join and leave groups and publish
+//! to everyone, to groups and to single clients, some awaiting receipts, while every client reads with pauses. Each
+//! client must receive exactly what addresses it, in each publisher's order (causal order), and all of them the
+//! publications to everyone in one order (total order). An engine that takes longer than a minute has lost a wake.
 //!
-//! `SOAK_SECONDS` says for how long (10), `SOAK_FROM` with which seed to begin (0).
+//! `SOAK_SECONDS` sets the duration in seconds (10), `SOAK_FROM` the first seed (0).
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that tells what it did")]
 
@@ -23,15 +22,15 @@ use shardcast_engine::{
     Address, ConnectionConfig, ConnectionId, Engine, EngineConfig, Namespace, Payload, Publication,
 };
 
-/// After this, an engine counts as stuck, however busy the machine.
+/// After this time an engine counts as stuck, however busy the machine is.
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// Steps of each publisher.
 const STEPS: usize = 60;
-/// What each publisher says last.
+/// The last message of each publisher.
 const END: &str = "end";
 const HELLO: &str = "hello";
 
-/// A number below `end` that looks random and follows from a seed (SplitMix64).
+/// A pseudo-random number below `end` that follows from a seed (SplitMix64).
 fn draw(state: &mut u64, end: u64) -> u64 {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let mut mixed = *state;
@@ -44,14 +43,14 @@ fn draw_of(state: &mut u64, among: &[usize]) -> usize {
     among[draw(state, among.len() as u64) as usize]
 }
 
-/// Now and then, a pause: so that shards fall asleep.
+/// Pauses now and then, so that shards fall asleep.
 fn pause(state: &mut u64, one_in: u64, micros: u64) {
     if draw(state, one_in) == 0 {
         thread::sleep(Duration::from_micros(draw(state, micros)));
     }
 }
 
-/// Reads until each publisher has said its last; what it received.
+/// Reads until each publisher has sent its last message; returns what was received.
 fn read(mut peer: Peer, publishers: u64, mut state: u64) -> Vec<String> {
     let (mut received, mut ends) = (Vec::new(), 0);
     while ends < publishers {
@@ -67,7 +66,7 @@ fn read(mut peer: Peer, publishers: u64, mut state: u64) -> Vec<String> {
     received
 }
 
-/// Publishes, joins and leaves at random; what each client must hear of it.
+/// Publishes, joins and leaves at random; returns what each client must receive of it.
 fn publish(everyone: &Namespace, ids: &[ConnectionId], publisher: usize, mut state: u64) -> Vec<Vec<String>> {
     let group = format!("group {publisher}");
     let mut is_member = vec![false; ids.len()];
@@ -107,7 +106,7 @@ fn publish(everyone: &Namespace, ids: &[ConnectionId], publisher: usize, mut sta
     expected
 }
 
-/// What every client received, against what each publisher has sent to it.
+/// Compares what every client has received with what each publisher has sent to it.
 fn check(received: &[Vec<String>], expected: &[Vec<Vec<String>>]) {
     let sets: Vec<HashSet<&String>> = received.iter().map(|received| received.iter().collect()).collect();
     let is_heard_by_all = |name: &&String| sets.iter().all(|set| set.contains(name));
@@ -124,7 +123,7 @@ fn check(received: &[Vec<String>], expected: &[Vec<Vec<String>>]) {
     }
 }
 
-/// One engine's life; how many messages were received.
+/// Runs one engine; returns the number of messages that were received.
 fn run(seed: u64) -> usize {
     let mut state = seed.wrapping_mul(77_777_777);
     let config = EngineConfig {
@@ -147,7 +146,7 @@ fn run(seed: u64) -> usize {
         client
     };
     let clients: Vec<Client> = (0..count).map(|_| connect()).collect();
-    // When this is over, all are open and their ids are known.
+    // When this completes, all are open and their ids are known.
     let _ =
         block_on(everyone.deliver(Publication::message(Address::Everyone, Payload::text(HELLO)))).unwrap();
     let ids: Vec<_> = clients.iter().map(Client::id).collect();
@@ -183,7 +182,7 @@ fn threads_that_wait_sleep_and_wake_lose_and_reorder_nothing() {
     let (began, mut seed, mut messages) = (Instant::now(), first, 0);
     while began.elapsed() < Duration::from_secs(seconds) {
         let (tell, told) = mpsc::channel();
-        // A stuck one is left behind.
+        // A stuck engine is abandoned.
         thread::spawn(move || tell.send(run(seed)));
         match told.recv_timeout(TEST_TIMEOUT) {
             Ok(received) => messages += received,

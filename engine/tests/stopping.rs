@@ -1,7 +1,7 @@
-//! The end of an engine: who is closed when, with how much time, and how it is counted.
+//! The end of an engine: which connections are closed when, with how much time, and how they are counted.
 //!
-//! One shard or two, driven with a clock of the test's own. What still arrives is in
-//! `ends.rs`, threads that do not end are in `threads.rs`.
+//! One shard or two, driven with a clock of the test's own. Messages that still arrive are in `ends.rs`,
+//! threads that do not end are in `threads.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -25,12 +25,12 @@ const fn seconds(seconds: u64) -> Duration {
     ms(1000 * seconds)
 }
 
-/// No pings, so that nothing but the shutdown ends anybody.
+/// No pings, so that only the shutdown ends connections.
 fn quiet() -> ConnectionConfig {
     ConnectionConfig { heartbeat_interval: seconds(86_400), stall_timeout: None, ..Default::default() }
 }
 
-/// All at once.
+/// Closes all connections at once.
 fn within(within: Duration) -> Shutdown {
     Shutdown { close_window: Duration::ZERO, ..Shutdown::within(within) }
 }
@@ -39,12 +39,12 @@ fn shut_down(rig: &mut Rig, shutdown: Shutdown) -> Task<'static, ShutdownReport>
     let engine = rig.engine.clone();
     let mut end = Task::new(async move { engine.shutdown(shutdown).await.unwrap() });
     assert!(end.poll().is_none());
-    rig.now = rig.now.max(Instant::now()); // its time counts from the real one
+    rig.now = rig.now.max(Instant::now()); // a shutdown's time counts from the real clock
     rig.settle();
     end
 }
 
-/// What the report says when its time is over: flushed, cut off, left over.
+/// The report when its time is over: flushed, cut off, left over.
 fn report(rig: &mut Rig, mut end: Task<'static, ShutdownReport>) -> [u64; 3] {
     rig.settle();
     rig.shards.clear();
@@ -77,18 +77,18 @@ fn a_busy_handler_is_waited_for_until_half_of_the_time_is_over() {
 }
 
 #[test]
-fn while_it_drains_an_engine_hands_over_no_message_and_takes_nobody_in() {
+fn a_draining_engine_handles_no_message_and_admits_no_connection() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
     let (mut busy, mut other) = (rig.connect(), rig.connect());
     busy.peer.text("wait");
     rig.settle();
-    let (new_connection, mut late) = new_connection(&rig.engine, &rig.config, 4096); // its handshake is over
+    let (new_connection, mut late) = new_connection(&rig.engine, &rig.config, 4096); // its handshake is complete
     let _end = shut_down(&mut rig, within(seconds(60)));
     busy.peer.text("too late");
     other.peer.text("too late");
     at_once(rig.everyone.adopt(new_connection)).unwrap();
     rig.settle();
-    assert_eq!(late.peer.receive(), GOES, "it was turned away");
+    assert_eq!(late.peer.receive(), GOES, "it was refused");
     assert_eq!((late.record().id, rig.everyone.len()), (None, 2));
     publish(&rig, Address::Everyone, "still accepted");
     busy.release();
@@ -101,14 +101,14 @@ fn while_it_drains_an_engine_hands_over_no_message_and_takes_nobody_in() {
 }
 
 #[test]
-fn a_handler_that_parts_slowly_holds_up_nobody() {
+fn a_handler_that_closes_slowly_delays_no_other() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
     let waker = Arc::new(Mutex::new(None));
     let handed = waker.clone();
     let mut parting = rig.connect_handler(Box::new(|_| Box::new(SlowToPart(handed))));
     parting.close(1000);
     let mut other = rig.connect();
-    assert!(lock(&waker).is_some(), "it is parting");
+    assert!(lock(&waker).is_some(), "it is closing");
     let end = shut_down(&mut rig, within(seconds(60)));
     assert_eq!(other.peer.receive(), GOES, "at once");
     rig.pass(seconds(61));
@@ -118,7 +118,7 @@ fn a_handler_that_parts_slowly_holds_up_nobody() {
 }
 
 #[test]
-fn what_was_sent_before_an_engine_is_closed_goes_out_however_much_lies_before_it() {
+fn messages_before_an_engines_close_are_written_however_much_precedes_them() {
     for sent_to_many in [false, true] {
         let engine = EngineConfig { shards: Some(1), mailbox_capacity: 1 << 14, ..Default::default() };
         let mut rig = Rig::with(engine, quiet());
@@ -140,7 +140,7 @@ fn what_was_sent_before_an_engine_is_closed_goes_out_however_much_lies_before_it
 
 #[cfg(feature = "audit")]
 #[test]
-fn a_shard_without_connections_is_there_for_newcomers_until_the_engine_is_closed() {
+fn a_shard_without_connections_runs_until_the_engine_is_closed() {
     let mut rig = Rig::with(EngineConfig { shards: Some(2), ..Default::default() }, quiet());
     let mut busy = rig.connect();
     busy.peer.text("wait");
@@ -157,7 +157,7 @@ fn a_shard_without_connections_is_there_for_newcomers_until_the_engine_is_closed
 }
 
 #[test]
-fn an_end_that_a_handler_has_decided_comes_before_that_of_the_engine() {
+fn a_handlers_close_precedes_that_of_the_engine() {
     let policy = Policy::DropMessage { timeout: ms(20) };
     let config = ConnectionConfig { outbox_frames: 1, policy, ..quiet() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
@@ -166,7 +166,7 @@ fn an_end_that_a_handler_has_decided_comes_before_that_of_the_engine() {
         publish(&rig, Address::Everyone, &"x".repeat(100_000));
         rig.settle();
     }
-    // In one turn: the frame's time is over, the handler is told and closes, the engine has nobody to wait for.
+    // In one turn: the frame expires, the handler is notified and closes, the engine waits for no handler any more.
     rig.now += ms(50);
     let _end = shut_down(&mut rig, within(seconds(60)));
     let mut received = Vec::new();
@@ -199,7 +199,7 @@ fn connections_are_closed_at_even_distances_over_at_most_half_of_the_time() {
 }
 
 #[test]
-fn who_does_not_end_its_side_is_left_after_the_close_timeout() {
+fn a_client_that_does_not_end_its_side_is_dropped_after_the_close_timeout() {
     let config = ConnectionConfig { close_timeout: seconds(5), ..quiet() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
     let mut client = rig.connect();
@@ -213,7 +213,7 @@ fn who_does_not_end_its_side_is_left_after_the_close_timeout() {
 }
 
 #[test]
-fn who_has_ended_its_side_is_let_go_as_soon_as_all_is_written() {
+fn a_client_that_has_ended_its_side_is_dropped_as_soon_as_all_is_written() {
     for is_first in [false, true] {
         let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
         let mut client = rig.connect();
@@ -239,7 +239,7 @@ fn who_has_ended_its_side_is_let_go_as_soon_as_all_is_written() {
     }
 }
 
-/// Lets the client take so many bytes each second, until it has received the end or so many seconds are over.
+/// Lets the client take `bytes` each second, until it has received the end or `seconds_max` seconds have passed.
 fn take_slowly(rig: &mut Rig, client: &mut Client, bytes: usize, seconds_max: usize) -> Vec<Received> {
     let mut received = Vec::new();
     for _ in 0..seconds_max {
@@ -258,8 +258,8 @@ fn take_slowly(rig: &mut Rig, client: &mut Client, bytes: usize, seconds_max: us
 }
 
 #[test]
-fn who_takes_slowly_what_is_its_own_has_the_time_of_the_shutdown_for_it() {
-    // Half a megabyte at 20 KB each second, with a close timeout of two seconds.
+fn a_slow_client_has_the_time_of_the_shutdown_to_take_its_backlog() {
+    // Half a megabyte at 20 KB per second, with a close timeout of two seconds.
     let config = ConnectionConfig { close_timeout: seconds(2), ..quiet() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
     let mut client = rig.connect();
@@ -275,13 +275,13 @@ fn who_takes_slowly_what_is_its_own_has_the_time_of_the_shutdown_for_it() {
 }
 
 #[test]
-fn who_takes_the_last_frame_in_the_last_moment_has_got_everything() {
+fn a_client_that_takes_the_last_frame_at_the_last_moment_has_everything() {
     let config = ConnectionConfig { close_timeout: seconds(5), ..quiet() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
     let mut client = rig.connect();
     publish(&rig, Address::Everyone, &"x".repeat(100_000));
     let end = shut_down(&mut rig, within(seconds(20)));
-    // What has been begun is not given up to make way for the Close.
+    // A partly written frame is not discarded in favour of the Close frame.
     rig.pass(seconds(17));
     let mut received = Vec::new();
     while received.last() != Some(&Received::End) {
@@ -294,11 +294,11 @@ fn who_takes_the_last_frame_in_the_last_moment_has_got_everything() {
 }
 
 #[test]
-fn who_has_not_got_everything_is_counted_as_cut_off() {
+fn a_client_that_lacks_something_is_counted_as_cut_off() {
     let config = ConnectionConfig { close_timeout: seconds(5), ..quiet() };
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
-    // One gets everything, one does not read what the kernel has for it, one gets less than half before its backlog
-    // is given up and hears its Close, one does not read at all.
+    // One receives everything, one does not read what the kernel has for it, one receives less than half
+    // before its backlog is discarded, and its Close frame, one does not read at all.
     let mut clients = rig.connect_many(4);
     publish(&rig, Address::Connection(clients[1].id()), "unread");
     for client in &clients[2..] {
@@ -317,8 +317,8 @@ fn who_has_not_got_everything_is_counted_as_cut_off() {
 }
 
 #[test]
-fn who_has_got_everything_when_the_time_is_over_is_counted_as_flushed_and_nobody_else() {
-    // Less time than for a closing handshake, which nobody finishes. Or the shard ends in the middle of it.
+fn only_clients_that_have_everything_at_the_deadline_are_counted_as_flushed() {
+    // Less time than for a closing handshake, which no client completes. Or the shard ends in the middle of it.
     for passes in [seconds(4), Duration::ZERO] {
         let config = ConnectionConfig { close_timeout: seconds(60), ..quiet() };
         let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, config);
@@ -333,7 +333,7 @@ fn who_has_got_everything_when_the_time_is_over_is_counted_as_flushed_and_nobody
 }
 
 #[test]
-fn what_a_connection_that_fails_had_not_taken_counts_it_as_cut_off() {
+fn a_failed_connection_with_a_backlog_is_counted_as_cut_off() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
     let mut busy = rig.connect(); // keeps the engine draining
     busy.peer.text("wait");
@@ -353,7 +353,7 @@ fn what_a_connection_that_fails_had_not_taken_counts_it_as_cut_off() {
 }
 
 #[test]
-fn whose_close_frame_was_not_written_is_counted_as_cut_off() {
+fn a_connection_whose_close_frame_was_not_written_is_counted_as_cut_off() {
     let mut rig = Rig::one(quiet());
     let mut client = rig.connect();
     let engine = rig.engine.clone();
@@ -367,7 +367,7 @@ fn whose_close_frame_was_not_written_is_counted_as_cut_off() {
 }
 
 #[test]
-fn who_resets_with_something_unread_is_counted_as_cut_off() {
+fn a_client_that_resets_with_unread_bytes_is_counted_as_cut_off() {
     let mut rig = Rig::one(quiet());
     let mut busy = rig.connect();
     busy.peer.text("wait");
@@ -387,7 +387,7 @@ fn who_resets_with_something_unread_is_counted_as_cut_off() {
 }
 
 #[test]
-fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
+fn on_a_bridge_only_a_client_that_ends_the_stream_has_everything() {
     let mut rig = Rig::with(EngineConfig { shards: Some(1), ..Default::default() }, quiet());
     let mut clients: Vec<_> = (0..3)
         .map(|_| {
@@ -400,7 +400,7 @@ fn behind_a_bridge_only_who_ends_the_stream_has_got_everything() {
         })
         .collect();
     rig.settle();
-    // The last ends its side before all that was sent to it is written.
+    // The last one ends its side before everything that was sent to it is written.
     let mut last = clients.pop().unwrap();
     publish(&rig, Address::Connection(last.id()), &"x".repeat(1 << 20));
     rig.settle();

@@ -1,8 +1,8 @@
-//! The engine's threads: on which CPUs they and what they start run, what becomes of one that a handler holds up, and how
-//! an engine says that it has died.
+//! The engine's threads: on which CPUs they and what they start run, what happens to a shard that a handler
+//! blocks, and how an engine reports that it has failed.
 //!
-//! Real threads and real time, because that is what the tests are about: each waits for what has to happen, however
-//! long that takes, and none measures how fast it was.
+//! Real threads and real time, because the tests are about these: each waits for the event that it needs,
+//! however long that takes, and none measures how fast it was.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
@@ -21,20 +21,21 @@ use shardcast_engine::{
     InvalidCloseCode, Message, Namespace, Payload, Publication, PublishError, Shutdown, ShutdownReport,
 };
 
-/// After this, what was awaited counts as never coming, however busy the machine.
+/// After this time an awaited event counts as missing, however busy the machine is.
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Waits for what nobody announces.
+/// Waits for a condition that no event announces.
 #[track_caller]
 fn eventually(is_so: impl Fn() -> bool) {
     let deadline = Instant::now() + TEST_TIMEOUT;
     while !is_so() {
-        assert!(Instant::now() < deadline, "it never came about");
+        assert!(Instant::now() < deadline, "the condition never became true");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// What ends within the tests' timeout, on a thread of its own; else a failure, and the thread is left behind.
+/// The result of `what` on a thread of its own within the tests' timeout; otherwise a failure, and the thread
+/// is abandoned.
 #[track_caller]
 fn soon<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, over) = channel();
@@ -42,10 +43,10 @@ fn soon<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
     over.recv_timeout(TEST_TIMEOUT).expect("awaited in vain")
 }
 
-/// A gate that holds up whoever comes to it until it is opened, once and for all.
+/// A gate that blocks every caller until it is opened, once and for all.
 #[derive(Default)]
 struct Gate {
-    /// The shards that are or were held up.
+    /// The shards that are or were blocked.
     held: Mutex<(Vec<usize>, bool)>,
     opened: Condvar,
 }
@@ -62,7 +63,7 @@ impl Gate {
     }
 }
 
-/// Opens the gate also when a test fails, so that no thread is left behind.
+/// Opens the gate also when a test fails, so that no thread stays blocked.
 struct Open(Arc<Gate>);
 
 impl Drop for Open {
@@ -72,7 +73,7 @@ impl Drop for Open {
     }
 }
 
-/// Holds up its shard when it is told to.
+/// Blocks its shard when a message asks for it.
 struct Holder(Arc<Gate>);
 
 impl Handler for Holder {
@@ -98,7 +99,7 @@ fn shutdown(within: Duration) -> Shutdown {
     Shutdown { within, close_window: Duration::ZERO, code: CloseCode::GOING_AWAY }
 }
 
-/// What comes on the shards, from a callback that is called on each.
+/// The values that a callback returns on each shard.
 fn on_shards<T: Send + 'static>(
     namespace: &Namespace,
     what: impl Fn() -> T + Send + Sync + 'static,
@@ -160,8 +161,8 @@ mod cpus {
         }
     }
 
-    /// The CPU that the engine's one shard is bound to while it sleeps. One that has been bound a moment ago need not be
-    /// bound for its next sleep, so it is woken now and then.
+    /// The CPU to which the engine's one shard is bound while it sleeps. A shard that was bound a moment ago
+    /// need not be bound for its next sleep, so it is woken now and then.
     fn cpu_of(namespace: &Namespace) -> usize {
         let status = format!("/proc/self/task/{}/status", threads(namespace)[0]);
         let cpu = std::cell::Cell::new(None);
@@ -180,7 +181,7 @@ mod cpus {
     }
 
     #[test]
-    fn what_a_handler_starts_has_the_cpus_of_the_process_though_its_shard_is_pinned() {
+    fn threads_and_processes_of_a_handler_are_not_bound_to_its_shards_cpu() {
         let engine = engine(1, true);
         let namespace = engine.namespace();
         let ours = allowed("/proc/thread-self/status");
@@ -208,7 +209,7 @@ mod cpus {
         assert_eq!(places, ["drop", "on_close", "survey"]);
     }
 
-    /// Claim → inode, of all processes; and how many each CPU has.
+    /// Claim → inode, of all processes; and the number of claims on each CPU.
     fn claims() -> (BTreeMap<String, String>, BTreeMap<usize, usize>) {
         let (mut claims, mut counts) = (BTreeMap::new(), BTreeMap::new());
         for line in std::fs::read_to_string("/proc/net/unix").unwrap().lines() {
@@ -247,7 +248,7 @@ mod cpus {
             return; // there is nothing to choose, and no shard is bound
         }
         let deadline = Instant::now() + TEST_TIMEOUT;
-        // Other tests and programs come and go meanwhile; then it is tried once more.
+        // Other tests and programs start and end engines meanwhile; then the test tries once more.
         loop {
             let (before, mut counts) = claims();
             let started: Vec<Engine> = (0..2).map(|_| engine(1, true)).collect();
@@ -282,7 +283,7 @@ mod cpus {
     }
 }
 
-/// An engine of two shards with a connection on each, one of which is held up until `open` is dropped.
+/// An engine of two shards with a connection on each, one of which is blocked until `open` is dropped.
 struct HeldUp {
     open: Open,
     engine: Engine,
@@ -292,7 +293,7 @@ struct HeldUp {
     other: Peer,
 }
 
-const NAME: &str = "the namespace that is held up";
+const NAME: &str = "the blocked namespace";
 
 fn held_up() -> HeldUp {
     let gate = Arc::new(Gate::default());
@@ -324,7 +325,7 @@ fn hears_1001_and_the_end(mut peer: Peer) {
 }
 
 #[test]
-fn a_shutdown_keeps_its_time_though_a_handler_holds_its_shard_and_says_which() {
+fn a_shutdown_keeps_its_time_while_a_handler_blocks_a_shard_and_reports_which() {
     let HeldUp { engine, shard, held, other, open, .. } = held_up();
     let within = Duration::from_millis(400);
     let began = Instant::now();
@@ -341,14 +342,14 @@ fn a_shutdown_keeps_its_time_though_a_handler_holds_its_shard_and_says_which() {
         move || block_on(engine.shutdown(shutdown(TEST_TIMEOUT)))
     });
     assert_eq!(again, Ok(report), "it is the same end");
-    // When it comes back it finds the end, and gives back what it has.
+    // When its handler returns, the shard notices the end and releases what it holds.
     drop(open);
     eventually(|| engine.connection_count() == 0);
     drop(held);
 }
 
 #[test]
-fn who_waits_for_a_shard_that_is_left_behind_is_told_that_the_engine_has_ended() {
+fn publishers_that_wait_for_an_abandoned_shard_learn_that_the_engine_has_ended() {
     let HeldUp { engine, namespace, mut other, open, held, .. } = held_up();
     let receipt = {
         let namespace = namespace.clone();
@@ -358,7 +359,7 @@ fn who_waits_for_a_shard_that_is_left_behind_is_told_that_the_engine_has_ended()
     };
     let received = soon(move || (other.wait(), other));
     assert_eq!(received.0, Received::Data("news".into()), "the other shard has dealt with it");
-    // As many questions as lie in a mailbox, and one that waits for room.
+    // As many queries as a mailbox holds, and one that waits for room.
     let (asked, questions) = (Arc::new(AtomicUsize::new(0)), EngineConfig::default().mailbox_capacity);
     let room = {
         let asked = asked.clone();
@@ -380,7 +381,7 @@ fn who_waits_for_a_shard_that_is_left_behind_is_told_that_the_engine_has_ended()
 }
 
 #[test]
-fn who_no_longer_waits_for_the_end_of_an_engine_leaves_nothing_behind() {
+fn a_dropped_wait_for_the_end_of_an_engine_leaves_no_waker() {
     let config = EngineConfig { shards: Some(1), ..EngineConfig::default() };
     let (engine, _shards) = Engine::driven(config, Instant::now()).unwrap();
     let nobody = Arc::new(Nobody);
@@ -451,11 +452,11 @@ fn an_engine_that_is_driven_is_over_when_its_shards_are_dropped() {
 }
 
 #[test]
-fn an_engine_whose_shard_panicked_says_so_and_ends() {
+fn an_engine_whose_shard_panicked_reports_it_and_ends() {
     let (panic, panics) = channel::<()>();
     let panics = Arc::new(Mutex::new(Some(panics)));
     let config = EngineConfig { shards: Some(2), pin: false, ..EngineConfig::default() };
-    // One of the two never comes to be: it waits for a sign, and panics.
+    // One of the two shards never starts: its thread waits for a signal, and panics.
     let around = move |shard: &mut dyn FnMut()| match panics.lock().unwrap().take() {
         None => shard(),
         Some(panics) => {
@@ -505,14 +506,14 @@ impl tracing::Subscriber for Lines {
 }
 
 #[test]
-fn a_handler_that_holds_its_shard_is_logged_counted_and_seen_in_the_lag_while_it_does() {
+fn a_handler_that_blocks_its_shard_is_logged_counted_and_visible_in_the_lag_meanwhile() {
     let (sender, lines): (_, Receiver<String>) = channel();
     tracing::subscriber::set_global_default(Lines(Mutex::new(sender))).unwrap();
     let HeldUp { engine, namespace: _namespace, shard, held, other, open } = held_up();
     let of_this = |line: &String| line.contains("shard=") && line.contains("holds its shard");
     let line = soon(move || lines.into_iter().find(of_this).unwrap());
     assert!(line.starts_with("WARN "), "{line}");
-    // Other tests hold up shards of the same namespace's name, and it is the name that is wanted here.
+    // Other tests block shards of namespaces with the same name, and only the name matters here.
     assert!(line.contains(&format!("namespace={NAME:?}")), "{line}");
     eventually(|| engine.shard_metrics()[shard].blocked == 1);
     eventually(|| engine.shard_metrics()[shard].lag_micros > 500_000);

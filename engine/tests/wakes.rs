@@ -1,8 +1,8 @@
-//! A shard that sleeps is woken by everything that concerns it.
+//! A sleeping shard is woken by everything that it has to process.
 //!
-//! Shards are driven as their threads would be: one takes a turn only if it has work, if its
-//! time is over, or if something has woken it. A wake that is missing shows as a frame that
-//! does not arrive, or as a publisher that waits for ever.
+//! Shards are driven as their threads would be: a shard takes a turn only if it has work, if its time is
+//! over, or if something has woken it. A missing wake shows as a frame that does not arrive, or as a
+//! publisher that waits for ever.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -43,14 +43,14 @@ fn a_publication_wakes_a_shard_as_long_as_one_member_stays() {
     for left in [2, 1] {
         at_once(rig.everyone.leave(clients[left].id(), "a")).unwrap();
         rig.settle();
-        publish(&rig, Address::group("a"), "to those who stay");
+        publish(&rig, Address::group("a"), "to the others");
         rig.settle();
-        assert_eq!(clients[0].peer.receive_data(), ["to those who stay"], "{left} stay");
+        assert_eq!(clients[0].peer.receive_data(), ["to the others"], "{left} stay");
     }
 }
 
 #[test]
-fn a_member_that_ends_does_not_take_the_others_wakes_along() {
+fn a_closing_member_does_not_disable_the_others_wakes() {
     let mut rig = asleep(2);
     let mut clients = clients_of_one_shard(&mut rig, 2);
     for client in &clients {
@@ -67,13 +67,13 @@ fn a_member_that_ends_does_not_take_the_others_wakes_along() {
 }
 
 #[test]
-fn a_join_renews_the_interest_that_a_leave_has_cleared_on_its_way() {
+fn a_join_restores_the_interest_that_a_leave_has_cleared() {
     let mut rig = asleep(2);
     let mut clients = clients_of_one_shard(&mut rig, 2);
     let (first, second) = (clients[0].id(), clients[1].id());
     at_once(rig.everyone.join(first, "a")).unwrap();
     rig.settle();
-    // The leave is carried out while the join is on its way: it takes the last member out of the shard.
+    // The leave is executed while the join is in flight: it removes the shard's last member.
     at_once(rig.everyone.leave(first, "a")).unwrap();
     at_once(rig.everyone.join(second, "a")).unwrap();
     rig.settle();
@@ -83,7 +83,7 @@ fn a_join_renews_the_interest_that_a_leave_has_cleared_on_its_way() {
 }
 
 #[test]
-fn who_waits_for_a_full_mailbox_is_woken_as_soon_as_one_command_was_taken() {
+fn a_sender_at_a_full_mailbox_is_woken_as_soon_as_one_command_was_taken() {
     let engine = EngineConfig { shards: Some(1), mailbox_capacity: 2, ..EngineConfig::default() };
     // With so small an outbox the shard runs one publication a turn.
     let config = ConnectionConfig { outbox_frames: 1, ..ConnectionConfig::default() };
@@ -109,7 +109,7 @@ fn who_waits_for_a_full_mailbox_is_woken_as_soon_as_one_command_was_taken() {
 }
 
 #[test]
-fn who_waits_for_a_full_log_is_woken_although_no_shard_is_concerned() {
+fn a_publisher_at_a_full_log_is_woken_even_if_no_shard_has_members() {
     for shards in [1, 3] {
         let engine = EngineConfig { shards: Some(shards), log_capacity: 4, ..EngineConfig::default() };
         let mut rig = Rig::with(engine, ConnectionConfig::default()).sleepy();
@@ -141,7 +141,7 @@ fn a_frame_that_may_be_dropped_wakes_its_shard_when_its_time_is_over() {
     let mut rig = Rig::one(config).sleepy();
     let client = rig.connect();
     let everyone = rig.everyone.clone();
-    // More than the kernel takes, then one that finds the outbox full.
+    // More than the kernel accepts, then one that finds the outbox full.
     publish(&rig, Address::Everyone, &"x".repeat(100_000));
     rig.settle();
     let mut sending =
@@ -156,7 +156,7 @@ fn a_frame_that_may_be_dropped_wakes_its_shard_when_its_time_is_over() {
 }
 
 #[test]
-fn what_a_handler_decides_at_the_end_of_a_turn_keeps_its_shard_awake() {
+fn a_handlers_close_at_the_end_of_a_turn_keeps_its_shard_awake() {
     let policy = Policy::DropMessage { timeout: Duration::from_millis(20) };
     let config = ConnectionConfig { outbox_frames: 1, policy, ..ConnectionConfig::default() };
     let mut rig = Rig::one(config).sleepy();
@@ -167,6 +167,6 @@ fn what_a_handler_decides_at_the_end_of_a_turn_keeps_its_shard_awake() {
     }
     assert_eq!(rig.everyone.len(), 1);
     rig.now += Duration::from_millis(20);
-    rig.settle(); // it is told of the drop when sockets and mailbox have been looked at
+    rig.settle(); // the drop is reported after sockets and mailbox have been processed
     assert_eq!(rig.everyone.len(), 0, "it has closed");
 }

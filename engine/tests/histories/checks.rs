@@ -1,8 +1,8 @@
-//! What must hold when a history is over: everybody has read, and then everybody has gone.
+//! The checks at the end of a history: after all clients have read everything, and after all have disconnected.
 //!
-//! Each client against the model: what it heard, what it lost and by which cause, what its
-//! handler was told, why it ended. All together: the books, the surveys, the receipts, the
-//! report of a shutdown, and that nothing is left.
+//! Each client against the model: what it received, what it lost and for which cause, what was reported to
+//! its handler, why it ended. All together: tallies, group metrics, receipts, the report of a shutdown, and
+//! that nothing is left.
 
 use std::collections::BTreeMap;
 
@@ -14,14 +14,14 @@ use super::model::{Model, ModelClient, lock};
 use super::peer::Peer;
 
 impl History {
-    /// Lets everybody finish, checks, lets everybody go, and checks again.
+    /// Lets all clients finish, checks, ends all connections, and checks again.
     pub(crate) fn finish(&mut self) {
-        // What is on its way when some have gone may make others go.
+        // What is in flight when some have ended may end others.
         for _ in 0..4 {
             self.settle();
         }
         self.check_groups();
-        // Everybody reads and nobody is busy, so nobody has to wait.
+        // All clients read and no handler is busy, so no job has to wait.
         for job in self.jobs.iter().filter(|job| !job.is_shutdown()) {
             self.fault(format!("waits for ever: {:?}, accepted: {}", job.effect, job.is_accepted));
         }
@@ -37,7 +37,7 @@ impl History {
         self.check_end();
     }
 
-    /// Every end has a reason that this history has given.
+    /// Every end has a reason that this history has caused.
     fn check_reasons(&self) {
         for (client, record) in self.records.iter().enumerate() {
             let (peer, config, record) = (&self.peers[client], &self.configs[client], lock(record));
@@ -103,7 +103,7 @@ impl History {
         lock(&self.model).faults.extend(faults);
     }
 
-    /// Receipts against what arrived.
+    /// Compares receipts with what arrived.
     fn check_receipts(&self) {
         let model = lock(&self.model);
         let mut faults = Vec::new();
@@ -120,7 +120,7 @@ impl History {
             let count = |is_so: &dyn Fn(usize) -> bool| {
                 frame.targets.iter().filter(|client| is_so(**client)).count() as u64
             };
-            // Only those may be dropped whose policy says so.
+            // Only frames whose policy allows it may be dropped.
             let by_timeout = count(&|client| model.losses(number, client).by_timeout);
             let by_overflow = count(&|client| model.losses(number, client).by_overflow);
             if dropped.timeout > by_timeout || dropped.overflow > by_overflow {
@@ -140,7 +140,7 @@ impl History {
         lock(&self.model).faults.extend(faults);
     }
 
-    /// What was asked in between adds up, and is what had been accepted.
+    /// Queries during the history add up, and match what had been accepted.
     fn check_surveys(&self) {
         for survey in &self.surveys {
             let parts = lock(&survey.parts);
@@ -156,7 +156,7 @@ impl History {
         }
     }
 
-    /// A survey comes behind what was accepted before it, and before what was accepted behind it.
+    /// A query is answered after what was accepted before it, and before what was accepted after it.
     fn check_survey(&self, survey: &SurveyOf, sum: &GroupMetrics) {
         let (Some(asked_at), Some(over_at)) = (&survey.asked_at, &survey.over_at) else { return };
         let model = lock(&self.model);
@@ -177,7 +177,7 @@ impl History {
         }
     }
 
-    /// The engine's books against those of its namespaces.
+    /// Compares the engine's tally with those of its namespaces.
     fn check_books(&mut self) {
         if self.is_stopping {
             return;
@@ -187,7 +187,7 @@ impl History {
         self.check_surveys();
         let sum = parts.iter().flat_map(|parts| lock(parts).clone()).collect::<Vec<_>>();
         let sum = sum_of(&sum);
-        // Once more, so that what is published is of now.
+        // Once more, so that the published metrics are current.
         self.asleep.fill(None);
         self.shards.iter_mut().flatten().for_each(|shard| shard.turn(self.now).unwrap());
         let all = self.engine.metrics();
@@ -196,7 +196,7 @@ impl History {
         if engine != namespaces {
             self.fault(format!("the engine counts {engine:?} and its namespaces {namespaces:?}"));
         }
-        // Bytes are counted in the outboxes, frames follow from what became of the others.
+        // Bytes are counted in the outboxes; pending frames follow from the other counters.
         if (all.tally.pending() > 0) != (all.pending_bytes > 0) {
             self.fault(format!("the engine's books: {all:?}"));
         }
@@ -205,7 +205,7 @@ impl History {
         }
     }
 
-    /// Lets everybody go, one way or the other.
+    /// Ends all connections, in one way or the other.
     fn end_all(&mut self) {
         let is_by_shutdown = self.random.one_in(3);
         tell!(self, "all go, by a shutdown: {is_by_shutdown}");
@@ -222,7 +222,7 @@ impl History {
             self.now += ms(200);
         }
         if self.is_stopping {
-            // Those that are over have been dropped; the rest is given its time.
+            // Shards that are over have been dropped; the others are given their time.
             for _ in 0..20 {
                 self.now += ms(10_000);
                 self.settle();
@@ -302,7 +302,7 @@ impl History {
         }
     }
 
-    /// Connections that the engine has taken over.
+    /// Connections that the engine has adopted.
     fn opened(&self) -> u64 {
         lock(&self.model).clients.iter().filter(|client| client.id.is_some()).count() as u64
     }
@@ -320,7 +320,7 @@ fn sum_of(parts: &[GroupMetrics]) -> GroupMetrics {
     })
 }
 
-/// One client, everything that was for it, and what became of it.
+/// One client, everything that addressed it, and the outcome.
 struct ClientCheck<'a> {
     history: &'a History,
     model: &'a Model,
@@ -335,7 +335,7 @@ impl ClientCheck<'_> {
         let Self { number, client, peer, record, .. } = self;
         let mut fault = |text: String| faults.push(format!("{number} {text}"));
         let (heard, expected) = (&peer.heard, &client.expected);
-        // One order, nothing that is for others, nothing twice.
+        // One order, nothing that addresses others, nothing twice.
         let Some(skipped) = self.skipped() else {
             return fault(format!("heard {heard:?}, which is no part of {expected:?}"));
         };
@@ -363,7 +363,8 @@ impl ClientCheck<'_> {
         }
     }
 
-    /// What was for it, came before the last that it heard, and was not heard; none if it heard something else.
+    /// What addressed it, preceded the last frame that it received, and was not received; none if it received
+    /// something else.
     fn skipped(&self) -> Option<Vec<u32>> {
         let mut skipped = Vec::new();
         let mut expected = self.client.expected.iter().copied();
@@ -378,7 +379,7 @@ impl ClientCheck<'_> {
         Some(skipped)
     }
 
-    /// Everybody has come to rest: it has got everything, but for what was dropped.
+    /// Everything has settled: it has received everything, except what was dropped.
     fn check_open(&self, audit: &ConnectionAudit, fault: &mut impl FnMut(String)) {
         let Self { model, number, client, peer, record, .. } = self;
         let expected = &client.expected;
@@ -392,7 +393,7 @@ impl ClientCheck<'_> {
         if record.drops != dropped {
             fault(format!("was told of {} drops of {dropped}", record.drops));
         }
-        // By which cause a frame is lost, its policy says.
+        // The policy of a frame determines for which cause it may be lost.
         let missing: Vec<u32> =
             expected.iter().copied().filter(|frame| !peer.heard.contains(frame)).collect();
         let losses = missing.iter().map(|frame| model.losses(*frame, *number));
@@ -423,7 +424,7 @@ impl ClientCheck<'_> {
         }
     }
 
-    /// A Close frame says the reason, and comes behind all that was sent before the end.
+    /// A Close frame gives the reason, and follows everything that was sent before the end.
     fn check_close(&self, code: Option<u16>, reason: &CloseReason, fault: &mut impl FnMut(String)) {
         let Self { history, model, number, client, peer, record } = self;
         let (heard, expected) = (&peer.heard, &client.expected);
@@ -431,7 +432,7 @@ impl ClientCheck<'_> {
         if code != reason.close_frame().map(|(code, _)| code.0) && !(is_empty && code.is_none()) {
             fault(format!("ended by {reason:?} and heard {code:?}"));
         }
-        // Half of the time for the closing handshake is for what is queued; then it is discarded.
+        // Half of the time for the closing handshake is for what is queued; then that is discarded.
         let has_time = history.configs[*number].close_timeout >= ms(5000) && !history.is_hurried;
         let is_peer = matches!(reason, CloseReason::Peer { .. });
         let all = match reason {

@@ -1,8 +1,7 @@
-//! The handler: does what a message says, and notes how it is called.
+//! The handler: executes what a message asks for, and records how it is called.
 //!
-//! A message begins with its number, one byte says what is to be done. Every call is held
-//! against what the engine promises handlers: none while one is pending, none after
-//! `on_close`.
+//! A message begins with its number; one byte gives the action. Every call is checked against the engine's
+//! guarantees to handlers: none while one is pending, none after `on_close`.
 
 use std::task::{Poll, Waker};
 
@@ -14,7 +13,7 @@ use super::ON_PURPOSE;
 use super::model::{GROUPS, Model, Shared, Target, lock};
 use super::peer::{number_in, numbered_frame};
 
-/// What a message asks of its handler.
+/// The actions that a message can ask of its handler.
 pub(crate) mod action {
     pub(crate) const NOTHING: u8 = 0;
     pub(crate) const WAIT: u8 = 1;
@@ -26,19 +25,19 @@ pub(crate) mod action {
     pub(crate) const PUBLISH_AND_WAIT: u8 = 7;
 }
 
-/// What a handler was told, and how it is to answer.
+/// What was reported to a handler, and how it answers.
 #[derive(Debug, Default)]
 pub(crate) struct Record {
     /// The numbers of its messages.
     pub(crate) messages: Vec<u32>,
-    /// Frames that it was told were dropped.
+    /// Frames whose drop was reported to it.
     pub(crate) drops: u64,
     pub(crate) ends: Vec<CloseReason>,
     /// It has panicked or closed, and must get no more messages.
     pub(crate) has_enough: bool,
     /// A call has answered `Pending`.
     pub(crate) is_busy: bool,
-    /// Let go by this.
+    /// Wakes a call that answered `Pending`.
     pub(crate) waker: Option<Waker>,
     pub(crate) is_dropped: bool,
     pub(crate) is_opening: bool,
@@ -102,7 +101,7 @@ impl Obedient {
             Target::Client(_) => (Address::Connection(id), Some(Policy::Block)),
         };
         let number = model.new_frame(policy);
-        // Publishing does not call anybody who would take the model's lock.
+        // Publishing calls nothing that would take the model's lock.
         if self.namespaces[namespace]
             .try_publish(Publication::message(&to, numbered_frame(number, bytes)))
             .is_ok()

@@ -1,8 +1,8 @@
-//! One history: an engine, its shards, peers and publishers, and what they do at random.
+//! One history: an engine, its shards, clients and publishers, and their random actions.
 //!
-//! Every step is drawn: a shard takes a turn, somebody publishes, joins, closes, a peer reads
-//! or speaks or vanishes, time passes. What the engine accepts goes into the model at that
-//! moment. What must hold at the end is in `checks.rs`.
+//! Every step is random: a shard takes a turn, a publisher publishes, a connection joins or closes, a client
+//! reads, sends or disconnects, time passes. What the engine accepts enters the model at that moment. The
+//! checks at the end are in `checks.rs`.
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
@@ -25,7 +25,7 @@ use super::model::{GROUPS, Model, ModelClient, Shared, Target, lock};
 use super::peer::{PREFIXES, Peer, numbered_frame, prefixed};
 use super::random::Random;
 
-/// Turns, of all shards and everybody else, after which a history that does not come to rest never will.
+/// Rounds of turns and actions after which a history that has not settled never will.
 const ROUNDS_MAX: usize = 3000;
 const CLIENTS_MAX: usize = 9;
 
@@ -62,7 +62,7 @@ impl Outcome {
     }
 }
 
-/// What a job does to the model once the engine has accepted it.
+/// The effect of a job on the model once the engine has accepted it.
 #[derive(Debug, Clone)]
 pub(crate) enum Effect {
     Frame { number: u32, namespace: usize, target: Target, except: Vec<usize> },
@@ -74,17 +74,17 @@ pub(crate) enum Effect {
     Shutdown,
 }
 
-/// Where a job waits for room.
+/// The queue at which a job waits for room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     Log,
     Mailbox(usize),
-    /// In one mailbox or another.
+    /// One of several mailboxes.
     SomeMailbox,
     Nowhere,
 }
 
-/// A future of somebody outside, which is polled when it was woken.
+/// A future outside the engine, which is polled when it was woken.
 pub(crate) struct Job {
     future: Pin<Box<dyn Future<Output = Outcome>>>,
     woken: Arc<Flag>,
@@ -105,7 +105,7 @@ impl Job {
     }
 }
 
-/// What a survey was told, and what had been accepted for each client when it was asked and when it had been.
+/// The answers to a query, and what had been accepted for each client when it was asked and when it was accepted.
 #[derive(Debug, Default)]
 pub(crate) struct SurveyOf {
     pub(crate) namespace: usize,
@@ -115,7 +115,7 @@ pub(crate) struct SurveyOf {
     pub(crate) over_at: Option<Vec<usize>>,
 }
 
-/// A shard that waits in its poll: until then at the latest, or for as long as nothing wakes it.
+/// A shard that waits in its poll: at most until then, or for as long as nothing wakes it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sleep {
     pub(crate) until: Option<Instant>,
@@ -126,12 +126,12 @@ pub(crate) struct Sleep {
 pub(crate) struct History {
     pub(crate) random: Random,
     pub(crate) engine: Engine,
-    /// What clients may use, and how long its prefix is.
+    /// The encodings that clients may use, and the length of their prefix.
     encodings: Vec<(Encoding, usize)>,
     pub(crate) engine_config: EngineConfig,
-    /// None for those that have ended.
+    /// None for shards that have ended.
     pub(crate) shards: Vec<Option<Shard>>,
-    /// None for those that are awake.
+    /// None for shards that are awake.
     pub(crate) asleep: Vec<Option<Sleep>>,
     pub(crate) namespaces: Vec<Namespace>,
     pub(crate) model: Shared<Model>,
@@ -147,15 +147,15 @@ pub(crate) struct History {
     pub(crate) report: Option<ShutdownReport>,
     /// Connections with a socket on each shard, when the shard first took part in the shutdown.
     pub(crate) open_at_stop: Vec<Option<u64>>,
-    /// Connections that must have ended, because a target that contains them was found empty; and why.
+    /// Connections that must have ended, because a target that contains them was found empty; and the reason.
     pub(crate) presumed_ended: Vec<(usize, String)>,
     pub(crate) surveys: Vec<SurveyOf>,
     pub(crate) adoptions_under_way: usize,
-    /// A policy that ends for high round trips, or for drops, was set for a frame.
+    /// A frame has a policy that ends connections for high round trips, or for drops.
     pub(crate) has_frame_with_rtt: bool,
     pub(crate) has_frame_with_drops: bool,
     looks_inside: bool,
-    /// What happens is printed.
+    /// The events are printed.
     pub(crate) is_told: bool,
 }
 
@@ -321,7 +321,7 @@ impl History {
         (!self.peers.is_empty()).then(|| self.random.below(self.peers.len()))
     }
 
-    /// One that has been open, and its id.
+    /// A client that has been open, and its id.
     fn any_known_client(&mut self) -> Option<(usize, ConnectionId)> {
         let client = self.any_client()?;
         let id = lock(&self.model).clients[client].id;
@@ -349,7 +349,7 @@ impl History {
         })
     }
 
-    /// Who is left out, and their ids.
+    /// The excepted clients, and their ids.
     fn except(&mut self) -> (Vec<usize>, Vec<ConnectionId>) {
         let count = if self.random.one_in(3) { 1 + self.random.below(3) } else { 0 };
         (0..count).filter_map(|_| self.any_known_client()).unzip()
@@ -402,7 +402,7 @@ impl History {
         }));
         let mut received = Vec::new();
         if self.random.one_in(4) {
-            // The first message comes together with the handshake, masked by zeros.
+            // The first message arrives together with the handshake, masked by zeros.
             received = vec![0x82, 0x85, 0, 0, 0, 0];
             received.extend(0u32.to_be_bytes());
             received.push(action::NOTHING);
@@ -451,7 +451,7 @@ impl History {
         let way = self.random.below(3);
         let handle = self.namespaces[namespace].clone();
         let delivery = policy.map_or_else(Delivery::default, |policy| Delivery::with_policy(policy).unwrap());
-        // To one connection a frame blocks, whatever the connection's own policy is.
+        // A message to one connection blocks by default, whatever the connection's own policy is.
         let is_unicast = matches!(target, Target::Client(_));
         let number = lock(&self.model).new_frame(policy.or(is_unicast.then_some(Policy::Block)));
         tell!(
@@ -484,7 +484,7 @@ impl History {
     fn join_or_leave(&mut self) {
         let Some((client, id)) = self.any_known_client() else { return };
         let group = self.random.below(3);
-        // Two that are under way at once may come in either order.
+        // Two that are in flight at the same time may be accepted in either order.
         let is_concurrent = self.jobs.iter().any(|job| match job.effect {
             Effect::Join { client: other, group: its } | Effect::Leave { client: other, group: its } => {
                 (other, its) == (client, group)
@@ -532,7 +532,7 @@ impl History {
         self.begin_survey(namespace, address, place);
     }
 
-    /// Asks for what a whole namespace has counted.
+    /// Queries the counters of a whole namespace.
     pub(crate) fn survey_everyone(&mut self, namespace: usize) -> Shared<Vec<GroupMetrics>> {
         let survey = self.surveys.len();
         self.begin_survey(namespace, Address::Everyone, Place::SomeMailbox);
@@ -555,7 +555,7 @@ impl History {
             return;
         }
         self.is_stopping = true;
-        // Its time counts from the real one, while ours has gone ahead.
+        // Its time counts from the real clock, which the test's clock has overtaken.
         let ahead = self.now - self.start;
         let more = self.random.of(&[0, 20, 200, 60_000, 60_000]);
         self.is_hurried = more < 60_000;
@@ -577,7 +577,7 @@ impl History {
         self.poll(self.jobs.len() - 1);
     }
 
-    /// Who waits gives up, as a timeout around it would.
+    /// A waiting job is dropped, as a timeout around it would do.
     fn give_up(&mut self) {
         let index = self.random.below(self.jobs.len());
         if !self.jobs[index].is_shutdown() {
@@ -591,7 +591,7 @@ impl History {
         self.jobs[index].woken.0.load(SeqCst)
     }
 
-    /// Polls a job if it was woken; whether it is over, and has been removed.
+    /// Polls a job if it was woken; returns whether it is over, and has been removed.
     pub(crate) fn poll(&mut self, index: usize) -> bool {
         if !self.jobs[index].woken.0.swap(false, SeqCst) {
             return false;
@@ -618,7 +618,7 @@ impl History {
         }
     }
 
-    /// Others that wait for room at the same place: those of whom it is known, and those who may.
+    /// Other jobs that wait for room at the same queue: those known to, and those that may.
     fn waiting_at(&self, place: Place, but: Option<usize>) -> (usize, usize) {
         let others = self.jobs.iter().enumerate().filter(|(index, _)| Some(*index) != but);
         let others = others.map(|(_, job)| job).filter(|job| job.waits_for_room());
@@ -636,7 +636,7 @@ impl History {
         (known, unknown)
     }
 
-    /// No more wait than may.
+    /// No more jobs wait than the limit allows.
     fn check_waiting(&self, index: usize) {
         let job = &self.jobs[index];
         if job.waits_for_room() && matches!(job.place, Place::Log | Place::Mailbox(_)) {
@@ -676,7 +676,7 @@ impl History {
         tell!(self, "accepted: {effect:?}");
     }
 
-    /// Nobody was there: who should have been must have ended.
+    /// The target was found empty: connections that should be in it must have ended.
     fn found_nobody(&mut self, effect: &Effect) {
         let (Effect::Frame { namespace, target, except, .. } | Effect::Close { namespace, target, except }) =
             effect
@@ -829,7 +829,7 @@ impl History {
         }
     }
 
-    /// Good peers take everything and answer at once.
+    /// Good clients take everything and answer at once.
     fn good_peers_act(&mut self) {
         for peer in self.peers.iter_mut().filter(|peer| peer.is_good) {
             peer.read(usize::MAX);
@@ -838,7 +838,7 @@ impl History {
         }
     }
 
-    /// Lets a handler that waits go on.
+    /// Wakes a handler that waits.
     fn release(&mut self, client: usize) {
         let waker = lock(&self.records[client]).waker.take();
         if let Some(waker) = waker {
@@ -848,7 +848,7 @@ impl History {
 
     // ---- Shards ----
 
-    /// Gives a shard a turn, if its thread would run; whether it took one.
+    /// Gives a shard a turn if its thread would run; returns whether it took one.
     pub(crate) fn turn(&mut self, index: usize) -> bool {
         let Some(shard) = &mut self.shards[index] else { return false };
         if let Some(Sleep { until }) = self.asleep[index] {
@@ -880,7 +880,7 @@ impl History {
         true
     }
 
-    /// Nothing waits for a client whose publisher has been let go because it was to wait for it.
+    /// No frame waits for a client if its publisher, which had to wait for it, has returned.
     fn check_returned(&self, audit: &Audit) {
         let mut model = lock(&self.model);
         let mut faults = Vec::new();
@@ -904,7 +904,7 @@ impl History {
         model.faults.extend(faults);
     }
 
-    /// What must hold in one shard after each turn.
+    /// Checks the invariants of one shard after each turn.
     fn check_shard(&self, audit: &Audit) {
         let mut model = lock(&self.model);
         model.faults.extend(audit.errors.iter().cloned());
@@ -919,7 +919,7 @@ impl History {
         }
     }
 
-    /// What must hold in all shards together.
+    /// Checks the invariants of all shards together.
     pub(crate) fn check_groups(&self) {
         if !self.looks_inside {
             return;
@@ -933,14 +933,14 @@ impl History {
             *shared = [group.shared_members, group.shared_congested, group.shared_blocking];
         }
         for (local, shared) in groups.values() {
-            // Members on their way are counted in what is shared already.
+            // Members with a join in flight are already counted in the shared counters.
             if local[1..] != shared[1..] || local[0] > shared[0] {
                 self.fault(format!("a group's shards count {local:?} and all together {shared:?}"));
             }
         }
     }
 
-    /// Everybody acts until nothing happens any more.
+    /// Lets all parts act until nothing happens any more.
     pub(crate) fn settle(&mut self) {
         let mut quiet = 0;
         for round in 0..ROUNDS_MAX {
@@ -970,7 +970,7 @@ impl History {
             }
             quiet = if has_acted { 0 } else { quiet + 1 };
             if quiet == 2 {
-                // Frames that are held back to be gathered, and the like.
+                // Frames that are delayed by coalescing, and the like.
                 let due = self.asleep.iter().flatten().filter_map(|sleep| sleep.until).min();
                 match due {
                     Some(due) if due <= self.now + ms(4) => {
@@ -984,7 +984,7 @@ impl History {
         self.fault("it does not come to rest".into());
     }
 
-    /// Who still acts, though everybody should have come to rest.
+    /// The parts that still act, although everything should have settled.
     fn tell_unrest(&self) {
         tell!(self, "at {:?}, asleep {:?}", self.now - self.start, self.asleep);
         for shard in self.shards.iter().flatten() {

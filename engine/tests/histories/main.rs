@@ -1,16 +1,14 @@
-//! Random histories of an engine against a model of what must be seen of them.
+//! Random histories of an engine, compared with a model of what clients must observe.
 //!
-//! The engine is driven shard by shard in any sequence, with a clock of the test's own; its
-//! shards sleep and are woken as their threads would be. All that is done from outside is
-//! done on this thread, so what is accepted is in one sequence, and each connection must
-//! hear exactly its part of it: the model keeps that part. After every turn the shard is
-//! looked into (the feature `audit`): books, lists, reminders and counts must agree.
+//! The engine is driven shard by shard in any sequence, with a clock of the test's own; its shards sleep and
+//! are woken as their threads would be. All actions from outside are on this thread, so what is accepted is
+//! in one sequence, and each connection must receive exactly its part of it: the model keeps that part. After
+//! every turn the shard is inspected (the feature `audit`): tallies, lists, timers and counters must agree.
 //!
-//! A history follows from its seed alone, as far as the kernel plays along, so a failure can
-//! be replayed. `HISTORIES_FROM` and `HISTORIES_COUNT` say which seeds (0 and 4,000),
-//! `HISTORIES_THREADS` on how many threads (2); `HISTORIES_SEED` runs one and tells what
-//! happens; with `HISTORIES_OUTSIDE=1` no shard is looked into, which shows what a fault
-//! does that can be seen from outside. `ci/histories` runs as many as one likes.
+//! A history follows from its seed alone, as far as the kernel behaves the same, so a failure can be replayed.
+//! `HISTORIES_FROM` and `HISTORIES_COUNT` set the seeds (0 and 4,000), `HISTORIES_THREADS` the number of
+//! threads (2); `HISTORIES_SEED` runs one and prints its events; with `HISTORIES_OUTSIDE=1` no shard is
+//! inspected, which shows the effect of a fault that is visible from outside. `ci/histories` runs any number.
 
 #![allow(
     clippy::unwrap_used,
@@ -36,25 +34,25 @@ use std::time::Instant;
 use history::History;
 use model::lock;
 
-/// What a handler panics with on purpose.
+/// The message of a handler's deliberate panic.
 const ON_PURPOSE: &str = "as it was told";
 /// Failures after which no more histories are begun.
 const FAILURES_MAX: usize = 40;
 
-/// Runs one history; what was wrong in it.
+/// Runs one history; returns its faults.
 fn run(seed: u64, is_told: bool) -> Vec<String> {
     let mut history = History::new(seed, is_told);
     history.run();
     history.into_faults()
 }
 
-/// The same, where a panic is a fault as well.
+/// The same; a panic is a fault as well.
 fn run_caught(seed: u64) -> Vec<String> {
     catch_unwind(AssertUnwindSafe(|| run(seed, false)))
         .unwrap_or_else(|panic| vec![format!("panicked: {}", text_of(&*panic).unwrap_or_default())])
 }
 
-/// What somebody panicked with.
+/// The message of a panic.
 fn text_of(panic: &dyn Any) -> Option<String> {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned())

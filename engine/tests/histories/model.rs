@@ -1,6 +1,6 @@
-//! The model: what has been accepted, in one sequence, and what each client must hear of it.
+//! The model: what has been accepted, in one sequence, and what each client must receive of it.
 //!
-//! Clients are known by the number in which they came, frames by theirs. Knows targets and
+//! Clients are identified by the order of their connections, frames by their number. Knows targets and
 //! policies. Does not know the engine.
 
 use std::collections::BTreeSet;
@@ -17,11 +17,11 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whom something is for.
+/// The target of a publication.
 #[derive(Debug, Clone)]
 pub(crate) enum Target {
     Everyone,
-    /// By their place in `GROUPS`.
+    /// By their index in `GROUPS`.
     Groups(Vec<usize>),
     Client(usize),
 }
@@ -31,15 +31,15 @@ pub(crate) struct ModelClient {
     /// Which of the two namespaces it is in.
     pub(crate) namespace: usize,
     pub(crate) config: Arc<ConnectionConfig>,
-    /// It is among everyone: the engine has taken it over, and its `on_open` is done.
+    /// It is a member of everyone: the engine has adopted it, and its `on_open` is done.
     pub(crate) has_entered: bool,
     pub(crate) id: Option<ConnectionId>,
     pub(crate) groups: BTreeSet<usize>,
-    /// Frames for it, in the order in which they were accepted.
+    /// Frames that address it, in the order of acceptance.
     pub(crate) expected: Vec<u32>,
     /// How many of them were accepted before its end was commanded.
     pub(crate) closed_at: Option<usize>,
-    /// The same, where the end may come earlier.
+    /// The same, if the end may come earlier.
     pub(crate) may_close_at: Option<usize>,
 }
 
@@ -47,7 +47,7 @@ pub(crate) struct ModelClient {
 pub(crate) struct ModelFrame {
     pub(crate) targets: Vec<usize>,
     pub(crate) receipt: Option<Receipt>,
-    /// The policy of this frame; none where each client's own holds.
+    /// The policy of this frame; none where each client's own applies.
     pub(crate) policy: Option<Policy>,
     /// Its `publish` has returned.
     pub(crate) has_returned: bool,
@@ -57,7 +57,7 @@ pub(crate) struct ModelFrame {
 pub(crate) struct Model {
     pub(crate) clients: Vec<ModelClient>,
     pub(crate) frames: Vec<ModelFrame>,
-    /// What was found to be wrong.
+    /// The faults found so far.
     pub(crate) faults: Vec<String>,
 }
 
@@ -75,7 +75,7 @@ impl Model {
         all.map(|(number, _)| number).filter(|number| !except.contains(number)).collect()
     }
 
-    /// A frame is going to be sent; its number.
+    /// A frame that is about to be sent; returns its number.
     pub(crate) fn new_frame(&mut self, policy: Option<Policy>) -> u32 {
         self.frames.push(ModelFrame { policy, ..ModelFrame::default() });
         (self.frames.len() - 1) as u32
@@ -107,7 +107,7 @@ impl Model {
         }
     }
 
-    /// Its end is on its way, and may come earlier or later than what is accepted now.
+    /// Its close is in flight, and may precede or follow what is accepted now.
     pub(crate) fn may_close(&mut self, client: usize) {
         let client = &mut self.clients[client];
         if client.closed_at.is_none() {
@@ -115,12 +115,12 @@ impl Model {
         }
     }
 
-    /// The policy that a frame is held to on its way to a client.
+    /// The policy that applies to a frame for a client.
     pub(crate) fn policy(&self, number: u32, client: usize) -> Policy {
         self.frames[number as usize].policy.unwrap_or(self.clients[client].config.policy)
     }
 
-    /// How a frame may be lost on its way to a client that lives.
+    /// How a frame may be lost for an open client.
     pub(crate) fn losses(&self, number: u32, client: usize) -> Losses {
         let timeout = match self.policy(number, client) {
             Policy::DropMessage { timeout } | Policy::DropConnection { timeout, .. } => Some(timeout),
@@ -135,7 +135,7 @@ impl Model {
         }
     }
 
-    /// Whether a frame may be lost on its way to a client that lives.
+    /// Whether a frame may be lost for an open client.
     pub(crate) fn may_lose(&self, number: u32, client: usize) -> bool {
         let losses = self.losses(number, client);
         losses.by_timeout || losses.by_overflow
@@ -145,8 +145,8 @@ impl Model {
 /// How a frame may be lost.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Losses {
-    /// It may wait, and then its time is over.
+    /// It may wait, and then expire.
     pub(crate) by_timeout: bool,
-    /// It may not wait, or no more may.
+    /// It may not wait, or the overflow is full.
     pub(crate) by_overflow: bool,
 }

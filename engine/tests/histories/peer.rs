@@ -1,7 +1,7 @@
-//! The peer: the other end of a connection, which does what it is told.
+//! The client side of a connection, which does what the history tells it.
 //!
-//! Speaks its own few lines of RFC 6455 and checks what it hears on the way: whole frames,
-//! nothing behind a Close. Never waits.
+//! Implements its own small part of RFC 6455 and checks its input meanwhile: whole frames, nothing after a
+//! Close. Never waits.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -12,7 +12,7 @@ use shardcast_engine::{Frame, Payload};
 pub(crate) struct Peer {
     pub(crate) stream: Option<UnixStream>,
     unread: Vec<u8>,
-    /// The numbers of the frames that it heard.
+    /// The numbers of the frames that it received.
     pub(crate) heard: Vec<u32>,
     /// Pings that it has not answered.
     pub(crate) pings: Vec<Vec<u8>>,
@@ -21,36 +21,36 @@ pub(crate) struct Peer {
     pub(crate) is_over: bool,
     /// What the kernel has not taken.
     unsent: Vec<u8>,
-    /// Messages, all said before the Close.
+    /// Messages, all sent before the Close.
     pub(crate) said: u32,
-    /// The message of which it has said the first fragment.
+    /// The message of which it has sent the first fragment.
     pub(crate) in_fragments: Option<u32>,
     pub(crate) pings_said: u32,
     pub(crate) has_said_close: bool,
-    /// Frames that were for it when it said Close.
+    /// Frames that addressed it when it sent Close.
     pub(crate) expected_at_close: usize,
-    /// It has broken the protocol, or said too much.
+    /// It has broken the protocol, or sent too much.
     pub(crate) is_faulty: bool,
-    /// Its handler was told to panic.
+    /// It has asked its handler to panic.
     pub(crate) asked_for_panic: bool,
-    /// Its socket has gone or has been shut down.
+    /// Its socket is closed or has been shut down.
     pub(crate) is_broken: bool,
     /// It reads and answers at once.
     pub(crate) is_good: bool,
-    /// What its encoding puts in front of each payload.
+    /// The prefix that its encoding puts in front of each payload.
     prefix_bytes: usize,
 }
 
-/// Encodings put so many bytes in front of each payload.
+/// The lengths of the encodings' prefixes, in bytes.
 pub(crate) const PREFIXES: [usize; 2] = [1, 200];
 const PREFIX: u8 = 0xEE;
 
-/// What makes the frames of an encoding.
+/// Makes the frames of an encoding.
 pub(crate) fn prefixed(bytes: usize) -> impl Fn(&Payload) -> Frame {
     move |payload| Frame::binary(&[&vec![PREFIX; bytes], payload.bytes()].concat())
 }
 
-/// A frame that says its number in every byte.
+/// A frame with its number in every byte.
 pub(crate) fn numbered_frame(number: u32, bytes: usize) -> Payload {
     let mut payload = number.to_be_bytes().to_vec();
     payload.resize(4 + bytes, number as u8);
@@ -98,12 +98,12 @@ impl Peer {
         self.send();
     }
 
-    /// Gives the kernel as much as it takes.
+    /// Passes to the kernel as much as it accepts.
     pub(crate) fn send(&mut self) {
         while !self.unsent.is_empty() && self.send_some(usize::MAX) {}
     }
 
-    /// Gives the kernel at most `max` bytes; whether it took any.
+    /// Passes at most `max` bytes to the kernel; returns whether it accepted any.
     pub(crate) fn send_some(&mut self, max: usize) -> bool {
         let Some(stream) = &mut self.stream else {
             self.unsent.clear();
@@ -173,7 +173,7 @@ impl Peer {
         }
     }
 
-    /// What changes when something happens between it and the engine.
+    /// Changes whenever something happens between it and the engine.
     pub(crate) fn progress(&self) -> (usize, usize, usize, bool) {
         (self.heard.len(), self.unread.len(), self.unsent.len(), self.is_over)
     }
@@ -183,7 +183,7 @@ pub(crate) fn number_in(payload: &[u8]) -> u32 {
     u32::from_be_bytes(payload[..4].try_into().unwrap())
 }
 
-/// The frame that begins at a place: its first byte, its payload, where it ends.
+/// The frame at an offset: its first byte, its payload, its end.
 fn parse(bytes: &[u8], at: usize) -> Option<(u8, &[u8], usize)> {
     let bytes = &bytes[at..];
     let (first_byte, second) = (*bytes.first()?, *bytes.get(1)?);
