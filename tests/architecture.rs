@@ -135,6 +135,7 @@ fn every_file_begins_with_its_door_sign() {
         "tests",
         "benches",
         "benchmarks/src",
+        "testkit/src",
     ];
     let mut found = Vec::new();
     for path in sources(&folders) {
@@ -152,7 +153,7 @@ fn every_file_begins_with_its_door_sign() {
 fn no_file_is_named_after_nothing() {
     const NOTHING: [&str; 9] =
         ["util", "utils", "common", "helper", "helpers", "manager", "misc", "shared", "types"];
-    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src"];
+    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src", "testkit/src"];
     let is_nothing = |path: &PathBuf| {
         let mut names = path.strip_prefix(root()).into_iter().flat_map(Path::components);
         names.any(|part| NOTHING.contains(&part.as_os_str().to_string_lossy().trim_end_matches(".rs")))
@@ -174,7 +175,7 @@ fn an_example_is_built_without_what_the_tests_depend_on() {
 
 #[test]
 fn the_tests_and_files_that_the_documents_name_exist() {
-    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src"];
+    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src", "testkit/src"];
     let all: String = sources(&folders).iter().map(|path| read(path)).collect();
     let mut found = Vec::new();
     for document in

@@ -5,19 +5,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
-use fixture::{Client, Peer, Received, Rig, Task, at_once, block_on, client_frame, new_connection};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, ConnectionId, Engine, EngineConfig, FrameError,
     MessageKind, Namespace, Payload, Policy, Publication, PublishError, Socket, TryPublishError,
 };
+use testkit::client::new_connection;
+use testkit::frames::client_frame;
+use testkit::{Client, RawClient, Received, Rig, Task, at_once, block_on};
 
 const EVERYONE: Address = Address::Everyone;
 
@@ -43,7 +43,7 @@ fn threaded(shards: usize) -> (Engine, Namespace, Arc<ConnectionConfig>) {
 }
 
 /// A client of an engine that has threads, and its id.
-fn enter(engine: &Engine, everyone: &Namespace, config: &Arc<ConnectionConfig>) -> (Peer, ConnectionId) {
+fn enter(engine: &Engine, everyone: &Namespace, config: &Arc<ConnectionConfig>) -> (RawClient, ConnectionId) {
     let (new_connection, client) = new_connection(engine, config, 1 << 16);
     block_on(everyone.adopt(new_connection)).unwrap();
     let Client { mut peer, record } = client;
@@ -70,7 +70,7 @@ fn all_connections_see_one_order() {
     let (engine, everyone, config) = threaded(3);
     let peers: Vec<_> = (0..9).map(|_| enter(&engine, &everyone, &config).0).collect();
     std::thread::scope(|scope| {
-        let stay = |mut peer: Peer| {
+        let stay = |mut peer: RawClient| {
             let mut order = peer.wait_data_until(|text| text == "end");
             order.retain(|text| !text.starts_with("hello"));
             order
@@ -758,7 +758,7 @@ fn a_flooding_peer_is_read_no_more_in_one_turn_than_its_share() {
 fn who_comes_in_the_place_of_one_that_has_gone_is_heard_out_though_it_has_gone_as_well() {
     let mut rig = Rig::new(1);
     drop(rig.connect().peer);
-    let (new_connection, mut second) = fixture::new_connection(&rig.engine, &rig.config, 4096);
+    let (new_connection, mut second) = testkit::client::new_connection(&rig.engine, &rig.config, 4096);
     at_once(rig.everyone.adopt(new_connection)).unwrap();
     second.peer.text("last words");
     second.peer.close(1000);
@@ -981,7 +981,7 @@ fn ends() -> Vec<End> {
 }
 
 /// Answers the pings that have come; fails if anything else but the end has.
-fn answer_pings(peer: &mut Peer) {
+fn answer_pings(peer: &mut RawClient) {
     for received in peer.receive() {
         match received {
             Received::Ping(nonce) => peer.send_frame(0x8A, &nonce),

@@ -9,9 +9,10 @@ use std::task::{Poll, Waker};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, Context, DropNotice, Handler, Message, Namespace, Policy, Publication,
 };
+use testkit::lock;
 
 use super::ON_PURPOSE;
-use super::model::{GROUPS, Model, Shared, Target, lock};
+use super::model::{GROUPS, Model, Shared, Target};
 use super::peer::{number_in, numbered_frame};
 
 /// What a message asks of its handler.

@@ -34,7 +34,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use history::History;
-use model::lock;
+use testkit::lock;
 
 /// What a handler panics with on purpose.
 const ON_PURPOSE: &str = "as it was told";
