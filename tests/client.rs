@@ -945,21 +945,11 @@ async fn after_any_end_the_client_can_connect_again_and_its_senders_with_it() {
 #[cfg(feature = "client-tls")]
 #[tokio::test]
 async fn a_server_with_a_private_certificate_is_reached_over_tls_and_only_by_who_knows_it() {
-    use tokio_rustls::{TlsAcceptor, rustls};
-
-    let ring = || Arc::new(rustls::crypto::ring::default_provider());
-    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-    let config = rustls::ServerConfig::builder_with_provider(ring())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![made.cert.der().clone()], key)
-        .unwrap();
+    let tls = testkit_hub::tls::TlsPair::new(&[]);
+    let acceptor = tls.acceptor();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("wss://localhost:{}/ws", listener.local_addr().unwrap().port());
     let server = tokio::spawn(async move {
-        let acceptor = TlsAcceptor::from(Arc::new(config));
         let (socket, _) = listener.accept().await.unwrap();
         assert!(acceptor.accept(socket).await.is_err(), "a client that does not trust us");
         let (socket, _) = listener.accept().await.unwrap();
@@ -973,14 +963,7 @@ async fn a_server_with_a_private_certificate_is_reached_over_tls_and_only_by_who
     let error = builder().build().connect().await.unwrap_err();
     assert!(matches!(error, ClientError::Handshake(_)), "{error:?}");
 
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(made.cert.der().clone()).unwrap();
-    let trusting = rustls::ClientConfig::builder_with_provider(ring())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let mut client = builder().with_tls_config(Arc::new(trusting)).build();
+    let mut client = builder().with_tls_config(tls.client).build();
     client.connect().await.unwrap();
     client.send(said(1)).unwrap();
     assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));

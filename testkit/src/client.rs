@@ -7,7 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use shardcast_engine::{ConnectionConfig, ConnectionId, Encoding, Engine, MakeHandler, NewConnection};
+use shardcast_engine::{
+    ConnectionConfig, ConnectionId, Encoding, Engine, MakeHandler, NewConnection, Socket,
+};
 
 use crate::handler::{Record, Recorder};
 use crate::raw_client::RawClient;
@@ -68,15 +70,24 @@ pub fn new_connection_with(
 ) -> (NewConnection, RawClient) {
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     socket2::SockRef::from(&ours).set_send_buffer_size(send_buffer).expect("a buffer");
-    let new_connection = NewConnection {
-        socket: ours.into(),
+    (connection_on(ours.into(), engine, config, handler), RawClient::new(theirs))
+}
+
+/// A connection on any socket.
+pub(crate) fn connection_on(
+    socket: Socket,
+    engine: &Engine,
+    config: &Arc<ConnectionConfig>,
+    handler: MakeHandler,
+) -> NewConnection {
+    NewConnection {
+        socket,
         received: Bytes::new(),
         handler,
         config: config.clone(),
         encoding: Encoding::PLAIN,
         permit: engine.admit(None).expect("a permit"),
-    };
-    (new_connection, RawClient::new(theirs))
+    }
 }
 
 /// A connection over TCP, whose handler records its calls.

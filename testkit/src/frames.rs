@@ -5,8 +5,6 @@
 
 /// First byte: the last frame of its message.
 pub const FIN: u8 = 0x80;
-/// Opcode: a further fragment of a message.
-pub const CONTINUATION: u8 = 0x0;
 /// Opcode: a text message.
 pub const TEXT: u8 = 0x1;
 /// Opcode: a binary message.

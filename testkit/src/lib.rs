@@ -1,36 +1,21 @@
-//! What the tests and benches of shardcast share.
+//! What the tests and benches of the engine share, and those of hubs as far as they need no hub.
 //!
-//! Not published. Each part is behind a feature, so that the engine's tests are built without Axum, tokio and rustls.
-//! Independent of the engine's frame code ([`frames`]), since it judges that code. Panics where a test must fail. What no
-//! test uses does not stay here.
-//!
-//! | feature | parts |
-//! |---|---|
-//! | none | [`frames`], [`raw_client`], [`task`], [`time`] |
-//! | `engine` | `rig`, `client`, `handler`, `sender`, `audience` |
-//! | `audit` | `engine`, with shards that sleep and are woken |
-//! | `hub` | `hub` |
-//! | `tls` | `tls` |
+//! Not published. Independent of the engine's frame code ([`frames`]), because it judges that code. Does not know hubs,
+//! Axum or an async runtime: what needs them is in `testkit-hub`, so that the engine's tests are built without them.
+//! Panics where a test must fail. What no test uses does not stay here.
 
+pub mod client;
 pub mod frames;
+pub mod handler;
 pub mod raw_client;
+pub mod rig;
+pub mod sender;
+pub mod sinks;
 pub mod task;
 pub mod time;
 
-#[cfg(feature = "engine")]
-pub mod client;
-#[cfg(feature = "engine")]
-pub mod handler;
-#[cfg(feature = "engine")]
-pub mod rig;
-#[cfg(feature = "engine")]
-pub mod sender;
-
-#[cfg(feature = "engine")]
 pub use client::Client;
 pub use raw_client::{RawClient, Received};
-#[cfg(feature = "engine")]
 pub use rig::Rig;
-#[cfg(feature = "engine")]
 pub use sender::Sender;
 pub use task::{Task, at_once, block_on, lock};
