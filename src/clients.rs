@@ -9,9 +9,11 @@
 use std::any::TypeId;
 use std::borrow::Cow;
 use std::marker::PhantomData;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll};
 
 use shardcast_engine::{
     Address, CloseCode, ConfigError, ConnectionId, ConnectionMetrics, Delivery, GroupMetrics,
@@ -429,22 +431,46 @@ impl<'a, M> Target<'a, M> {
         &self,
         payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
-        let (namespace, publication) =
-            (&self.clients.inner.namespace, payload.map(|it| self.publication(it)));
-        async move { Ok(namespace.publish(publication?).await?) }
+        let namespace = &self.clients.inner.namespace;
+        Publishing::new(payload.map(|payload| namespace.publish(self.publication(payload))))
     }
 
     fn deliver_encoded(
         &self,
         payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
-        let (namespace, publication) =
-            (&self.clients.inner.namespace, payload.map(|it| self.publication(it)));
-        async move { Ok(namespace.deliver(publication?).await?) }
+        let namespace = &self.clients.inner.namespace;
+        Publishing::new(payload.map(|payload| namespace.deliver(self.publication(payload))))
     }
 
     fn publication(&self, payload: Payload) -> Publication {
         Publication::message(&self.to, payload).except(self.except).with_delivery(self.delivery)
+    }
+}
+
+/// A message on its way, or the error of its codec. Written by hand, because a hub's method is as large as the futures that it
+/// awaits.
+enum Publishing<F> {
+    Failed(Option<CodecError>),
+    Submitted(F),
+}
+
+impl<F> Publishing<F> {
+    fn new(submitted: Result<F, CodecError>) -> Self {
+        submitted.map_or_else(|error| Self::Failed(Some(error)), Self::Submitted)
+    }
+}
+
+impl<T, F: Future<Output = Result<T, EngineError>> + Unpin> Future for Publishing<F> {
+    type Output = Result<T, PublishError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut *self {
+            Self::Submitted(submitted) => Pin::new(submitted).poll(context).map_err(PublishError::from),
+            Self::Failed(error) => {
+                Poll::Ready(Err(error.take().expect("it is not polled after it was ready").into()))
+            }
+        }
     }
 }
 

@@ -313,14 +313,14 @@ impl<H: WsHub> Hub<H> {
         runtime: Option<runtime::Id>,
         config: Arc<ConnectionConfig>,
     ) -> Result<Self, ConfigError> {
-        config.validate()?;
+        engine.check(&config)?;
         let clients = Clients::new::<H::Codec>(engine.namespace_named(std::any::type_name::<H>()));
         Ok(Self { engine, runtime, clients, config })
     }
 
     /// The same clients, with these settings for connections to come.
     pub(crate) fn with_config(&self, config: Arc<ConnectionConfig>) -> Result<Self, ConfigError> {
-        config.validate()?;
+        self.engine.check(&config)?;
         Ok(Self { config, ..self.clone() })
     }
 

@@ -13,6 +13,18 @@ use std::path::{Path, PathBuf};
 const CRATES: [(&str, &str); 2] =
     [("engine/src", "### engine/src, from the ground up"), ("src", "### src, on top of it")];
 
+/// What is written for people. The guide is the documentation of the crate `shardcast`, too.
+const DOCUMENTS: [&str; 8] = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/GUARANTEES.md",
+    "engine/README.md",
+    "src/guide.md",
+];
+
 /// Module → its rank. A module imports only modules of a lower rank.
 type Ranks = BTreeMap<String, usize>;
 
@@ -45,7 +57,7 @@ fn the_code_map_lists_every_module_and_file() {
 }
 
 #[test]
-fn the_engine_does_not_say_the_words_of_the_face() {
+fn the_engine_does_not_say_the_words_of_the_crate_above_it() {
     const NEVER: [&str; 5] = ["axum", "hub", "hubs", "json", "tokio"];
     // In prose these may stand, for instance to say that the engine does not know them.
     const NOT_AS_CODE: [&str; 5] = ["codec", "http", "hyper", "postcard", "futures"];
@@ -68,6 +80,26 @@ fn the_engine_does_not_say_the_words_of_the_face() {
                 .map(|word| format!("{manifest} depends on something with `{word}` in its name")),
         );
     }
+    assert_none(&found);
+}
+
+#[test]
+fn no_name_is_a_metaphor_that_needs_a_glossary() {
+    // The field has words for these; CONTRIBUTING.md's glossary lists them.
+    const NEVER: [&str; 18] = [
+        "bout", "clerk", "crowd", "deaf", "desk", "entrance", "entrant", "face", "gulp", "ledger",
+        "newcomer", "office", "parcel", "patience", "sip", "tenant", "vanished", "workshop",
+    ];
+    let folders =
+        ["engine/src", "engine/examples", "engine/tests", "src", "examples", "tests", "benches", "testkit"];
+    let mut found = Vec::new();
+    for path in sources(&folders) {
+        let code = code_of(&read(&path));
+        found.extend(
+            words(&code).filter(|word| NEVER.contains(&word.as_str())).map(|word| says(&path, &word)),
+        );
+    }
+    found.dedup();
     assert_none(&found);
 }
 
@@ -142,7 +174,7 @@ fn every_file_begins_with_its_door_sign() {
     let mut found = Vec::new();
     for path in sources(&folders) {
         let text = read(&path);
-        // The face's sign is its guide.
+        // The crate documentation is its guide.
         let sign = if name(&path) == "src/lib.rs" { "#![doc = include_str!(" } else { "//! " };
         if !text.starts_with(sign) {
             found.push(format!("{} does not begin with `{sign}`", name(&path)));
@@ -167,9 +199,9 @@ fn no_file_is_named_after_nothing() {
 
 #[test]
 fn an_example_is_built_without_what_the_tests_depend_on() {
-    let (face, examples) = (read(&root().join("Cargo.toml")), read(&root().join("examples/Cargo.toml")));
+    let (manifest, examples) = (read(&root().join("Cargo.toml")), read(&root().join("examples/Cargo.toml")));
     assert!(
-        face.contains("autoexamples = false") && !face.contains("[[example]]"),
+        manifest.contains("autoexamples = false") && !manifest.contains("[[example]]"),
         "it has dev-dependencies"
     );
     assert!(!examples.contains("dev-dependencies"), "every example is compiled with them");
@@ -180,13 +212,13 @@ fn the_tests_and_files_that_the_documents_name_exist() {
     let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src", "testkit"];
     let all: String = sources(&folders).iter().map(|path| read(path)).collect();
     let mut found = Vec::new();
-    for document in
-        ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "engine/README.md"]
-    {
+    for document in DOCUMENTS {
         let text = read(&root().join(document));
         for name in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)) {
-            let is_path = name.contains('/') && name.ends_with(".rs") && !name.contains(' ');
-            if is_path && !root().join(name).exists() {
+            let is_source = name.contains('/') && name.ends_with(".rs") && !name.contains(' ');
+            let is_script = name.starts_with("ci/") || name.starts_with(".ci/");
+            let path = name.split(' ').next().unwrap_or_default();
+            if (is_source || is_script) && !root().join(path).exists() {
                 found.push(format!("{document} names the file `{name}`, which is not there"));
             }
             let is_test = name.matches('_').count() >= 4
@@ -195,6 +227,69 @@ fn the_tests_and_files_that_the_documents_name_exist() {
                 found.push(format!("{document} names the test `{name}`, which is not there"));
             }
         }
+    }
+    assert_none(&found);
+}
+
+#[test]
+fn links_between_the_documents_lead_to_files_and_headings_that_exist() {
+    let mut found = Vec::new();
+    for document in DOCUMENTS {
+        let path = root().join(document);
+        let folder = path.parent().expect("a document is in a folder");
+        let text = prose_of(&read(&path));
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let (file, heading) =
+                target.split_once('#').map_or((target, None), |(file, id)| (file, Some(id)));
+            // Other servers are not asked, and rustdoc checks its own links.
+            if target.contains("://")
+                || (!file.is_empty() && !file.contains(['/', '.']))
+                || file.contains("::")
+            {
+                continue;
+            }
+            let other = if file.is_empty() { path.clone() } else { folder.join(file) };
+            let leads_somewhere = other.exists()
+                && heading.is_none_or(|heading| headings(&read(&other)).iter().any(|id| id == heading));
+            if !leads_somewhere {
+                found.push(format!("{document} links to `{target}`, which does not exist"));
+            }
+        }
+    }
+    let guide = headings(&read(&root().join("src/guide.md")));
+    for path in sources(&["src"]) {
+        for rest in read(&path).split("(crate#").skip(1) {
+            let heading = rest.split(')').next().unwrap_or_default();
+            if !guide.iter().any(|id| id == heading) {
+                found.push(format!("{} links to `{heading}`, which the guide does not have", name(&path)));
+            }
+        }
+    }
+    assert_none(&found);
+}
+
+#[test]
+fn the_documents_use_the_words_of_the_field() {
+    // "connected", "disconnected", "slow", "must" and "`shardcast`" are the words instead.
+    const NEVER: [&str; 10] = [
+        "the face",
+        "crowd",
+        "guest",
+        "newcomer",
+        "who is behind",
+        "has come",
+        "has gone",
+        "have gone",
+        "is to be",
+        "are to be",
+    ];
+    let mut found = Vec::new();
+    for document in DOCUMENTS {
+        // Not in what is quoted as code.
+        let text = prose_of(&read(&root().join(document))).replace('\n', " ");
+        let prose: String = text.split('`').step_by(2).collect::<Vec<_>>().join("`").to_lowercase();
+        let said = NEVER.iter().filter(|words| prose.contains(*words));
+        found.extend(said.map(|words| says(&root().join(document), words)));
     }
     assert_none(&found);
 }
@@ -237,6 +332,13 @@ fn an_import_upwards_is_found_in_every_spelling() {
     ] {
         assert!(find("middle", text).is_empty(), "{text}");
     }
+}
+
+#[test]
+fn a_heading_is_found_by_the_link_to_it_and_not_in_code() {
+    let text = "# The end\n```\n# hidden\n```\n## TLS and HTTP/2\n`#no`\n### 1. Total order, `Block`\n";
+    assert_eq!(headings(text), ["the-end", "tls-and-http2", "1-total-order-block"]);
+    assert!(!prose_of(text).contains("hidden"));
 }
 
 #[test]
@@ -303,6 +405,32 @@ fn sources(folders: &[&str]) -> Vec<PathBuf> {
     found.sort();
     assert!(!found.is_empty(), "no sources in {folders:?}");
     found
+}
+
+/// A document without its blocks of code.
+fn prose_of(document: &str) -> String {
+    let mut is_code = false;
+    let mut prose = String::new();
+    for line in document.lines() {
+        let is_fence = line.trim_start().starts_with("```");
+        is_code ^= is_fence;
+        if !is_code && !is_fence {
+            prose.push_str(line);
+            prose.push('\n');
+        }
+    }
+    prose
+}
+
+/// What a link to each heading of a document has behind its `#`.
+fn headings(document: &str) -> Vec<String> {
+    let prose = prose_of(document);
+    let titles = prose.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_matches(['#', ' ']));
+    let kept = |letter: char| match letter {
+        ' ' => Some('-'),
+        _ => (letter.is_alphanumeric() || "-_".contains(letter)).then_some(letter),
+    };
+    titles.map(|title| title.to_lowercase().chars().filter_map(kept).collect()).collect()
 }
 
 /// The part of a document from a heading to the next.

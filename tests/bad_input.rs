@@ -9,8 +9,8 @@ use axum::extract::State;
 use axum::routing::any;
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BinaryCodec, CloseReason, Decode, DisconnectRequest, Encode, Engine, Hub, HubContext, JsonCodec, Metrics,
-    WebSocketUpgrade, WsHub, WsHubConfig,
+    BinaryCodec, CloseReason, Decode, DisconnectRequest, Encode, Engine, EngineConfig, Hub, HubContext,
+    JsonCodec, Metrics, WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use testkit::frames::{BINARY, CLOSE, FIN, PING, TEXT, client_frame};
 use testkit_hub::{Client, RawClient, Server, engine, eventually, within_timeout};
@@ -228,7 +228,7 @@ async fn what_comes_behind_the_offence_is_not_handled() {
 }
 
 #[tokio::test]
-async fn a_stream_that_ends_within_a_frame_is_a_peer_that_vanished() {
+async fn a_stream_that_ends_within_a_frame_is_a_peer_that_disconnected() {
     let mut scene = Scene::json().await;
     for cut in [1, 3, 7] {
         let mut wrongdoer = scene.wrongdoer().await;
@@ -308,4 +308,15 @@ fn an_impossible_config_is_refused_with_the_fields_name_and_range() {
             "{text}"
         );
     }
+}
+
+#[test]
+fn a_message_longer_than_the_engine_keeps_is_refused_where_the_hub_is_made() {
+    let config = EngineConfig { unfinished_bytes_max: 1 << 20, shards: Some(1), ..EngineConfig::default() };
+    let engine = Engine::start(config).unwrap();
+    let longer = WsHubConfig { max_message_bytes: (1 << 20) + 1, ..WsHubConfig::default() };
+    let error = engine.hub::<Notes<JsonCodec>>(longer).unwrap_err();
+    assert_eq!(error.to_string(), "`max_message_bytes` is 1048577, but must be from 1 to 1048576");
+    let longest = WsHubConfig { max_message_bytes: 1 << 20, ..WsHubConfig::default() };
+    assert!(engine.hub::<Notes<JsonCodec>>(longest).is_ok());
 }

@@ -30,7 +30,7 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 /// How long a step may take on a busy machine before it counts as never.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL_EVERY: Duration = Duration::from_millis(25);
 
 // What the page shows, as scripts that return it.
@@ -181,7 +181,7 @@ async fn a_tab_whose_connection_was_cut_comes_back_as_itself_and_nobody_is_told(
 
     // The server has ended the old connection, and even that tells nobody anything.
     let ended = tokio::time::timeout(
-        PATIENCE,
+        TEST_TIMEOUT,
         line.a_ghost_hears(
             |bytes| matches!(bytes, [0x88, _, high, low] if u16::from_be_bytes([*high, *low]) == 4001),
         ),
@@ -358,7 +358,7 @@ async fn sigterm_ends_the_chat_with_a_close_frame_although_a_request_is_half_sen
     assert!(told.success());
     assert_eq!(ada.end().await, (1001, String::new()));
     let ended =
-        tokio::time::timeout(PATIENCE, server.process.wait()).await.expect("it does not wait for ever");
+        tokio::time::timeout(TEST_TIMEOUT, server.process.wait()).await.expect("it does not wait for ever");
     assert!(ended.expect("it was started").success());
     drop(half);
 }
@@ -380,7 +380,7 @@ impl Raw {
 
     async fn message(&mut self) -> Message {
         loop {
-            let message = tokio::time::timeout(PATIENCE, self.0.next()).await.expect("it has to come");
+            let message = tokio::time::timeout(TEST_TIMEOUT, self.0.next()).await.expect("it has to come");
             let message = message.expect("the connection goes on").expect("and breaks no rule");
             if !message.is_ping() {
                 return message;
@@ -515,7 +515,7 @@ impl Server {
 async fn first_line_after(process: &mut Child, prefix: &str) -> (String, Lines<BufReader<ChildStdout>>) {
     let stdout = process.stdout.take().expect("its output is piped");
     let mut lines = BufReader::new(stdout).lines();
-    let found = tokio::time::timeout(PATIENCE, async {
+    let found = tokio::time::timeout(TEST_TIMEOUT, async {
         while let Some(line) = lines.next_line().await.expect("its output is text") {
             if let Some((_, rest)) = line.split_once(prefix) {
                 return rest.trim().to_owned();
@@ -523,7 +523,7 @@ async fn first_line_after(process: &mut Child, prefix: &str) -> (String, Lines<B
         }
         panic!("it ended without saying {prefix:?}");
     });
-    let found = found.await.unwrap_or_else(|_| panic!("it did not say {prefix:?} within {PATIENCE:?}"));
+    let found = found.await.unwrap_or_else(|_| panic!("it did not say {prefix:?} within {TEST_TIMEOUT:?}"));
     // The lines are kept with the process: with its pipe closed it would die of its next line.
     (found, lines)
 }
@@ -649,7 +649,7 @@ impl Tab<'_> {
     /// Waits until `script` returns `expected`.
     async fn shows(&self, script: &str, expected: Value) {
         self.look().await;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TEST_TIMEOUT;
         loop {
             let shown = self.client.execute(script, Vec::new()).await.expect("the script runs");
             if shown == expected {

@@ -22,7 +22,7 @@ use testkit::sender::DROP_AT_ONCE;
 use testkit::time::{DAY, ms};
 use testkit_hub::recording_hub::{number_of, numbered};
 use testkit_hub::{
-    Client, HubFixture, OnRuntime, PATIENCE, RawClient, Server, command_app, connect, engine, eventually,
+    Client, HubFixture, OnRuntime, RawClient, Server, TEST_TIMEOUT, command_app, connect, engine, eventually,
     within_timeout,
 };
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -385,7 +385,7 @@ async fn pongs_that_answer_nothing_keep_no_peer_alive() {
         for payload in [&nonce[..], b"", &[0; 8], &[0xff; 8], &nonce[..7]] {
             let _ = liar.stream.try_write(&client_frame(FIN | PONG, payload)); // its end may have come
         }
-        assert!(began.elapsed() < PATIENCE, "it lives on lies");
+        assert!(began.elapsed() < TEST_TIMEOUT, "it lives on lies");
         tokio::time::sleep(ms(50)).await;
     }
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));

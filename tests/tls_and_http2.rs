@@ -283,7 +283,7 @@ async fn a_tls_client_that_has_got_everything_and_its_close_is_reported_as_flush
         readers.push(tokio::spawn(server.connect().await.0.rest()));
     }
     hub.to_all().publish(&"last words".to_owned()).await.unwrap();
-    let shutdown = Shutdown { close_window: Duration::ZERO, ..Shutdown::within(testkit_hub::PATIENCE) };
+    let shutdown = Shutdown { close_window: Duration::ZERO, ..Shutdown::within(testkit_hub::TEST_TIMEOUT) };
     let report = within_timeout(engine.shutdown_with(shutdown)).await.unwrap();
     assert_eq!((report.flushed, report.cut_off), (3, 0));
     for reader in readers {

@@ -1,8 +1,7 @@
 //! Which core a process runs on.
 //!
-//! A thread that pins itself before it starts others or processes passes the mask on to them, so one call pins the
-//! whole process where the main thread makes it first. On Linux only; elsewhere there are no cores to choose from.
-//! Knows nothing of what runs there.
+//! Threads and processes inherit the mask of the thread that starts them, so one call by the main thread at its start
+//! pins the whole process. On Linux only; elsewhere there are no cores to choose from.
 
 #[cfg(target_os = "linux")]
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -14,7 +13,7 @@ pub(crate) enum PinError {
     Refused(usize),
 }
 
-/// Pins the calling thread, and every thread it starts later, to `cpu`; `None` leaves it free.
+/// Pins the calling thread, and every thread that it starts later, to `cpu`; `None` does nothing.
 pub(crate) fn pin(cpu: Option<usize>) -> Result<(), PinError> {
     match cpu {
         Some(cpu) if !set(cpu) => Err(PinError::Refused(cpu)),
@@ -39,17 +38,17 @@ fn set(_: usize) -> bool {
 
 /// The cores that this process may use.
 #[cfg(target_os = "linux")]
-pub(crate) fn all() -> Vec<usize> {
+fn all() -> Vec<usize> {
     let allowed = sched_getaffinity(None).unwrap_or_default();
     (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect()
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn all() -> Vec<usize> {
+fn all() -> Vec<usize> {
     Vec::new()
 }
 
-/// One core for the server and another for the client, when this process may use two.
+/// One core for the server and another for the client; `None` when this process may use only one.
 pub(crate) fn server_and_client() -> Option<(usize, usize)> {
     let cores = all();
     let (first, last) = (*cores.first()?, *cores.last()?);

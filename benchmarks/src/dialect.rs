@@ -1,14 +1,13 @@
-//! The dialect of a server: what its protocol wraps around a message, and what it says besides.
+//! The protocol on top of WebSocket: how it wraps a message, and which other messages it has.
 //!
-//! Plain servers have nothing of the kind. Socket.IO (protocol 5 over Engine.IO 4, WebSocket only) opens a namespace
-//! with a packet of the client's and one of the server's, puts events into an array, and sends pings as messages. The
-//! packet that opens goes out together with the request of the handshake: the server reads it after its 101. A
-//! dialect is known by the URL, so that nobody passes it on; its packets are known by their exact form, so that a
-//! plain server's message without a number stays a fault. Does not know sockets, or what a message is about.
+//! Plain servers have none. Socket.IO (protocol 5 over Engine.IO 4, WebSocket only) opens a namespace with a packet from
+//! the client and one from the server, puts events into an array, and sends pings as messages. The opening packet is
+//! sent together with the handshake request; the server reads it after its 101. The URL selects the dialect. Packets
+//! without a number are accepted only in the exact form of the protocol, so that a plain server's message without a
+//! number remains a fault. Does not know sockets, or what a message means.
 
 use crate::message;
 
-/// How a server is spoken to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Dialect {
     Plain,
@@ -21,7 +20,7 @@ impl Dialect {
         if contains(url.as_ref(), b"EIO=4") { Self::SocketIo } else { Self::Plain }
     }
 
-    /// What the client says first.
+    /// What the client sends first.
     pub(crate) fn opening(self) -> Option<&'static str> {
         match self {
             Self::Plain => None,
@@ -29,8 +28,8 @@ impl Dialect {
         }
     }
 
-    /// Whether the server has said all that it says before messages may come to it. A server does not mask, so its
-    /// packets stand in what came from it as they are.
+    /// Whether the server has sent what it must before it accepts messages. A server does not mask, so its packets can be
+    /// searched for in the received bytes.
     pub(crate) fn is_open(self, received: &[u8]) -> bool {
         match self {
             Self::Plain => true,
@@ -38,7 +37,7 @@ impl Dialect {
         }
     }
 
-    /// What stands before and after the JSON of a message.
+    /// What precedes and follows the JSON of a message.
     pub(crate) fn envelope(self) -> (&'static str, &'static str) {
         match self {
             Self::Plain => ("", ""),
@@ -50,9 +49,9 @@ impl Dialect {
 const ENGINE_OPEN: &[u8] = br#"0{"sid":""#;
 const NAMESPACE_OPEN: &[u8] = br#"40{"sid":""#;
 
-/// Follows a message that has no number, appending an answer to what is to be sent; false when no dialect knows it.
+/// Handles a message without a number and appends the answer to `outgoing`, if any; false when it is in no protocol.
 #[cold]
-pub(crate) fn follow(message: &[u8], outgoing: &mut Vec<u8>) -> bool {
+pub(crate) fn handle_control(message: &[u8], outgoing: &mut Vec<u8>) -> bool {
     match message {
         b"2" => {
             message::write_text(outgoing, "3");
@@ -71,13 +70,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dialect_is_known_by_its_url() {
+    fn the_url_selects_the_dialect() {
         assert_eq!(Dialect::of("ws://127.0.0.1:1/ws?EIO=4&transport=websocket"), Dialect::SocketIo);
         assert_eq!(Dialect::of("/ws"), Dialect::Plain);
     }
 
     #[test]
-    fn a_namespace_is_open_when_the_server_has_said_so() {
+    fn a_namespace_is_open_after_the_servers_packet() {
         let engine = b"\x81\x10" as &[u8];
         let received = [engine, br#"0{"sid":"a"}"#].concat();
         assert!(!Dialect::SocketIo.is_open(&received) && Dialect::Plain.is_open(&received));
@@ -86,18 +85,18 @@ mod tests {
 
     #[test]
     fn only_packets_of_the_protocol_may_lack_a_number_and_a_ping_is_answered() {
-        let followed = |message: &[u8]| {
+        let handled = |message: &[u8]| {
             let mut outgoing = Vec::new();
-            (follow(message, &mut outgoing), outgoing)
+            (handle_control(message, &mut outgoing), outgoing)
         };
         let mut pong = Vec::new();
         message::write_text(&mut pong, "3");
-        assert_eq!(followed(b"2"), (true, pong));
+        assert_eq!(handled(b"2"), (true, pong));
         for opened in [br#"0{"sid":"a","upgrades":[]}"# as &[u8], br#"40{"sid":"a"}"#] {
-            assert_eq!(followed(opened), (true, Vec::new()));
+            assert_eq!(handled(opened), (true, Vec::new()));
         }
-        for stranger in [&b"3"[..], b"", b"22", br#"44{"message":"no"}"#, br#"{"p":""}"#, b"41"] {
-            assert_eq!(followed(stranger), (false, Vec::new()));
+        for other in [&b"3"[..], b"", b"22", br#"44{"message":"no"}"#, br#"{"p":""}"#, b"41"] {
+            assert_eq!(handled(other), (false, Vec::new()));
         }
     }
 }

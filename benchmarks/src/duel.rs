@@ -1,26 +1,26 @@
-//! The duel: several servers or builds in turn for some milliseconds each, and what the others cost beside the first.
+//! `duel`: an A/B comparison of servers or builds that take turns of some milliseconds, in CPU per delivery.
 //!
-//! For tuning: what a change brings is mostly less than what runs behind each other differ by. Knows CPU per delivery and
-//! nothing else; what users feel, `compare` says.
+//! For tuning: most changes gain less than consecutive runs differ by. Measures nothing else; `compare` measures what
+//! users notice.
 
 use std::{fmt, path::PathBuf, time::Duration};
 
 use crate::{
     load::Mode,
     statistic::{counted, median},
-    trial::{Contender, Entrant, Load, TrialError, Tried, Turns, Workshop, WorkshopError},
+    trial::{Harness, HarnessError, Load, Program, Subject, TrialError, TrialResult, Turns},
 };
 
 /// Rounds that are run and not counted.
 const WARMUP_ROUNDS: usize = 5;
 
-/// What the duel is told.
+/// The command line of `duel`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Which servers; the others are set against the first.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Contender::Floor, Contender::Shardcast])]
-    servers: Vec<Contender>,
-    /// Another build of shardcast's example `fanout`; may be said several times.
+    /// Which servers; the others are compared with the first.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Subject::Floor, Subject::Shardcast])]
+    servers: Vec<Subject>,
+    /// Another build of shardcast's example `fanout`; may be repeated.
     #[arg(long)]
     build: Vec<PathBuf>,
     /// `echo` or `fanout`.
@@ -35,13 +35,13 @@ pub(crate) struct Options {
     /// Bytes of a whole JSON message.
     #[arg(long, default_value_t = 64)]
     payload: usize,
-    /// How many times everybody has a turn.
+    /// How many turns each server has.
     #[arg(long, default_value_t = 200)]
     rounds: usize,
     /// How long a turn is, in milliseconds.
     #[arg(long, default_value_t = 20)]
     slice_millis: u64,
-    /// Take shardcast's example as it was built last.
+    /// Use shardcast's example as it was built last.
     #[arg(long)]
     no_build: bool,
     /// Leave servers and client to the scheduler instead of giving each side a core.
@@ -52,23 +52,23 @@ pub(crate) struct Options {
 /// Why there is no duel.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DuelError {
-    #[error("a duel is about messages: --mode echo or --mode fanout")]
+    #[error("a duel needs messages: pass --mode echo or --mode fanout")]
     Mode,
     #[error("rounds and slice-millis must be at least 1")]
     Extent,
     #[error(transparent)]
-    Workshop(#[from] WorkshopError),
+    Harness(#[from] HarnessError),
     #[error("{name} has no result")]
     Trial { name: String, source: TrialError },
 }
 
-/// What is told of a side.
+/// The result of one server or build.
 #[derive(Debug)]
 struct Score {
     name: String,
     /// Microseconds of CPU per delivery: the median.
     cost: f64,
-    /// Of the same round's cost of the first side: the median, and its quartiles.
+    /// Relative to the cost of the first in the same round: the median and the quartiles.
     ratio: f64,
     quartiles: (f64, f64),
 }
@@ -76,22 +76,22 @@ struct Score {
 /// Runs the duel and prints it; false when a promise of delivery was broken.
 pub(crate) fn run(options: &Options) -> Result<bool, DuelError> {
     let load = options.load()?;
-    let workshop = Workshop::find(options.no_pin)?;
+    let harness = Harness::find(options.no_pin)?;
     if !options.no_build {
-        workshop.build(&options.servers)?;
+        harness.build(&options.servers)?;
     }
-    let builds = options.build.iter().cloned().map(Entrant::Build);
-    let entrants: Vec<_> = options.servers.iter().copied().map(Entrant::Server).chain(builds).collect();
+    let builds = options.build.iter().cloned().map(Program::Build);
+    let programs: Vec<_> = options.servers.iter().copied().map(Program::Subject).chain(builds).collect();
     let turns = Turns {
         slice: Duration::from_millis(options.slice_millis),
         warmup: WARMUP_ROUNDS,
         measured: options.rounds,
     };
-    let tried = entrants.iter().zip(workshop.run_together(&entrants, &load, turns));
-    let tried: Vec<(String, Tried)> = tried
-        .map(|(entrant, tried)| match tried {
-            Ok(tried) => Ok((entrant.to_string(), tried)),
-            Err(source) => Err(DuelError::Trial { name: entrant.to_string(), source }),
+    let results = programs.iter().zip(harness.run_in_turns(&programs, &load, turns));
+    let results: Vec<(String, TrialResult)> = results
+        .map(|(program, result)| match result {
+            Ok(result) => Ok((program.to_string(), result)),
+            Err(source) => Err(DuelError::Trial { name: program.to_string(), source }),
         })
         .collect::<Result<_, _>>()?;
     println!(
@@ -100,22 +100,22 @@ pub(crate) fn run(options: &Options) -> Result<bool, DuelError> {
         counted(options.connections, "connection"),
         counted(options.rounds, "round"),
         options.slice_millis,
-        workshop.placement()
+        harness.placement()
     );
-    let first = tried.first().map_or(&[][..], |(_, tried)| &tried.costs);
-    for (name, Tried { costs, .. }) in &tried {
-        match Score::reckon(name, costs, first) {
+    let first = results.first().map_or(&[][..], |(_, result)| &result.costs);
+    for (name, TrialResult { costs, .. }) in &results {
+        match Score::compute(name, costs, first) {
             Some(score) => println!("{score}"),
             None => println!("  {name}: nothing was delivered"),
         }
     }
-    let faulty = tried.iter().filter(|(_, tried)| !tried.report.is_faultless());
-    faulty.clone().for_each(|(name, tried)| println!("{name} was faulty:\n{}", tried.report));
+    let faulty = results.iter().filter(|(_, result)| !result.report.is_faultless());
+    faulty.clone().for_each(|(name, result)| println!("{name} was faulty:\n{}", result.report));
     Ok(faulty.count() == 0)
 }
 
 impl Options {
-    /// What everybody is asked.
+    /// The load on each server.
     fn load(&self) -> Result<Load, DuelError> {
         if self.rounds == 0 || self.slice_millis == 0 {
             return Err(DuelError::Extent);
@@ -123,7 +123,7 @@ impl Options {
         let (path, mode, in_flight) = match self.mode {
             Mode::Echo => ("/echo", "echo", self.connections),
             Mode::Fanout => ("/ws", "fanout", 1),
-            Mode::Idle | Mode::Storm => return Err(DuelError::Mode),
+            Mode::Idle => return Err(DuelError::Mode),
         };
         let flags = vec![
             ("--mode", mode.to_owned()),
@@ -136,8 +136,8 @@ impl Options {
 }
 
 impl Score {
-    /// `costs` against those of the first side; rounds in which either delivered nothing do not count.
-    fn reckon(name: &str, costs: &[Option<f64>], first: &[Option<f64>]) -> Option<Self> {
+    /// Compares `costs` with those of the first; leaves out rounds in which either delivered nothing.
+    fn compute(name: &str, costs: &[Option<f64>], first: &[Option<f64>]) -> Option<Self> {
         let ratio = |(cost, first): (&Option<f64>, &Option<f64>)| Some((*cost)? / (*first)?);
         let mut ratios: Vec<f64> = costs.iter().zip(first).filter_map(ratio).collect();
         ratios.sort_by(f64::total_cmp);
@@ -165,9 +165,9 @@ mod tests {
     #[test]
     fn a_score_is_the_median_of_the_rounds_ratios_and_leaves_out_rounds_without_deliveries() {
         let (costs, first) = ([2.0, 3.0, 30.0, 5.0].map(Some), [Some(1.0), Some(2.0), Some(10.0), None]);
-        let score = Score::reckon("b", &costs, &first).unwrap();
+        let score = Score::compute("b", &costs, &first).unwrap();
         assert_eq!((score.cost, score.ratio, score.quartiles), (4.0, 2.0, (1.5, 3.0)));
         assert!(score.to_string().contains("4.000 µs per delivery, 2.000 of the first (1.500 to 3.000)"));
-        assert!(Score::reckon("b", &[None], &first).is_none());
+        assert!(Score::compute("b", &[None], &first).is_none());
     }
 }

@@ -1,12 +1,12 @@
-//! WebSocket frames (RFC 6455, section 5.2) as the benchmarks need them, in both directions.
+//! WebSocket frames (RFC 6455, section 5.2), both directions.
 //!
-//! Our own and not the engine's, so that a fault there cannot hide itself here. A frame is found in place and its
-//! payload borrowed: the client parses one per delivery, and that must cost nanoseconds.
-//! Knows bytes. Does not know sockets, what a message means, or fragments, which no server here sends.
+//! Separate from the engine's code, so that a fault there is not repeated here. Frames are parsed in place: the client
+//! parses one for each delivery, which must take nanoseconds. Knows bytes. Does not know sockets, messages or fragments,
+//! which no server here sends.
 
 use std::ops::Range;
 
-/// A longer frame is an error: no benchmark sends one, and a broken length must not become an allocation.
+/// A longer frame is an error: no benchmark sends one, and a wrong length must not cause an allocation.
 pub(crate) const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 
 const FIN: u8 = 0x80;
@@ -14,7 +14,6 @@ const MASKED: u8 = 0x80;
 const LENGTH: u8 = 0x7F;
 const HEADER_BYTES_MAX: usize = 10;
 
-/// What a frame is for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Opcode {
     Text,
@@ -24,10 +23,10 @@ pub(crate) enum Opcode {
     Pong,
 }
 
-/// Why bytes are not a frame we take.
+/// Why bytes are not an accepted frame.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum FrameError {
-    #[error("first byte {0:#04x} is no whole message")]
+    #[error("first byte {0:#04x} does not begin a whole message")]
     FirstByte(u8),
     #[error("a payload of {0} bytes is more than {PAYLOAD_BYTES_MAX}")]
     TooLong(u64),
@@ -39,11 +38,11 @@ pub(crate) struct Frame {
     pub(crate) opcode: Opcode,
     /// Present on frames from a client, absent on frames from a server.
     pub(crate) mask: Option<[u8; 4]>,
-    /// Where the payload lies; its end is the end of the frame.
+    /// The position of the payload; its end is the end of the frame.
     pub(crate) payload: Range<usize>,
 }
 
-/// Finds the frame that `bytes` begin with; `None` while it is incomplete.
+/// Parses the frame at the beginning of `bytes`; `None` while it is incomplete.
 #[inline]
 pub(crate) fn parse(bytes: &[u8]) -> Result<Option<Frame>, FrameError> {
     let &[first, second, ..] = bytes else { return Ok(None) };
@@ -130,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn every_length_form_comes_back_as_it_was_written() {
+    fn frames_of_every_length_form_are_parsed_as_written() {
         for length in [0, 1, 125, 126, 127, 0xFFFF, 0x1_0000, PAYLOAD_BYTES_MAX] {
             for mask in [None, Some([1, 2, 3, 250])] {
                 let (mut bytes, payload) = framed(Opcode::Text, mask, length);
@@ -146,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_cut_anywhere_is_incomplete_and_never_an_error() {
+    fn a_frame_cut_anywhere_is_incomplete_and_not_an_error() {
         for length in [0, 5, 200, 0x1_0000] {
             let (bytes, _) = framed(Opcode::Binary, Some([9; 4]), length);
             for cut in (0..bytes.len()).step_by(1 + length / 50) {
@@ -156,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_that_arrive_together_are_found_one_after_the_other() {
+    fn frames_that_arrive_together_are_parsed_one_after_the_other() {
         let (mut bytes, _) = framed(Opcode::Ping, None, 3);
         bytes.extend(framed(Opcode::Text, None, 300).0);
         let first = parse(&bytes).unwrap().unwrap();
@@ -166,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn fragments_reserved_bits_and_boundless_lengths_are_refused() {
+    fn fragments_reserved_bits_and_excessive_lengths_are_refused() {
         assert_eq!(parse(&[0x01, 0x00]), Err(FrameError::FirstByte(0x01)));
         assert_eq!(parse(&[0xC1, 0x00]), Err(FrameError::FirstByte(0xC1)));
         let endless = [0x82, 127, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF];

@@ -1,4 +1,4 @@
-//! The opening handshake (RFC 6455, section 4), the least of it, from both sides.
+//! A minimal opening handshake (RFC 6455, section 4) for client and server.
 //!
 //! The client always sends the same key, since nothing here caches. Knows bytes, not sockets.
 
@@ -7,33 +7,33 @@ use sha1::{Digest, Sha1};
 
 use crate::{dialect::Dialect, message};
 
-/// A head that is longer is not one of ours.
+/// A longer head is an error.
 pub(crate) const HEAD_BYTES_MAX: usize = 8 * 1024;
 
 const KEY: &str = "c2hhcmRjYXN0IGJlbmNoIQ==";
 const GUID: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
-/// Why there is no WebSocket.
+/// Why a handshake failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HandshakeError {
     #[error("the head of the handshake is longer than {HEAD_BYTES_MAX} bytes")]
     TooLong,
     #[error("the server answered {0:?} instead of 101")]
     Refused(String),
-    #[error("the server answered with a key that is not ours")]
+    #[error("the server's Sec-WebSocket-Accept does not match the key")]
     WrongAccept,
     #[error("the request has no {0}")]
     Lacks(&'static str),
 }
 
-/// What a server needs to know of a request.
+/// What a server needs of a request.
 #[derive(Debug, Eq, PartialEq)]
 pub(crate) struct Request {
     pub(crate) path: String,
     pub(crate) accept: String,
 }
 
-/// The client's request for `path` at `host`, and what it says first in the dialect spoken there.
+/// The client's request for `path` at `host`, followed by the first packet of its dialect.
 pub(crate) fn request(host: &str, path: &str) -> Vec<u8> {
     let mut request = format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
@@ -55,7 +55,7 @@ pub(crate) fn response(accept: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// How many bytes the head at the beginning of `bytes` has; `None` while it is incomplete.
+/// The length of the head at the beginning of `bytes`; `None` while it is incomplete.
 pub(crate) fn head_bytes(bytes: &[u8]) -> Result<Option<usize>, HandshakeError> {
     match bytes.windows(4).position(|window| window == b"\r\n\r\n") {
         Some(end) => Ok(Some(end + 4)),
@@ -64,7 +64,7 @@ pub(crate) fn head_bytes(bytes: &[u8]) -> Result<Option<usize>, HandshakeError> 
     }
 }
 
-/// Checks the answer to our request.
+/// Checks the response to our request.
 pub(crate) fn check_response(head: &[u8]) -> Result<(), HandshakeError> {
     let text = String::from_utf8_lossy(head);
     let status = text.lines().next().unwrap_or_default();
@@ -104,12 +104,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_key_of_the_rfc_gets_the_answer_of_the_rfc() {
+    fn the_accept_value_is_that_of_the_rfcs_example() {
         assert_eq!(accept_for("dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
     }
 
     #[test]
-    fn both_sides_understand_each_other() {
+    fn request_and_response_are_accepted_by_the_other_side() {
         let head = request("127.0.0.1:1", "/ws");
         assert_eq!(head_bytes(&head).unwrap(), Some(head.len()));
         let request = parse_request(&head).unwrap();

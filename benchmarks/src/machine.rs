@@ -1,56 +1,48 @@
-//! Where and with what something was measured: a number without this is worth nothing.
+//! The machine, the tools and the versions of a measurement, without which its numbers mean nothing.
 //!
-//! What cannot be found out is left out. Knows the system's files and three programs; measures nothing.
+//! What cannot be determined is left out. Reads files of the system and runs `date`, `uname`, `rustc` and `git`.
 
 use std::{env, ffi::OsStr, fmt, fs, process::Command};
 
 use serde::Serialize;
 
-use crate::trial::Contender;
+use crate::trial::Subject;
 
 /// The machine, the tools, and the code.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Machine {
-    /// Universal time.
+    /// UTC.
     date: Option<String>,
     cpu: Option<String>,
     cores: usize,
     kernel: Option<String>,
     rustc: Option<String>,
     commit: Option<String>,
-    /// Whether there were changes that are in no commit.
+    /// Whether there were uncommitted changes.
     dirty: Option<bool>,
     /// The crate behind each server, and its version.
-    versions: Vec<(Contender, String)>,
+    versions: Vec<(Subject, String)>,
 }
 
 impl Machine {
-    /// Looks around, and at the versions of `contenders`.
-    pub(crate) fn look(contenders: &[Contender]) -> Self {
-        let version = |&contender: &Contender| {
-            let (name, version) = contender.subject()?;
-            Some((contender, format!("{name} {version}")))
+    pub(crate) fn inspect(subjects: &[Subject]) -> Self {
+        let version = |&subject: &Subject| {
+            let (name, version) = subject.crate_version()?;
+            Some((subject, format!("{name} {version}")))
         };
         Self {
-            date: said("date", ["-u", "+%Y-%m-%d %H:%M"]),
+            date: command_output("date", ["-u", "+%Y-%m-%d %H:%M"]),
             cpu: fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| model(&text)),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
-            kernel: said("uname", ["-sr"]),
-            rustc: said(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()), ["--version"]),
-            commit: said("git", ["rev-parse", "--short=12", "HEAD"]),
-            dirty: said("git", ["status", "--porcelain"]).map(|changes| !changes.is_empty()),
-            versions: contenders.iter().filter_map(version).collect(),
+            kernel: command_output("uname", ["-sr"]),
+            rustc: command_output(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()), ["--version"]),
+            commit: command_output("git", ["rev-parse", "--short=12", "HEAD"]),
+            dirty: command_output("git", ["status", "--porcelain"]).map(|changes| !changes.is_empty()),
+            versions: subjects.iter().filter_map(version).collect(),
         }
     }
 
-    /// One line for the foot of a chart.
-    pub(crate) fn brief(&self) -> String {
-        let commit = self.commit_in_words();
-        let parts = [&self.cpu, &self.kernel, &commit, &self.date];
-        parts.into_iter().flatten().map(String::as_str).collect::<Vec<_>>().join(" · ")
-    }
-
-    fn commit_in_words(&self) -> Option<String> {
+    fn commit_line(&self) -> Option<String> {
         let dirty = if self.dirty == Some(true) { " with uncommitted changes" } else { "" };
         self.commit.as_ref().map(|commit| format!("commit {commit}{dirty}"))
     }
@@ -61,18 +53,18 @@ impl fmt::Display for Machine {
         let cores = self.cores;
         let cpu = self.cpu.as_ref().map(|cpu| format!("{cpu}, {cores} cores for this process"));
         let date = self.date.as_ref().map(|date| format!("{date} UTC"));
-        for line in [&cpu, &self.kernel, &self.rustc, &self.commit_in_words(), &date].into_iter().flatten() {
+        for line in [&cpu, &self.kernel, &self.rustc, &self.commit_line(), &date].into_iter().flatten() {
             writeln!(f, "- {line}")?;
         }
-        for (contender, version) in &self.versions {
-            writeln!(f, "- {contender}: {version}")?;
+        for (subject, version) in &self.versions {
+            writeln!(f, "- {subject}: {version}")?;
         }
         Ok(())
     }
 }
 
-/// What a program says, in the directory of the sources.
-fn said<const N: usize>(program: impl AsRef<OsStr>, arguments: [&str; N]) -> Option<String> {
+/// What a program prints, run in the directory of the sources; `None` when it fails.
+fn command_output<const N: usize>(program: impl AsRef<OsStr>, arguments: [&str; N]) -> Option<String> {
     let output =
         Command::new(program).args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
@@ -89,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_model_is_the_name_behind_the_colon() {
+    fn the_model_is_the_text_after_the_colon() {
         assert_eq!(
             model("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n").as_deref(),
             Some("Some CPU @ 2 GHz")
@@ -98,8 +90,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_left_out() {
-        let nothing = Machine {
+    fn what_is_unknown_is_left_out() {
+        let machine = Machine {
             date: None,
             cpu: None,
             cores: 2,
@@ -107,9 +99,8 @@ mod tests {
             rustc: None,
             commit: Some("abc".to_owned()),
             dirty: Some(true),
-            versions: vec![(Contender::Tutorial, "axum 1".to_owned())],
+            versions: vec![(Subject::Tutorial, "axum 1".to_owned())],
         };
-        assert_eq!(nothing.to_string(), "- commit abc with uncommitted changes\n- tutorial: axum 1\n");
-        assert_eq!(nothing.brief(), "commit abc with uncommitted changes");
+        assert_eq!(machine.to_string(), "- commit abc with uncommitted changes\n- tutorial: axum 1\n");
     }
 }

@@ -1,12 +1,11 @@
-//! The benchmarks: a load generator, the servers it is pointed at, and the comparison of them.
+//! The benchmarks: a load generator, the servers that it loads, and the comparison of them.
 //!
-//! One binary with subcommands, because `compare` runs every part as a process of its own and finds them all
-//! under its own path. Client and server never share a process, so the CPU of one is never charged to the other.
-//! Knows no shardcast type: its example is one more server, known by its command line.
+//! One binary with subcommands, because `compare` runs servers and clients as separate processes of this one program.
+//! Client and server never share a process, so that the CPU of one is not charged to the other. Knows no type of
+//! shardcast: its example is one more server, known by its command line.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
-mod chart;
 mod compare;
 mod cpu;
 mod dialect;
@@ -16,9 +15,8 @@ mod handshake;
 mod load;
 mod machine;
 mod message;
+mod nonblocking;
 mod process;
-mod results;
-mod scale;
 mod server;
 mod statistic;
 mod trial;
@@ -28,7 +26,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
-#[command(name = "benchmarks", about = "Measures WebSocket fan-out servers against the least possible one.")]
+#[command(name = "benchmarks", about = "Measures WebSocket fan-out servers against a minimal one.")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -36,28 +34,25 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// The least possible server: one epoll thread, one send(2) per delivery.
+    /// A minimal server: one epoll thread, one send(2) per delivery.
     Floor(server::floor::Options),
     #[command(flatten)]
-    Peer(server::Peer),
+    Library(server::LibraryServer),
     /// The load generator: one thread, every delivery verified.
     Load(load::Options),
-    /// Runs the load against each server in turn; tables and charts go to benchmarks/results.
+    /// Runs the load against each server; writes tables and JSON to benchmarks/results.
     Compare(compare::Options),
-    /// Runs several servers at once and turns to each for some milliseconds: their CPU, to a percent or two.
+    /// Runs several servers or builds at once, in turns of some milliseconds: their CPU, to one or two percent.
     Duel(duel::Options),
-    /// Varies connections, shards, payload and groups; tables and charts go to benchmarks/results.
-    Scale(scale::Options),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Floor(options) => server::floor::run(&options).map(|()| true).map_err(boxed),
-        Command::Peer(peer) => peer.run().map(|()| true).map_err(boxed),
+        Command::Library(server) => server.run().map(|()| true).map_err(boxed),
         Command::Load(options) => load::run(&options).map_err(boxed),
         Command::Compare(options) => compare::run(&options).map_err(boxed),
         Command::Duel(options) => duel::run(&options).map_err(boxed),
-        Command::Scale(options) => scale::run(&options).map_err(boxed),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

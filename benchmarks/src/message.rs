@@ -1,8 +1,7 @@
 //! The message that every benchmark sends: `{"t":SEQ,"p":"xxxx…"}`, a chosen number of bytes long.
 //!
-//! Sequence numbers begin at ten digits and never need more, so all messages of a run have the same shape: the
-//! client's masked frame is made once, and to send is to copy it and put ten digits in.
-//! Knows nothing of who sends or receives.
+//! Sequence numbers always have ten digits, so all messages of a run have the same length: the client's masked frame is
+//! made once, and to send one is to copy it and write ten digits. Does not know senders or receivers.
 
 use crate::frame::{self, Opcode};
 
@@ -17,23 +16,23 @@ const MIDDLE: &str = r#","p":""#;
 const TAIL: &str = r#""}"#;
 const DIGITS: usize = 10;
 
-/// One key for all frames: a server cannot tell, and the frame can be masked beforehand.
+/// One key for all frames: it makes no difference to a server, and the frame can be masked in advance.
 const MASK: [u8; 4] = [0x37, 0xFA, 0x21, 0x3D];
 
-/// Why no message can be made.
+/// Why a message cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MessageError {
     #[error("a message has at least {BYTES_MIN} and at most {max} bytes, not {0}", max = frame::PAYLOAD_BYTES_MAX)]
     Bytes(usize),
 }
 
-/// A masked client frame that only lacks its sequence number.
+/// A masked client frame without its sequence number.
 #[derive(Debug)]
 pub(crate) struct Template {
     frame: Vec<u8>,
     /// Where in the frame the digits are.
     digits: usize,
-    /// Which byte of the mask is on the first digit.
+    /// Which byte of the mask applies to the first digit.
     phase: usize,
 }
 
@@ -69,7 +68,7 @@ pub(crate) fn seq(message: &[u8]) -> Option<u64> {
     let start = if message.starts_with(HEAD.as_bytes()) {
         HEAD.len()
     } else {
-        // A server may order the fields its own way.
+        // A server may order the fields differently.
         message.windows(4).position(|window| window == br#""t":"#)? + 4
     };
     let digits =
@@ -92,10 +91,10 @@ pub(crate) fn write_pong(out: &mut Vec<u8>, ping: &[u8]) {
     frame::write(out, Opcode::Pong, Some(MASK), ping);
 }
 
-/// Stands for a close frame without a code (RFC 6455, 7.1.5).
+/// The code of a Close frame without one (RFC 6455, 7.1.5).
 pub(crate) const NO_CODE: u16 = 1005;
 
-/// Appends a masked close frame.
+/// Appends a masked Close frame.
 pub(crate) fn write_close(out: &mut Vec<u8>, code: u16) {
     let code = code.to_be_bytes();
     let payload = if code == NO_CODE.to_be_bytes() { &[][..] } else { &code[..] };
@@ -107,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_template_makes_messages_of_the_asked_length_with_their_number() {
+    fn a_template_makes_messages_of_the_requested_length_with_their_number() {
         for bytes in [BYTES_MIN, 64, 125, 126, 1000, 70_000] {
             let template = Template::new(bytes, ("", "")).unwrap();
             let mut out = Vec::new();
@@ -136,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_is_found_wherever_the_field_stands() {
+    fn a_number_is_found_wherever_the_field_is() {
         assert_eq!(seq(br#"{"p":"xx","t":17}"#), Some(17));
         assert_eq!(seq(br#"{"t":9,"p":""}"#), Some(9));
         assert_eq!(seq(br#"{"p":"xx"}"#), None);

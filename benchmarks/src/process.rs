@@ -1,10 +1,9 @@
-//! What a process has cost so far: time on a CPU and resident memory, read from /proc.
+//! The CPU time and resident memory of a process, read from /proc.
 //!
-//! Beside the time on a CPU stands the time spent waiting for one: on a machine that others use, it tells whether a
-//! server was slow or was kept from running.
-//! schedstat counts nanoseconds where /proc/PID/stat counts ticks of 10 ms. A thread that has ended takes its time
-//! with it, so servers are expected to keep their threads. Kernel memory (socket buffers) is not in the resident
-//! size. Knows nothing of what the process does.
+//! Also the time spent waiting for a CPU: it shows whether a server was slow or was kept from running by other
+//! programs. schedstat counts nanoseconds, where /proc/PID/stat counts ticks of 10 ms. The time of a thread is lost when
+//! the thread ends, so servers must keep their threads. Kernel memory such as socket buffers is not in the resident
+//! size. Does not know what the process does.
 
 use std::{
     fs, io,
@@ -12,16 +11,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Why the books of a process could not be read.
+/// Why the figures of a process could not be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProcessError {
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
-    #[error("{path} does not say {what}")]
+    #[error("{path} does not contain {what}")]
     Format { path: PathBuf, what: &'static str },
 }
 
-/// Time in the scheduler's books.
+/// Times as the scheduler counts them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CpuTime {
     /// On a CPU.
@@ -35,7 +34,7 @@ impl CpuTime {
         Self { running: self.running + other.running, waiting: self.waiting + other.waiting }
     }
 
-    /// What was added since `earlier`; nothing where a thread that ended took its time away.
+    /// The difference to `earlier`; 0 where the time of an ended thread is missing.
     pub(crate) fn since(self, earlier: Self) -> Self {
         Self {
             running: self.running.saturating_sub(earlier.running),
@@ -44,7 +43,7 @@ impl CpuTime {
     }
 }
 
-/// A process whose cost is measured.
+/// A process that is measured.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Process {
     pid: u32,
@@ -59,7 +58,7 @@ impl Process {
         Self::new(std::process::id())
     }
 
-    /// What all living threads have used and waited for.
+    /// The sum over all threads that have not ended.
     pub(crate) fn cpu_time(self) -> Result<CpuTime, ProcessError> {
         let tasks = PathBuf::from(format!("/proc/{}/task", self.pid));
         let listing =
@@ -79,8 +78,8 @@ impl Process {
         Ok(CpuTime { running: Duration::from_nanos(running), waiting: Duration::from_nanos(waiting) })
     }
 
-    /// Waits until no thread runs or wants to, but at most `within`. Only then are the times exact: those of a thread that
-    /// runs on another core stand still between the scheduler's ticks.
+    /// Waits until no thread runs or is ready to, but at most `within`. Only then are the times exact: those of a running
+    /// thread are updated at the scheduler's ticks only.
     pub(crate) fn await_sleep(self, within: Duration) {
         let end = Instant::now() + within;
         while self.is_running() && Instant::now() < end {
@@ -91,18 +90,18 @@ impl Process {
     fn is_running(self) -> bool {
         let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.pid)) else { return false };
         tasks.flatten().any(|task| {
-            // The state follows the name, which stands in parentheses and may contain any.
+            // The state follows the name, which is in parentheses and may contain some itself.
             let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
             stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('R'))
         })
     }
 
-    /// The resident set, in bytes, to the page. Walks all of the process's pages: not for a measured moment.
+    /// The exact resident set, in bytes. The kernel walks all of the process's pages: not while something is measured.
     pub(crate) fn resident_bytes(self) -> Result<u64, ProcessError> {
         Ok(1024 * self.field("smaps_rollup", "Rss:", "kB", "Rss in kB")?)
     }
 
-    /// The resident set, in bytes, from counters that lag by some pages for each thread, at hardly any cost.
+    /// The resident set, in bytes, from counters that may be wrong by some pages for each thread; cheap.
     pub(crate) fn resident_bytes_roughly(self) -> Result<u64, ProcessError> {
         Ok(1024 * self.field("status", "VmRSS:", "kB", "VmRSS in kB")?)
     }

@@ -109,9 +109,9 @@ fn welcome(
     let received = request[head..].to_vec().into();
     let echo = Echo { everyone: everyone.clone() };
     let handler: MakeHandler = Box::new(|_| Box::new(echo));
-    let newcomer =
+    let connection =
         NewConnection { socket: stream.into(), received, handler, config, encoding: Encoding::PLAIN, permit };
-    block_on(everyone.adopt(newcomer))?;
+    block_on(everyone.adopt(connection))?;
     Ok(())
 }
 

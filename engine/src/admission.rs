@@ -1,11 +1,9 @@
-//! Admission: how many connections there are, in all and on each shard.
+//! Admission: how many connections are open, in total and on each shard.
 //!
-//! Shared by all threads. A connection takes a place before its upgrade is answered and
-//! a seat on the least loaded shard when it is handed over; both come back when they are
-//! dropped, wherever that happens, so a handshake that fails halfway costs nothing.
-//! What counts as one address is what one client cannot change at will: IPv4 as it is, also
-//! where it comes in IPv6's form, and IPv6 by its first 64 bits.
-//! Does not know sockets or shards' work.
+//! Shared by all threads. A connection takes a permit before its upgrade is answered, and is assigned to the least
+//! loaded shard when it is adopted. Dropping the permit gives both back, wherever that happens, so a handshake
+//! that fails halfway costs nothing. An address is counted in a form that a client cannot change at will: IPv4 as
+//! it is, also in its IPv6 form, and IPv6 by its first 64 bits. Does not know sockets or the work of shards.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -19,9 +17,9 @@ use crossbeam_utils::CachePadded;
 pub(crate) struct Admission {
     taken: AtomicUsize,
     max: usize,
-    /// Connections of each address, where that is bounded. Locked per connection, not per message.
+    /// Connections of each address, if that number is limited. Locked per connection, not per message.
     addresses: Option<(usize, Mutex<HashMap<IpAddr, usize>>)>,
-    /// Whether the address of some connection was not known although addresses are counted.
+    /// Whether the address of a connection was unknown although addresses are counted.
     address_was_lacking: AtomicBool,
     seats: Box<[CachePadded<AtomicUsize>]>,
 }
@@ -39,12 +37,12 @@ impl Admission {
         })
     }
 
-    /// A place for one more connection, unless all are taken, in all or for its address.
+    /// A permit for one more connection, unless the limit is reached, in total or for its address.
     pub(crate) fn admit(self: &Arc<Self>, address: Option<IpAddr>) -> Option<ConnectionPermit> {
-        // Relaxed: a counter; nothing else hangs on it.
+        // Relaxed: a counter; no other data depends on it.
         let one_more = |taken| (taken < self.max).then_some(taken + 1);
         self.taken.fetch_update(Relaxed, Relaxed, one_more).ok()?;
-        // From here on the place gives back what it has.
+        // From here on, dropping the permit releases what it counts.
         let mut permit = ConnectionPermit { admission: self.clone(), shard: None, address: None };
         match address {
             Some(address) if !permit.count_for(address) => None,
@@ -57,12 +55,12 @@ impl Admission {
     }
 }
 
-/// One connection's place; free again when dropped.
+/// Permission for one more connection. Dropping it releases it.
 #[derive(Debug)]
 pub struct ConnectionPermit {
     admission: Arc<Admission>,
     shard: Option<u32>,
-    /// Where it is counted for its address.
+    /// The address for which it is counted.
     address: Option<Box<IpAddr>>,
 }
 
@@ -72,13 +70,14 @@ impl ConnectionPermit {
         self.admission.addresses.is_some() && self.address.is_none()
     }
 
-    /// True the first time that this is asked of any place of the engine, so that a missing address is logged once.
+    /// True the first time that this is called for any permit of the engine, so that a missing address is
+    /// logged once.
     pub fn is_first_to_lack_address(&self) -> bool {
         !self.admission.address_was_lacking.swap(true, Relaxed) // Relaxed: nothing else depends on it
     }
 
-    /// Counts the connection for its address; false if that has as many as it may. A connection is counted for one
-    /// address at most, the first.
+    /// Counts the connection for its address; false if that address is at its limit. A connection is counted
+    /// for one address at most, the first.
     pub fn count_for(&mut self, address: IpAddr) -> bool {
         if !self.lacks_address() {
             return true;
@@ -105,7 +104,7 @@ impl ConnectionPermit {
     }
 }
 
-/// A client with an IPv6 address has all 2⁶⁴ of its network, and may use a different one each time.
+/// A client with an IPv6 address has all 2⁶⁴ addresses of its network, and may use a different one each time.
 fn counted_as(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX))),
@@ -136,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_bounded_and_come_back() {
+    fn permits_are_limited_and_released() {
         let admission = Admission::new(2, None, 2);
         let mut first = admission.admit(None).unwrap();
         let mut second = admission.admit(None).unwrap();
@@ -149,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_has_a_bound_of_its_own() {
+    fn an_address_has_a_limit_of_its_own() {
         let admission = Admission::new(10, Some(1), 1);
         let (one, other) = (IpAddr::from([127, 0, 0, 1]), IpAddr::from([127, 0, 0, 2]));
         let first = admission.admit(Some(one)).unwrap();
@@ -161,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_counts_by_whom_it_belongs_to() {
+    fn an_address_counts_by_the_network_it_belongs_to() {
         let admission = Admission::new(10, Some(1), 1);
         let admit = |address: &str| admission.admit(Some(address.parse().unwrap()));
         let _first = [admit("192.0.2.1").unwrap(), admit("2001:db8::1").unwrap()];

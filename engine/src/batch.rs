@@ -1,8 +1,8 @@
-//! The batch: consecutive publications to the same connections, as one piece of memory for each encoding.
+//! The batch: consecutive publications to the same connections, as one chunk of memory for each encoding.
 //!
-//! Lives for one fan-out on one shard. The plain frames are joined at once, those of another encoding when the first
-//! connection asks for them: what the publishers have rendered is taken, what they have not is rendered here, once for
-//! the shard. Does not know who gets it.
+//! Lives for one fan-out on one shard. The plain frames are joined at once, those of another encoding when
+//! the first connection needs them: renditions that the publishers have made are used, missing ones are
+//! rendered here, once for the shard. Does not know which connections get it.
 
 use std::rc::Rc;
 
@@ -16,7 +16,7 @@ use crate::payload::Payload;
 use crate::rendition::{Encoding, Encodings};
 
 pub(crate) struct Batch<'a> {
-    /// At its cursor, the first publication.
+    /// Its cursor is at the first publication.
     reader: &'a Reader<Entry>,
     len: u64,
     encodings: &'a Encodings,
@@ -27,8 +27,8 @@ pub(crate) struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// The message at the reader's cursor and, if it is `joined`, those behind it that go to the same connections in the
-    /// same way: up to the position `limit`, and `bytes_max` bytes in all.
+    /// The message at the reader's cursor and, if `joined` is set, those after it that go to the same
+    /// connections in the same way: up to the position `limit`, and `bytes_max` bytes in total.
     pub(crate) fn new(
         reader: &'a Reader<Entry>,
         first: &Payload,
@@ -47,7 +47,7 @@ impl<'a> Batch<'a> {
         Self { reader, len, encodings, retained: retained.clone(), plain, others }
     }
 
-    /// How many publications it has.
+    /// The number of publications in it.
     pub(crate) fn len(&self) -> u64 {
         self.len
     }
@@ -82,7 +82,7 @@ impl<'a> Batch<'a> {
         if bytes > Frame::BYTES_MAX {
             tracing::error!(
                 bytes,
-                "the frames that an encoding made for several messages are too long together"
+                "the frames that an encoding made for a batch are too long; connections that need them are closed"
             );
             return None;
         }
@@ -90,11 +90,11 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// How many publications from the cursor on can be joined, at least 1, and their plain frames' bytes.
+/// The number of publications from the cursor on that can be joined, at least 1, and the bytes of their plain frames.
 fn measure(reader: &Reader<Entry>, limit: u64, bytes_max: usize) -> (u64, usize) {
     let ahead = limit - reader.position();
     let Some((first, payload)) = payloads(reader, 1).next() else { return (1, 0) };
-    // What it takes in an outbox may be more than its plain frame.
+    // In an outbox it may take more than its plain frame.
     let weight =
         |entry: &Entry, payload: &Payload| payload.plain_frame().len().max(entry.renditions.longest());
     let (mut len, mut bytes, mut heaviest) = (1, payload.plain_frame().len(), weight(first, payload));
@@ -111,7 +111,7 @@ fn measure(reader: &Reader<Entry>, limit: u64, bytes_max: usize) -> (u64, usize)
     (len, bytes)
 }
 
-/// So many messages from the cursor on.
+/// The next `len` messages from the cursor on.
 fn payloads(reader: &Reader<Entry>, len: u64) -> impl Iterator<Item = (&Entry, &Payload)> {
     (0..len).filter_map(|ahead| {
         let entry = reader.get(ahead)?;

@@ -1,14 +1,12 @@
-//! Beacons: what a shard shows of itself while it runs.
+//! Beacons: what a running shard shows to other threads.
 //!
-//! One for each shard: since when its turn goes on, and which call of a handler it is in.
-//! Written by the shard alone, with plain stores to a cache line of its own, and read by the
-//! watchdog and by whoever asks for metrics, because a shard that is held up can tell
-//! nobody. Knows the names of namespaces, so that a log line can name one. Reads no clock.
+//! One for each shard: since when its turn has been running, and which handler call it is in. Written by the
+//! shard alone, with plain stores to a cache line of its own, and read by the watchdog and by readers of metrics,
+//! because a blocked shard cannot report itself. Knows the names of namespaces, for log lines. Reads no clock.
 //!
-//! Sleeping. When all shards have slept for a while, the watchdog does, too. It announces that and then looks
-//! once more whether one has woken; a shard that wakes shows its turn and then looks whether
-//! the watchdog sleeps. A `SeqCst` fence between the two steps on both sides makes one of
-//! them see the other.
+//! Sleeping. When all shards have slept for a while, the watchdog sleeps, too. It announces that and then looks
+//! once more whether a shard has woken; a shard that wakes publishes its turn and then looks whether the watchdog
+//! sleeps. A `SeqCst` fence between the two steps on both sides makes at least one of them see the other.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64, fence};
@@ -32,35 +30,35 @@ pub(crate) struct Beacons {
 #[derive(Debug, Default)]
 struct Beacon {
     signals: CachePadded<Signals>,
-    /// Calls that held the shard for too long, as counted by the watchdog.
+    /// Calls that blocked the shard for too long, as counted by the watchdog.
     blocked: CachePadded<AtomicU64>,
 }
 
 #[derive(Debug, Default)]
 struct Signals {
-    /// Odd during a call, and another number for each.
+    /// Odd during a call; each call has another number.
     calls: AtomicU64,
-    /// Whose handler is called, or was.
+    /// The namespace of the handler that is being called, or was called last.
     namespace: AtomicU64,
     /// Microseconds from `since` to the beginning of the turn, plus 1; 0 while the shard sleeps.
     turn: AtomicU64,
 }
 
-/// Names of namespaces, for as long as somebody has them.
+/// Names of namespaces, for as long as their handles exist.
 #[derive(Debug, Default)]
 struct Names {
     each: Vec<(GroupKey, Weak<str>)>,
-    /// When those that nobody has any more are to be taken out.
+    /// The length at which names without a handle are removed.
     tidy_at: usize,
 }
 
-/// A call of a handler, until it is dropped.
+/// A handler call in progress, until this is dropped.
 #[must_use]
 pub(crate) struct Call<'a>(&'a AtomicU64);
 
 impl Drop for Call<'_> {
     fn drop(&mut self) {
-        self.0.store(self.0.load(Relaxed) + 1, Relaxed); // Relaxed: a sample, nothing hangs on it
+        self.0.store(self.0.load(Relaxed) + 1, Relaxed); // Relaxed: a sample; no other data depends on it
     }
 }
 
@@ -75,7 +73,7 @@ impl Beacons {
         }
     }
 
-    /// What `name` says is kept for as long as the caller keeps it.
+    /// Registers the name of a namespace. It is forgotten when the caller drops `name`.
     pub(crate) fn name(&self, namespace: GroupKey, name: &Arc<str>) {
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         if names.each.len() >= names.tidy_at {
@@ -90,20 +88,21 @@ impl Beacons {
         names.each.iter().find(|(key, _)| *key == namespace)?.1.upgrade()
     }
 
-    /// To be set before a shard runs.
+    /// Must be called before a shard runs.
     pub(crate) fn set_watchdog(&self, thread: Thread) {
         let _ = self.watchdog.set(thread);
     }
 }
 
-/// What the shard does.
+/// Called by the shard.
 impl Beacons {
-    /// A handler of this namespace is called, until the result is dropped.
+    /// Marks that a handler of this namespace is being called, until the result is dropped.
     #[inline]
     pub(crate) fn call(&self, shard: usize, namespace: GroupKey) -> Call<'_> {
         let signals = &self.each[shard].signals;
         signals.namespace.store(namespace.0, Relaxed);
-        // Release: who sees this number sees whose call it is. One thread writes, so a load and a store do.
+        // Release: a thread that sees this number sees its namespace. Only one thread writes, so a load and a
+        // store suffice.
         signals.calls.store(signals.calls.load(Relaxed) + 1, Release);
         Call(&signals.calls)
     }
@@ -131,15 +130,15 @@ impl Beacons {
     }
 }
 
-/// What others see.
+/// Called by other threads.
 impl Beacons {
-    /// Since when the shard's turn goes on; none while it sleeps.
+    /// Since when the shard's turn has been running; none while it sleeps.
     pub(crate) fn turn_of(&self, shard: usize) -> Option<Instant> {
         let micros = self.each[shard].signals.turn.load(Relaxed).checked_sub(1)?; // Relaxed: a sample
         Some(self.since + Duration::from_micros(micros))
     }
 
-    /// The call that goes on: its number, and whose handler it is.
+    /// The call in progress: its number, and its handler's namespace.
     pub(crate) fn call_of(&self, shard: usize) -> Option<(u64, GroupKey)> {
         let signals = &self.each[shard].signals;
         let call = signals.calls.load(Acquire); // pairs with `call`

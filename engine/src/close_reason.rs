@@ -1,8 +1,8 @@
-//! Why a connection ended: one reason for each end.
+//! Why a connection ended: exactly one reason for each connection.
 //!
-//! Decided once, by its shard, and handed to the handler. The reason also fixes what the
-//! peer is told: the close code, or nothing where nobody is left to read it. Knows close
-//! codes and framing errors. Does not know how the end is carried out.
+//! Decided once, by the connection's shard, and passed to the handler. The reason also determines the Close
+//! frame for the client: its code, or no frame where the client cannot read it any more. Knows close codes
+//! and framing errors. Does not know how a connection is closed.
 
 use std::borrow::Cow;
 
@@ -13,84 +13,84 @@ use crate::frame::FrameError;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CloseReason {
-    /// The peer began the closing handshake.
-    #[error("the peer closed the connection with {}: {text:?}", code.unwrap_or(CloseCode::NO_STATUS))]
+    /// The client began the closing handshake.
+    #[error("the client closed the connection with {}: {text:?}", code.unwrap_or(CloseCode::NO_STATUS))]
     Peer {
-        /// The code in the peer's Close frame; none if the frame was empty.
+        /// The code in the client's Close frame; none if the frame was empty.
         code: Option<CloseCode>,
-        /// The reason in the peer's Close frame, at most 123 bytes; often empty.
+        /// The reason in the client's Close frame, at most 123 bytes; often empty.
         text: Box<str>,
     },
-    /// The peer's end of the stream came without a Close frame.
-    #[error("the peer ended the stream without a Close frame")]
+    /// The client ended the stream without a Close frame.
+    #[error("the client ended the stream without a Close frame")]
     Disconnected,
     /// The socket failed.
     #[error("the socket failed: {0}")]
     Transport(std::io::ErrorKind),
-    /// The peer broke the framing rules.
-    #[error("the peer broke the protocol: {0}")]
+    /// The client broke the framing rules.
+    #[error("the client broke the protocol: {0}")]
     Protocol(#[from] FrameError),
-    /// A message's payload made no sense to the application's codec (1007).
+    /// The application's codec could not decode a message (1007).
     #[error("a message could not be decoded")]
     Undecodable,
-    /// A message came in a kind of frame that the application's codec does not take (1003).
-    #[error("a message came in the wrong kind of frame")]
+    /// A message arrived in a kind of frame that the application's codec does not accept (1003).
+    #[error("a message arrived in the wrong kind of frame")]
     WrongKind,
-    /// No answer to a ping within the pong timeout.
+    /// The client did not answer a ping within the pong timeout.
     #[error("no pong within the timeout")]
     PongTimeout,
-    /// No frame from the peer within the idle timeout.
+    /// Nothing arrived from the client within the idle timeout.
     #[error("nothing received within the idle timeout")]
     IdleTimeout,
     /// The connection reached its maximum duration.
     #[error("the maximum duration was reached")]
     MaxDuration,
-    /// The peer took nothing for [`stall_timeout`](crate::ConnectionConfig::stall_timeout) while something waited for
-    /// it, or more frames waited for it than may.
+    /// The client took no byte for [`stall_timeout`](crate::ConnectionConfig::stall_timeout) while something
+    /// waited for it, or more frames waited for it than its limits allow.
     #[error("a slow consumer: it took nothing for too long, or too much waited for it")]
     SlowConsumer,
-    /// Too many frames in a row had to be dropped for this peer.
-    #[error("too many frames in a row were dropped for a slow consumer")]
+    /// Too many consecutive frames were dropped for this client.
+    #[error("too many consecutive frames were dropped for a slow consumer")]
     TooManyDrops,
-    /// The peer's average round-trip time was too high.
+    /// The client's average round-trip time was too high.
     #[error("the average round-trip time was too high")]
     HighRtt,
-    /// All backlogs together had grown too large, and this one was among the largest.
-    #[error("shed for its large backlog")]
+    /// All backlogs together exceeded their limit, and this connection's was among the largest.
+    #[error("ended for its large backlog: all backlogs together exceeded the limit")]
     BacklogLimit,
-    /// The messages of all connections that were incomplete or waited for their handler took too much memory, and this
-    /// connection's were among the largest.
-    #[error("shed for its large unfinished message")]
+    /// The incoming messages of all connections that were incomplete or waited for their handler exceeded
+    /// their limit, and this connection's were among the largest.
+    #[error("ended for its large unfinished message: all together exceeded the limit")]
     UnfinishedLimit,
     /// The connection joined more groups than [`max_groups`](crate::ConnectionConfig::max_groups).
     #[error("the connection joined too many groups")]
     TooManyGroups,
-    /// The peer sent too many control frames.
+    /// The client sent too many control frames.
     #[error("too many control frames within a second")]
     ControlFlood,
     /// The application closed the connection.
     #[error("closed by the application with {code}")]
     Application {
-        /// The code sent to the peer.
+        /// The code sent to the client.
         code: CloseCode,
-        /// The reason sent to the peer; at most 123 bytes of it.
+        /// The reason sent to the client; at most 123 bytes of it.
         text: Cow<'static, str>,
     },
-    /// A message could not be brought into the connection's encoding (1011): the encoding panicked.
-    #[error("a message could not be brought into the connection's encoding")]
+    /// A message could not be converted to the connection's encoding (1011): the encoding's function panicked.
+    #[error("a message could not be converted to the connection's encoding")]
     RenderFailed,
     /// The handler panicked (1011).
     #[error("the handler panicked")]
     HandlerPanicked,
-    /// The engine is shutdown.
-    #[error("the engine is stopping")]
+    /// The engine is shutting down.
+    #[error("the engine is shutting down")]
     Shutdown {
-        /// The code sent to the peer: 1001 or 1012.
+        /// The code sent to the client: 1001 or 1012.
         code: CloseCode,
     },
 }
 
-/// As a map: its `name`, the `code` that it has in a Close frame (or none), and its `text` as it is displayed.
+/// Serialized as a map: the `name`, the `code` of the Close frame (or none), and the `text` as displayed.
 #[cfg(feature = "serde")]
 impl serde::Serialize for CloseReason {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -104,7 +104,7 @@ impl serde::Serialize for CloseReason {
 }
 
 impl CloseReason {
-    /// A short name, the same for all of a kind: for a label in metrics.
+    /// A short name, the same for all reasons of a kind: a label for metrics.
     ///
     /// ```
     /// # use shardcast_engine::CloseReason;
@@ -136,8 +136,9 @@ impl CloseReason {
         }
     }
 
-    /// What the Close frame says, or `None` where no Close frame is sent: the peer is not there to read it.
-    /// [`CloseCode::NO_STATUS`] means a Close frame without a code, the answer to a peer's Close frame without one.
+    /// The code and text of the Close frame, or `None` where no Close frame is sent because the client can no
+    /// longer read it. [`CloseCode::NO_STATUS`] means a Close frame without a code: the answer to a client's
+    /// Close frame without one.
     pub fn close_frame(&self) -> Option<(CloseCode, Cow<'_, str>)> {
         let (code, text) = match self {
             Self::Disconnected | Self::Transport(_) => return None,
@@ -162,8 +163,8 @@ impl CloseReason {
         Some((code, text.into()))
     }
 
-    /// Whether the peer may sensibly come back, at once or after a while: the end was the network's, the
-    /// server's or the hour's doing, not a fault in what the peer says.
+    /// Whether the client should reconnect, at once or after a delay: the cause was the network, the server
+    /// or the load, not a fault in what the client sends.
     pub fn should_reconnect(&self) -> bool {
         match self {
             Self::Protocol(_) | Self::Undecodable | Self::WrongKind => false,
@@ -174,9 +175,8 @@ impl CloseReason {
         }
     }
 
-    /// Whether what is already queued for the peer goes out before the end.
-    ///
-    /// Not where the peer has been slow or silent: it would only delay the end.
+    /// Whether what is already queued for the client is written before the end. Not for a client that has
+    /// been slow or silent: that would only delay the end.
     pub(crate) fn flushes_first(&self) -> bool {
         let is_slow =
             matches!(self, Self::SlowConsumer | Self::TooManyDrops | Self::HighRtt | Self::BacklogLimit);
@@ -184,9 +184,9 @@ impl CloseReason {
         !is_slow && !is_silent
     }
 
-    /// Whether the end came with the peer's input: then the messages before it are still handled.
+    /// Whether the end was caused by the client's input: the messages before it are still handled then.
     pub(crate) fn is_in_input(&self) -> bool {
-        let is_gone = matches!(self, Self::Peer { .. } | Self::Disconnected | Self::Transport(_));
-        is_gone || matches!(self, Self::Protocol(_) | Self::ControlFlood)
+        let has_left = matches!(self, Self::Peer { .. } | Self::Disconnected | Self::Transport(_));
+        has_left || matches!(self, Self::Protocol(_) | Self::ControlFlood)
     }
 }

@@ -1,7 +1,7 @@
-//! Commands: what travels to one shard, through its mailbox.
+//! Commands: messages to one shard, through its mailbox.
 //!
-//! Plain data. Made by publishers, carried out by the shard. Knows groups, payloads and tickets. Does not know how they
-//! are carried out.
+//! Plain data. Made by publishers, executed by the shard. Knows groups, payloads and tickets. Does not know
+//! how they are executed.
 
 use std::sync::Arc;
 
@@ -22,20 +22,20 @@ use crate::receipt::Ticket;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
 
-/// What one shard is to do.
+/// What one shard must do.
 #[derive(Debug)]
 pub(crate) enum Command {
     Adopt(Box<Adoption>),
     Ask(Box<Query>),
     For {
         id: ConnectionId,
-        /// An id of another namespace names nobody here.
+        /// An id of another namespace matches no connection here.
         namespace: GroupKey,
         action: Action,
     },
 }
 
-/// A question to all shards about some connections.
+/// A query to all shards about some connections.
 pub(crate) struct Query {
     pub(crate) directory: Arc<Directory>,
     /// None for everyone.
@@ -44,10 +44,10 @@ pub(crate) struct Query {
     pub(crate) answer: Answer,
 }
 
-/// What is asked, and where each shard's part of the answer goes.
+/// What the query asks for, and the callback for each shard's part.
 #[derive(Clone)]
 pub(crate) enum Answer {
-    /// What they have counted together.
+    /// The sum of their counters.
     Metrics(Arc<dyn Fn(GroupMetrics) + Send + Sync>),
     /// Which of them are open.
     Members(Arc<dyn Fn(Vec<ConnectionId>) + Send + Sync>),
@@ -81,10 +81,10 @@ impl std::fmt::Debug for Action {
     }
 }
 
-/// A socket that changes its owner.
+/// A socket that a shard adopts.
 pub(crate) struct Adoption {
     pub(crate) socket: Socket,
-    /// What the peer sent together with its handshake.
+    /// Bytes that the client sent together with its handshake.
     pub(crate) received: Bytes,
     pub(crate) handler: MakeHandler,
     pub(crate) config: Arc<ConnectionConfig>,

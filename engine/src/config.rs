@@ -1,4 +1,4 @@
-//! Settings, each with its unit, default, range and what happens at its limit.
+//! Settings, each with its unit, default, range and the consequence of its limit.
 //!
 //! Read once, when an engine starts or a connection is adopted. Does not know what uses them.
 
@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::id::SHARDS_MAX;
 use crate::policy::Policy;
 
-/// How an engine is built. All fields have defaults.
+/// The settings of an engine. All fields have defaults.
 ///
 /// ```
 /// # use shardcast_engine::EngineConfig;
@@ -15,8 +15,9 @@ use crate::policy::Policy;
 /// assert!(config.validate().is_ok());
 /// ```
 ///
-/// With the feature `serde` it can be read from a file or the environment. Fields that are missing have their defaults,
-/// unknown ones are refused, and durations are text such as `"5ms"`, `"15s"` or `"1h"`; one that may be absent is `"none"`.
+/// With the feature `serde` it can be read from a file or the environment. Missing fields have their
+/// defaults, unknown fields are refused, and durations are text such as `"5ms"`, `"15s"` or `"1h"`; an
+/// optional duration is turned off by `"none"`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -24,57 +25,59 @@ use crate::policy::Policy;
     serde(default, deny_unknown_fields)
 )]
 pub struct EngineConfig {
-    /// Number of shards, each one thread: 1 to 4096. Default: none, which means one for each CPU that this process may use
-    /// (affinity and container quota considered).
+    /// Number of shards, each one thread: 1 to 4096. Default: none, which means one for each CPU that this
+    /// process may use (affinity and container quota considered).
     pub shards: Option<usize>,
-    /// Whether each shard is pinned to one of the allowed CPUs. Default: true. With more shards than CPUs, shards share
-    /// CPUs; where the system refuses, the shard runs unpinned and logs that. Linux only: on other systems no shard is
-    /// pinned.
+    /// Whether each shard is pinned to one of the allowed CPUs. Default: true. With more shards than CPUs,
+    /// shards share CPUs; where the system refuses, the shard runs unpinned and logs that. Linux only: on
+    /// other systems no shard is pinned.
     ///
-    /// A shard is bound to its CPU only while it waits for work, and what a handler starts (threads, processes) may use all of
-    /// the process's CPUs. Engines choose CPUs that no other engine has: each shard holds a claim, an abstract Unix socket
-    /// named `shardcast/cpu/NUMBER/CLAIM`, which engines in other processes of the same network namespace see; where all
-    /// CPUs are claimed, shards share those with the fewest. A shard restores its own affinity, so change a running
-    /// process's CPUs by its cpuset, not by `taskset`.
+    /// A shard is bound to its CPU only while it waits for work, so threads and processes that a handler
+    /// starts may use all of the process's CPUs. Engines avoid CPUs that other engines use: each shard holds a
+    /// claim, an abstract Unix socket named `shardcast/cpu/NUMBER/CLAIM`, which engines in other processes of
+    /// the same network namespace see; where all CPUs are claimed, shards share those with the fewest claims.
+    /// A shard restores its own affinity, so change a running process's CPUs by its cpuset, not by `taskset`.
     pub pin: bool,
-    /// How long a handler's call may hold its shard before that is logged as a warning, with the namespace's name, and
-    /// counted ([`Metrics::blocked`](crate::Metrics::blocked)): 10 ms to 1 hour, or none for neither. Default: 100 ms. It is
-    /// noticed up to half as long later, and logged once a minute for the same namespace at most. Work that takes so long
-    /// belongs on another thread: until it is done, the shard's other connections wait.
+    /// How long a handler's call may block its shard before a warning with the namespace's name is logged and
+    /// the call is counted ([`Metrics::blocked`](crate::Metrics::blocked)): 10 ms to 1 hour, or none for
+    /// neither. Default: 100 ms. It is detected up to half as long later, and logged at most once a minute
+    /// for the same namespace. Work that takes this long belongs on another thread: the shard's other
+    /// connections wait until it is done.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::blocked_after"))]
     pub blocked_after: Option<Duration>,
-    /// Publications that the log holds until every shard has read them: 2 to 1,048,576, rounded up to a power of two.
-    /// Default: 4096. At the limit publishers wait for the slowest shard.
+    /// Publications that the log holds until every shard has read them: 2 to 1,048,576, rounded up to a power
+    /// of two. Default: 4096. At the limit publishers wait for the slowest shard.
     pub log_capacity: usize,
-    /// Commands (adoptions, unicasts, joins, leaves, closes) that one shard's mailbox holds: 1 to 1,048,576. Default: 4096.
-    /// At the limit their senders wait for the shard.
+    /// Commands (adoptions, unicasts, joins, leaves, closes) that one shard's mailbox holds: 1 to 1,048,576.
+    /// Default: 4096. At the limit their senders wait for the shard.
     pub mailbox_capacity: usize,
-    /// Publishers that may wait for room in the log, and in each mailbox: 1 to 16,777,216. Default: 65,536. At the limit a
-    /// publisher gets the error `Overloaded` instead of waiting.
+    /// Publishers that may wait for room in the log, and in each mailbox: 1 to 16,777,216. Default: 65,536.
+    /// At the limit a publisher gets the error `Overloaded` instead of waiting.
     pub publishers_waiting_max: usize,
-    /// How long a shard may wait to gather more before it writes to its sockets: 0 to 1 s, in effect whole milliseconds,
-    /// rounded up. Default: 0, which means that it writes as soon as it has nothing else to do. Every frame is delayed by at
-    /// most this time, answers and pongs too; in return, messages that arrive one at a time share a write.
+    /// How long a shard may delay its writes to coalesce more frames into each: 0 to 1 s, in effect whole
+    /// milliseconds, rounded up. Default: 0, which means that it writes as soon as it has nothing else to do.
+    /// Every frame is delayed by at most this time, answers and pongs too; in return, messages that arrive
+    /// one at a time share a write.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::coalesce"))]
     pub coalesce: Duration,
-    /// Bytes that a shard reads at once: 1 KiB to 16 MiB. Default: 65,536. One buffer for each shard, not for each connection.
+    /// Bytes that a shard reads at once: 1 KiB to 16 MiB. Default: 65,536. One buffer per shard, not per connection.
     pub read_buffer_bytes: usize,
-    /// Bytes of memory that all outboxes together may keep: 1 MiB to 1 TiB. Default: 1 GiB. A frame that is sent to many
-    /// counts once for each shard. Beyond the limit the connections with the largest backlogs are ended (1013), of those
-    /// whose sockets accept nothing for now; if that frees nothing, because they share a long frame or are in the middle of
-    /// one, their sockets are closed at once. Checked in each turn of a shard in which a socket accepts nothing more, and
-    /// whenever the kept memory has grown by 1/64.
+    /// Bytes of memory that all outboxes together may keep: 1 MiB to 1 TiB. Default: 1 GiB. A frame that is sent
+    /// to many connections counts once for each shard. Above the limit the engine ends connections (1013) whose
+    /// sockets accept nothing for now, those with the largest backlogs first. If that frees too little, because
+    /// they share a long frame or are in the middle of one, their sockets are closed at once. Checked in each
+    /// turn of a shard in which a socket accepts nothing more, and whenever the kept memory has grown by 1/64.
     pub backlog_bytes_max: usize,
-    /// Bytes of memory for all incoming messages that are incomplete or wait for their handler: 1 MiB to 1 TiB.
-    /// Default: 1 GiB. Beyond the limit the connections with the most of it are ended (1013).
+    /// Bytes of memory for all incoming messages that are incomplete or wait for their handler: 1 MiB to 1
+    /// TiB. Default: 1 GiB. Above the limit the connections that hold the most are ended (1013).
     pub unfinished_bytes_max: usize,
-    /// Connections from one peer address: 1 to 1,073,741,824 and at most `max_connections`, or none. Default: none. At the
-    /// limit no more from that address are admitted: `shardcast` answers the upgrade with 503. IPv6 counts by its first 64
-    /// bits, and IPv4 in an IPv6 form (`::ffff:192.0.2.1`) as IPv4. Peers whose address is not known are not counted, which
-    /// `shardcast` logs as an error.
+    /// Connections from one client address: 1 to 1,073,741,824 and at most `max_connections`, or none.
+    /// Default: none. At the limit no more from that address are admitted: `shardcast` answers the upgrade
+    /// with 503. IPv6 counts by its first 64 bits, and IPv4 in an IPv6 form (`::ffff:192.0.2.1`) as IPv4.
+    /// Clients whose address is not known are not counted, which `shardcast` logs as an error.
     pub max_connections_per_address: Option<usize>,
-    /// Connections in total: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are admitted: `shardcast` answers the
-    /// upgrade with 503.
+    /// Connections in total: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are admitted:
+    /// `shardcast` answers the upgrade with 503.
     pub max_connections: usize,
     #[doc(hidden)]
     #[cfg_attr(feature = "serde", serde(skip))]
@@ -105,7 +108,7 @@ impl EngineConfig {
     /// Checks every field against its range.
     ///
     /// # Errors
-    /// The first field that is out of range, by name.
+    /// [`ConfigError`] for the first field that is out of range.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let shards = self.shards.unwrap_or(1);
         within("shards", shards, 1, SHARDS_MAX)?;
@@ -120,23 +123,24 @@ impl EngineConfig {
         within("backlog_bytes_max", self.backlog_bytes_max, 1 << 20, 1 << 40)?;
         within("unfinished_bytes_max", self.unfinished_bytes_max, 1 << 20, 1 << 40)?;
         within("max_connections", self.max_connections, 1, 1 << 30)?;
-        // A limit for one address above that for all would never be reached.
+        // A limit per address above the total limit would have no effect.
         let per_address = self.max_connections_per_address.unwrap_or(1);
         within("max_connections_per_address", per_address, 1, self.max_connections)
     }
 
-    /// Checks a connection's settings, also against these: what one may hold must fit into what all may hold.
+    /// Checks a connection's settings, also against these: the most that one connection may hold must not
+    /// exceed the limit for all.
     ///
     /// # Errors
-    /// The first field that is out of range, by name.
+    /// [`ConfigError`] for the first field that is out of range.
     pub(crate) fn validate_with(&self, connection: &ConnectionConfig) -> Result<(), ConfigError> {
         connection.validate()?;
         within("max_message_bytes", connection.max_message_bytes, 1, self.unfinished_bytes_max)
     }
 }
 
-/// The settings of a connection. Connections with the same settings share their memory. All fields have defaults, and all
-/// can be read with the feature `serde`, as in [`EngineConfig`].
+/// The settings of a connection. Connections with the same settings share one value. All fields have
+/// defaults, and all can be read with the feature `serde`, as in [`EngineConfig`].
 ///
 /// ```
 /// # use shardcast_engine::ConnectionConfig;
@@ -150,28 +154,28 @@ impl EngineConfig {
     serde(default, deny_unknown_fields)
 )]
 pub struct ConnectionConfig {
-    /// What happens to frames that find the outbox full. Default: [`Policy::Block`].
+    /// What happens to frames for which the outbox has no room. Default: [`Policy::Block`].
     pub policy: Policy,
-    /// Frames that the outbox holds for a client that reads too slowly: 1 to 16,777,216. Default: 1024. Beyond it the policy
-    /// decides.
+    /// Frames that the outbox holds for a slow consumer: 1 to 16,777,216. Default: 1024. Above it the policy decides.
     pub outbox_frames: usize,
-    /// Bytes that the outbox holds for a client that reads too slowly: 1 KiB to 1 GiB. Default: 1 MiB. Beyond it the policy
+    /// Bytes that the outbox holds for a slow consumer: 1 KiB to 1 GiB. Default: 1 MiB. Above it the policy
     /// decides. An empty outbox takes one frame of any size.
     pub outbox_bytes: usize,
-    /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit frames that may be dropped
-    /// are dropped at once; where none may be, the connection is ended as a slow consumer (1013).
+    /// Frames that may wait for room in the outbox: 0 to 16,777,216. Default: 65,536. At the limit frames
+    /// that the policy may drop are dropped at once; under a policy that drops none, the connection is ended
+    /// as a slow consumer (1013).
     pub overflow_frames: usize,
-    /// Bytes that may wait for room in the outbox: 0 to 16 GiB. Default: 16 MiB. At the limit the same happens as for
-    /// `overflow_frames`. One frame of any size may wait where no other does.
+    /// Bytes that may wait for room in the outbox: 0 to 16 GiB. Default: 16 MiB. At the limit the same
+    /// happens as for `overflow_frames`. One frame of any size may wait if no other waits.
     pub overflow_bytes: usize,
-    /// How long a client may take nothing while something waits for it: 10 ms to 1 hour, or none. Default: 10 s. After it
-    /// the client is disconnected as a slow consumer (1013), whatever it sends and whatever its handler does. A client that
-    /// takes one byte in this time makes progress and stays connected. Where the system does not tell what the client has
-    /// taken (Linux does), progress is room for another write.
+    /// How long a client may take no byte while something waits for it: 10 ms to 1 hour, or none. Default: 10
+    /// s. After it the client is disconnected as a slow consumer (1013), whatever it sends and whatever its
+    /// handler does. A client that takes one byte in this time makes progress and stays connected. On systems
+    /// that do not report what the client has taken (Linux does), room for another write counts as progress.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::stall_timeout"))]
     pub stall_timeout: Option<Duration>,
-    /// Bytes of one incoming message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer one ends the connection
-    /// (1009).
+    /// Bytes of one incoming message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer
+    /// message ends the connection (1009).
     pub max_message_bytes: usize,
     /// Fragments of one incoming message: 1 to 16,777,216. Default: 1024. More end the connection (1008).
     pub max_fragments: u32,
@@ -180,30 +184,32 @@ pub struct ConnectionConfig {
     /// Time between two pings: 10 ms to 1 day. Default: 15 s.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::heartbeat_interval"))]
     pub heartbeat_interval: Duration,
-    /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s. After it the client
-    /// counts as dead (1011). Every whole message, every ping and the ping's pong is an answer. The time is extended by the
-    /// same amount, up to 250 times in a row, if meanwhile the client has taken some of what was written before the ping, or
-    /// has sent at least 256 bytes of an unfinished message.
+    /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s.
+    /// After it the client counts as dead (1011). Every whole message, every ping and the ping's pong is an
+    /// answer. The time is extended by the same amount, up to 250 times in a row, if meanwhile the client has
+    /// taken some of what was written before the ping, or has sent at least 256 bytes of an unfinished message.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::pong_timeout"))]
     pub pong_timeout: Duration,
-    /// Time without a byte from the client, pongs included: 10 ms to 1 year, or none. Default: none. After it the connection
-    /// ends (1001). Browsers answer pings whatever their page does. To end clients that send no messages, see
-    /// [`message_timeout`](Self::message_timeout).
+    /// Time without a byte from the client, pongs included: 10 ms to 1 year, or none. Default: none. After it
+    /// the connection ends (1001). Browsers answer pings whatever their page does. To end clients that send
+    /// no messages, see [`message_timeout`](Self::message_timeout).
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::idle_timeout"))]
     pub idle_timeout: Option<Duration>,
-    /// Time without a message from the client, for which pings and pongs do not count: 10 ms to 1 year, or none. Default:
-    /// none. After it the connection ends (1001).
+    /// Time without a message from the client; pings and pongs do not count: 10 ms to 1 year, or none.
+    /// Default: none. After it the connection ends (1001).
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::message_timeout"))]
     pub message_timeout: Option<Duration>,
-    /// How long a connection may last: 10 ms to 1 year, or none. Default: none. After it the connection ends (1012). The time is
-    /// shortened by up to a tenth, at random, so that clients which connected together do not reconnect together.
+    /// How long a connection may last: 10 ms to 1 year, or none. Default: none. After it the connection ends
+    /// (1012). The time is shortened by up to a tenth, at random, so that clients that connected together do
+    /// not reconnect together.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::max_connection_duration"))]
     pub max_connection_duration: Option<Duration>,
-    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. A connection that joins one more is ended
-    /// (1008).
+    /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. A connection that joins
+    /// one more is ended (1008).
     pub max_groups: usize,
-    /// Time for the closing handshake, including what is still to be sent: 10 ms to 1 hour. Default: 5 s. After half of it the
-    /// messages that still wait are discarded, so that the Close frame gets through; after all of it the socket is closed.
+    /// Time for the closing handshake, including what remains to be sent: 10 ms to 1 hour. Default: 5 s.
+    /// After half of it the messages that still wait are discarded, so that the Close frame gets through;
+    /// after all of it the socket is closed.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::close_timeout"))]
     pub close_timeout: Duration,
     #[doc(hidden)]
@@ -239,7 +245,7 @@ impl ConnectionConfig {
     /// Checks every field against its range.
     ///
     /// # Errors
-    /// The first field that is out of range, by name.
+    /// [`ConfigError`] for the first field that is out of range.
     pub fn validate(&self) -> Result<(), ConfigError> {
         const SHORTEST: Duration = Duration::from_millis(10);
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -281,7 +287,7 @@ impl Policy {
     /// Checks every field against its range.
     ///
     /// # Errors
-    /// The first field that is out of range, by name.
+    /// [`ConfigError`] for the first field that is out of range.
     pub fn validate(&self) -> Result<(), ConfigError> {
         const HOUR: Duration = Duration::from_secs(3600);
         if let Some(timeout) = self.timeout() {
@@ -298,7 +304,7 @@ impl Policy {
     }
 }
 
-/// A setting is out of range. Says which, what it was, and what it may be.
+/// A setting is out of range. Names the field, its value and its range.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{field}` is {value}, but must be from {lowest} to {highest}")]
 pub struct ConfigError {

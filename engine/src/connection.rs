@@ -1,19 +1,17 @@
-//! Our side of one WebSocket: its socket, what it has sent half, what it has not taken yet.
+//! Our side of one WebSocket: its socket, its unfinished input, its queued output.
 //!
-//! Owned by one shard. Moves bytes between the socket, the decoder and the outbox
-//! (`connection/`), and keeps the state of the closing handshake. Others see its fields through
-//! methods only. Does not know other connections, groups or the log: what concerns them is
-//! told to the shard as a verdict.
+//! Owned by one shard. Moves bytes between the socket, the decoder and the outbox (`connection/`), and keeps
+//! the state of the closing handshake. Other modules use its fields through methods only. Does not know other
+//! connections, groups or the log: what affects them is returned to the shard as a verdict.
 //!
-//! Its life, in `Phase`: *Open*; *Closing*, from the moment that its end is decided until
-//! the Close frame is with the kernel (nothing is offered any more; messages that came
-//! before the end are still handled); *Lingering*, until the peer's end of the stream
-//! comes, so that closing the socket does not destroy the Close frame on its way; then the
-//! socket is dropped. The handler may outlive the socket: it may finish what it is
-//! doing, and is told the end after that.
+//! Its life, in `Phase`: *Open*; *Closing*, from the decision to end it until the Close frame has been passed
+//! to the kernel (nothing more is offered to it; messages that arrived before the end are still handled);
+//! *Lingering*, until the client ends its stream, because closing the socket earlier could destroy a Close
+//! frame in flight; then the socket is dropped. The handler may outlive the socket: it may finish its current
+//! call, and is notified of the end after that.
 //!
-//! An open connection is first *opening*, until its handler's `on_open` is done. Until then
-//! it gets only what is sent to it alone or to groups that the handler has joined.
+//! An open connection is first *opening*, until its handler's `on_open` is done. Until then it gets only what
+//! is sent to it alone or to groups that the handler has joined.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -58,14 +56,14 @@ enum Phase {
     Lingering,
 }
 
-/// Whether messages are handed to the handler.
+/// Whether messages are passed to the handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Intake {
     Open,
-    /// The engine is ending: no more messages are handed over. Control frames are still answered.
+    /// The engine is shutting down: no more messages are passed to the handler. Control frames are still answered.
     Paused,
-    /// The end is decided and on its way, behind what was sent before: nothing more is listened to. What was read before
-    /// is still handed over, unless the engine is ending as well.
+    /// The end is decided and queued, after what was sent before: no more input is read. Messages that were
+    /// read before are still passed to the handler, unless the engine is shutting down as well.
     Over {
         hands_held: bool,
     },
@@ -75,9 +73,9 @@ enum Intake {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Work {
     Idle,
-    /// It answered `Pending` to something.
+    /// It answered `Pending` to a call.
     Busy,
-    /// It was told the end, and answered `Pending`.
+    /// It was notified of the end, and answered `Pending`.
     Closing,
 }
 
@@ -89,41 +87,41 @@ pub(crate) struct Connection {
     directory: Arc<Directory>,
     decoder: Decoder,
     outbox: Outbox<Origin>,
-    /// None when it has parted.
+    /// None when it has been released.
     handler: Option<Box<dyn Handler>>,
     resume: Option<Arc<Resume>>,
-    /// What came while the handler was busy.
+    /// Messages that arrived while the handler was busy.
     held: Option<Box<Held>>,
     passage: Option<Box<Passage>>,
     heartbeat: Heartbeat,
-    /// The tick of the wheel at which it is to be looked at next; other reminders are stale.
+    /// The wheel's tick at which its timer fires; other entries in the wheel are stale.
     timer_tick: u64,
-    /// Since when the kernel refuses to take more for the peer, in microseconds; 0 while it takes more.
+    /// Since when the kernel has refused further writes, in microseconds; 0 while it accepts them.
     refused_since: u64,
-    /// Bytes given to the kernel. Wraps, and is only compared.
+    /// Bytes passed to the kernel. Wraps, and is only compared.
     written: u32,
-    /// How many of them the peer had taken when this was last asked.
+    /// The number of them that the client had taken at the last look.
     taken: u32,
-    /// How many of them had been given when the last ping was.
+    /// The number of them at the time of the last ping.
     ping_end: u32,
     counts: Counts,
     control_rate: ControlRate,
     phase: Phase,
     work: Work,
     intake: Intake,
-    /// The Close frame is still to be queued, behind all data.
+    /// The Close frame is still to be queued, after all data.
     close_frame_pending: bool,
-    /// The kernel may have bytes for us.
+    /// The kernel may have bytes to read.
     is_readable: bool,
-    /// The kernel's end of the stream was announced, so a short read does not mean that it is empty.
+    /// The kernel announced the end of the stream, so a short read does not mean that its buffer is empty.
     is_read_closed: bool,
     /// The end of the stream was read.
     is_input_over: bool,
     /// The kernel has not refused a write since it last announced room.
     is_writable: bool,
-    /// Is in the shard's list of connections to be flushed.
+    /// Is in the shard's list of connections to flush.
     is_dirty: bool,
-    /// Is in the shard's list of connections to be read.
+    /// Is in the shard's list of connections to read.
     is_ready: bool,
     /// Is counted as congested in its groups.
     is_congested: bool,
@@ -131,7 +129,7 @@ pub(crate) struct Connection {
     _permit: ConnectionPermit,
 }
 
-/// From where its shard calls a handler.
+/// The context in which a shard calls a handler.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CallSite<'a> {
     pub(crate) position: Position,
@@ -149,25 +147,25 @@ enum Passage {
 #[derive(Debug)]
 pub(crate) struct Ending {
     pub(crate) reason: CloseReason,
-    /// When the closing handshake must be over.
+    /// The deadline of the closing handshake.
     pub(crate) by: Duration,
     /// When frames that still wait are discarded, so that the Close frame gets through; none once that is done.
     pub(crate) flush_by: Option<Duration>,
-    /// Something was discarded.
+    /// Frames were discarded.
     pub(crate) is_cut: bool,
 }
 
-/// A connection whose handler is not done with `on_open`. It is not a member of everyone yet.
+/// A connection whose handler has not finished `on_open`. It is not a member of everyone yet.
 #[derive(Debug)]
 pub(crate) struct Opening {
     pub(crate) everyone: PendingJoin,
-    /// `on_open` is done, and the joining of everyone is in the shard's list, behind what the handler has sent.
+    /// `on_open` is done, and joining everyone is in the shard's list, after what the handler has sent.
     pub(crate) is_done: bool,
 }
 
 impl Connection {
-    /// A connection that has begun at `now`.
-    #[expect(clippy::too_many_arguments, reason = "it is built in one place, of what an adoption brings")]
+    /// A connection that opened at `now`.
+    #[expect(clippy::too_many_arguments, reason = "it is built in one place, from the parts of an adoption")]
     pub(crate) fn open(
         id: ConnectionId,
         socket: Socket,
@@ -249,7 +247,7 @@ impl Connection {
         self.phase == Phase::Lingering
     }
 
-    /// Whether nothing of it is left that its slot must be kept for.
+    /// Whether nothing is left for which its slot must be kept.
     pub(crate) fn is_gone(&self) -> bool {
         !self.is_open() && self.socket.is_none() && self.handler.is_none()
     }
@@ -259,7 +257,7 @@ impl Connection {
         wheel.arm_earlier(self.id, due, &mut self.timer_tick);
     }
 
-    /// A timer has fired; false if it was replaced by a later one.
+    /// A timer has fired; false if it was replaced by another one.
     pub(crate) fn is_reminded(&mut self, tick: u64) -> bool {
         let is_current = self.timer_tick == tick;
         if is_current {
@@ -268,28 +266,28 @@ impl Connection {
         is_current
     }
 
-    /// What its heartbeat asks for now.
+    /// What its heartbeat requires now.
     pub(crate) fn beat(&mut self, now: Duration, listened: Duration, nonce: impl FnOnce() -> u64) -> Beat {
         self.heartbeat.beat(now, listened, &self.config, nonce)
     }
 
-    /// What it has counted so far.
+    /// Its counters so far.
     pub(crate) fn tally(&self) -> Tally {
         self.counts.tally()
     }
 
-    /// So many frames are meant for it.
+    /// Counts frames that address it.
     #[inline]
     pub(crate) fn count_offered(&mut self, frames: u64) {
         self.counts.offered += frames;
     }
 
-    /// Whether its handler is done with what it was given.
+    /// Whether its handler has finished its current call.
     pub(crate) fn is_idle(&self) -> bool {
         self.work == Work::Idle
     }
 
-    /// Whether its handler is busy with anything but its end.
+    /// Whether its handler is busy with anything but the connection's end.
     pub(crate) fn is_busy(&self) -> bool {
         self.work == Work::Busy
     }
@@ -299,7 +297,7 @@ impl Connection {
         self.work = Work::Closing;
     }
 
-    /// Its handler is done; true if that was with its end.
+    /// Its handler has finished its call; true if that was the end's.
     pub(crate) fn finish_work(&mut self) -> bool {
         std::mem::replace(&mut self.work, Work::Idle) == Work::Closing
     }
@@ -311,7 +309,7 @@ impl Connection {
         }
     }
 
-    /// Calls the handler; returns also whether, and why, the connection is to end now: by the handler's wish or its panic.
+    /// Calls the handler. Also returns the reason if the connection must end now: by the handler's wish or its panic.
     pub(crate) fn call(
         &mut self,
         site: &CallSite<'_>,
@@ -329,12 +327,12 @@ impl Connection {
         (flow, end)
     }
 
-    /// Lets go of the handler.
+    /// Releases the handler.
     pub(crate) fn take_handler(&mut self) -> Option<Box<dyn Handler>> {
         self.handler.take()
     }
 
-    /// Takes the oldest drops that the handler has not been told of.
+    /// Takes the oldest drops that were not yet reported to the handler.
     pub(crate) fn take_drop_notice(&mut self) -> Option<DropNotice> {
         self.counts.take_drop_notice()
     }
@@ -343,7 +341,8 @@ impl Connection {
         while self.counts.take_drop_notice().is_some() {}
     }
 
-    /// Its end is decided: nothing more is decoded. What was read before is still handed over if it `keeps_held`.
+    /// Its end is decided: nothing more is decoded. Messages that were read before are still passed to the
+    /// handler if `keeps_held`.
     pub(crate) fn begin_closing(&mut self, keeps_held: bool) {
         self.phase = Phase::Closing;
         drop(self.take_opening());
@@ -353,7 +352,7 @@ impl Connection {
         }
     }
 
-    /// The engine is ending.
+    /// The engine is shutting down.
     pub(crate) fn pause(&mut self) {
         self.intake = match self.intake {
             Intake::Open | Intake::Paused => Intake::Paused,
@@ -361,7 +360,7 @@ impl Connection {
         };
     }
 
-    /// The connection is to end; false if that was known.
+    /// The connection will end; false if that was known.
     pub(crate) fn stop_listening(&mut self) -> bool {
         let before = self.intake;
         if before != (Intake::Over { hands_held: false }) {
@@ -370,7 +369,7 @@ impl Connection {
         !matches!(before, Intake::Over { .. })
     }
 
-    /// Whether the connection is closing, or will as soon as what was sent before has been handled.
+    /// Whether the connection is closing, or will close as soon as what was sent before has been handled.
     pub(crate) fn is_over(&self) -> bool {
         self.phase != Phase::Open || matches!(self.intake, Intake::Over { .. })
     }
@@ -384,8 +383,8 @@ impl Connection {
         }
     }
 
-    /// Everyone, while it is opening. It is no member yet but may be sent to, so if it is congested it is counted there,
-    /// where publishers look.
+    /// Everyone, while it is opening. It is not a member yet but can be addressed, so if it is congested it
+    /// is counted there, where publishers look.
     pub(crate) fn provisional_group(&self) -> Option<&Group> {
         self.opening().map(|_| &**self.directory.everyone())
     }
@@ -402,7 +401,7 @@ impl Connection {
         }
     }
 
-    /// None once it has opened.
+    /// None once it is fully open.
     pub(crate) fn opening(&self) -> Option<&Opening> {
         match self.passage.as_deref() {
             Some(Passage::Opening(opening)) => Some(opening),
@@ -436,7 +435,7 @@ impl Connection {
         }
     }
 
-    /// `is_told`: a Close frame is sent, behind all data.
+    /// `is_told`: a Close frame is sent, after all data.
     pub(crate) fn begin_ending(&mut self, ending: Ending, is_told: bool) {
         self.close_frame_pending = is_told;
         self.passage = Some(Box::new(Passage::Ending(ending)));
@@ -463,7 +462,7 @@ mod tests {
     use super::*;
 
     #[test]
-    #[allow(clippy::print_stdout, reason = "`cargo test -- --nocapture` tells the number")]
+    #[allow(clippy::print_stdout, reason = "`cargo test -- --nocapture` prints the number")]
     fn a_connection_costs_a_known_amount_of_memory() {
         println!("the state of a connection: {} bytes", size_of::<Connection>());
         assert!(size_of::<Connection>() <= 304, "{} bytes", size_of::<Connection>());

@@ -1,8 +1,7 @@
 //! The connections of one shard, by slot.
 //!
-//! Owned by one shard. A slot is looked up here and nowhere else. An id also contains the
-//! generation of its slot, so the id of a closed connection finds nothing. Does not know
-//! what connections do.
+//! Owned by one shard. A slot is looked up here and nowhere else. An id also contains the generation of its
+//! slot, so the id of a closed connection finds nothing. Does not know what connections do.
 
 use std::ops::{Index, IndexMut};
 
@@ -23,12 +22,12 @@ impl Connections {
         self.0.is_empty()
     }
 
-    /// The slot that the next connection gets; none if all are taken.
+    /// The slot that the next connection gets; none if all are in use.
     pub(crate) fn vacant(&self) -> Option<Slot> {
         Some(self.0.vacant_key()).filter(|key| *key < SLOTS_MAX).map(Slot::new)
     }
 
-    /// Takes over a connection whose slot is the vacant one.
+    /// Adds a connection whose slot is the vacant one.
     pub(crate) fn insert(&mut self, connection: Connection) {
         let entry = self.0.vacant_entry();
         debug_assert_eq!(entry.key(), connection.slot().index());

@@ -1,9 +1,8 @@
-//! When connections are to be looked at for frames that have waited long enough.
+//! When to check connections for frames that have waited for too long.
 //!
-//! Owned by one shard. One reminder for each item, the earliest that was asked for: so it
-//! takes as much memory as there are items, however many frames came and went. Whoever is
-//! reminded looks at what it has, which may be nothing any more, and asks again for the
-//! rest. Knows no clock, and not what it reminds of.
+//! Owned by one shard. One timer for each item, the earliest that was set: so the memory depends on the
+//! number of items, however many frames wait. When its timer fires, an item looks at what it has, which may
+//! be nothing any more, and sets a timer for the rest. Knows no clock, and not what its timers are for.
 
 use std::collections::BTreeSet;
 use std::collections::hash_map::Entry;
@@ -14,7 +13,7 @@ use rustc_hash::FxHashMap;
 
 #[derive(Debug)]
 pub(crate) struct Deadlines<T> {
-    /// When each item's reminder is due; each is in `queue` once.
+    /// When each item's timer is due; each is in `queue` once.
     due: FxHashMap<T, Duration>,
     queue: BTreeSet<(Duration, T)>,
 }
@@ -24,7 +23,7 @@ impl<T: Copy + Ord + Hash> Deadlines<T> {
         Self { due: FxHashMap::default(), queue: BTreeSet::new() }
     }
 
-    /// Reminds of `item` at `due` or, if it asked for that, earlier.
+    /// Sets the timer of `item` to `due`, unless it is due earlier already.
     pub(crate) fn push(&mut self, due: Duration, item: T) {
         match self.due.entry(item) {
             Entry::Occupied(entry) if *entry.get() <= due => return,
@@ -38,7 +37,7 @@ impl<T: Copy + Ord + Hash> Deadlines<T> {
         self.queue.insert((due, item));
     }
 
-    /// Moves what is due by `now` to `due`.
+    /// Moves the items that are due by `now` to `due`.
     pub(crate) fn expire(&mut self, now: Duration, due: &mut Vec<T>) {
         while let Some((_, item)) = self.queue.first().copied().filter(|(at, _)| *at <= now) {
             self.queue.pop_first();
@@ -58,7 +57,7 @@ impl<T: Copy + Ord + Hash> Deadlines<T> {
         self.queue.len()
     }
 
-    /// When the next one is due.
+    /// When the next timer is due.
     pub(crate) fn next(&self) -> Option<Duration> {
         self.queue.first().map(|(due, _)| *due)
     }
@@ -71,7 +70,7 @@ mod tests {
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
     #[test]
-    fn each_is_reminded_of_at_the_earliest_time_that_it_asked_for() {
+    fn each_item_is_due_at_the_earliest_time_that_was_set() {
         let mut deadlines = Deadlines::new();
         deadlines.push(MS(100), 'a');
         deadlines.push(MS(30), 'b');
@@ -88,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn it_holds_one_reminder_for_each_item_however_often_it_is_asked() {
+    fn each_item_has_one_timer_however_often_it_is_set() {
         let mut deadlines = Deadlines::new();
         let mut due = Vec::new();
         for round in 0..1000 {

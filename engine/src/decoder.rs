@@ -1,12 +1,10 @@
-//! The decoder: a peer's bytes in, its messages out.
+//! The decoder: a client's bytes in, its messages out.
 //!
-//! One per connection, owned by it. It works in place: a frame that lies whole in the
-//! input is unmasked there and handed out as a slice of it, so the common case neither
-//! copies nor allocates and an idle decoder is two words. Only what is incomplete when
-//! the input ends is kept, in one box that goes away with the event it was for.
-//! A peer decides what arrives, so every limit is checked on the claim, memory is taken
-//! only for what has arrived, and the first error is the last word.
-//! Does not know sockets, time, or what a message means.
+//! One per connection, owned by it. It works in place: a frame that is complete in the input is unmasked there
+//! and returned as a slice of it, so the common case neither copies nor allocates, and an idle decoder is two
+//! words. Only what is incomplete when the input ends is kept, in one box that is freed with the event it was
+//! for. The client decides what arrives, so every limit is checked on the claimed length, memory is taken only
+//! for what has arrived, and the first error is final. Does not know sockets, time, or what a message means.
 //!
 //! ```text
 //!            header incomplete, payload incomplete, or fragments to come
@@ -27,14 +25,14 @@ use crate::frame::{CONTROL_PAYLOAD_BYTES_MAX, FrameError, Header, MessageKind, O
 use crate::mask::unmask;
 use crate::utf8::Utf8Checker;
 
-/// What one message may cost.
+/// The limits of one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// The longest message, in bytes of payload summed over its fragments (default 65,536). It is checked when a
+    /// The longest message, in bytes of payload summed over its fragments (default 65,536). Checked when a
     /// frame's header claims a length, before any of the payload is kept: [`FrameError::MessageTooBig`].
     pub max_message_bytes: usize,
-    /// The most fragments that one message may come in (default 1,024). One above that is
-    /// [`FrameError::TooManyFragments`]. A message that is not fragmented has none, so 0 forbids fragmentation.
+    /// The most fragments of one message (default 1,024). One more is [`FrameError::TooManyFragments`]. A
+    /// message that is not fragmented has none, so 0 forbids fragmentation.
     pub max_fragments: u32,
 }
 
@@ -44,7 +42,7 @@ impl Default for Limits {
     }
 }
 
-/// What a peer said. Borrows the input or the decoder, until the next call.
+/// What a client has sent. Borrows the input or the decoder, until the next call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event<'a> {
     /// A whole message.
@@ -55,22 +53,22 @@ pub enum Event<'a> {
         /// [`MessageKind::Text`].
         payload: &'a [u8],
     },
-    /// A ping, to be answered with the same payload (at most 125 bytes).
+    /// A ping, which must be answered with the same payload (at most 125 bytes).
     Ping(&'a [u8]),
     /// A pong and its payload (at most 125 bytes).
     Pong(&'a [u8]),
-    /// The peer ends the connection: with a code that is valid on the wire and a reason of at most 123 bytes, or
-    /// without saying why. Whatever it sends behind this is taken and discarded.
+    /// The client closes the connection: with a code that is valid on the wire and a reason of at most 123
+    /// bytes, or without either. Everything that it sends afterwards is read and discarded.
     Close(Option<(CloseCode, &'a str)>),
 }
 
 /// An incremental decoder of masked client frames.
 ///
-/// Takes bytes cut anywhere; the same bytes give the same events and the same error however they are cut.
+/// Takes bytes that are cut anywhere; the same bytes give the same events and the same error however they are cut.
 ///
-/// An idle decoder keeps nothing on the heap. One with something incomplete keeps about 250 bytes and the part of the
-/// message that has arrived, in a buffer that grows by doubling but not beyond the limit. Memory is never
-/// taken for a length that was only claimed.
+/// An idle decoder keeps nothing on the heap. A decoder with something incomplete keeps about 250 bytes and
+/// the part of the message that has arrived, in a buffer that grows by doubling but not beyond the limit.
+/// Memory is never taken for a length that was only claimed.
 ///
 /// ```
 /// # use shardcast_engine::{Decoder, Event, FrameError, Limits, MessageKind};
@@ -99,36 +97,36 @@ enum State {
     #[default]
     Idle,
     Partial(Box<Partial>),
-    /// The peer has said Close. RFC 6455, 1.4: what it sends afterwards is discarded.
+    /// The client has sent Close. RFC 6455, 1.4: what it sends afterwards is discarded.
     Closed,
     Failed(FrameError),
 }
 
-/// What is kept while something is incomplete.
+/// The state that is kept while something is incomplete.
 struct Partial {
-    /// The beginning of a header that the input ended in: `header[..header_len]`.
+    /// The beginning of a header, if the input ended inside it: `header[..header_len]`.
     header: [u8; Header::BYTES_MAX],
     header_len: u8,
     /// The frame whose payload is arriving.
     open: Option<OpenFrame>,
-    /// How many fragments the open message has so far; 0 if no fragmented message is open.
+    /// Number of fragments of the open message so far; 0 if no fragmented message is open.
     fragments: u32,
-    /// What the message being assembled is.
+    /// The kind of the message that is being assembled.
     kind: MessageKind,
     utf8: Utf8Checker,
     /// The payload of the message so far, over all its fragments.
     message: Vec<u8>,
-    /// The payload of a control frame so far, apart because it may come between fragments.
+    /// The payload of a control frame so far, kept separately because it may arrive between fragments.
     control: [u8; CONTROL_PAYLOAD_BYTES_MAX],
     control_len: u8,
-    /// What the last event was made of, to be given up at the next call.
+    /// The buffer that the last event borrows, to be freed at the next call.
     lent: Lent,
 }
 
 #[derive(Clone, Copy)]
 struct OpenFrame {
     header: Header,
-    /// How many bytes of its payload have arrived.
+    /// Number of bytes of its payload that have arrived.
     arrived: usize,
 }
 
@@ -140,46 +138,46 @@ enum Lent {
     Close,
 }
 
-/// An event that is complete, without the borrow.
+/// A complete event, without the borrow.
 struct Ready {
-    says: Says,
-    at: ConnectionPermit,
+    event_kind: EventKind,
+    at: Location,
 }
 
 #[derive(Clone, Copy)]
-enum Says {
+enum EventKind {
     Message(MessageKind),
     Ping,
     Pong,
     Close(Option<CloseCode>),
 }
 
-enum ConnectionPermit {
+enum Location {
     Input(Range<usize>),
     Kept,
 }
 
 impl Decoder {
-    /// A decoder at the beginning of a connection, behind the handshake.
+    /// Creates a decoder at the start of a connection, after the handshake.
     #[must_use]
     pub const fn new() -> Self {
         Self { state: State::Idle }
     }
 
-    /// Takes bytes off the front of `input` until one event is complete or the input is used up, and adds to
-    /// `consumed` how many it took. `input[0]` is the first byte that no earlier call took.
+    /// Takes bytes off the front of `input` until one event is complete or the input is used up, and adds
+    /// their number to `consumed`. `input[0]` is the first byte that no earlier call took.
     ///
-    /// `None` says that all of the input was taken and more is needed. The bytes taken are overwritten (unmasked in
-    /// place); the decoder never wants them back. Behind an event, the rest of the input may be given to any later
-    /// call, from this buffer or another.
+    /// `None` means that all of the input was taken and more is needed. The bytes taken are overwritten
+    /// (unmasked in place); the decoder never needs them again. After an event, the rest of the input may be
+    /// passed to any later call, from this buffer or another.
     ///
-    /// The memory behind an event is given back at the next call, even one with nothing new to
-    /// decode, or by [`release`](Self::release).
+    /// The memory of an event is freed at the next call, even if that has nothing new to decode, or by
+    /// [`release`](Self::release).
     ///
     /// # Errors
-    /// The first thing that is wrong with the peer's bytes, as soon as it can be known: a bad byte in a text is
-    /// reported without waiting for the frame's end. The decoder is finished then: each further call
-    /// gives the same error and takes nothing. `consumed` says nothing after an error.
+    /// The first fault of the client's bytes, as soon as it can be known: a bad byte in a text is reported
+    /// without waiting for the frame's end. The decoder is finished then: each further call returns the same
+    /// error and takes nothing. `consumed` has no meaning after an error.
     pub fn decode<'a>(
         &'a mut self,
         input: &'a mut [u8],
@@ -208,8 +206,8 @@ impl Decoder {
         }
     }
 
-    /// Gives back the memory behind the last event. Worth a call when an event was taken and the next
-    /// [`decode`](Self::decode) may be long in coming, as when reading pauses.
+    /// Frees the memory of the last event. Worth a call when the event has been handled and the next
+    /// [`decode`](Self::decode) may be much later, as when reading pauses.
     pub fn release(&mut self) {
         let State::Partial(partial) = &mut self.state else { return };
         let is_over = match std::mem::replace(&mut partial.lent, Lent::Nothing) {
@@ -226,13 +224,13 @@ impl Decoder {
         }
     }
 
-    /// Whether the decoder stands between messages with nothing kept; false also after a Close or an error.
+    /// Whether the decoder is between messages with nothing kept; false also after a Close or an error.
     #[must_use]
     pub const fn is_idle(&self) -> bool {
         matches!(self.state, State::Idle)
     }
 
-    /// How many bytes the decoder has on the heap. Bounded: about 250 and at most twice what has arrived of the
+    /// Bytes that the decoder has on the heap. Bounded: about 250, and at most twice what has arrived of the
     /// incomplete message, never more than [`Limits::max_message_bytes`] of it.
     #[must_use]
     pub fn heap_bytes(&self) -> usize {
@@ -242,7 +240,7 @@ impl Decoder {
         }
     }
 
-    /// `decode` without the borrow: headers and payloads, frame by frame, until something is complete.
+    /// `decode` without the borrow: headers and payloads, frame by frame, until an event is complete.
     fn advance(
         &mut self,
         input: &mut [u8],
@@ -257,21 +255,21 @@ impl Decoder {
                     *at = whole.end;
                     let payload = &mut input[whole.clone()];
                     unmask(payload, header.key, 0);
-                    let says = self.conclude_in_place(header.opcode, payload)?;
-                    return Ok(Some(Ready { says, at: ConnectionPermit::Input(whole) }));
+                    let event_kind = self.conclude_in_place(header.opcode, payload)?;
+                    return Ok(Some(Ready { event_kind, at: Location::Input(whole) }));
                 }
                 self.partial().open_frame(header);
             }
             let partial = self.partial();
             *at += partial.take_payload(&mut input[*at..], limits)?;
             let Some(header) = partial.close_frame() else { return Ok(None) };
-            if let Some(says) = partial.conclude(&header)? {
-                return Ok(Some(Ready { says, at: ConnectionPermit::Kept }));
+            if let Some(event_kind) = partial.conclude(&header)? {
+                return Ok(Some(Ready { event_kind, at: Location::Kept }));
             }
         }
     }
 
-    /// Reads the next frame's header, beginning with what is kept of it. Keeps it if the input ends inside it.
+    /// Reads the next frame's header, starting with the kept part of it. Keeps it if the input ends inside it.
     fn take_header(&mut self, input: &[u8], at: &mut usize) -> Result<Option<Header>, FrameError> {
         let rest = &input[*at..];
         let kept = match &self.state {
@@ -302,7 +300,7 @@ impl Decoder {
         Ok(header)
     }
 
-    /// Checks a header against what came before it and against the limits.
+    /// Checks a header against the frames before it and against the limits.
     fn admit(&self, header: &Header, limits: &Limits) -> Result<(), FrameError> {
         if header.opcode.is_control() {
             return Ok(());
@@ -327,42 +325,42 @@ impl Decoder {
         Ok(())
     }
 
-    /// Checks a whole, unmasked payload that lies in the input, and says what it is.
-    fn conclude_in_place(&mut self, opcode: Opcode, payload: &[u8]) -> Result<Says, FrameError> {
-        let says = match opcode {
+    /// Checks a whole, unmasked payload in the input, and returns its kind of event.
+    fn conclude_in_place(&mut self, opcode: Opcode, payload: &[u8]) -> Result<EventKind, FrameError> {
+        let event_kind = match opcode {
             Opcode::Text => {
                 if simdutf8::basic::from_utf8(payload).is_err() {
                     return Err(FrameError::InvalidUtf8);
                 }
-                Says::Message(MessageKind::Text)
+                EventKind::Message(MessageKind::Text)
             }
-            Opcode::Binary | Opcode::Continuation => Says::Message(MessageKind::Binary),
-            Opcode::Ping => Says::Ping,
-            Opcode::Pong => Says::Pong,
-            Opcode::Close => Says::Close(close_code_of(payload)?),
+            Opcode::Binary | Opcode::Continuation => EventKind::Message(MessageKind::Binary),
+            Opcode::Ping => EventKind::Ping,
+            Opcode::Pong => EventKind::Pong,
+            Opcode::Close => EventKind::Close(close_code_of(payload)?),
         };
-        if let Says::Close(_) = says {
+        if let EventKind::Close(_) = event_kind {
             self.state = State::Closed;
         } else if matches!(&self.state, State::Partial(partial) if partial.fragments == 0) {
             // Only this frame's header had been kept.
             self.state = State::Idle;
         }
-        Ok(says)
+        Ok(event_kind)
     }
 
     fn event<'a>(&'a self, ready: Ready, input: &'a [u8]) -> Event<'a> {
         let payload = match (ready.at, &self.state) {
-            (ConnectionPermit::Input(range), _) => &input[range],
-            (ConnectionPermit::Kept, State::Partial(partial)) => partial.lent_bytes(),
-            (ConnectionPermit::Kept, _) => unreachable!("an event that was kept is kept in a partial"),
+            (Location::Input(range), _) => &input[range],
+            (Location::Kept, State::Partial(partial)) => partial.lent_bytes(),
+            (Location::Kept, _) => unreachable!("an event that was kept is kept in a partial"),
         };
-        match ready.says {
-            Says::Message(kind) => Event::Message { kind, payload },
-            Says::Ping => Event::Ping(payload),
-            Says::Pong => Event::Pong(payload),
-            Says::Close(None) => Event::Close(None),
+        match ready.event_kind {
+            EventKind::Message(kind) => Event::Message { kind, payload },
+            EventKind::Ping => Event::Ping(payload),
+            EventKind::Pong => Event::Pong(payload),
+            EventKind::Close(None) => Event::Close(None),
             // Checked by `close_code_of`; at most 123 bytes are checked a second time.
-            Says::Close(Some(code)) => {
+            EventKind::Close(Some(code)) => {
                 Event::Close(Some((code, std::str::from_utf8(&payload[2..]).unwrap_or_default())))
             }
         }
@@ -372,7 +370,7 @@ impl Decoder {
         matches!(&self.state, State::Partial(partial) if partial.open.is_some())
     }
 
-    /// The partial, made now if there is none.
+    /// The partial state; makes it if there is none.
     fn partial(&mut self) -> &mut Partial {
         if !matches!(self.state, State::Partial(_)) {
             self.state = State::Partial(Box::new(Partial::new()));
@@ -385,7 +383,7 @@ impl Decoder {
 }
 
 impl fmt::Debug for Decoder {
-    /// The state only: what a peer said is not for the log.
+    /// The state only: what a client sends does not belong in the log.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut out = f.debug_struct("Decoder");
         match &self.state {
@@ -416,7 +414,7 @@ impl Partial {
         }
     }
 
-    /// Begins an admitted frame whose payload cannot be handed out from the input.
+    /// Begins an accepted frame whose payload cannot be returned as a slice of the input.
     fn open_frame(&mut self, header: Header) {
         match header.opcode {
             Opcode::Text => self.kind = MessageKind::Text,
@@ -429,10 +427,10 @@ impl Partial {
         self.open = Some(OpenFrame { header, arrived: 0 });
     }
 
-    /// Takes what is there of the open frame's payload, and says how much that was.
+    /// Takes the available part of the open frame's payload, and returns its length.
     fn take_payload(&mut self, input: &mut [u8], limits: &Limits) -> Result<usize, FrameError> {
         let Some(OpenFrame { header, arrived }) = self.open else { return Ok(0) };
-        // Admitted frames fit into the limit, which is a `usize`.
+        // Accepted frames fit into the limit, which is a `usize`.
         let missing = header.payload_bytes as usize - arrived;
         let taken = missing.min(input.len());
         let piece = &mut input[..taken];
@@ -454,18 +452,18 @@ impl Partial {
         Ok(taken)
     }
 
-    /// Ends the open frame if all of its payload has arrived, and gives back its header.
+    /// Ends the open frame if all of its payload has arrived, and returns its header.
     fn close_frame(&mut self) -> Option<Header> {
         let complete = self.open.take_if(|open| open.arrived as u64 == open.header.payload_bytes)?;
         Some(complete.header)
     }
 
-    /// What a frame that ended says, if it ends something, and lends what it is made of.
-    fn conclude(&mut self, header: &Header) -> Result<Option<Says>, FrameError> {
-        let (says, lent) = match header.opcode {
-            Opcode::Ping => (Says::Ping, Lent::Control),
-            Opcode::Pong => (Says::Pong, Lent::Control),
-            Opcode::Close => (Says::Close(close_code_of(self.control_bytes())?), Lent::Close),
+    /// The event that a complete frame ends, if it ends one. Notes which buffer the event borrows.
+    fn conclude(&mut self, header: &Header) -> Result<Option<EventKind>, FrameError> {
+        let (event_kind, lent) = match header.opcode {
+            Opcode::Ping => (EventKind::Ping, Lent::Control),
+            Opcode::Pong => (EventKind::Pong, Lent::Control),
+            Opcode::Close => (EventKind::Close(close_code_of(self.control_bytes())?), Lent::Close),
             Opcode::Text | Opcode::Binary | Opcode::Continuation => {
                 if !header.fin {
                     return Ok(None);
@@ -473,11 +471,11 @@ impl Partial {
                 if self.kind == MessageKind::Text {
                     self.utf8.finish()?;
                 }
-                (Says::Message(self.kind), Lent::Message)
+                (EventKind::Message(self.kind), Lent::Message)
             }
         };
         self.lent = lent;
-        Ok(Some(says))
+        Ok(Some(event_kind))
     }
 
     fn lent_bytes(&self) -> &[u8] {
@@ -488,8 +486,8 @@ impl Partial {
         &self.control[..usize::from(self.control_len)]
     }
 
-    /// Appends to the message. Grows by doubling, so that a message in small pieces is copied O(1) times, but not
-    /// beyond what the message may still become.
+    /// Appends to the message. Grows by doubling, so that a message in small pieces is copied O(1) times, but
+    /// not beyond the length that the message may still reach.
     fn keep(&mut self, piece: &[u8], message_bytes_max: usize) {
         let needed = self.message.len() + piece.len();
         if needed > self.message.capacity() {
@@ -500,19 +498,19 @@ impl Partial {
     }
 }
 
-/// Where in the input the payload lies, if it is all there and can be handed out by itself.
+/// The range of the payload in the input, if all of it is there and it can be returned by itself.
 fn whole_payload(header: &Header, input_bytes: usize, at: usize) -> Option<Range<usize>> {
-    let stands_alone = header.opcode.is_control() || (header.fin && header.opcode != Opcode::Continuation);
+    let is_single = header.opcode.is_control() || (header.fin && header.opcode != Opcode::Continuation);
     let payload_bytes = usize::try_from(header.payload_bytes).ok()?;
-    (stands_alone && payload_bytes <= input_bytes - at).then(|| at..at + payload_bytes)
+    (is_single && payload_bytes <= input_bytes - at).then(|| at..at + payload_bytes)
 }
 
-/// Checks the payload of a Close frame; gives back its code if it has one.
+/// Checks the payload of a Close frame; returns its code if it has one.
 fn close_code_of(payload: &[u8]) -> Result<Option<CloseCode>, FrameError> {
     let Some((&code, reason)) = payload.split_first_chunk() else {
         return if payload.is_empty() { Ok(None) } else { Err(FrameError::InvalidClosePayload) };
     };
-    // The reason before the code, as tungstenite has it: of two faults both of us name the same one.
+    // The reason before the code, as in tungstenite: of two faults both implementations report the same one.
     if std::str::from_utf8(reason).is_err() {
         return Err(FrameError::InvalidUtf8);
     }
@@ -528,7 +526,7 @@ mod tests {
     const FIN: u8 = 0x80;
     const LIMITS: Limits = Limits { max_message_bytes: 64 * 1024, max_fragments: 4 };
 
-    /// A masked frame; `claimed` instead of the payload's own length where the test is about claims.
+    /// A masked frame; `claimed` replaces the payload's own length in tests of claims.
     fn frame(first: u8, payload: &[u8], claimed: Option<u64>) -> Vec<u8> {
         let mut bytes = vec![first];
         match claimed.unwrap_or(payload.len() as u64) {
@@ -543,7 +541,7 @@ mod tests {
         bytes
     }
 
-    /// Feeds everything; what the last event or error was, without the borrow.
+    /// Feeds everything; returns the last event or error, without the borrow.
     fn last(decoder: &mut Decoder, bytes: &[u8]) -> Result<Option<(Opcode, Vec<u8>)>, FrameError> {
         let mut bytes = bytes.to_vec();
         let (mut at, mut last) = (0, None);
@@ -573,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_frame_is_handed_out_from_the_input_and_nothing_is_kept() {
+    fn a_whole_frame_is_returned_from_the_input_and_nothing_is_kept() {
         let mut bytes = frame(FIN | 0x2, b"in place", None);
         let payload_at = bytes[bytes.len() - 8..].as_ptr();
         let (mut decoder, mut at) = (Decoder::new(), 0);
@@ -584,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_whose_header_came_apart_is_still_handed_out_from_the_input() {
+    fn a_frame_with_a_split_header_is_still_returned_from_the_input() {
         let mut bytes = frame(FIN | 0x2, b"in place", None);
         let payload_at = bytes[bytes.len() - 8..].as_ptr();
         let (mut decoder, mut at) = (Decoder::new(), 0);
@@ -616,7 +614,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_of_a_message_is_given_back_when_it_was_handed_out() {
+    fn the_memory_of_a_message_is_freed_after_its_event() {
         let mut decoder = Decoder::new();
         let mut bytes = frame(FIN | 0x2, &[7; 50_000], None);
         let (mut first, mut second) = (bytes.drain(..30_000).collect::<Vec<_>>(), bytes);
@@ -679,7 +677,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_error_is_the_last_word() {
+    fn the_first_error_is_final() {
         let mut decoder = Decoder::new();
         for _ in 0..3 {
             assert_eq!(last(&mut decoder, &frame(FIN | 0x3, b"", None)), Err(FrameError::ReservedOpcode(3)));
@@ -689,7 +687,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_behind_a_close_is_discarded() {
+    fn input_after_a_close_is_discarded() {
         let close = frame(FIN | 0x8, b"\x03\xe8bye", None);
         let behind = frame(FIN | 0x3, b"not even a frame", None);
         for cut in 0..=close.len() {

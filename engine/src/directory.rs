@@ -1,13 +1,12 @@
-//! The directory: what all threads may know about groups.
+//! The directory: what all threads can see of groups.
 //!
-//! Group name → shared entry, and in the entry: which shards have members, how many
-//! members there are, how many of them are congested. Publishers read it, members'
-//! shards keep it. The lists of members themselves are in the shards. Guards of the
-//! concurrent map never leave a function here.
+//! Group name → shared entry, and in the entry: which shards have members, how many members there are, how
+//! many of them are congested. Publishers read it, the members' shards update it. The lists of members are in
+//! the shards. Guards of the concurrent map never leave a function of this file.
 //!
-//! An entry lives from the first `enter` to the last `exit`. The race between the two
-//! is decided by the member count: 0 turns into `CLOSED` once, and who finds an entry
-//! closed makes a new one. So a member never hides in an entry that nobody finds.
+//! An entry lives from the first `enter` to the last `exit`. The race between the two is decided by the
+//! member count: 0 changes to `CLOSED` once, and a thread that finds an entry closed makes a new one. So no
+//! member can be in an entry that nobody finds.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -25,20 +24,20 @@ pub(crate) struct Group {
     pub(crate) key: GroupKey,
     /// None for everyone, which is in no map and never closed.
     name: Option<Arc<str>>,
-    /// The directory that it is in, to find the entry that follows it.
+    /// The directory that contains it, to find the entry that replaces this one.
     directory: Weak<Directory>,
-    /// Members on all shards, those on their way included; or `CLOSED`.
+    /// Members on all shards, including those whose join has not been executed yet; or `CLOSED`.
     members: AtomicU64,
     /// Members whose outbox is more than a quarter full; and of these, those whose policy is `Block`.
     congested: AtomicU32,
     blocking: AtomicU32,
-    /// Members on their way to their shard's index: they may be congested and are not counted as such yet. Not used for
-    /// everyone: a connection is counted there while it is opening, or joins with an empty outbox.
+    /// Members whose join has not been executed yet: they may be congested and are not counted as such. Not
+    /// used for everyone: a connection that is opening is counted there, or it joins with an empty outbox.
     arriving: AtomicU32,
     /// One bit per shard: set before a join returns, cleared only by the shard itself.
     ///
-    /// A shard may clear the bit while a join is on its way to it. That is safe, because
-    /// it is awake then, and before it sleeps it looks at its mailbox and at the log.
+    /// A shard may clear the bit while a join is in its mailbox. That is safe, because it is awake then, and
+    /// before it sleeps it looks at its mailbox and at the log.
     interest: Box<[AtomicU64]>,
 }
 
@@ -63,18 +62,18 @@ impl Group {
     }
 
     fn try_enter(&self) -> bool {
-        // AcqRel/Acquire: whoever comes later sees the count; partner is `exit`.
+        // AcqRel/Acquire: later callers see the count; the partner is `exit`.
         self.members.fetch_update(AcqRel, Acquire, |count| (count != CLOSED).then(|| count + 1)).is_ok()
     }
 
-    /// The entry of the same name that has replaced this closed one, if there is one. At most one entry of a name is
-    /// not closed, and it has all members.
+    /// The entry of the same name that has replaced this closed one, if there is one. At most one entry of a
+    /// name is not closed, and that entry has all members.
     #[cold]
     fn successor(&self) -> Option<Arc<Group>> {
         self.directory.upgrade()?.find(self.name.as_deref()?)
     }
 
-    /// Whether this entry has ended. Members that have joined since are in another one.
+    /// Whether this entry is closed. Members that have joined since are in another one.
     pub(crate) fn is_closed(&self) -> bool {
         self.members.load(Acquire) == CLOSED
     }
@@ -97,11 +96,11 @@ impl Group {
     }
 
     pub(crate) fn add_interest(&self, shard: usize) {
-        // SeqCst: read by publishers after their claim; a join that has returned is seen.
+        // SeqCst: publishers read it after their claim, so they see every join that has returned.
         self.interest[shard / 64].fetch_or(1 << (shard % 64), SeqCst);
     }
 
-    /// Called by the shard itself, awake.
+    /// Called only by the shard itself, while it is awake.
     pub(crate) fn remove_interest(&self, shard: usize) {
         self.interest[shard / 64].fetch_and(!(1 << (shard % 64)), SeqCst);
     }
@@ -128,18 +127,18 @@ impl Group {
         self.interest[shard / 64].load(SeqCst) & (1 << (shard % 64)) != 0
     }
 
-    /// Whether some member is behind.
+    /// Whether some member is congested.
     pub(crate) fn is_congested(&self) -> bool {
         // Relaxed: ordered by the log's cursors, see `Log::in_flight`.
         self.congested.load(Relaxed) > 0 || self.arriving.load(Acquire) > 0
     }
 
-    /// Whether some member is behind for which publishers are to wait.
+    /// Whether some member is congested for which publishers must wait.
     pub(crate) fn is_blocking(&self) -> bool {
         self.blocking.load(Relaxed) > 0 || self.arriving.load(Acquire) > 0 // Relaxed: as above
     }
 
-    /// A member has reached its shard's index, and is counted there if it is congested; or it was dropped on the way.
+    /// A join has been executed, so the member is counted if it is congested; or the join was dropped before.
     fn has_arrived(&self) {
         if self.name.is_some() {
             self.arriving.fetch_sub(1, Release); // pairs with the loads above
@@ -160,14 +159,14 @@ impl Group {
 /// The groups of one namespace.
 #[derive(Debug)]
 pub(crate) struct Directory {
-    /// The namespace's, for log lines.
+    /// The namespace's name, for log lines.
     name: Arc<str>,
     everyone: Arc<Group>,
     groups: papaya::HashMap<Arc<str>, Arc<Group>>,
     next_key: Arc<AtomicU64>,
-    /// Frames to single connections that are on their way and did not fit into the window.
+    /// Frames in flight to single connections that did not fit into the window.
     oversized: AtomicU32,
-    /// For each shard, which alone uses it: what connections of the namespace counted that have ended there.
+    /// For each shard: the sum of the namespace's connections that have ended there. Written only by that shard.
     ended: Box<[EndedTally]>,
     /// Connections that use each encoding.
     encodings: [AtomicU32; ENCODINGS_MAX],
@@ -189,7 +188,7 @@ impl Directory {
         }
     }
 
-    /// The group of all connections; its key also names the namespace.
+    /// The group of all connections; its key also identifies the namespace.
     pub(crate) fn everyone(&self) -> &Arc<Group> {
         &self.everyone
     }
@@ -206,14 +205,14 @@ impl Directory {
         &self.ended[shard]
     }
 
-    /// Whether frames are on their way that may make some outbox congested.
+    /// Whether frames are in flight that may make some outbox congested.
     pub(crate) fn has_oversized(&self) -> bool {
         self.oversized.load(Acquire) > 0 // pairs with the drop of `Oversized`
     }
 
     /// One more connection uses the encoding.
     pub(crate) fn add_encoding(&self, encoding: Encoding) {
-        // Relaxed: a hint for publishers. A frame that they have not made is made by a shard.
+        // Relaxed: a hint for publishers. A shard makes the renditions that they have not made.
         self.encodings[encoding.index()].fetch_add(1, Relaxed);
     }
 
@@ -221,13 +220,13 @@ impl Directory {
         self.encodings[encoding.index()].fetch_sub(1, Relaxed); // Relaxed: as above
     }
 
-    /// The encodings besides the plain one that connections use now.
+    /// The encodings that connections use now, except the plain one.
     pub(crate) fn encodings_in_use(&self) -> impl Iterator<Item = Encoding> {
         let others = self.encodings.iter().enumerate().skip(1);
         others.filter(|(_, users)| users.load(Relaxed) > 0).map(|(index, _)| Encoding::from_index(index))
     }
 
-    /// One more connection, on `shard`.
+    /// Counts one more connection, on `shard`.
     pub(crate) fn enter_everyone(self: &Arc<Self>, shard: usize) -> PendingJoin {
         self.everyone.try_enter();
         self.everyone.add_interest(shard);
@@ -249,7 +248,7 @@ impl Directory {
         all.filter(|(_, members)| *members > 0).collect()
     }
 
-    /// The entry of `name`, made if needed, with one more member, on `shard`.
+    /// Counts one more member of `name`, on `shard`; makes the entry if there is none.
     pub(crate) fn enter(self: &Arc<Self>, name: &str, shard: usize) -> PendingJoin {
         let groups = self.groups.pin();
         loop {
@@ -264,7 +263,7 @@ impl Directory {
                 }
             };
             if group.try_enter() {
-                group.arriving.fetch_add(1, Relaxed); // Relaxed: seen by whoever sees that the join has returned
+                group.arriving.fetch_add(1, Relaxed); // Relaxed: visible to every thread that sees the join's return
                 group.add_interest(shard);
                 return PendingJoin { directory: self.clone(), group, arrived: false };
             }
@@ -272,9 +271,9 @@ impl Directory {
         }
     }
 
-    /// One member less.
+    /// Counts one member less.
     pub(crate) fn exit(&self, group: &Arc<Group>) {
-        let left = group.members.fetch_sub(1, AcqRel) - 1; // partner is `try_enter`
+        let left = group.members.fetch_sub(1, AcqRel) - 1; // the partner is `try_enter`
         let last = left == 0 && group.name.is_some();
         if last && group.members.compare_exchange(0, CLOSED, Release, Relaxed).is_ok() {
             self.forget(group);
@@ -288,7 +287,7 @@ impl Directory {
     }
 }
 
-/// Held by a frame to one connection that did not fit into the window, until the frame is in its outbox.
+/// Held by a frame in flight to one connection that did not fit into the window, until the frame is in its outbox.
 #[derive(Debug)]
 pub(crate) struct Oversized(Arc<Directory>);
 
@@ -305,7 +304,7 @@ impl Drop for Oversized {
     }
 }
 
-/// A member counted, but not yet in its shard's index; dropped on the way, it is uncounted.
+/// A member that is counted, but not yet in its shard's index. Dropping it without `commit` reverts the count.
 #[derive(Debug)]
 pub(crate) struct PendingJoin {
     directory: Arc<Directory>,
@@ -318,7 +317,7 @@ impl PendingJoin {
         &self.group
     }
 
-    /// The member is in its shard's index now, and `exit` is called when it leaves.
+    /// The member is in its shard's index now. `exit` must be called when it leaves.
     pub(crate) fn commit(mut self) {
         self.arrived = true;
         self.group.has_arrived();
@@ -335,7 +334,7 @@ impl Drop for PendingJoin {
 }
 
 fn new_key(next: &AtomicU64) -> GroupKey {
-    GroupKey(next.fetch_add(1, Relaxed)) // Relaxed: uniqueness is all that is asked
+    GroupKey(next.fetch_add(1, Relaxed)) // Relaxed: only uniqueness matters
 }
 
 #[cfg(test)]
@@ -364,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn members_that_come_and_go_at_once_never_hide_in_a_closed_entry() {
+    fn concurrent_joins_and_leaves_never_lose_a_member_in_a_closed_entry() {
         let directory = directory();
         std::thread::scope(|scope| {
             for shard in 0..4 {

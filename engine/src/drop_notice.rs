@@ -1,31 +1,31 @@
-//! Drop notices: which dropped frames a handler still has to be told of.
+//! Drop notices: the dropped frames that must still be reported to a handler.
 //!
-//! One list for each connection that has lost something, owned by its shard. Bounded, because a handler that is
-//! busy must not make a list grow with the number of groups. Does not know connections or handlers.
+//! One list for each connection that has lost frames, owned by its shard. Bounded, because the list of a busy
+//! handler must not grow with the number of groups. Does not know connections or handlers.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::tally::DropCause;
 
-/// Notices that are kept apart by their group, for one connection. Beyond it a drop is added to a notice of the
-/// same cause that names no group.
+/// Notices that are kept separately for each group, per connection. Above it a drop is added to a notice of
+/// the same cause that names no group.
 const KEPT_APART: usize = 16;
 
 /// Frames for one connection that its policy dropped, for the same cause and published to the same group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DropNotice {
-    /// How many frames, at least 1.
+    /// The number of frames, at least 1.
     pub frames: u64,
     /// Why.
     pub cause: DropCause,
-    /// The group that they were published to. None for frames to everyone, to several groups or to this connection
-    /// alone; and for a handler that is busy while frames of more than 16 groups are dropped.
+    /// The group that they were published to. None for frames to everyone, to several groups or to this
+    /// connection alone, and for drops beyond 16 groups while the handler was busy.
     pub group: Option<Arc<str>>,
 }
 
-/// What one handler has not been told of yet, oldest first.
+/// The drops that were not yet reported to one handler, oldest first.
 #[derive(Debug, Default)]
 pub(crate) struct DropNotices(VecDeque<DropNotice>);
 
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn drops_are_told_apart_by_cause_and_group_and_the_list_is_bounded() {
+    fn drops_are_kept_separately_by_cause_and_group_in_a_bounded_list() {
         let mut notices = DropNotices::default();
         let names: Vec<Arc<str>> = (0..1000).map(|number| number.to_string().into()).collect();
         for name in names.iter().chain(&names) {

@@ -1,8 +1,8 @@
 //! Durations in settings, as text: `5ms`, `15s`, `1h 30m`.
 //!
-//! For serde's `with`, one module for each field, because an error names the field and serde does not. A duration that may
-//! be absent is `none` in text, so that formats without a null and environment variables can say it; a null is read, too.
-//! Does not know the structs or their ranges.
+//! For serde's `with`, one module for each field, because an error must name the field and serde does not. An
+//! absent duration is the text `none`, so that formats without a null and environment variables can express
+//! it; a null is read, too. Does not know the structs or their ranges.
 
 use std::fmt;
 use std::time::Duration;
@@ -31,7 +31,7 @@ durations! {
     blocked_after stall_timeout idle_timeout message_timeout max_connection_duration
 }
 
-/// How an absent duration is written.
+/// The text of an absent duration.
 const NONE: &str = "none";
 
 fn humantime_text(value: Duration) -> impl fmt::Display {

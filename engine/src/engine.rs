@@ -1,9 +1,8 @@
 //! The engine: shards, and the threads that run them.
 //!
-//! Starts the threads, gives each shard its CPU, and ends them when the last handle is gone. The
-//! watchdog's thread collects the shards', so that nobody who ends an engine waits for one that
-//! is stuck. Nothing is global: a process may have several engines. Does not know what shards
-//! do.
+//! Starts the threads, binds each shard to its CPU, and ends the threads when the last handle is dropped. The
+//! watchdog's thread joins the shards' threads, so that ending an engine never waits for a shard that is
+//! stuck. Nothing is global: a process may have several engines. Does not know what shards do.
 
 use std::future::poll_fn;
 use std::net::IpAddr;
@@ -16,7 +15,7 @@ use mio::{Poll, Waker};
 use crate::admission::ConnectionPermit;
 use crate::beacon::Beacons;
 use crate::close_code::InvalidCloseCode;
-use crate::config::{ConfigError, EngineConfig};
+use crate::config::{ConfigError, ConnectionConfig, EngineConfig};
 use crate::engine_core::EngineCore;
 use crate::frame::Frame;
 use crate::log::Log;
@@ -31,26 +30,26 @@ use crate::shutdown::{EngineState, Shutdown, ShutdownReport};
 use crate::wait_list::Registration;
 use crate::watchdog::Watchdog;
 
-/// How long an engine that is dropped waits for its peers to take what is theirs.
+/// How long a dropped engine waits for its clients to take the bytes that are queued for them.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 
-/// The stack of a shard, on which an application's methods and decoders run: room for what nests deeply, in debug builds,
-/// too. Only what is used takes memory.
+/// The stack of a shard's thread. An application's methods and decoders run on it, so it has room for deep
+/// nesting, in debug builds too. Only the part that is used takes memory.
 const STACK_BYTES: usize = 8 << 20;
 
-/// A running engine. Cloning gives another handle to the same one; when the last handle is dropped, the
-/// shards close their connections with 1001 and end. That drop waits for it, a second and a little at most; on one of the
-/// engine's own threads it does not wait.
+/// A handle to a running engine. A clone is another handle to the same engine. When the last handle is
+/// dropped, the shards close their connections with 1001 and end; the drop waits for that, slightly more than
+/// one second at most. On one of the engine's own threads the drop does not wait.
 #[derive(Debug, Clone)]
 pub struct Engine {
     owner: Arc<Owner>,
 }
 
-/// Ends the shards when the last handle goes.
+/// Ends the shards when the last handle is dropped.
 #[derive(Debug)]
 struct Owner {
     core: Arc<EngineCore>,
-    /// None for an engine that is driven.
+    /// None for an engine that is driven by its caller.
     watchdog: Option<JoinHandle<()>>,
     /// The threads of the shards, once all have been started.
     shards: OnceLock<Vec<ThreadId>>,
@@ -63,8 +62,8 @@ pub enum StartError {
     /// A setting is out of range.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The system gave no poll, no waker or no thread.
-    #[error("the system refused what a shard needs")]
+    /// The system did not provide a poll, a waker or a thread.
+    #[error("the system refused a shard's poll, waker or thread: check the limits on open files and threads")]
     System(#[from] std::io::Error),
 }
 
@@ -72,13 +71,14 @@ impl Engine {
     /// Starts the shards' threads.
     ///
     /// # Errors
-    /// A setting out of range; a system that gives no file descriptors or threads.
+    /// [`StartError::Config`] for a setting that is out of range, [`StartError::System`] if the system does
+    /// not provide file descriptors or threads. No shard is left running then.
     pub fn start(config: EngineConfig) -> Result<Self, StartError> {
         Self::start_within(config, |shard| shard())
     }
 
-    /// Like [`start`](Self::start), but each shard's thread calls `around` with the shard's whole life, so that
-    /// handlers find there what they need: a runtime that was entered, a thread-local that was set.
+    /// Like [`start`](Self::start), but each shard's thread calls `around` with a function that runs the shard
+    /// until it ends, so that handlers can rely on what `around` sets up: an entered runtime, a thread-local.
     ///
     /// # Errors
     /// As for `start`.
@@ -119,7 +119,7 @@ impl Engine {
             match spawned {
                 Ok(thread) => {
                     ids.push(thread.thread().id());
-                    let _ = threads.send((index, thread)); // the watchdog lives as long as shards do
+                    let _ = threads.send((index, thread)); // the watchdog runs as long as any shard
                 }
                 Err(error) => {
                     failure = failure.or(error);
@@ -134,8 +134,8 @@ impl Engine {
         }
     }
 
-    /// An engine without threads: the caller drives the shards turn by turn and says what time it is.
-    /// For tests and for embedding into a loop of one's own.
+    /// Creates an engine without threads: the caller drives the shards turn by turn and supplies the time.
+    /// For tests, and for embedding the engine into another event loop.
     ///
     /// # Errors
     /// As for [`start`](Self::start).
@@ -146,26 +146,36 @@ impl Engine {
         Ok((Self { owner: Arc::new(owner) }, shards))
     }
 
-    /// A new namespace: connections that can be addressed together. It does not keep the engine alive.
+    /// Creates a namespace: a set of connections that can be addressed together. It does not keep the engine
+    /// alive. Its log lines name it `unnamed`.
     pub fn namespace(&self) -> Namespace {
         self.namespace_named("unnamed")
     }
 
-    /// The same with a name, by which log lines speak of it. Names need not differ.
+    /// Like [`namespace`](Self::namespace), with a name for log lines. Names need not be unique.
     pub fn namespace_named(&self, name: &str) -> Namespace {
         Namespace::new(self.owner.core.clone(), name)
     }
 
-    /// Registers an encoding: from now on connections may be handed over with it, and `render` makes the frames that they
-    /// get of the payloads that are published.
-    ///
-    /// `render` is called by publishers, once for each publication to several connections while some connection of the
-    /// namespace uses the encoding, and by shards for what they find not rendered. It must be quick, and the frame that it
-    /// returns must not be longer than [`Frame::BYTES_MAX`](crate::Frame::BYTES_MAX). If it panics, the connections that would
-    /// have got the frame are closed (1011).
+    /// Checks a connection's settings, also against the engine's own: `max_message_bytes` must not exceed
+    /// [`unfinished_bytes_max`](EngineConfig::unfinished_bytes_max).
     ///
     /// # Errors
-    /// There are 8 encodings, [`Encoding::PLAIN`] included.
+    /// [`ConfigError`] for the first field that is out of range.
+    pub fn check(&self, config: &ConnectionConfig) -> Result<(), ConfigError> {
+        self.owner.core.config.validate_with(config)
+    }
+
+    /// Registers an encoding: connections can be adopted with it from now on, and `render` makes their frames
+    /// from published payloads.
+    ///
+    /// Publishers call `render` once for each publication to several connections while a connection of the
+    /// namespace uses the encoding; shards call it for publications that have no rendition yet. It must be
+    /// quick, and its frame must not be longer than [`Frame::BYTES_MAX`](crate::Frame::BYTES_MAX). If it
+    /// panics, the connections that should have received the frame are closed (1011).
+    ///
+    /// # Errors
+    /// [`TooManyEncodings`] if 8 encodings are registered, [`Encoding::PLAIN`] included.
     pub fn register_encoding(
         &self,
         render: impl Fn(&Payload) -> Frame + Send + Sync + 'static,
@@ -173,23 +183,24 @@ impl Engine {
         self.owner.core.encodings.register(Box::new(render))
     }
 
-    /// A place for one more connection, or none if `max_connections` are here, or `max_connections_per_address` of
-    /// its address, or the engine is shutdown. Ask before the handshake is answered.
+    /// Takes a permit for one more connection. None if `max_connections` connections are open, or
+    /// `max_connections_per_address` from this address, or if the engine is shutting down. Call it before the
+    /// handshake is answered.
     pub fn admit(&self, address: Option<IpAddr>) -> Option<ConnectionPermit> {
         if self.owner.core.shutdown.is_asked() { None } else { self.owner.core.admission.admit(address) }
     }
 
-    /// Ends the engine in order: admits no more connections, reads no more messages, lets handlers finish, writes
-    /// out everything that was published, closes the connections, ends the threads, and says how that went. Called
-    /// again, it waits for the same end.
+    /// Shuts the engine down gracefully: admits no more connections, reads no more messages, lets handlers
+    /// finish, writes out everything that was published, closes the connections, ends the threads, and
+    /// reports the result. A further call waits for the same shutdown.
     ///
-    /// It is over within the time given, whatever a handler does. A shard that a handler holds up until then counts as
-    /// stuck 200 ms later, and no shard is waited for longer than a second beyond the time; what is stuck is logged as
-    /// an error and left behind ([`ShutdownReport::stuck`]). Where shards are driven by hand, it is over when all
-    /// have been dropped.
+    /// It completes within the given time, whatever a handler does. A shard that a handler blocks until then
+    /// counts as stuck 200 ms later, and no shard is waited for longer than one second beyond the given time.
+    /// A stuck shard is logged as an error and abandoned ([`ShutdownReport::stuck`]). Where the caller drives
+    /// the shards, the shutdown completes when all of them have been dropped.
     ///
     /// # Errors
-    /// A close code that may not be sent; nothing has happened then.
+    /// [`InvalidCloseCode`] for a close code that may not be sent; the engine keeps running then.
     pub async fn shutdown(&self, shutdown: Shutdown) -> Result<ShutdownReport, InvalidCloseCode> {
         if !shutdown.code.is_valid_on_wire() {
             return Err(InvalidCloseCode(shutdown.code));
@@ -200,8 +211,8 @@ impl Engine {
         Ok(poll_fn(|context| core.shutdown.poll(&mut registration, context.waker())).await)
     }
 
-    /// Waits until the engine has ended, for whatever reason: [`EngineState::Ended`] or [`EngineState::Failed`]. Does
-    /// not end it, nor keep it alive.
+    /// Waits until the engine has ended, for any reason: [`EngineState::Ended`] or [`EngineState::Failed`].
+    /// Neither ends the engine nor keeps it alive.
     pub fn ended(&self) -> impl Future<Output = EngineState> + Send + use<> {
         let core = self.owner.core.clone();
         async move {
@@ -211,17 +222,17 @@ impl Engine {
         }
     }
 
-    /// What the engine is doing. Never goes back.
+    /// The engine's current state. It never goes back to an earlier one.
     pub fn state(&self) -> EngineState {
         self.owner.core.shutdown.state()
     }
 
-    /// Whether the engine ends or has ended, for whatever reason: it takes no more connections.
+    /// Whether the engine is ending or has ended, for any reason: it admits no more connections.
     pub fn is_stopping(&self) -> bool {
         self.owner.core.shutdown.is_asked()
     }
 
-    /// The number of connections, those on their way to their shard included.
+    /// The number of connections, including those that their shard has not adopted yet.
     pub fn connection_count(&self) -> usize {
         self.owner.core.admission.taken()
     }
@@ -231,8 +242,8 @@ impl Engine {
         self.owner.core.mailboxes.len()
     }
 
-    /// What each shard has counted, as of its last turn; [`lag_micros`](Metrics::lag_micros) and
-    /// [`blocked`](Metrics::blocked) as of now, also of a shard that is held up.
+    /// The counters of each shard as of its last turn, but [`lag_micros`](Metrics::lag_micros) and
+    /// [`blocked`](Metrics::blocked) as of now, even while a shard is blocked.
     pub fn shard_metrics(&self) -> Vec<Metrics> {
         let EngineCore { metrics, beacons, .. } = &*self.owner.core;
         let now = Instant::now();
@@ -246,7 +257,7 @@ impl Engine {
         metrics.iter().enumerate().map(seen).collect()
     }
 
-    /// What all shards have counted together.
+    /// The sum of all shards' counters.
     pub fn metrics(&self) -> Metrics {
         self.shard_metrics().into_iter().fold(Metrics::default(), |mut sum, metrics| {
             sum += metrics;
@@ -255,7 +266,7 @@ impl Engine {
     }
 }
 
-/// What an engine's threads share, and what each shard is made of.
+/// The state that an engine's threads share, and the parts from which each shard is made.
 fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<EngineCore>, Vec<Parts>), StartError> {
     config.validate()?;
     let count = match config.shards {
@@ -265,8 +276,8 @@ fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<EngineCore>, Vec<P
     let (log, readers) = Log::new(config.log_capacity, count, config.publishers_waiting_max);
     let polls = (0..count).map(|_| Poll::new()).collect::<Result<Vec<_>, _>>()?;
     let mailboxes = polls.iter().map(|poll| {
-        let bell = Waker::new(poll.registry(), WAKE_TOKEN)?;
-        Ok(Mailbox::new(config.mailbox_capacity, config.publishers_waiting_max, bell))
+        let poll_waker = Waker::new(poll.registry(), WAKE_TOKEN)?;
+        Ok(Mailbox::new(config.mailbox_capacity, config.publishers_waiting_max, poll_waker))
     });
     let mailboxes = mailboxes.collect::<Result<Box<[_]>, std::io::Error>>()?;
     let core = Arc::new(EngineCore::new(config, log, mailboxes, Beacons::new(count, now)));
@@ -280,7 +291,7 @@ fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<EngineCore>, Vec<P
 #[cfg(feature = "audit")]
 #[allow(missing_docs)]
 impl Engine {
-    /// Grows by one with each publication or command that is taken, as long as no shard takes a turn.
+    /// Grows by one with each publication or command that is accepted, as long as no shard takes a turn.
     pub fn audit_accepted(&self) -> u64 {
         let core = &self.owner.core;
         core.log.tail() + core.mailboxes.iter().map(|mailbox| mailbox.len() as u64).sum::<u64>()
@@ -295,12 +306,12 @@ impl Drop for Owner {
     fn drop(&mut self) {
         self.core.stop(STOP_GRACE, Instant::now());
         let Some(watchdog) = self.watchdog.take() else { return };
-        // The last handle may be dropped by a handler, on a shard, or by a task that the watchdog wakes. A thread
-        // cannot wait for itself; they end on their own.
+        // The last handle may be dropped by a handler, on a shard, or by a task that the watchdog wakes. A
+        // thread cannot join itself; the threads end on their own.
         let this = thread::current().id();
         let is_own = watchdog.thread().id() == this;
         if !is_own && !self.shards.get().is_some_and(|shards| shards.contains(&this)) {
-            let _ = watchdog.join(); // it waits for a stuck shard no longer than a second
+            let _ = watchdog.join(); // it waits for a stuck shard at most one second
         }
     }
 }

@@ -1,8 +1,8 @@
-//! The engine's core: what all its threads share, and what any of them may do with the shards.
+//! The engine's core: the state that all its threads share, and what any thread may do with the shards.
 //!
-//! Shared by handles, handlers and shards. Everything here is short and never blocks; who
-//! finds the log or a mailbox full gets the value back. Knows the log, the mailboxes and
-//! the directory. Does not know sockets or connections, nor how publishers wait.
+//! Shared by handles, handlers and shards. Each function is short and never blocks: if the log or a mailbox
+//! is full, the caller gets the value back. Knows the log, the mailboxes and the directory. Does not know
+//! sockets or connections, nor how publishers wait.
 
 use std::cell::Cell;
 use std::hash::{BuildHasher, RandomState};
@@ -27,16 +27,17 @@ use crate::rendition::Encodings;
 use crate::shutdown::{Shutdown, ShutdownState};
 use crate::wait_list::Refused;
 
-/// Publications after which even a shard that they do not concern is woken to pass them.
+/// Number of publications after which a shard that has no members for them is woken all the same, to pass them.
 const LAG_MAX: u64 = 256;
 
 thread_local! {
-    /// What this thread has tried to send so far, to any engine. Only looked at before and after a call, so that a shard
-    /// knows whether a handler has sent something in between: what other threads send meanwhile is not its doing.
+    /// The number of publications and commands that this thread has tried to send, to any engine. A shard
+    /// compares it before and after a handler's call to see whether the handler sent something; what other
+    /// threads send meanwhile does not count.
     static SENT: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Grows with each publication or command that the calling thread tries to send.
+/// Grows by one with each publication or command that the calling thread tries to send.
 pub(crate) fn sent_by_this_thread() -> u64 {
     SENT.get()
 }
@@ -44,7 +45,7 @@ pub(crate) fn sent_by_this_thread() -> u64 {
 #[derive(Debug)]
 pub(crate) struct EngineCore {
     pub(crate) config: EngineConfig,
-    /// Names this run of the engine.
+    /// Identifies this run of the engine; random.
     epoch: u64,
     pub(crate) log: Arc<Log<Entry>>,
     pub(crate) mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
@@ -83,27 +84,29 @@ impl EngineCore {
         }
     }
 
-    /// The place in the order behind so many publications.
+    /// The position after this number of publications.
     pub(crate) fn position(&self, sequence: u64) -> Position {
         Position { epoch: self.epoch, sequence }
     }
 
-    /// The place in the order behind everything that was published until now.
+    /// The position after everything that has been published so far.
     pub(crate) fn tail(&self) -> Position {
         self.position(self.log.tail())
     }
 
-    /// Puts a publication into the log and wakes the shards that it concerns; returns the place behind it. Its bytes have
-    /// been reserved. What is refused is boxed: that is rare, and the value is large.
+    /// Puts a publication into the log and wakes the shards that may have members for it; returns the
+    /// position after it. The caller has reserved its bytes. A refused entry is boxed, because refusal is
+    /// rare and the value is large.
     pub(crate) fn try_publish(&self, entry: Entry) -> Result<Position, Refused<Box<Entry>>> {
         SENT.set(SENT.get() + 1);
         let waited_for = entry.ticket.is_some();
         let concerned = entry.target.clone();
         let position = self.log.try_push(entry).map_err(|refused| refused.map(Box::new))?;
         if waited_for {
-            // The ticket comes back when every shard has passed, also those without members.
+            // The last copy of the ticket is dropped when every shard has passed the entry, also shards
+            // without members.
             self.mailboxes.iter().for_each(Mailbox::wake);
-            self.log.reclaim(); // for the case that all shards have just ended
+            self.log.reclaim(); // in case all shards have just ended
         } else {
             match &concerned {
                 Target::One(group) => self.wake_members(group),
@@ -112,7 +115,8 @@ impl EngineCore {
                 }
             }
         }
-        // Shards that sleep because nothing concerns them hold back the gate: wake them in good time.
+        // A shard that sleeps because no publication concerns it holds back the log's gate: wake it before
+        // the log is full.
         let distance = (self.log.capacity() / 4).clamp(1, LAG_MAX);
         if position % distance == 0 {
             self.wake_laggards(distance);
@@ -120,10 +124,10 @@ impl EngineCore {
         Ok(self.position(position + 1))
     }
 
-    /// Wakes the shards that may have members now. Joins that returned before the log's position was claimed are seen.
+    /// Wakes the shards that may have members now. Sees every join that returned before the log position was claimed.
     fn wake_members(&self, group: &Group) {
         if group.is_closed() {
-            // Members that have joined since are in another entry, which the shards find.
+            // Members that have joined since are in a new entry, which the shards look up.
             self.mailboxes.iter().for_each(Mailbox::wake);
         } else {
             group.interested(|shard| self.mailboxes[shard].wake());
@@ -136,32 +140,32 @@ impl EngineCore {
         }
     }
 
-    /// Puts a command into a shard's mailbox, to be carried out after all that was published before; returns a place
-    /// in the order that it comes before.
+    /// Puts a command into a shard's mailbox. It is executed after everything that was published before this
+    /// call. Returns a position that the command precedes.
     pub(crate) fn try_command(&self, shard: usize, command: Command) -> Result<Position, Refused<Command>> {
         SENT.set(SENT.get() + 1);
         let Some(mailbox) = self.mailboxes.get(shard) else { return Err(Refused::Closed(command)) };
         mailbox.push(self.log.tail(), command)?;
-        // Looked at again: of what was published meanwhile, a shard may have run some before it takes the command.
+        // Read again: a shard may run some of what was published meanwhile before it takes the command.
         Ok(self.tail())
     }
 
-    /// Asks all shards to end in order.
+    /// Asks all shards to shut down gracefully.
     pub(crate) fn shut_down(&self, shutdown: Shutdown, now: Instant) {
         self.shutdown.ask(shutdown, now);
         self.wake_all();
     }
 
-    /// Asks all shards to end now: what is queued is flushed for as long as `within`, nothing else is waited for.
+    /// Asks all shards to end now: they flush what is queued for at most `within` and wait for nothing else.
     pub(crate) fn stop(&self, within: Duration, now: Instant) {
         let shutdown = Shutdown { within, close_window: Duration::ZERO, code: CloseCode::GOING_AWAY };
         self.shutdown.ask(shutdown, now);
         self.close();
     }
 
-    /// Refuses publications from now on, and tells the shards.
+    /// Refuses publications from now on, and wakes the shards so that they notice.
     pub(crate) fn close(&self) {
-        self.log.close(); // first: who sees the engine closed sees the log's last tail
+        self.log.close(); // first: a thread that sees the engine closed sees the log's final tail
         self.shutdown.close();
         self.wake_all();
     }

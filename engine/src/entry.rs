@@ -1,7 +1,8 @@
 //! The entry: a publication as the log carries it to the shards.
 //!
-//! The value itself, the groups that its address meant when it was published, the frames that its publisher has made,
-//! and the ticket of a publisher that waits. Read in place by every shard. Does not know how it is carried out.
+//! The publication, the groups to which its address was resolved when it was published, the renditions that
+//! its publisher has made, and the ticket of a publisher that waits. Read in place by every shard. Does not
+//! know how it is delivered.
 
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ pub(crate) struct Entry {
     pub(crate) ticket: Option<Ticket>,
 }
 
-/// What an address was resolved to.
+/// The groups to which an address was resolved.
 #[derive(Debug, Clone)]
 pub(crate) enum Target {
     One(Arc<Group>),
@@ -34,7 +35,7 @@ pub(crate) enum Target {
 #[derive(Debug)]
 pub(crate) enum Named {
     Group(Arc<Group>),
-    /// It had no members when the publisher looked, but may have some when the log takes the publication.
+    /// It had no members when the publisher looked, but may have some when the log accepts the publication.
     Absent {
         directory: Arc<Directory>,
         name: Arc<str>,
@@ -65,14 +66,14 @@ impl Weigh for Entry {
     }
 }
 
-/// What a publication takes in an outbox, in bytes; at most, as far as its renditions are made.
+/// The bytes that a publication takes in an outbox. An upper bound, as far as its renditions are made.
 pub(crate) fn weight(publication: &Publication, renditions: &Renditions) -> u64 {
     let plain = publication.payload().map_or(0, |payload| payload.plain_frame().len());
     plain.max(renditions.longest()) as u64
 }
 
 impl Entry {
-    /// The name of the one group that it is for; none for everyone and for several.
+    /// The name of the group that it was published to, if it was a single one; none for everyone and for several.
     pub(crate) fn group(&self) -> Option<&Arc<str>> {
         match &self.target {
             Target::One(group) => group.name(),
@@ -84,8 +85,8 @@ impl Entry {
         self.publication.payload()
     }
 
-    /// Whether it may share a piece of memory with its neighbours in the log: messages for the same connections, delivered
-    /// in the same way, and nobody waits for one of them alone.
+    /// Whether it may share a chunk with its neighbours in the log (a batch): messages for the same
+    /// connections, delivered in the same way, and without a ticket.
     pub(crate) fn joins(&self, first: &Self) -> bool {
         let is_simple = |entry: &Self| {
             matches!(entry.publication.content, Content::Message(_))

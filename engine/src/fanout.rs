@@ -1,9 +1,8 @@
-//! The fanout: a shard's connections, its group index, and what a fan-out does to them.
+//! Fan-out: a shard's connections, its group index, and how a publication reaches its members.
 //!
-//! Owned by one shard. Puts frames into outboxes and notes what follows from it, for the
-//! shard to carry out when the fan-out is over: who is to be flushed, told of drops,
-//! ended. Knows connections and groups. Does not know the log, the mailbox or the sockets'
-//! poll.
+//! Owned by one shard. Puts frames into outboxes and notes the consequences, which the shard applies after
+//! the fan-out: which connections to flush, which handlers to notify of drops, which connections to end.
+//! Knows connections and groups. Does not know the log, the mailbox or the sockets' poll.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -28,13 +27,13 @@ use crate::policy::Policy;
 use crate::receipt::{Origin, Ticket};
 use crate::tally::DropCause;
 
-/// How a chunk is offered: what holds for all of its frames besides their bytes.
+/// How a chunk is offered: properties that all of its frames share.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Terms<'a> {
-    /// Overrides each connection's own.
+    /// Overrides each connection's own policy.
     pub(crate) policy: Option<Policy>,
     pub(crate) ticket: Option<&'a Ticket>,
-    /// The one group that they were published to.
+    /// The group that they were published to, if it was a single one.
     pub(crate) group: Option<&'a Arc<str>>,
 }
 
@@ -44,7 +43,7 @@ impl<'a> Terms<'a> {
         Self { policy, ticket: entry.ticket.as_ref(), group: entry.group() }
     }
 
-    /// What a frame keeps if it must wait under this policy.
+    /// The state that a frame keeps if it must wait under this policy.
     fn origin(&self, policy: Policy) -> Option<Origin> {
         let ticket = self.ticket.filter(|ticket| policy.blocks() || ticket.wants_outcome());
         let is_needed = ticket.is_some() || self.group.is_some();
@@ -57,26 +56,26 @@ pub(crate) struct Fanout {
     pub(crate) groups: GroupIndex<Arc<Group>>,
     /// Slots with something to write.
     pub(crate) flushes: FlushSchedule<Slot>,
-    /// Ends decided in the middle of a fan-out.
+    /// Connections to end, decided during a fan-out.
     pub(crate) pending_ends: Vec<(ConnectionId, CloseReason)>,
-    /// Connections whose handlers are to be told of drops.
+    /// Connections whose handlers must be notified of drops.
     pub(crate) pending_drop_notices: Vec<ConnectionId>,
-    /// When frames that wait are to be dropped.
+    /// When waiting frames expire.
     pub(crate) deadlines: Deadlines<ConnectionId>,
     /// Bytes in all outboxes; a chunk counts in each.
     pub(crate) backlog_bytes: usize,
-    /// What they keep in memory, where a chunk in many outboxes counts once.
+    /// Bytes that they keep in memory; a chunk in several outboxes counts once.
     pub(crate) retained: Retained,
-    /// Connections whose sockets take no more for now.
+    /// Connections whose sockets accept no more for now.
     pub(crate) refused: usize,
-    /// Bytes of messages that have not arrived whole or wait for their handler.
+    /// Bytes of messages that are incomplete or wait for their handler.
     pub(crate) unfinished_bytes: usize,
     pub(crate) metrics: Metrics,
     /// The time of this turn, since the shard's start.
     pub(crate) now: Duration,
     /// Everything that arrived before this time has been read.
     pub(crate) listened: Duration,
-    /// The earliest time at which what is read now may have arrived.
+    /// The earliest time at which the input that is read now may have arrived.
     pub(crate) arrived: Duration,
 }
 
@@ -100,7 +99,7 @@ impl Fanout {
         }
     }
 
-    /// Offers the batch to each member of a group; returns how many there were. `entry` is its first.
+    /// Offers the batch to each member of a group; returns their number. `entry` is the batch's first.
     pub(crate) fn fan_out(&mut self, group: LocalKey, batch: &mut Batch<'_>, entry: &Entry) -> u64 {
         let (mut targets, mut delayed) = (0, 0);
         for index in 0..self.groups.len(group) {
@@ -110,7 +109,7 @@ impl Fanout {
         count(entry, targets, delayed)
     }
 
-    /// Offers the batch to each slot; returns how many there were.
+    /// Offers the batch to each slot; returns their number.
     pub(crate) fn fan_out_to(&mut self, slots: &[Slot], batch: &mut Batch<'_>, entry: &Entry) -> u64 {
         let (mut targets, mut delayed) = (0, 0);
         for slot in slots {
@@ -139,7 +138,7 @@ impl Fanout {
         }
     }
 
-    /// Ends a connection for which a message cannot be brought into its encoding.
+    /// Ends a connection because a message cannot be converted to its encoding.
     #[cold]
     pub(crate) fn cannot_render(&mut self, slot: Slot, ticket: Option<&Ticket>) {
         if let Some(ticket) = ticket {
@@ -150,7 +149,7 @@ impl Fanout {
         }
     }
 
-    /// Notes the end of each slot; returns how many there were.
+    /// Notes that the connection of each slot must end; returns their number.
     pub(crate) fn note_ends(&mut self, slots: &[Slot], reason: &CloseReason, entry: &Entry) -> u64 {
         let ids = slots.iter().filter_map(|slot| self.connections.get(*slot)).map(Connection::id);
         let ids = ids.filter(|id| !entry.publication.except.contains(id));
@@ -159,7 +158,7 @@ impl Fanout {
         count(entry, (self.pending_ends.len() - before) as u64, 0)
     }
 
-    /// Puts the chunk into one outbox; true if something of it did not fit.
+    /// Puts the chunk into one outbox; true if a part of it did not fit.
     #[inline]
     pub(crate) fn offer(&mut self, slot: Slot, chunk: &Rc<Chunk>, terms: Terms<'_>) -> bool {
         let Some(connection) = self.connections.get_mut(slot) else { return false };
@@ -181,7 +180,7 @@ impl Fanout {
         self.offer_more(slot, chunk, terms)
     }
 
-    /// Puts the chunk into an outbox that has something already, or that it fills; true if something of it did not fit.
+    /// Puts the chunk into an outbox that is not empty, or that it fills; true if a part of it did not fit.
     fn offer_more(&mut self, slot: Slot, chunk: &Rc<Chunk>, terms: Terms<'_>) -> bool {
         let Some(connection) = self.connections.get_mut(slot) else { return false };
         let policy = terms.policy.unwrap_or(connection.config().policy);
@@ -200,7 +199,7 @@ impl Fanout {
         true
     }
 
-    /// What follows when an outbox was full.
+    /// Handles the consequences of a full outbox.
     #[cold]
     fn offered_too_much(
         &mut self,
@@ -231,7 +230,7 @@ impl Fanout {
         }
     }
 
-    /// Drops what has delayed too long for one connection.
+    /// Drops one connection's frames that have waited for too long.
     pub(crate) fn expire_waiting(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections.find_mut(id) else { return };
         let mut drops: SmallVec<[(Dropped, Option<Arc<str>>); 4]> = SmallVec::new();
@@ -256,7 +255,7 @@ impl Fanout {
         self.relieve(id.slot());
     }
 
-    /// Counts a drop, and notes it: for the handler, and against the connection if these were too many in a row.
+    /// Counts a drop, and notes it for the handler; ends the connection if there were too many consecutive drops.
     fn note_drop(&mut self, slot: Slot, cause: DropCause, dropped: Dropped, group: Option<&Arc<str>>) {
         let Dropped { frames, max_drops } = dropped;
         let Some(connection) = self.connections.get_mut(slot) else { return };
@@ -270,7 +269,7 @@ impl Fanout {
         }
     }
 
-    /// Stops counting a connection as congested if it has recovered. Called after everything that takes frames out.
+    /// Stops counting a connection as congested if it has recovered. Called after everything that removes frames.
     pub(crate) fn relieve(&mut self, slot: Slot) {
         let Some(connection) = self.connections.get_mut(slot) else { return };
         if let Some(blocks) = connection.becomes_relieved() {
@@ -279,7 +278,7 @@ impl Fanout {
         }
     }
 
-    /// What the connections that are asked for have counted together on this shard.
+    /// The sum of the counters of the connections that the query names, on this shard.
     pub(crate) fn sum_metrics(&mut self, query: &Query, shard: usize) -> GroupMetrics {
         let mut sum = match &query.groups {
             None => query.directory.ended(shard).sum(),
@@ -289,7 +288,7 @@ impl Fanout {
         sum
     }
 
-    /// Those of them that are open and belong to everyone.
+    /// Those of them that are open and members of everyone.
     pub(crate) fn members(&mut self, query: &Query) -> Vec<ConnectionId> {
         let mut members = Vec::new();
         self.for_each(query, |connection| {
@@ -307,7 +306,7 @@ impl Fanout {
             }
         };
         match &query.groups {
-            // Not by the index: a connection that is just closing has left it.
+            // Not by the index: a connection that is closing has left it already.
             None => {
                 let key = query.directory.key();
                 let ours = |connection: &&Connection| connection.directory().key() == key;
@@ -321,8 +320,8 @@ impl Fanout {
         }
     }
 
-    /// The connections that hold the most memory, as many as together hold `bytes`, and how much they hold. Connections that
-    /// are closing come first. `held` returns what one connection holds.
+    /// The connections that hold the most memory, as many as together hold `bytes`, and how much they hold.
+    /// Closing connections come first. `held` returns what one connection holds.
     pub(crate) fn largest(
         &self,
         bytes: usize,

@@ -1,20 +1,18 @@
 //! The flush schedule: whose outbox is written next, and how far the log may run ahead of that.
 //!
-//! Pure, and owned by one shard: it is told who has something to write and what time it is.
-//! Who has waited longest comes first, and a turn flushes a bounded number. With a time to
-//! coalesce, nothing is flushed until the first in the queue has waited that long; then
-//! everything in the queue is. A *round* is over when all that waited at its beginning have
-//! been flushed. The log runs a bounded number of publications in a round, at most a
-//! quarter of the smallest outbox: so an outbox holds at most those of two rounds, and a
-//! client that keeps up never finds it full because its flush is late. Does not know
-//! outboxes or sockets.
+//! Pure, and owned by one shard: it is given the items that have something to write, and the time. The item that
+//! has waited longest comes first, and a turn flushes a bounded number. With a coalescing time, nothing is
+//! flushed until the first in the queue has waited that long; then everything in the queue is. A *round* is over
+//! when all items that waited at its beginning have been flushed. The log runs a bounded number of publications
+//! in a round, at most a quarter of the smallest outbox: so an outbox holds at most those of two rounds, and a
+//! client that keeps up never finds it full because its flush is late. Does not know outboxes or sockets.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Flushes in one turn (some 4 µs each).
 const FLUSHES_PER_TURN: usize = 512;
-/// Publications in a round; fewer where outboxes are small.
+/// Publications in a round; fewer if outboxes are small.
 const PUBLICATIONS_PER_ROUND: u64 = 256;
 
 #[derive(Debug)]
@@ -23,9 +21,9 @@ pub(crate) struct FlushSchedule<T> {
     coalesce: Duration,
     /// When the coalescing time ends; none while the queue is empty or flushing has begun.
     due: Option<Duration>,
-    /// How many of the first in `waiting` are flushed without waiting any longer.
-    ripe: usize,
-    /// How many of the first in `waiting` the round is still to flush.
+    /// Length of the prefix of `waiting` whose coalescing time is over.
+    flushable: usize,
+    /// Length of the prefix of `waiting` that this round has still to flush.
     left_in_round: usize,
     /// Publications run in this round.
     publications: u64,
@@ -38,32 +36,32 @@ impl<T> FlushSchedule<T> {
             waiting: VecDeque::new(),
             coalesce,
             due: None,
-            ripe: 0,
+            flushable: 0,
             left_in_round: 0,
             publications: 0,
             publications_max: PUBLICATIONS_PER_ROUND,
         }
     }
 
-    /// There is an outbox of so many frames: the log may not run further ahead than that allows.
+    /// An outbox of this many frames was opened: the log may not run further ahead than it allows.
     pub(crate) fn adopt_outbox(&mut self, frames: usize) {
         self.publications_max = self.publications_max.min(frames as u64 / 4).max(1);
     }
 
-    /// Somebody has something to write who did not wait yet.
+    /// Queues an item that has something to write and does not wait yet.
     #[inline]
     pub(crate) fn mark(&mut self, item: T) {
         self.waiting.push_back(item);
     }
 
-    /// How many wait.
+    /// The number of items that wait.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Whether somebody can be flushed at once.
+    /// Whether an item can be flushed at once.
     pub(crate) fn has_work(&self) -> bool {
-        self.ripe > 0 || (self.due.is_none() && !self.waiting.is_empty())
+        self.flushable > 0 || (self.due.is_none() && !self.waiting.is_empty())
     }
 
     /// When the coalescing time ends, if it is running.
@@ -71,28 +69,28 @@ impl<T> FlushSchedule<T> {
         self.due
     }
 
-    /// Begins the flushing of a turn; returns how many to take by `next`. `is_urgent` ends the coalescing time.
+    /// Begins the flushing of a turn; returns how many items to take by `next`. `is_urgent` ends the coalescing time.
     pub(crate) fn begin(&mut self, now: Duration, is_urgent: bool) -> usize {
         let waiting = self.waiting.len();
         if self.coalesce.is_zero() || is_urgent {
-            (self.due, self.ripe) = (None, waiting);
-        } else if waiting > 0 && self.ripe == 0 {
+            (self.due, self.flushable) = (None, waiting);
+        } else if waiting > 0 && self.flushable == 0 {
             let due = *self.due.get_or_insert(now + self.coalesce);
             if now >= due || self.room() == 0 {
-                (self.due, self.ripe) = (None, waiting);
+                (self.due, self.flushable) = (None, waiting);
             }
         }
-        self.ripe.min(FLUSHES_PER_TURN)
+        self.flushable.min(FLUSHES_PER_TURN)
     }
 
-    /// The next to be flushed.
+    /// The next item to flush.
     pub(crate) fn next(&mut self) -> Option<T> {
         self.waiting.pop_front()
     }
 
-    /// Ends the flushing of a turn, which has taken so many.
+    /// Ends the flushing of a turn, which has flushed this many.
     pub(crate) fn end(&mut self, flushed: usize) {
-        self.ripe -= flushed;
+        self.flushable -= flushed;
         self.left_in_round = self.left_in_round.saturating_sub(flushed);
         if self.left_in_round == 0 && (flushed > 0 || self.waiting.is_empty()) {
             self.publications = 0;
@@ -100,18 +98,18 @@ impl<T> FlushSchedule<T> {
         }
     }
 
-    /// Takes everything behind the first `waiting` in the queue.
+    /// Takes everything after the first `waiting` items of the queue.
     pub(crate) fn take_since(&mut self, waiting: usize) -> impl Iterator<Item = T> + '_ {
         self.waiting.drain(waiting.min(self.waiting.len())..)
     }
 
-    /// How many publications may still be run in this round.
+    /// The number of publications that may still be run in this round.
     #[inline]
     pub(crate) fn room(&self) -> u64 {
         self.publications_max - self.publications.min(self.publications_max)
     }
 
-    /// So many publications were run.
+    /// Counts publications that were run.
     #[inline]
     pub(crate) fn ran(&mut self, publications: u64) {
         self.publications += publications;
@@ -134,7 +132,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// Outboxes that take everything at each flush, as those of clients that keep up.
+    /// Outboxes that take everything at each flush, like those of clients that keep up.
     struct Clients {
         schedule: FlushSchedule<usize>,
         frames: Vec<u64>,
@@ -157,7 +155,7 @@ mod tests {
             }
         }
 
-        /// Runs as much of the log as may be run, up to `backlog`, to the clients that are members; how much that was.
+        /// Runs as much of the log as may be run, up to `backlog`, to the clients that are members; returns how much.
         fn run_log(&mut self, backlog: u64, is_member: impl Fn(usize) -> bool) -> u64 {
             let run = backlog.min(self.schedule.room());
             if run > 0 {
@@ -169,7 +167,7 @@ mod tests {
             run
         }
 
-        /// Flushes a turn's part; the first client has more to write after each flush if it `has_more`.
+        /// Flushes one turn; the first client has more to write after each flush if it `has_more`.
         fn flush(&mut self, has_more: bool) {
             let count = self.schedule.begin(self.now, false);
             for _ in 0..count {
@@ -203,7 +201,7 @@ mod tests {
         }
 
         #[test]
-        fn everybody_is_flushed_and_the_log_goes_on(
+        fn every_outbox_is_flushed_and_the_log_makes_progress(
             count in 1usize..2000,
             outbox_frames in 1usize..300,
             coalesce in 0u32..20,
@@ -215,7 +213,7 @@ mod tests {
                 left -= clients.run_log(left, |_| true);
                 clients.flush(left > 0);
                 if !clients.schedule.has_work() && left == 0 {
-                    clients.now = clients.schedule.due().unwrap_or(clients.now); // it sleeps until then
+                    clients.now = clients.schedule.due().unwrap_or(clients.now); // the shard sleeps until then
                 }
                 turns += 1;
                 let rounds = backlog.div_ceil((outbox_frames as u64 / 4).clamp(1, PUBLICATIONS_PER_ROUND)) + 2;
@@ -226,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_is_flushed_when_the_first_has_waited_long_enough() {
+    fn all_are_flushed_when_the_first_has_waited_long_enough() {
         let mut schedule = FlushSchedule::new(5 * MS);
         schedule.mark('a');
         assert_eq!(
@@ -240,11 +238,11 @@ mod tests {
         assert_eq!([schedule.next(), schedule.next(), schedule.next()], [Some('a'), Some('b'), None]);
         schedule.end(2);
         schedule.mark('c');
-        assert_eq!(schedule.begin(6 * MS, true), 1, "at an end nobody waits");
+        assert_eq!(schedule.begin(6 * MS, true), 1, "no item waits when it is urgent");
     }
 
     #[test]
-    fn what_was_there_before_an_answer_waits_for_its_turn() {
+    fn items_queued_before_an_answer_keep_their_turn() {
         let mut schedule = FlushSchedule::new(Duration::ZERO);
         schedule.mark('a');
         let before = schedule.waiting();

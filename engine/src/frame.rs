@@ -1,11 +1,9 @@
-//! The frame: what stands on the wire (RFC 6455, section 5.2).
+//! The frame: the unit on the wire (RFC 6455, section 5.2).
 //!
-//! Three shapes of it. [`Frame`] is a data message as the server sends it: header and
-//! payload in one shared buffer, because server frames are unmasked and so one encoding
-//! serves every connection. [`ControlFrame`] is a ping, pong or close: at most 127 bytes,
-//! on the stack, owned by the connection that sends it. [`Header`] is what a client's
-//! frame begins with, and [`FrameError`] what can be wrong about such a frame.
-//! Does not know sockets, or what a frame before this one said.
+//! In three forms. [`Frame`] is a data message as the server sends it: header and payload in one shared buffer,
+//! because server frames are unmasked, so one encoding serves every connection. [`ControlFrame`] is a ping, pong
+//! or close: at most 127 bytes, on the stack, owned by the connection that sends it. [`Header`] is the beginning
+//! of a client's frame, and [`FrameError`] a fault of such a frame. Does not know sockets, or earlier frames.
 
 use std::fmt;
 
@@ -26,12 +24,12 @@ const LENGTH_64: u8 = 127;
 
 /// The longest payload of a control frame, in bytes.
 pub(crate) const CONTROL_PAYLOAD_BYTES_MAX: usize = 125;
-/// The longest reason in a Close frame, in bytes: what is left behind the code.
+/// The longest reason in a Close frame, in bytes: the room after the code.
 pub(crate) const CLOSE_REASON_BYTES_MAX: usize = CONTROL_PAYLOAD_BYTES_MAX - 2;
 /// The longest header of a server frame, in bytes: it has no mask.
 const SERVER_HEADER_BYTES_MAX: usize = 10;
-/// The longest frame that is moved into a buffer of its own size when it has been built, in bytes. Kept with room to
-/// spare it would need a second allocation that remembers the room, which costs more than a short copy.
+/// The longest frame that is moved into a buffer of its own size when it has been built, in bytes. With spare
+/// room it would need a second allocation that records the room, which costs more than a short copy.
 const COPIED_BYTES_MAX: usize = 1024;
 
 /// Whether a message is text (valid UTF-8) or plain bytes.
@@ -47,15 +45,15 @@ pub enum MessageKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Opcode {
-    /// The next fragment of the message that was begun.
+    /// The next fragment of an open message.
     Continuation = 0x0,
     /// A text message, or its first fragment.
     Text = 0x1,
     /// A binary message, or its first fragment.
     Binary = 0x2,
-    /// The peer wants to end.
+    /// Begins or completes the closing handshake.
     Close = 0x8,
-    /// A question that a pong answers.
+    /// Requests a pong.
     Ping = 0x9,
     /// The answer to a ping, or an unsolicited sign of life.
     Pong = 0xA,
@@ -83,26 +81,26 @@ impl Opcode {
     }
 }
 
-/// What is wrong with the bytes of a peer. One variant per cause; each ends the connection.
+/// A fault of a client's bytes. One variant per cause; each ends the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FrameError {
     /// A client frame without a mask.
     #[error("client frame is not masked")]
     Unmasked,
-    /// A reserved bit is set, though no extension gave it a meaning.
+    /// A reserved bit is set, although no extension gives it a meaning.
     #[error("reserved bits are set")]
     ReservedBits,
     /// An opcode that the protocol does not define (3–7, 11–15).
     #[error("reserved opcode {0}")]
     ReservedOpcode(u8),
-    /// A control frame that says more fragments follow.
+    /// A control frame with a fragment bit.
     #[error("control frame is fragmented")]
     FragmentedControl,
     /// A control frame with more than 125 bytes of payload.
     #[error("control frame is longer than 125 bytes")]
     ControlTooLong,
-    /// A continuation, though no message was begun.
+    /// A continuation, although no message is open.
     #[error("continuation without a message to continue")]
     UnexpectedContinuation,
     /// A new message inside a fragmented one.
@@ -117,16 +115,16 @@ pub enum FrameError {
         /// The limit, in bytes of payload.
         limit: usize,
     },
-    /// The message comes in more fragments than allowed.
+    /// The message has more fragments than allowed.
     #[error("message has more than {limit} fragments")]
     TooManyFragments {
         /// The limit, in fragments of one message.
         limit: u32,
     },
-    /// A close code that must not stand in a Close frame.
+    /// A close code that must not be sent in a Close frame.
     #[error("invalid close code {0}")]
     InvalidCloseCode(u16),
-    /// A Close frame of one byte: too long for no code, too short for one.
+    /// A Close frame with a payload of one byte: a code has two.
     #[error("close frame of one byte")]
     InvalidClosePayload,
     /// A 64-bit length with its top bit set.
@@ -138,7 +136,7 @@ impl FrameError {
     /// The code for the Close frame that answers this error.
     ///
     /// 1007 for text that is not UTF-8, 1009 for a message above the size limit, 1008 for too many fragments
-    /// (our rule, not the protocol's), 1002 for everything else.
+    /// (this server's rule, not the protocol's), 1002 for everything else.
     #[must_use]
     pub const fn close_code(&self) -> CloseCode {
         match self {
@@ -161,13 +159,13 @@ impl From<InvalidUtf8> for FrameError {
 pub struct Header {
     /// Whether the message ends with this frame.
     pub fin: bool,
-    /// What the frame is.
+    /// The frame's type.
     pub opcode: Opcode,
-    /// What its payload is masked with.
+    /// The key with which its payload is masked.
     pub key: [u8; 4],
-    /// How many bytes of payload it claims, at most 2⁶³ − 1. At most 125 for a control frame.
+    /// The number of payload bytes that it claims, at most 2⁶³ − 1. At most 125 for a control frame.
     pub payload_bytes: u64,
-    /// How many bytes the header itself takes (6 to 14).
+    /// The length of the header itself, in bytes (6 to 14).
     pub header_bytes: usize,
 }
 
@@ -179,8 +177,8 @@ impl Header {
     /// [`BYTES_MAX`](Self::BYTES_MAX) of them. A length written longer than necessary is accepted.
     ///
     /// # Errors
-    /// What can be said from this header alone, as soon as the bytes that show it are there. Of several faults the
-    /// one reported does not depend on how many bytes are given: [`FrameError::ReservedOpcode`],
+    /// The faults that this header alone shows, as soon as the bytes that show them have arrived. Of several
+    /// faults the reported one does not depend on how many bytes are given: [`FrameError::ReservedOpcode`],
     /// [`Unmasked`](FrameError::Unmasked), [`ReservedBits`](FrameError::ReservedBits),
     /// [`FragmentedControl`](FrameError::FragmentedControl), [`LengthOverflow`](FrameError::LengthOverflow),
     /// [`ControlTooLong`](FrameError::ControlTooLong), in this order.
@@ -226,14 +224,14 @@ impl Header {
 
 /// One complete server frame, header included, ready to be written to any number of sockets.
 ///
-/// The bytes are shared: a clone is a count, not a copy. 32 bytes big itself.
+/// The bytes are shared: a clone increments a count and copies nothing. The value itself takes 32 bytes.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Frame {
     bytes: Bytes,
 }
 
 impl Frame {
-    /// The longest frame that can be sent, header included, in bytes: outboxes count with 32 bits where a frame ends.
+    /// The longest frame that can be sent, header included, in bytes: outboxes store the end of a frame in 32 bits.
     pub const BYTES_MAX: usize = u32::MAX as usize;
     /// The longest header of a frame to a client, in bytes.
     pub const HEADER_BYTES_MAX: usize = SERVER_HEADER_BYTES_MAX;
@@ -250,13 +248,13 @@ impl Frame {
         Self::copied(MessageKind::Binary, payload)
     }
 
-    /// A message whose payload is written straight into the frame's buffer, or, up to 1 KiB, copied from where it was
-    /// written into one of its own size.
+    /// A message whose payload is written directly into the frame's buffer, or, up to 1 KiB, copied from
+    /// there into a buffer of its own size.
     ///
-    /// `write` appends the payload to the vector it is given and says which kind it is; it must leave the
-    /// bytes that are already there alone (they become the header). If it says [`MessageKind::Text`], what it wrote
-    /// must be UTF-8: that is not checked, and a client would end the connection. `payload_bytes_hint` is a guess of
-    /// the payload's length; a good one saves the vector from growing.
+    /// `write` appends the payload to the vector that it is given and returns its kind; it must not change
+    /// the bytes that are already there (they become the header). If it returns [`MessageKind::Text`], what
+    /// it wrote must be UTF-8: that is not checked, and a client would end the connection.
+    /// `payload_bytes_hint` is a guess of the payload's length; a good guess saves the vector from growing.
     ///
     /// # Errors
     /// Those of `write`.
@@ -267,12 +265,12 @@ impl Frame {
         payload_bytes_hint: usize,
         write: impl FnOnce(&mut Vec<u8>) -> Result<MessageKind, E>,
     ) -> Result<Self, E> {
-        // The header's length depends on the payload's, so room for the longest is kept in front and
-        // the header ends where the payload begins.
+        // The header's length depends on the payload's, so room for the longest is kept in front, and the
+        // header ends where the payload begins.
         let mut buffer = Vec::with_capacity(SERVER_HEADER_BYTES_MAX.saturating_add(payload_bytes_hint));
         buffer.resize(SERVER_HEADER_BYTES_MAX, 0);
         let kind = write(&mut buffer)?;
-        assert!(buffer.len() >= SERVER_HEADER_BYTES_MAX, "a codec may only append to the frame's buffer");
+        assert!(buffer.len() >= SERVER_HEADER_BYTES_MAX, "`write` may only append to the frame's buffer");
 
         let (header, header_bytes) = server_header(kind, buffer.len() - SERVER_HEADER_BYTES_MAX);
         let start = SERVER_HEADER_BYTES_MAX - header_bytes;
@@ -290,26 +288,26 @@ impl Frame {
         Ok(Self { bytes })
     }
 
-    /// The frame as it goes to the socket.
+    /// The bytes of the frame as written to the socket.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// The frame as it goes to the socket, shared.
+    /// The bytes of the frame as written to the socket, shared.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
         self.bytes.clone()
     }
 
-    /// How many bytes go to the socket, header included; at least 2.
+    /// The number of bytes written to the socket, header included; at least 2.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a frame has at least a header")]
     pub fn len(&self) -> usize {
         self.bytes.len()
     }
 
-    /// The message's bytes, behind the header.
+    /// The message's bytes, without the header.
     #[must_use]
     pub fn payload(&self) -> &[u8] {
         let header_bytes = match self.bytes[1] & LENGTH_BITS {
@@ -352,7 +350,7 @@ impl fmt::Debug for Frame {
     }
 }
 
-/// The shortest header for a whole message of this length, and how many of the ten bytes it takes.
+/// The shortest header for a whole message of this length, and its length.
 fn server_header(kind: MessageKind, payload_bytes: usize) -> ([u8; SERVER_HEADER_BYTES_MAX], usize) {
     let opcode = match kind {
         MessageKind::Text => Opcode::Text,
@@ -382,13 +380,13 @@ pub struct ControlFrame {
 }
 
 impl ControlFrame {
-    /// A ping. Of the payload the first 125 bytes are taken, more cannot be said.
+    /// A ping. Only the first 125 bytes of the payload are used; a control frame has room for no more.
     #[must_use]
     pub fn ping(payload: &[u8]) -> Self {
         Self::new(Opcode::Ping, &[], payload)
     }
 
-    /// The answer to a ping, with that ping's payload. Of the payload the first 125 bytes are taken; no ping has more.
+    /// The answer to a ping, with that ping's payload. Only the first 125 bytes are used; no ping has more.
     #[must_use]
     pub fn pong(payload: &[u8]) -> Self {
         Self::new(Opcode::Pong, &[], payload)
@@ -396,8 +394,8 @@ impl ControlFrame {
 
     /// A close with a code and a reason.
     ///
-    /// A reason longer than 123 bytes is cut in front of the character that does not fit. A code that may
-    /// not stand on the wire ([`CloseCode::is_valid_on_wire`]) gives [`close_empty`](Self::close_empty).
+    /// A reason longer than 123 bytes is cut before the first character that does not fit. A code that may
+    /// not be sent ([`CloseCode::is_valid_on_wire`]) gives [`close_empty`](Self::close_empty).
     #[must_use]
     pub fn close(code: CloseCode, reason: &str) -> Self {
         if !code.is_valid_on_wire() {
@@ -417,7 +415,7 @@ impl ControlFrame {
         Self::new(Opcode::Close, &[], &[])
     }
 
-    /// The frame as it goes to the socket.
+    /// The bytes of the frame as written to the socket.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes[..usize::from(self.len)]
@@ -482,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn building_hands_on_the_codecs_error() {
+    fn building_returns_the_writers_error() {
         assert_eq!(Frame::build(8, |_| Err("no")), Err("no"));
     }
 

@@ -1,10 +1,9 @@
 //! The group index of one shard: which of its connections are in which group.
 //!
-//! Owned by one shard, plain single-threaded data. Join and leave cost the same for a
-//! group of two and of a million, for a connection in one group and in a thousand: both
-//! sides keep the other's index and the last element fills a gap. Teardown costs the
-//! connection's own groups. Knows slots and keys. Does not know connections, sockets, or
-//! what the shared entry `G` of a group is for.
+//! Owned by one shard, plain single-threaded data. Join and leave cost the same for a group of two and of a
+//! million, for a connection in one group and in a thousand: each side stores its index in the other's list,
+//! and the last element fills a gap. Removing a connection costs as much as the number of its groups. Knows
+//! slots and keys. Does not know connections, sockets, or what the shared entry `G` of a group is for.
 
 use rustc_hash::FxHashMap;
 use slab::Slab;
@@ -12,15 +11,15 @@ use smallvec::SmallVec;
 
 use crate::id::{GroupKey, Slot};
 
-/// Places of a slot's own list that are found by looking at each.
+/// The first entries of a slot's own list, which are searched one by one.
 const SCANNED: usize = 8;
 
 #[derive(Debug)]
 pub(crate) struct GroupIndex<G> {
     groups: Slab<LocalGroup<G>>,
     by_key: FxHashMap<GroupKey, u32>,
-    /// (group, slot) → index in the slot's own list, for the indexes beyond `SCANNED`: most connections are in few
-    /// groups, and an entry here for each would weigh more than the rest of their membership.
+    /// (group, slot) → index in the slot's own list, for the indexes from `SCANNED` on: most connections are
+    /// in few groups, and an entry here for each would take more memory than the rest of their membership.
     indexes: FxHashMap<(u32, Slot), u32>,
     slots: Vec<SlotGroups>,
     epoch: u32,
@@ -33,14 +32,14 @@ struct LocalGroup<G> {
     members: Vec<Member>,
 }
 
-/// Names a group within one index, while it has members there.
+/// Identifies a group within one index, while it has members there.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LocalKey(u32);
 
 #[derive(Debug, Clone, Copy)]
 struct Member {
     slot: Slot,
-    /// Where the member's own list holds this group.
+    /// The index of this group in the member's own list.
     own: u32,
 }
 
@@ -68,7 +67,7 @@ impl<G> GroupIndex<G> {
         }
     }
 
-    /// Adds a member; false if it already was one (and `shared` is dropped).
+    /// Adds a member; false if it already is one (`shared` is dropped then).
     pub(crate) fn join(&mut self, key: GroupKey, shared: G, slot: Slot) -> bool {
         let group = *self
             .by_key
@@ -99,7 +98,7 @@ impl<G> GroupIndex<G> {
         }
     }
 
-    /// Where the slot's own list holds the group.
+    /// The index of the group in the slot's own list.
     fn index(&self, group: u32, slot: Slot) -> Option<u32> {
         let own = &self.slots.get(slot.index())?.own;
         let near = own.iter().take(SCANNED).position(|membership| membership.group == group);
@@ -116,7 +115,7 @@ impl<G> GroupIndex<G> {
         own.iter().map(|membership| &self.groups[membership.group as usize].shared)
     }
 
-    /// Removes the slot from one of its groups, until there are none.
+    /// Removes the slot from one of its groups; none if it is in no group.
     pub(crate) fn leave_any(&mut self, slot: Slot) -> Option<(G, Left)>
     where
         G: Clone,
@@ -133,7 +132,7 @@ impl<G> GroupIndex<G> {
         self.by_key.get(&key).copied().map(LocalKey)
     }
 
-    /// Members on this shard.
+    /// The number of members on this shard.
     #[inline]
     pub(crate) fn len(&self, group: LocalKey) -> usize {
         self.groups[group.0 as usize].members.len()
@@ -165,7 +164,7 @@ impl<G> GroupIndex<G> {
         }
     }
 
-    /// How many groups the slot is in.
+    /// The number of groups that the slot is in.
     pub(crate) fn count(&self, slot: Slot) -> usize {
         self.slots.get(slot.index()).map_or(0, |groups| groups.own.len())
     }
@@ -206,7 +205,7 @@ impl<G> GroupIndex<G> {
     }
 }
 
-/// What a `leave` left behind.
+/// The result of `leave`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Left {
     WasNoMember,

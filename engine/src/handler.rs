@@ -1,11 +1,9 @@
 //! What the engine asks of an application: one handler for each connection.
 //!
-//! A plain trait with bytes; there is no future in it. A handler lives on its
-//! connection's shard and is called there, one call at a time. One that cannot go on
-//! answers `Pending`, keeps a waker from the context, and is called again when it was
-//! woken; until then messages are held for it, and
-//! its connection is soon not read any more (promise 7). Knows ids, frames and close
-//! reasons. Does not know sockets.
+//! A plain trait with bytes, without futures. A handler lives on its connection's shard and is called there,
+//! one call at a time. A handler that must wait answers `Pending`, keeps a waker from the context, and is
+//! called again after the waker was woken. Until then messages are held for it, and soon its connection is no
+//! longer read (backpressure). Knows ids, frames and close reasons. Does not know sockets.
 
 use std::sync::Arc;
 use std::task::{Poll, Wake, Waker};
@@ -18,60 +16,59 @@ use crate::id::ConnectionId;
 use crate::mailbox::Queued;
 use crate::position::Position;
 
-/// Makes the handler of a connection that has been given an id, on its shard.
+/// Makes the handler of a connection, on the connection's shard, once the connection has its id.
 pub type MakeHandler = Box<dyn FnOnce(ConnectionId) -> Box<dyn Handler> + Send>;
 
 /// Handles one connection, on its shard. It is made there and never leaves it.
 ///
-/// A call must not block: the shard's other connections wait meanwhile. A panic ends this
-/// connection (1011) and harms no other.
+/// A call must not block: the shard's other connections wait meanwhile. A panic ends this connection (1011)
+/// and affects no other.
 pub trait Handler {
-    /// The connection is open. No message is handed over before this is `Ready`. Until then nothing that is published
-    /// to everyone reaches the connection, only what is sent to it alone or to groups that it has joined.
+    /// The connection is open. No message is passed to the handler before this is `Ready`. Until then nothing that is
+    /// published to everyone reaches the connection, only what is sent to it alone or to groups that it has joined.
     ///
-    /// What this method sends to everyone does not reach its own connection. If it returns `Ready` at once, that holds for what
-    /// it has sent on this thread; what others send on its behalf, it must have awaited: by `Pending`, and `Ready` from
-    /// [`on_resume`](Self::on_resume).
+    /// What this method sends to everyone does not reach its own connection. If the method returns `Ready` at
+    /// once, that holds for everything that it has sent on this thread; what other threads send on its
+    /// behalf, it must have awaited: by `Pending`, and `Ready` from [`on_resume`](Self::on_resume).
     fn on_open(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let _ = context;
         Poll::Ready(())
     }
 
-    /// A whole message has arrived. Payloads of text are valid UTF-8.
+    /// A whole message has arrived. A text message's payload is valid UTF-8.
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()>;
 
-    /// Frames for this connection were dropped by the policy. Called once for each cause and group since the last
+    /// The policy dropped frames for this connection. Called once for each cause and group since the last
     /// calls; not while another call is pending, but before the next message and before the end.
     fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Poll<()> {
         let _ = (notice, context);
         Poll::Ready(())
     }
 
-    /// A waker from the context was woken, after a call that answered `Pending`.
+    /// A waker from the context was woken after a call that answered `Pending`.
     fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let _ = context;
         Poll::Ready(())
     }
 
-    /// The connection has ended; called exactly once, after the last `Pending` was resolved and the messages that came
-    /// before the end were handled.
-    /// The handler is dropped when this, or the `on_resume` after it, is `Ready`.
+    /// The connection has ended. Called exactly once, after the last `Pending` was resolved and the messages
+    /// before the end were handled. The handler is dropped when this, or the `on_resume` after it, is `Ready`.
     fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Poll<()> {
         let _ = (reason, context);
         Poll::Ready(())
     }
 }
 
-/// A message: what the application means, in one or more frames on the wire.
+/// A whole message, which may have arrived in several frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Message<'a> {
-    /// Whether it came as text or as binary.
+    /// Whether it arrived as text or as binary.
     pub kind: MessageKind,
     /// Its bytes; valid UTF-8 if the kind is text.
     pub payload: &'a [u8],
 }
 
-/// What a handler may ask of its connection during a call.
+/// What a handler can do with its connection during a call.
 #[derive(Debug)]
 pub struct Context<'a> {
     id: ConnectionId,
@@ -96,27 +93,27 @@ impl<'a> Context<'a> {
         self.id
     }
 
-    /// How far the connection has come in the order: publications before this place have been queued for it, were dropped,
-    /// or were not for it; those behind it come later.
+    /// The connection's position in the order: publications before it have been queued for the connection,
+    /// were dropped, or did not address it; those after it will come later.
     pub fn position(&self) -> Position {
         self.position
     }
 
-    /// A waker that brings about `on_resume`. May be woken from any thread, at any time, more than once.
+    /// A waker that causes a call of `on_resume`. May be woken from any thread, at any time, more than once.
     pub fn waker(&mut self) -> Waker {
         let (post, id) = (self.post, self.id);
         let fresh = || Arc::new(Resume { post: post.clone(), id, queued: Queued::new() });
         self.resume.get_or_insert_with(fresh).clone().into()
     }
 
-    /// Ends the connection after this call; the first reason counts. A code of the application's that cannot be sent
-    /// is logged as an error and replaced by 1011.
+    /// Ends the connection after this call; the first reason counts. An application's code that cannot be
+    /// sent is logged as an error and replaced by 1011.
     pub fn close(&mut self, mut reason: CloseReason) {
         if let CloseReason::Application { code, .. } = &mut reason
             && !code.is_valid_on_wire()
         {
             let error = InvalidCloseCode(*code);
-            tracing::error!(id = %self.id, %error, "a handler closed its connection with a code that cannot be sent");
+            tracing::error!(id = %self.id, %error, "a handler closed with an invalid code: 1011 is sent instead");
             *code = CloseCode::INTERNAL_ERROR;
         }
         self.close.get_or_insert(reason);
@@ -127,12 +124,12 @@ impl<'a> Context<'a> {
     }
 }
 
-/// Where resumes are posted: the shards' mailboxes, which this file need not know.
+/// Where resumes are queued: the shards' mailboxes, which this file does not have to know.
 pub(crate) trait ResumeQueue: std::fmt::Debug + Send + Sync {
     fn resume(&self, id: ConnectionId);
 }
 
-/// Posts the connection's id to its shard, at most once until the shard has taken it.
+/// Queues the connection's id at its shard, at most once until the shard has taken it.
 #[derive(Debug)]
 pub(crate) struct Resume {
     post: Arc<dyn ResumeQueue>,
@@ -141,7 +138,7 @@ pub(crate) struct Resume {
 }
 
 impl Resume {
-    /// The shard is about to resume: a wake from now on counts anew.
+    /// The shard is about to resume the handler: a wake from now on queues the id again.
     pub(crate) fn taken(&self) {
         self.queued.taken();
     }

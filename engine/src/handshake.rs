@@ -1,16 +1,16 @@
 //! The accept key: the server's answer to a client's `Sec-WebSocket-Key`.
 //!
-//! A pure function of its input, owned by nobody. It stands in the engine and not in the
-//! face because it is part of the WebSocket protocol (RFC 6455, section 1.3), like the frames.
-//! Knows SHA-1 and base64. Does not know HTTP, headers, or whether the key is well formed.
+//! A pure function of its input, without an owner. In the engine and not in `shardcast` because it is part of
+//! the WebSocket protocol (RFC 6455, section 1.3), like the frames. Knows SHA-1 and base64. Does not know
+//! HTTP, headers, or whether the key is well formed.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use sha1_smol::Sha1;
 
-/// Every WebSocket server appends this GUID, so that no server answers right by accident.
+/// Every WebSocket server appends this GUID, so that no other server gives the right answer by accident.
 const WEBSOCKET_GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
-/// The value of `Sec-WebSocket-Accept` for a `Sec-WebSocket-Key` as it came on the wire, base64 and all.
+/// The value of `Sec-WebSocket-Accept` for a `Sec-WebSocket-Key` as it arrived on the wire, in base64.
 ///
 /// ```
 /// assert_eq!(shardcast_engine::accept_key(b"dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
@@ -32,7 +32,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_hashed_as_it_came() {
+    fn the_key_is_hashed_as_received() {
         assert_eq!(accept_key(b"x3JJHMbDL1EzLkh9GBhXDw=="), "HSmrc0sMlYUkAGmm5OPpG2HaGWk=");
     }
 }

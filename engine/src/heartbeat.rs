@@ -1,12 +1,11 @@
-//! The signs of life of one connection: pings, answers, round trips, silence.
+//! Liveness of one connection: pings, answers, round trips, silence.
 //!
-//! Pure: it is told what happened and when, and says what to do. What counts is what the
-//! peer does, never what we do. The time for an answer runs from the moment that the ping
-//! was written, and is judged by what had arrived, not by when it was read. Every whole
-//! message, every ping and the ping's pong is an answer, since a peer that sends is alive;
-//! only the pong gives a round trip. The connection knows whether a wait may be prolonged,
-//! because an answer may be on its way; how often is bounded here. Does not know sockets or
-//! frames.
+//! Pure: it is given events with their times, and returns what must be done. A client is judged by what it
+//! does, never by what this side does. The time for an answer runs from the moment at which the ping was
+//! written, and is judged by when input had arrived, not by when it was read. Every whole message, every ping
+//! and the ping's pong is an answer, since a client that sends is alive; only the pong gives a round trip.
+//! The connection knows whether the wait may be extended, because an answer may be in flight; how often is
+//! bounded here. Does not know sockets or frames.
 
 use std::collections::VecDeque;
 use std::num::{NonZeroU32, NonZeroU64};
@@ -14,10 +13,10 @@ use std::time::Duration;
 
 use crate::config::ConnectionConfig;
 
-/// How often in a row the wait for an answer is prolonged at most: with the default timeout, for some 40 minutes.
+/// How often in a row the wait for an answer is extended at most: with the default timeout, for some 40 minutes.
 const EXTENSIONS_MAX: u8 = 250;
-/// Bytes of an unfinished message that prolong the wait by a timeout. Fewer do not, or a peer that sends a byte now
-/// and then would keep its connection for days.
+/// Bytes of an unfinished message that extend the wait by a timeout. Fewer do not, or a client that sends a
+/// byte now and then would keep its connection for days.
 const EXTENSION_BYTES: u32 = 256;
 /// The part of `max_connection_duration` over which connections of the same age are ended.
 const DURATION_JITTER: f32 = 0.1;
@@ -25,13 +24,13 @@ const DURATION_JITTER: f32 = 0.1;
 /// Times are measured from the shard's start, and kept in microseconds: there is one of these per connection.
 #[derive(Debug)]
 pub(crate) struct Heartbeat {
-    /// When something last arrived.
+    /// When input last arrived.
     heard: u64,
-    /// When the last ping was due, or once it is written, when that was.
+    /// When the last ping was due, and once it is written, when it was written.
     pinged: u64,
-    /// What the wait for the answer is counted from: the writing of the ping, or the last extension.
+    /// The start of the wait for the answer: the writing of the ping, or the last extension.
     waits_from: u64,
-    /// The last ping's, until its pong has come.
+    /// The last ping's number, until its pong arrives.
     nonce: Option<NonZeroU64>,
     rtt_last: Option<NonZeroU32>,
     rtt_average: Option<NonZeroU32>,
@@ -42,17 +41,17 @@ pub(crate) struct Heartbeat {
     extensions: u8,
     ping: Ping,
     reading: Reading,
-    /// The peer has taken something since our ping was written, or since the wait for its answer was last prolonged.
+    /// The client has taken something since our ping was written, or since the wait for its answer was last extended.
     pub(crate) has_moved: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ping {
     Answered,
-    /// Due, but not with the kernel yet.
+    /// Due, but not passed to the kernel yet.
     Queued,
     Sent,
-    /// The peer sends no more, so nothing is asked of it.
+    /// The client sends no more, so it is not pinged.
     Over,
 }
 
@@ -68,24 +67,24 @@ enum Reading {
 
 #[derive(Debug, Default)]
 struct Special {
-    /// When the connection began, minus its jitter.
+    /// When the connection opened, minus its jitter.
     opened: u64,
-    /// When the last message came.
+    /// When the last message arrived.
     message: u64,
     /// The last round trips in microseconds, the oldest first.
     samples: VecDeque<u32>,
     samples_max: usize,
 }
 
-/// Round-trip times of a connection, from pings to their pongs. They contain the network and the peer, but not
-/// time for which this side was busy: a pong that was read late counts as of the earliest time at which it may have
-/// arrived.
+/// Round-trip times of a connection, from pings to their pongs. They include the network and the client, but
+/// not the time for which this side was busy: a pong that was read late counts from the earliest time at
+/// which it may have arrived.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Rtt {
     /// The last one; none before the first pong.
     pub last: Option<Duration>,
-    /// Their moving average: each new one counts an eighth.
+    /// The moving average; each new round trip has a weight of one eighth.
     pub average: Option<Duration>,
 }
 
@@ -102,12 +101,12 @@ pub(crate) enum Beat {
 }
 
 impl Heartbeat {
-    /// `stagger`, in [0, 1), spreads first pings over the interval, 0 being a whole interval from now; and the ends
-    /// of connections that reach their maximum duration.
+    /// `stagger`, in [0, 1), spreads first pings over the interval (0 is a whole interval from now), and the
+    /// ends of connections that reach their maximum duration.
     pub(crate) fn new(now: Duration, stagger: f32, config: &ConnectionConfig) -> Self {
         let lead = micros(config.heartbeat_interval.mul_f32(stagger));
         let now = micros(now);
-        let pinged = now.wrapping_sub(lead); // may lie before the shard's start
+        let pinged = now.wrapping_sub(lead); // may be before the shard's start
         let (samples_max, duration) = (config.policy.rtt_samples(), config.max_connection_duration);
         let is_special = samples_max.is_some() || duration.is_some() || config.message_timeout.is_some();
         let jitter = duration.map_or(0, |max| micros(max.mul_f32(stagger * DURATION_JITTER)));
@@ -141,7 +140,7 @@ impl Heartbeat {
         self.bytes = self.bytes.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 
-    /// A whole message, a ping or the ping's pong has arrived: the peer is alive.
+    /// A whole message, a ping or the ping's pong has arrived: the client is alive.
     #[inline]
     pub(crate) fn answered(&mut self) {
         if self.ping == Ping::Sent {
@@ -150,7 +149,7 @@ impl Heartbeat {
         (self.bytes, self.extensions) = (0, 0);
     }
 
-    /// A pong that nobody asked for has arrived. It is no answer, nor part of an unfinished message.
+    /// An unsolicited pong has arrived. It is neither an answer nor part of an unfinished message.
     pub(crate) fn ignored(&mut self) {
         self.bytes = 0;
     }
@@ -163,24 +162,24 @@ impl Heartbeat {
         }
     }
 
-    /// Reading has paused, so what comes may be read later than it arrives.
+    /// Reading has paused, so input may be read later than it arrives.
     pub(crate) fn paused(&mut self) {
         self.reading = Reading::Paused;
     }
 
-    /// Something is read again.
+    /// Input is read again.
     fn resumed(&mut self, now: Duration) {
         self.reading = Reading::Resumed;
         self.restart_silence(now);
     }
 
-    /// What the peer has sent lay unread: the time in which it must send something begins anew.
+    /// Input from the client was left unread: the time in which it must send something starts again.
     pub(crate) fn restart_silence(&mut self, now: Duration) {
         self.heard = micros(now);
         self.heard_message(now);
     }
 
-    /// The peer has ended its side of the stream.
+    /// The client has ended its side of the stream.
     pub(crate) fn input_is_over(&mut self) {
         self.ping = Ping::Over;
     }
@@ -198,7 +197,7 @@ impl Heartbeat {
         Duration::from_micros(self.pinged)
     }
 
-    /// The queued ping is with the kernel.
+    /// The queued ping was passed to the kernel.
     pub(crate) fn sent(&mut self, now: Duration) {
         self.ping = Ping::Sent;
         self.pinged = micros(now);
@@ -207,19 +206,19 @@ impl Heartbeat {
         (self.bytes, self.extensions) = (0, 0);
     }
 
-    /// Whether enough of an unfinished message has arrived since this was last asked to wait for more of it.
+    /// Whether enough of an unfinished message has arrived since the last call to extend the wait.
     pub(crate) fn takes_input(&mut self) -> bool {
         let is_enough = self.bytes >= EXTENSION_BYTES;
         self.bytes = 0;
         is_enough
     }
 
-    /// The peer has got the ping only now.
+    /// The client has received the ping only now.
     pub(crate) fn restart(&mut self, now: Duration) {
         self.waits_from = micros(now);
     }
 
-    /// Waits for the answer for another timeout; false if that has been done too often.
+    /// Waits another timeout for the answer; false if that has been done too often.
     pub(crate) fn prolong(&mut self, now: Duration) -> bool {
         self.waits_from = micros(now);
         self.extensions = self.extensions.saturating_add(1);
@@ -233,7 +232,7 @@ impl Heartbeat {
         }
         self.nonce = None;
         if self.ping == Ping::Queued {
-            // It was written, but something behind it was not, so it is not known when.
+            // It was written, but something after it was not, so the time of writing is not known.
             self.ping = Ping::Answered;
             return true;
         }
@@ -256,8 +255,8 @@ impl Heartbeat {
         true
     }
 
-    /// Whether the average over the last `samples` round trips is above `max`; false before the first pong. So many
-    /// round trips are kept from now on; the first time, there is only the last one.
+    /// Whether the average of the last `samples` round trips is above `max`; false before the first pong.
+    /// This number of round trips is kept from now on; at the first call there is only the last one.
     pub(crate) fn is_rtt_above(&mut self, max: Duration, samples: usize) -> bool {
         let Some(last) = self.rtt_last else { return false };
         let special = self.special.get_or_insert_default();
@@ -275,8 +274,8 @@ impl Heartbeat {
         Rtt { last: self.rtt_last.map(duration), average: self.rtt_average.map(duration) }
     }
 
-    /// What is due at `now`, when everything that had arrived by `listened` has been read. `nonce` is called if a ping
-    /// is due.
+    /// What is due at `now`, when everything that had arrived by `listened` has been read. Calls `nonce` if a
+    /// ping is due.
     pub(crate) fn beat(
         &mut self,
         now: Duration,
@@ -399,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_not_been_listened_to_is_not_called_silent() {
+    fn a_client_whose_input_was_not_read_is_not_silent() {
         let mut beats = pinged(5000);
         assert_eq!(beats.beat(MS(9000), MS(5299), &config(), || 7), Beat::Wait(MS(5300)));
         assert_eq!(beats.beat(MS(9000), MS(5300), &config(), || 7), Beat::Unanswered);
@@ -411,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_speaks_has_answered_and_a_late_pong_is_still_a_round_trip() {
+    fn any_message_is_an_answer_and_a_late_pong_is_still_a_round_trip() {
         let mut beats = pinged(5000);
         beats.heard(MS(5200), 6);
         beats.answered();
@@ -421,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_is_prolonged_a_bounded_number_of_times_and_by_enough_bytes_only() {
+    fn a_wait_is_extended_a_bounded_number_of_times_and_by_enough_bytes_only() {
         let mut beats = pinged(5000);
         for round in 1..=u64::from(EXTENSIONS_MAX) {
             assert_eq!(beat(&mut beats, 5000 + 300 * round), Beat::Unanswered);
@@ -443,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_of_round_trips_is_kept_for_whoever_asks() {
+    fn a_window_of_round_trips_is_kept_from_the_first_query_on() {
         let mut beats = pinged(5000);
         assert!(!beats.is_rtt_above(MS(1), 2), "none before the first pong");
         for (at, rtt) in [(5000, 10), (6000, 100), (7000, 200)] {
@@ -489,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_only_answers_pings_ends_where_messages_are_asked_for() {
+    fn a_client_that_only_answers_pings_is_ended_by_a_message_timeout() {
         let config = ConnectionConfig { message_timeout: Some(MS(1500)), ..config() };
         let mut beats = Heartbeat::new(MS(0), 0.0, &config);
         beats.heard(MS(1400), 6);
@@ -501,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pong_counts_though_something_behind_its_ping_was_not_written_yet() {
+    fn a_pong_is_an_answer_even_if_bytes_after_its_ping_are_still_queued() {
         let mut beats = Heartbeat::new(MS(0), 0.0, &config());
         assert_eq!(beat(&mut beats, 1000), Beat::Ping(7u64.to_be_bytes()));
         assert!(beats.pong(MS(1200), &7u64.to_be_bytes()));

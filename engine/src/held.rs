@@ -1,9 +1,8 @@
 //! Messages that were read while their handler was busy.
 //!
-//! Owned by one connection, and exists only while it is needed. Control frames must be
-//! answered whatever the handler does, so reading goes on for a while, and messages wait
-//! here, behind each other in one buffer. Knows messages. Does not bound itself: its owner
-//! stops reading.
+//! Owned by one connection, and exists only while it is needed. Control frames must be answered whatever the
+//! handler does, so reading continues for a while, and messages wait here, one after the other in one buffer.
+//! Knows messages. Does not bound itself: its owner stops reading (backpressure).
 
 use crate::frame::MessageKind;
 
@@ -60,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_come_back_whole_and_in_order() {
+    fn messages_are_returned_whole_and_in_order() {
         let mut held = Held::default();
         let message =
             |number: u32| (number.to_string().repeat(number as usize % 9), number.is_multiple_of(2));
@@ -86,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_taken_is_given_back() {
+    fn the_memory_of_taken_messages_is_reused() {
         let mut held = Held::default();
         for _ in 0..10_000 {
             held.push(MessageKind::Binary, &[0; 100]);

@@ -1,15 +1,14 @@
-//! The names that the engine gives out: connections and groups.
+//! The identifiers of an engine: connection ids and group keys.
 //!
-//! Plain numbers, so that hot paths compare and hash words instead of strings. A
-//! connection's id says where it lives (shard and slot) and which generation of the slot
-//! it is, so no shared table of ids is needed and an id of a connection that has gone
-//! reaches nobody. Knows nothing else.
+//! Plain numbers, so that hot paths compare and hash words instead of strings. A connection's id encodes its
+//! location (shard and slot) and the generation of the slot, so no shared table of ids is needed, and the id
+//! of a connection that has disconnected reaches no other one. Knows nothing else.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Names one connection of one engine; never reused for another one in practice
-/// (the same slot would have to be taken 2^28 times).
+/// Identifies one connection of one engine. In practice never reused for another one (the same slot would
+/// have to be used 2^28 times).
 ///
 /// Displayed, parsed and, with the feature `serde`, serialized as 16 hexadecimal digits. It is not a secret.
 ///
@@ -24,9 +23,9 @@ pub struct ConnectionId(u64);
 
 const SLOT_BITS: u32 = 24;
 const GENERATION_BITS: u32 = 28;
-/// How many shards an id can tell apart.
+/// The number of shards that an id can distinguish.
 pub(crate) const SHARDS_MAX: usize = 1 << (64 - SLOT_BITS - GENERATION_BITS);
-/// How many connections one shard can hold at a time.
+/// The number of connections that one shard can hold at a time.
 pub(crate) const SLOTS_MAX: usize = 1 << SLOT_BITS;
 
 impl ConnectionId {
@@ -52,7 +51,7 @@ impl ConnectionId {
     }
 }
 
-/// Where a connection is in its shard. Its next generation is another connection.
+/// A connection's index in its shard. Another connection in the same slot has another generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Slot(u32);
 
@@ -66,7 +65,7 @@ impl Slot {
         self.0 as usize
     }
 
-    /// A number in [0, 1), such that neighbours lie far apart: the golden ratio spreads them.
+    /// A number in [0, 1), far apart for neighbouring slots: the golden ratio spreads them.
     pub(crate) fn spread(self) -> f64 {
         (f64::from(self.0) * 0.618_033_988_749_895).fract()
     }
@@ -84,9 +83,9 @@ impl fmt::Debug for ConnectionId {
     }
 }
 
-/// The text is not a connection id: those have 16 hexadecimal digits.
+/// The text is not a connection id. An id has 16 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a connection id has 16 hexadecimal digits")]
+#[error("not a connection id: expected 16 hexadecimal digits")]
 pub struct InvalidConnectionId;
 
 impl FromStr for ConnectionId {
@@ -100,7 +99,7 @@ impl FromStr for ConnectionId {
     }
 }
 
-/// As its text: JavaScript's numbers have no room for it.
+/// Serialized as text: JavaScript's numbers cannot hold it.
 #[cfg(feature = "serde")]
 impl serde::Serialize for ConnectionId {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -116,7 +115,7 @@ impl<'de> serde::Deserialize<'de> for ConnectionId {
     }
 }
 
-/// Names one group for as long as it has members.
+/// Identifies one group for as long as it has members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct GroupKey(pub(crate) u64);
 
@@ -125,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_gives_back_what_it_was_made_of() {
+    fn an_id_returns_its_parts() {
         let id = ConnectionId::new(SHARDS_MAX - 1, Slot::new(SLOTS_MAX - 1), u64::MAX);
         assert_eq!((id.shard(), id.slot().index()), (SHARDS_MAX - 1, SLOTS_MAX - 1));
         assert_eq!(id.to_string().parse(), Ok(id));

@@ -1,14 +1,13 @@
 //! The sharded fan-out engine of shardcast: sockets, frames, groups and one publication order.
 //!
-//! An [`Engine`] is a few pinned threads, the shards. Each owns its connections outright: sockets, decoders,
-//! outboxes, its part of every group. A [`Namespace`] is a set of connections that can be addressed together; a
-//! frame that is published to one goes through a log which all shards read in the same order. What comes from a
-//! peer is handed to the [`Handler`] of its connection, on its shard.
+//! An [`Engine`] is a few pinned threads, the shards. Each shard owns its connections outright: sockets,
+//! decoders, outboxes, and its part of every group. A [`Namespace`] is a set of connections that can be
+//! addressed together. A publication goes through a log that all shards read in the same order (total order).
+//! Messages from a client are passed to the [`Handler`] of its connection, on the connection's shard.
 //!
 //! The engine knows bytes. It does not know requests, what payloads mean, or any async runtime: its futures
-//! (publishing waits where there is no room) can be polled by whatever polls futures. Routes and typed messages are
-//! the business of the crate `shardcast`, which stands on this one.
-//!
+//! (a publisher waits where there is no room: backpressure) can be polled by any executor. Routes and typed
+//! messages belong to the crate `shardcast`, which builds on this one.
 //! ```
 //! use std::io::{Read, Write};
 //! use std::os::unix::net::UnixStream;
@@ -21,7 +20,7 @@
 //!     NewConnection, Payload, Publication,
 //! };
 //!
-//! /// Tells everybody how long each message was.
+//! /// Sends the length of each message to all connections.
 //! struct Lengths(Namespace);
 //!
 //! impl Handler for Lengths {
@@ -42,20 +41,20 @@
 //! #     }
 //! # }
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // Driven by hand here, turn by turn; `Engine::start` gives each shard a thread.
+//! // Driven by the caller here, turn by turn; `Engine::start` gives each shard a thread.
 //! let config = EngineConfig { shards: Some(1), ..EngineConfig::default() };
 //! let (engine, mut shards) = Engine::driven(config, Instant::now())?;
 //! let everyone = engine.namespace();
 //! let lengths = Lengths(everyone.clone());
 //!
-//! let (ours, mut peer) = UnixStream::pair()?; // a server takes over a `TcpStream` after the handshake
+//! let (ours, mut peer) = UnixStream::pair()?; // a server passes a `TcpStream` after the handshake
 //! let connection = NewConnection {
 //!     socket: ours.into(),
 //!     received: Default::default(),
-//!     handler: Box::new(|_| Box::new(lengths)), // made on the shard, once there is an id
+//!     handler: Box::new(|_| Box::new(lengths)), // called on the shard, once the connection has an id
 //!     config: Arc::new(ConnectionConfig::default()),
 //!     encoding: Encoding::PLAIN,
-//!     permit: engine.admit(None).expect("there is room for one"),
+//!     permit: engine.admit(None).expect("below `max_connections`"),
 //! };
 //! block_on(everyone.adopt(connection))?;
 //! shards[0].turn(Instant::now())?;
@@ -64,7 +63,7 @@
 //! shards[0].turn(Instant::now())?;
 //! # while shards[0].has_work() { shards[0].turn(Instant::now())?; }
 //! let mut received = [0; 64];
-//! let count = peer.read(&mut received)?; // perhaps a ping, and the answer
+//! let count = peer.read(&mut received)?; // a ping may precede the answer
 //! assert!(received[..count].ends_with(b"\x81\x075 bytes"));
 //! # Ok(())
 //! # }

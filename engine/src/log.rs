@@ -1,24 +1,22 @@
 //! The publication log: one bounded ring that every shard reads with its own cursor.
 //!
-//! Publishers claim a position, write the slot and release it. Shards read the slots
-//! in sequence and in place, so all of them see one order (promise 1), and publishing
-//! costs the same however many shards there are. Shared by all threads of an engine.
-//! Does not know what it carries, nor groups, sockets or time.
+//! Publishers claim a position, write the slot and release it. Shards read the slots in sequence and in
+//! place, so all of them see one total order, and publishing costs the same for any number of shards. Shared
+//! by all threads of an engine. Does not know what it carries, nor groups, sockets or time.
 //!
 //! The life of position `p`, in slot `p % capacity`:
 //!
 //! 1. *free*: `gate > p - capacity`; the old value has been dropped.
 //! 2. *claimed*: a publisher moved `tail` from `p` to `p + 1`. Only it may touch the slot.
-//! 3. *released*: the publisher stored `sequence = p + 1`. Every shard whose cursor is at
-//!    or below `p` may read it; nobody may write.
-//! 4. *passed*: every cursor is above `p`. Whoever runs `reclaim` drops the value and
-//!    then moves `gate` above `p`, which is state 1 for position `p + capacity`.
+//! 3. *released*: the publisher stored `sequence = p + 1`. Every shard whose cursor is at or below `p` may
+//!    read it; no thread may write it.
+//! 4. *passed*: every cursor is above `p`. The thread that runs `reclaim` drops the value and then moves
+//!    `gate` above `p`, which is state 1 for position `p + capacity`.
 //!
-//! Honest words about lock-freedom: publishing never waits for another publisher, but a
-//! publisher that the scheduler stops between 2 and 3 holds back the readers at `p`.
-//! That is a few instructions; a shard that meets it goes on with its sockets. A full
-//! log makes publishers wait (asynchronously) for the slowest shard, never shards for
-//! publishers.
+//! What is lock-free: publishing never waits for another publisher, but a publisher that the scheduler
+//! suspends between states 2 and 3 holds back the readers at `p`. That is a few instructions; a shard that
+//! meets such a position continues with its sockets. A full log makes publishers wait (asynchronously) for
+//! the slowest shard, never shards for publishers.
 
 use std::mem::MaybeUninit;
 use std::sync::Arc;
@@ -29,13 +27,13 @@ use crossbeam_utils::CachePadded;
 use crate::sync::{AtomicU32, AtomicU64, UnsafeCell, fence};
 use crate::wait_list::{Refused, WaitList};
 
-/// In the tail: no more positions are given out.
+/// A bit of the tail: no more positions can be claimed.
 const CLOSED: u64 = 1 << 63;
 
-/// The cursor of a shard that has ended: it holds back nobody.
+/// The cursor of a shard that has ended: it holds back no publisher.
 const ENDED: u64 = u64::MAX;
 
-/// How many bytes an entry has, for publishers that must not publish more than readers have room for.
+/// The size of an entry in bytes, for publishers that must not publish more than readers have room for.
 pub(crate) trait Weigh {
     fn bytes(&self) -> u64 {
         0
@@ -47,15 +45,16 @@ pub(crate) struct Log<T: Weigh> {
     slots: Box<[Slot<T>]>,
     /// The next position to claim.
     tail: CachePadded<AtomicU64>,
-    /// Positions below are passed by every shard, and their values dropped.
+    /// Every shard has passed all positions below, and their values have been dropped.
     gate: CachePadded<AtomicU64>,
-    /// Bytes that publishers have reserved since the start, and bytes of values that every shard has passed.
+    /// Bytes that publishers have reserved since the start, and bytes of the values that every shard has passed.
     reserved: CachePadded<std::sync::atomic::AtomicU64>,
     passed: CachePadded<std::sync::atomic::AtomicU64>,
     cursors: Box<[CachePadded<AtomicU64>]>,
-    /// Readers that have not ended. Without any, publishers reclaim what they push: nothing is kept, nobody waits.
+    /// Readers that have not ended. Without any, publishers reclaim what they push: no value is kept, no
+    /// publisher waits.
     readers: AtomicU32,
-    /// How many asked for a reclaim that is not finished: the first does it for all.
+    /// Number of unfinished calls of `reclaim`: the first caller does the work of all.
     reclaiming: CachePadded<AtomicU32>,
     pub(crate) waiting: WaitList,
 }
@@ -95,93 +94,93 @@ impl<T: Weigh> Log<T> {
         (log, readers)
     }
 
-    /// The position after every publication that has begun. What a caller published before is below it.
+    /// The position after every publication that has begun. What the caller has published before is below it.
     #[inline]
     pub(crate) fn tail(&self) -> u64 {
         self.tail.load(Acquire) & !CLOSED // pairs with the claim in `try_push`
     }
 
-    /// Refuses publications from now on. In one step with the claims, so that the tail that is seen afterwards is the
-    /// last, and everything that was accepted lies below it.
+    /// Refuses publications from now on. One atomic step with the claims, so that the tail read afterwards is
+    /// final, and everything that was accepted is below it.
     pub(crate) fn close(&self) {
         self.tail.fetch_or(CLOSED, AcqRel); // pairs with the claim in `try_push`
         self.waiting.wake_all();
     }
 
-    /// How many publications some shard has not passed yet (never too few).
+    /// The number of publications that some shard has not passed yet (never too low).
     #[inline]
     pub(crate) fn in_flight(&self) -> u64 {
         // The gate first: it never overtakes the tail, so the difference cannot be negative.
-        // Acquire: what the shards announced before they passed (congestion) is visible now.
+        // Acquire: congestion that the shards counted before they passed is visible now.
         let gate = self.gate.load(Acquire);
         (self.tail.load(Relaxed) & !CLOSED) - gate
     }
 
-    /// Announces a value of so many bytes. Called before [`bytes_in_flight`](Self::bytes_in_flight) is asked, and taken
-    /// back by `unreserve` if the value is not pushed.
+    /// Announces a value of this many bytes. Called before [`bytes_in_flight`](Self::bytes_in_flight) is
+    /// read, and undone by `unreserve` if the value is not pushed.
     pub(crate) fn reserve(&self, bytes: u64) {
-        self.reserved.fetch_add(bytes, AcqRel); // of two publishers that reserve at once, one sees the other
+        self.reserved.fetch_add(bytes, AcqRel); // of two concurrent publishers, one sees the other's bytes
     }
 
     pub(crate) fn unreserve(&self, bytes: u64) {
-        self.reserved.fetch_sub(bytes, Relaxed); // Relaxed: seen late, the sum is only too large
+        self.reserved.fetch_sub(bytes, Relaxed); // Relaxed: if it is seen late, the sum is only too high
     }
 
-    /// Bytes that were reserved and that some shard has not passed yet (never too few).
+    /// Bytes that were reserved and that some shard has not passed yet (never too low).
     pub(crate) fn bytes_in_flight(&self) -> u64 {
-        // `passed` first, as above. Acquire: what the shards announced before they passed is visible now.
+        // `passed` first, as above. Acquire: congestion that the shards counted before they passed is visible now.
         let passed = self.passed.load(Acquire);
         self.reserved.load(Acquire).saturating_sub(passed)
     }
 
-    /// Whether there is no room now. Not once it is closed.
+    /// Whether there is no room now. Never once it is closed.
     pub(crate) fn is_full(&self) -> bool {
         let tail = self.tail.load(Relaxed); // Relaxed, Acquire: as in `try_push`
         tail & CLOSED == 0 && tail.saturating_sub(self.gate.load(Acquire)) >= self.slots.len() as u64
     }
 
-    /// Appends `value`; gives it back when the log is full or closed. Returns its position.
+    /// Appends `value` and returns its position. Gives it back if the log is full or closed.
     ///
-    /// Ends with a `SeqCst` fence, so that what the caller then finds out (who is interested, who is
+    /// Ends with a `SeqCst` fence, so that what the caller reads next (which shards are interested, which are
     /// asleep) is not older than its claim.
     pub(crate) fn try_push(&self, value: T) -> Result<u64, Refused<T>> {
-        let mut position = self.tail.load(Relaxed); // Relaxed: the exchange below decides
+        let mut position = self.tail.load(Relaxed); // Relaxed: the exchange below checks it
         loop {
             if position & CLOSED != 0 {
                 return Err(Refused::Closed(value));
             }
-            // Acquire: pairs with `reclaim`; the slot's old value is gone.
+            // Acquire: pairs with `reclaim`; the slot's old value has been dropped.
             let gate = self.gate.load(Acquire);
             if position < gate {
-                position = self.tail.load(Relaxed); // our view of the tail was from before
+                position = self.tail.load(Relaxed); // the tail that was read is out of date
                 continue;
             }
             if position - gate >= self.slots.len() as u64 {
                 return Err(Refused::Full(value));
             }
-            // AcqRel: a shard that sees this claim sees all that its publisher did before.
+            // AcqRel: a shard that sees this claim sees everything that its publisher did before.
             match self.tail.compare_exchange_weak(position, position + 1, AcqRel, Relaxed) {
                 Ok(_) => break,
                 Err(current) => position = current,
             }
         }
         let slot = self.slot(position);
-        // SAFETY: the claim gave this thread alone the slot (state 2), and the gate check says
-        // that its former value was dropped (state 1).
+        // SAFETY: the claim gave the slot to this thread alone (state 2), and the gate check ensures that its
+        // former value was dropped (state 1).
         slot.value.with_mut(|cell| unsafe { (*cell).write(value) });
         slot.sequence.store(position + 1, Release); // pairs with the load in `Reader::get`
-        fence(SeqCst); // pairs with `reclaim_once`: the last reader's sees this value, or we see that it ended
+        fence(SeqCst); // pairs with `reclaim_once`: its last call sees this value, or we see that no readers are left
         if self.readers.load(Relaxed) == 0 {
             self.reclaim();
         }
         Ok(position)
     }
 
-    /// Drops what every shard has passed and wakes publishers that wait for room.
+    /// Drops the values that every shard has passed and wakes publishers that wait for room.
     ///
-    /// Never blocks: if another thread is at it, that one goes round once more.
+    /// Never blocks: if another thread is reclaiming, that thread repeats its work for this caller.
     pub(crate) fn reclaim(&self) {
-        // AcqRel: what this caller did before (its cursor) is seen by the thread that works for it.
+        // AcqRel: what this caller did before (moving its cursor) is seen by the thread that reclaims for it.
         if self.reclaiming.fetch_add(1, AcqRel) > 0 {
             return;
         }
@@ -195,17 +194,17 @@ impl<T: Weigh> Log<T> {
         }
     }
 
-    /// Moves the gate up to the slowest shard; false when it is there already.
+    /// Moves the gate up to the slowest shard; false if it is there already.
     fn reclaim_once(&self) -> bool {
         let gate = self.gate.load(Relaxed); // Relaxed: only the reclaiming thread writes it
         fence(SeqCst); // between the gate's last store and the cursors; pairs with `Reader::advance`
-        // Acquire: pairs with the store in `Reader::advance`; the shards' reads are over.
+        // Acquire: pairs with the store in `Reader::advance`; the shards no longer read these slots.
         let cursors = self.cursors.iter().map(|cursor| cursor.load(Acquire));
         let passed = cursors.filter(|cursor| *cursor != ENDED).min().unwrap_or_else(|| self.released(gate));
         let mut bytes = 0;
         for position in gate..passed {
-            // SAFETY: state 4: every shard has passed (or ended), no publisher can claim the slot
-            // before the gate moves, and the counter admits one thread to `reclaim`.
+            // SAFETY: state 4: every shard has passed (or ended), no publisher can claim the slot before the
+            // gate moves, and the counter admits one thread to `reclaim`.
             self.slot(position).value.with_mut(|cell| unsafe {
                 bytes += (*cell).assume_init_ref().bytes();
                 (*cell).assume_init_drop();
@@ -225,11 +224,11 @@ impl<T: Weigh> Log<T> {
         (from..self.tail()).take_while(is_released).last().map_or(from, |last| last + 1)
     }
 
-    /// The shards that hold back the gate by at least `distance` publications.
+    /// The shards that lag by at least `distance` publications.
     pub(crate) fn laggards(&self, distance: u64) -> impl Iterator<Item = usize> + '_ {
         let tail = self.tail();
         self.cursors.iter().enumerate().filter_map(move |(shard, cursor)| {
-            // Relaxed: a hint whom to wake; a wrong guess costs one wake.
+            // Relaxed: a hint which shards to wake; a wrong guess costs one wake.
             (tail.saturating_sub(cursor.load(Relaxed)) >= distance).then_some(shard)
         })
     }
@@ -246,7 +245,7 @@ impl<T: Weigh> Log<T> {
 
 impl<T: Weigh> Drop for Log<T> {
     fn drop(&mut self) {
-        let gate = self.gate.load(Relaxed); // Relaxed: &mut self, nobody else is here
+        let gate = self.gate.load(Relaxed); // Relaxed: `&mut self` excludes every other thread
         for position in gate..self.tail.load(Relaxed) & !CLOSED {
             let slot = self.slot(position);
             if slot.sequence.load(Relaxed) == position + 1 {
@@ -272,7 +271,7 @@ impl<T: Weigh> Reader<T> {
         self.next
     }
 
-    /// Whether every publication that has begun has been passed.
+    /// Whether this shard has passed every publication that has begun.
     #[inline]
     pub(crate) fn is_at_tail(&self) -> bool {
         self.next == self.log.tail()
@@ -286,8 +285,8 @@ impl<T: Weigh> Reader<T> {
         if slot.sequence.load(Acquire) != position + 1 {
             return None; // Acquire pairs with the release in `try_push`
         }
-        // SAFETY: released (state 3), and it stays so while our cursor is at or below it:
-        // `advance` takes `&mut self`, so no reference handed out here survives it.
+        // SAFETY: released (state 3), and it stays released while this cursor is at or below it: `advance`
+        // takes `&mut self`, so no reference returned here outlives it.
         slot.value.with(|cell| Some(unsafe { (*cell).assume_init_ref() }))
     }
 
@@ -296,7 +295,7 @@ impl<T: Weigh> Reader<T> {
         let before = self.next;
         self.next += count;
         self.log.cursors[self.shard].store(self.next, Release); // pairs with the load in `reclaim`
-        fence(SeqCst); // pairs with `reclaim_once`: it sees this cursor, or we see the gate at `before`
+        fence(SeqCst); // pairs with `reclaim_once`: that call sees this cursor, or we see the gate at `before`
         // Only the slowest shard can move the gate.
         if before <= self.log.gate.load(Relaxed) {
             self.log.reclaim();
@@ -308,7 +307,7 @@ impl<T: Weigh> Drop for Reader<T> {
     /// A shard that ends must not hold back publishers for ever.
     fn drop(&mut self) {
         self.log.cursors[self.shard].store(ENDED, Release);
-        // AcqRel: who sees no readers left sees that every cursor has ended.
+        // AcqRel: a thread that sees no readers left sees that every cursor has ended.
         self.log.readers.fetch_sub(1, AcqRel);
         self.log.reclaim();
     }
@@ -320,13 +319,13 @@ mod tests {
 
     use super::*;
 
-    /// Small enough for Miri, which sees what loom does not: memory that is not ours.
+    /// Small enough for Miri, which detects what loom does not: access to memory that is not owned.
     const PER_PUBLISHER: u32 = if cfg!(miri) { 20 } else { 5_000 };
     const PUBLISHERS: u32 = 3;
 
     struct Value {
         publisher: u32,
-        /// On the heap, so that a value dropped twice or too early is found out.
+        /// On the heap, so that Miri detects a value that is dropped twice or too early.
         number: Box<u32>,
         drops: Arc<AtomicUsize>,
     }
@@ -356,7 +355,7 @@ mod tests {
         let read = |mut reader: Reader<Value>| {
             let mut seen = Vec::new();
             while seen.len() < all {
-                // As many at once as there are.
+                // In batches as large as what is released.
                 let ready = (0..4).map_while(|ahead| reader.get(ahead));
                 let before = seen.len();
                 seen.extend(ready.map(|value| (value.publisher, *value.number)));
@@ -383,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_log_gives_the_value_back_and_its_end_drops_the_rest() {
+    fn a_full_log_returns_the_value_and_its_drop_drops_the_rest() {
         let drops = Arc::new(AtomicUsize::new(0));
         let (log, readers) = Log::new(2, 2, 1);
         let value = |number| Value { publisher: 0, number: Box::new(number), drops: drops.clone() };
@@ -410,7 +409,7 @@ mod models {
     use crate::sync::sleeper::Sleeper;
     use crate::wait_list::Registration;
 
-    /// Counts its drops, without telling loom: nothing is ordered by it.
+    /// Counts drops, without loom's knowledge: no ordering depends on the counter.
     struct Value(u32, Arc<AtomicUsize>);
 
     impl Weigh for Value {}
@@ -421,7 +420,7 @@ mod models {
         }
     }
 
-    /// What a publisher does: waits where the log is full, and then rings the readers.
+    /// Publishes as a publisher does: waits while the log is full, and wakes the readers afterwards.
     fn push(log: &Log<Value>, bells: &[Arc<Sleeper>], mut value: Value) {
         let sleeper = Sleeper::new();
         let waker = Waker::from(sleeper.clone());
@@ -455,7 +454,7 @@ mod models {
         seen
     }
 
-    /// One thread for each publisher; it publishes its values one after the other.
+    /// One thread for each publisher, which publishes its values one after the other.
     fn publish(
         log: &Arc<Log<Value>>,
         bells: &[Arc<Sleeper>],
@@ -475,7 +474,7 @@ mod models {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     }
 
-    /// In that order each publisher's values come one after the other.
+    /// In the order that all see, each publisher's values have their order of publication.
     fn all_read_everything_in_one_order(publishers: &'static [&'static [u32]], readers: usize) {
         let count = publishers.iter().map(|values| values.len()).sum();
         loom::model(move || {
@@ -493,7 +492,7 @@ mod models {
             for values in publishers {
                 assert!(seen.iter().filter(|value| values.contains(value)).eq(values.iter()));
             }
-            // The readers live on: what all have passed has been dropped all the same.
+            // The readers still exist: values that all of them have passed must have been dropped nevertheless.
             let others = join(others);
             assert!(others.iter().all(|(other, _)| *other == seen));
             assert_eq!((drops.load(Relaxed), log.in_flight()), (count, 0));
@@ -516,7 +515,7 @@ mod models {
     }
 
     #[test]
-    fn what_is_accepted_before_the_close_lies_below_the_tail_that_is_seen_after_it() {
+    fn everything_accepted_before_a_close_is_below_the_tail_read_after_it() {
         loom::model(|| {
             let drops = Arc::new(AtomicUsize::new(0));
             let (log, mut readers) = Log::new(4, 1, 4);
@@ -538,7 +537,7 @@ mod models {
     }
 
     #[test]
-    fn a_reader_that_ends_holds_back_nobody() {
+    fn a_reader_that_ends_holds_back_no_publisher() {
         loom::model(|| {
             let drops = Arc::new(AtomicUsize::new(0));
             let (log, mut readers) = Log::new(2, 2, 4);
@@ -554,7 +553,7 @@ mod models {
     }
 
     #[test]
-    fn a_log_without_readers_keeps_nothing_and_blocks_nobody() {
+    fn a_log_without_readers_keeps_no_value_and_blocks_no_publisher() {
         loom::model(|| {
             let drops = Arc::new(AtomicUsize::new(0));
             let (log, readers) = Log::new(2, 1, 4);

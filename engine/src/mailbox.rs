@@ -1,15 +1,13 @@
-//! The mailbox: what is for one shard alone, and its bell.
+//! The mailbox: commands and resumes for one shard, and the waker of the shard's poll.
 //!
-//! Shared by everybody who sends to the shard. Bounded; who finds it full waits. Beside
-//! the entries lie the resumes: at most one for each connection, so they need no bound
-//! of their own and never fail. Does not know what a command does, nor the log: the position that a
-//! command comes after is a number to it.
+//! Shared by all threads that send to the shard. Commands are bounded; a sender that finds the mailbox full waits.
+//! Resumes are in a queue of their own: at most one for each connection, so they need no bound and never fail.
+//! Does not know what a command does, nor the log: the position that a command comes after is just a number here.
 //!
-//! Sleeping. The shard announces that it is asleep and then looks once more for work;
-//! a sender puts its work down and then looks whether the shard is asleep. A `SeqCst`
-//! fence between the two steps on both sides makes one of them see the other, so work
-//! never lies beside a sleeping shard. Ringing costs a system call and happens at most
-//! once per sleep.
+//! Sleeping. The shard announces that it is asleep and then looks once more for work; a sender queues its
+//! work and then looks whether the shard is asleep. A `SeqCst` fence between the two steps on both sides
+//! makes at least one of them see the other, so a shard never sleeps while there is work. Waking costs a
+//! system call and happens at most once per sleep.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicU64;
@@ -29,8 +27,8 @@ pub(crate) trait Wake {
 impl Wake for mio::Waker {
     fn wake(&self) {
         if let Err(error) = self.wake() {
-            // The eventfd cannot be full and is open as long as the mailbox lives.
-            tracing::error!(%error, "waking a shard failed");
+            // The eventfd cannot be full, and it is open as long as the mailbox exists.
+            tracing::error!(%error, "a shard could not be woken");
         }
     }
 }
@@ -48,13 +46,13 @@ pub(crate) struct Mailbox<C, B> {
     resumes: SegQueue<ConnectionId>,
     asleep: CachePadded<AtomicBool>,
     closed: AtomicBool,
-    /// Bytes of the frames that are here or about to be pushed.
+    /// Bytes of the frames that are queued here or about to be pushed.
     bytes: CachePadded<AtomicU64>,
-    bell: B,
+    poll_waker: B,
     pub(crate) waiting: WaitList,
 }
 
-/// Whether the resume of one connection lies in the mailbox, so that it lies there once.
+/// Whether the resume of one connection is queued, so that it is queued once.
 #[derive(Debug)]
 pub(crate) struct Queued(AtomicBool);
 
@@ -63,12 +61,13 @@ impl Queued {
         Self(AtomicBool::new(false))
     }
 
-    /// True if the caller is to post the resume; false if one lies there, and its taker sees what the caller did.
+    /// True if the caller must queue the resume; false if one is queued, and the shard will see what the
+    /// caller did before.
     pub(crate) fn set(&self) -> bool {
         !self.0.swap(true, AcqRel)
     }
 
-    /// The shard has taken the resume: the next one is posted again. To be called before looking at what
+    /// The shard has taken the resume: the next one is queued again. Must be called before looking at what
     /// the wakers did. A swap and not a store, because it must see what the last of them did.
     pub(crate) fn taken(&self) {
         self.0.swap(false, AcqRel);
@@ -76,25 +75,25 @@ impl Queued {
 }
 
 impl<C, B: Wake> Mailbox<C, B> {
-    pub(crate) fn new(capacity: usize, waiting_max: usize, bell: B) -> Self {
+    pub(crate) fn new(capacity: usize, waiting_max: usize, poll_waker: B) -> Self {
         Self {
             entries: ArrayQueue::new(capacity),
             resumes: SegQueue::new(),
             asleep: CachePadded::new(AtomicBool::new(false)),
             closed: AtomicBool::new(false),
             bytes: CachePadded::new(AtomicU64::new(0)),
-            bell,
+            poll_waker,
             waiting: WaitList::new(waiting_max),
         }
     }
 
-    /// Announces a frame of so many bytes, and returns how many there are with it (never too few). Taken back by
-    /// `release` if the frame is not pushed, or when its outbox has it.
+    /// Announces a frame of this many bytes, and returns the sum including it (never too low). Undone by
+    /// `release` if the frame is not pushed, or when its outbox has accepted it.
     pub(crate) fn reserve(&self, bytes: u64) -> u64 {
-        self.bytes.fetch_add(bytes, AcqRel) + bytes // pairs with `release`; of two callers at once, one sees the other
+        self.bytes.fetch_add(bytes, AcqRel) + bytes // pairs with `release`; of two callers, one sees the other
     }
 
-    /// These bytes are here no more, and outboxes that they have congested are counted as such.
+    /// These bytes have left the mailbox, and outboxes that they have congested are counted as such.
     pub(crate) fn release(&self, bytes: u64) {
         self.bytes.fetch_sub(bytes, AcqRel); // pairs with `reserve`
     }
@@ -112,7 +111,7 @@ impl<C, B: Wake> Mailbox<C, B> {
         Ok(())
     }
 
-    /// Whether there is no room now. Not once it is closed.
+    /// Whether there is no room now. Never once it is closed.
     pub(crate) fn is_full(&self) -> bool {
         self.entries.len() >= self.entries.capacity() && !self.closed.load(Relaxed) // Relaxed: as in `push`
     }
@@ -122,17 +121,17 @@ impl<C, B: Wake> Mailbox<C, B> {
         self.wake();
     }
 
-    /// Wakes the shard if it sleeps. What it is to find must lie there already.
+    /// Wakes the shard if it sleeps. Its work must be queued before this call.
     #[inline]
     pub(crate) fn wake(&self) {
         fence(SeqCst); // pairs with the fence in `fall_asleep`
-        // Relaxed: the fence orders it. The swap lets one of several senders ring.
+        // Relaxed: the fence orders it. The swap lets only one of several senders wake the shard.
         if self.asleep.load(Relaxed) && self.asleep.swap(false, Relaxed) {
-            self.bell.wake();
+            self.poll_waker.wake();
         }
     }
 
-    /// The shard is about to block. True if nothing has come; then only the bell ends its sleep.
+    /// The shard is about to block. True if there is still no work; then only a wake ends its sleep.
     pub(crate) fn fall_asleep(&self, is_idle: impl FnOnce() -> bool) -> bool {
         self.asleep.store(true, Relaxed);
         fence(SeqCst); // pairs with the fence in `wake`
@@ -143,9 +142,9 @@ impl<C, B: Wake> Mailbox<C, B> {
         idle
     }
 
-    /// The shard is running: nobody needs to ring.
+    /// The shard is running: no sender needs to wake it.
     pub(crate) fn wake_up(&self) {
-        self.asleep.store(false, Relaxed); // Relaxed: a ring too many is harmless
+        self.asleep.store(false, Relaxed); // Relaxed: a superfluous wake is harmless
     }
 
     pub(crate) fn pop(&self) -> Option<Stamped<C>> {
@@ -154,12 +153,12 @@ impl<C, B: Wake> Mailbox<C, B> {
 
     pub(crate) fn pop_resume(&self) -> Option<ConnectionId> {
         if self.resumes.is_empty() {
-            return None; // the usual case, and cheaper to see than to try: that takes a fence
+            return None; // the usual case; the check is cheaper than `pop`, which has a fence
         }
         self.resumes.pop()
     }
 
-    /// Entries that lie here now; each one whose push has returned counts.
+    /// Commands that are queued now, including each one whose push has returned.
     pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }
@@ -168,14 +167,14 @@ impl<C, B: Wake> Mailbox<C, B> {
         self.entries.is_empty() && self.resumes.is_empty()
     }
 
-    /// The shard has ended: drops what lies here and refuses the rest.
+    /// The shard has ended: drops the queued commands and refuses further ones.
     pub(crate) fn close(&self) {
         self.closed.store(true, Relaxed);
         fence(SeqCst); // pairs with the fence in `wake`, as `push` uses it
         while let Some(entry) = self.pop() {
-            // A command may hold something of the application.
+            // A command may own values of the application, whose drop may panic.
             if catch_unwind(AssertUnwindSafe(|| drop(entry))).is_err() {
-                tracing::error!("dropping a command panicked");
+                tracing::error!("a command panicked when it was dropped");
             }
         }
         self.waiting.wake_all();
@@ -204,22 +203,22 @@ mod models {
     }
 
     fn mailbox(capacity: usize) -> (Arc<Mailbox<u32, Arc<Sleeper>>>, Arc<Sleeper>) {
-        let bell = Sleeper::new();
-        (Arc::new(Mailbox::new(capacity, 4, bell.clone())), bell)
+        let poll_waker = Sleeper::new();
+        (Arc::new(Mailbox::new(capacity, 4, poll_waker.clone())), poll_waker)
     }
 
-    /// What a shard does: sleeps only where nothing is left, until the bell.
-    fn sleep(mailbox: &Mailbox<u32, Arc<Sleeper>>, bell: &Sleeper, is_idle: impl FnOnce() -> bool) {
+    /// Sleeps as a shard does: only if there is no work, until it is woken.
+    fn sleep(mailbox: &Mailbox<u32, Arc<Sleeper>>, poll_waker: &Sleeper, is_idle: impl FnOnce() -> bool) {
         if mailbox.fall_asleep(is_idle) {
-            bell.sleep();
+            poll_waker.sleep();
         }
         mailbox.wake_up();
     }
 
     #[test]
-    fn an_entry_never_lies_beside_a_sleeping_shard() {
+    fn a_shard_never_sleeps_while_a_command_is_queued() {
         loom::model(|| {
-            let (mailbox, bell) = mailbox(2);
+            let (mailbox, poll_waker) = mailbox(2);
             let senders = [1, 2].map(|command| {
                 let mailbox = mailbox.clone();
                 thread::spawn(move || mailbox.push(0, command).expect("there is room"))
@@ -228,7 +227,7 @@ mod models {
             while sum < 3 {
                 match mailbox.pop() {
                     Some(entry) => sum += entry.command,
-                    None => sleep(&mailbox, &bell, || true),
+                    None => sleep(&mailbox, &poll_waker, || true),
                 }
             }
             senders.into_iter().for_each(|sender| sender.join().unwrap());
@@ -236,13 +235,13 @@ mod models {
     }
 
     #[test]
-    fn a_resume_never_lies_beside_a_sleeping_shard() {
+    fn a_shard_never_sleeps_while_a_resume_is_queued() {
         loom::model(|| {
-            let (mailbox, bell) = mailbox(1);
+            let (mailbox, poll_waker) = mailbox(1);
             let sender = mailbox.clone();
             let sender = thread::spawn(move || sender.resume(ConnectionId::new(0, Slot::new(7), 1)));
             while mailbox.pop_resume().is_none() {
-                sleep(&mailbox, &bell, || true);
+                sleep(&mailbox, &poll_waker, || true);
             }
             sender.join().unwrap();
         });
@@ -251,7 +250,7 @@ mod models {
     #[test]
     fn a_wake_while_a_resume_is_taken_is_never_lost() {
         loom::model(|| {
-            let (mailbox, bell) = mailbox(1);
+            let (mailbox, poll_waker) = mailbox(1);
             let (queued, is_done) = (Arc::new(Queued::new()), Arc::new(AtomicBool::new(false)));
             let wakers = [false, true].map(|is_last| {
                 let (mailbox, queued, is_done) = (mailbox.clone(), queued.clone(), is_done.clone());
@@ -266,7 +265,7 @@ mod models {
             });
             loop {
                 if mailbox.pop_resume().is_none() {
-                    sleep(&mailbox, &bell, || true);
+                    sleep(&mailbox, &poll_waker, || true);
                     continue;
                 }
                 queued.taken();
@@ -279,9 +278,9 @@ mod models {
     }
 
     #[test]
-    fn a_publication_never_lies_beside_a_sleeping_shard() {
+    fn a_shard_never_sleeps_while_a_publication_is_unread() {
         loom::model(|| {
-            let (mailbox, bell) = mailbox(1);
+            let (mailbox, poll_waker) = mailbox(1);
             let (log, mut readers) = Log::new(2, 1, 4);
             let mut reader = readers.remove(0);
             let publishers = [1, 2].map(|value| {
@@ -298,7 +297,7 @@ mod models {
                         sum += value;
                         reader.advance(1);
                     }
-                    None if reader.is_at_tail() => sleep(&mailbox, &bell, || reader.is_at_tail()),
+                    None if reader.is_at_tail() => sleep(&mailbox, &poll_waker, || reader.is_at_tail()),
                     None => thread::yield_now(), // claimed, not yet released
                 }
             }
@@ -307,7 +306,7 @@ mod models {
     }
 
     #[test]
-    fn nothing_is_left_behind_in_a_closed_mailbox() {
+    fn no_command_remains_in_a_closed_mailbox() {
         loom::model(|| {
             let (mailbox, _) = mailbox(2);
             let senders = [1, 2].map(|command| {
@@ -322,16 +321,16 @@ mod models {
     }
 
     #[test]
-    fn who_waits_at_a_full_mailbox_is_woken_by_room_or_by_its_end() {
+    fn a_sender_at_a_full_mailbox_is_woken_by_room_or_by_its_close() {
         for close in [false, true] {
             loom::model(move || {
-                let (mailbox, bell) = mailbox(1);
+                let (mailbox, poll_waker) = mailbox(1);
                 let sender = mailbox.clone();
                 let sender = thread::spawn(move || {
                     let sleeper = Sleeper::new();
                     let waker = Waker::from(sleeper.clone());
                     for command in [1, 2] {
-                        let mut registration = Registration::default(); // dropped, it would leave the list
+                        let mut registration = Registration::default(); // kept, because its drop leaves the list
                         while matches!(sender.push(0, command), Err(Refused::Full(_))) {
                             assert!(sender.waiting.register(&mut registration, &waker));
                             if !matches!(sender.push(0, command), Err(Refused::Full(_))) {
@@ -348,7 +347,7 @@ mod models {
                             left -= 1;
                             mailbox.waiting.wake_all();
                         }
-                        None => sleep(&mailbox, &bell, || true),
+                        None => sleep(&mailbox, &poll_waker, || true),
                     }
                 }
                 if close {

@@ -1,14 +1,13 @@
 //! The mask: the four bytes that a client XORs over every payload.
 //!
-//! One function over a borrowed slice; nobody owns anything. Eight bytes a step,
-//! because the compiler turns that loop into vector instructions, and without
-//! `unsafe`, because `as_chunks_mut` already says what alignment would.
-//! Does not know frames: the caller says where in the payload the slice stands.
+//! One function over a borrowed slice, without an owner. Eight bytes a step, because the compiler turns that
+//! loop into vector instructions, and without `unsafe`, because `as_chunks_mut` already provides what
+//! alignment would. Does not know frames: the caller gives the slice's offset in the payload.
 
 /// XORs `payload` with `key` in place. Masking and unmasking are the same.
 ///
-/// `offset` is where in the frame's payload this slice begins, in bytes, so that a payload can be unmasked
-/// piece by piece as it arrives. The slice may have any length and any alignment.
+/// `offset` is the slice's offset in the frame's payload, in bytes, so that a payload can be unmasked piece
+/// by piece as it arrives. The slice may have any length and any alignment.
 pub fn unmask(payload: &mut [u8], key: [u8; 4], offset: usize) {
     let mut key = key;
     key.rotate_left(offset % 4);

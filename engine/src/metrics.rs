@@ -1,8 +1,8 @@
-//! Counters: what was offered, written, discarded, and why connections ended.
+//! Counters: frames offered, written and discarded, and why connections ended.
 //!
-//! Each shard owns its counters and adds to them without sharing; once per turn it
-//! publishes them, so that a reader on another thread costs the loop nothing. They add
-//! up: offered = written + dropped + discarded + pending, for a connection and for their sum.
+//! Each shard owns its counters and updates them without sharing; once per turn it publishes them, so that a
+//! reader on another thread costs the loop nothing. For a connection and for any sum of connections, offered
+//! = written + dropped + discarded + pending.
 
 use std::time::Duration;
 
@@ -13,33 +13,34 @@ use crate::heartbeat::Rtt;
 use crate::tally::{self, Counter, Drops, SharedTally, Tally, counters};
 
 counters! {
-    /// What one shard, or the whole engine, has counted since its start. All in frames or
-    /// events, except gauges, which say what is there now.
+    /// The counters of one shard, or of the whole engine, since its start. In frames or events, except
+    /// gauges, which give the current value.
     pub struct Metrics, shared as SharedMetrics {
-        /// Connections that are here now, those in their closing handshake included.
+        /// Open connections, including those in their closing handshake. A gauge.
         connections: u64,
-        /// Connections taken over since the start.
+        /// Connections adopted.
         adopted: u64,
         /// Connections that ended.
         ended: u64,
-        /// Connections ended because the peer broke the framing rules or sent too many control frames, or because they
-        /// joined too many groups.
+        /// Connections ended because the client broke the framing rules or sent too many control frames, or
+        /// because they joined too many groups.
         ended_protocol: u64,
         /// Connections ended because a message could not be decoded.
         ended_undecodable: u64,
-        /// Connections ended because they stopped answering pings, fell idle or grew too old.
+        /// Connections ended by a timeout: unanswered ping, idle time, maximum duration.
         ended_timeout: u64,
-        /// Connections ended because the peer was slow, or what waited for it or came from it took too much memory.
+        /// Connections ended because the client was a slow consumer, or because their backlog or their
+        /// unfinished messages took too much memory.
         ended_slow: u64,
         /// Connections ended because their handler, or the encoding of a message for them, panicked.
         ended_panic: u64,
-        /// What became of the frames that were meant for connections, those that have ended included.
+        /// Outcomes of the frames that were offered to connections, including connections that have ended.
         tally: Tally,
-        /// Bytes that wait in outboxes now; a frame counts once for each connection.
+        /// Bytes that wait in outboxes; a frame counts once for each connection. A gauge.
         pending_bytes: u64,
-        /// Bytes that outboxes keep in memory now. What is sent to many counts once for each shard.
+        /// Bytes that outboxes keep in memory; a frame for many connections counts once for each shard. A gauge.
         retained_bytes: u64,
-        /// Bytes of memory for messages that are incomplete or wait for their handler now.
+        /// Bytes of memory for messages that are incomplete or wait for their handler. A gauge.
         unfinished_bytes: u64,
         /// Writes to sockets.
         writes: u64,
@@ -49,22 +50,23 @@ counters! {
         publications: u64,
         /// Turns of the loop.
         turns: u64,
-        /// Loop lag in microseconds: what the longest of the last turns took, less an eighth for each turn since, or what
-        /// the turn that goes on now has taken, if that is more. A gauge; the sum over shards says little. Stays 0 where
-        /// shards are driven by hand.
+        /// Loop lag in microseconds: the duration of the longest recent turn, less an eighth for each turn
+        /// since, or the duration of the current turn so far, if that is more. A gauge; the sum over shards
+        /// says little. Stays 0 where the caller drives the shards.
         lag_micros: u64,
-        /// Calls of handlers that held their shard for longer than [`EngineConfig::blocked_after`](crate::EngineConfig):
-        /// each counts once, while it goes on. Stays 0 where shards are driven by hand.
+        /// Handler calls that blocked their shard for longer than
+        /// [`EngineConfig::blocked_after`](crate::EngineConfig): each counts once, while it is still running.
+        /// Stays 0 where the caller drives the shards.
         blocked: u64,
     }
 }
 
-/// What a shard has counted, as others see it.
+/// A shard's counters as other threads see them.
 #[derive(Debug, Default)]
 pub(crate) struct PublishedMetrics(CachePadded<SharedMetrics>);
 
 impl PublishedMetrics {
-    /// Called by the owner only, once per turn.
+    /// Called only by the shard that owns them, once per turn.
     pub(crate) fn publish(&self, metrics: &Metrics) {
         metrics.store(&self.0);
     }
@@ -74,12 +76,12 @@ impl PublishedMetrics {
     }
 }
 
-/// What one connection has counted.
+/// The counters of one connection.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ConnectionMetrics {
-    /// What became of the frames that were meant for it.
+    /// Outcomes of the frames that were offered to it.
     pub tally: Tally,
     /// Bytes that wait in its outbox.
     pub pending_bytes: u64,
@@ -87,17 +89,17 @@ pub struct ConnectionMetrics {
     pub rtt: Rtt,
 }
 
-/// What the connections of a group, or of a whole namespace, have counted together.
+/// The sum of the counters of a group's or a whole namespace's connections.
 ///
-/// For a group: its present members, each with all that it has counted since it connected. For everyone: all
-/// connections since the start, those that have ended included.
+/// For a group: its current members, each with its counters since it connected. For everyone: all connections
+/// since the start, including those that have ended.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct GroupMetrics {
-    /// Connections now; for everyone, those in their closing handshake included.
+    /// Open connections; for everyone, including those in their closing handshake.
     pub connections: u64,
-    /// What became of the frames that were meant for them.
+    /// Outcomes of the frames that were offered to them.
     pub tally: Tally,
     /// Bytes that wait in their outboxes.
     pub pending_bytes: u64,
@@ -140,7 +142,7 @@ impl std::ops::AddAssign for GroupMetrics {
     }
 }
 
-/// What the ended connections of one namespace have counted on one shard, which alone uses it.
+/// The sum of the ended connections of one namespace on one shard. Written only by that shard.
 #[derive(Debug, Default)]
 pub(crate) struct EndedTally(CachePadded<SharedTally>);
 
@@ -154,7 +156,7 @@ impl EndedTally {
     }
 }
 
-/// What one connection counts while it lives. Not a `Tally`, because most connections lose nothing.
+/// The counters of an open connection. Not a `Tally`, because most connections lose nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) offered: u64,
@@ -163,14 +165,14 @@ pub(crate) struct Counts {
     losses: Option<Box<Losses>>,
 }
 
-/// What one connection has lost.
+/// The counters of a connection's lost frames.
 #[derive(Debug, Default)]
 pub(crate) struct Losses {
     pub(crate) dropped: Drops,
     pub(crate) discarded: u64,
-    /// Frames dropped since one was last taken.
+    /// Consecutive drops: frames dropped since one was last accepted.
     pub(crate) in_a_row: u32,
-    /// What of it the handler has not been told yet.
+    /// The drops that were not yet reported to the handler.
     pub(crate) notices: DropNotices,
 }
 
@@ -182,6 +184,7 @@ impl Counts {
         Tally { offered, written, dropped, discarded, received }
     }
 
+    #[cfg(feature = "audit")]
     pub(crate) fn losses(&self) -> Option<&Losses> {
         self.losses.as_deref()
     }
@@ -190,14 +193,14 @@ impl Counts {
         self.losses.get_or_insert_default()
     }
 
-    /// Frames were discarded, if there were any.
+    /// Counts discarded frames, if there are any.
     pub(crate) fn discard(&mut self, frames: u64) {
         if frames > 0 {
             self.lose().discarded += frames;
         }
     }
 
-    /// A frame was taken: later drops are a new row.
+    /// A frame was accepted, which ends the row of consecutive drops.
     #[inline]
     pub(crate) fn took(&mut self) {
         if let Some(losses) = &mut self.losses {
@@ -205,7 +208,7 @@ impl Counts {
         }
     }
 
-    /// Takes the oldest drops that the handler has not been told of.
+    /// Takes the oldest drops that were not yet reported to the handler.
     pub(crate) fn take_drop_notice(&mut self) -> Option<DropNotice> {
         self.losses.as_mut()?.notices.take_first()
     }

@@ -1,10 +1,11 @@
 //! A namespace: connections that can be addressed together, and their groups.
 //!
-//! The handle through which everything is published. Cloneable, usable from any thread and any
-//! task. Does not know how things get to the shards (`publisher.rs`), sockets, or what
-//! payloads mean.
+//! The handle through which everything is published. Cloneable, usable from any thread and any task. Does not
+//! know how publications reach the shards (`publisher.rs`), sockets, or what payloads mean.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -19,13 +20,13 @@ use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::payload::Payload;
 use crate::position::Position;
 use crate::publication::{Address, Publication};
-use crate::publisher::{GROUP_NAME_BYTES_MAX, PublishError, Publisher, TryPublishError, Wants};
+use crate::publisher::{GROUP_NAME_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError, Wants};
 use crate::receipt::Receipt;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
 use crate::wait_list::Refused;
 
-/// Connections that can be addressed together. See the [crate] documentation for an example.
+/// A set of connections that can be addressed together. See the [crate] documentation for an example.
 #[derive(Debug, Clone)]
 pub struct Namespace {
     publisher: Publisher,
@@ -36,32 +37,39 @@ impl Namespace {
         Self { publisher: Publisher::new(core, name) }
     }
 
-    /// Publishes. Returns when every connection that it is for has taken it or has disconnected; while none is
-    /// slow whose policy is `Block`, that is as soon as the log has it.
+    /// Publishes. Returns when every connection that is addressed has accepted the message or has disconnected.
+    /// While no connection with the policy `Block` is slow, that is as soon as the log has accepted it.
     ///
-    /// What is published one after the other reaches every connection in that order. Dropping this future, as a timeout
-    /// around it does, does not take the publication back: once it was accepted it is delivered, and publishing it again may
-    /// deliver it twice.
+    /// Publications that one task publishes one after the other reach every connection in that order (causal
+    /// order). Dropping this future, as a timeout around it does, does not withdraw the publication: once
+    /// accepted it is delivered, and publishing it again may deliver it twice.
     ///
     /// # Errors
-    /// [`PublishError::Closed`] if the engine has ended, [`PublishError::Overloaded`] if too many publishers wait,
-    /// [`PublishError::TooLong`] for a payload that no outbox can hold.
-    pub async fn publish(&self, publication: Publication) -> Result<(), PublishError> {
+    /// [`PublishError::Closed`] if the engine has ended, [`PublishError::Overloaded`] if too many publishers
+    /// wait, [`PublishError::TooLong`] for a payload that no outbox can hold.
+    pub fn publish(
+        &self,
+        publication: Publication,
+    ) -> impl Future<Output = Result<(), PublishError>> + Send + Unpin + use<'_> {
         // Nobody waits for room where connections are closed.
         let wants = if publication.payload().is_some() { Wants::Room } else { Wants::Nothing };
-        self.publisher.submit(publication, wants).await.map(drop)
+        WithoutReceipt(self.publisher.submit(publication, wants))
     }
 
-    /// Publishes, and always returns only when every connection that it is for has taken it or has disconnected, with the
-    /// number of them.
+    /// Publishes, and always waits until every connection that is addressed has accepted the message or has
+    /// disconnected. Returns the counts of both.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
-    pub async fn deliver(&self, publication: Publication) -> Result<Receipt, PublishError> {
-        self.publisher.submit(publication, Wants::Outcome).await
+    pub fn deliver(
+        &self,
+        publication: Publication,
+    ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + Unpin + use<'_> {
+        self.publisher.submit(publication, Wants::Outcome)
     }
 
-    /// Publishes without waiting: for code that is not async. A slow consumer gets the message when it has room.
+    /// Publishes without waiting, for code that is not async. A slow consumer gets the message when its
+    /// outbox has room.
     ///
     /// # Errors
     /// [`TryPublishError::Full`] if the log (for one connection: its shard's mailbox) is full; otherwise as for
@@ -81,11 +89,12 @@ impl Namespace {
     }
 
     /// Makes the connection a member of the group. When this has returned, the next publication by anyone
-    /// includes it; earlier ones do not. Joining twice is joining once; a connection that has disconnected joins nothing.
-    /// One that is in [`max_groups`](ConnectionConfig::max_groups) groups already is closed (1008).
+    /// includes the connection; earlier ones do not. Joining a group again has no effect; nor has joining for
+    /// a connection that has disconnected. A connection that is already in
+    /// [`max_groups`](ConnectionConfig::max_groups) groups is closed (1008).
     ///
-    /// Returns a position in the order: every publication after it includes the connection; of those before, only some that
-    /// were published during this call may. A connection is a member of everyone only when its
+    /// Returns a position: every publication after it includes the connection; of those before it, only some
+    /// that were published during this call may. A connection is a member of `Everyone` only when its
     /// [`on_open`](crate::Handler::on_open) is done, but of groups at once.
     ///
     /// # Errors
@@ -97,19 +106,20 @@ impl Namespace {
     /// Joins several groups in one step: no publication comes between them.
     ///
     /// # Errors
-    /// As for [`join`](Self::join); then none of them has been joined.
+    /// As for [`join`](Self::join); the connection then joins none of the groups.
     pub async fn join_all(&self, id: ConnectionId, groups: &[&str]) -> Result<Position, PublishError> {
         if groups.iter().any(|group| group.len() > GROUP_NAME_BYTES_MAX) {
             return Err(PublishError::GroupNameTooLong);
         }
         if id.shard() >= self.publisher.shards() {
-            return Ok(self.publisher.core().tail()); // an id of another engine: nobody here has it
+            return Ok(self.publisher.core().tail()); // an id of another engine: no connection here has it
         }
         let enter = |group: &&str| self.publisher.directory().enter(group, id.shard());
         self.publisher.command(id, Action::Join(groups.iter().map(enter).collect())).await
     }
 
-    /// Ends the connection's membership of the group: publications after this do not reach it, earlier ones do.
+    /// Ends the connection's membership of the group: publications after this do not reach the connection,
+    /// earlier ones do.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
@@ -130,8 +140,8 @@ impl Namespace {
         self.publisher.command(id, Action::Leave(groups)).await.map(drop)
     }
 
-    /// What a connection has counted, after everything that was published before. `on_metrics` is called on its shard, or
-    /// never if the connection has disconnected.
+    /// Passes the connection's counters, as they are after everything that was published before, to `on_metrics`,
+    /// which is called on the connection's shard, or dropped without a call if the connection has disconnected.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
@@ -143,8 +153,9 @@ impl Namespace {
         self.publisher.command(id, Action::Inspect(Box::new(on_metrics))).await.map(drop)
     }
 
-    /// The groups that a connection is in, after everything that was published before, in no particular order. `on_groups`
-    /// is called on its shard, or never if the connection has disconnected.
+    /// Passes the groups that a connection is in, after everything that was published before, to `on_groups`,
+    /// in no particular order. `on_groups` is called on the connection's shard, or dropped without a call if
+    /// the connection has disconnected.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
@@ -156,9 +167,9 @@ impl Namespace {
         self.publisher.command(id, Action::ListGroups(Box::new(on_groups))).await.map(drop)
     }
 
-    /// What all connections of `to` but `except` have counted together, after everything that was published before.
-    /// `on_metrics` is called once on each shard, with that shard's part; when it is dropped, all parts have come. Costs
-    /// each shard a look at each of its connections (for groups: at each member).
+    /// Collects the counters of all connections of `to` except those in `except`, as they are after everything
+    /// that was published before. `on_metrics` is called once on each shard, with that shard's part; when it is
+    /// dropped, all parts have been passed. Each shard visits each of its connections (for groups: each member).
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
@@ -177,8 +188,8 @@ impl Namespace {
         self.ask(to, except, Answer::Metrics(Arc::new(on_metrics))).await
     }
 
-    /// The ids of all open connections of `to`, after everything that was published before. `on_members` is called once on each
-    /// shard, with that shard's part; when it is dropped, all parts have come.
+    /// Collects the ids of all open connections of `to`, after everything that was published before. `on_members`
+    /// is called once on each shard, with that shard's part; when it is dropped, all parts have been passed.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
@@ -193,7 +204,7 @@ impl Namespace {
         self.ask(to, &[], Answer::Members(Arc::new(on_members))).await
     }
 
-    /// Asks all shards. Not for one connection.
+    /// Sends a query to all shards. Not for a single connection.
     async fn ask(&self, to: &Address, except: &[ConnectionId], answer: Answer) -> Result<(), PublishError> {
         let groups = match to {
             Address::Group(name) => Some(self.publisher.named(std::slice::from_ref(name))),
@@ -232,18 +243,19 @@ impl Namespace {
         self.publisher.directory().len()
     }
 
-    /// The names of all groups that have members, with the number of them, in no particular order. Not one instant: groups
-    /// that come or go meanwhile may be in it or not.
+    /// The names of all groups that have members, with the number of members, in no particular order. Not a
+    /// snapshot: a group that is created or emptied meanwhile may be included or not.
     pub fn groups(&self) -> Vec<(Arc<str>, usize)> {
         self.publisher.directory().list()
     }
 
-    /// Hands a connection over to the least loaded shard, which owns it from then on. The handshake is over;
-    /// `received` is what the client has sent since.
+    /// Passes a connection to the least loaded shard, which owns it from then on. The handshake must be
+    /// complete; `received` is what the client has sent after it.
     ///
     /// # Errors
-    /// A setting out of range, an encoding of another engine, a socket that cannot be prepared, an engine that has ended, too many
-    /// waiting.
+    /// [`AdoptError`]: a setting out of range, an encoding of another engine, a socket that cannot be
+    /// prepared, an engine that has ended, or too many publishers that wait for room in the shard's mailbox.
+    /// The socket is closed then.
     pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
         let NewConnection { socket, received, handler, config, encoding, mut permit } = connection;
         self.publisher.core().config.validate_with(&config)?;
@@ -261,19 +273,30 @@ impl Namespace {
     }
 }
 
-/// A connection whose handshake is over, and what an engine needs to own it.
+/// A submission whose receipt nobody asked for.
+struct WithoutReceipt<'a>(Submission<'a>);
+
+impl Future for WithoutReceipt<'_> {
+    type Output = Result<(), PublishError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(context).map_ok(drop)
+    }
+}
+
+/// A connection whose handshake is complete, and what an engine needs to own it.
 pub struct NewConnection {
-    /// The socket; nobody else reads or writes it from now on.
+    /// The socket. Nothing else may read or write it from now on.
     pub socket: Socket,
-    /// What the peer has sent behind its handshake.
+    /// The bytes that the client has sent after its handshake.
     pub received: Bytes,
-    /// Makes its handler, on the shard that owns it from then on: what lives long is allocated there.
+    /// Makes the connection's handler, on the shard that owns it, so that its long-lived state is allocated there.
     pub handler: MakeHandler,
-    /// What holds for it; shared with others of the same settings.
+    /// The connection's settings; connections with the same settings share one value.
     pub config: Arc<ConnectionConfig>,
-    /// How payloads become frames for it; for most, [`Encoding::PLAIN`].
+    /// How payloads become frames for this connection; [`Encoding::PLAIN`] for most.
     pub encoding: Encoding,
-    /// Its place in the engine, taken before the handshake was answered.
+    /// The connection's permit, taken before the handshake was answered.
     pub permit: ConnectionPermit,
 }
 
@@ -283,7 +306,7 @@ impl std::fmt::Debug for NewConnection {
     }
 }
 
-/// A connection could not be handed over; its socket has been closed.
+/// A connection could not be adopted; its socket has been closed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AdoptError {
@@ -296,7 +319,7 @@ pub enum AdoptError {
     /// The socket could not be prepared.
     #[error("the socket could not be prepared")]
     Socket(#[from] std::io::Error),
-    /// The engine did not take it.
+    /// The engine has ended, or too many publishers wait for room in the shard's mailbox.
     #[error(transparent)]
     Refused(#[from] PublishError),
 }

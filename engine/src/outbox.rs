@@ -1,10 +1,9 @@
-//! The outbox: frames that one peer has not taken yet.
+//! The outbox: frames that the client has not taken yet.
 //!
-//! Owned by one shard, never shared. Bounded in frames and in bytes, because a peer that
-//! stops reading must cost a known amount of memory and nothing else. Nothing is
-//! allocated while at most one piece is queued. Beyond the bound frames wait, with
-//! what is to be known of their origin then. Control frames go first, never inside a frame.
-//! Knows frames. Does not know sockets, time, groups or other connections.
+//! Owned by one shard, never shared. Bounded in frames and in bytes, because a client that stops reading must
+//! cost a known amount of memory and nothing else. Nothing is allocated while at most one segment is queued.
+//! Frames beyond the bound wait (overflow), together with their origin. Control frames go first, but never
+//! inside a frame. Knows frames. Does not know sockets, time, groups or other connections.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -16,7 +15,7 @@ use smallvec::SmallVec;
 
 use crate::frame::Opcode;
 
-/// Bytes that the outboxes of one shard keep in memory. A chunk that many share counts once.
+/// Bytes that the outboxes of one shard keep in memory. A chunk that several share counts once.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Retained(Rc<Cell<usize>>);
 
@@ -26,14 +25,13 @@ impl Retained {
     }
 }
 
-/// One or more whole frames behind each other in one piece of memory, shared by every
-/// connection of a shard that gets them.
+/// One or more consecutive frames in one piece of memory, shared by every connection of a shard that gets them.
 #[derive(Debug)]
 pub(crate) struct Chunk {
     bytes: Bytes,
-    /// Where each frame ends.
+    /// The end of each frame.
     ends: SmallVec<[u32; 2]>,
-    /// Where its bytes are counted for as long as it exists.
+    /// The counter that includes its bytes for as long as it exists.
     retained: Retained,
 }
 
@@ -86,7 +84,7 @@ impl Chunk {
     }
 }
 
-/// A run of frames of a chunk: from `next` to before `end`.
+/// A run of frames of a chunk: from `next` up to, but not including, `end`.
 #[derive(Debug, Clone)]
 struct Segment {
     chunk: Rc<Chunk>,
@@ -108,7 +106,7 @@ impl Segment {
     }
 }
 
-/// Frames beyond the bound; `origin` is dropped when they are taken or gone.
+/// Frames beyond the bound; `origin` is dropped when they are accepted, dropped or discarded.
 #[derive(Debug)]
 struct Waiting<T> {
     segment: Segment,
@@ -116,16 +114,16 @@ struct Waiting<T> {
     origin: Option<T>,
 }
 
-/// How long a frame waits for room, and what it means if it does not get any.
+/// How long a frame waits for room, and the consequence if it gets none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Expiry {
-    /// When it is dropped; none is never.
+    /// When it is dropped; none means never.
     pub(crate) until: Option<Duration>,
-    /// Consecutive drops that are too many; 0 is none.
+    /// The number of consecutive drops that ends the connection; 0 means that none does.
     pub(crate) max_drops: u32,
 }
 
-/// Frames that were dropped because their time was over.
+/// Frames that were dropped because their time had expired.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Dropped {
     pub(crate) frames: u32,
@@ -141,11 +139,11 @@ pub(crate) struct Bounds {
     pub(crate) overflow_bytes: usize,
 }
 
-/// `T` is held for as long as a frame waits.
+/// `T` is kept for as long as a frame waits.
 #[derive(Debug)]
 pub(crate) struct Outbox<T> {
     front: Option<Segment>,
-    /// How much of the front's chunk has been written.
+    /// The end of the written part of the front's chunk.
     offset: u32,
     frames: u32,
     bytes: usize,
@@ -159,7 +157,7 @@ struct More<T> {
     overflow_frames: usize,
     overflow_bytes: usize,
     control: Vec<u8>,
-    /// Where in `control` the write stopped inside a control frame.
+    /// The index in `control` at which a write stopped inside a control frame.
     control_written: usize,
 }
 
@@ -177,7 +175,7 @@ impl<T> Default for More<T> {
 }
 
 impl<T> More<T> {
-    /// Forgets all pongs but one that has been begun. A ping of ours stays: its answer is waited for.
+    /// Removes all pongs except one that is partly written. Pings stay: an answer is awaited.
     fn forget_pongs(&mut self) {
         let control = std::mem::take(&mut self.control);
         let mut start = 0;
@@ -191,8 +189,8 @@ impl<T> More<T> {
     }
 }
 
-/// Control frames that wait for their turn, at most: beyond it the unanswered pings
-/// before the last are forgotten, as RFC 6455 (5.5.3) allows.
+/// Bytes of queued control frames, at most: above it the pongs for all but the last ping are removed, as RFC
+/// 6455 (5.5.3) allows.
 const CONTROL_BYTES_MAX: usize = 4096;
 const OPCODE_BITS: u8 = 0x0F;
 
@@ -204,20 +202,20 @@ pub(crate) enum Enqueued {
     Queued,
     /// Some wait for room.
     Waits,
-    /// These many were dropped: they may not wait, or no more may.
+    /// This many were dropped: they may not wait, or the overflow is full.
     Drops(u32),
-    /// More would wait than may, and none may be dropped: the peer is too slow to keep.
+    /// The overflow is full, and no frame may be dropped: the connection must end as a slow consumer.
     Overflow,
 }
 
-/// What is to be written next.
+/// What must be written next.
 #[derive(Debug)]
 pub(crate) enum Next<'a> {
     Nothing,
     Control(&'a [u8]),
-    /// Bytes of one piece.
+    /// Bytes of one segment.
     Data(&'a [u8]),
-    /// Several pieces: gather them.
+    /// Several segments: gather them.
     Pieces,
 }
 
@@ -230,7 +228,7 @@ impl<T> Outbox<T> {
         self.front.is_none() && self.more.is_none()
     }
 
-    /// Frames not wholly written, the waiting ones included.
+    /// Frames not completely written, including the waiting ones.
     pub(crate) fn pending(&self) -> u64 {
         u64::from(self.frames) + self.waiting() as u64
     }
@@ -246,18 +244,19 @@ impl<T> Outbox<T> {
         more.waiting.iter().filter_map(|waiting| waiting.expiry.until).min()
     }
 
-    /// Frames within the bound that are not wholly written.
+    /// Frames within the bound that are not completely written.
     pub(crate) fn queued(&self) -> u32 {
         self.frames
     }
 
-    /// Bytes that are kept for the peer, the waiting ones included. Frames shared with others count for each.
+    /// Bytes that are kept for the client, including the waiting ones. A frame shared by several connections
+    /// counts for each.
     pub(crate) fn backlog_bytes(&self) -> usize {
         self.bytes + self.more.as_ref().map_or(0, |more| more.overflow_bytes)
     }
 
-    /// Appends all frames of `chunk` if nothing is queued and they take at most a quarter of the bounds; else
-    /// false. This is the common case, and nothing else is to be done then: nobody waits, nothing becomes congested.
+    /// Fast path: appends all frames of `chunk` if nothing is queued and they take at most a quarter of the
+    /// bounds, so that no frame waits and the outbox does not become congested. Returns false otherwise.
     #[inline]
     pub(crate) fn push_if_empty(&mut self, chunk: &Rc<Chunk>, bounds: &Bounds) -> bool {
         let (frames, bytes) = (chunk.frames(), chunk.bytes.len());
@@ -269,8 +268,8 @@ impl<T> Outbox<T> {
         true
     }
 
-    /// Appends all frames of `chunk`, as far as the bounds allow; what does not fit waits with its `origin`, or is
-    /// dropped at once if `expiry` ends `now`.
+    /// Appends all frames of `chunk`, as far as the bounds allow. Frames that do not fit wait with their
+    /// `origin`, or are dropped at once if `expiry` ends `now`.
     pub(crate) fn offer(
         &mut self,
         chunk: &Rc<Chunk>,
@@ -309,12 +308,12 @@ impl<T> Outbox<T> {
         while room > 0 && (segment.chunk.end(segment.next + room) - start) as usize > bytes {
             room -= 1;
         }
-        // Where nothing waits, one frame of any size may wait, as an empty outbox takes one of any size.
+        // If nothing else waits, one frame of any size may wait, as an empty outbox takes one of any size.
         if room == 0 && bounds.waiting > 0 && !self.has_waiting() {
             room = 1;
         }
         let may_wait = match expiry.until {
-            None => frames, // beyond the room it overflows
+            None => frames, // beyond the room: an overflow
             Some(until) if until <= now => 0,
             Some(_) => room,
         };
@@ -332,8 +331,8 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// Drops what has waited until `now`; tells `on_drop` how many frames of which origin, and how seriously to take it.
-    /// Returns when the next of those that still wait is to be dropped.
+    /// Drops the frames that have expired at `now`; reports to `on_drop` how many frames of which origin, and
+    /// the limit on consecutive drops. Returns when the next waiting frame expires.
     pub(crate) fn expire(
         &mut self,
         now: Duration,
@@ -362,8 +361,8 @@ impl<T> Outbox<T> {
         next
     }
 
-    /// Bytes of memory that it holds, some of them perhaps together with others: of a frame that is being written, also
-    /// what the socket has taken already.
+    /// Bytes of memory that it keeps, some of them perhaps shared with others; of a frame that is being
+    /// written, also the part that the socket has taken.
     pub(crate) fn held_bytes(&self) -> usize {
         self.backlog_bytes() + self.front.as_ref().map_or(0, |_| self.offset as usize)
     }
@@ -373,7 +372,7 @@ impl<T> Outbox<T> {
         self.more.as_ref().map_or(0, |more| more.overflow_frames)
     }
 
-    /// How many of the segment's frames, up to which index, fit within the bounds.
+    /// The index up to which the segment's frames fit within the bounds.
     fn fitting(&self, segment: &Segment, bounds: &Bounds) -> u32 {
         let room = bounds.frames.saturating_sub(self.frames as usize);
         if segment.frames() as usize <= room && self.bytes + segment.bytes() <= bounds.bytes {
@@ -383,7 +382,7 @@ impl<T> Outbox<T> {
         let start = segment.chunk.start(segment.next);
         let within = |end: &u32| self.bytes + (segment.chunk.end(*end) - start) as usize <= bounds.bytes;
         let fitting = (segment.next + 1..=last).take_while(within).last().unwrap_or(segment.next);
-        // A frame larger than the whole bound has to pass as well: alone.
+        // A frame larger than the whole bound must pass as well: alone.
         if fitting == segment.next && self.frames == 0 { segment.next + 1 } else { fitting }
     }
 
@@ -412,7 +411,7 @@ impl<T> Outbox<T> {
         self.more.as_ref().is_none_or(|more| more.control.is_empty())
     }
 
-    /// Whether a publisher should wait for this peer: more than a quarter full.
+    /// Whether publishers should wait for this connection: more than a quarter full.
     pub(crate) fn is_congested(&self, bounds: &Bounds) -> bool {
         self.frames as usize > bounds.frames / 4 || self.bytes > bounds.bytes / 4 || self.has_waiting()
     }
@@ -422,7 +421,7 @@ impl<T> Outbox<T> {
         self.frames as usize <= bounds.frames / 8 && self.bytes <= bounds.bytes / 8 && !self.has_waiting()
     }
 
-    /// Queues a control frame before all data, but behind the frame that is being written.
+    /// Queues a control frame before all data, but after the frame that is being written.
     pub(crate) fn push_control(&mut self, frame: &[u8]) {
         let more = self.more.get_or_insert_default();
         if more.control.len() + frame.len() > CONTROL_BYTES_MAX {
@@ -470,7 +469,7 @@ impl<T> Outbox<T> {
             more.control = Vec::new();
             more.control_written = 0;
         } else {
-            // Whole frames go, so that `control_written > 0` means "inside a frame".
+            // Whole frames are removed, so that `control_written > 0` means "inside a frame".
             let mut whole = 0;
             while control_frame_end(&more.control, whole + 1) <= more.control_written {
                 whole = control_frame_end(&more.control, whole + 1);
@@ -516,7 +515,7 @@ impl<T> Outbox<T> {
         whole
     }
 
-    /// Takes waiting frames in while there is room.
+    /// Accepts waiting frames while there is room.
     fn admit(&mut self, bounds: &Bounds) {
         while let Some(more) = &mut self.more
             && let Some(mut waiting) = more.waiting.pop_front()
@@ -538,8 +537,8 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// Forgets everything but the frame that is being written; returns how many frames were forgotten. Calls
-    /// `on_gone` with the origin of each that waited.
+    /// Discards everything except the frame that is being written; returns how many frames were discarded.
+    /// Calls `on_gone` with the origin of each waiting one.
     pub(crate) fn discard(&mut self, mut on_gone: impl FnMut(&T)) -> u64 {
         let before = self.pending();
         if let Some(more) = &mut self.more {
@@ -563,7 +562,8 @@ impl<T> Outbox<T> {
         before - self.pending()
     }
 
-    /// Forgets even the frame that is being written: the socket is gone. Returns how many frames that were.
+    /// Discards also the frame that is being written, because the socket is closed. Returns how many frames
+    /// were discarded.
     pub(crate) fn discard_all(&mut self, on_gone: impl FnMut(&T)) -> u64 {
         let pending = self.pending();
         self.discard(on_gone);
@@ -571,7 +571,7 @@ impl<T> Outbox<T> {
         pending
     }
 
-    /// Nothing stays allocated while nothing is queued.
+    /// Keeps nothing allocated while nothing is queued.
     fn shrink(&mut self) {
         if let Some(more) = &self.more
             && more.rest.is_empty()
@@ -592,7 +592,7 @@ fn control_frame_end(control: &[u8], position: usize) -> usize {
     end
 }
 
-/// The last several pieces that were gathered into one, for the next connection that has the same.
+/// The last segments that were gathered into one buffer, for the next connection with the same segments.
 #[derive(Debug, Default)]
 pub(crate) struct Gather {
     segments: Vec<Segment>,
@@ -600,7 +600,7 @@ pub(crate) struct Gather {
 }
 
 impl Gather {
-    /// The queued pieces of `outbox` in one, at most about `bytes_max` (but at least one piece).
+    /// The queued segments of `outbox` in one buffer, at most about `bytes_max` bytes (but at least one segment).
     pub(crate) fn gather<'a, T>(&'a mut self, outbox: &Outbox<T>, bytes_max: usize) -> &'a [u8] {
         let (Some(front), Some(more)) = (&outbox.front, &outbox.more) else { return &[] };
         let pieces = || std::iter::once(front).chain(&more.rest);
@@ -632,7 +632,7 @@ impl Gather {
         &self.bytes
     }
 
-    /// Lets go of the pieces.
+    /// Releases the segments.
     pub(crate) fn clear(&mut self) {
         self.segments.clear();
         self.bytes.clear();
@@ -650,7 +650,7 @@ mod tests {
 
     const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8, overflow_bytes: 1 << 30 };
 
-    /// A frame that says its number, in `bytes` bytes (6 to 120).
+    /// A frame with its number as payload, in `bytes` bytes (6 to 120).
     const FOR_EVER: Expiry = Expiry { until: None, max_drops: 0 };
 
     fn frame(number: u32, bytes: usize) -> Vec<u8> {
@@ -665,7 +665,7 @@ mod tests {
         Rc::new(Chunk::joined(frames.iter().map(Vec::as_slice), bytes, &Retained::default()))
     }
 
-    /// What has reached the peer: whole frames, and the beginning of one.
+    /// What has reached the client: whole frames, and the beginning of one.
     #[derive(Debug, Default)]
     struct Peer {
         data: Vec<u32>,
@@ -694,7 +694,7 @@ mod tests {
         }
     }
 
-    /// One write of at most `bytes`, as a connection does it; false if there was nothing to write.
+    /// Writes once, at most `bytes`, as a connection does; false if there was nothing to write.
     fn write<T>(outbox: &mut Outbox<T>, gather: &mut Gather, peer: &mut Peer, bytes: usize) -> bool {
         let before = peer.data.len();
         let (piece, is_control) = match outbox.next() {
@@ -736,11 +736,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 8 } else { 1000 }))]
         #[test]
-        fn the_peer_gets_whole_frames_in_order_and_every_frame_is_accounted_for(
+        fn the_client_gets_whole_frames_in_order_and_every_frame_is_accounted_for(
             steps in prop::collection::vec(step(), 1..60)
         ) {
             let (mut outbox, mut gather, mut peer) = (Outbox::new(), Gather::default(), Peer::default());
-            // Of each pending frame its number, its length, and the offer it came with.
+            // For each pending frame its number, its length, and its offer.
             let mut pending: VecDeque<(u32, usize, usize)> = VecDeque::new();
             let mut tickets: Vec<Rc<()>> = Vec::new();
             let (mut offered, mut written, mut discarded) = (0, 0, 0);
@@ -756,7 +756,7 @@ mod tests {
                         let ticket = Rc::new(());
                         tickets.push(ticket.clone());
                         let (chunk, was_empty) = (chunk(&frames), outbox.is_empty());
-                        // The short way in is taken for every second offer, where it is open.
+                        // Every second offer tries the fast path.
                         let offer = if tickets.len().is_multiple_of(2) && outbox.push_if_empty(&chunk, &BOUNDS) {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
                             Enqueued::Queued
@@ -772,7 +772,7 @@ mod tests {
                         prop_assert_eq!(offer, expected);
                     }
                     Step::Write(bytes) => {
-                        // A control frame goes before all data, but never into a frame.
+                        // A control frame precedes all data, but is never inside a frame.
                         let control = outbox.more.as_ref().is_some_and(|more| !more.control.is_empty());
                         let is_control = matches!(outbox.next(), Next::Control(_));
                         prop_assert_eq!(is_control, control && !peer.has_begun_data());
@@ -806,11 +806,11 @@ mod tests {
                         peer = Peer::default();
                     }
                 }
-                // Nothing is lost and nothing invented.
+                // No frame is lost or invented.
                 prop_assert_eq!(outbox.pending(), pending.len() as u64);
                 prop_assert_eq!(offered as usize, written + discarded + pending.len());
                 prop_assert_eq!(&peer.controls[..], &controls[..peer.controls.len()]);
-                // The bounds hold, and nothing waits that has room.
+                // The bounds hold, and no frame waits that has room.
                 let queued = outbox.frames as usize;
                 let begun = if peer.has_begun_data() { peer.begun.len() } else { 0 };
                 let bytes: usize = pending.iter().take(queued).map(|(_, bytes, _)| bytes).sum();
@@ -824,7 +824,7 @@ mod tests {
                 for (offer, ticket) in tickets.iter().enumerate() {
                     prop_assert_eq!(Rc::strong_count(ticket) > 1, waiting.contains(&offer));
                 }
-                // Nothing stays allocated for nothing.
+                // Nothing stays allocated while nothing is queued.
                 let is_needed = outbox.more.as_ref().is_some_and(|more| {
                     !more.rest.is_empty() || !more.waiting.is_empty() || !more.control.is_empty()
                 });
@@ -837,7 +837,7 @@ mod tests {
     }
 
     #[test]
-    fn one_piece_allocates_nothing() {
+    fn a_single_chunk_allocates_nothing() {
         let mut outbox: Outbox<()> = Outbox::new();
         let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
         assert_eq!(
@@ -866,7 +866,7 @@ mod tests {
     }
 
     #[test]
-    fn what_several_connections_have_queued_alike_is_gathered_once() {
+    fn equal_queues_of_several_connections_are_gathered_once() {
         let (mut gather, pieces) = (Gather::default(), [chunk(&[frame(0, 10)]), chunk(&[frame(1, 10)])]);
         let mut outboxes: [Outbox<()>; 2] = [Outbox::new(), Outbox::new()];
         for outbox in &mut outboxes {
@@ -896,7 +896,7 @@ mod tests {
             assert!(outbox.more.as_ref().is_some_and(|more| more.control.len() <= CONTROL_BYTES_MAX));
         }
         while write(&mut outbox, &mut gather, &mut peer, 50) {}
-        assert_eq!(peer.controls[..2], [0, 1_000_000], "the one that was begun, and our ping");
+        assert_eq!(peer.controls[..2], [0, 1_000_000], "the partly written pong, and our ping");
         assert_eq!(peer.controls.last(), Some(&999), "the last ping is answered");
     }
 }

@@ -1,19 +1,17 @@
-//! How many bytes of a socket its peer has not taken yet.
+//! How many bytes of a socket its client has not taken yet.
 //!
-//! The kernel tells whether a peer makes progress: bytes that it has accepted stay with it
-//! until the other end has them. Asked only when a connection is about to be ended, or a
-//! ping goes out.
-//! Does not know connections or time.
+//! The kernel knows whether a client makes progress: bytes stay in its queue until the other end has them. Called
+//! only when a connection is about to be ended, or when a ping is written. Does not know connections or time.
 
 use std::os::fd::AsFd;
 
-/// Bytes given to the kernel that the peer's kernel has not acknowledged. For a Unix socket it is what the peer has not
-/// read, as the memory that this takes. None where the system does not tell.
+/// Bytes passed to the kernel that the client's kernel has not acknowledged. For a Unix socket, the memory
+/// taken by what the client has not read. None where the system does not report it.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(crate) fn unacknowledged(socket: impl AsFd) -> Option<u32> {
     use rustix::ioctl::{Getter, Opcode, ioctl};
-    // SAFETY: on a stream socket, TIOCOUTQ (also called SIOCOUTQ) writes one `int` to where the argument points, and
-    // does nothing else; `Getter` gives it the room of one. Where the descriptor is something else, it is refused.
+    // SAFETY: on a stream socket, TIOCOUTQ (also called SIOCOUTQ) writes one `int` to where the argument
+    // points, and does nothing else; `Getter` provides room for one. On any other descriptor it is refused.
     // Witness: the tests below.
     let bytes = unsafe { ioctl(socket, Getter::<{ libc::TIOCOUTQ as Opcode }, libc::c_int>::new()) };
     bytes.ok().and_then(|bytes| u32::try_from(bytes).ok())
@@ -32,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_peer_has_not_read_is_told_until_it_has() {
+    fn bytes_are_unacknowledged_until_the_client_has_read_them() {
         let (mut ours, mut theirs) = UnixStream::pair().expect("a pair");
         assert_eq!(unacknowledged(&ours), Some(0));
         ours.write_all(&[0; 1000]).expect("room");
@@ -42,8 +40,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_has_no_answer() {
-        let file = std::fs::File::open("/dev/null").expect("it is there");
+    fn a_descriptor_that_is_not_a_socket_has_no_result() {
+        let file = std::fs::File::open("/dev/null").expect("it exists");
         assert_eq!(unacknowledged(&file), None);
     }
 }

@@ -1,7 +1,7 @@
 //! The payload: the bytes of one message to clients.
 //!
-//! Shared, never copied for a receiver. Kept with the header of its plain frame in front, because most
-//! connections take that frame and so it is made once, by who publishes. Does not know who gets it, nor other encodings.
+//! Shared, never copied for a receiver. Stored with the header of its plain frame in front, because most
+//! connections use that frame: the publisher makes it once. Does not know its receivers, nor other encodings.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use crate::frame::{Frame, MessageKind};
 
 /// The bytes of one message, and whether they are text.
 ///
-/// A clone shares the bytes. 32 bytes big itself.
+/// A clone shares the bytes. The value itself takes 32 bytes.
 ///
 /// ```
 /// # use shardcast_engine::{MessageKind, Payload};
@@ -22,22 +22,23 @@ pub struct Payload {
 }
 
 impl Payload {
-    /// The longest payload, in bytes: 4 GiB less the longest frame header. A longer one is refused when it is published.
+    /// The longest payload, in bytes: 4 GiB less the longest frame header. Publishing a longer one is refused.
     pub const BYTES_MAX: usize = Frame::BYTES_MAX - Frame::HEADER_BYTES_MAX;
 
-    /// Text. One allocation, one copy.
+    /// A text payload. One allocation, one copy.
     #[must_use]
     pub fn text(text: &str) -> Self {
         Frame::text(text).into()
     }
 
-    /// Binary. One allocation, one copy.
+    /// A binary payload. One allocation, one copy.
     #[must_use]
     pub fn binary(bytes: &[u8]) -> Self {
         Frame::binary(bytes).into()
     }
 
-    /// What `write` appends to the vector that it is given, behind room for a frame header; see [`Frame::build`].
+    /// The bytes that `write` appends to the vector that it is given, which starts with room for a frame
+    /// header; see [`Frame::build`].
     ///
     /// # Errors
     /// Those of `write`.
@@ -57,7 +58,7 @@ impl Payload {
         self.plain.kind()
     }
 
-    /// The message's bytes. Valid UTF-8 if it is text and was not built otherwise.
+    /// The message's bytes. Valid UTF-8 if the kind is text, unless `build` wrote something else.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         self.plain.payload()

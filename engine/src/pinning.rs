@@ -1,18 +1,16 @@
 //! Pinning: which CPU a shard has, and when it is bound to it.
 //!
-//! A thread's affinity is inherited by every thread and process that it starts, and a
-//! handler may start some. So on Linux a shard is bound to its CPU only while it sleeps in
-//! its poll: the scheduler wakes it there, and with nothing to move it, it stays. Whatever
-//! runs on the shard, ours or an application's, runs with the CPUs that the process has.
-//! To bind and to loosen costs some 4 µs, a fifth of an echo. So a shard that sleeps often
-//! is bound for one sleep in 10 ms, and for others only if it has been moved away, which is
-//! cheap to see and rare: without being bound it was moved in one sleep of a thousand, on a
-//! machine with more to run than CPUs.
+//! A thread's affinity is inherited by every thread and process that it starts, and a handler may start some. So
+//! on Linux a shard is bound to its CPU only while it sleeps in its poll: the scheduler wakes it there, and as
+//! nothing moves it, it stays. Everything that runs on the shard, the engine's code or an application's, runs with
+//! the CPUs that the process has. Binding and unbinding cost some 4 µs, a fifth of an echo. So a shard that sleeps
+//! often is bound for one sleep in 10 ms, and for others only if it has been moved away, which is cheap to detect
+//! and rare: without being bound it was moved in one sleep of a thousand, on a machine with more to run than CPUs.
 //!
-//! Engines share the machine with each other, and a process cannot see another's choice.
-//! So a CPU is claimed by a name that the kernel lets one socket have at a time, seen by all
-//! processes of the network namespace and given back when its holder ends, however it ends.
-//! Claims are advice: nothing is refused to a process that ignores them.
+//! Engines share the machine with each other, and a process cannot see another's choice. So a CPU is claimed
+//! by a name that the kernel lets one socket have at a time, visible to all processes of the network
+//! namespace and released when its holder ends, however it ends. Claims are advisory: nothing is refused to a
+//! process that ignores them.
 //!
 //! Owned by the shard's thread. Does not know shards.
 
@@ -32,12 +30,12 @@ mod linux {
 
     use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
-    /// What the names of claims begin with; all versions of this crate must agree on it.
+    /// The prefix of the claims' names; all versions of this crate must agree on it.
     const NAMES: &str = "shardcast/cpu";
-    /// Claims that can be told apart on one CPU, as bits of a `u8`.
+    /// The number of claims on one CPU, as bits of a `u8`.
     const CLAIMS_PER_CPU: u32 = u8::BITS;
-    /// A shard that is where it should be is bound for a sleep once in this time, at most. It is also how long one that
-    /// never sleeps may be elsewhere.
+    /// A shard that is on its CPU is bound for a sleep once in this time, at most. This is also how long a
+    /// shard that never sleeps may be on another CPU.
     const LOOSE_MAX: Duration = Duration::from_millis(10);
 
     /// The CPUs that a process may use, and how many shards are on each as far as is known.
@@ -49,21 +47,21 @@ mod linux {
 
     struct Cpu {
         number: usize,
-        /// The claims that somebody has.
+        /// The claims that are in use.
         held: u8,
-        /// Shards of this engine that found no claim left.
+        /// Shards of this engine that found no free claim.
         unclaimed: u32,
     }
 
     impl Cpus {
-        /// Those of the calling thread, which are the process's unless it was pinned by somebody else.
+        /// The CPUs of the calling thread, which are the process's unless something else has pinned it.
         pub(crate) fn allowed() -> Self {
             Self::new(sched_getaffinity(None).unwrap_or_default(), NAMES.to_owned())
         }
 
         fn new(allowed: CpuSet, names: String) -> Self {
             let numbers: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
-            // Where claims are not seen (another container) or all are equal, engines begin at different CPUs.
+            // Where claims are not visible (another container) or all are equal, engines start at different CPUs.
             let start = RandomState::new().hash_one(0) as usize % numbers.len().max(1);
             let numbers = numbers[start..].iter().chain(&numbers[..start]);
             let each = numbers.map(|number| {
@@ -89,7 +87,7 @@ mod linux {
                         cpu.held |= 1 << claim;
                         return Some(Pin::new(cpu.number, allowed, Some(socket)));
                     }
-                    // Taken since we looked: there may be a better one now.
+                    // Claimed since the last look: there may be a better CPU now.
                     Some(Err(error)) if error.kind() == ErrorKind::AddrInUse => cpu.held |= 1 << claim,
                     None | Some(Err(_)) => {
                         cpu.unclaimed += 1;
@@ -100,11 +98,11 @@ mod linux {
         }
     }
 
-    /// The claim, for as long as the socket lives.
+    /// Claims a CPU for as long as the socket exists.
     fn bind(names: &str, cpu: usize, claim: u32) -> Result<UnixDatagram> {
         let name = SocketAddr::from_abstract_name(format!("{names}/{cpu}/{claim}"))?;
         let socket = UnixDatagram::bind_addr(&name)?;
-        socket.shutdown(Shutdown::Both)?; // only its name is wanted: nobody can send to it
+        socket.shutdown(Shutdown::Both)?; // only its name is needed: no process can send to it
         Ok(socket)
     }
 
@@ -115,7 +113,7 @@ mod linux {
         own: CpuSet,
         allowed: CpuSet,
         is_tight: bool,
-        /// The system has refused it, or there is nothing to choose.
+        /// The system has refused to bind it, or there is only one CPU.
         is_idle: bool,
         bound_at: Option<Instant>,
         _claim: Option<UnixDatagram>,
@@ -129,7 +127,7 @@ mod linux {
             Self { number, own, allowed, is_tight: false, is_idle, bound_at: None, _claim: claim }
         }
 
-        /// The calling thread is about to poll: it is bound to its CPU if need be. Does not read the clock.
+        /// The calling thread is about to poll: binds it to its CPU if necessary. Does not read the clock.
         pub(crate) fn before_poll(&mut self, may_block: bool, now: Instant) {
             if self.is_idle {
                 return;
@@ -142,7 +140,7 @@ mod linux {
             }
         }
 
-        /// It is running: from here on it has the process's CPUs, and so has whatever it starts.
+        /// The thread is running: from here on it has the process's CPUs, and so has everything that it starts.
         pub(crate) fn after_poll(&mut self) {
             if self.is_tight {
                 self.is_tight = !self.set(self.allowed);
@@ -153,11 +151,11 @@ mod linux {
             match sched_setaffinity(None, &cpus) {
                 Ok(()) => true,
                 Err(error) => {
-                    // As a container's CPUs were changed, for instance.
+                    // For instance because a container's CPUs were changed.
                     tracing::warn!(
                         cpu = self.number,
                         error = &error as &dyn std::error::Error,
-                        "a shard could not be pinned and runs unpinned from now on"
+                        "a shard could not be pinned and runs unpinned from now on: check the process's CPUs"
                     );
                     self.is_idle = true;
                     false
@@ -170,7 +168,7 @@ mod linux {
     mod tests {
         use super::*;
 
-        /// Two CPUs that need not be there, under names that no other test has.
+        /// Two CPUs that need not exist, under names that no other test uses.
         fn cpus(test: &str) -> Cpus {
             let mut allowed = CpuSet::new();
             [3, 5].into_iter().for_each(|cpu| allowed.set(cpu));
@@ -188,7 +186,7 @@ mod linux {
         }
 
         #[test]
-        fn engines_take_the_cpus_with_the_fewest_shards_and_give_them_back() {
+        fn engines_claim_the_cpus_with_the_fewest_shards_and_release_them() {
             for _ in 0..16 {
                 let one = take(&mut cpus("fewest"), 1);
                 let other = take(&mut cpus("fewest"), 1);
@@ -209,21 +207,21 @@ mod linux {
         }
 
         #[test]
-        fn who_starts_at_the_same_moment_finds_out_by_the_claim() {
+        fn engines_that_start_at_the_same_moment_claim_different_cpus() {
             let (mut one, mut other) = (cpus("moment"), cpus("moment"));
             let (one, other) = (take(&mut one, 1), take(&mut other, 1));
             assert_eq!(numbers(one.iter().chain(&other)), [3, 5]);
         }
 
         #[test]
-        fn a_process_without_cpus_to_know_of_pins_nothing() {
+        fn a_process_without_known_cpus_pins_nothing() {
             assert!(Cpus::new(CpuSet::new(), "shardcast-test/none".to_owned()).take().is_none());
         }
     }
 }
 
-/// Nothing is pinned: macOS takes no more than a hint, and none on its own chips, and the other systems would need
-/// `unsafe` here.
+/// Nothing is pinned: macOS accepts no more than a hint, and none on its own chips, and the other systems
+/// would need `unsafe` here.
 #[cfg(not(target_os = "linux"))]
 mod elsewhere {
     use std::time::Instant;
@@ -241,7 +239,7 @@ mod elsewhere {
         }
     }
 
-    /// There is none.
+    /// No value of it exists.
     #[derive(Debug)]
     pub(crate) enum Pin {}
 

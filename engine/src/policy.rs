@@ -1,7 +1,7 @@
-//! What happens when a client is too slow for what is sent to it.
+//! What happens when a client is a slow consumer: it takes less than is sent to it.
 //!
-//! Set for a connection, overridden for one publication. Plain data with ranges, which the outbox and the shard carry out.
-//! Knows nothing else.
+//! Set for a connection, overridden for one publication. Plain data with ranges; the outbox and the shard
+//! apply it. Does not know either of them.
 
 use std::time::Duration;
 
@@ -16,17 +16,19 @@ use std::time::Duration;
 )]
 #[non_exhaustive]
 pub enum Policy {
-    /// The frame waits, and so does a publisher that awaits it, until the connection has accepted it or has ended.
+    /// The frame waits until the connection has accepted it or has ended, and so does a publisher that awaits
+    /// it (backpressure).
     #[default]
     Block,
-    /// The frame waits at most `timeout`; then it is dropped, counted and reported. A publisher does not wait for that,
-    /// except for a receipt.
+    /// The frame waits at most `timeout`; then it is dropped, counted and reported. A publisher does not wait
+    /// for that, except for a receipt.
     DropMessage {
         /// How long a frame waits: 0 (not at all) to 1 hour.
         #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::timeout"))]
         timeout: Duration,
     },
-    /// As `DropMessage`; and `max_drops` drops with no frame accepted in between end the connection (1013).
+    /// As `DropMessage`; in addition `max_drops` consecutive drops, with no frame accepted in between, end
+    /// the connection (1013).
     DropConnection {
         /// How long a frame waits: 0 (not at all) to 1 hour.
         #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::timeout"))]
@@ -34,10 +36,10 @@ pub enum Policy {
         /// How many consecutive drops end the connection, at least 1.
         max_drops: u32,
     },
-    /// The frame waits, and no publisher waits for it. The connection is ended (1013) when the average round trip over the
-    /// last `rtt_samples` pongs is longer than `max_rtt`. Before the first pong it counts as healthy. A connection's own policy
-    /// is checked with each pong and when a frame has to wait; that of a single message, when the message reaches the
-    /// connection.
+    /// The frame waits, and no publisher waits for it. The connection is ended (1013) when the average round
+    /// trip over the last `rtt_samples` pongs is longer than `max_rtt`. Before the first pong it counts as
+    /// healthy. A connection's own policy is checked with each pong and when a frame has to wait; that of a
+    /// single message, when the message reaches the connection.
     DropOnHighRtt {
         /// The highest average allowed: 1 ms to 1 hour, and at most the connection's `pong_timeout`.
         #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::max_rtt"))]
@@ -48,12 +50,12 @@ pub enum Policy {
 }
 
 impl Policy {
-    /// Whether a publisher waits for the frames that wait.
+    /// Whether a publisher waits for frames that have no room yet.
     pub(crate) fn blocks(&self) -> bool {
         matches!(self, Self::Block)
     }
 
-    /// How long a frame waits for room; none is for ever.
+    /// How long a frame waits for room; none means without limit.
     pub(crate) fn timeout(&self) -> Option<Duration> {
         match self {
             Self::DropMessage { timeout } | Self::DropConnection { timeout, .. } => Some(*timeout),
@@ -61,7 +63,7 @@ impl Policy {
         }
     }
 
-    /// How many consecutive drops end the connection; 0 is never.
+    /// How many consecutive drops end the connection; 0 means none do.
     pub(crate) fn max_drops(&self) -> u32 {
         match self {
             Self::DropConnection { max_drops, .. } => *max_drops,

@@ -1,16 +1,16 @@
-//! Positions: places in the one order of an engine's publications.
+//! Positions: points in the total order of an engine's publications.
 //!
-//! Plain values, which the log gives out. Does not know what was published.
+//! Plain values, assigned by the log. Does not know what was published.
 
 use std::cmp::Ordering;
 use std::fmt;
 use std::str::FromStr;
 
-/// A place in the order of all publications of one engine: behind so many of them.
+/// A point in the order of all publications of one engine: after this number of them.
 ///
-/// Receipts have one, and so do handlers' calls and [`Namespace::join`](crate::Namespace::join). Two of them can be
-/// compared if their epoch is the same; else neither is before the other. Displayed, parsed and, with the feature `serde`,
-/// serialized as the epoch in 16 hexadecimal digits, a hyphen and the sequence in decimal digits.
+/// Receipts have one, and so do handlers' calls and [`Namespace::join`](crate::Namespace::join). Two positions can
+/// be compared if their epochs are equal; otherwise neither precedes the other. Displayed, parsed and, with the
+/// feature `serde`, serialized as the epoch in 16 hexadecimal digits, a hyphen and the sequence in decimal digits.
 ///
 /// ```
 /// # use shardcast_engine::Position;
@@ -22,10 +22,10 @@ use std::str::FromStr;
 /// ```
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Position {
-    /// Names one run of one engine: random at its start.
+    /// Identifies one run of one engine: random at its start.
     pub epoch: u64,
-    /// Publications until here, since the engine's start. What is sent to single connections does not count; it lies
-    /// between two publications.
+    /// Number of publications before this point, since the engine's start. A message to a single connection
+    /// is not counted; its point is between two publications.
     pub sequence: u64,
 }
 
@@ -41,9 +41,9 @@ impl fmt::Display for Position {
     }
 }
 
-/// The text is not a position: those are 16 hexadecimal digits, a hyphen and a number.
+/// The text is not a position. A position is 16 hexadecimal digits, a hyphen and a decimal number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a position is 16 hexadecimal digits, a hyphen and a number")]
+#[error("not a position: expected 16 hexadecimal digits, a hyphen and a decimal number")]
 pub struct InvalidPosition;
 
 impl FromStr for Position {
@@ -61,7 +61,7 @@ impl FromStr for Position {
     }
 }
 
-/// As its text: JavaScript's numbers have no room for the epoch.
+/// Serialized as text: JavaScript's numbers cannot hold the epoch.
 #[cfg(feature = "serde")]
 impl serde::Serialize for Position {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

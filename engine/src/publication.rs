@@ -1,8 +1,8 @@
 //! The publication: what is published, as a value.
 //!
-//! Whom it is for by name, what it says, and how slow clients are treated. Owned and comparable, so that it can be
-//! kept, repeated or sent elsewhere. Made by applications, resolved by the publisher. Does not know which
-//! connections that are, frames on the wire, or its position in the order.
+//! Its address by name, its content, and how slow consumers are treated. Owned and comparable, so that it can
+//! be stored, repeated or sent elsewhere. Made by applications, resolved by the publisher. Does not know
+//! which connections it addresses, frames on the wire, or its position in the order.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -15,17 +15,17 @@ use crate::id::ConnectionId;
 use crate::payload::Payload;
 use crate::policy::Policy;
 
-/// Whom a publication is for.
+/// The connections that a publication addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Address {
     /// Every connection of the namespace.
     Everyone,
-    /// The members of one group. A group without members is no error: nobody gets it.
+    /// The members of one group. A group without members is not an error: no connection gets the publication.
     Group(Arc<str>),
     /// The members of several groups, each connection once.
     Groups(Arc<[Arc<str>]>),
-    /// One connection. If it has disconnected, nobody gets it.
+    /// One connection. If it has disconnected, no connection gets the publication.
     Connection(ConnectionId),
 }
 
@@ -60,11 +60,11 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    /// With this policy instead of the default, which is each connection's own for several connections and
-    /// [`Policy::Block`] for one.
+    /// Uses this policy instead of the default, which is each connection's own policy for several connections
+    /// and [`Policy::Block`] for one.
     ///
     /// # Errors
-    /// A setting out of range, by name.
+    /// [`ConfigError`] for the policy's first field that is out of range.
     pub fn with_policy(policy: Policy) -> Result<Self, ConfigError> {
         policy.validate()?;
         Ok(Self { policy: Some(policy) })
@@ -76,11 +76,11 @@ impl Delivery {
     }
 }
 
-/// What a publication brings to its connections.
+/// What a publication does to its connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Content {
     Message(Payload),
-    /// Their end, at this place of the order.
+    /// Closes them, at this position in the order.
     Close {
         code: CloseCode,
         text: Cow<'static, str>,
@@ -96,7 +96,7 @@ impl Content {
     }
 }
 
-/// Something to be published to the connections of a [`Namespace`](crate::Namespace).
+/// A message or a close for the connections of a [`Namespace`](crate::Namespace).
 ///
 /// ```
 /// # use shardcast_engine::{Address, Delivery, Payload, Policy, Publication};
@@ -121,11 +121,11 @@ impl Publication {
         Self::new(to.into(), Content::Message(payload))
     }
 
-    /// The end of these connections, each after what was published to it before, with a Close frame that carries `code`
-    /// and at most 123 bytes of `text`.
+    /// Closes these connections, each after what was published to it before, with a Close frame that carries
+    /// `code` and at most 123 bytes of `text`.
     ///
     /// # Errors
-    /// A code that may not be sent in a Close frame, such as 1006.
+    /// [`InvalidCloseCode`] for a code that may not be sent in a Close frame, such as 1006.
     pub fn close(
         to: impl Into<Address>,
         code: CloseCode,
@@ -141,20 +141,20 @@ impl Publication {
         Self { to, except: SmallVec::new(), content, delivery: Delivery::default() }
     }
 
-    /// Leaves out these connections too.
+    /// Excludes these connections too.
     #[must_use]
     pub fn except(mut self, ids: &[ConnectionId]) -> Self {
         self.except.extend_from_slice(ids);
         self
     }
 
-    /// Delivers it in this way.
+    /// Sets how it is delivered.
     #[must_use]
     pub fn with_delivery(self, delivery: Delivery) -> Self {
         Self { delivery, ..self }
     }
 
-    /// Whom it is for, before those that are left out.
+    /// The connections that it addresses, before exclusions.
     pub fn address(&self) -> &Address {
         &self.to
     }
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_code_that_cannot_be_sent_closes_nobody() {
+    fn a_code_that_may_not_be_sent_closes_no_connection() {
         let refused = Publication::close(Address::Everyone, CloseCode(1006), "");
         assert_eq!(refused, Err(InvalidCloseCode(CloseCode(1006))));
     }

@@ -1,27 +1,24 @@
-//! The publisher: how something gets from any thread to the shards, and who waits for what.
+//! The publisher: how publications and commands get from any thread to the shards, and where publishers wait.
 //!
-//! Owned by a namespace's handles; needs no particular runtime. There is one path: a target is
-//! resolved to groups, the frame goes through the log (or, for one connection, through its
-//! shard's mailbox), and who must wait waits here. A publisher that waits for room in the log
-//! resolves its target anew with each try, because members come and go meanwhile. Does not
-//! know sockets, nor what payloads mean.
+//! Owned by a namespace's handles; needs no particular runtime. There is one path: a target is resolved to
+//! groups, the publication goes through the log (or, for one connection, through its shard's mailbox), and a
+//! publisher that must wait waits here. A publisher that waits for room in the log resolves its target again
+//! with each attempt, because members join and leave meanwhile. Does not know sockets, nor what payloads mean.
 //!
-//! When a publisher waits: only for members whose policy is `Block`, or for a receipt.
-//! While no outbox of the target is more than a quarter full, and what is on its way takes
-//! at most half of the smallest outbox in the log and a quarter in its shard's mailbox
-//! (the *window*), every member has room, so publishing ends when the log has taken the
-//! frame. Otherwise the publication carries a ticket, and publishing ends when every target
-//! has taken it or has gone. A publisher reserves its bytes before it looks at the window,
-//! so two that act at once do not both take the last of it. What others push between that
-//! look and its own push, in the same instant, it does not see: then its frame may wait
-//! although it has returned.
+//! When a publisher waits: only for members whose policy is `Block`, or for a receipt. While no outbox of the
+//! target is more than a quarter full, and what is in flight takes at most half of the smallest outbox in the
+//! log and a quarter in its shard's mailbox (the *window*), every member has room, so publishing ends when the
+//! log has accepted the publication. Otherwise the publication carries a ticket, and publishing ends when every
+//! target has accepted it or has disconnected. A publisher reserves its bytes before it looks at the window, so
+//! that two concurrent publishers do not both take the last of it. It does not see what others push in the same
+//! instant, between that look and its own push: its frame may then wait although the call has returned.
 
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::Poll;
+use std::task::{Context, Poll, ready};
 
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Command};
@@ -40,33 +37,34 @@ use crate::receipt::{self, Awaited, Receipt, Ticket};
 use crate::rendition::Renditions;
 use crate::wait_list::{Refused, Registration, WaitList};
 
-/// Something could not be published.
+/// A publication or command was not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PublishError {
-    /// The engine is stopping or has ended. A publisher that awaits a receipt also gets this if a shard was left behind
-    /// ([`ShutdownReport::stuck`](crate::ShutdownReport::stuck)) that has not said what became of the message.
+    /// The engine is stopping or has ended. A publisher that awaits a receipt also gets this if an abandoned shard
+    /// ([`ShutdownReport::stuck`](crate::ShutdownReport::stuck)) has not reported the result of the message.
     #[error("the engine has ended")]
     Closed,
-    /// [`publishers_waiting_max`](crate::EngineConfig::publishers_waiting_max) publishers wait for room already.
-    #[error("too many publishers wait for room already: publish less, or raise `publishers_waiting_max`")]
+    /// [`publishers_waiting_max`](crate::EngineConfig::publishers_waiting_max) publishers already wait for room.
+    #[error("too many publishers already wait for room: publish less, or raise `publishers_waiting_max`")]
     Overloaded,
     /// The payload is longer than [`Payload::BYTES_MAX`] (4 GiB less a frame header).
     #[error("the message is longer than {max} bytes: publish it in parts", max = Payload::BYTES_MAX)]
     TooLong,
     /// The group's name is longer than [`GROUP_NAME_BYTES_MAX`].
-    #[error("the group's name is longer than {GROUP_NAME_BYTES_MAX} bytes")]
+    #[error("the group's name is longer than {GROUP_NAME_BYTES_MAX} bytes: shorten it")]
     GroupNameTooLong,
 }
 
-/// The longest name of a group, in bytes. A name is kept once, however many members the group has.
+/// The longest name of a group, in bytes. A name is stored once, however many members the group has.
 pub const GROUP_NAME_BYTES_MAX: usize = 1024;
 
-/// Something was not published, because that would have needed to wait or is impossible; the value is given back.
+/// A publication was not accepted, because it would have to wait or is impossible; the value is given back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TryPublishError<T> {
-    /// The log is full, or for one connection its shard's mailbox: a shard is behind. Nobody got it.
+    /// The log is full (for one connection: its shard's mailbox), because a shard lags. No connection got the
+    /// message.
     #[error("the log or the mailbox is full: try again later, or wait with `publish`")]
     Full(T),
     /// The engine is stopping or has ended.
@@ -85,18 +83,18 @@ impl<T> TryPublishError<T> {
         }
     }
 
-    /// Whether there was no room: it may succeed later.
+    /// Whether there was no room: a later attempt may succeed.
     pub fn is_full(&self) -> bool {
         matches!(self, Self::Full(_))
     }
 
-    /// Whether the engine is stopping or has ended: it will not succeed.
+    /// Whether the engine is stopping or has ended: no later attempt will succeed.
     pub fn is_closed(&self) -> bool {
         matches!(self, Self::Closed(_))
     }
 }
 
-/// Sends to the connections of one namespace.
+/// Publishes and sends commands to the connections of one namespace.
 #[derive(Debug, Clone)]
 pub(crate) struct Publisher {
     core: Arc<EngineCore>,
@@ -104,8 +102,8 @@ pub(crate) struct Publisher {
     window: Arc<Window>,
 }
 
-/// How much may be on its way without anybody asking whether there is room: parts of the
-/// smallest outbox that a connection of the namespace was adopted with.
+/// How much may be in flight before a publisher has to check for room: fractions of the smallest outbox with
+/// which a connection of the namespace was adopted.
 #[derive(Debug)]
 struct Window {
     frames: AtomicU64,
@@ -132,65 +130,34 @@ impl Publisher {
         self.core.mailboxes.len()
     }
 
-    /// A connection with these settings is about to be handed over.
+    /// Notes the settings of a connection that is about to be adopted.
     pub(crate) fn expect(&self, config: &ConnectionConfig) {
-        // Relaxed: the push into the mailbox, before which the connection is no target, makes this visible.
+        // Relaxed: made visible by the push into the mailbox, before which the connection is no target.
         self.window.frames.fetch_min(config.outbox_frames as u64, Relaxed);
         self.window.bytes.fetch_min(config.outbox_bytes as u64, Relaxed);
     }
 
-    /// Publishes as soon as there is room in the log or the mailbox, and waits for what the caller `wants` to know.
-    pub(crate) async fn submit(
-        &self,
-        publication: Publication,
-        wants: Wants,
-    ) -> Result<Receipt, PublishError> {
-        if publication.payload().is_some_and(|payload| payload.bytes().len() > Payload::BYTES_MAX) {
-            return Err(PublishError::TooLong);
-        }
-        let (position, awaited) = match self.try_submit(publication.into(), wants) {
-            Ok(submitted) => submitted,
-            Err(Refused::Closed(_)) => return Err(PublishError::Closed),
-            Err(Refused::Full(draft)) => {
-                let bounded: &(dyn Bounded + Sync) = match draft.publication.to {
-                    Address::Connection(id) => &self.core.mailboxes[id.shard()],
-                    _ => &*self.core.log,
-                };
-                let attempt = move |draft: Box<Draft>| self.try_submit(*draft, wants);
-                let room: Room<'_, _> = Box::pin(self.wait_for_room(bounded, draft, attempt));
-                room.await?
-            }
+    /// Publishes as soon as the log or the mailbox has room, and waits for the outcome that the caller `wants`.
+    pub(crate) fn submit(&self, publication: Publication, wants: Wants) -> Submission<'_> {
+        Submission { publisher: self, wants, step: Step::Submit(publication) }
+    }
+
+    /// Waits until there was room for the draft.
+    fn room_for(&self, draft: Box<Draft>, wants: Wants) -> Room<'_, Submitted> {
+        let bounded: &(dyn Bounded + Sync) = match draft.publication.to {
+            Address::Connection(id) => &self.core.mailboxes[id.shard()],
+            _ => &*self.core.log,
         };
-        match awaited {
-            Some(awaited) => Ok(Receipt { position, ..self.outcome(awaited).await? }),
-            None => Ok(Receipt { position, ..Receipt::default() }),
-        }
+        let attempt = move |draft: Box<Draft>| self.try_submit(*draft, wants);
+        Box::pin(self.wait_for_room(bounded, draft, attempt))
     }
 
-    /// Waits until every target has taken the frame or has gone.
-    async fn outcome(&self, awaited: Awaited) -> Result<Receipt, PublishError> {
-        let mut registration = Registration::default();
-        poll_fn(|context| {
-            let outcome = awaited.poll(context.waker()).map(Ok);
-            let is_lost = outcome.is_pending()
-                && self.core.shutdown.has_left_behind(awaited.number(), &mut registration, context.waker());
-            if !is_lost {
-                return outcome;
-            }
-            // A shard that was left behind at the engine's end never says what became of it.
-            match awaited.poll(context.waker()) {
-                Poll::Ready(receipt) => Poll::Ready(Ok(receipt)),
-                Poll::Pending => Poll::Ready(Err(PublishError::Closed)),
-            }
-        })
-        .await
-    }
-
-    /// Tries once: resolves the address as of now, decides whether anybody must be waited for, and hands the publication
-    /// over. Returns nothing to wait for if nobody is there or nobody must be waited for.
+    /// Attempts once: resolves the address as of now, decides whether the publisher must wait for a member,
+    /// and submits the publication. The result has nothing to await if there is no target, or if no member
+    /// must be waited for.
     pub(crate) fn try_submit(&self, draft: Draft, wants: Wants) -> Result<Submitted, Refused<Box<Draft>>> {
         let destination = self.resolve(&draft.publication);
-        // Looked at last: where nobody is there any more, that may be because the end has come.
+        // Checked after `resolve`: there may be no target because the engine has ended meanwhile.
         if self.core.shutdown.is_closed() {
             return Err(Refused::Closed(Box::new(draft)));
         }
@@ -201,7 +168,8 @@ impl Publisher {
         }
     }
 
-    /// Hands over what is for one connection. Its shard renders it if need be: only the shard knows the encoding.
+    /// Submits a publication to one connection. The shard renders it if need be, since only the shard knows
+    /// the encoding.
     fn attempt_one(
         &self,
         id: ConnectionId,
@@ -220,7 +188,7 @@ impl Publisher {
                 let is_within = self.window.holds(4, mailbox.len() as u64 + 1, mailbox.reserve(bytes))
                     && self.window.holds(2, self.core.log.in_flight(), self.core.log.bytes_in_flight());
                 let oversized = (!is_within).then(|| Oversized::new(self.directory.clone()));
-                // For one connection `Block` holds, whatever its own policy is.
+                // A message to one connection blocks by default, whatever the connection's own policy is.
                 let blocks = delivery.policy().unwrap_or_default().blocks();
                 let has_room = is_within && !self.directory.everyone().is_congested();
                 let (ticket, awaited) = wants.ticket(has_room || !blocks);
@@ -273,7 +241,7 @@ impl Publisher {
         })
     }
 
-    /// The frames for the encodings in use, besides the plain one.
+    /// The renditions for the encodings in use, besides the plain one.
     fn render(&self, publication: &Publication) -> Renditions {
         match publication.payload() {
             Some(payload) => {
@@ -293,7 +261,7 @@ impl Publisher {
         }
     }
 
-    /// Where those are whom a publication is for; none if nobody is there.
+    /// Where to submit a publication; none if it has no target.
     fn resolve(&self, publication: &Publication) -> Option<Destination> {
         let occupied = |group: &Arc<Group>| !group.is_empty();
         Some(match &publication.to {
@@ -318,9 +286,10 @@ impl Publisher {
         })
     }
 
-    /// These groups, wherever their members will be when a shard looks.
+    /// Resolves these groups. An absent one may be created before a shard reads the publication: the shard
+    /// looks it up.
     pub(crate) fn named(&self, names: &[Arc<str>]) -> Arc<[Named]> {
-        // No group has a longer name.
+        // A longer name belongs to no group.
         let names = names.iter().filter(|name| name.len() <= GROUP_NAME_BYTES_MAX);
         let find = |name: &Arc<str>| match self.directory.find(name).filter(|group| !group.is_empty()) {
             Some(group) => Named::Group(group),
@@ -331,13 +300,13 @@ impl Publisher {
 
     pub(crate) async fn command(&self, id: ConnectionId, action: Action) -> Result<Position, PublishError> {
         if id.shard() >= self.core.mailboxes.len() {
-            return Ok(self.core.tail()); // an id of another engine: nobody here has it
+            return Ok(self.core.tail()); // an id of another engine: no connection here has it
         }
         let command = Command::For { id, namespace: self.directory.key(), action };
         self.submit_command(id.shard(), command).await
     }
 
-    /// Puts a command into a shard's mailbox, as soon as there is room.
+    /// Puts a command into a shard's mailbox as soon as there is room.
     pub(crate) async fn submit_command(
         &self,
         shard: usize,
@@ -360,7 +329,7 @@ impl Publisher {
         }
     }
 
-    /// Tries again whenever there may be room.
+    /// Attempts again whenever there may be room.
     async fn wait_for_room<T, U>(
         &self,
         bounded: &(dyn Bounded + Sync),
@@ -370,9 +339,9 @@ impl Publisher {
         let mut value = Some(value);
         let mut registration = Registration::default();
         poll_fn(|context| {
-            // Twice: what makes room between the first try and the registration wakes nobody.
+            // Two passes: room that is made between the first attempt and the registration wakes no waiter.
             for registered in [false, true] {
-                // An attempt costs a look at each member group, and everybody is woken when there is room for one.
+                // An attempt looks at each group of the target, and all waiters are woken when there is room for one.
                 if !bounded.is_full() {
                     let Some(taken) = value.take() else { return Poll::Ready(Err(PublishError::Closed)) };
                     match attempt(taken) {
@@ -392,9 +361,92 @@ impl Publisher {
     }
 }
 
-/// What publishers wait at: the log, or a mailbox.
+/// A publication on its way. Attempted when it is first polled.
+///
+/// Written by hand: each async function in a chain of them keeps a copy of its argument for as long as it lives, and an
+/// application's method is as large as the futures that it awaits.
+#[must_use = "nothing is published before it is polled"]
+pub(crate) struct Submission<'a> {
+    publisher: &'a Publisher,
+    wants: Wants,
+    step: Step<'a>,
+}
+
+enum Step<'a> {
+    Submit(Publication),
+    WaitForRoom(Room<'a, Submitted>),
+    AwaitOutcome { position: Position, awaited: Awaited, registration: Registration<'a> },
+    Done,
+}
+
+impl<'a> Submission<'a> {
+    /// What follows once the publication is accepted.
+    fn accepted(&mut self, (position, awaited): Submitted) -> Option<Receipt> {
+        let Some(awaited) = awaited else { return Some(Receipt { position, ..Receipt::default() }) };
+        self.step = Step::AwaitOutcome { position, awaited, registration: Registration::default() };
+        None
+    }
+
+    /// The outcome, once every target has accepted the frame or has disconnected.
+    fn poll_outcome(&mut self, context: &mut Context<'_>) -> Poll<Result<Receipt, PublishError>> {
+        let Step::AwaitOutcome { position, awaited, registration } = &mut self.step else {
+            return Poll::Pending;
+        };
+        let outcome = |receipt| Ok(Receipt { position: *position, ..receipt });
+        let polled = awaited.poll(context.waker()).map(outcome);
+        let shutdown = &self.publisher.core.shutdown;
+        let is_lost =
+            polled.is_pending() && shutdown.has_left_behind(awaited.number(), registration, context.waker());
+        if !is_lost {
+            return polled;
+        }
+        // A shard that was abandoned at the engine's end never reports the outcome.
+        match awaited.poll(context.waker()) {
+            Poll::Ready(receipt) => Poll::Ready(outcome(receipt)),
+            Poll::Pending => Poll::Ready(Err(PublishError::Closed)),
+        }
+    }
+}
+
+impl Future for Submission<'_> {
+    type Output = Result<Receipt, PublishError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        if let Step::Submit(_) = this.step
+            && let Step::Submit(publication) = std::mem::replace(&mut this.step, Step::Done)
+        {
+            if publication.payload().is_some_and(|payload| payload.bytes().len() > Payload::BYTES_MAX) {
+                return Poll::Ready(Err(PublishError::TooLong));
+            }
+            match this.publisher.try_submit(publication.into(), this.wants) {
+                Ok(submitted) => {
+                    if let Some(receipt) = this.accepted(submitted) {
+                        return Poll::Ready(Ok(receipt));
+                    }
+                }
+                Err(Refused::Closed(_)) => return Poll::Ready(Err(PublishError::Closed)),
+                Err(Refused::Full(draft)) => {
+                    this.step = Step::WaitForRoom(this.publisher.room_for(draft, this.wants));
+                }
+            }
+        }
+        if let Step::WaitForRoom(room) = &mut this.step {
+            let submitted = ready!(room.as_mut().poll(context));
+            this.step = Step::Done;
+            if let Some(receipt) = this.accepted(submitted?) {
+                return Poll::Ready(Ok(receipt));
+            }
+        }
+        let outcome = ready!(this.poll_outcome(context));
+        this.step = Step::Done;
+        Poll::Ready(outcome)
+    }
+}
+
+/// A queue at which publishers wait for room: the log, or a mailbox.
 trait Bounded {
-    /// Whether it has no room now. Not once it is closed.
+    /// Whether it has no room now. Never once it is closed.
     fn is_full(&self) -> bool;
 
     fn waiting(&self) -> &WaitList;
@@ -420,14 +472,14 @@ impl Bounded for Mailbox<Command, mio::Waker> {
     }
 }
 
-/// Ends when there was room. Boxed, because it is rare and large: held by value, it would make the
-/// futures of all who publish as large.
+/// Completes when the value was accepted. Boxed, because waiting is rare and the future is large: inline, it
+/// would enlarge the future of every publisher.
 type Room<'a, T> = Pin<Box<dyn Future<Output = Result<T, PublishError>> + Send + 'a>>;
 
-/// Its position, and the outcome to wait for, if the publisher wants one.
+/// The position, and the outcome to await, if the publisher wants one.
 type Submitted = (Position, Option<Awaited>);
 
-/// A publication that has not been accepted yet. What was rendered is kept for the next attempt.
+/// A publication that has not been accepted yet. Its renditions are kept for the next attempt.
 #[derive(Debug)]
 pub(crate) struct Draft {
     pub(crate) publication: Publication,
@@ -450,9 +502,9 @@ enum Destination {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wants {
     Nothing,
-    /// That every target has room, which it may have already.
+    /// That every target has room. It may have it already, and then there is nothing to wait for.
     Room,
-    /// What became of the frame.
+    /// How many targets accepted the frame, dropped it or disconnected.
     Outcome,
 }
 
@@ -469,7 +521,7 @@ impl Wants {
 }
 
 impl Window {
-    /// Whether so much is at most one `part`th of every outbox.
+    /// Whether this much is at most one `part`th of every outbox.
     fn holds(&self, part: u64, frames: u64, bytes: u64) -> bool {
         // Relaxed: see `expect`.
         frames <= self.frames.load(Relaxed) / part && bytes <= self.bytes.load(Relaxed) / part

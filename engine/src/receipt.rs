@@ -1,9 +1,8 @@
-//! What became of one publication, and who waits to know it.
+//! The receipt: the outcome of one publication, and the publisher that waits for it.
 //!
-//! A ticket rides with the publication in the log, and a clone of it with each frame
-//! that waits for room. When the last one is dropped, every target has taken the frame
-//! or has gone, and the publisher wakes. Made only for publishers that wait: the fast
-//! path carries none. Does not know the log, outboxes or connections.
+//! A ticket travels with the publication in the log, and a clone of it with each frame that waits for room. When the
+//! last clone is dropped, every target has accepted the frame or has disconnected, and the publisher is woken. Made
+//! only for publishers that wait: on the fast path there is none. Does not know the log, outboxes or connections.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -13,33 +12,33 @@ use std::task::{Poll, Waker};
 use crate::position::Position;
 use crate::tally::{Counter, DropCause, Drops, SharedDrops};
 
-/// What became of one publication.
-#[must_use = "a receipt says whom a message did not reach at once"]
+/// The outcome of one publication.
+#[must_use = "a receipt says how many connections did not accept the message at once"]
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Receipt {
-    /// Connections that the publication was meant for.
+    /// Connections that the publication addressed.
     pub targets: u64,
     /// Of these, connections whose outbox was full, so that the frame had to wait (or was dropped at once).
     pub delayed: u64,
     /// Connections for which the frame was dropped.
     pub dropped: Drops,
-    /// Of those that delayed, connections that ended before they took the frame.
+    /// Of the delayed ones, connections that ended before they accepted the frame.
     pub disconnected: u64,
-    /// The place in the order: of a publication, behind it; of a frame to one connection, or to nobody, behind what had
-    /// been published before.
+    /// Position of a publication: after it. Position of a message to one connection, or of one without any
+    /// target: after everything that was published before it.
     pub position: Position,
 }
 
 impl Receipt {
-    /// Connections that have the frame in their outbox or in the kernel.
+    /// Connections that have accepted the frame: it is in their outbox or in the kernel.
     pub fn accepted(&self) -> u64 {
         self.targets - self.dropped.total() - self.disconnected
     }
 }
 
-/// Held by everything that still has to deal with the publication.
+/// Held by everything that still has to process the publication.
 pub(crate) type Ticket = Arc<Open>;
 
 #[derive(Debug)]
@@ -63,16 +62,16 @@ struct End {
     waker: Option<Waker>,
 }
 
-/// What a frame that waits for room keeps of its publication, until it is taken or gone.
+/// The state that a frame waiting for room keeps of its publication, until it is accepted, dropped or discarded.
 #[derive(Debug)]
 pub(crate) struct Origin {
     pub(crate) ticket: Option<Ticket>,
-    /// The one group that it was published to.
+    /// The group that it was published to, if it was a single one.
     pub(crate) group: Option<Arc<str>>,
 }
 
 impl Origin {
-    /// The connection ended before it took the frame.
+    /// The connection ended before it accepted the frame.
     pub(crate) fn count_disconnected(&self) {
         if let Some(ticket) = &self.ticket {
             ticket.count_disconnected();
@@ -84,7 +83,7 @@ impl Origin {
 #[derive(Debug)]
 pub(crate) struct Awaited(Arc<State>);
 
-/// `wants_outcome`: who publishes wants to know the end of frames that it would not wait for otherwise.
+/// `wants_outcome`: the publisher also waits for frames that it would otherwise not wait for.
 pub(crate) fn ticket(wants_outcome: bool) -> (Ticket, Awaited) {
     let state = Arc::new(State::default());
     (Arc::new(Open { state: state.clone(), wants_outcome }), Awaited(state))
@@ -96,7 +95,7 @@ impl Open {
     }
 
     pub(crate) fn count(&self, targets: u64, delayed: u64) {
-        // Relaxed: read after `reached` was seen under the lock.
+        // Relaxed: the values are read after `reached` was seen under the lock.
         self.state.targets.fetch_add(targets, Relaxed);
         self.state.delayed.fetch_add(delayed, Relaxed);
     }
@@ -124,7 +123,7 @@ impl Drop for Open {
 }
 
 impl Awaited {
-    /// A number that differs between those who wait at the same time.
+    /// A number that differs between publishers that wait at the same time.
     pub(crate) fn number(&self) -> usize {
         std::sync::Arc::as_ptr(&self.0) as usize / size_of::<State>()
     }

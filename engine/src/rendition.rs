@@ -1,9 +1,9 @@
-//! Renditions: what a payload becomes on the wire, for each encoding that connections use.
+//! Renditions: a payload's frames, one for each encoding that connections use.
 //!
-//! Nearly all connections take the plain frame, which a payload brings with it. For other encodings (compression, another
-//! protocol around the payload) a function is registered with the engine. Who publishes calls it for every
-//! encoding in use, so that it runs once and on no shard; a shard that meets a connection of an encoding that was
-//! not in use then calls it itself, once for all its connections. Does not know who uses which.
+//! Nearly all connections use the plain frame, which a payload contains. For other encodings (compression, another
+//! protocol around the payload) a function is registered with the engine. The publisher calls it for every encoding
+//! in use, so that it runs once and on no shard. A shard that finds a connection with an encoding that was not yet
+//! in use calls it itself, once for all its connections. Does not know which connections use which encoding.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,12 +14,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use crate::frame::Frame;
 use crate::payload::Payload;
 
-/// How many encodings an engine tells apart, [`Encoding::PLAIN`] included.
+/// The number of encodings that an engine can distinguish, [`Encoding::PLAIN`] included.
 pub(crate) const ENCODINGS_MAX: usize = 8;
 
-/// How payloads become frames for a connection; chosen when it is handed over to the engine.
+/// How payloads become frames for a connection; chosen when the connection is adopted.
 ///
-/// Got from [`Engine::register_encoding`](crate::Engine::register_encoding), and valid with that engine.
+/// Returned by [`Engine::register_encoding`](crate::Engine::register_encoding), and valid with that engine only.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Encoding(u8);
 
@@ -40,7 +40,7 @@ impl Encoding {
     }
 }
 
-/// An engine has as many encodings as it can tell apart: 8.
+/// The engine has as many encodings as it can distinguish: 8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("an engine has at most {ENCODINGS_MAX} encodings: register each once, when the program starts")]
 pub struct TooManyEncodings;
@@ -51,7 +51,8 @@ type Render = Box<dyn Fn(&Payload) -> Frame + Send + Sync>;
 /// The encodings of one engine.
 #[derive(Default)]
 pub(crate) struct Encodings {
-    /// That at `index - 1` is the encoding's of this index; the first is the plain one, which needs none.
+    /// The function at `index - 1` belongs to the encoding of this index; the plain encoding has index 0 and
+    /// needs none.
     renders: [OnceLock<Render>; ENCODINGS_MAX - 1],
     registered: AtomicUsize,
 }
@@ -67,7 +68,7 @@ impl Encodings {
         let free = |registered: usize| (registered < self.renders.len()).then_some(registered + 1);
         // Relaxed: only makes the numbers differ; the function is published by its `OnceLock`.
         let index = self.registered.fetch_update(Relaxed, Relaxed, free).map_err(|_| TooManyEncodings)?;
-        let _ = self.renders[index].set(render); // nobody else has got this index
+        let _ = self.renders[index].set(render); // the index was given to this call alone
         Ok(Encoding::from_index(index + 1))
     }
 
@@ -79,8 +80,8 @@ impl Encodings {
         self.renders.get(encoding.index().checked_sub(1)?)?.get()
     }
 
-    /// The payload's frame for an encoding; none if its function panics or makes a frame that is too long, which is
-    /// logged.
+    /// The payload's frame for an encoding. None if the encoding's function panics or makes a frame that is
+    /// too long; both are logged.
     pub(crate) fn render(&self, encoding: Encoding, payload: &Payload) -> Option<Frame> {
         if encoding.is_plain() {
             return Some(payload.plain_frame().clone());
@@ -92,7 +93,7 @@ impl Encodings {
                 tracing::error!(
                     encoding = encoding.0,
                     bytes = frame.len(),
-                    "an encoding made a frame that is too long"
+                    "an encoding made a frame that is too long; connections that need it are closed"
                 );
                 None
             }
@@ -100,7 +101,7 @@ impl Encodings {
                 tracing::error!(
                     encoding = encoding.0,
                     payload_bytes = payload.bytes().len(),
-                    "an encoding panicked"
+                    "an encoding's function panicked; connections that need its frame are closed"
                 );
                 None
             }
@@ -108,12 +109,13 @@ impl Encodings {
     }
 }
 
-/// The frames of one payload that its publisher has made, besides the plain one.
+/// The frames that the publisher of one payload has made, besides the plain one.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Renditions(Box<[(Encoding, Frame)]>);
 
 impl Renditions {
-    /// Those for these encodings. One that fails is left out: the shard that needs it tries again, and says so.
+    /// Makes the frames for these encodings. One that fails is left out: the shard that needs it tries again
+    /// and closes the connection if it fails again.
     pub(crate) fn make(
         encodings: &Encodings,
         in_use: impl Iterator<Item = Encoding>,
@@ -126,7 +128,7 @@ impl Renditions {
         self.0.iter().find(|(made, _)| *made == encoding).map(|(_, frame)| frame)
     }
 
-    /// The length of the longest, in bytes.
+    /// The length of the longest frame, in bytes.
     pub(crate) fn longest(&self) -> usize {
         self.0.iter().map(|(_, frame)| frame.len()).max().unwrap_or(0)
     }

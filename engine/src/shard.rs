@@ -1,27 +1,24 @@
 //! A shard: one thread, its loop, its connections.
 //!
-//! Owns its sockets, its group index and its outboxes outright; nothing in here is
-//! locked or shared. One turn: poll the sockets, read and hand over what came (answering
-//! in between while that is all there is to do), carry out the mailbox, run the log into
-//! the outboxes, flush, fire_timers. Every step is bounded, so that a fan-out to many does not
-//! starve reading, and what is left over comes first in the next turn. Can be driven turn
-//! by turn with a given `now`. Does not know what payloads mean, nor how a connection came
-//! here.
+//! Owns its sockets, its group index and its outboxes outright; nothing in here is locked or shared. One turn: poll
+//! the sockets, read them and pass messages to handlers (answering in between while there is nothing else to do),
+//! execute the mailbox's commands, run the log into the outboxes, flush, fire timers. The steps that carry traffic
+//! are bounded, so that a large fan-out does not starve reading, and what is left over comes first in the next turn.
+//! Can be driven turn by turn with a given `now`. Does not know what payloads mean, nor how connections are accepted.
 //!
-//! Order (promises 1 to 3). Publications are run in the order of the log. A command
-//! carries the log position that it must come after, and the log is run up to there
-//! first. A publication may come after a command that its publisher sent before: so the
-//! log's tail is read first, then the mailbox is emptied, then the log is run up to that
-//! tail. If the mailbox was not emptied, the log goes no further in this turn. What the
-//! shard itself must do behind all that a handler has sent (end its connection, let it
-//! join everyone) waits in a list of its own, with the position in the log and the
-//! number of commands that it comes after, so that it keeps its order whatever is full.
+//! Order (total order, causal order, exact membership). Publications are run in the order of the log. A
+//! command carries the log position that it must come after, and the log is run up to there first. A
+//! publication may come after a command that its publisher sent before: so the log's tail is read first, then
+//! the mailbox is emptied, then the log is run up to that tail. If the mailbox was not emptied, the log goes
+//! no further in this turn. What the shard itself must do after everything that a handler has sent (end its
+//! connection, let it join everyone) waits in a list of its own, with the position in the log and the number
+//! of commands that it comes after, so that it keeps its order even when a queue is full.
 //!
-//! Time. What a peer does is judged by what had arrived when everything was last read
-//! (`listened`), not by the clock, since a shard that was held up has read nothing. A poll that was not full has told of
-//! everything that had arrived when it began. While more is ready than one poll tells of, it takes several (a *sweep*):
-//! the kernel tells of sockets in the order in which they became ready, so what was ready when a sweep began has
-//! been told when it has told as often as there are sockets.
+//! Time. A client is judged by what had arrived when everything was last read (`listened`), not by the clock,
+//! since a blocked shard has read nothing. A poll that did not fill its buffer has reported everything that
+//! had arrived when it began. While more sockets are ready than one poll can report, it takes several polls
+//! (a *sweep*): the kernel reports sockets in the order in which they became ready, so everything that was
+//! ready when a sweep began has been reported after as many events as there are sockets.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -61,48 +58,49 @@ use self::shutdown::ShardShutdown;
 pub(crate) const WAKE_TOKEN: Token = Token(usize::MAX);
 
 const EVENTS_PER_TURN: usize = 1024;
-/// Sockets read before what they brought is answered: as many as find what the kernel and we know of them still in
-/// the cache when they are written to.
+/// Sockets read before their messages are answered: as many as still have their kernel and user state in the
+/// CPU's cache when they are written to.
 const EVENTS_PER_ANSWER: usize = 32;
-/// Commands that may be carried out for that.
+/// Commands that may be executed for that.
 const COMMANDS_PER_ANSWER: usize = 128;
 /// Frames put into outboxes in one turn (some 5 ns each).
 const OFFERS_PER_TURN: u64 = 200_000;
-/// A poll that may block and took longer than this has blocked.
+/// A poll that was allowed to block and took longer than this has blocked.
 const SLEPT: Duration = Duration::from_micros(20);
 
-/// One thread's worth of connections; see [`Engine::driven`](crate::Engine::driven) for how to drive it by hand.
+/// A part of an engine's connections, with the loop that serves them on one thread. See
+/// [`Engine::driven`](crate::Engine::driven) for how to drive it by hand.
 pub struct Shard {
     index: usize,
     core: Arc<EngineCore>,
-    /// The same, as handlers' wakers see it.
+    /// The same, in the form that handlers' wakers use.
     post: Arc<dyn ResumeQueue>,
     poll: Poll,
-    /// Some sockets that have something.
+    /// The first events of a poll.
     events: Events,
-    /// The others, where it is better to read all first.
+    /// Further events, for turns in which it is better to read all sockets first.
     other_events: Events,
     reader: Reader<Entry>,
     fanout: Fanout,
     wheel: Wheel<ConnectionId>,
     gather: Gather,
     started: Instant,
-    /// Adoptions so far; tells apart the generations of a slot.
+    /// Adoptions so far; distinguishes the generations of a slot.
     generations: u64,
     nonces: timer::Nonces,
-    /// A command whose after the log has not reached.
+    /// A command whose log position has not been reached yet.
     blocked_command: Option<Stamped<Command>>,
     /// Commands taken out of the mailbox so far.
     commands: u64,
-    /// What is to be done behind everything that handlers have sent.
+    /// Steps that must follow everything that handlers have sent.
     later: VecDeque<Later>,
     /// Slots with something left to read.
     ready: Vec<Slot>,
     offers_left: u64,
-    /// What was last added to the shared sums: bytes that outboxes keep here, and bytes of unfinished messages.
+    /// The values last added to the shared sums: bytes that outboxes keep here, and bytes of unfinished messages.
     retained_told: usize,
     unfinished_told: usize,
-    /// Writes refused since it was last looked whom to end for memory, and what that has brought so far.
+    /// Refused writes since the last check of the memory budget, and the progress of shedding.
     refusals: u64,
     shedding: Shedding,
     /// Ends that have not been logged for operators.
@@ -110,14 +108,14 @@ pub struct Shard {
     /// When the last poll began, and the sweep that it is a part of.
     polled: Duration,
     sweep: Sweep,
-    /// When the last turn began, and whether somebody else says what time it is.
+    /// When the last turn began, and whether the caller supplies the time.
     before: Duration,
     is_driven: bool,
     shutdown: Option<ShardShutdown>,
     scratch: Scratch,
 }
 
-/// Something to be done when the log has been run up to `after` and so many commands have been carried out.
+/// A step to take when the log has been run up to `after` and this many commands have been executed.
 struct Later {
     after: u64,
     commands: u64,
@@ -131,15 +129,15 @@ enum Step {
     End(CloseReason),
 }
 
-/// Polls that together tell of all sockets that were ready when the first of them began.
+/// Polls that together report all sockets that were ready when the first of them began.
 #[derive(Debug, Default)]
 struct Sweep {
     began: Duration,
-    /// Events that are still to come.
+    /// Events that are still expected.
     left: usize,
 }
 
-/// Connections that were ended because of their peers, since that was last logged.
+/// Connections that were ended because of their clients' behaviour, since the last log line.
 #[derive(Debug, Default)]
 struct Untold {
     since: Duration,
@@ -148,7 +146,7 @@ struct Untold {
     undecodable: u64,
 }
 
-/// What a shard is made of, on its own thread: it shares frames there by `Rc`.
+/// The parts from which a shard is made on its own thread: it shares frames there by `Rc`.
 pub(crate) struct Parts {
     pub(crate) index: usize,
     pub(crate) core: Arc<EngineCore>,
@@ -160,7 +158,7 @@ pub(crate) struct Parts {
 #[derive(Default)]
 struct Scratch {
     read: Vec<u8>,
-    /// Who sent what, as places in `read`.
+    /// Which slot received what, as ranges of `read`.
     arrivals: Vec<(Slot, Range<usize>)>,
     ready: Vec<Slot>,
     resumes: Vec<ConnectionId>,
@@ -217,10 +215,11 @@ impl Shard {
         }
     }
 
-    /// One turn at the time `now`, without blocking. `now` must not go back.
+    /// Runs one turn at the time `now`, without blocking. `now` must not go back.
     ///
     /// # Errors
-    /// The poll failed, which does not happen while the process has its file descriptors.
+    /// The poll failed, which does not happen while the process has its file descriptors. The shard cannot
+    /// continue then.
     pub fn turn(&mut self, now: Instant) -> std::io::Result<()> {
         self.poll_sockets(Some(Duration::ZERO))?;
         self.polled = now.saturating_duration_since(self.started);
@@ -228,7 +227,7 @@ impl Shard {
         self.work(now)
     }
 
-    /// Whether another turn has something to do without anything new coming.
+    /// Whether another turn has something to do without new input.
     pub fn has_work(&self) -> bool {
         self.fanout.flushes.has_work()
             || !self.ready.is_empty()
@@ -245,7 +244,7 @@ impl Shard {
         due.map(|due| self.started + due)
     }
 
-    /// Turns until the engine stops and the connections have ended.
+    /// Runs turns until the engine stops and the connections have ended.
     pub(crate) fn run(mut self, mut pin: Option<Pin>) {
         tracing::debug!(shard = self.index, "shard started");
         self.is_driven = false;
@@ -253,22 +252,23 @@ impl Shard {
         loop {
             let wait = self.sleep_bound(ended);
             self.before_poll(wait, ended, &mut pin);
-            // Not when it returns: what arrives between that and a look at the clock is not among its events.
+            // When the poll begins, not when it returns: its events lack what arrives between its return and
+            // a look at the clock.
             self.polled = ended.saturating_duration_since(self.started);
             let polled = self.poll_sockets(wait);
             pin.iter_mut().for_each(Pin::after_poll);
             let spins = wait == Some(Duration::ZERO) && self.events.is_empty() && !self.reader.is_at_tail();
             let began = Instant::now();
-            // What woke a poll that slept has just arrived. Otherwise it may have arrived at any time since the last turn
-            // began, and the peer must not be blamed for the difference. A poll that may not sleep takes long only where
-            // this thread had to wait for its CPU.
+            // Input that woke a sleeping poll has just arrived. Otherwise it may have arrived at any time
+            // since the last turn began, and the client must not be blamed for the difference. A poll that
+            // may not sleep takes long only if this thread had to wait for its CPU.
             let slept = wait != Some(Duration::ZERO) && began - ended > SLEPT;
             let arrived = began.saturating_duration_since(self.started);
             self.fanout.arrived = if slept { arrived } else { self.before };
             self.before = arrived;
             self.core.beacons.turn(self.index, began);
             if let Err(error) = polled.and_then(|()| self.work(began)) {
-                tracing::error!(shard = self.index, %error, "polling failed; the engine stops");
+                tracing::error!(shard = self.index, %error, "polling failed: the engine stops; start another");
                 self.core.shutdown.fail();
                 self.core.stop(Duration::ZERO, Instant::now());
                 break;
@@ -276,7 +276,7 @@ impl Shard {
             ended = Instant::now();
             self.measure_lag(ended - began);
             if spins && !self.reader.is_at_tail() && self.reader.get(0).is_none() {
-                std::thread::yield_now(); // a publisher was stopped between claim and release: let it run
+                std::thread::yield_now(); // a publisher was suspended between claim and release: let it run
             }
             if self.has_stopped() {
                 break;
@@ -285,7 +285,7 @@ impl Shard {
         tracing::debug!(shard = self.index, "shard ended");
     }
 
-    /// How long the poll may block: not at all while there is work, else until the next timer or the bell.
+    /// How long the poll may block: not at all while there is work, otherwise until the next timer or a wake.
     fn sleep_bound(&self, now: Instant) -> Option<Duration> {
         let is_idle = || !self.has_work() && !self.has_news_of_stopping();
         if self.has_work() || !self.mailbox().fall_asleep(is_idle) {
@@ -296,7 +296,7 @@ impl Shard {
         due.map(|due| due.saturating_duration_since(now))
     }
 
-    /// The thread may block now: it shows that, and is bound to its CPU for as long.
+    /// Before the thread may block: publishes that it sleeps, and binds it to its CPU meanwhile.
     fn before_poll(&self, wait: Option<Duration>, now: Instant, pin: &mut Option<Pin>) {
         let may_block = wait != Some(Duration::ZERO);
         if may_block {
@@ -305,7 +305,8 @@ impl Shard {
         pin.iter_mut().for_each(|pin| pin.before_poll(may_block, now));
     }
 
-    /// The longest turn of late: what a socket that has something had to wait at most.
+    /// Updates the lag: the duration of the longest recent turn, which is how long a ready socket had to wait
+    /// at most.
     fn measure_lag(&mut self, turn: Duration) {
         let lag = self.fanout.metrics.lag_micros;
         self.fanout.metrics.lag_micros = (turn.as_micros() as u64).max(lag - lag.div_ceil(8));
@@ -320,14 +321,15 @@ impl Shard {
         }
     }
 
-    /// Notes how far a poll that began at `began` and has room for so many events brings what is read.
+    /// Notes up to which time everything has been read, after a poll that began at `began` with room for
+    /// `capacity` events.
     fn note_poll(&mut self, began: Duration, capacity: usize) {
         let events = self.events.iter().count();
         let is_full = events >= capacity;
         self.sweep.left = self.sweep.left.saturating_sub(events);
         if !is_full || self.sweep.left == 0 {
             self.fanout.listened = if is_full { self.sweep.began } else { began };
-            self.sweep = Sweep { began, left: self.fanout.connections.len() + 1 }; // and the bell
+            self.sweep = Sweep { began, left: self.fanout.connections.len() + 1 }; // and the waker
         }
     }
 
@@ -351,9 +353,9 @@ impl Shard {
         Ok(())
     }
 
-    /// Carries out and writes what has just been read for single connections, before others are read. Not if
-    /// something is to go to many, or has been asked to be held back: then gathering is worth more. `waiting` is how
-    /// many were to be flushed before, and are left to their turn.
+    /// Executes and writes the answers to what has just been read, before other sockets are read. Only if all
+    /// of it goes to single connections and no coalescing was configured: otherwise a larger batch per write is
+    /// worth more. `waiting` is the number of connections that were to be flushed before; they keep their turn.
     fn answer(&mut self, waiting: usize) -> bool {
         let is_little = self.mailbox().len() <= COMMANDS_PER_ANSWER;
         let is_alone = self.core.config.coalesce.is_zero() && self.reader.is_at_tail();
@@ -364,7 +366,8 @@ impl Shard {
         answers
     }
 
-    /// The time now, for what must not contain the length of the turn. The turn's time where shards are driven by hand.
+    /// The current time, for measurements that must not include the length of the turn. The turn's time where
+    /// the caller drives the shard.
     fn clock(&self) -> Duration {
         if self.is_driven { self.fanout.now } else { self.started.elapsed().max(self.fanout.now) }
     }

@@ -1,13 +1,11 @@
-//! How an engine ends: asked, drained, closed, over.
+//! How an engine ends: draining, closed, over.
 //!
-//! Shared by all threads. *Running* → *draining*: no new connections, no new messages;
-//! handlers finish what they are at, and what they publish still goes out. When no shard
-//! has a busy handler (or half of the time is over) → *closed*: nothing more can be
-//! published, and each shard closes its connections, spread over a window. → *over*: the
-//! report is complete. That is when the last shard has ended, or when the watchdog no longer
-//! waits for those that are stuck; an engine without one is over with its last shard. Only
-//! goes forward. An engine that fails goes the same way and says so. Does not know
-//! connections, and reads no clock.
+//! Shared by all threads. *Running* → *draining*: no new connections, no new messages; handlers finish their
+//! current calls, and what they publish is still written. When no shard has a busy handler (or half of the time has
+//! passed) → *closed*: nothing more can be published, and each shard closes its connections, spread over a window.
+//! → *over*: the report is complete, because the last shard has ended, or because the watchdog no longer waits for
+//! stuck shards; an engine without a watchdog is over with its last shard. The state never goes back. An engine
+//! that fails takes the same steps and reports that it failed. Does not know connections, and reads no clock.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize};
@@ -29,55 +27,55 @@ const WITHIN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// How to end an engine; see [`Engine::shutdown`](crate::Engine::shutdown).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shutdown {
-    /// Time for all of it, a day at most. After it sockets are dropped and handlers abandoned. A shard that is held
-    /// up by a handler then, by computing or by waiting, is given up some 200 ms later.
+    /// Time for the whole shutdown, at most a day. After it sockets are dropped and handlers abandoned. A
+    /// shard that a handler blocks at that time, by computing or by waiting, is abandoned some 200 ms later.
     pub within: Duration,
-    /// The part of it over which the connections are closed, at even distances in no particular order, so that
-    /// clients do not come back all at once. At most a half of `within` is used.
+    /// The part of `within` over which the connections are closed, evenly spread and in no particular order,
+    /// so that clients do not reconnect all at once. At most half of `within` is used.
     pub close_window: Duration,
-    /// What the Close frames say: 1001 (going away) or 1012 (service restart). A code that may not be sent
+    /// The code of the Close frames: 1001 (going away) or 1012 (service restart). A code that may not be sent
     /// ([`CloseCode::is_valid_on_wire`]) is refused.
     pub code: CloseCode,
 }
 
 impl Shutdown {
-    /// Closes with 1001 within this time, connections spread over a quarter of it.
+    /// A shutdown with code 1001 that completes within this time and spreads its closes over a quarter of it.
     pub fn within(within: Duration) -> Self {
         Self { within, close_window: within / 4, code: CloseCode::GOING_AWAY }
     }
 }
 
-/// How the connections of an engine that was shut down have ended.
+/// How the connections of an engine ended when it was shut down.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ShutdownReport {
-    /// Connections whose peer has everything that was sent to it: its kernel has acknowledged it, or, behind a
-    /// [bridge](crate::Socket::bridge), the peer has ended the stream.
+    /// Connections whose client has everything that was sent to it: its kernel has acknowledged it, or, on a
+    /// [bridge](crate::Socket::bridge), the client has ended the stream.
     pub flushed: u64,
-    /// Connections that were cut off: the time was over and they had not taken what was theirs. All connections of a
-    /// stuck shard are among them, as many as it had at its last turn.
+    /// Connections that were cut off: the time was over before they had taken what was sent to them. Includes
+    /// all connections of a stuck shard, as many as it had at its last turn.
     pub cut_off: u64,
     /// Handlers that had not finished when the time was over. They were dropped without `on_close`.
     pub left_over: u64,
-    /// Shards that had not ended when the time was over, because a handler held them up. Their threads were left
-    /// behind: one that comes back drops its connections and ends, one that does not ends with the process.
+    /// Shards that had not ended when the time was over, because a handler blocked them. Their threads were
+    /// abandoned: a thread whose handler returns drops its connections and ends; otherwise it ends with the process.
     pub stuck: Vec<usize>,
 }
 
-/// What an engine is doing; see [`Engine::state`](crate::Engine::state).
+/// The state of an engine; see [`Engine::state`](crate::Engine::state).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum EngineState {
-    /// It takes connections and publications.
+    /// It admits connections and accepts publications.
     Running,
-    /// It was asked to end: it takes no more connections.
+    /// It is shutting down: it admits no more connections.
     Stopping,
-    /// It has ended as it was asked to.
+    /// It has ended by a shutdown.
     Ended,
-    /// A shard panicked or could not poll its sockets. The engine serves nobody any more; its other shards close
-    /// their connections with 1001 and end. Start another one, or end the process.
+    /// A shard panicked or could not poll its sockets. The engine no longer works; its other shards close
+    /// their connections with 1001 and end. Start another engine, or end the process.
     Failed,
 }
 
@@ -86,13 +84,14 @@ pub(crate) struct ShutdownState {
     state: AtomicU8,
     has_failed: AtomicBool,
     plan: OnceLock<Plan>,
-    /// It is over, and a shard was left behind: what is with that one will not come back.
+    /// It is over, and a shard was abandoned: what that shard holds will never be processed.
     has_left_behind: AtomicBool,
     /// Shards without a busy handler.
     quiet: AtomicUsize,
     shards: usize,
     end: Mutex<End>,
-    /// Who waits until it is over. Several lists, because everybody who awaits a receipt is in one of them.
+    /// Tasks that wait until it is over. Several lists, because every publisher that awaits a receipt is in
+    /// one of them.
     waiting: Box<[WaitList]>,
     watchdog: OnceLock<Thread>,
 }
@@ -127,7 +126,7 @@ impl ShutdownState {
         }
     }
 
-    /// The thread that completes the report; to be set before a shard runs.
+    /// The thread that completes the report; must be set before a shard runs.
     pub(crate) fn set_watchdog(&self, thread: Thread) {
         let _ = self.watchdog.set(thread);
     }
@@ -143,24 +142,24 @@ impl ShutdownState {
             code,
         });
         self.raise(DRAINING);
-        self.rouse();
+        self.wake_watchdog();
     }
 
-    /// Nothing more can be published. The caller wakes the shards.
+    /// Refuses publications from now on. The caller wakes the shards.
     pub(crate) fn close(&self) {
         self.raise(CLOSED);
     }
 
-    /// A shard cannot go on. The caller ends the others.
+    /// A shard has failed. The caller ends the others.
     pub(crate) fn fail(&self) {
-        self.has_failed.store(true, Release); // stands alone
+        self.has_failed.store(true, Release); // pairs with the load in `state`; no other data depends on it
     }
 
     fn raise(&self, state: u8) {
         self.state.fetch_max(state, AcqRel); // pairs with the loads below: the plan is seen
     }
 
-    fn rouse(&self) {
+    fn wake_watchdog(&self) {
         if let Some(watchdog) = self.watchdog.get() {
             watchdog.unpark();
         }
@@ -187,7 +186,7 @@ impl ShutdownState {
         self.plan.get().copied()
     }
 
-    /// A shard has no busy handler any more, and will have none. True for the last one.
+    /// A shard has no busy handler any more, and will have none. Returns true for the last shard.
     pub(crate) fn tell_quiet(&self) -> bool {
         self.quiet.fetch_add(1, AcqRel) + 1 == self.shards
     }
@@ -198,7 +197,7 @@ impl ShutdownState {
             let mut end = self.lock();
             end.has_ended[shard] = true;
             if self.is_over() {
-                return; // it was stuck, and has been reported
+                return; // it has been reported as stuck
             }
             end.report.flushed += report.flushed;
             end.report.cut_off += report.cut_off;
@@ -222,14 +221,15 @@ impl ShutdownState {
         (0..end.has_ended.len()).filter(|shard| !end.has_ended[*shard]).collect()
     }
 
-    /// Completes the report. Shards that have not ended are stuck, with so many connections each; gives them back.
+    /// Completes the report. Shards that have not ended are stuck; `connections` gives the number of
+    /// connections of each. Returns the stuck shards.
     pub(crate) fn conclude(&self, connections: impl Fn(usize) -> u64) -> Vec<usize> {
         let stuck = {
             let mut end = self.lock();
             let stuck = Self::remaining_of(&end);
             end.report.cut_off += stuck.iter().map(|shard| connections(*shard)).sum::<u64>();
             end.report.stuck.clone_from(&stuck);
-            self.has_left_behind.store(!stuck.is_empty(), Release); // before `OVER`, with which it is read
+            self.has_left_behind.store(!stuck.is_empty(), Release); // before `OVER`: read after it
             self.raise(OVER);
             stuck
         };
@@ -253,8 +253,8 @@ impl ShutdownState {
         Poll::Ready(self.lock().report.clone())
     }
 
-    /// Whether what is with the shards will not come back, because one was left behind. If it is not over yet, `waker`
-    /// is woken when it is; `hint` spreads those who wait.
+    /// Whether the result of a command or publication will never come, because a shard was abandoned. If the
+    /// engine is not over yet, `waker` is woken when it is; `hint` spreads the waiting tasks over the lists.
     pub(crate) fn has_left_behind<'a>(
         &'a self,
         hint: usize,
@@ -270,7 +270,7 @@ impl ShutdownState {
         registration: &mut Registration<'a>,
         waker: &Waker,
     ) -> bool {
-        // Registered first: what ends it meanwhile is seen, or wakes.
+        // Registered before the second look: an end in between is seen, or wakes the task.
         self.is_over() || {
             self.waiting[hint % self.waiting.len()].register(registration, waker);
             self.is_over()

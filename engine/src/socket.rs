@@ -1,8 +1,7 @@
 //! The socket of a connection: TCP, the near end of a bridge, or none at all.
 //!
-//! Owned by one shard. Non-blocking, with small messages sent at once and little unsent
-//! data left to the kernel, so that a backlog stays in the outbox where the policy sees
-//! it. Knows bytes. Does not know frames.
+//! Owned by one shard. Non-blocking; sends small messages at once and leaves little unsent data to the kernel,
+//! so that a backlog stays in the outbox, where the policy applies to it. Knows bytes. Does not know frames.
 
 use std::io;
 use std::net::Shutdown;
@@ -14,19 +13,20 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use crate::outq;
 
-/// Unsent bytes after which the kernel refuses more: a peer that stops reading costs it
-/// some 36 KB instead of 4 MB.
+/// Unsent bytes above which the kernel refuses more: a client that stops reading costs the kernel some 36 KB
+/// instead of 4 MB.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const NOTSENT_LOWAT_BYTES: u32 = 16 << 10;
 
-/// A peer that has gone is an error, not a signal. Where there is no such flag, Rust's programs ignore the signal.
+/// A write to a closed connection must be an error, not a signal. On systems without this flag, Rust's
+/// programs ignore the signal.
 #[cfg(not(target_vendor = "apple"))]
 const NO_SIGNAL: SendFlags = SendFlags::NOSIGNAL;
 #[cfg(target_vendor = "apple")]
 const NO_SIGNAL: SendFlags = SendFlags::empty();
 
-/// A connected stream socket that an engine can own: TCP, or a Unix socket whose other end
-/// carries the bytes elsewhere (TLS, HTTP/2). For measurements also a [sink](Self::sink).
+/// A connected stream socket that an engine can own: TCP, or a Unix socket whose other end forwards the bytes
+/// (TLS, HTTP/2). For measurements also a [sink](Self::sink).
 #[derive(Debug)]
 pub struct Socket(Kind);
 
@@ -34,7 +34,7 @@ pub struct Socket(Kind);
 enum Kind {
     Tcp(mio::net::TcpStream),
     Unix(mio::net::UnixStream),
-    /// The other end is a task that carries the bytes on.
+    /// The other end is a task that forwards the bytes.
     Bridge(mio::net::UnixStream),
     Sink,
 }
@@ -52,20 +52,20 @@ impl From<std::os::unix::net::UnixStream> for Socket {
 }
 
 impl Socket {
-    /// The near end of a bridge: a task at the other end carries the bytes to and from the peer. What was written here
-    /// counts as delivered only when the other end has ended the stream.
+    /// The near end of a bridge: a task at the other end forwards the bytes to and from the client. What was
+    /// written here counts as delivered only when the other end has ended the stream.
     pub fn bridge(stream: std::os::unix::net::UnixStream) -> Self {
         Self(Kind::Bridge(mio::net::UnixStream::from_std(stream)))
     }
 
-    /// A peer that takes everything at once and never says a word, without a file descriptor: what a fan-out costs
-    /// by itself can be measured with a million of them. It answers no pings, so its connection ends after
-    /// `heartbeat_interval` and `pong_timeout`.
+    /// A client that takes everything at once and sends nothing, without a file descriptor: the cost of a
+    /// fan-out by itself can be measured with a million of them. It answers no pings, so its connection ends
+    /// after `heartbeat_interval` and `pong_timeout`.
     pub fn sink() -> Self {
         Self(Kind::Sink)
     }
 
-    /// Sets what the engine relies on.
+    /// Sets the options that the engine relies on.
     pub(crate) fn prepare(&self) -> io::Result<()> {
         match &self.0 {
             Kind::Tcp(stream) => {
@@ -78,7 +78,7 @@ impl Socket {
     }
 
     pub(crate) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-        // Both, once and for good: edge-triggered, asking for WRITABLE costs nothing until a write was refused.
+        // Both, once: with edge triggering, WRITABLE costs nothing until a write was refused.
         let interest = Interest::READABLE | Interest::WRITABLE;
         match &mut self.0 {
             Kind::Tcp(stream) => stream.register(registry, token, interest),
@@ -105,7 +105,7 @@ impl Socket {
         }
     }
 
-    /// Bytes given to the kernel that the peer has not taken. None where the system does not tell.
+    /// Bytes passed to the kernel that the client has not taken. None where the system does not report it.
     pub(crate) fn unacknowledged(&self) -> Option<u32> {
         match &self.0 {
             Kind::Tcp(stream) => outq::unacknowledged(stream),
@@ -114,14 +114,14 @@ impl Socket {
         }
     }
 
-    /// Whether the other end is the peer itself.
+    /// Whether the other end is the client itself.
     pub(crate) fn is_direct(&self) -> bool {
         !matches!(self.0, Kind::Bridge(_))
     }
 
-    /// Nothing more will be written; the peer reads to the end.
+    /// Ends the stream: nothing more will be written, and the client can read what was.
     pub(crate) fn finish(&self) {
-        // Fails only if the peer has gone, which the next read tells.
+        // Fails only if the client has disconnected, which the next read reports.
         let _ = match &self.0 {
             Kind::Tcp(stream) => stream.shutdown(Shutdown::Write),
             Kind::Unix(stream) | Kind::Bridge(stream) => stream.shutdown(Shutdown::Write),
@@ -130,13 +130,13 @@ impl Socket {
     }
 }
 
-/// Sets on a TCP socket what an engine relies on: small messages are sent at once (`TCP_NODELAY`), and the kernel takes
-/// no more than 16 KiB that it cannot send yet (`TCP_NOTSENT_LOWAT`, on Linux), so that a peer that stops reading is
-/// noticed. An engine does this for sockets that it owns. For one inside another stream, such as TLS, whoever accepts it
-/// must.
+/// Sets the options of a TCP socket that an engine relies on: small messages are sent at once
+/// (`TCP_NODELAY`), and the kernel takes no more than 16 KiB that it cannot send yet (`TCP_NOTSENT_LOWAT`, on
+/// Linux), so that a client that stops reading is noticed. An engine does this for sockets that it owns. For
+/// a socket inside another stream, such as TLS, the code that accepts it must do it.
 ///
 /// # Errors
-/// What the system says, for instance of something that is no TCP socket.
+/// The system's error, for instance for a descriptor that is not a TCP socket.
 pub fn prepare_tcp(socket: impl AsFd) -> io::Result<()> {
     let socket = socket2::SockRef::from(&socket);
     socket.set_tcp_nodelay(true)?;
@@ -145,8 +145,8 @@ pub fn prepare_tcp(socket: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Not by the standard library: libc would prepare each call for its thread's being cancelled, which no thread of ours
-/// is, at a cost that shows beside a send.
+/// Not by the standard library: libc prepares each call for the cancellation of its thread, which never
+/// happens here, at a cost that is visible beside a send.
 #[inline]
 fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     Ok(rustix::net::send(socket, bytes, NO_SIGNAL)?)

@@ -1,9 +1,8 @@
-//! The seam between the engine and whoever provides its atomics.
+//! The seam between the engine and the provider of its atomics.
 //!
-//! The log, the mailbox and the list of those who wait are where threads meet in an
-//! order that matters. They take their atomics, cells, queues and locks from here, so
-//! that loom can put its own in their place and try every interleaving. What is shared
-//! elsewhere are counters and maps, each right by itself.
+//! In the log, the mailbox and the wait list threads meet in an order that matters. These take their atomics,
+//! cells, queues and locks from here, so that loom can substitute its own and try every interleaving. Other
+//! shared state consists of counters and maps, each correct by itself.
 
 #[cfg(loom)]
 pub(crate) use self::modelled::*;
@@ -16,7 +15,7 @@ mod real {
     pub(crate) use std::sync::Mutex;
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
 
-    /// `std`'s cell behind loom's closure interface.
+    /// `std`'s cell with loom's closure interface.
     #[derive(Debug)]
     pub(crate) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
 
@@ -46,8 +45,8 @@ mod modelled {
     pub(crate) use loom::sync::Mutex;
     pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
 
-    /// A stand-in: loom cannot see into crossbeam's queues. Looking at the length takes no lock and
-    /// may be out of date, as it may with theirs; a lock there would hide a missing fence elsewhere.
+    /// A stand-in, because loom cannot see into crossbeam's queues. Reading the length takes no lock and may
+    /// be out of date, as in crossbeam; a lock there would hide a missing fence elsewhere.
     #[derive(Debug)]
     pub(crate) struct ArrayQueue<T> {
         capacity: usize,
@@ -90,7 +89,7 @@ mod modelled {
         }
     }
 
-    /// Likewise, without a bound.
+    /// The unbounded form.
     #[derive(Debug)]
     pub(crate) struct SegQueue<T>(ArrayQueue<T>);
 
@@ -113,7 +112,7 @@ mod modelled {
     }
 }
 
-/// What the models sleep on: a shard's bell, and a publisher's waker.
+/// What the models sleep on, in place of a shard's poll and a publisher's task.
 #[cfg(all(test, loom))]
 pub(crate) mod sleeper {
     use std::sync::Arc;
@@ -137,7 +136,7 @@ pub(crate) mod sleeper {
             self.condvar.notify_one();
         }
 
-        /// Until it was rung, which may have been before. Loom reports a sleep without end as a deadlock.
+        /// Sleeps until it is woken, which may have happened before. Loom reports an endless sleep as a deadlock.
         pub(crate) fn sleep(&self) {
             let mut rung = self.rung.lock().unwrap();
             while !*rung {

@@ -1,15 +1,14 @@
-//! The tally: what became of the frames that were meant for a connection.
+//! The tally: the outcomes of the frames that were offered to a connection.
 //!
-//! One list of counters, for a connection, a group, a namespace and a shard alike, and one list of
-//! the causes for which frames are dropped. Each counter also has a shared form, which one
-//! thread writes and others read. They add up: offered = written + dropped + discarded + pending.
-//! Does not know who counts what, nor when.
+//! One list of counters for connections, groups, namespaces and shards alike, and one list of the causes for
+//! which frames are dropped. Each counter also has a shared form, which one thread writes and others read. The
+//! counters add up: offered = written + dropped + discarded + pending. Does not know who counts, nor when.
 
 use std::ops::{AddAssign, Index, IndexMut};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
-/// Something counted that one thread writes and others read.
+/// A counter that one thread writes and others read.
 pub(crate) trait Counter: Copy {
     type Shared: Default + std::fmt::Debug;
 
@@ -22,7 +21,7 @@ impl Counter for u64 {
     type Shared = AtomicU64;
 
     fn store(self, shared: &AtomicU64) {
-        // Relaxed: each counter stands alone; a reader wants recent values, not one instant.
+        // Relaxed: each counter is independent; a reader wants recent values, not a snapshot.
         shared.store(self, Relaxed);
     }
 
@@ -31,7 +30,7 @@ impl Counter for u64 {
     }
 }
 
-/// A set of counters: its sum, and its shared form.
+/// A set of counters with its sum and its shared form.
 macro_rules! counters {
     (
         $(#[$about:meta])*
@@ -73,7 +72,7 @@ pub(crate) use counters;
 /// The causes for which frames are dropped, each with its counter.
 macro_rules! drop_causes {
     ($($(#[$doc:meta])* $cause:ident: $counter:ident,)*) => {
-        /// Why a frame was dropped for a connection that goes on.
+        /// Why a frame was dropped for a connection that stays open.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
         #[non_exhaustive]
@@ -85,7 +84,7 @@ macro_rules! drop_causes {
         }
 
         impl Drops {
-            /// Each cause and how many frames were dropped for it.
+            /// Each cause and its number of dropped frames.
             pub fn by_cause(&self) -> impl Iterator<Item = (DropCause, u64)> + use<> {
                 [$((DropCause::$cause, self.$counter),)*].into_iter()
             }
@@ -116,31 +115,31 @@ macro_rules! drop_causes {
 }
 
 drop_causes! {
-    /// It had waited as long as it may.
+    /// The frame waited for as long as its policy allows.
     Timeout: timeout,
-    /// Its policy lets no frame wait, or no more may wait.
+    /// The policy lets no frame wait, or the limit on waiting frames was reached.
     Overflow: overflow,
 }
 
 impl Drops {
-    /// For whatever cause.
+    /// The number of drops for any cause.
     pub fn total(&self) -> u64 {
         self.by_cause().map(|(_, frames)| frames).sum()
     }
 }
 
 counters! {
-    /// What became of the frames that were meant for a connection, or for several together.
+    /// Outcomes of the frames that were offered to a connection, or to several together.
     pub struct Tally, shared as SharedTally {
-        /// Frames meant for it.
+        /// Frames that addressed it.
         offered: u64,
-        /// Frames given to the kernel whole.
+        /// Frames passed to the kernel completely.
         written: u64,
         /// Frames dropped because the client was too slow.
         dropped: Drops,
         /// Frames that had not been written when the connection ended.
         discarded: u64,
-        /// Messages handed to the handler.
+        /// Messages passed to the handler.
         received: u64,
     }
 }
@@ -148,12 +147,12 @@ counters! {
 impl Tally {
     /// Frames that wait in outboxes now.
     pub fn pending(&self) -> u64 {
-        // Counters of another thread may be a moment apart.
+        // Counters that another thread writes may be read at slightly different times.
         self.offered.saturating_sub(self.written + self.dropped.total() + self.discarded)
     }
 }
 
-/// A sum that one thread adds to.
+/// Adds to a sum that only one thread writes.
 pub(crate) fn add<C: Counter + AddAssign>(shared: &C::Shared, more: C) {
     let mut sum = C::load(shared);
     sum += more;

@@ -1,11 +1,9 @@
-//! The UTF-8 checker: is this text, though it comes in pieces?
+//! The UTF-8 checker: validates a text that arrives in pieces.
 //!
-//! Owned by whoever receives one message, four bytes big. Pieces may be cut inside a
-//! character, so it keeps the beginning of an unfinished one (at most three bytes) and
-//! nothing else; the text itself stays with the caller. It is strict early: a byte
-//! after which no continuation could make the text valid is an error at once, so a
-//! peer cannot make us store what we shall refuse anyway.
-//! Does not know frames or messages.
+//! Owned by the receiver of one message; four bytes. Pieces may be cut inside a character, so it keeps the
+//! beginning of an unfinished one (at most three bytes) and nothing else; the text itself stays with the
+//! caller. It fails early: a byte after which no continuation could make the text valid is an error at once,
+//! so a client cannot make the server store a text that it will refuse. Does not know frames or messages.
 
 /// The text is not valid UTF-8, or it ended inside a character.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -40,7 +38,7 @@ impl Utf8Checker {
     /// Checks the next piece of the text.
     ///
     /// # Errors
-    /// [`InvalidUtf8`] as soon as no continuation could make the text valid. The checker is of no use afterwards.
+    /// [`InvalidUtf8`] as soon as no continuation could make the text valid. The checker must not be used afterwards.
     pub fn feed(&mut self, piece: &[u8]) -> Result<(), InvalidUtf8> {
         let rest = if self.held_len == 0 { piece } else { self.complete_character(piece)? };
         let (whole, unfinished) = rest.split_at(rest.len() - unfinished_len(rest));
@@ -65,7 +63,7 @@ impl Utf8Checker {
         if self.held_len == 0 { Ok(()) } else { Err(InvalidUtf8) }
     }
 
-    /// Takes what the held character misses off the front of `piece`; gives back what is behind it.
+    /// Takes the missing bytes of the held character off the front of `piece`; returns the rest.
     fn complete_character<'p>(&mut self, piece: &'p [u8]) -> Result<&'p [u8], InvalidUtf8> {
         let held_len = usize::from(self.held_len);
         let width = width(self.held[0]);
@@ -93,7 +91,7 @@ impl Utf8Checker {
     }
 }
 
-/// How many bytes at the end of `piece` begin a character that is not complete (0 to 3).
+/// The number of bytes at the end of `piece` that begin an incomplete character (0 to 3).
 fn unfinished_len(piece: &[u8]) -> usize {
     for (behind, &byte) in piece.iter().rev().take(3).enumerate() {
         let is_continuation = byte & 0b1100_0000 == 0b1000_0000;
@@ -105,8 +103,8 @@ fn unfinished_len(piece: &[u8]) -> usize {
     0
 }
 
-/// How long a character is that begins with this byte. Bytes that begin none count as one:
-/// they go to the validator, which refuses them.
+/// The length of a character that begins with this byte. Bytes that begin none count as one: they are passed
+/// to the validator, which refuses them.
 const fn width(lead: u8) -> usize {
     match lead {
         0xc2..=0xdf => 2,
@@ -116,7 +114,7 @@ const fn width(lead: u8) -> usize {
     }
 }
 
-/// Whether some continuation makes this one character valid: E0 80, ED A0 or F4 90 are already lost.
+/// Whether some continuation makes this one character valid: E0 80, ED A0 or F4 90 have none.
 fn is_possible_beginning(unfinished: &[u8]) -> bool {
     // `error_len` is `None` exactly when the only fault is that the input ends too soon.
     std::str::from_utf8(unfinished)

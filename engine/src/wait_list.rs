@@ -1,14 +1,12 @@
 //! Publishers that wait for room: in the log, or in one mailbox.
 //!
-//! A slow path by definition, so a plain lock serves. The flag beside it lets the
-//! shard, which makes room all the time, see at the cost of one load that nobody
-//! waits. Bounded: past `capacity` a publisher is refused instead of parked.
-//! Does not know what the room is in.
+//! A slow path by definition, so a plain lock suffices. The flag beside it shows to the shard, which makes
+//! room all the time, at the cost of one load that no publisher waits. Bounded: above `capacity` a publisher
+//! is refused instead of parked. Does not know which queue the room is in.
 //!
-//! The race and why it is safe: a publisher registers, raises the flag, and looks
-//! for room once more before it sleeps. Whoever makes room does so first and then
-//! looks at the flag. With a `SeqCst` fence between the two steps on both sides at
-//! least one of them sees the other.
+//! The race and why it is safe: a publisher registers, raises the flag, and looks for room once more before
+//! it sleeps. A thread that makes room does so first and then looks at the flag. With a `SeqCst` fence
+//! between the two steps on both sides at least one of them sees the other.
 
 use std::task::Waker;
 
@@ -17,11 +15,11 @@ use slab::Slab;
 use crate::sync::{AtomicBool, Mutex, fence};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
-/// Why something was not taken; gives it back.
+/// Why a value was not accepted; gives it back.
 #[derive(Debug)]
 pub(crate) enum Refused<T> {
     Full(T),
-    /// Nothing is taken any more.
+    /// Nothing is accepted any more.
     Closed(T),
 }
 
@@ -34,7 +32,7 @@ impl<T> Refused<T> {
     }
 }
 
-/// A waiting publisher's entry, so that a second poll is not counted twice. Dropping it takes it out of the list.
+/// A waiting publisher's entry, so that a second poll is not counted twice. Dropping it removes it from the list.
 #[derive(Debug, Default)]
 pub(crate) struct Registration<'a>(Option<Entry<'a>>);
 
@@ -54,7 +52,7 @@ pub(crate) struct WaitList {
 
 #[derive(Debug)]
 struct Queue {
-    /// Counts how often the list was emptied: a registration of an earlier round is void.
+    /// Counts how often the list was emptied: a registration of an earlier round is no longer in the list.
     round: u64,
     wakers: Slab<Waker>,
 }
@@ -68,8 +66,8 @@ impl WaitList {
         }
     }
 
-    /// Parks `waker` until room is made; false when the list itself is full.
-    /// After true the caller must look for room once more.
+    /// Parks `waker` until room is made; false when the list itself is full. After true the caller must look
+    /// for room once more.
     pub(crate) fn register<'a>(&'a self, registration: &mut Registration<'a>, waker: &Waker) -> bool {
         let mut queue = lock(&self.queue);
         match &registration.0 {
@@ -79,7 +77,7 @@ impl WaitList {
             _ if queue.wakers.len() >= self.capacity => return false,
             _ => {
                 let (round, key) = (queue.round, queue.wakers.insert(waker.clone()));
-                // The entry that it replaces is of an earlier round: dropping that takes nothing out.
+                // The replaced entry is of an earlier round: dropping it removes nothing from the list.
                 let former = registration.0.replace(Entry { list: self, round, key });
                 debug_assert!(former.is_none_or(|former| former.round < round));
             }
@@ -91,12 +89,12 @@ impl WaitList {
         true
     }
 
-    /// Whether somebody may be waiting. A hint: only `wake_all` is exact.
+    /// Whether a publisher may be waiting. A hint: only `wake_all` is exact.
     pub(crate) fn is_occupied(&self) -> bool {
         self.occupied.load(Relaxed) // Relaxed: exactness comes from the fence in `wake_all`
     }
 
-    /// Called after room was made. Wakes everybody: who finds the room gone parks again.
+    /// Called after room was made. Wakes all waiting publishers; one that finds no room any more parks again.
     pub(crate) fn wake_all(&self) {
         fence(SeqCst); // pairs with the fence in `register`
         if !self.is_occupied() {
@@ -115,18 +113,18 @@ impl WaitList {
 }
 
 impl Drop for Registration<'_> {
-    /// A publisher that gives up waiting makes room for another.
+    /// A publisher that stops waiting makes room for another one in the list.
     fn drop(&mut self) {
         let Some(Entry { list, round, key }) = self.0.take() else { return };
         let removed = {
             let mut queue = lock(&list.queue);
             (queue.round == round).then(|| queue.wakers.try_remove(key))
         };
-        drop(removed); // outside the lock: a waker may do anything when it is dropped
+        drop(removed); // outside the lock: dropping a waker may run any code
     }
 }
 
-/// A waker that panics poisons nothing of ours: the list is whole at every point.
+/// A waker that panics under the lock does no harm: the list is consistent at every point.
 #[cfg(not(loom))]
 fn lock(queue: &Mutex<Queue>) -> std::sync::MutexGuard<'_, Queue> {
     queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner)

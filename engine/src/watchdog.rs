@@ -1,10 +1,9 @@
-//! The watchdog: sees that a shard is held up, which the shard itself cannot say.
+//! The watchdog: detects a blocked shard, which the shard itself cannot report.
 //!
-//! One thread for each engine that has threads, not pinned. It looks at the shards' beacons
-//! twice in each `blocked_after`, logs and counts calls that hold their shard for longer,
-//! and sleeps when all shards have slept for a while. It keeps a shutdown's deadline: it collects the shards'
-//! threads, leaves behind those that are stuck, and completes the report. No shard waits for
-//! it. Does not know connections, nor what a handler does.
+//! One thread for each engine that has threads, not pinned. It reads the shards' beacons twice in each
+//! `blocked_after`, logs and counts calls that block their shard for longer, and sleeps when all shards have
+//! slept for a while. It keeps a shutdown's deadline: it joins the shards' threads, abandons those that are
+//! stuck, and completes the report. No shard waits for it. Does not know connections, nor what a handler does.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,18 +16,18 @@ use crate::engine_core::EngineCore;
 use crate::id::GroupKey;
 use crate::shutdown::ShutdownState;
 
-/// How long after a shutdown's time a shard that is still in a turn from before counts as stuck.
+/// How long after a shutdown's deadline a shard that is still in a turn from before it counts as stuck.
 const STUCK_AFTER: Duration = Duration::from_millis(200);
-/// How long after it no shard is waited for, whatever it does: time to drop very many connections.
+/// How long after the deadline no shard is waited for, whatever it does: time to drop very many connections.
 const LOST_AFTER: Duration = Duration::from_secs(1);
-/// How often is looked in between.
+/// The interval of looks in between.
 const LAST_LOOKS: Duration = Duration::from_millis(50);
-/// Looks at which all shards sleep, after which the watchdog does, too. Not at the first: where messages come singly, a
-/// shard would have to rouse it for each.
+/// Number of looks at which all shards sleep, after which the watchdog sleeps, too. More than one: if
+/// messages arrive singly, a shard would have to wake it for each.
 const QUIET_LOOKS: u32 = 10;
-/// The same namespace is not logged again for so long.
+/// The same namespace is not logged again for this time.
 const SILENCE: Duration = Duration::from_secs(60);
-/// A look that comes later than this beside its time means that the whole process was stopped.
+/// A look that is late by more than this means that the whole process was suspended.
 const OVERSLEPT: Duration = Duration::from_millis(100);
 
 pub(crate) struct Watchdog {
@@ -38,7 +37,7 @@ pub(crate) struct Watchdog {
     sampler: Option<Sampler>,
 }
 
-/// What to do next.
+/// The next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
     Sleep(Option<Duration>),
@@ -82,33 +81,33 @@ impl Watchdog {
         let EngineCore { shutdown, metrics, mailboxes, .. } = &*self.core;
         let remaining = shutdown.remaining();
         for (shard, thread) in self.threads.try_iter().filter(|(shard, _)| !remaining.contains(shard)) {
-            // It has ended but for what the application does at a thread's end, which may take its time as well.
+            // Only the application's thread-local destructors are still running, which may take their time as well.
             let is_late = || shutdown.plan().is_some_and(|plan| Instant::now() >= plan.by + LOST_AFTER);
             while !thread.is_finished() && !is_late() {
                 thread::park_timeout(Duration::from_millis(1));
             }
             if !thread.is_finished() {
-                tracing::error!(shard, "a shard has ended, but its thread has not: it was left behind");
+                tracing::error!(shard, "a shard has ended, but its thread has not: the thread was abandoned");
             } else if thread.join().is_err() {
                 tracing::error!(shard, "a shard's thread panicked");
             }
         }
         for shard in shutdown.conclude(|shard| metrics[shard].read().connections) {
-            mailboxes[shard].close(); // its commands will never be carried out
+            mailboxes[shard].close(); // its commands will never be executed
             tracing::error!(
                 shard,
-                "a shard is stuck: it has not ended in time and was left behind with its connections; a handler computes \
+                "a shard is stuck: it has not ended in time and was abandoned with its connections; a handler computes \
                  or waits on it instead of on another thread"
             );
         }
     }
 }
 
-/// Whether the engine's ending is over, or when to look again.
+/// Whether the engine's shutdown is over, or when to look again.
 fn verdict(shutdown: &ShutdownState, beacons: &Beacons, now: Instant) -> Next {
     let remaining = shutdown.remaining();
     let Some(plan) = shutdown.plan() else { return Next::Sleep(None) };
-    // A turn from before takes no notice of the end. A shard that has noticed it drops its connections now.
+    // A turn from before the deadline does not notice it. A shard that has noticed it is dropping its connections.
     let is_stuck = |shard: &usize| beacons.turn_of(*shard).is_some_and(|turn| turn < plan.by);
     if remaining.is_empty()
         || now >= plan.by + LOST_AFTER
@@ -120,13 +119,13 @@ fn verdict(shutdown: &ShutdownState, beacons: &Beacons, now: Instant) -> Next {
     Next::Sleep(Some(first_look.max(LAST_LOOKS)))
 }
 
-/// Finds calls that hold their shard for too long, by looking now and then.
+/// Detects calls that block their shard for too long, by sampling.
 struct Sampler {
     after: Duration,
     looked: Option<Instant>,
     /// The call that each shard was last seen in.
     seen: Box<[Option<Seen>]>,
-    told: HashMap<GroupKey, Told>,
+    records: HashMap<GroupKey, LogRecord>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -137,15 +136,15 @@ struct Seen {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Told {
+struct LogRecord {
     at: Instant,
-    /// Calls since that were not logged.
-    untold: u64,
+    /// Calls since then that were not logged.
+    suppressed: u64,
 }
 
 impl Sampler {
     fn new(after: Duration, shards: usize) -> Self {
-        Self { after, looked: None, seen: vec![None; shards].into(), told: HashMap::new() }
+        Self { after, looked: None, seen: vec![None; shards].into(), records: HashMap::new() }
     }
 
     fn period(&self) -> Duration {
@@ -165,35 +164,35 @@ impl Sampler {
             };
             match seen.as_mut().filter(|seen| seen.call == call) {
                 None => *seen = Some(Seen { call, since: now, is_counted: false }),
-                // Nobody ran meanwhile, so nobody was held up by this call.
+                // No thread ran meanwhile, so this call has not blocked its shard.
                 Some(seen) if overslept => seen.since = now,
                 Some(seen) => {
                     let held = now.saturating_duration_since(seen.since);
                     if held >= self.after && !std::mem::replace(&mut seen.is_counted, true) {
                         beacons.count_blocked(shard);
-                        self.tell(beacons, shard, namespace, now);
+                        self.log_call(beacons, shard, namespace, now);
                     }
                 }
             }
         }
     }
 
-    /// Logs a call, unless one of the same namespace was logged a moment ago; true if it did.
-    fn tell(&mut self, beacons: &Beacons, shard: usize, namespace: GroupKey, now: Instant) -> bool {
-        if let Some(told) = self.told.get_mut(&namespace)
-            && now.saturating_duration_since(told.at) < SILENCE
+    /// Logs a call, unless one of the same namespace was logged recently; true if it did.
+    fn log_call(&mut self, beacons: &Beacons, shard: usize, namespace: GroupKey, now: Instant) -> bool {
+        if let Some(record) = self.records.get_mut(&namespace)
+            && now.saturating_duration_since(record.at) < SILENCE
         {
-            told.untold += 1;
+            record.suppressed += 1;
             return false;
         }
-        let before = self.told.insert(namespace, Told { at: now, untold: 0 });
-        self.told.retain(|namespace, _| beacons.name_of(*namespace).is_some()); // the others have gone
+        let before = self.records.insert(namespace, LogRecord { at: now, suppressed: 0 });
+        self.records.retain(|namespace, _| beacons.name_of(*namespace).is_some()); // the others have no handles any more
         tracing::warn!(
             shard,
-            namespace = beacons.name_of(namespace).as_deref().unwrap_or("one that has gone"),
+            namespace = beacons.name_of(namespace).as_deref().unwrap_or("a dropped one"),
             longer_than = ?self.after,
-            not_logged_before = before.map_or(0, |told| told.untold),
-            "a handler holds its shard, whose other connections wait until it returns: do what computes or waits on \
+            not_logged_before = before.map_or(0, |record| record.suppressed),
+            "a handler holds its shard, whose other connections wait until it returns: compute and wait on \
              another thread"
         );
         true
@@ -210,7 +209,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
     const NAMESPACE: GroupKey = GroupKey(7);
 
-    /// A sampler for one shard and 100 ms, with a name that lives.
+    /// A sampler for one shard and 100 ms, with a name that is kept.
     fn sampler() -> (Sampler, Beacons, Arc<str>, Instant) {
         let start = Instant::now();
         let (beacons, name) = (Beacons::new(1, start), Arc::from("a name"));
@@ -219,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_holds_its_shard_is_counted_once_and_not_before_its_time() {
+    fn a_call_that_blocks_its_shard_is_counted_once_and_not_too_early() {
         let (mut sampler, beacons, _name, start) = sampler();
         let call = beacons.call(0, NAMESPACE);
         for (millis, blocked) in [(0, 0), (50, 0), (99, 0), (100, 1), (150, 1), (10_000, 1), (10_050, 1)] {
@@ -234,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn many_short_calls_hold_nothing_up() {
+    fn many_short_calls_block_nothing() {
         let (mut sampler, beacons, _name, start) = sampler();
         for look in 0..100 {
             let _call = beacons.call(0, NAMESPACE);
@@ -244,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_was_stopped_blames_no_call() {
+    fn a_suspended_process_counts_no_call_as_blocking() {
         let (mut sampler, beacons, _name, start) = sampler();
         let _call = beacons.call(0, NAMESPACE);
         sampler.sample(&beacons, start);
@@ -253,29 +252,29 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_is_logged_once_a_minute_and_others_beside_it() {
+    fn each_namespace_is_logged_at_most_once_a_minute() {
         let (mut sampler, beacons, _name, start) = sampler();
         let other: Arc<str> = "another".into();
         beacons.name(GroupKey(8), &other);
-        let mut tell =
-            |key, seconds| sampler.tell(&beacons, 0, GroupKey(key), start + Duration::from_secs(seconds));
+        let mut log_call =
+            |key, seconds| sampler.log_call(&beacons, 0, GroupKey(key), start + Duration::from_secs(seconds));
         assert_eq!(
-            [tell(7, 0), tell(7, 1), tell(8, 2), tell(7, 59), tell(7, 60)],
+            [log_call(7, 0), log_call(7, 1), log_call(8, 2), log_call(7, 59), log_call(7, 60)],
             [true, false, true, false, true]
         );
         for key in 100..200 {
-            assert!(tell(key, 61), "a namespace that has gone has no name, and is not remembered");
+            assert!(log_call(key, 61), "a dropped namespace has no name, and is not remembered");
         }
-        assert!(sampler.told.len() <= 2);
+        assert!(sampler.records.len() <= 2);
     }
 
     #[test]
-    fn a_shutdown_leaves_behind_what_is_stuck_and_waits_for_what_is_on_its_way() {
+    fn a_shutdown_abandons_stuck_shards_and_waits_for_the_others() {
         let start = Instant::now();
         let (shutdown, beacons) = (ShutdownState::new(3), Beacons::new(3, start));
         assert_eq!(verdict(&shutdown, &beacons, start), Next::Sleep(None));
         shutdown.ask(Shutdown::within(1000 * MS), start);
-        beacons.turn(1, start + 500 * MS); // and no end of it
+        beacons.turn(1, start + 500 * MS); // which does not end
         shutdown.notify_closed(0, &ShutdownReport { flushed: 3, ..ShutdownReport::default() });
         let at = |millis: u32| verdict(&shutdown, &beacons, start + millis * MS);
         assert_eq!(at(500), Next::Sleep(Some(700 * MS)));
@@ -292,7 +291,7 @@ mod tests {
         let polled = || shutdown.poll(&mut Registration::default(), std::task::Waker::noop());
         assert_eq!(polled(), std::task::Poll::Ready(report.clone()));
         shutdown.notify_closed(1, &ShutdownReport { flushed: 5, ..ShutdownReport::default() });
-        assert_eq!(polled(), std::task::Poll::Ready(report), "what comes too late changes nothing");
+        assert_eq!(polled(), std::task::Poll::Ready(report), "a late report changes nothing");
         assert_eq!(shutdown.state(), EngineState::Ended);
     }
 

@@ -24,7 +24,7 @@ use testkit::frames::client_frame;
 use testkit::{Client, RawClient, Received, block_on};
 
 /// After this, an engine counts as stuck, however busy the machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// Steps of each publisher.
 const STEPS: usize = 60;
 /// What each publisher says last.
@@ -185,7 +185,7 @@ fn threads_that_wait_sleep_and_wake_lose_and_reorder_nothing() {
         let (tell, told) = mpsc::channel();
         // A stuck one is left behind.
         thread::spawn(move || tell.send(run(seed)));
-        match told.recv_timeout(PATIENCE) {
+        match told.recv_timeout(TEST_TIMEOUT) {
             Ok(received) => messages += received,
             Err(error) => panic!("SOAK_FROM={seed}: {error}"),
         }

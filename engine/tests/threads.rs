@@ -21,24 +21,24 @@ use testkit::client::new_connection_with;
 use testkit::{RawClient, Received, at_once, block_on};
 
 /// After this, what was awaited counts as never coming, however busy the machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Waits for what nobody announces.
 #[track_caller]
 fn eventually(is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TEST_TIMEOUT;
     while !is_so() {
         assert!(Instant::now() < deadline, "it never came about");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// What ends within the tests' patience, on a thread of its own; else a failure, and the thread is left behind.
+/// What ends within the tests' timeout, on a thread of its own; else a failure, and the thread is left behind.
 #[track_caller]
 fn soon<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, over) = channel();
     std::thread::spawn(move || sender.send(what()));
-    over.recv_timeout(PATIENCE).expect("awaited in vain")
+    over.recv_timeout(TEST_TIMEOUT).expect("awaited in vain")
 }
 
 /// A gate that holds up whoever comes to it until it is opened, once and for all.
@@ -245,7 +245,7 @@ mod cpus {
         if mine.len() < 2 {
             return; // there is nothing to choose, and no shard is bound
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TEST_TIMEOUT;
         // Other tests and programs come and go meanwhile; then it is tried once more.
         loop {
             let (before, mut counts) = claims();
@@ -337,7 +337,7 @@ fn a_shutdown_keeps_its_time_though_a_handler_holds_its_shard_and_says_which() {
     other.join().unwrap();
     let again = soon({
         let engine = engine.clone();
-        move || block_on(engine.shutdown(shutdown(PATIENCE)))
+        move || block_on(engine.shutdown(shutdown(TEST_TIMEOUT)))
     });
     assert_eq!(again, Ok(report), "it is the same end");
     // When it comes back it finds the end, and gives back what it has.
@@ -429,7 +429,7 @@ fn a_handler_may_drop_the_last_handle_and_its_shard_ends_by_itself() {
 fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_changes_nothing() {
     let (engine, _shards) = Engine::driven(EngineConfig::default(), Instant::now()).unwrap();
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535].map(CloseCode) {
-        let refused = at_once(engine.shutdown(Shutdown { code, ..Shutdown::within(PATIENCE) }));
+        let refused = at_once(engine.shutdown(Shutdown { code, ..Shutdown::within(TEST_TIMEOUT) }));
         assert_eq!(refused, Err(InvalidCloseCode(code)));
     }
     assert_eq!(engine.state(), EngineState::Running);
@@ -469,7 +469,7 @@ fn an_engine_whose_shard_panicked_says_so_and_ends() {
     assert_eq!(soon(|| block_on(ended)), EngineState::Failed);
     assert_eq!((engine.state(), engine.is_stopping()), (EngineState::Failed, true));
     assert!(engine.admit(None).is_none());
-    let report = soon(move || block_on(engine.shutdown(shutdown(PATIENCE))));
+    let report = soon(move || block_on(engine.shutdown(shutdown(TEST_TIMEOUT))));
     assert_eq!(report, Ok(ShutdownReport::default()));
 }
 
@@ -517,6 +517,6 @@ fn a_handler_that_holds_its_shard_is_logged_counted_and_seen_in_the_lag_while_it
     eventually(|| engine.shard_metrics()[shard].lag_micros > 500_000);
     assert_eq!(engine.shard_metrics()[1 - shard].blocked, 0);
     drop((open, held, other));
-    block_on(engine.shutdown(shutdown(PATIENCE))).unwrap();
+    block_on(engine.shutdown(shutdown(TEST_TIMEOUT))).unwrap();
     assert_eq!(engine.metrics().blocked, 1);
 }

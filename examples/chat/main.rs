@@ -109,7 +109,7 @@ struct Member {
     id: ConnectionId,
 }
 
-struct Entrance {
+struct Entered {
     name: Arc<str>,
     members: Members,
     /// The guest's own connection whose place this one has taken.
@@ -130,19 +130,19 @@ impl Rooms {
 
     /// Lets a guest in: under the name that the token has in this room, or else the wished one or the next free one
     /// like it.
-    fn enter(&self, room: &Arc<str>, wished: &str, token: &Arc<str>, id: ConnectionId) -> Entrance {
+    fn enter(&self, room: &Arc<str>, wished: &str, token: &Arc<str>, id: ConnectionId) -> Entered {
         let mut registry = self.registry();
         let members = registry.rooms.entry(room.clone()).or_default();
         let own = members.iter_mut().find(|member| !token.is_empty() && member.token == *token);
         if let Some(member) = own {
             let (name, former) = (member.name.clone(), std::mem::replace(&mut member.id, id));
-            return Entrance { name, members: registry.members(room), former: Some(former) };
+            return Entered { name, members: registry.members(room), former: Some(former) };
         }
         let is_free = |name: &String| !members.iter().any(|member| *member.name == **name);
         let name: Arc<str> = names_like(wished).find(is_free).unwrap_or_default().into();
         members.push(Member { name: name.clone(), token: token.clone(), id });
         registry.changes += 1;
-        Entrance { name, members: registry.members(room), former: None }
+        Entered { name, members: registry.members(room), former: None }
     }
 
     /// Lets a connection out: none if another one has taken its place.
@@ -192,7 +192,7 @@ impl StatefulHub for Guest {
         if self.token.len() > TOKEN_MAX {
             return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "a token has at most 64 bytes"));
         }
-        let Entrance { name, members, former } =
+        let Entered { name, members, former } =
             self.rooms.enter(&self.room, self.wished.trim(), &self.token, ctx.id());
         self.name = Some(name.clone());
         // One after the other by one task: every guest sees them in this order.

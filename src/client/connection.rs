@@ -280,7 +280,7 @@ mod tests {
 
     /// More than any turn may read.
     const MANY: u32 = 100_000;
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
     /// A stream that always has one message more, at the price of `reads` of a socket, until `is_over`.
     fn flood(
@@ -344,7 +344,7 @@ mod tests {
             let mut sink = sink::drain().sink_map_err(|never| match never {});
             let started = Instant::now();
             let flood = flood(reads, || {
-                assert!(started.elapsed() < PATIENCE, "{reads} reads each: it goes on");
+                assert!(started.elapsed() < TEST_TIMEOUT, "{reads} reads each: it goes on");
                 false
             });
             let close = talk_with(&mut sink, flood, queue, closing).await;
@@ -372,7 +372,7 @@ mod tests {
             yield_now().await;
             Ok(Message::text("in"))
         }));
-        let _ = tokio::time::timeout(PATIENCE, talk_with(&mut sink, messages, queue, closing)).await;
+        let _ = tokio::time::timeout(TEST_TIMEOUT, talk_with(&mut sink, messages, queue, closing)).await;
         assert!(read_meanwhile.get() > 100, "{read_meanwhile:?}");
     }
 }

@@ -1,9 +1,8 @@
-// A barrier: nobody goes on before everybody has come.
+// A barrier: no VU continues before all have arrived.
 //
-// VUs share no memory, so they meet in a group of the server that is tested. If that group is broken, the barrier
-// does not open and the run fails; it cannot pass for this reason. VU 0 counts who is here and lets all go.
-// Whoever waits says so again and again, so it does no harm when the others come late.
-// Knows a client. Does not know what is waited for.
+// VUs share no memory, so they communicate through a group of the server under test. If that group is broken, the barrier
+// does not open and the run fails. VU 0 counts arrivals and releases all. A VU repeats its arrival while it waits, so
+// that it does no harm when others connect later. Knows a client. Does not know what is waited for.
 
 import { Client } from './client.js';
 import { vuIndex } from './fleet.js';
@@ -18,62 +17,62 @@ export class Barrier {
     this.phase = 0;
     this.released = 0;
     this.arrived = new Map();
-    this.why = undefined;
-    this.broken = new Promise((resolve) => {
-      this.breakUp = (why) => {
-        this.why = this.why || why;
+    this.failure = undefined;
+    this.failed = new Promise((resolve) => {
+      this.abort = (reason) => {
+        this.failure = this.failure || reason;
         resolve();
       };
     });
-    this.client = new Client(ROUTE, (message) => this.hear(message));
-    this.client.closed.then(() => this.breakUp('the connection of the barrier has closed'));
+    this.client = new Client(ROUTE, (message) => this.onMessage(message));
+    this.client.closed.then(() => this.abort("the barrier's connection has closed"));
   }
 
-  hear({ t, p }) {
-    const [word, who] = p.split(' ');
+  onMessage({ t, p }) {
+    const [word, vu] = p.split(' ');
     if (word === 'go' && t > this.released) {
       this.released = t;
       if (t === this.phase) this.release();
-    } else if (word === 'broken') {
-      this.breakUp(p);
-    } else if (word === 'here' && vuIndex() === 0) {
+    } else if (word === 'failed') {
+      this.abort(p);
+    } else if (word === 'arrived' && vuIndex() === 0) {
       if (!this.arrived.has(t)) this.arrived.set(t, new Set());
-      const here = this.arrived.get(t).add(who);
-      if (here.size === this.parties) this.client.send(t, 'go');
+      const arrived = this.arrived.get(t).add(vu);
+      if (arrived.size === this.parties) this.client.send(t, 'go');
     }
   }
 
-  /** Waits until all have come to their next barrier. Throws when that takes longer than `ms` or cannot be any more. */
+  /** Waits until all VUs have arrived. Throws after `ms`, or when a VU has failed. */
   async pass(ms) {
     this.phase += 1;
     const released = new Promise((resolve) => {
       this.release = resolve;
     });
-    const announce = () => this.client.send(this.phase, `here ${vuIndex()}`);
+    const announce = () => this.client.send(this.phase, `arrived ${vuIndex()}`);
     announce();
     const timer = setInterval(announce, REPEAT_MS);
     try {
-      await this.demand(ms, released, `barrier ${this.phase} did not open within ${ms} ms`);
+      await this.require(ms, released, `barrier ${this.phase} did not open within ${ms} ms`);
     } finally {
       clearInterval(timer);
     }
   }
 
-  /** Waits for what must come within `ms`; gives up for all with `reason` when it does not. */
-  async demand(ms, promise, reason) {
+  /** Waits for `promise`; after `ms`, fails for all VUs with `reason`. */
+  async require(ms, promise, reason) {
     if (!(await this.wait(ms, promise))) this.fail(reason);
   }
 
-  /** Waits for what should come within `ms`; false when it does not. Throws as soon as somebody has given up. */
+  /** Waits for `promise`; false after `ms`. Throws as soon as a VU has failed. */
   async wait(ms, promise) {
-    const inTime = await within(ms, Promise.race([promise, this.broken]));
-    if (this.why !== undefined) throw new Error(`given up: ${this.why}`);
+    const inTime = await within(ms, Promise.race([promise, this.failed]));
+    if (this.failure !== undefined) throw new Error(`aborted: ${this.failure}`);
     return inTime;
   }
 
-  /** Gives up for all: they need not wait for what cannot come. */
+  /** Fails for all VUs, so that the others do not wait in vain. */
   fail(reason) {
-    this.client.send(this.phase, `broken by VU ${vuIndex()}: ${reason}`);
+    this.client.send(this.phase, `failed in VU ${vuIndex()}: ${reason}`);
     throw new Error(reason);
   }
 }

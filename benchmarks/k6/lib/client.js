@@ -1,7 +1,7 @@
-// A client: one WebSocket to the server, and the books on how it opened and closed.
+// A client: one WebSocket to the server, and the counters of how it opened and closed.
 //
-// Every end of a connection is exactly one of three: it never opened (`connect_errors`), it closed as we asked
-// with 1000 (`clean_closes`), or anything else (`unexpected_closes`).
+// Every connection ends in exactly one of three ways: it never opened (`connect_errors`), it closed with 1000 after we
+// asked for it (`clean_closes`), or anything else (`unexpected_closes`).
 // Knows the form of a message, `{"t":number,"p":string}`. Does not know what the numbers mean.
 
 import { WebSocket } from 'k6/websockets';
@@ -12,7 +12,7 @@ const connectErrors = new Counter('connect_errors');
 const cleanCloses = new Counter('clean_closes');
 const unexpectedCloses = new Counter('unexpected_closes');
 
-/** The thresholds on connections that every script has; `total` is how many it opens in all. */
+/** The thresholds on connections; `total` is how many are opened in all. */
 export function connectionThresholds(total) {
   return {
     connect_errors: ['count==0'],
@@ -21,17 +21,17 @@ export function connectionThresholds(total) {
   };
 }
 
-// Many connections that fail at once have one thing to say: once for each VU.
-let complaints = 1;
+// One message for each VU: connections that fail together fail for the same reason.
+let isSilent = false;
 
-function complain(text) {
-  if (complaints > 0) console.error(text);
-  complaints -= 1;
+function reportOnce(text) {
+  if (!isSilent) console.error(text);
+  isSilent = true;
 }
 
 export class Client {
-  /** `hear(message, at)` gets each message with the time, in milliseconds, at which it was read off the socket. */
-  constructor(route, hear) {
+  /** `onMessage(message, at)` gets each message and the time in milliseconds at which it was read off the socket. */
+  constructor(route, onMessage) {
     let opened;
     let closed;
     this.isOpen = false;
@@ -44,10 +44,10 @@ export class Client {
       closed = resolve;
     });
     this.socket = new WebSocket(`${WS_URL}${route}`);
-    this.socket.onmessage = (event) => hear(JSON.parse(event.data), event.timestamp);
+    this.socket.onmessage = (event) => onMessage(JSON.parse(event.data), event.timestamp);
     this.socket.onerror = (event) => {
-      // A ping that crosses our Close cannot be answered any more; k6 calls that an error.
-      if (!this.isLeaving) complain(`${route}: ${event.error}`);
+      // A ping that crosses our Close cannot be answered; k6 calls that an error.
+      if (!this.isLeaving) reportOnce(`${route}: ${event.error}`);
     };
     this.socket.onopen = () => {
       this.isOpen = true;
@@ -59,14 +59,14 @@ export class Client {
       else if (this.isLeaving && event.code === 1000) cleanCloses.add(1);
       else {
         unexpectedCloses.add(1);
-        complain(`${route}: closed with ${event.code || 'no code'} ${event.reason}`);
+        reportOnce(`${route}: closed with ${event.code || 'no code'} ${event.reason}`);
       }
       opened(false);
       closed();
     };
   }
 
-  /** False when the connection is gone: nothing is sent then. */
+  /** Returns false, and sends nothing, when the connection is not open. */
   send(t, p) {
     if (!this.isOpen || this.isLeaving || this.isGone) return false;
     this.socket.send(JSON.stringify({ t, p }));

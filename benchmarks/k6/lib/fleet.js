@@ -1,7 +1,7 @@
-// A fleet: the clients of one VU, opened a few at a time and closed together.
+// The clients of one VU, opened a few at a time and closed together.
 //
-// A VU is one JavaScript loop; it holds many sockets, because a VU for each socket would cost megabytes for each.
-// Does not know what its clients hear.
+// A VU is one JavaScript loop and holds many sockets, because a VU for each socket would cost megabytes for each.
+// Does not know what its clients receive.
 
 import exec from 'k6/execution';
 import { Counter } from 'k6/metrics';
@@ -9,7 +9,7 @@ import { within } from './wait.js';
 
 const vusFinished = new Counter('vus_finished');
 
-/** One iteration for each VU, and none that is cut short goes unnoticed. */
+/** One iteration for each VU; a threshold fails when one is cut short. */
 export function fleetOptions(vus, maxMillis, thresholds) {
   return {
     scenarios: {
@@ -22,13 +22,13 @@ export function fleetOptions(vus, maxMillis, thresholds) {
       },
     },
     thresholds: { ...thresholds, vus_finished: [`count==${vus}`] },
-    // Fewer tags, fewer time series: a group's URL would be one each.
+    // Fewer tags make fewer time series.
     systemTags: ['status'],
     summaryTrendStats: ['min', 'med', 'avg', 'p(90)', 'p(99)', 'max'],
   };
 }
 
-/** This VU got to its end. */
+/** Counts this VU as finished. */
 export function finish() {
   vusFinished.add(1);
 }
@@ -38,13 +38,13 @@ export function vuIndex() {
   return exec.vu.idInTest - 1;
 }
 
-/** How many of `total` things are this VU's. */
+/** This VU's share of `total`. */
 export function share(total, vus) {
   return Math.floor(total / vus) + (vuIndex() < total % vus ? 1 : 0);
 }
 
-/** Opens `count` clients, `atOnce` at a time; false when one did not open, and then no more are tried. */
-export async function raise(clients, count, atOnce, make) {
+/** Opens `count` clients, `atOnce` at a time; stops and returns false when one does not open. */
+export async function openAll(clients, count, atOnce, make) {
   let failed = false;
   const lane = async () => {
     while (!failed && clients.length < count) {
@@ -57,8 +57,8 @@ export async function raise(clients, count, atOnce, make) {
   return !failed;
 }
 
-/** Closes all clients and waits for the server's answers. */
-export async function dismiss(clients, ms) {
+/** Closes all clients and waits at most `ms` for the server's answers. */
+export async function closeAll(clients, ms) {
   clients.forEach((client) => client.leave());
   await within(ms, Promise.all(clients.map((client) => client.closed)));
 }

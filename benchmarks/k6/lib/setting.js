@@ -1,9 +1,7 @@
 // Settings: numbers and times from the environment, each with its default.
 //
-// No name is one that bash keeps for itself (GROUPS is: its value would not arrive).
-// Read once, when the script starts, because thresholds are made of them. A value that is none
-// ends the run at once: a test with a mistyped setting would otherwise test something else.
-// Does not know what the settings are for, except the number of files, which every script needs.
+// Read once when the script starts, because thresholds depend on them. An invalid value ends the run, which would
+// otherwise test something else.
 
 function refuse(reason) {
   throw new Error(reason);
@@ -14,36 +12,35 @@ export function count(name, standard) {
   const text = __ENV[name];
   if (text === undefined || text === '') return standard;
   const value = Number(text);
-  return Number.isInteger(value) && value > 0 ? value : refuse(`${name}=${text} is no whole number above 0`);
+  return Number.isInteger(value) && value > 0 ? value : refuse(`${name}=${text} must be a whole number above 0`);
 }
 
 /** A time such as `500ms`, `5s` or `2m`, in milliseconds. */
 export function millis(name, standard) {
   const text = __ENV[name];
   if (text === undefined || text === '') return standard;
-  const [, digits, unit] = /^(\d+)(ms|s|m)$/.exec(text) || refuse(`${name}=${text} is no time such as 500ms, 5s or 2m`);
+  const [, digits, unit] = /^(\d+)(ms|s|m)$/.exec(text) || refuse(`${name}=${text} must be a time such as 500ms, 5s or 2m`);
   const value = Number(digits) * { ms: 1, s: 1000, m: 60000 }[unit];
   return value > 0 ? value : refuse(`${name}=${text} must be above 0`);
 }
 
-/** Ends the run before it starts when `connections` do not fit into the files that one process may open. */
-export function fit(connections) {
+/** Ends the run before it starts when one process may not open so many sockets. */
+export function requireOpenFiles(connections) {
   // k6 and the server have files besides their sockets.
   const needed = connections + 100;
   const files = Number(__ENV.OPEN_FILES || Infinity);
   if (needed > files) {
     refuse(
-      `needs ${needed} open files, but the limit is ${files}: lower CONNECTIONS (or what the script calls it), ` +
+      `needs ${needed} open files, but the limit is ${files}: lower CONNECTIONS, ` +
         `or raise the hard limit: as root 'ulimit -Hn ${needed}' in this shell, ` +
-        `or for good in /etc/security/limits.conf or with systemd's LimitNOFILE=`,
+        `or permanently in /etc/security/limits.conf or with systemd's LimitNOFILE=`,
     );
   }
 }
 
-/** Where the server is. */
 export const WS_URL = __ENV.WS_URL || 'ws://127.0.0.1:9001';
 
-/** How long to wait for what should have come; beyond it, it is lost. */
+/** How long to wait for outstanding messages before they count as lost. */
 export const GRACE = millis('GRACE', 30000);
 
 /** How long opening all connections may take. */

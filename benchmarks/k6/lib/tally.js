@@ -1,8 +1,7 @@
-// A tally: what became of messages, counted one by one and reported once, when a VU ends.
+// Counters of messages, reported once when a VU ends.
 //
-// `sent`, `received` (each distinct message in its place), `lost`, `repeated` (twice, or too late to be in order) and
-// `strange` (not a message that was sent). Reported once, because a metric's sample for each of many thousand messages
-// per second would cost more than receiving them.
+// `sent`, `received` (each distinct message in order), `lost`, `repeated` (twice, or after a later one) and `strange`
+// (not a message that was sent). Reported once, because a sample for each message would cost more than receiving it.
 // Knows numbers. Does not know sockets or time.
 
 import { Counter } from 'k6/metrics';
@@ -10,7 +9,7 @@ import { Counter } from 'k6/metrics';
 const KINDS = ['sent', 'received', 'lost', 'repeated', 'strange'];
 
 export class Tally {
-  /** To be made when the script starts: k6 wants its metrics early. */
+  /** Must be created while the script starts, because k6 requires that of metrics. */
   constructor(name) {
     this.counters = {};
     for (const kind of KINDS) {
@@ -19,16 +18,11 @@ export class Tally {
     }
   }
 
-  /**
-   * What must hold for `sent` and `received` messages.
-   *
-   * The two counts are what makes a run fail in which nothing happened: a counter without a sample is 0 for k6, and
-   * `count==0` holds then.
-   */
+  /** Exact numbers of `sent` and `received` messages: `count==0` alone would hold in a run in which nothing happened. */
   static thresholds(name, sent, received) {
     return {
-      [`${name}_sent`]: [sent],
-      [`${name}_received`]: [received],
+      [`${name}_sent`]: [`count==${sent}`],
+      [`${name}_received`]: [`count==${received}`],
       [`${name}_lost`]: ['count==0'],
       [`${name}_repeated`]: ['count==0'],
       [`${name}_strange`]: ['count==0'],
@@ -40,16 +34,14 @@ export class Tally {
   }
 }
 
-/** Numbers that must come one after the other, without a gap and once each. */
+/** Numbers from 1 that must arrive in order, without a gap and once each. */
 export class Sequence {
-  /** `first` is the number it must begin with; without it, any. */
-  constructor(tally, first) {
+  constructor(tally) {
     this.tally = tally;
-    this.next = first;
+    this.next = 1;
   }
 
   take(number) {
-    if (this.next === undefined) this.next = number;
     if (!Number.isInteger(number)) {
       this.tally.strange += 1;
     } else if (number < this.next) {
@@ -61,9 +53,9 @@ export class Sequence {
     }
   }
 
-  /** Everything up to `last` should have come by now. */
+  /** Counts what has not arrived up to `last` as lost, and what is beyond it as strange. */
   close(last) {
     this.tally.lost += Math.max(0, last + 1 - this.next);
-    if (this.next > last + 1) this.tally.strange += this.next - last - 1;
+    this.tally.strange += Math.max(0, this.next - last - 1);
   }
 }

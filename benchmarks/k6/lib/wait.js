@@ -1,8 +1,6 @@
-// Waiting for something that happens, never longer than allowed, and doing things when they are due.
-//
-// Knows timers and promises. Does not know sockets.
+// Waiting with a bound, and doing things when they are due. Knows timers and promises.
 
-/** True when `promise` was resolved within `ms`, false when not. */
+/** True when `promise` resolves within `ms`. */
 export function within(ms, promise) {
   return new Promise((resolve) => {
     const timer = setTimeout(() => resolve(false), ms);
@@ -13,7 +11,7 @@ export function within(ms, promise) {
   });
 }
 
-/** A promise that is resolved when `step` was called as often as asked. */
+/** A promise, `passed`, that resolves after `steps` calls of `step`. */
 export class Gate {
   constructor(steps) {
     this.left = steps;
@@ -30,10 +28,8 @@ export class Gate {
 }
 
 /**
- * Calls `act(0)`, `act(1)`, … each at its time, `due(index)` in milliseconds from now, until `total` or `stop`.
- *
- * Times are absolute: who is late catches up, so that what was planned is what is sent. `act` is told, second, how many
- * milliseconds late it is.
+ * Calls `act(index, late)` for each index below `total` when it is due, `due(index)` milliseconds from now, or until
+ * `stop`. Times are absolute: after a delay the calls catch up. `late` is by how many milliseconds a call is late.
  */
 export class Pace {
   constructor(total, due, act) {

@@ -1,92 +1,17 @@
 //! The result as Markdown: the machine, one table per scenario with medians and ratios to the floor, and every run.
-//!
-//! The shares of the two cores stand beside the rates, because a rate only tells of the server when the server, and
-//! not the client or a neighbour, was the limit.
 
 use std::fmt;
 
-use super::{Comparison, run::Run, scenario::Scenario};
-use crate::{
-    statistic::{cell, counted, percent},
-    trial::{
-        Contender, Measure, Outcome,
-        measure::{
-            client_share, cost, delivered, deliveries, empty_mib, full_mib, p50, p99, server_share,
-            waiting_share, weight,
-        },
-    },
+use super::{
+    column::{Column, EVERY_RUN, Show},
+    comparison::{Comparison, SLICE},
+    runs::Run,
+    scenario::Scenario,
 };
-
-/// One number of a server, and how it is shown.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Column {
-    pub(crate) title: &'static str,
-    pub(crate) measure: Measure,
-    show: Show,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Show {
-    /// The median, with so many digits.
-    Median(usize),
-    /// The median of the ratios to the floor.
-    Ratio(usize),
-    /// The median, of a hundred.
-    Percent,
-    /// The least of all rounds, of a hundred: a loss must not hide behind a median.
-    LeastPercent,
-}
-
-const fn column(title: &'static str, measure: Measure, show: Show) -> Column {
-    Column { title, measure, show }
-}
-
-const COST: Column = column("CPU µs/delivery", cost, Show::Median(3));
-const COST_RATIO: Column = column("× floor", cost, Show::Ratio(3));
-const SERVER: Column = column("server core", server_share, Show::Percent);
-const WAITED: Column = column("waited", waiting_share, Show::Percent);
-const CLIENT: Column = column("client core", client_share, Show::Percent);
-const DELIVERED: Column = column("delivered", delivered, Show::LeastPercent);
-
-pub(crate) static TRAFFIC: [Column; 10] = [
-    column("deliveries/s", deliveries, Show::Median(0)),
-    column("× floor", deliveries, Show::Ratio(2)),
-    column("p50 µs", p50, Show::Median(0)),
-    column("p99 µs", p99, Show::Median(0)),
-    COST,
-    COST_RATIO,
-    SERVER,
-    WAITED,
-    CLIENT,
-    DELIVERED,
-];
-
-pub(crate) static LATENCY: [Column; 10] = [
-    column("p50 µs", p50, Show::Median(0)),
-    column("× floor", p50, Show::Ratio(2)),
-    column("p99 µs", p99, Show::Median(0)),
-    column("× floor", p99, Show::Ratio(2)),
-    COST,
-    COST_RATIO,
-    SERVER,
-    WAITED,
-    CLIENT,
-    DELIVERED,
-];
-
-pub(crate) static MEMORY: [Column; 4] = [
-    column("bytes per connection", weight, Show::Median(0)),
-    column("× floor", weight, Show::Ratio(1)),
-    column("resident MiB, empty", empty_mib, Show::Median(1)),
-    column("full", full_mib, Show::Median(1)),
-];
-
-impl Column {
-    /// Whether it is a value of its own, and not another's set against the floor.
-    pub(crate) fn is_plain(&self) -> bool {
-        !matches!(self.show, Show::Ratio(_))
-    }
-}
+use crate::{
+    statistic::counted,
+    trial::{Outcome, Subject},
+};
 
 /// Shows a comparison.
 #[derive(Debug)]
@@ -95,11 +20,7 @@ pub(crate) struct Table<'a>(pub(crate) &'a Comparison);
 impl Table<'_> {
     fn scenario(&self, f: &mut fmt::Formatter<'_>, scenario: Scenario) -> fmt::Result {
         let columns = scenario.columns();
-        write!(f, "| server |")?;
-        columns.iter().try_for_each(|column| write!(f, " {} |", column.title))?;
-        write!(f, " verdict |\n|---|")?;
-        columns.iter().try_for_each(|_| write!(f, "--:|"))?;
-        writeln!(f, "---|")?;
+        header(f, &["server"], columns)?;
         for &server in &self.0.servers {
             write!(f, "| {server} |")?;
             for column in columns {
@@ -110,39 +31,24 @@ impl Table<'_> {
         Ok(())
     }
 
-    fn cell(&self, scenario: Scenario, server: Contender, column: &Column) -> String {
+    fn cell(&self, scenario: Scenario, server: Subject, column: &Column) -> String {
         let runs = &self.0.runs;
-        match column.show {
-            Show::Median(digits) => cell(runs.median(scenario, server, column.measure), digits),
-            Show::Ratio(digits) => cell(runs.ratio(scenario, server, column.measure), digits),
-            Show::Percent => percent(runs.median(scenario, server, column.measure), 0),
-            Show::LeastPercent => percent(runs.least(scenario, server, column.measure), 3),
-        }
+        column.show.text(match column.show {
+            Show::Median(_) | Show::Percent => runs.median(scenario, server, column.measure),
+            Show::Ratio(_) => runs.ratio(scenario, server, column.measure),
+            Show::LeastPercent => runs.least(scenario, server, column.measure),
+        })
     }
 
     fn every_run(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "| scenario | round | server | deliveries/s | p99 µs | CPU µs/delivery | bytes per connection | \
-             server core | waited | client core | verdict |"
-        )?;
-        writeln!(f, "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|---|")?;
-        for run in &self.0.runs.0 {
-            let Run { round, scenario, server, outcome } = run;
-            let value = |measure: Measure| outcome.report.as_ref().and_then(measure);
-            writeln!(
-                f,
-                "| {scenario} | {} | {server} | {} | {} | {} | {} | {} | {} | {} | {} |",
-                round + 1,
-                cell(value(deliveries), 0),
-                cell(value(p99), 0),
-                cell(value(cost), 3),
-                cell(value(weight), 0),
-                percent(value(server_share), 0),
-                percent(value(waiting_share), 0),
-                percent(value(client_share), 0),
-                outcome.verdict(),
-            )?;
+        header(f, &["scenario", "round", "server"], &EVERY_RUN)?;
+        for Run { round, scenario, server, outcome } in &self.0.runs.0 {
+            write!(f, "| {scenario} | {} | {server} |", round + 1)?;
+            for column in &EVERY_RUN {
+                let value = outcome.report.as_ref().and_then(column.measure);
+                write!(f, " {} |", column.show.text(value))?;
+            }
+            writeln!(f, " {} |", outcome.verdict())?;
         }
         Ok(())
     }
@@ -163,7 +69,7 @@ impl fmt::Display for Table<'_> {
         for &scenario in scenarios {
             writeln!(f, "\n## {scenario}, {} connections\n", scenario.connections(extent))?;
             if scenario.is_in_turns() {
-                writeln!(f, "All servers at once, in turns of {} ms.\n", super::SLICE.as_millis())?;
+                writeln!(f, "All servers at once, in turns of {} ms.\n", SLICE.as_millis())?;
             }
             self.scenario(f, scenario)?;
         }
@@ -172,10 +78,17 @@ impl fmt::Display for Table<'_> {
     }
 }
 
+/// The first two lines of a table: `keys` on the left, a verdict on the right.
+fn header(f: &mut fmt::Formatter<'_>, keys: &[&str], columns: &[Column]) -> fmt::Result {
+    let titles: Vec<_> = columns.iter().map(|column| column.title).collect();
+    writeln!(f, "| {} | {} | verdict |", keys.join(" | "), titles.join(" | "))?;
+    writeln!(f, "|{}{}---|", "---|".repeat(keys.len()), "--:|".repeat(columns.len()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compare::tests::comparison;
+    use crate::compare::comparison::tests::comparison;
 
     #[test]
     fn every_server_has_a_line_in_every_table_and_every_run_has_one() {

@@ -1,7 +1,7 @@
-//! Opens the crowd: connects and shakes hands, a bounded number at a time.
+//! Opens all connections, with a bounded number of handshakes at a time.
 //!
-//! Bounded, because a listen backlog that overflows costs a second per lost SYN and would be mistaken for a slow
-//! server. Returns only when every handshake is done, so that nothing of it is measured.
+//! Bounded, because a listen backlog that overflows costs a second for each lost SYN and would be mistaken for a slow
+//! server. Returns when every handshake is done, so that none of it is in the measurement; their own rate is reported.
 
 use std::{
     io,
@@ -11,64 +11,74 @@ use std::{
 use mio::{Events, Poll, Token};
 
 use super::{
-    candidate::{Candidate, CandidateError},
-    crowd::Crowd,
-    role::Cast,
-    slow,
+    client_pool::ClientPool,
+    latencies::Latencies,
+    pending_connection::{PendingConnection, PendingError},
+    plan::Plan,
+    report, slow_readers,
     target::Target,
 };
+use crate::nonblocking;
 
-const STALLED_AFTER: Duration = Duration::from_secs(10);
+/// Without any handshake done for so long, the rest counts as failed.
+const PROGRESS_MAX: Duration = Duration::from_secs(10);
+const POLL_MAX: Duration = Duration::from_millis(100);
 
-/// Why not everybody is connected.
+/// Why not all connections are open.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
-    #[error("connection {index} is no WebSocket")]
-    Candidate { index: usize, source: CandidateError },
-    #[error("{open} of {wanted} connections are open, and no more for {}s", STALLED_AFTER.as_secs())]
-    Stalled { open: usize, wanted: usize },
+    #[error("connection {index} did not become a WebSocket")]
+    Pending { index: usize, source: PendingError },
+    #[error("{open} of {wanted} connections are open, and none was added for {} s", PROGRESS_MAX.as_secs())]
+    NoProgress { open: usize, wanted: usize },
     #[error("epoll failed")]
     Poll(#[from] io::Error),
 }
 
-/// Opens a WebSocket for every part of the cast, each at its group's path.
-/// `at_once` handshakes are on their way at any time.
-pub(crate) fn connect(target: &Target, cast: &Cast, at_once: usize) -> Result<Crowd, ConnectError> {
-    let wanted = cast.len();
+/// Opens a WebSocket for every connection of the plan, each at its group's path, `at_once` at a time.
+pub(crate) fn connect(
+    target: &Target,
+    plan: &Plan,
+    at_once: usize,
+) -> Result<(ClientPool, report::Handshakes), ConnectError> {
+    let wanted = plan.len();
     let mut poll = Poll::new()?;
     let mut events = Events::with_capacity(2 * at_once);
-    let requests = target.requests(cast.groups());
-    let mut candidates: Vec<(Candidate, bool)> = Vec::with_capacity(wanted);
+    let requests = target.requests(plan.groups());
+    let mut connections: Vec<(PendingConnection, bool)> = Vec::with_capacity(wanted);
+    let mut latencies = Latencies::default();
     let mut open = 0;
-    let mut progress = Instant::now();
+    let start = Instant::now();
+    let mut progress = start;
     while open < wanted {
-        while candidates.len() < wanted && candidates.len() < open + at_once {
-            let index = candidates.len();
-            let buffer = slow::receive_buffer(cast.role(index));
-            let candidate = Candidate::start(target.address, poll.registry(), Token(index), buffer)
-                .map_err(|error| ConnectError::Candidate { index, source: error.into() })?;
-            candidates.push((candidate, false));
+        while connections.len() < wanted.min(open + at_once) {
+            let index = connections.len();
+            let buffer = slow_readers::receive_buffer(plan.role(index));
+            let pending = PendingConnection::start(target.address, poll.registry(), Token(index), buffer)
+                .map_err(|error| ConnectError::Pending { index, source: error.into() })?;
+            connections.push((pending, false));
         }
-        match poll.poll(&mut events, Some(Duration::from_millis(100))) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            outcome => outcome?,
-        }
+        nonblocking::poll(&mut poll, &mut events, Some(POLL_MAX))?;
         for event in &events {
             let Token(index) = event.token();
-            let (candidate, is_open) = &mut candidates[index];
+            let (pending, is_open) = &mut connections[index];
             if !*is_open {
-                *is_open = candidate
-                    .advance(&requests[cast.group(index)])
-                    .map_err(|source| ConnectError::Candidate { index, source })?;
+                *is_open = pending
+                    .advance(&requests[plan.group(index)])
+                    .map_err(|source| ConnectError::Pending { index, source })?;
                 if *is_open {
                     open += 1;
+                    latencies.record(pending.age());
                     progress = Instant::now();
                 }
             }
         }
-        if progress.elapsed() > STALLED_AFTER {
-            return Err(ConnectError::Stalled { open, wanted });
+        if progress.elapsed() > PROGRESS_MAX {
+            return Err(ConnectError::NoProgress { open, wanted });
         }
     }
-    Ok(Crowd::new(poll, candidates.into_iter().map(|(candidate, _)| candidate.into_parts()).collect()))
+    let per_second = wanted as f64 / start.elapsed().as_secs_f64();
+    let handshakes = report::Handshakes { at_once, per_second, latency: latencies.summary() };
+    let open = connections.into_iter().map(|(pending, _)| pending.into_parts()).collect();
+    Ok((ClientPool::new(poll, open), handshakes))
 }

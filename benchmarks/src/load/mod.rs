@@ -1,44 +1,40 @@
-//! The load generator: many clients on one thread, and a verdict on every delivery.
+//! The load generator: many clients on one thread, and a check of every delivery.
 //!
-//! A measurement only counts when it can fail, so each run checks that every connection got every message once and
-//! in the same order as all others, and says when the client itself was the limit. Sequence of a run: connect,
-//! settle, warm up, measure, drain, report. Knows a server only by its address and, if told, its process id.
+//! A measurement is worth something only if it can fail, so each run checks that every connection gets every message once
+//! and in the same order as all others, and says when the client itself was the limit. A run connects, settles, warms
+//! up, measures, drains and reports. Knows a server by its address and, if told, its process id.
 
-mod bout;
-mod candidate;
-mod churn;
+mod client_pool;
+mod clients;
+mod close_counts;
 mod connect;
 mod connection;
-mod crowd;
-mod end;
+mod cursor;
+mod delivery_tracker;
 mod idle;
-mod kill;
-mod latency;
-mod ledger;
-mod memory;
+mod latencies;
+mod memory_monitor;
 mod options;
-mod order;
 mod pace;
-mod progress;
+mod pending_connection;
+mod plan;
 pub(crate) mod report;
-mod role;
 mod settle;
-mod slow;
+mod slow_readers;
 mod snapshot;
-mod socket;
-mod stage;
-mod storm;
+mod socket_memory;
 mod target;
 #[cfg(test)]
 mod tests;
 mod text;
+mod timed_run;
 mod traffic;
 
 use std::io;
 
 pub(crate) use self::{
-    bout::Bout,
     options::{Mode, Options},
+    timed_run::TimedRun,
 };
 use self::{report::Report, target::Target};
 use crate::{
@@ -47,7 +43,7 @@ use crate::{
     process::{Process, ProcessError},
 };
 
-/// Why there is no result.
+/// Why there is no report.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LoadError {
     #[error("{0}")]
@@ -60,17 +56,17 @@ pub(crate) enum LoadError {
     Target(#[from] target::TargetError),
     #[error(transparent)]
     Connect(#[from] connect::ConnectError),
-    #[error("{unseen} of {connections} connections got no probe within {}s", settle::SETTLE_MAX.as_secs())]
-    Unsettled { unseen: usize, connections: usize },
+    #[error("{unreached} of {connections} connections got no probe within {} s", settle::SETTLE_MAX.as_secs())]
+    Unsettled { unreached: usize, connections: usize },
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error("the client's loop failed")]
     Io(#[from] io::Error),
-    #[error("the report does not become JSON")]
+    #[error("the report cannot be encoded as JSON")]
     Json(#[from] serde_json::Error),
 }
 
-/// Runs the load and prints the report; false when a promise of delivery was broken.
+/// Runs the load and prints the report; false when a delivery was faulty.
 pub(crate) fn run(options: &Options) -> Result<bool, LoadError> {
     cpu::pin(options.cpu)?;
     options.check()?;
@@ -78,7 +74,6 @@ pub(crate) fn run(options: &Options) -> Result<bool, LoadError> {
     let server = options.server_pid.map(Process::new);
     let report: Report = match options.mode {
         Mode::Idle => idle::measure(options, &target, server)?,
-        Mode::Storm => storm::measure(options, &target, server)?,
         Mode::Fanout | Mode::Echo => traffic::measure(options, &target, server)?,
     };
     if options.json {

@@ -1,27 +1,27 @@
-//! The load generator's command line, and what of it goes together.
+//! The load generator's command line, and which of its options fit together.
 
 use std::time::Duration;
 
 use clap::{Args, FromArgMatches};
 
-use super::{LoadError, report::Setup, role::Cast, target::GROUP};
+use super::{LoadError, plan::Plan, report::Setup, target::GROUP};
 
-/// Senders of an open loop, unless told otherwise.
+/// Senders of an open loop by default.
 const OPEN_LOOP_SENDERS: usize = 64;
 
-/// What the load generator is told.
+/// The command line of `load`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
-    /// Where the server is: `ws://127.0.0.1:PORT/ws`, `…/echo` or, with --groups, `…/group/{group}`.
+    /// The server: `ws://127.0.0.1:PORT/ws`, `…/echo` or, with --groups, `…/group/{group}`.
     #[arg(long)]
     pub(crate) url: String,
     #[arg(long, value_enum, default_value_t = Mode::Fanout)]
     pub(crate) mode: Mode,
-    /// How many connections to open, all parts together.
+    /// How many connections to open, slow and stalled ones included.
     #[arg(long, default_value_t = 1000)]
     pub(crate) connections: usize,
-    /// How many of the connections send, spread evenly over all and over the groups. By default as many as are in
-    /// flight, in an open loop 64, and at least one for each group.
+    /// How many of the connections send, spread evenly over all and over the groups. By default as many as messages are
+    /// in flight, in an open loop 64, and at least one for each group.
     #[arg(long)]
     pub(crate) senders: Option<usize>,
     /// Closed loop: messages in flight in total.
@@ -43,51 +43,40 @@ pub(crate) struct Options {
     /// at all members of its sender's group, in one order for each group.
     #[arg(long, default_value_t = 1)]
     pub(crate) groups: usize,
-    /// How many of the connections read nothing from the start of the measurement on, not even pings. They send
-    /// nothing, nothing is expected of them, and the server may end them.
+    /// How many of the connections read nothing during the measurement, not even pings. They send nothing, no delivery
+    /// to them is expected, and the server may close them.
     #[arg(long, default_value_t = 0)]
     pub(crate) stalled: usize,
-    /// How many of the connections read slowly from the start of the measurement on. Otherwise like --stalled.
+    /// How many of the connections read slowly during the measurement. Otherwise like --stalled.
     #[arg(long, default_value_t = 0)]
     pub(crate) slow: usize,
-    /// Bytes a second that each of --slow reads, in slices of 1/20 s.
+    /// Bytes per second that each of --slow reads, in slices of 1/20 s.
     #[arg(long, default_value_t = 1024)]
     pub(crate) slow_rate: u32,
-    /// How many of the connections end at once and without a word half way through the measurement, every second one
-    /// with a reset. Senders are spared.
-    #[arg(long)]
-    pub(crate) kill: Option<usize>,
-    /// Connections a second that leave, in turn by the closing handshake and abruptly, and as many that join in their
-    /// places, from the start of the sending to the end of the measurement. Senders stay.
-    #[arg(long)]
-    pub(crate) churn: Option<f64>,
-    /// The server is to end everybody during the run, with close code 1001 or 1012; the run ends when it has. Whatever
-    /// one connection has seen, all watched ones must have seen. Anything else is a fault.
+    /// The server must close all connections during the run, with close code 1001 or 1012; the run ends when it has.
+    /// What one connection has received, all must have received, slow and stalled ones excepted. Anything else is a fault.
     #[arg(long)]
     pub(crate) expect_end: bool,
-    /// Losses are told but are no fault, for servers that drop by design. A closed loop waits for a message no longer
-    /// than 500 ms, and latencies are those of messages that came to all. Duplicates remain faults, and another order
-    /// where nothing was lost; otherwise it is told only, since a loss can make the others' order seem another.
+    /// Losses are reported but are no fault, for servers that drop by design. A closed loop waits for a message at most
+    /// 500 ms, and latencies are those of messages that reached all. Duplicates remain faults, and so does another order
+    /// where nothing was lost; after a loss the order is only reported, since the loss can make it seem wrong.
     #[arg(long)]
     pub(crate) lossy: bool,
-    /// How many handshakes at once: 100 by default; 16 when idle, where the room that a server once took for many
-    /// handshakes would else be charged to its connections.
+    /// How many handshakes run at once: 100 by default; 16 in idle mode, because a server's memory for many simultaneous
+    /// handshakes would be charged to its connections.
     #[arg(long)]
     at_once: Option<usize>,
-    /// The server's process, to measure its CPU and memory.
+    /// The server's process id, to measure its CPU and memory.
     #[arg(long)]
     pub(crate) server_pid: Option<u32>,
     /// The core to run on. By default any.
     #[arg(long)]
     pub(crate) cpu: Option<usize>,
-    /// Polls without sleeping while something is expected, for a client with a core of its own: on the loopback a
-    /// server pays for waking its client, some 2 µs each time that the client was quick enough to fall asleep.
+    /// Poll without sleeping while a delivery is expected, for a client that has a core for itself: on the loopback a
+    /// server pays for waking a client that sleeps, some 2 µs each time.
     #[arg(long)]
     pub(crate) spin: bool,
-    /// A line a second on stderr. By default only when stderr is a terminal and the measurement takes more than 5 s.
-    #[arg(long)]
-    pub(crate) progress: bool,
-    /// One JSON object on stdout instead of text.
+    /// Print one JSON object on stdout instead of text.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -96,80 +85,72 @@ pub(crate) struct Options {
 #[derive(Clone, Copy, Debug, Eq, PartialEq, clap::ValueEnum, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Mode {
-    /// Every message is expected at every connection, or at every one of its sender's group.
+    /// Every message is expected at every connection, or at every member of its sender's group.
     Fanout,
     /// Every message is expected back at its sender.
     Echo,
-    /// Nothing is sent: what does a connection cost in memory?
+    /// Nothing is sent: how much memory does a connection take?
     Idle,
-    /// Everybody connects as fast as the server answers, and leaves, again and again for --seconds.
-    Storm,
 }
 
 impl Options {
-    /// What these words say, as if they stood behind `load`.
-    pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
+    /// Parses what would follow `load` on a command line.
+    pub(crate) fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
         let load = clap::Command::new("load").no_binary_name(true);
-        Self::from_arg_matches(&Self::augment_args(load).try_get_matches_from(words)?)
+        Self::from_arg_matches(&Self::augment_args(load).try_get_matches_from(arguments)?)
     }
 
     pub(crate) fn check(&self) -> Result<(), LoadError> {
-        let refuse = |reason| Err(LoadError::Options(reason));
         let positive = |number: f64| number.is_finite() && number > 0.0;
-        let special = self.stalled + self.slow > 0 || self.kill.is_some() || self.churn.is_some();
-        if self.connections == 0 || self.in_flight == 0 || self.senders == Some(0) || self.at_once == Some(0)
-        {
-            return refuse("connections, senders, in-flight and at-once must be at least 1");
-        }
-        if !positive(self.seconds) || !self.warmup.is_finite() || self.warmup < 0.0 {
-            return refuse("seconds must be above 0, and warmup not below");
-        }
-        if self.rate.is_some_and(|rate| !positive(rate)) || self.churn.is_some_and(|churn| !positive(churn)) {
-            return refuse("the rate and the churn must be above 0");
-        }
-        if self.slow > 0 && self.slow_rate == 0 {
-            return refuse("a slow-rate of 0 is stalled: use --stalled");
-        }
-        if self.mode == Mode::Idle && self.server_pid.is_none() {
-            return refuse("idle measures the server's memory and needs --server-pid");
-        }
-        if self.mode != Mode::Fanout && (special || self.groups != 1 || self.expect_end) {
-            return refuse("groups, stalled, slow, kill, churn and expect-end are for --mode fanout");
-        }
-        if self.groups == 0 || self.groups > self.connections {
-            return refuse("there must be at least 1 group, and a connection for each");
-        }
-        if self.groups > 1 && !self.url.contains(GROUP) {
-            return refuse("with --groups the URL must contain {group}");
-        }
-        if self.expect_end && (self.kill.is_some() || self.churn.is_some()) {
-            return refuse(
-                "expect-end goes neither with kill nor with churn: each ends connections of its own",
-            );
-        }
-        let plain = self.connections.checked_sub(self.sender_count() + self.stalled + self.slow);
-        match plain {
-            None => refuse("senders, stalled and slow are more than the connections"),
-            Some(plain) if self.kill.is_some_and(|kill| kill > plain) => {
-                refuse("kill is more than the connections that neither send nor are slow")
-            }
-            Some(0) if self.churn.is_some() => {
-                refuse("churn needs connections that neither send nor are slow")
-            }
-            Some(_) => Ok(()),
+        let has_unwatched = self.stalled + self.slow > 0;
+        let too_many_parts = self.sender_count() + self.stalled + self.slow > self.connections;
+        let rules = [
+            (
+                self.connections == 0
+                    || self.in_flight == 0
+                    || self.senders == Some(0)
+                    || self.at_once == Some(0),
+                "connections, senders, in-flight and at-once must be at least 1",
+            ),
+            (
+                !positive(self.seconds) || !self.warmup.is_finite() || self.warmup < 0.0,
+                "seconds must be above 0, and warmup at least 0",
+            ),
+            (self.rate.is_some_and(|rate| !positive(rate)), "rate must be above 0"),
+            (
+                self.slow > 0 && self.slow_rate == 0,
+                "slow-rate must be above 0: to read nothing, use --stalled",
+            ),
+            (
+                self.mode == Mode::Idle && self.server_pid.is_none(),
+                "idle mode measures the server's memory and needs --server-pid",
+            ),
+            (
+                self.mode != Mode::Fanout && (has_unwatched || self.groups != 1 || self.expect_end),
+                "groups, stalled, slow and expect-end need --mode fanout",
+            ),
+            (
+                self.groups == 0 || self.groups > self.connections,
+                "there must be at least 1 group, and a connection for each",
+            ),
+            (self.groups > 1 && !self.url.contains(GROUP), "with --groups the URL must contain {group}"),
+            (too_many_parts, "senders, stalled and slow are more than the connections"),
+        ];
+        match rules.into_iter().find(|(is_broken, _)| *is_broken) {
+            Some((_, reason)) => Err(LoadError::Options(reason)),
+            None => Ok(()),
         }
     }
 
     fn sender_count(&self) -> usize {
         let usual = if self.rate.is_some() { OPEN_LOOP_SENDERS } else { self.in_flight };
-        // One at least has to be left that may come and go.
-        let spared = self.stalled + self.slow + self.kill.unwrap_or(0) + usize::from(self.churn.is_some());
-        let default = || usual.max(self.groups).min(self.connections.saturating_sub(spared)).max(1);
+        let free = self.connections.saturating_sub(self.stalled + self.slow);
+        let default = || usual.max(self.groups).min(free).max(1);
         self.senders.map_or_else(default, |senders| senders.min(self.connections))
     }
 
-    pub(crate) fn cast(&self) -> Cast {
-        Cast::new(self.connections, self.groups, self.sender_count(), self.stalled, self.slow)
+    pub(crate) fn plan(&self) -> Plan {
+        Plan::new(self.connections, self.groups, self.sender_count(), self.stalled, self.slow)
     }
 
     pub(crate) fn at_once(&self) -> usize {
@@ -191,6 +172,41 @@ impl Options {
             payload_bytes: self.payload,
             groups: self.groups,
             lossy: self.lossy,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_accepted(arguments: &str) -> bool {
+        let url = if arguments.contains("--url") { "" } else { "--url=ws://127.0.0.1:1/{group} " };
+        let connections = if arguments.contains("--connections") { "" } else { "--connections=12 " };
+        let arguments = format!("{url}{connections}{arguments}");
+        Options::parse(arguments.split_whitespace().map(str::to_owned)).unwrap().check().is_ok()
+    }
+
+    #[test]
+    fn options_that_do_not_fit_together_are_refused() {
+        for arguments in [
+            "--connections=0",
+            "--groups=13",
+            "--groups=0",
+            "--groups=2 --url=ws://127.0.0.1:1/ws",
+            "--mode=echo --stalled=1",
+            "--mode=echo --groups=2",
+            "--mode=echo --expect-end",
+            "--mode=idle",
+            "--senders=1 --stalled=6 --slow=6",
+            "--slow=1 --slow-rate=0",
+            "--rate=0",
+            "--seconds=0",
+        ] {
+            assert!(!is_accepted(arguments), "{arguments}");
+        }
+        for arguments in ["", "--groups=12", "--stalled=5 --slow=6", "--rate=9 --senders=12 --expect-end"] {
+            assert!(is_accepted(arguments), "{arguments}");
         }
     }
 }

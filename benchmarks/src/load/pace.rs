@@ -1,15 +1,15 @@
-//! The pace: when the next message is due, and who sends it.
+//! When the next message is due, and which connection sends it.
 //!
-//! A closed loop keeps a number of messages in flight and shows what a server can do; an open loop sends by the clock
-//! whatever the server does, and its latencies count from the time a message was due, so that a stall is charged to
-//! all messages it held up. Knows time and indexes. Does not know sockets or messages.
+//! A closed loop keeps a number of messages in flight and measures a server's maximum; an open loop sends by the clock
+//! whatever the server does, and its latencies count from the time when a message was due, so that a stall counts for
+//! all messages that it delays. Knows time and indexes. Does not know sockets or messages.
 
 use std::time::{Duration, Instant};
 
-/// Waiting for less is done by polling: epoll counts in milliseconds.
+/// A shorter wait is done by polling, because epoll counts in milliseconds.
 const SPIN_BELOW: Duration = Duration::from_millis(2);
 
-/// What decides when to send.
+/// When to send.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Pace {
     /// A new message for each that has landed.
@@ -43,8 +43,8 @@ impl Pace {
         })
     }
 
-    /// How long to wait for the server at most: until `deadline`, or until a message is due.
-    pub(crate) fn patience(&self, now: Instant, deadline: Instant) -> Duration {
+    /// The longest wait for the server: until `deadline`, or until a message is due.
+    pub(crate) fn wait_max(&self, now: Instant, deadline: Instant) -> Duration {
         let until = match self {
             Self::Closed { .. } => deadline,
             Self::Open { interval, start, sent } => deadline.min(*start + *interval * *sent),
@@ -57,7 +57,7 @@ impl Pace {
     }
 }
 
-/// Those who send, in turn.
+/// The senders, in turn.
 #[derive(Debug)]
 pub(crate) struct Senders {
     indexes: Vec<usize>,
@@ -69,12 +69,12 @@ impl Senders {
         Self { indexes, turn: 0 }
     }
 
-    /// The next of those who are `present`; `None` when nobody is left.
-    pub(crate) fn next(&mut self, present: impl Fn(usize) -> bool) -> Option<usize> {
+    /// The next that `is_open`; `None` when there is none.
+    pub(crate) fn next(&mut self, is_open: impl Fn(usize) -> bool) -> Option<usize> {
         for _ in 0..self.indexes.len() {
             let index = self.indexes[self.turn];
             self.turn = (self.turn + 1) % self.indexes.len();
-            if present(index) {
+            if is_open(index) {
                 return Some(index);
             }
         }
@@ -87,17 +87,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_open_loop_makes_up_for_lost_time_with_the_intended_times() {
+    fn an_open_loop_catches_up_and_counts_from_the_intended_times() {
         let start = Instant::now();
         let mut pace = Pace::new(1, Some(1000.0), start);
         let late = start + Duration::from_micros(2500);
         let due: Vec<_> = std::iter::from_fn(|| pace.due(late)).map(|due| due - start).collect();
         assert_eq!(due, [0, 1, 2].map(Duration::from_millis));
-        assert_eq!(pace.patience(late, late + Duration::from_secs(1)), Duration::ZERO);
+        assert_eq!(pace.wait_max(late, late + Duration::from_secs(1)), Duration::ZERO);
     }
 
     #[test]
-    fn senders_take_turns_and_those_who_left_are_skipped() {
+    fn senders_take_turns_and_closed_ones_are_skipped() {
         let mut senders = Senders::new(vec![0, 250, 500, 750]);
         let turns: Vec<_> = (0..4).map(|_| senders.next(|index| index != 250)).collect();
         assert_eq!(turns, [Some(0), Some(500), Some(750), Some(0)]);

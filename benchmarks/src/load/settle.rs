@@ -1,53 +1,53 @@
-//! The settling: probes until every receiver has got one, because a server may adopt a connection after its 101.
+//! Sends probes until every receiver has got one, because a server may adopt a connection only after its 101.
 
 use std::time::{Duration, Instant};
 
-use super::{LoadError, Mode, crowd::Crowd, report::Report, role::Cast};
+use super::{LoadError, Mode, client_pool::ClientPool, plan::Plan, report::Report};
 use crate::message::{FIRST_SEQ, Template};
 
-/// How long a server may take to adopt everybody after the last handshake.
+/// How long a server may take to adopt all connections after the last handshake.
 pub(crate) const SETTLE_MAX: Duration = Duration::from_secs(15);
 const PROBE_EVERY: Duration = Duration::from_millis(200);
 
-/// Returns the first number that is no probe.
+/// Returns the first sequence number that is not a probe's.
 pub(crate) fn settle(
-    crowd: &mut Crowd,
-    cast: &Cast,
+    pool: &mut ClientPool,
+    plan: &Plan,
     template: &Template,
     mode: Mode,
     report: &mut Report,
 ) -> Result<u64, LoadError> {
     let echo = mode == Mode::Echo;
-    // One for each group, which for an echo is each sender.
-    let first_members: Vec<usize> = (0..cast.groups()).collect();
-    let (probers, mut unseen) =
-        if echo { (cast.senders(), cast.senders().len()) } else { (&first_members[..], crowd.len()) };
-    let mut seen = vec![false; crowd.len()];
+    // One prober for each group; an echo reaches its sender only.
+    let first_members: Vec<usize> = (0..plan.groups()).collect();
+    let (probers, mut unreached) =
+        if echo { (plan.senders(), plan.senders().len()) } else { (&first_members[..], pool.len()) };
+    let mut reached = vec![false; pool.len()];
     let mut seq = FIRST_SEQ;
     let deadline = Instant::now() + SETTLE_MAX;
-    while unseen > 0 {
+    while unreached > 0 {
         if Instant::now() > deadline {
-            return Err(LoadError::Unsettled { unseen, connections: crowd.len() });
+            return Err(LoadError::Unsettled { unreached, connections: pool.len() });
         }
-        for &prober in probers.iter().filter(|&&prober| !seen[prober] || !echo) {
-            crowd.queue(prober, |out| template.write(out, seq));
+        for &prober in probers.iter().filter(|&&prober| !reached[prober] || !echo) {
+            pool.queue(prober, |out| template.write(out, seq));
             seq += 1;
         }
-        crowd.flush();
+        pool.flush();
         let probe_at = Instant::now() + PROBE_EVERY;
-        while unseen > 0 && Instant::now() < probe_at {
-            crowd.wait(probe_at.saturating_duration_since(Instant::now()))?;
-            while let Some(index) = crowd.next_ready() {
+        while unreached > 0 && Instant::now() < probe_at {
+            pool.wait(probe_at.saturating_duration_since(Instant::now()))?;
+            while let Some(index) = pool.next_ready() {
                 let mut got = false;
-                let outcome = crowd.read(index, |_| got = true);
+                let outcome = pool.read(index, None, |_| got = true);
                 if let Err(ended) = &outcome {
                     report.disconnected(index, ended);
                 }
-                if (got || outcome.is_err()) && !std::mem::replace(&mut seen[index], true) {
-                    unseen = unseen.saturating_sub(1);
+                if (got || outcome.is_err()) && !std::mem::replace(&mut reached[index], true) {
+                    unreached = unreached.saturating_sub(1);
                 }
             }
-            crowd.flush();
+            pool.flush();
         }
     }
     Ok(seq)

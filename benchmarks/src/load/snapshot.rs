@@ -1,23 +1,23 @@
-//! What stood in the books at one moment, and what the differences of moments say.
+//! CPU times and delivery counts at one moment, and their differences.
 
 use std::time::{Duration, Instant};
 
-use super::{latency::Latencies, ledger::Tally, report};
+use super::{delivery_tracker::Tally, latencies::Latencies, report};
 use crate::process::{CpuTime, Process, ProcessError};
 
-/// What stood in the books at one moment.
+/// CPU times and counts at one moment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Snapshot {
     pub(crate) at: Instant,
     tally: Tally,
-    /// Absent when nobody asked, or when the server has ended.
+    /// `None` without --server-pid, or when the server has ended.
     server_cpu: Option<CpuTime>,
     client_cpu: CpuTime,
     spun: Duration,
 }
 
 impl Snapshot {
-    /// `spun` is how long the client has polled for nothing so far.
+    /// `spun` is how long the client has polled without finding anything.
     pub(crate) fn take(server: Option<Process>, tally: Tally, spun: Duration) -> Result<Self, ProcessError> {
         Ok(Self {
             server_cpu: server.and_then(|server| server.cpu_time().ok()),
@@ -28,15 +28,14 @@ impl Snapshot {
         })
     }
 
-    /// What was added since `earlier`.
-    pub(crate) fn since(&self, earlier: &Self) -> Span {
-        // Threads that have ended took their time with them: what is left would be no measurement.
+    pub(crate) fn since(&self, earlier: &Self) -> Interval {
+        // The times of threads that have ended are missing: the difference would be wrong.
         let server_cpu = earlier
             .server_cpu
             .zip(self.server_cpu)
             .filter(|(before, after)| after.running >= before.running)
             .map(|(before, after)| after.since(before));
-        Span {
+        Interval {
             seconds: (self.at - earlier.at).as_secs_f64(),
             deliveries: self.tally.received - earlier.tally.received,
             messages: self.tally.landed - earlier.tally.landed,
@@ -47,19 +46,19 @@ impl Snapshot {
     }
 }
 
-/// What happened between two moments; of several it is the sum.
+/// What happened between two snapshots, or in several such intervals.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Span {
+pub(crate) struct Interval {
     seconds: f64,
     pub(crate) deliveries: u64,
     messages: u64,
-    /// Absent when it is not known of all that this is the sum of.
+    /// `None` unless it is known for all intervals of a sum.
     server_cpu: Option<CpuTime>,
     client_cpu: CpuTime,
     spun: Duration,
 }
 
-impl Span {
+impl Interval {
     pub(crate) fn and(self, other: Self) -> Self {
         Self {
             seconds: self.seconds + other.seconds,
@@ -77,7 +76,7 @@ impl Span {
         Some(1e6 * cpu.running.as_secs_f64() / self.deliveries as f64)
     }
 
-    /// As it is told; the faults are those of the whole run, which ended with `total`.
+    /// Rates from this interval, and the faults of the whole run from `total`.
     pub(crate) fn report(&self, total: Tally, latencies: Latencies) -> report::Traffic {
         let seconds = self.seconds;
         let worked = self.client_cpu.running.saturating_sub(self.spun).as_secs_f64();

@@ -1,18 +1,18 @@
-//! Where the load goes: an address and a path, read from a `ws://` URL.
+//! A server's address and path, parsed from a `ws://` URL.
 //!
-//! The path may contain `{group}`, which stands for a group's number.
+//! `{group}` in the path is replaced by a group's number.
 
 use std::{net::SocketAddr, str::FromStr};
 
 use crate::handshake;
 
-/// What stands for a group's number in a URL.
+/// The placeholder for a group's number in a URL.
 pub(crate) const GROUP: &str = "{group}";
 
-/// Why a URL is no target.
+/// Why a URL is not accepted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TargetError {
-    #[error("{0:?} does not have the form ws://IP:PORT/path")]
+    #[error("{0:?} must have the form ws://IP:PORT/path")]
     Form(String),
 }
 
@@ -24,7 +24,7 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// The handshake requests of the groups, by number.
+    /// The handshake requests, by group.
     pub(crate) fn requests(&self, groups: usize) -> Vec<Vec<u8>> {
         let host = self.address.to_string();
         (0..groups)
@@ -40,7 +40,7 @@ impl FromStr for Target {
         let form = || TargetError::Form(url.to_owned());
         let rest = url.strip_prefix("ws://").ok_or_else(form)?;
         let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-        // Addresses only: a name would bring a resolver, and the loopback needs none.
+        // Addresses only: a name would need a resolver, and the loopback needs none.
         let address = host.replace("localhost", "127.0.0.1").parse().map_err(|_| form())?;
         Ok(Self { address, path: format!("/{path}") })
     }
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn every_group_has_a_path_of_its_own() {
+    fn every_group_has_its_own_path() {
         let target: Target = "ws://127.0.0.1:1/group/{group}".parse().unwrap();
         let requests = target.requests(2);
         assert!(requests[0].starts_with(b"GET /group/0 ") && requests[1].starts_with(b"GET /group/1 "));

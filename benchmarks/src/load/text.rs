@@ -4,8 +4,8 @@ use std::fmt;
 
 use super::{
     Mode,
-    latency::Summary,
-    report::{Churn, Kill, Memory, Report, Slow, Storm, Traffic},
+    latencies::LatencySummary,
+    report::{Handshakes, Memory, Report, Slow, Traffic},
 };
 
 impl fmt::Display for Report {
@@ -13,25 +13,19 @@ impl fmt::Display for Report {
         let setup = &self.setup;
         write!(f, "{:?} at {}: {} connections", setup.mode, setup.url, setup.connections)?;
         match (setup.mode, setup.rate, setup.in_flight) {
-            (Mode::Idle | Mode::Storm, ..) => writeln!(f)?,
+            (Mode::Idle, ..) => writeln!(f)?,
             (_, Some(rate), _) => writeln!(f, ", {} senders, {rate} messages/s", setup.senders)?,
             (_, None, in_flight) => {
                 writeln!(f, ", {} senders, {} in flight", setup.senders, in_flight.unwrap_or(0))?;
             }
         }
-        if let Some(traffic) = &self.traffic {
-            write!(f, "{traffic}")?;
-        }
-        let parts: [Option<&dyn fmt::Display>; 5] = [
+        let parts: [Option<&dyn fmt::Display>; 4] = [
+            self.traffic.as_ref().map(|traffic| traffic as _),
             self.slow.as_ref().map(|slow| slow as _),
-            self.kill.as_ref().map(|kill| kill as _),
-            self.churn.as_ref().map(|churn| churn as _),
-            self.storm.as_ref().map(|storm| storm as _),
+            self.handshakes.as_ref().map(|handshakes| handshakes as _),
             self.memory.as_ref().map(|memory| memory as _),
         ];
-        for part in parts.into_iter().flatten() {
-            write!(f, "{part}")?;
-        }
+        parts.into_iter().flatten().try_for_each(|part| part.fmt(f))?;
         if let Some(ends) = &self.ends {
             let ends: Vec<_> = ends.iter().map(|(end, count)| format!("{end}: {count}")).collect();
             writeln!(f, "  ends            {}", ends.join(", "))?;
@@ -57,7 +51,7 @@ impl fmt::Display for Traffic {
             writeln!(f, "  reordered       {} within a sender (not a fault)", self.sender_reorders)?;
         }
         if self.unseen > 0 {
-            writeln!(f, "  unseen          {} (sent, and seen by nobody)", self.unseen)?;
+            writeln!(f, "  unseen          {} (sent, but received by no connection)", self.unseen)?;
         }
         if let Some(latency) = &self.latency {
             writeln!(f, "  latency µs      {latency}")?;
@@ -77,10 +71,21 @@ impl fmt::Display for Traffic {
     }
 }
 
-impl fmt::Display for Summary {
+impl fmt::Display for LatencySummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { p50_us, p99_us, max_us } = self;
         write!(f, "p50 {p50_us:.0}, p99 {p99_us:.0}, max {max_us:.0}")
+    }
+}
+
+impl fmt::Display for Handshakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { at_once, per_second, latency } = self;
+        write!(f, "  handshakes/s    {per_second:.0}, {at_once} at once")?;
+        match latency {
+            Some(latency) => writeln!(f, "; µs: {latency}"),
+            None => writeln!(f),
+        }
     }
 }
 
@@ -96,51 +101,14 @@ impl fmt::Display for Slow {
     }
 }
 
-impl fmt::Display for Kill {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "  killed          {}", self.killed)?;
-        match self.max_gap_ms {
-            Some(gap) => writeln!(f, "; the longest delivery around it took {gap:.1} ms"),
-            None => writeln!(f, "; no delivery after it"),
-        }
-    }
-}
-
-impl fmt::Display for Churn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { joined, left, failed, deaf, .. } = self;
-        writeln!(f, "  churn           {left} left, {joined} joined, {failed} failed, {deaf} deaf")?;
-        if let Some(handshake) = &self.handshake {
-            writeln!(f, "  handshake µs    {handshake}")?;
-        }
-        self.causes.iter().try_for_each(|cause| writeln!(f, "                  {cause}"))
-    }
-}
-
-impl fmt::Display for Storm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { at_once, rounds, opened, connections_per_second, .. } = self;
-        writeln!(f, "  connections/s   {connections_per_second:.0}, {at_once} at once")?;
-        writeln!(f, "  opened          {opened} in {rounds} rounds")?;
-        if let Some(handshake) = &self.handshake {
-            writeln!(f, "  handshake µs    {handshake}")?;
-        }
-        writeln!(f, "  closing         {:.1} ms for the slowest round", self.closing_ms_max)?;
-        if let Some(cost) = self.server_cpu_us_per_connection {
-            writeln!(f, "  server CPU      {cost:.1} µs per connection, closing included")?;
-        }
-        self.failures.iter().try_for_each(|(cause, count)| writeln!(f, "  failed          {count}: {cause}"))
-    }
-}
-
 impl fmt::Display for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let level = |bytes: Option<u64>| bytes.map_or("–".to_owned(), |bytes| (bytes / 1024).to_string());
-        let levels = |empty, full, peak, end| {
-            let (empty, full, peak, end) = (level(empty), level(full), level(peak), level(end));
+        let levels = |empty: u64, full: u64, peak: u64, end: Option<u64>| {
+            let end = end.map_or("–".to_owned(), |end| (end / 1024).to_string());
+            let (empty, full, peak) = (empty / 1024, full / 1024, peak / 1024);
             format!("{empty} KiB empty, {full} full, {peak} at most, {end} at the end")
         };
-        let resident = levels(Some(self.empty_bytes), Some(self.full_bytes), self.peak_bytes, self.end_bytes);
+        let resident = levels(self.empty_bytes, self.full_bytes, self.peak_bytes, self.end_bytes);
         writeln!(f, "  memory          {resident}")?;
         writeln!(f, "                  {:.0} bytes per connection", self.bytes_per_connection)?;
         if let (Some(full), Some(end)) = (self.sockets_full_bytes, self.sockets_end_bytes) {
@@ -148,8 +116,8 @@ impl fmt::Display for Memory {
             writeln!(f, "  its sockets     {full} KiB full, {end} at the end, in the kernel")?;
         }
         let Some(kernel) = &self.kernel else { return Ok(()) };
-        let (empty, full) = (Some(kernel.empty_bytes), Some(kernel.full_bytes));
-        writeln!(f, "  kernel's        {}", levels(empty, full, Some(kernel.peak_bytes), kernel.end_bytes))?;
+        let levels = levels(kernel.empty_bytes, kernel.full_bytes, kernel.peak_bytes, kernel.end_bytes);
+        writeln!(f, "  kernel's        {levels}")?;
         let (full, peak) = (kernel.bytes_per_connection, kernel.peak_bytes_per_connection);
         writeln!(
             f,

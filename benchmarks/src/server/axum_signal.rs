@@ -1,27 +1,22 @@
-//! The peer: the crate axum-signal 0.1.3, used the way its README shows.
+//! The crate axum-signal 0.1.3, used as its README shows.
 //!
-//! Its default configuration, typed JSON in and out, one hub type per route because its registry has one list of
-//! clients per type. It counts no losses and has no order between clients: the load generator says what that means.
+//! Its default configuration, typed JSON in and out. One hub type for each route, because its registry has one list of
+//! clients for each type. It counts no losses and keeps no order between clients; the load generator reports both.
 
 use std::io;
 
-use axum::{
-    Router,
-    extract::ws::{WebSocket, WebSocketUpgrade},
-    response::Response,
-    routing::any,
-};
+use axum::{Router, extract::ws::WebSocketUpgrade, response::Response, routing::any};
 use axum_signal::{
     ConnectionRequest, DisconnectRequest, JsonCodec, MessageContext, WsHub, WsHubConfig, serve_hub,
 };
 use tokio::net::TcpListener;
 
-use super::peer::{self, Message};
+use super::runtime::{self, Message};
 
-struct FanOut;
-struct Echo;
+/// A hub for each route: `/echo` if `ECHO`, else `/ws`.
+struct Hub<const ECHO: bool>;
 
-impl WsHub for FanOut {
+impl<const ECHO: bool> WsHub for Hub<ECHO> {
     type Codec = JsonCodec;
     type InMessage = Message;
     type OutMessage = Message;
@@ -30,37 +25,20 @@ impl WsHub for FanOut {
     async fn on_disconnect(&self, _: DisconnectRequest) {}
 
     async fn on_message(&self, message: Message, context: MessageContext<Message, JsonCodec>) {
-        context.broadcast(message).await;
-    }
-}
-
-impl WsHub for Echo {
-    type Codec = JsonCodec;
-    type InMessage = Message;
-    type OutMessage = Message;
-
-    async fn on_connect(&self, _: ConnectionRequest) {}
-    async fn on_disconnect(&self, _: DisconnectRequest) {}
-
-    async fn on_message(&self, message: Message, context: MessageContext<Message, JsonCodec>) {
-        context.unicast(message).await;
+        if ECHO {
+            context.unicast(message).await;
+        } else {
+            context.broadcast(message).await;
+        }
     }
 }
 
 /// Serves until it is killed.
 pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
-    let router = Router::new().route("/ws", any(fan_out)).route("/echo", any(echo));
-    axum::serve(peer::without_delay(listener), router).await
+    let router = Router::new().route("/ws", any(upgrade::<false>)).route("/echo", any(upgrade::<true>));
+    axum::serve(runtime::without_delay(listener), router).await
 }
 
-async fn fan_out(upgrade: WebSocketUpgrade) -> Response {
-    upgrade.on_upgrade(|socket| drive(socket, FanOut))
-}
-
-async fn echo(upgrade: WebSocketUpgrade) -> Response {
-    upgrade.on_upgrade(|socket| drive(socket, Echo))
-}
-
-async fn drive<H: WsHub>(socket: WebSocket, hub: H) {
-    serve_hub(socket, hub, &WsHubConfig::default()).await;
+async fn upgrade<const ECHO: bool>(upgrade: WebSocketUpgrade) -> Response {
+    upgrade.on_upgrade(async |socket| serve_hub(socket, Hub::<ECHO>, &WsHubConfig::default()).await)
 }

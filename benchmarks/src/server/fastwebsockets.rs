@@ -1,9 +1,9 @@
-//! The peer: the crate fastwebsockets on hyper, with a broadcast channel of tokio.
+//! The crate fastwebsockets on hyper, with a broadcast channel of tokio.
 //!
-//! As its examples do: an upgrade by hyper, a task per connection, one write per message, and its defaults, which
-//! are vectored writes for long payloads, pongs and close frames by itself, and UTF-8 checked with SIMD. Its reading
-//! is not cancel safe, so for the fan-out the socket is split, and the two halves run side by side in one task.
-//! Who falls behind by more than the channel holds is cut off: a loss must not be silent.
+//! As in its examples: an upgrade by hyper, a task for each connection, one write for each message, and its defaults,
+//! which are vectored writes for long payloads, automatic pongs and Close frames, and UTF-8 checks with SIMD. Its read
+//! is not cancel safe, so for the fan-out the socket is split, and both halves run in one task. A client that lags by
+//! more than the channel's capacity is disconnected, because a loss must not be silent.
 
 use std::{convert::Infallible, io};
 
@@ -22,19 +22,19 @@ use tokio::{
     task::unconstrained,
 };
 
-use super::peer::{CHANNEL_MESSAGES, Message};
+use super::runtime::{CHANNEL_MESSAGES, Message};
 
-/// Answers to pings and to a close frame, on their way from the reading half to the writing one.
+/// How many answers to pings and to a Close frame can wait for the writing half.
 const ANSWERS: usize = 16;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
 enum Ended {
-    #[error("the peer has said goodbye")]
+    #[error("the client sent a Close frame")]
     Closed,
-    #[error("a message is not ours")]
+    #[error("a message is invalid")]
     Foreign,
-    #[error("the peer is behind by more than the channel holds")]
+    #[error("the client lags by more than the channel's capacity")]
     Lagged,
     #[error(transparent)]
     WebSocket(#[from] WebSocketError),
@@ -42,30 +42,30 @@ enum Ended {
 
 /// Serves until it is killed.
 pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
-    let (everybody, _) = broadcast::channel(CHANNEL_MESSAGES);
+    let (channel, _) = broadcast::channel(CHANNEL_MESSAGES);
     loop {
         let (stream, _) = listener.accept().await?;
-        tokio::spawn(attend(stream, everybody.clone()));
+        tokio::spawn(serve_connection(stream, channel.clone()));
     }
 }
 
-async fn attend(stream: TcpStream, everybody: broadcast::Sender<Bytes>) -> hyper::Result<()> {
-    // A socket that refuses is about to fail anyway, and the connection will see it.
+async fn serve_connection(stream: TcpStream, channel: broadcast::Sender<Bytes>) -> hyper::Result<()> {
+    // A socket that refuses this is broken, which the connection will notice.
     let _ = stream.set_nodelay(true);
     let service = service_fn(|request| {
-        let everybody = everybody.clone();
-        async move { Ok::<_, Infallible>(answer(request, everybody)) }
+        let channel = channel.clone();
+        async move { Ok::<_, Infallible>(answer(request, channel)) }
     });
     http1::Builder::new().serve_connection(TokioIo::new(stream), service).with_upgrades().await
 }
 
-fn answer(mut request: Request<Incoming>, everybody: broadcast::Sender<Bytes>) -> Response<Empty<Bytes>> {
+fn answer(mut request: Request<Incoming>, channel: broadcast::Sender<Bytes>) -> Response<Empty<Bytes>> {
     match upgrade::upgrade(&mut request) {
         Ok((response, upgraded)) => {
             if request.uri().path() == "/echo" {
                 tokio::spawn(unconstrained(repeat(upgraded)));
             } else {
-                tokio::spawn(unconstrained(join(upgraded, everybody)));
+                tokio::spawn(unconstrained(join(upgraded, channel)));
             }
             response
         }
@@ -77,38 +77,38 @@ fn answer(mut request: Request<Incoming>, everybody: broadcast::Sender<Bytes>) -
     }
 }
 
-async fn join(upgraded: UpgradeFut, everybody: broadcast::Sender<Bytes>) -> Result<(), Ended> {
+async fn join(upgraded: UpgradeFut, channel: broadcast::Sender<Bytes>) -> Result<(), Ended> {
     let (reader, writer) = upgraded.await?.split(tokio::io::split);
-    let messages = everybody.subscribe();
-    let (answers, owed) = mpsc::channel(ANSWERS);
+    let messages = channel.subscribe();
+    let (answers, pending) = mpsc::channel(ANSWERS);
     let mut reader = FragmentCollectorRead::new(reader);
     let reading = async {
-        let mut owe = |frame| {
+        let mut send_answer = |frame| {
             let answers = answers.clone();
             async move { answers.send(frame).await }
         };
         loop {
-            let frame = reader.read_frame(&mut owe).await?;
+            let frame = reader.read_frame(&mut send_answer).await?;
             if let Some(text) = relay(&frame)? {
                 // Fails only without receivers, and this connection is one.
-                let _ = everybody.send(text);
+                let _ = channel.send(text);
             }
         }
     };
     tokio::select! {
         ended = reading => ended,
-        ended = write(writer, messages, owed) => ended,
+        ended = write(writer, messages, pending) => ended,
     }
 }
 
 async fn write<S: AsyncWrite + Unpin>(
     mut writer: WebSocketWrite<S>,
     mut messages: broadcast::Receiver<Bytes>,
-    mut owed: mpsc::Receiver<Frame<'static>>,
+    mut answers: mpsc::Receiver<Frame<'static>>,
 ) -> Result<(), Ended> {
     loop {
         tokio::select! {
-            Some(answer) = owed.recv() => writer.write_frame(answer).await?,
+            Some(answer) = answers.recv() => writer.write_frame(answer).await?,
             text = messages.recv() => {
                 let text = text.map_err(|_| Ended::Lagged)?;
                 writer.write_frame(Frame::text(Payload::Borrowed(&text))).await?;
@@ -127,7 +127,7 @@ async fn repeat(upgraded: UpgradeFut) -> Result<(), Ended> {
     }
 }
 
-/// What is to be sent for a frame: nothing for a pong.
+/// The text to send for a frame: none for a pong.
 fn relay(frame: &Frame<'_>) -> Result<Option<Bytes>, Ended> {
     match frame.opcode {
         OpCode::Text => Message::relay_shared(&frame.payload).map(Some).ok_or(Ended::Foreign),

@@ -1,12 +1,11 @@
-//! The floor: what a fan-out costs when the server does nothing else.
+//! The floor: a server that does nothing but fan out.
 //!
-//! One thread, one epoll, one send(2) per delivery, nothing joined and nothing queued while the socket takes it.
-//! Others are measured relative to this, so it must stay free of cleverness: a server that coalesces is meant to
-//! come out below 1. It is correct all the same — what a socket does not take at once is kept for it.
-//! Knows no groups, policies or timers.
+//! One thread, one epoll, one send(2) for each delivery; nothing is coalesced, and nothing is queued while the socket
+//! accepts it. Others are measured relative to this, so it must stay simple: a server that coalesces should cost less.
+//! It is still correct: what a socket does not accept at once is kept for it. Has no groups, policies or timers.
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, Write},
     net::{Ipv4Addr, SocketAddr},
 };
 
@@ -20,14 +19,15 @@ use crate::{
     cpu::{self, PinError},
     frame::{self, FrameError, Opcode},
     handshake::{self, HandshakeError},
+    nonblocking,
 };
 
 const LISTENER: Token = Token(usize::MAX);
 const SCRATCH_BYTES: usize = 64 * 1024;
-/// A peer that lags by more has stopped reading.
+/// A client that lags by more has stopped reading.
 const BACKLOG_BYTES_MAX: usize = 8 << 20;
 
-/// What the floor is told.
+/// The command line of the floor.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     #[arg(long)]
@@ -37,7 +37,7 @@ pub(crate) struct Options {
     cpu: Option<usize>,
 }
 
-/// Why the floor did not hold.
+/// Why the floor stopped.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FloorError {
     #[error(transparent)]
@@ -49,9 +49,9 @@ pub(crate) enum FloorError {
 /// Why one connection ended.
 #[derive(Debug, thiserror::Error)]
 enum Ended {
-    #[error("the peer has gone")]
-    Gone,
-    #[error("the peer does not read")]
+    #[error("the client disconnected")]
+    Disconnected,
+    #[error("the client does not read")]
     Stalled,
     #[error("a frame from the client is not masked")]
     NotMasked,
@@ -74,9 +74,9 @@ enum Route {
 struct Connection {
     stream: TcpStream,
     route: Route,
-    /// The beginning of a frame or head whose end has not come; nothing allocated while empty.
+    /// The beginning of an incomplete frame or head; nothing is allocated while it is empty.
     partial: Vec<u8>,
-    /// What the socket did not take.
+    /// What the socket did not accept.
     backlog: Vec<u8>,
 }
 
@@ -113,15 +113,12 @@ impl Floor {
     fn serve(&mut self) -> Result<(), FloorError> {
         let mut events = Events::with_capacity(1024);
         loop {
-            match self.poll.poll(&mut events, None) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                outcome => outcome?,
-            }
+            nonblocking::poll(&mut self.poll, &mut events, None)?;
             for event in &events {
                 match event.token() {
                     LISTENER => self.accept()?,
                     Token(index) => {
-                        if self.attend(index, event).is_err() {
+                        if self.on_event(index, event).is_err() {
                             self.remove(index);
                         }
                     }
@@ -156,7 +153,7 @@ impl Floor {
         }
     }
 
-    fn attend(&mut self, index: usize, event: &Event) -> Result<(), Ended> {
+    fn on_event(&mut self, index: usize, event: &Event) -> Result<(), Ended> {
         let Some(connection) = &mut self.connections[index] else { return Ok(()) };
         if event.is_writable() && !connection.backlog.is_empty() {
             connection.drain()?;
@@ -167,7 +164,7 @@ impl Floor {
         Ok(())
     }
 
-    /// Reads until the socket is empty: a short read says so without another syscall.
+    /// Reads until the socket is empty, which a short read shows without another system call.
     fn read(&mut self, index: usize) -> Result<(), Ended> {
         // Taken out so that the frames in it can be borrowed while the connections are written to.
         let mut scratch = std::mem::take(&mut self.scratch);
@@ -183,21 +180,19 @@ impl Floor {
             if scratch.len() < kept + SCRATCH_BYTES {
                 scratch.resize(kept + SCRATCH_BYTES, 0);
             }
-            let read = match connection.stream.read(&mut scratch[kept..]) {
-                Ok(0) => return Err(Ended::Gone),
-                Ok(read) => read,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error.into()),
+            let read = match nonblocking::read(&mut connection.stream, &mut scratch[kept..])? {
+                Some(0) => return Err(Ended::Disconnected),
+                Some(read) => read,
+                None => return Ok(()),
             };
             scratch[..kept].copy_from_slice(&std::mem::take(&mut connection.partial));
             let drained = kept + read < scratch.len();
             let filled = &mut scratch[..kept + read];
-            let taken = self.take(index, filled)?;
-            if taken < filled.len()
+            let handled = self.handle_frames(index, filled)?;
+            if handled < filled.len()
                 && let Some(connection) = &mut self.connections[index]
             {
-                connection.partial = filled[taken..].to_vec();
+                connection.partial = filled[handled..].to_vec();
             }
             if drained {
                 return Ok(());
@@ -205,9 +200,9 @@ impl Floor {
         }
     }
 
-    /// Handles every whole frame in `bytes`; returns how many bytes they were.
-    fn take(&mut self, index: usize, bytes: &mut [u8]) -> Result<usize, Ended> {
-        let mut taken = 0;
+    /// Handles every whole frame in `bytes`; returns how many bytes they have.
+    fn handle_frames(&mut self, index: usize, bytes: &mut [u8]) -> Result<usize, Ended> {
+        let mut handled = 0;
         if let Some(connection) = &mut self.connections[index]
             && connection.route == Route::Handshake
         {
@@ -215,13 +210,13 @@ impl Floor {
             let request = handshake::parse_request(&bytes[..head])?;
             connection.route = if request.path.starts_with("/ws") { Route::FanOut } else { Route::Echo };
             connection.send(&handshake::response(&request.accept))?;
-            taken = head;
+            handled = head;
         }
-        while let Some(frame) = frame::parse(&bytes[taken..])? {
+        while let Some(frame) = frame::parse(&bytes[handled..])? {
             let mask = frame.mask.ok_or(Ended::NotMasked)?;
-            let end = taken + frame.payload.end;
-            let payload = &mut bytes[taken + frame.payload.start..end];
-            taken = end;
+            let end = handled + frame.payload.end;
+            let payload = &mut bytes[handled + frame.payload.start..end];
+            handled = end;
             frame::apply_mask(mask, payload);
             self.outgoing.clear();
             match frame.opcode {
@@ -237,11 +232,11 @@ impl Floor {
                 Opcode::Close => {
                     frame::write(&mut self.outgoing, Opcode::Close, None, payload);
                     self.answer(index)?;
-                    return Err(Ended::Gone);
+                    return Err(Ended::Disconnected);
                 }
             }
         }
-        Ok(taken)
+        Ok(handled)
     }
 
     fn deliver(&mut self, from: usize) -> Result<(), Ended> {
@@ -249,7 +244,7 @@ impl Floor {
             Some(sender) if sender.route == Route::FanOut => {
                 for connection in self.connections.iter_mut().flatten() {
                     if connection.route == Route::FanOut {
-                        // A receiver's failure is its own: its next readiness ends it.
+                        // A failure concerns only this receiver: its next event removes it.
                         let _ = connection.send(&self.outgoing);
                     }
                 }

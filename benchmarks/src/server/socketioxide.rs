@@ -1,8 +1,8 @@
-//! The peer: the crate socketioxide on axum, with its own broadcast.
+//! The crate socketioxide on axum, with its own broadcast.
 //!
-//! Its defaults, but without long polling, which nobody here uses. A message is an event named `message` with typed
-//! JSON; `emit` on the whole namespace includes the sender. One service per route. Its buffer holds 128 packets per
-//! connection, and an event that finds it full is lost: `emit` says so to the handler, which has nobody to tell.
+//! Its defaults, but without long polling, which is not used here. A message is an event named `message` with typed
+//! JSON; `emit` on the whole namespace includes the sender. One service for each route. Its buffer holds 128 packets
+//! for each connection, and an event for a full one is lost: `emit` returns an error to the handler, which ignores it.
 
 use std::io;
 
@@ -14,16 +14,16 @@ use socketioxide::{
 };
 use tokio::net::TcpListener;
 
-use super::peer::{self, Message};
+use super::runtime::{self, Message};
 
 const EVENT: &str = "message";
 
 /// Serves until it is killed.
 pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
-    let (fan_out, everybody) = service("/ws");
-    everybody.ns("/", async |socket: SocketRef| {
-        socket.on(EVENT, async |everybody: SocketIo, Data::<Message>(message)| {
-            let _ = everybody.emit(EVENT, &message).await;
+    let (fan_out, namespace) = service("/ws");
+    namespace.ns("/", async |socket: SocketRef| {
+        socket.on(EVENT, async |namespace: SocketIo, Data::<Message>(message)| {
+            let _ = namespace.emit(EVENT, &message).await;
         });
     });
     let (echo, one) = service("/echo");
@@ -33,7 +33,7 @@ pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
         });
     });
     let router = Router::new().layer(fan_out).layer(echo);
-    axum::serve(peer::without_delay(listener), router).await
+    axum::serve(runtime::without_delay(listener), router).await
 }
 
 fn service(path: &'static str) -> (SocketIoLayer, SocketIo) {

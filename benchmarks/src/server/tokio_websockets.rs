@@ -1,8 +1,8 @@
-//! The peer: the crate tokio-websockets with a broadcast channel of tokio, as well as it can be done.
+//! The crate tokio-websockets with a broadcast channel of tokio, in its fastest form.
 //!
-//! One task per connection, one shared encoding of each message, and a batch per turn: whatever the channel has is
-//! fed, then flushed once, which the crate turns into vectored writes. That is the strongest of the known ways to fan
-//! out with tokio. Who falls behind by more than the channel holds is cut off: a loss must not be silent.
+//! One task for each connection, one shared encoding of each message, and batches: everything in the channel is fed and
+//! then flushed once, which the crate turns into vectored writes. That is the fastest known way to fan out with tokio.
+//! A client that lags by more than the channel's capacity is disconnected, because a loss must not be silent.
 
 use std::io;
 
@@ -14,18 +14,18 @@ use tokio::{
 };
 use tokio_websockets::{Message as Frame, ServerBuilder, WebSocketStream};
 
-use super::peer::{CHANNEL_MESSAGES, Message};
+use super::runtime::{CHANNEL_MESSAGES, Message};
 
 type Socket = WebSocketStream<TcpStream>;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
 enum Ended {
-    #[error("the peer has gone")]
-    Gone,
-    #[error("a message is not ours")]
+    #[error("the client disconnected")]
+    Disconnected,
+    #[error("a message is invalid")]
     Foreign,
-    #[error("the peer is behind by more than the channel holds")]
+    #[error("the client lags by more than the channel's capacity")]
     Lagged,
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -35,31 +35,31 @@ enum Ended {
 
 /// Serves until it is killed.
 pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
-    let (everybody, _) = broadcast::channel(CHANNEL_MESSAGES);
+    let (channel, _) = broadcast::channel(CHANNEL_MESSAGES);
     loop {
         let (stream, _) = listener.accept().await?;
-        tokio::spawn(attend(stream, everybody.clone()));
+        tokio::spawn(serve_connection(stream, channel.clone()));
     }
 }
 
-async fn attend(stream: TcpStream, everybody: broadcast::Sender<Bytes>) -> Result<(), Ended> {
+async fn serve_connection(stream: TcpStream, channel: broadcast::Sender<Bytes>) -> Result<(), Ended> {
     stream.set_nodelay(true)?;
     let (request, socket) = ServerBuilder::new().accept(stream).await?;
     match request.uri().path() {
         "/echo" => repeat(socket).await,
-        _ => join(socket, everybody).await,
+        _ => join(socket, channel).await,
     }
 }
 
-async fn join(mut socket: Socket, everybody: broadcast::Sender<Bytes>) -> Result<(), Ended> {
-    let mut messages = everybody.subscribe();
+async fn join(mut socket: Socket, channel: broadcast::Sender<Bytes>) -> Result<(), Ended> {
+    let mut messages = channel.subscribe();
     loop {
         // Both are cancel safe.
         tokio::select! {
             frame = socket.next() => {
                 if let Some(text) = relay(frame)? {
                     // Fails only without receivers, and this connection is one.
-                    let _ = everybody.send(text);
+                    let _ = channel.send(text);
                 }
             }
             text = messages.recv() => {
@@ -87,9 +87,9 @@ async fn repeat(mut socket: Socket) -> Result<(), Ended> {
     }
 }
 
-/// What is to be sent for a frame: nothing for a control frame, which the crate answers itself.
+/// The text to send for a frame: none for a control frame, which the crate answers itself.
 fn relay(frame: Option<Result<Frame, tokio_websockets::Error>>) -> Result<Option<Bytes>, Ended> {
-    let frame = frame.ok_or(Ended::Gone)??;
+    let frame = frame.ok_or(Ended::Disconnected)??;
     if !frame.is_text() {
         return Ok(None);
     }

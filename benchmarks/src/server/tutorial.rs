@@ -1,9 +1,9 @@
-//! The peer: axum's WebSocket with a broadcast channel of tokio, the chat of the usual tutorials.
+//! Axum's WebSocket with a broadcast channel of tokio, as in most tutorials.
 //!
 //! The socket is split, one task sends and one receives, and when either ends the other is aborted. The channel holds
-//! 100 messages, as in axum's own chat example. Of the two answers that tutorials have for `Lagged` — to end the
-//! loop, or to go on — this one goes on: a client that falls behind by more than the channel holds loses messages
-//! and nobody hears of it. Typed JSON in and out, encoded once per message and not once per receiver.
+//! 100 messages, as in axum's own chat example. On `Lagged` some tutorials end the loop and others continue; this one
+//! continues, so a client that lags by more than the channel's capacity silently loses messages. Typed JSON in and out,
+//! encoded once for each message and not for each receiver.
 
 use std::io;
 
@@ -22,28 +22,28 @@ use tokio::{
     sync::broadcast::{self, error::RecvError},
 };
 
-use super::peer::{self, Message};
+use super::runtime::{self, Message};
 
 const CHANNEL_MESSAGES: usize = 100;
 
 /// Serves until it is killed.
 pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
-    let (everybody, _) = broadcast::channel(CHANNEL_MESSAGES);
-    let router = Router::new().route("/ws", any(fan_out)).route("/echo", any(echo)).with_state(everybody);
-    axum::serve(peer::without_delay(listener), router).await
+    let (channel, _) = broadcast::channel(CHANNEL_MESSAGES);
+    let router = Router::new().route("/ws", any(fan_out)).route("/echo", any(echo)).with_state(channel);
+    axum::serve(runtime::without_delay(listener), router).await
 }
 
-async fn fan_out(upgrade: WebSocketUpgrade, State(everybody): State<broadcast::Sender<String>>) -> Response {
-    upgrade.on_upgrade(|socket| join(socket, everybody))
+async fn fan_out(upgrade: WebSocketUpgrade, State(channel): State<broadcast::Sender<String>>) -> Response {
+    upgrade.on_upgrade(|socket| join(socket, channel))
 }
 
 async fn echo(upgrade: WebSocketUpgrade) -> Response {
     upgrade.on_upgrade(repeat)
 }
 
-async fn join(socket: WebSocket, everybody: broadcast::Sender<String>) {
+async fn join(socket: WebSocket, channel: broadcast::Sender<String>) {
     let (mut sink, mut stream) = socket.split();
-    let mut messages = everybody.subscribe();
+    let mut messages = channel.subscribe();
     let mut sending = tokio::spawn(async move {
         loop {
             match messages.recv().await {
@@ -61,7 +61,7 @@ async fn join(socket: WebSocket, everybody: broadcast::Sender<String>) {
         while let Some(Ok(Frame::Text(text))) = stream.next().await {
             let Some(text) = Message::relay(text.as_bytes()) else { return };
             // Fails only without receivers, and this connection is one.
-            let _ = everybody.send(text);
+            let _ = channel.send(text);
         }
     });
     tokio::select! {

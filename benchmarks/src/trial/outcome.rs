@@ -1,10 +1,10 @@
-//! The outcome of a trial, and what is said of it.
+//! The outcome of a trial, and its description in tables and progress lines.
 //!
-//! What was faulty counts like the rest and is marked; what failed altogether has nothing to count.
+//! A faulty run counts like the others and is marked; a failed one has no numbers.
 
 use serde::Serialize;
 
-use super::{Contender, TrialError};
+use super::{Subject, TrialError};
 use crate::load::report::Report;
 
 /// A report, or why there is none.
@@ -28,8 +28,8 @@ impl Outcome {
         self.report.as_ref().is_some_and(Report::is_faultless)
     }
 
-    /// A failure, or a loss of one of ours. What a peer loses is a result.
-    pub(crate) fn is_unacceptable(&self, server: Contender) -> bool {
+    /// A failure, or a fault of one of ours. What another library loses is a result.
+    pub(crate) fn is_unacceptable(&self, server: Subject) -> bool {
         self.report.is_none() || (server.is_ours() && !self.is_faultless())
     }
 
@@ -38,7 +38,7 @@ impl Outcome {
         traffic.is_some_and(|traffic| traffic.client_was_the_limit)
     }
 
-    /// What a table says of one run.
+    /// One run, for a table.
     pub(crate) fn verdict(&self) -> String {
         let mut verdict = match &self.report {
             Some(report) if report.is_faultless() => "faultless".to_owned(),
@@ -51,7 +51,7 @@ impl Outcome {
         verdict
     }
 
-    /// A line on how it went, for who waits.
+    /// One run, as a line while the others run.
     pub(crate) fn progress(&self) -> String {
         let mut line = self.verdict();
         if let Some(traffic) = self.report.as_ref().and_then(|report| report.traffic.as_ref()) {
@@ -66,7 +66,7 @@ impl Outcome {
         line
     }
 
-    /// What a table says of many runs of the same.
+    /// Several runs of one server under one scenario, for a table.
     pub(crate) fn summary<'a>(outcomes: impl Iterator<Item = &'a Self>) -> String {
         let (mut all, mut faulty, mut failed, mut limited) = (0, 0, 0, 0);
         for outcome in outcomes {
@@ -88,7 +88,7 @@ impl Outcome {
     }
 }
 
-/// An error and its causes, fit for a line and for a cell of a table.
+/// An error and its causes, without what would break a line or a cell of a table.
 fn one_line(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -119,10 +119,11 @@ pub(crate) mod tests {
     use crate::load::report::{Memory, Traffic};
 
     const REPORT: &str = r#"{"setup":{"mode":"idle","url":"","connections":1,"senders":1,"in_flight":1,"rate":null,
-        "payload_bytes":64},"traffic":null,"memory":null,"disconnections":0,"causes":[]}"#;
-    const MEMORY: &str = r#"{"empty_bytes":1048576,"full_bytes":2097152,"bytes_per_connection":0}"#;
+        "payload_bytes":64,"groups":1,"lossy":false},"disconnections":0,"causes":[]}"#;
+    const MEMORY: &str =
+        r#"{"empty_bytes":1048576,"full_bytes":2097152,"bytes_per_connection":0,"peak_bytes":2097152}"#;
     const TRAFFIC: &str = r#"{"seconds":1,"deliveries_per_second":0,"messages_per_second":1,"expected":1000,
-        "received":1000,"delivery_ratio":1,"duplicates":0,"order_violations":0,"sender_reorders":0,"strays":0,
+        "received":1000,"delivery_ratio":1,"duplicates":0,"order_violations":0,"sender_reorders":0,"strays":0,"unseen":0,
         "latency":null,"server_cpu_us_per_delivery":2.5,"server_cpu_share":1,"server_waiting_share":0,
         "client_cpu_share":0.4,"client_waiting_share":0,"client_was_the_limit":false}"#;
 
@@ -130,8 +131,8 @@ pub(crate) mod tests {
         Outcome { report: serde_json::from_str(REPORT).unwrap(), error: None }
     }
 
-    /// A run that only weighed connections.
-    pub(crate) fn weighed(bytes: f64) -> Outcome {
+    /// A run that measured memory.
+    pub(crate) fn memory_outcome(bytes: f64) -> Outcome {
         let mut outcome = outcome();
         let memory: Memory = serde_json::from_str(MEMORY).unwrap();
         outcome.report.as_mut().unwrap().memory = Some(Memory { bytes_per_connection: bytes, ..memory });
@@ -139,7 +140,7 @@ pub(crate) mod tests {
     }
 
     /// A run with messages.
-    pub(crate) fn delivered(per_second: f64) -> Outcome {
+    fn traffic_outcome(per_second: f64) -> Outcome {
         let mut outcome = outcome();
         let traffic: Traffic = serde_json::from_str(TRAFFIC).unwrap();
         outcome.report.as_mut().unwrap().traffic =
@@ -147,7 +148,7 @@ pub(crate) mod tests {
         outcome
     }
 
-    /// A run whose server disconnected somebody.
+    /// The same run, but the server closed connections.
     pub(crate) fn faulty(mut outcome: Outcome) -> Outcome {
         outcome.report.as_mut().unwrap().disconnections = 3;
         outcome
@@ -158,39 +159,41 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn losses_are_told_and_only_ours_are_unacceptable() {
-        let lossy = faulty(weighed(1.0));
-        assert!(!lossy.is_faultless() && !lossy.is_unacceptable(Contender::Tutorial));
-        assert!(lossy.is_unacceptable(Contender::Shardcast) && lossy.is_unacceptable(Contender::Floor));
+    fn losses_are_shown_and_only_ours_are_unacceptable() {
+        let lossy = faulty(memory_outcome(1.0));
+        assert!(!lossy.is_faultless() && !lossy.is_unacceptable(Subject::Tutorial));
+        assert!(lossy.is_unacceptable(Subject::Shardcast) && lossy.is_unacceptable(Subject::Floor));
         assert_eq!(lossy.verdict(), "**FAULTY**: 3 disconnections");
-        let mut short = delivered(5.0);
+        let mut short = traffic_outcome(5.0);
         short.report.as_mut().unwrap().traffic.as_mut().unwrap().received = 999;
         assert!(short.verdict().starts_with("**FAULTY**: 100.000 % delivered, 0 duplicates"));
-        assert_eq!(Outcome::summary([delivered(5.0), lossy, short].iter()), "**FAULTY** in 2 of 3");
+        assert_eq!(Outcome::summary([traffic_outcome(5.0), lossy, short].iter()), "**FAULTY** in 2 of 3");
     }
 
     #[test]
-    fn a_run_without_a_report_is_unacceptable_whoever_failed() {
-        assert!(failed().is_unacceptable(Contender::Tutorial));
+    fn a_run_without_a_report_is_unacceptable_for_every_server() {
+        assert!(failed().is_unacceptable(Subject::Tutorial));
         assert_eq!(failed().verdict(), "**FAILED**: it did not start");
-        assert_eq!(Outcome::summary([failed(), weighed(1.0)].iter()), "**FAILED** in 1 of 2");
+        assert_eq!(Outcome::summary([failed(), memory_outcome(1.0)].iter()), "**FAILED** in 1 of 2");
     }
 
     #[test]
     fn an_error_of_several_lines_stays_in_its_cell() {
-        let said = TrialError::NoReport("no flag\n\nUsage: a | b".to_owned());
+        let error = TrialError::NoReport("no flag\n\nUsage: a | b".to_owned());
         assert_eq!(
-            Outcome::from(Err(said)).verdict(),
-            "**FAILED**: the load generator said: no flag Usage: a / b"
+            Outcome::from(Err(error)).verdict(),
+            "**FAILED**: the load generator printed no report but: no flag Usage: a / b"
         );
     }
 
     #[test]
-    fn it_is_said_when_the_client_was_the_limit() {
-        let mut limited = delivered(5.0);
+    fn a_run_in_which_the_client_was_the_limit_is_marked() {
+        let mut limited = traffic_outcome(5.0);
         limited.report.as_mut().unwrap().traffic.as_mut().unwrap().client_was_the_limit = true;
         assert_eq!(limited.verdict(), "faultless; **the client was the limit**");
         assert_eq!(Outcome::summary([limited].iter()), "faultless, client the limit in 1 of 1");
-        assert!(delivered(5.0).progress().contains("100 % of a core for the server, 40 % for the client"));
+        assert!(
+            traffic_outcome(5.0).progress().contains("100 % of a core for the server, 40 % for the client")
+        );
     }
 }

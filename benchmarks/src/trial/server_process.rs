@@ -1,11 +1,11 @@
-//! A server under measurement: started, awaited until it listens, and ended when dropped.
+//! A server under measurement: started, awaited until it listens, and killed when dropped.
 //!
-//! Ports are taken from below the ephemeral range, where no client connection can sit on them, and each only once.
+//! Ports are taken from below the ephemeral range, where no client connection can occupy them, and each only once.
 
 use std::{
     io::{self, BufRead, BufReader},
     net::{Ipv4Addr, TcpListener},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     sync::{
         atomic::{AtomicU16, Ordering},
         mpsc,
@@ -14,20 +14,21 @@ use std::{
     time::Duration,
 };
 
+use super::{Harness, Program};
 use crate::server::READY;
 
 const PORTS_FROM: u16 = 20_000;
 const PORTS_TO: u16 = 32_000;
 const START_MAX: Duration = Duration::from_secs(10);
 
-/// Why a server does not serve.
+/// Why a server did not start.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
     #[error("no port between {PORTS_FROM} and {PORTS_TO} is free")]
     NoPort,
     #[error("{program} did not start")]
     Spawn { program: String, source: io::Error },
-    #[error("{program} ended, or {}s passed, before it said {READY:?}", START_MAX.as_secs())]
+    #[error("{program} ended, or {} s passed, before it printed {READY:?}", START_MAX.as_secs())]
     NotReady { program: String },
 }
 
@@ -40,22 +41,22 @@ pub(crate) struct ServerProcess {
 }
 
 impl ServerProcess {
-    /// Starts the server that `command` makes for a free port. `query` follows the path in its URLs.
-    pub(crate) fn start(
-        query: &'static str,
-        command: impl FnOnce(u16) -> Command,
-    ) -> Result<Self, StartError> {
+    /// Starts a program on a free port and waits until it listens.
+    pub(super) fn start(program: &Program, harness: &Harness) -> Result<Self, StartError> {
         let port = free_port().ok_or(StartError::NoPort)?;
-        let mut command = command(port);
-        let program = command.get_program().to_string_lossy().into_owned();
-        let child = command
+        let child = program
+            .command(harness, port)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
-            .map_err(|source| StartError::Spawn { program: program.clone(), source })?;
-        // Owned from here on, so that a server that is never ready is ended as well.
-        let mut server = Self { child, port, query };
-        if server.is_ready_in_time() { Ok(server) } else { Err(StartError::NotReady { program }) }
+            .map_err(|source| StartError::Spawn { program: program.to_string(), source })?;
+        // Owned from here on, so that a server that is never ready is killed as well.
+        let mut server = Self { child, port, query: program.query() };
+        if server.is_ready_in_time() {
+            Ok(server)
+        } else {
+            Err(StartError::NotReady { program: program.to_string() })
+        }
     }
 
     pub(crate) fn url(&self, path: &str) -> String {
@@ -69,7 +70,7 @@ impl ServerProcess {
     fn is_ready_in_time(&mut self) -> bool {
         let Some(stdout) = self.child.stdout.take() else { return false };
         let (sender, receiver) = mpsc::channel();
-        // Goes on reading after that, so that a talkative server never blocks on its pipe.
+        // Continues to read after that, so that a server that prints more never blocks on its pipe.
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
                 if line.trim() == READY {
@@ -83,18 +84,18 @@ impl ServerProcess {
 
 impl Drop for ServerProcess {
     fn drop(&mut self) {
-        // It may have ended already, which is what is wanted.
+        // Fails only when the server has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 fn free_port() -> Option<u16> {
-    // Relaxed: only this process's one thread counts here; the atomic stands in for a mutable static.
+    // Relaxed: only one thread of this process takes ports; the atomic replaces a mutable static.
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let spread = (std::process::id() % 100) as u16 * 100;
+    let first = (std::process::id() % 100) as u16 * 100;
     (PORTS_FROM..PORTS_TO).find_map(|_| {
-        let offset = spread + NEXT.fetch_add(1, Ordering::Relaxed);
+        let offset = first + NEXT.fetch_add(1, Ordering::Relaxed);
         let port = PORTS_FROM + offset % (PORTS_TO - PORTS_FROM);
         TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok().then_some(port)
     })

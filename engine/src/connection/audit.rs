@@ -1,4 +1,4 @@
-//! What a connection looks like from inside. Only for the engine's own tests, behind the feature `audit`.
+//! A connection's internal state. Only for the engine's own tests, behind the feature `audit`.
 
 use crate::outbox::Outbox;
 use crate::receipt::Origin;
@@ -6,18 +6,18 @@ use crate::tally::DropCause;
 
 use super::{Connection, Intake};
 
-/// What only the connection itself looks at otherwise.
+/// State that is otherwise private to the connection.
 pub(crate) struct Inside<'a> {
     pub(crate) outbox: &'a Outbox<Origin>,
     pub(crate) is_writable: bool,
     pub(crate) is_dirty: bool,
     pub(crate) is_congested: bool,
     pub(crate) close_frame_pending: bool,
-    /// Messages are held although the handler may be given them.
+    /// Messages are held although the handler could be called with them.
     pub(crate) keeps_messages: bool,
-    /// Drops that the handler has not been told of.
+    /// Drops that were not yet reported to the handler.
     pub(crate) untold: u64,
-    /// The tick of its reminder.
+    /// The tick of its timer.
     pub(crate) timer_tick: u64,
 }
 
@@ -35,7 +35,7 @@ impl Connection {
         }
     }
 
-    /// Lets it have lost so many frames before, half of them for each cause.
+    /// Makes it count this many lost frames, half of them for each cause.
     pub(crate) fn pretend_losses(&mut self, frames: u64) {
         self.counts.offered += frames;
         let losses = self.counts.lose();

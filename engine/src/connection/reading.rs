@@ -1,7 +1,7 @@
-//! What comes in: from the socket to the decoder, and what control frames say.
+//! Input: from the socket to the decoder, and the reactions to control frames.
 //!
-//! Control frames are answered here; a message is handed to the handler if it is idle, and is held
-//! for it otherwise. Does not know when it is this connection's turn.
+//! Control frames are answered here; a message is passed to the handler if it is idle, and is held for it
+//! otherwise. Does not know when it is this connection's turn.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -14,11 +14,11 @@ use crate::held::Held;
 
 use super::{CallSite, Connection, Intake, Phase};
 
-/// Bytes of messages that are held for a busy handler. With so many nothing more is read before the handler is done:
-/// no pings and no Close.
+/// Bytes of messages that are held for a busy handler. At this limit nothing more is read until the handler
+/// is done: no pings and no Close either (backpressure).
 const HELD_BYTES_MAX: usize = 16 << 10;
 
-/// What a read brought.
+/// The result of a read.
 #[must_use]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Read {
@@ -28,18 +28,18 @@ pub(crate) enum Read {
     Failed(ErrorKind),
 }
 
-/// What one decoded piece of input led to.
+/// The effect of one decoded piece of input.
 #[derive(Debug, Default)]
 pub(crate) struct Received {
-    /// A message was handed to the handler.
+    /// A message was passed to the handler.
     pub(crate) is_handled: bool,
     /// An answer was queued.
     pub(crate) is_answered: bool,
-    /// The connection is to end.
+    /// The connection must end.
     pub(crate) end: Option<CloseReason>,
 }
 
-/// When input is handled.
+/// The time at which input is handled.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Arrival {
     pub(crate) now: Duration,
@@ -47,7 +47,7 @@ pub(crate) struct Arrival {
     pub(crate) arrived: Duration,
 }
 
-/// Control frames of the peer in the current second.
+/// The client's control frames in the current second.
 #[derive(Debug, Default)]
 pub(super) struct ControlRate {
     second: u32,
@@ -55,7 +55,7 @@ pub(super) struct ControlRate {
 }
 
 impl ControlRate {
-    /// Counts one; false if that is too many.
+    /// Counts one; false if that exceeds the limit.
     fn admits(&mut self, now: Duration, max: u16) -> bool {
         let second = now.as_secs() as u32; // only compared: may wrap
         if self.second != second {
@@ -67,20 +67,20 @@ impl ControlRate {
 }
 
 impl Connection {
-    /// Whether the next message may be handed over.
+    /// Whether the next message may be passed to the handler.
     pub(crate) fn is_listening(&self) -> bool {
         self.phase == Phase::Open && self.is_idle() && self.opening().is_none() && self.intake == Intake::Open
     }
 
-    /// Whether the handler may be given what was held for it, as it is also after the end.
+    /// Whether held messages may be passed to the handler. That is possible after the end, too.
     pub(crate) fn takes_held(&self) -> bool {
         let hands_held = !matches!(self.intake, Intake::Paused | Intake::Over { hands_held: false });
         let is_after_end = self.phase != Phase::Open && self.handler.is_some() && hands_held;
         self.is_listening() || (is_after_end && self.is_idle())
     }
 
-    /// How many bytes may be read now. While the handler is busy, that depends on what is held for it; after the end,
-    /// what is left in the kernel is read and discarded.
+    /// How many bytes may be read now. While the handler is busy, that depends on what is held for it; after
+    /// the end, what is left in the kernel is read and discarded.
     pub(crate) fn read_limit(&self) -> usize {
         if self.phase != Phase::Open || self.is_listening() {
             return usize::MAX;
@@ -94,12 +94,12 @@ impl Connection {
         self.socket.is_some() && self.is_readable && !self.is_input_over && self.read_limit() > 0
     }
 
-    /// Whether something has arrived that is not read as long as the handler is busy.
+    /// Whether input has arrived that is not read as long as the handler is busy.
     pub(crate) fn has_unread(&self) -> bool {
         self.is_readable && self.read_limit() == 0
     }
 
-    /// Bytes of memory that are held for what has not arrived whole, or waits for the handler.
+    /// Bytes of memory for messages that are incomplete or wait for the handler.
     pub(crate) fn unfinished_bytes(&self) -> usize {
         self.decoder.heap_bytes() + self.held.as_ref().map_or(0, |held| held.heap_bytes())
     }
@@ -116,7 +116,7 @@ impl Connection {
             match socket.read(buffer) {
                 Ok(0) => return Read::End,
                 Ok(count) => {
-                    // Edge-triggered: a short read has emptied the kernel's buffer.
+                    // Edge-triggered: a short read means that the kernel's buffer is empty.
                     self.is_readable = count == buffer.len() || self.is_read_closed;
                     return Read::Bytes(count);
                 }
@@ -132,18 +132,18 @@ impl Connection {
         }
     }
 
-    /// The kernel may have bytes for us; or the end of the stream, if it says so.
+    /// The kernel may have bytes to read, and announces the end of the stream if `is_closed`.
     pub(crate) fn becomes_readable(&mut self, is_closed: bool) {
         self.is_readable = true;
         self.is_read_closed |= is_closed;
     }
 
-    /// Whether the kernel may have bytes for us.
+    /// Whether the kernel may have bytes to read.
     pub(crate) fn is_readable(&self) -> bool {
         self.is_readable
     }
 
-    /// Whether the peer has ended its side, and all before that was read.
+    /// Whether the client has ended its side, and everything before that was read.
     pub(crate) fn is_input_over(&self) -> bool {
         self.is_input_over
     }
@@ -153,17 +153,17 @@ impl Connection {
         self.heartbeat.input_is_over();
     }
 
-    /// Something has arrived: so many bytes, or something that is not read now.
+    /// Input has arrived: this many bytes, or some that is not read now.
     pub(crate) fn heard(&mut self, now: Duration, bytes: usize) {
         self.heartbeat.heard(now, bytes);
     }
 
-    /// What lay unread is no silence of the peer's.
+    /// The time during which input was left unread is not the client's silence.
     pub(crate) fn restart_silence(&mut self, now: Duration) {
         self.heartbeat.restart_silence(now);
     }
 
-    /// Reading pauses if nothing more may be read.
+    /// Notes that reading pauses, if nothing more may be read.
     pub(crate) fn note_pause(&mut self) {
         if self.read_limit() == 0 {
             self.heartbeat.paused();
@@ -175,22 +175,22 @@ impl Connection {
         self.is_ready
     }
 
-    /// Puts it into that list; false if it was there.
+    /// Adds it to that list; false if it was there.
     pub(crate) fn mark_ready(&mut self) -> bool {
         !std::mem::replace(&mut self.is_ready, true)
     }
 
-    /// Takes it out of that list; false if it was not there.
+    /// Removes it from that list; false if it was not there.
     pub(crate) fn take_ready(&mut self) -> bool {
         std::mem::take(&mut self.is_ready)
     }
 
-    /// Whether nothing is held for the handler, and it takes the next message.
+    /// Whether no message is held, and the handler can be called with the next one.
     pub(crate) fn is_caught_up(&self) -> bool {
         self.is_listening() && self.held.is_none()
     }
 
-    /// The messages that are held, if the handler may be given one. To be given back.
+    /// The held messages, if the handler may be called with one. Must be given back.
     pub(crate) fn take_held(&mut self) -> Option<Box<Held>> {
         if self.takes_held() { self.held.take() } else { None }
     }
@@ -203,12 +203,12 @@ impl Connection {
         self.held = None;
     }
 
-    /// A message was handed to the handler.
+    /// Counts a message that was passed to the handler.
     pub(crate) fn count_received(&mut self) {
         self.counts.received += 1;
     }
 
-    /// Decodes the next piece of `input` and acts on it. `consumed` is moved behind that piece.
+    /// Decodes the next piece of `input` and acts on it. Moves `consumed` to the end of that piece.
     pub(crate) fn receive(
         &mut self,
         input: &mut [u8],
@@ -276,7 +276,7 @@ impl Connection {
         let end = if limit.is_some_and(|(max, samples)| self.heartbeat.is_rtt_above(max, samples)) {
             Some(CloseReason::HighRtt)
         } else if is_ours || self.control_rate.admits(now, self.config.control_frames_per_second) {
-            None // answers to our pings are no flood
+            None // pongs that answer our pings are not limited
         } else {
             Some(CloseReason::ControlFlood)
         };

@@ -1,6 +1,6 @@
-//! What goes out: from the outbox to the socket, and what the peer has taken of it.
+//! Output: from the outbox to the socket, and how much the client has taken of it.
 //!
-//! A peer that takes nothing is judged here, by what its kernel has acknowledged. Does not know when it is this
+//! Detects a client that takes nothing, by what its kernel has acknowledged. Does not know when it is this
 //! connection's turn.
 
 use std::io::ErrorKind;
@@ -18,11 +18,11 @@ use crate::tally::DropCause;
 
 use super::{Connection, Phase};
 
-/// Bytes that are gathered into one write, and given to one connection before the next one's turn.
+/// Bytes that are gathered into one write, and written to one connection before the next one's turn.
 pub(crate) const WRITE_BYTES_MAX: usize = 64 << 10;
 const WRITES_PER_FLUSH: usize = 16;
-/// How often a peer that takes nothing is looked at before it is given up. It is given up so much too late at most, as a
-/// part of the timeout.
+/// The number of looks within the timeout at a client that takes nothing. The connection ends late by one
+/// look's interval at most.
 const STALL_LOOKS: u32 = 4;
 
 /// How a flush ended.
@@ -31,26 +31,26 @@ const STALL_LOOKS: u32 = 4;
 pub(crate) enum Flushed {
     /// Nothing is left, or nothing can be written.
     Rests,
-    /// The kernel takes no more for now.
+    /// The kernel accepts no more for now.
     Refused,
-    /// More could be written, but others come first.
+    /// More could be written, but other connections come first.
     HasMore,
-    /// The Close frame is with the kernel, and our end of the stream is finished.
+    /// The Close frame has been passed to the kernel, and our end of the stream is finished.
     Finished,
     Failed(ErrorKind),
 }
 
-/// What the expiry of frames that waited has changed.
+/// The effect of dropping the frames that waited for too long.
 #[derive(Debug)]
 pub(crate) struct Expired {
     pub(crate) bytes: usize,
-    /// Something that waited behind them was taken.
+    /// Frames that waited after them were accepted.
     pub(crate) has_taken: bool,
-    /// When the next one expires.
+    /// When the next frame expires.
     pub(crate) next: Option<Duration>,
 }
 
-/// Frames that were discarded at an end.
+/// Frames that were discarded when a connection ended.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Discarded {
     pub(crate) frames: u64,
@@ -60,9 +60,9 @@ pub(crate) struct Discarded {
 /// What a drop means for a connection.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Loss {
-    /// The handler has been told of all drops before.
+    /// All earlier drops have been reported to the handler.
     pub(crate) is_news: bool,
-    /// Frames dropped since one was last taken.
+    /// Consecutive drops: frames dropped since one was last accepted.
     pub(crate) in_a_row: u32,
 }
 
@@ -73,7 +73,7 @@ impl Connection {
         self.outbox.backlog_bytes()
     }
 
-    /// Bytes of memory that wait because its socket takes no more for now.
+    /// Bytes of memory that wait because the socket accepts no more for now.
     pub(crate) fn refused_bytes(&self) -> usize {
         if self.is_writable { 0 } else { self.outbox.held_bytes() }
     }
@@ -87,7 +87,7 @@ impl Connection {
         self.outbox.waiting() > 0
     }
 
-    /// Takes the chunk if nothing is queued and it fits; false if not.
+    /// Accepts the chunk if nothing is queued and it fits; false otherwise.
     #[inline]
     pub(crate) fn take_first(&mut self, chunk: &Rc<Chunk>) -> bool {
         let is_taken = self.outbox.push_if_empty(chunk, &self.bounds());
@@ -97,7 +97,7 @@ impl Connection {
         is_taken
     }
 
-    /// Puts the chunk behind what is queued; returns also by how many bytes the backlog has grown.
+    /// Queues the chunk after what is queued. Also returns by how many bytes the backlog has grown.
     pub(crate) fn offer(
         &mut self,
         chunk: &Rc<Chunk>,
@@ -108,12 +108,12 @@ impl Connection {
         let (bytes, queued) = (self.outbox.backlog_bytes(), self.outbox.queued());
         let offer = self.outbox.offer(chunk, &self.bounds(), now, expiry, origin);
         if self.outbox.queued() > queued {
-            self.counts.took(); // some of it was taken, whatever becomes of the rest
+            self.counts.took(); // some of it was accepted, whatever happens to the rest
         }
         (offer, self.outbox.backlog_bytes() - bytes)
     }
 
-    /// Drops what has waited as long as it may.
+    /// Drops the frames whose time has expired.
     pub(crate) fn expire(&mut self, now: Duration, on_drop: impl FnMut(Dropped, Option<&Origin>)) -> Expired {
         let (bytes, queued) = (self.outbox.backlog_bytes(), self.outbox.queued());
         let next = self.outbox.expire(now, &self.bounds(), on_drop);
@@ -121,7 +121,7 @@ impl Connection {
         Expired { bytes, has_taken, next }
     }
 
-    /// A frame was taken: later drops are a new row.
+    /// A frame was accepted, which ends the row of consecutive drops.
     pub(crate) fn end_row_of_drops(&mut self) {
         self.counts.took();
     }
@@ -151,8 +151,8 @@ impl Connection {
         Discarded { frames, bytes }
     }
 
-    /// Marks it as congested if it has just become so. Then returns whether publishers wait for it, for the counts of its
-    /// groups.
+    /// Marks it as congested if it has just become so. If so, returns whether publishers wait for it, for the
+    /// counters of its groups.
     pub(crate) fn becomes_congested(&mut self) -> Option<bool> {
         let becomes = !self.is_congested && self.outbox.is_congested(&self.bounds());
         self.is_congested |= becomes;
@@ -166,14 +166,14 @@ impl Connection {
         becomes.then(|| self.config.policy.blocks())
     }
 
-    /// It is counted as congested nowhere any more; how it was counted until now.
+    /// Removes that mark in any case; returns how it was counted until now.
     pub(crate) fn take_congestion(&mut self) -> Option<bool> {
         let congestion = self.congestion();
         self.is_congested = false;
         congestion
     }
 
-    /// If it is counted as congested: whether as one that publishers wait for.
+    /// If it is counted as congested: whether publishers wait for it.
     pub(crate) fn congestion(&self) -> Option<bool> {
         self.is_congested.then(|| self.config.policy.blocks())
     }
@@ -186,7 +186,7 @@ impl Connection {
         self.is_writable && !std::mem::replace(&mut self.is_dirty, true)
     }
 
-    /// Notes that it was taken out of that list.
+    /// Notes that it was removed from that list.
     pub(crate) fn clear_dirty(&mut self) {
         self.is_dirty = false;
     }
@@ -210,8 +210,8 @@ impl Connection {
         self.outbox.push_control(ControlFrame::ping(payload).as_bytes());
     }
 
-    /// Whether a ping is written by the next flush that gets through; and if so, whether it is behind something that the
-    /// peer has not taken.
+    /// Whether the next flush that gets through writes a ping; if so, whether bytes precede it that the
+    /// client has not taken.
     pub(crate) fn ping_to_write(&self) -> Option<bool> {
         let has_ping = self.heartbeat.has_queued_ping() && self.is_writable;
         has_ping.then(|| self.has_unacknowledged())
@@ -222,22 +222,23 @@ impl Connection {
         self.outbox.has_no_control()
     }
 
-    /// Waits for an answer to our ping for another timeout, if the peer may be alive.
+    /// Waits another timeout for an answer to our ping, if the client may be alive.
     pub(crate) fn prolongs_wait(&mut self, now: Duration) -> bool {
         self.excuses_silence(now) && self.heartbeat.prolong(now)
     }
 
-    /// Whether the peer has ended its side, and nothing will announce when it has taken what is left for it.
+    /// Whether the client has ended its side, so that no event will announce that it has taken what is left for it.
     pub(crate) fn awaits_acknowledgement(&self) -> bool {
         self.is_input_over && self.is_lingering()
     }
 
-    /// Bytes that the peer has taken of what the kernel was given; none where the system does not say.
+    /// Bytes that the client has taken of those passed to the kernel; none where the system does not report it.
     fn taken(&self) -> Option<u32> {
         Some(self.written.wrapping_sub(self.socket.as_ref()?.unacknowledged()?))
     }
 
-    /// Whether the peer has taken something since this was last asked. If our ping was among it, its time begins now.
+    /// Whether the client has taken something since the last look. If that included our ping, the ping's time
+    /// begins now.
     fn makes_progress(&mut self, now: Duration) -> bool {
         let Some(taken) = self.taken() else { return false };
         let had_ping = self.has_ping(self.taken);
@@ -253,7 +254,7 @@ impl Connection {
         taken.wrapping_sub(self.ping_end) as i32 >= 0
     }
 
-    /// When to look next whether the peer has taken something. None while the kernel takes more for it.
+    /// When to look next whether the client has taken something. None while the kernel accepts writes.
     pub(crate) fn look_at_stall(&self, now: Duration) -> Option<Duration> {
         let end = self.stalled_at()?;
         let timeout = self
@@ -263,7 +264,7 @@ impl Connection {
         Some(end.min(now + timeout / STALL_LOOKS))
     }
 
-    /// When the connection is to end if the peer takes nothing until then. None while the kernel takes more for it.
+    /// When the connection must end if the client takes nothing until then. None while the kernel accepts writes.
     fn stalled_at(&self) -> Option<Duration> {
         if self.is_writable || self.refused_since == 0 {
             return None;
@@ -277,7 +278,7 @@ impl Connection {
         stalled.into_iter().chain(unanswered).min()
     }
 
-    /// Whether the connection is to end because the peer has taken nothing for too long, and for which reason.
+    /// Whether the connection must end because the client has taken nothing for too long, and for which reason.
     pub(crate) fn judge_stall(&mut self, now: Duration, listened: Duration) -> Option<CloseReason> {
         let end = self.stalled_at()?;
         let since = Duration::from_micros(self.refused_since);
@@ -285,7 +286,7 @@ impl Connection {
             self.refused_since = now.as_micros() as u64;
             return None;
         }
-        // The kernel may have announced room, and the event has not been read.
+        // The kernel may have announced room in an event that has not been read yet.
         if now < end || listened < end {
             return None;
         }
@@ -293,13 +294,13 @@ impl Connection {
         Some(if is_stalled { CloseReason::SlowConsumer } else { CloseReason::PongTimeout })
     }
 
-    /// Whether a ping that is written now is behind something that the peer has not taken.
+    /// Whether bytes that the client has not taken precede a ping that is written now.
     fn has_unacknowledged(&self) -> bool {
         let socket = self.socket.as_ref();
         self.outbox.is_in_frame() || socket.and_then(Socket::unacknowledged).is_some_and(|bytes| bytes > 0)
     }
 
-    /// The ping is with the kernel. `is_ahead`: it is behind something that the peer has not taken.
+    /// The ping was passed to the kernel. `is_ahead`: bytes precede it that the client has not taken.
     pub(crate) fn ping_sent(&mut self, now: Duration, is_ahead: bool) {
         self.heartbeat.sent(now);
         if self.read_limit() == 0 {
@@ -314,8 +315,8 @@ impl Connection {
         self.heartbeat.has_moved = false;
     }
 
-    /// Whether an alive peer may have left our ping unanswered: the ping has not reached it yet, or the answer has not
-    /// reached us.
+    /// Whether a client that is alive may have left our ping unanswered: the ping has not reached it yet, or
+    /// the answer has not reached us.
     fn excuses_silence(&mut self, now: Duration) -> bool {
         if self.heartbeat.takes_input() {
             return true;
@@ -326,17 +327,17 @@ impl Connection {
         let had_ping = self.has_ping(self.taken);
         let progress = self.makes_progress(now) | self.heartbeat.has_moved;
         self.heartbeat.has_moved = false;
-        // While we do not read, the answer may be behind bytes that we have not taken.
+        // While this side does not read, the answer may be preceded by bytes that are still unread.
         if had_ping { self.has_unread() } else { progress }
     }
 
-    /// Whether the peer has everything that was sent to it, its Close frame included, as far as this is known.
+    /// Whether the client has everything that was sent to it, its Close frame included, as far as this is known.
     pub(crate) fn is_delivered(&self) -> bool {
         let reason = self.ending().map(|ending| &ending.reason);
         let is_told = reason.is_none_or(|reason| reason.close_frame().is_some());
         match &self.socket {
             _ if self.ending().is_some_and(|ending| ending.is_cut) => false,
-            // A failed socket does not say what the peer had taken before.
+            // A failed socket does not report what the client had taken before.
             _ if matches!(reason, Some(CloseReason::Transport(_))) => false,
             Some(_) if is_told && !self.is_lingering() => false, // its Close frame has not been written
             Some(socket) if socket.is_direct() => socket.unacknowledged().is_none_or(|bytes| bytes == 0),
@@ -345,8 +346,8 @@ impl Connection {
         }
     }
 
-    /// Writes what is queued, one system call for as much as can be gathered.
-    /// `now` is the time of the turn: refusals are counted from it.
+    /// Writes what is queued, one system call for as much as can be gathered. `now` is the time of the turn:
+    /// refusals are timed from it.
     pub(crate) fn flush(&mut self, gather: &mut Gather, totals: &mut Metrics, now: Duration) -> Flushed {
         for _ in 0..WRITES_PER_FLUSH {
             if !self.is_writable || self.phase == Phase::Lingering {
@@ -381,7 +382,7 @@ impl Connection {
                         let (waiting, bounds) = (self.outbox.waiting(), self.bounds());
                         let frames = u64::from(self.outbox.wrote(count, &bounds));
                         if self.outbox.waiting() < waiting {
-                            self.counts.took(); // something that had waited was taken
+                            self.counts.took(); // a frame that had waited was accepted
                         }
                         self.counts.written += frames;
                         totals.tally.written += frames;
@@ -398,7 +399,7 @@ impl Connection {
                     kind => return Flushed::Failed(kind),
                 },
             }
-            // The usual case costs no further look.
+            // The usual case needs no further check.
             if self.phase == Phase::Open && self.outbox.is_empty() {
                 return Flushed::Rests;
             }

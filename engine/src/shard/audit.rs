@@ -1,9 +1,9 @@
-//! What a shard looks like from inside, between two turns. Only for the engine's own tests.
+//! A shard's internal state between two turns. Only for the engine's own tests.
 //!
-//! Behind the feature `audit`. Looks and changes nothing, but for `doze`, which puts the
-//! shard to sleep as its thread does before it polls, and for counts that a test sets. `Audit::errors` lists what must hold
-//! after every turn and does not: the books, the lists of what is to be done, the
-//! reminders, the counts of members and of congested ones. Does not know what was sent.
+//! Behind the feature `audit`. Reads and changes nothing, except `doze`, which puts the shard to sleep as its
+//! thread does before it polls, and counters that a test sets. `Audit::errors` lists violated invariants,
+//! which must hold after every turn: the tallies, the lists of pending work, the timers, the counts of
+//! members and of congested ones. Does not know what was sent.
 
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ pub struct ConnectionAudit {
     pub has_socket: bool,
     pub tally: Tally,
     pub pending: u64,
-    /// What is in the outbox, and what waits beside it.
+    /// Frames in the outbox, and those that wait for room.
     pub queued: u64,
     pub queued_bytes: usize,
     pub waiting: u64,
@@ -33,11 +33,11 @@ pub struct ConnectionAudit {
     pub waiting_bytes_max: usize,
 }
 
-/// What one shard has of a group, and what all shards together have told of it.
+/// One shard's part of a group, and the counts that all shards share.
 #[derive(Debug, Clone)]
 #[allow(missing_docs, reason = "as in the directory")]
 pub struct GroupAudit {
-    /// Tells groups apart.
+    /// Distinguishes groups.
     pub address: usize,
     pub members: u64,
     pub congested: u64,
@@ -54,9 +54,9 @@ pub struct Audit {
     pub connections: Vec<ConnectionAudit>,
     /// Its part of every group.
     pub groups: Vec<GroupAudit>,
-    /// What must hold and does not.
+    /// Violated invariants.
     pub errors: Vec<String>,
-    /// Reminders of frames that wait, and of everything else.
+    /// Timers of waiting frames, and all others.
     pub deadlines: usize,
     /// See `deadlines`.
     pub reminders: usize,
@@ -64,13 +64,13 @@ pub struct Audit {
 
 /// For tests that drive shards as their threads would.
 impl Shard {
-    /// Falls asleep as the thread does before it polls, and says for how long at most: not at all if it is zero, until
-    /// something wakes it if there is none.
+    /// Falls asleep as the thread does before it polls, and returns for how long at most: zero means not at
+    /// all, none means until something wakes it.
     pub fn doze(&self, now: Instant) -> Option<Duration> {
         self.sleep_bound(now)
     }
 
-    /// What becomes readable when a socket or a publisher wakes the shard.
+    /// The descriptor that becomes readable when a socket or a publisher wakes the shard.
     pub fn poll_fd(&self) -> i32 {
         self.poll.as_raw_fd()
     }
@@ -80,8 +80,8 @@ impl Shard {
         self.has_stopped()
     }
 
-    /// Lets a connection have lost so many frames before, half of them for each cause, so that a test need not wait
-    /// until it has.
+    /// Makes a connection count this many lost frames, half of them for each cause, so that a test need not
+    /// wait for real ones.
     pub fn pretend_losses(&mut self, id: ConnectionId, frames: u64) {
         let Some(connection) = self.fanout.connections.get_mut(id.slot()) else { return };
         connection.pretend_losses(frames);
@@ -91,7 +91,7 @@ impl Shard {
         }
     }
 
-    /// Looks at everything.
+    /// Checks all invariants.
     pub fn audit(&self) -> Audit {
         let mut audit = Audit::default();
         let mut wrong = |text: String| audit.errors.push(format!("shard {}: {text}", self.index));
@@ -108,7 +108,7 @@ impl Shard {
             refused += usize::from(!inside.is_writable);
             let (tally, pending) = (metrics.tally, outbox.pending());
             if tally.offered != tally.written + tally.dropped.total() + tally.discarded + pending {
-                wrong(format!("books of {}: {metrics:?}", connection.id()));
+                wrong(format!("tally of {}: {metrics:?}", connection.id()));
             }
             if inside.is_dirty {
                 dirty += 1;
@@ -134,12 +134,12 @@ impl Shard {
                 wrong(format!("{} has messages held and an idle handler", connection.id()));
             }
             if connection.is_open() && connection.is_idle() && inside.untold > 0 {
-                wrong(format!("{} has untold drops and an idle handler", connection.id()));
+                wrong(format!("{} has unreported drops and an idle handler", connection.id()));
             }
             if let Some(until) = outbox.earliest_until()
                 && !self.fanout.deadlines.is_reminded(connection.id(), until)
             {
-                wrong(format!("{} has a frame until {until:?} and no reminder", connection.id()));
+                wrong(format!("{} has a frame until {until:?} and no timer", connection.id()));
             }
             if connection.has_socket() && !self.wheel.has(connection.id(), inside.timer_tick) {
                 wrong(format!("{} has a socket and nothing in the wheel", connection.id()));
@@ -164,7 +164,7 @@ impl Shard {
                 wrong(format!("{} has no socket and something pending", connection.id()));
             }
             if !connection.is_open() && connection.has_handler() && connection.is_idle() {
-                wrong(format!("{} has ended, its handler is idle and was not let go", connection.id()));
+                wrong(format!("{} has ended, its handler is idle and was not released", connection.id()));
             }
             let (queued_bytes, overflow_bytes) = outbox.audit_bytes();
             audit.connections.push(ConnectionAudit {
@@ -190,7 +190,7 @@ impl Shard {
             ));
         }
         if refused != self.fanout.refused {
-            wrong(format!("{refused} sockets take no more but {} are counted", self.fanout.refused));
+            wrong(format!("{refused} sockets accept no more but {} are counted", self.fanout.refused));
         }
         if sum != self.fanout.backlog_bytes {
             wrong(format!("backlog is {} but counted as {}", sum, self.fanout.backlog_bytes));
@@ -199,7 +199,10 @@ impl Shard {
             wrong("lists are shorter than their flags".to_owned());
         }
         if sum == 0 && self.fanout.retained.bytes() > 0 {
-            wrong(format!("{} bytes are retained by nobody", self.fanout.retained.bytes()));
+            wrong(format!(
+                "{} bytes are retained although no outbox holds any",
+                self.fanout.retained.bytes()
+            ));
         }
         if !self.fanout.pending_ends.is_empty() || !self.fanout.pending_drop_notices.is_empty() {
             wrong("ends or drops are left over".to_owned());
@@ -212,7 +215,7 @@ impl Shard {
                         congested += u64::from(connection.congestion().is_some());
                         blocking += u64::from(connection.congestion() == Some(true));
                     }
-                    None => wrong(format!("{slot:?} is a member and empty")),
+                    None => wrong(format!("{slot:?} is a member but has no connection")),
                 }
             }
             if !group.audit_interest(self.index) {

@@ -1,8 +1,8 @@
-//! Ends: the only place that decides one, and everything that follows from it.
+//! Closing: the only place that decides a connection's end, and everything that follows from it.
 //!
-//! In one step a connection leaves all indexes, its reason is fixed and its peer is told;
-//! its handler is told when it is not busy; the socket goes when the closing handshake or
-//! its time is over; the slot when socket and handler have gone. Does not decide when.
+//! In one step a connection leaves all indexes, its reason is fixed and its Close frame is queued; its
+//! handler is notified when it is not busy; the socket is dropped when the closing handshake or its time is
+//! over; the slot is freed when socket and handler are dropped. Does not decide when a connection must end.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -17,13 +17,13 @@ use crate::id::Slot;
 use super::{Shard, Step};
 
 impl Shard {
-    /// The stream is over: without a closing handshake if none has begun.
+    /// Ends a connection whose stream is over, and drops its socket.
     pub(super) fn abort(&mut self, slot: Slot, reason: CloseReason) {
         self.end(slot, reason);
         self.drop_socket(slot);
     }
 
-    /// Ends a connection behind everything that its handler has sent before.
+    /// Ends a connection after everything that its handler has sent before.
     pub(super) fn end_in_order(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_open() || !connection.stop_listening() {
@@ -33,7 +33,8 @@ impl Shard {
         self.do_later(id, Step::End(reason));
     }
 
-    /// Decides the end of an open connection: it leaves every index at once, its peer is told, its handler too.
+    /// Decides the end of an open connection: it leaves every index at once, its client gets a Close frame,
+    /// its handler is notified.
     pub(super) fn end(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_open() {
@@ -56,9 +57,10 @@ impl Shard {
             (CloseReason::Shutdown { .. }, Some(stop)) => stop.by,
             _ => by + close_timeout,
         };
-        // A backlog may hold up the Close frame only so long that it still has time to get through.
+        // A backlog may delay the Close frame only so long that the frame still has time to get through.
         let flush_by = by - close_timeout.min(by.saturating_sub(now) / 2);
-        // A peer that has ended the stream may still read: what is queued goes out, though no Close frame follows.
+        // A client that has ended the stream may still read: what is queued is written, although no Close
+        // frame follows.
         let is_flushed = is_told || (reason == CloseReason::Disconnected && connection.has_backlog());
         let ending = Ending { reason, by, flush_by: Some(flush_by), is_cut: false };
         connection.begin_ending(ending, is_told);
@@ -104,7 +106,7 @@ impl Shard {
         }
     }
 
-    /// Takes a connection out of all its groups.
+    /// Removes a connection from all its groups.
     pub(super) fn leave_groups(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let (directory, congestion) = (connection.directory().clone(), connection.take_congestion());
@@ -113,15 +115,15 @@ impl Shard {
         }
     }
 
-    /// Gives up everything that is queued for a connection, the frame that is being written included; returns how
-    /// many frames that were.
+    /// Discards everything that is queued for a connection, including the frame that is being written.
+    /// Returns the number of frames.
     pub(super) fn discard_all(&mut self, slot: Slot) -> u64 {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return 0 };
         let Discarded { frames, bytes } = connection.discard_all();
         self.count_discarded(frames, bytes)
     }
 
-    /// A member is no longer in this shard's index: so the directory must not count it either.
+    /// A member was removed from this shard's index, so the directory must not count it either.
     pub(super) fn has_left(
         &self,
         directory: &Directory,
@@ -141,8 +143,8 @@ impl Shard {
         directory.exit(group);
     }
 
-    /// Discards what is queued for a connection, except the frame that is being written. Returns how many frames that
-    /// was.
+    /// Discards what is queued for a connection, except the frame that is being written. Returns the number
+    /// of frames.
     pub(super) fn discard(&mut self, slot: Slot) -> u64 {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return 0 };
         let Discarded { frames, bytes } = connection.discard();
@@ -155,14 +157,14 @@ impl Shard {
         frames
     }
 
-    /// Tells the handler of drops, if there were any; whether it is done with that.
+    /// Notifies the handler of drops, if there were any. Returns whether it has finished with that.
     pub(super) fn notify_drops(&mut self, slot: Slot) -> Poll<()> {
         while let Some(connection) = self.fanout.connections.get_mut(slot)
             && let Some(notice) = connection.take_drop_notice()
         {
             let (flow, end) = self.run_handler(slot, |handler, context| handler.on_drop(&notice, context));
             if let Some(reason) = end {
-                // It has panicked, or wants no more.
+                // It has panicked, or has closed the connection.
                 if let Some(connection) = self.fanout.connections.get_mut(slot) {
                     connection.forget_drop_notices();
                 }
@@ -175,14 +177,14 @@ impl Shard {
         Poll::Ready(())
     }
 
-    /// Tells the handler the end, unless it is busy: then when it is done.
+    /// Notifies the handler of the end, as soon as it is not busy.
     pub(super) fn notify_closed(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_idle() || !connection.has_handler() {
             return;
         }
         if self.notify_drops(slot) == Poll::Pending || !self.hand_held(slot) {
-            return; // and again when it is done
+            return; // called again when the handler is done
         }
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let Some(reason) = connection.ending().map(|ending| ending.reason.clone()) else { return };
@@ -196,13 +198,13 @@ impl Shard {
         }
     }
 
-    /// Lets go of a handler that has been told the end.
+    /// Releases a handler that has been notified of the end.
     pub(super) fn release_handler(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let handler = connection.take_handler();
         let shown = self.core.beacons.call(self.index, connection.directory().key());
         if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
-            tracing::error!(id = %connection.id(), "dropping a handler panicked");
+            tracing::error!(id = %connection.id(), "a handler panicked when it was dropped");
         }
         drop(shown);
         self.remove_if_over(slot);

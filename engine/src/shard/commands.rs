@@ -1,7 +1,7 @@
-//! From the mailbox: what single connections are told, and new connections.
+//! From the mailbox: commands to single connections, and new connections.
 //!
-//! Carries out commands, each behind the publications that it must come after, and keeps the list of what the shard itself
-//! must do behind everything that a handler has sent. Does not write to sockets.
+//! Executes commands, each after the publications that it must come after, and keeps the list of what the
+//! shard itself must do after everything that a handler has sent. Does not write to sockets.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::task::Poll;
@@ -21,14 +21,14 @@ use crate::socket::Socket;
 use super::{Later, Shard, Step};
 
 const COMMANDS_PER_TURN: usize = 4096;
-/// Pieces of 4 KiB that are read of what a peer has sent that is turned away.
+/// Reads of 4 KiB each, at most, of what a refused client has sent.
 const TURN_AWAY_READS: usize = 16;
 
 impl Shard {
-    /// Carries out what lay in the mailbox when it began; false if something of that is left.
+    /// Executes the commands that were in the mailbox when it began; false if some of them are left.
     pub(super) fn drain_mailbox(&mut self) -> bool {
-        let lying = self.mailbox().len();
-        let mut left = lying.min(COMMANDS_PER_TURN);
+        let queued = self.mailbox().len();
+        let mut left = queued.min(COMMANDS_PER_TURN);
         let (mut made_room, mut bytes) = (false, 0);
         let is_held_up = loop {
             if self.blocked_command.is_none()
@@ -74,7 +74,7 @@ impl Shard {
         if made_room {
             self.mailbox().waiting.wake_all();
         }
-        !is_held_up && lying <= COMMANDS_PER_TURN
+        !is_held_up && queued <= COMMANDS_PER_TURN
     }
 
     fn answer_query(&mut self, query: &Query) {
@@ -91,7 +91,7 @@ impl Shard {
         }
     }
 
-    /// Calls what an application has given to be called here.
+    /// Calls an application's callback on this shard.
     fn call_back(&self, namespace: GroupKey, call: impl FnOnce()) {
         let _call = self.core.beacons.call(self.index, namespace);
         if catch_unwind(AssertUnwindSafe(call)).is_err() {
@@ -99,13 +99,13 @@ impl Shard {
         }
     }
 
-    /// Puts a step into the list, behind everything that has been sent until now.
+    /// Adds a step to the list, after everything that has been sent so far.
     pub(super) fn do_later(&mut self, id: ConnectionId, step: Step) {
         let (after, commands) = (self.core.log.tail(), self.commands + self.mailbox().len() as u64);
         self.later.push_back(Later { after, commands, id, step });
     }
 
-    /// Carries out the first step in the list; false if the log cannot be run so far yet.
+    /// Takes the first step of the list; false if the log cannot be run that far yet.
     fn carry_out_later(&mut self) -> bool {
         let Some(after) = self.later.front().map(|later| later.after) else { return true };
         if !self.run_log(after) {
@@ -128,7 +128,7 @@ impl Shard {
         match action {
             Action::Send { payload, delivery, ticket, oversized } if is_open => {
                 self.offer_one(slot, payload, delivery, ticket);
-                drop(oversized); // if its outbox is congested, that is counted now
+                drop(oversized); // a congested outbox has been counted by now
             }
             Action::Join(joins) if is_open => {
                 joins.into_iter().for_each(|join| self.join(slot, join));
@@ -164,9 +164,9 @@ impl Shard {
     fn join(&mut self, slot: Slot, join: PendingJoin) {
         let open = self.fanout.connections.get_mut(slot).filter(|connection| connection.is_open());
         let Some(connection) = open else { return };
-        let max = connection.config().max_groups + usize::from(connection.opening().is_none()); // everyone is not counted
+        let max = connection.config().max_groups + usize::from(connection.opening().is_none()); // without everyone
         let (group, congestion) = (join.group().clone(), connection.congestion());
-        group.add_interest(self.index); // it may have been cleared while this join was on its way
+        group.add_interest(self.index); // it may have been cleared since the join was sent
         if self.fanout.groups.join(group.key, group.clone(), slot) {
             if let Some(blocks) = congestion {
                 group.add_congested(blocks);
@@ -178,13 +178,13 @@ impl Shard {
         }
     }
 
-    /// The handler is done with `on_open`: the connection joins everyone, behind all that was sent meanwhile.
+    /// The handler has finished `on_open`: the connection joins everyone, after everything that was sent meanwhile.
     pub(super) fn enter_in_order(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
-        let (id, is_turned_away) = (connection.id(), connection.is_over());
+        let (id, is_refused) = (connection.id(), connection.is_over());
         if let Some(opening) = connection.opening_mut() {
             opening.is_done = true;
-            if !is_turned_away {
+            if !is_refused {
                 self.do_later(id, Step::Enter);
             }
         }
@@ -205,20 +205,20 @@ impl Shard {
             return turn_away(&socket, CloseCode::GOING_AWAY);
         }
         let Some(slot) = self.fanout.connections.vacant() else {
-            tracing::warn!(shard = self.index, "the shard has no room for a connection: it was turned away");
+            tracing::warn!(shard = self.index, "the shard is full: a connection was refused");
             return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
         };
         self.generations += 1;
         let id = ConnectionId::new(self.index, slot, self.generations);
         if let Err(error) = socket.register(self.poll.registry(), Token(slot.index())) {
-            tracing::warn!(shard = self.index, %error, "a connection could not be registered and was turned away");
+            tracing::warn!(shard = self.index, %error, "a socket could not be registered: its connection was refused");
             return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
         }
         let shown = self.core.beacons.call(self.index, directory.key());
         let handler = match catch_unwind(AssertUnwindSafe(|| handler(id))) {
             Ok(handler) => handler,
             Err(_) => {
-                tracing::error!(%id, "making a handler panicked; the connection was turned away");
+                tracing::error!(%id, "a handler panicked when it was made: its connection was refused");
                 return turn_away(&socket, CloseCode::INTERNAL_ERROR);
             }
         };
@@ -233,7 +233,7 @@ impl Shard {
         let before = sent_by_this_thread();
         let flow = self.call(slot, |handler, context| handler.on_open(context));
         if flow == Poll::Ready(()) && sent_by_this_thread() == before {
-            // Nothing was sent meanwhile that it must not get.
+            // Nothing was sent meanwhile that must not reach this connection.
             if !self.fanout.connections[slot].is_over() {
                 self.join(slot, join);
             }
@@ -250,11 +250,11 @@ impl Shard {
     }
 }
 
-/// Sends a Close frame to a peer whose connection is not taken over. One try: an unused socket has room for it.
+/// Sends a Close frame to a client whose connection is refused. One attempt: an unused socket has room for it.
 fn turn_away(socket: &Socket, code: CloseCode) {
     let _ = socket.write(ControlFrame::close(code, "").as_bytes());
     socket.finish();
-    // A socket with unread bytes is reset when it is dropped, and the frame with it.
+    // Dropping a socket with unread bytes resets it, and the Close frame is lost.
     let mut unread = [0; 4096];
     for _ in 0..TURN_AWAY_READS {
         if socket.read(&mut unread).unwrap_or(0) < unread.len() {

@@ -1,10 +1,9 @@
-//! What comes in: from the sockets to the handlers.
+//! Input: from the sockets to the handlers.
 //!
-//! A socket that is readable is read a few times a turn, some sockets after each other; what
-//! they brought is decoded. Control frames are answered at once. Messages are handed over
-//! one by one; while the handler is busy they are held for it, and reading goes on until
-//! enough is held, so that a ping is answered and a Close is seen while a handler is busy.
-//! Does not know the log, groups or outboxes' contents.
+//! A readable socket is read a few times a turn, in batches of sockets; what they brought is decoded. Control
+//! frames are answered at once. Messages are passed to the handler one by one; while it is busy they are held
+//! for it, and reading continues until enough is held (backpressure), so that pings are answered and a Close
+//! is seen while a handler is busy. Does not know the log, groups or the contents of outboxes.
 
 use std::io::ErrorKind;
 use std::ops::Range;
@@ -25,7 +24,7 @@ const READS_PER_SOCKET: usize = 4;
 const RESUMES_PER_TURN: usize = 4096;
 
 impl Shard {
-    /// Reads whoever has something: some at a time, answering in between, as long as that is all there is to do.
+    /// Reads the sockets that are ready: in batches, answering in between, as long as there is nothing else to do.
     pub(super) fn read_sockets(&mut self) -> std::io::Result<()> {
         let waiting = self.fanout.flushes.waiting();
         self.note_poll(self.polled, EVENTS_PER_ANSWER);
@@ -44,7 +43,7 @@ impl Shard {
         Ok(())
     }
 
-    /// Reads all others that have something by now.
+    /// Reads all other sockets that are ready by now.
     fn read_rest(&mut self) -> std::io::Result<()> {
         std::mem::swap(&mut self.events, &mut self.other_events);
         let polled = self.poll_sockets(Some(Duration::ZERO));
@@ -54,13 +53,13 @@ impl Shard {
         polled
     }
 
-    /// Reads those that the last poll told of. The first `left` of those with something left to read have had their
-    /// share of this turn.
+    /// Reads the sockets that the last poll reported. The first `left` of those with something left to read
+    /// have had their share of this turn.
     fn read_polled(&mut self, left: usize) {
         self.note_events();
         let mut slots = std::mem::take(&mut self.scratch.ready);
         slots.extend(self.ready.drain(left..));
-        // A slot may stand here twice, once for a connection that has gone.
+        // A slot may be listed twice, once for a connection that has ended.
         slots.retain(|slot| {
             let connection = self.fanout.connections.get_mut(*slot);
             connection.is_some_and(Connection::take_ready)
@@ -92,8 +91,8 @@ impl Shard {
                     self.mark_ready(slot);
                 } else {
                     connection.heard(self.fanout.now, 0);
-                    // Nobody reads now, but a socket that has failed need not be waited for. One that was
-                    // closed may: what was said before is still to be read.
+                    // Nothing is read now, but a socket that has failed need not be waited for. One that was
+                    // closed must be: the messages before the close are still to be read.
                     if event.is_error() {
                         self.end(slot, CloseReason::Transport(ErrorKind::ConnectionReset));
                     }
@@ -125,8 +124,8 @@ impl Shard {
         }
     }
 
-    /// Reads each socket once and then hands over what they brought: the kernel's code and ours would drive each
-    /// other out of the caches. True if there may be more.
+    /// Reads each socket once and then processes what they brought, because kernel and user code would evict
+    /// each other from the caches. True if there may be more.
     fn read_once(&mut self, slots: &[Slot]) -> bool {
         let mut buffer = std::mem::take(&mut self.scratch.read);
         let mut arrivals = std::mem::take(&mut self.scratch.arrivals);
@@ -141,7 +140,7 @@ impl Shard {
                 continue;
             }
             match connection.read(&mut buffer[free..]) {
-                Read::Bytes(_) if !connection.is_open() => {} // said after the end: not listened to
+                Read::Bytes(_) if !connection.is_open() => {} // sent after the end: ignored
                 Read::Bytes(count) => {
                     connection.heard(self.fanout.now, count);
                     arrivals.push((*slot, free..free + count));
@@ -174,18 +173,18 @@ impl Shard {
         }
     }
 
-    /// The peer sends no more. It may still read, so what is on its way to it goes out first.
+    /// The client sends no more. It may still read, so what is queued for it is written first.
     fn end_of_input(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if connection.is_lingering() {
             self.drop_socket(slot);
         } else if connection.is_open() && connection.is_caught_up() {
-            // Until then a busy handler may still answer, and so may messages that are held for it.
+            // Before that a busy handler may still answer, and so may messages that are held for it.
             self.end_in_order(slot, CloseReason::Disconnected);
         }
     }
 
-    /// What came together with the handshake is the first that the peer said.
+    /// Bytes that arrived together with the handshake are the first input.
     pub(super) fn receive_early(&mut self, slot: Slot, received: Bytes) {
         let mut received = received.to_vec();
         self.receive(slot, &mut received);
@@ -201,7 +200,7 @@ impl Shard {
         self.count_unfinished(slot, before);
     }
 
-    /// Updates the sum of unfinished bytes by what has changed for a connection that had `before`.
+    /// Updates the sum of unfinished bytes for a connection that had `before`.
     pub(super) fn count_unfinished(&mut self, slot: Slot, before: usize) {
         let Some(connection) = self.fanout.connections.get(slot) else { return };
         self.fanout.unfinished_bytes = self.fanout.unfinished_bytes + connection.unfinished_bytes() - before;
@@ -212,7 +211,7 @@ impl Shard {
         while consumed < input.len() {
             let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
             if connection.is_over() {
-                return; // said after the end: not listened to
+                return; // sent after the end: ignored
             }
             let from = consumed;
             let site = CallSite { position: self.core.position(self.reader.position()), post: &self.post };
@@ -230,7 +229,7 @@ impl Shard {
         }
     }
 
-    /// Gives the handler the messages that were held for it, until it is busy. Returns whether it is idle then.
+    /// Passes held messages to the handler until it is busy. Returns whether it is idle then.
     pub(super) fn hand_held(&mut self, slot: Slot) -> bool {
         loop {
             let Some(connection) = self.fanout.connections.get_mut(slot) else { return false };
@@ -276,14 +275,14 @@ impl Shard {
         self.scratch.resumes = resumes;
     }
 
-    /// Puts another one first in each turn, because the first may take all the room that there is.
+    /// Puts another one first in each turn, because the first may take all the room in the log.
     fn rotate<T>(&self, who: &mut [T]) {
         if who.len() > 1 {
             who.rotate_left((self.fanout.metrics.turns % who.len() as u64) as usize);
         }
     }
 
-    /// The handler is done with what kept it busy.
+    /// The handler has finished the call that kept it busy.
     fn proceed(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if connection.finish_work() {
@@ -296,7 +295,7 @@ impl Shard {
         self.go_on(slot);
     }
 
-    /// Goes on with a handler that is idle: with drops it was not told of, messages held for it, and new ones.
+    /// Continues with an idle handler: unreported drops, held messages, new ones.
     pub(super) fn go_on(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_open() || !connection.has_socket() {
@@ -310,7 +309,7 @@ impl Shard {
         if connection.is_input_over() {
             self.end_of_input(slot);
         } else if connection.is_reading() {
-            self.mark_ready(slot); // not at once: others come first
+            self.mark_ready(slot); // in the next turn: other connections come first
         }
     }
 
@@ -327,7 +326,7 @@ impl Shard {
         flow
     }
 
-    /// Calls the handler; returns also whether, and why, the connection is to end now.
+    /// Calls the handler. Also returns the reason if the connection must end now.
     pub(super) fn run_handler(
         &mut self,
         slot: Slot,
@@ -339,7 +338,8 @@ impl Shard {
         connection.call(&site, call)
     }
 
-    /// The handler has panicked or closes the connection: it gets no more messages, also none that came before the end.
+    /// The handler has panicked or closes the connection: it gets no more messages, not even those that
+    /// arrived before the end.
     pub(super) fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_open() {

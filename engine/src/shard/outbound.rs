@@ -1,7 +1,7 @@
-//! What goes out: from the outboxes to the sockets, and how much may stay behind.
+//! Output: from the outboxes to the sockets, and the memory budgets.
 //!
-//! One write for each connection with something queued, a bounded number of connections a
-//! turn. Does not know where frames come from.
+//! One write for each connection with something queued, a bounded number of connections per turn. Does not
+//! know where frames come from.
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
@@ -12,20 +12,20 @@ use crate::id::Slot;
 
 use super::Shard;
 
-/// While too much memory is held, the shard looks again whom to end when it holds more by this part of the maximum.
+/// While the budget is exceeded, the shard checks again after the kept memory has grown by this part of the maximum.
 const GROWTH: usize = 64;
 
-/// What has been done since more memory is held than may be.
+/// The progress of shedding since the budget was exceeded.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Shedding {
-    /// Bytes that the connections held which were ended; 0 if the last look found none.
+    /// Bytes that the connections held that were ended; 0 if the last check found none.
     ended: usize,
-    /// Bytes that were held here at the last look.
+    /// Bytes that were kept here at the last check.
     looked_at: usize,
 }
 
 impl Shard {
-    /// One write for each connection with something queued; some are left for the next turn if there are many.
+    /// Writes once for each connection with something queued; if there are many, some are left for the next turn.
     pub(super) fn flush_dirty(&mut self) {
         let count = self.fanout.flushes.begin(self.fanout.now, self.shutdown.is_some());
         for _ in 0..count {
@@ -37,7 +37,7 @@ impl Shard {
         self.fanout.flushes.end(count);
     }
 
-    /// One write for each connection that has had something to write since so many waited.
+    /// Writes once for each connection that was marked after the first `waiting` ones.
     pub(super) fn flush_since(&mut self, waiting: usize) {
         let mut slots = std::mem::take(&mut self.scratch.slots);
         slots.clear();
@@ -72,7 +72,7 @@ impl Shard {
             Flushed::HasMore => self.fanout.mark_dirty(slot),
             Flushed::Finished => {
                 let connection = self.fanout.connections.get(slot);
-                // Whether it has taken everything is asked for the report of a shutdown only.
+                // Whether the client has taken everything matters for the report of a shutdown only.
                 let is_over = |connection: &Connection| {
                     connection.is_input_over() && (self.shutdown.is_none() || connection.is_delivered())
                 };
@@ -96,7 +96,7 @@ impl Shard {
         connection.remind_at(due, &mut self.wheel);
     }
 
-    /// Everything has been written: what is left is the peer's to do, and it has the usual time for it.
+    /// Everything has been written: the client has the usual time to end its stream.
     fn linger(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let by = self.fanout.now + connection.config().close_timeout;
@@ -106,9 +106,9 @@ impl Shard {
         self.arm_ending(slot);
     }
 
-    /// Adds the memory that is held here to the shared sums. While they are too large, ends the connections that hold
-    /// most, until this shard's part of the excess is gone. A backlog counts only where the socket has refused a write:
-    /// otherwise the flush has merely not come yet, and the peer is not slow.
+    /// Adds the memory that is kept here to the shared sums. While they exceed their budgets, ends the
+    /// connections that hold the most, until this shard's part of the excess is gone. A backlog counts only
+    /// if the socket has refused a write: otherwise its flush is merely due, and the client is not slow.
     pub(super) fn keep_within_budgets(&mut self) {
         let excess = self.tell_retained();
         if excess == 0 {
@@ -123,13 +123,13 @@ impl Shard {
         }
     }
 
-    /// Adds what outboxes keep here to the shared sum; returns this shard's part of what is too much.
+    /// Adds the bytes that outboxes keep here to the shared sum; returns this shard's part of the excess.
     fn tell_retained(&mut self) -> usize {
         let (max, held) = (self.core.config.backlog_bytes_max, self.fanout.retained.bytes());
         excess(&self.core.retained_bytes, &mut self.retained_told, held, max)
     }
 
-    /// Ends connections for their backlogs, if there is news since the last look: it costs as much as there are
+    /// Ends connections for their backlogs, if something has changed since the last check, which visits all
     /// connections.
     fn shed_backlog(&mut self, excess: usize) {
         let held = self.fanout.retained.bytes();
@@ -138,18 +138,18 @@ impl Shard {
         if std::mem::take(&mut self.refusals) == 0 && held < looked_at + growth && ended == 0 {
             return;
         }
-        // A shared chunk is freed only when its last holder is closed. So while nothing has been freed, each further look
-        // closes as much again.
+        // A shared chunk is freed only when its last holder is closed. So while nothing has been freed, each
+        // further check closes as much again.
         let before = if held < looked_at { 0 } else { ended };
         let ended = self.shed(excess.max(before), CloseReason::BacklogLimit, Connection::refused_bytes);
         let ended = if ended == 0 { 0 } else { before + ended };
         self.shedding = Shedding { ended, looked_at: held };
-        self.tell_retained(); // before another shard ends some for what is free now
+        self.tell_retained(); // before another shard ends connections for memory that is free now
     }
 
-    /// Ends the connections that hold most, until these hold as much as `excess` together; returns how much that is.
-    /// One that has ended already loses what it still holds: messages for its handler, or the frame that was being
-    /// written, with its socket.
+    /// Ends the connections that hold the most, until they together hold `excess`; returns how much they
+    /// hold. A connection that has ended already loses what it still holds: messages for its handler, or,
+    /// with its socket, the frame that was being written.
     fn shed(&mut self, excess: usize, reason: CloseReason, held: impl Fn(&Connection) -> usize) -> usize {
         let (largest, sum) = self.fanout.largest(excess, held);
         for id in largest {
@@ -171,9 +171,9 @@ impl Shard {
     }
 }
 
-/// Brings the sum `all` up to date with what is `held` here. Returns this shard's part of what is beyond `max`.
+/// Updates the sum `all` with what is `held` here. Returns this shard's part of what exceeds `max`.
 fn excess(all: &AtomicUsize, told: &mut usize, held: usize, max: usize) -> usize {
-    // Relaxed: a sum, on which nothing depends. Not written if nothing has changed, because all shards share it.
+    // Relaxed: a sum; no other data depends on it. Not written if nothing has changed, because all shards share it.
     if held > *told {
         all.fetch_add(held - *told, Relaxed);
     } else if held < *told {

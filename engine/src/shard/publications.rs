@@ -1,7 +1,7 @@
-//! From the log into the outboxes, and what a fan-out could only note.
+//! From the log into the outboxes, and the verdicts of a fan-out.
 //!
-//! Runs the log up to a given position, in batches, within what one turn may do; offers a message to one connection.
-//! Ends and drops that come out of it are carried out when the fan-out is over. Does not write to sockets.
+//! Runs the log up to a given position, in batches, within a turn's limits; offers a message to a single
+//! connection. Ends and drops that a fan-out notes are applied after it. Does not write to sockets.
 
 use std::rc::Rc;
 
@@ -31,7 +31,7 @@ impl Shard {
             let offers = match (&first.publication.content, &first.target) {
                 (Content::Message(payload), Target::One(group)) => {
                     let members = self.fanout.groups.find(group.key).or_else(|| {
-                        // The group may have ended and begun anew since the publisher looked.
+                        // The group may have been emptied and created again since the publisher looked.
                         group.is_closed().then(|| self.fanout.groups.find(group.current_key()?)).flatten()
                     });
                     match members {
@@ -96,7 +96,7 @@ impl Shard {
         let waits = match frame {
             Some(frame) => {
                 let chunk = Rc::new(Chunk::single(frame.into(), &self.fanout.retained));
-                // For one connection `Block` holds, whatever its own policy is.
+                // A message to one connection blocks by default, whatever the connection's own policy is.
                 let policy = Some(delivery.policy().unwrap_or_default());
                 self.fanout.offer(slot, &chunk, Terms { policy, ticket: ticket.as_ref(), group: None })
             }
@@ -111,11 +111,11 @@ impl Shard {
         self.apply_verdicts();
     }
 
-    /// Does what a fan-out could only note: tells of drops, ends connections.
+    /// Applies what a fan-out has noted: notifies handlers of drops, ends connections.
     pub(super) fn apply_verdicts(&mut self) {
         while let Some(id) = self.fanout.pending_drop_notices.pop() {
             if self.find(id).is_some_and(Connection::is_idle) {
-                let _ = self.notify_drops(id.slot()); // if it is pending, it goes on by itself
+                let _ = self.notify_drops(id.slot()); // if it is pending, it continues when its handler resumes
             }
         }
         while let Some((id, reason)) = self.fanout.pending_ends.pop() {

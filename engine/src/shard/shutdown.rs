@@ -1,8 +1,8 @@
-//! A shard's part in the engine's ending.
+//! A shard's part in the engine's shutdown.
 //!
-//! Follows `stopping`, step by step: reads no more, reports when no handler is busy, empties
-//! the log, closes its connections over the window, counts how they went. Also what happens
-//! when a shard's thread ends in another way. Does not know what asked for it.
+//! Follows the engine's state step by step: reads no more messages, reports when no handler is busy, drains
+//! the log, closes its connections over the window, counts the results. Also handles a shard's thread that
+//! ends in another way. Does not know who asked for the shutdown.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
@@ -14,21 +14,21 @@ use crate::shutdown::ShutdownReport;
 
 use super::Shard;
 
-/// How far this shard has got with ending.
+/// This shard's progress in the shutdown.
 #[derive(Debug)]
 pub(super) struct ShardShutdown {
-    /// When everything must be over.
+    /// The deadline of the whole shutdown.
     pub(super) by: Duration,
-    /// When handlers that are still busy are no longer waited for.
+    /// When busy handlers are no longer waited for.
     closing_by: Duration,
     is_quiet: bool,
-    /// Whom to close when, the last first; none while the engine drains.
+    /// When to close which connection, the last first; none while the engine drains.
     closings: Option<Vec<(Duration, ConnectionId)>>,
     pub(super) report: ShutdownReport,
 }
 
 impl ShardShutdown {
-    /// A connection's socket is gone. `is_flushed`: its peer has everything that was sent to it.
+    /// A connection's socket was dropped. `is_flushed`: its client has everything that was sent to it.
     pub(super) fn count(&mut self, is_flushed: bool) {
         if is_flushed {
             self.report.flushed += 1;
@@ -46,7 +46,7 @@ impl ShardShutdown {
 }
 
 impl Shard {
-    /// Whether the engine's ending has come further than this shard has followed.
+    /// Whether the engine's shutdown is ahead of this shard's.
     pub(super) fn has_news_of_stopping(&self) -> bool {
         match &self.shutdown {
             None => self.core.shutdown.is_asked(),
@@ -54,7 +54,7 @@ impl Shard {
         }
     }
 
-    /// Takes part in the engine's ending, as far as it has come.
+    /// Follows the engine's shutdown, as far as it has got.
     pub(super) fn advance_shutdown(&mut self) {
         let Some(plan) = self.core.shutdown.plan() else { return };
         let now = self.fanout.now;
@@ -83,7 +83,7 @@ impl Shard {
                 || !self.reader.is_at_tail()
                 || (has_commands && now < stop.closing_by)
             {
-                return; // what was sent before goes out first
+                return; // what was sent before is written first
             }
             let open = self.fanout.connections.iter().filter(|connection| connection.is_open());
             let closing = |connection: &Connection| {
@@ -112,7 +112,7 @@ impl Shard {
 }
 
 impl Shard {
-    /// What remains when the time is over: sockets are dropped with what is queued for them, handlers are abandoned.
+    /// At the deadline: drops sockets with what is queued for them, and abandons handlers.
     fn abandon(&mut self, report: &mut ShutdownReport) {
         let slots: Vec<Slot> = self.fanout.connections.iter().map(Connection::slot).collect();
         for slot in slots {
@@ -133,7 +133,7 @@ impl Shard {
         self.fanout.unfinished_bytes = 0;
         let connections = &mut self.fanout.connections;
         if catch_unwind(AssertUnwindSafe(|| connections.clear())).is_err() {
-            tracing::error!("dropping a handler panicked");
+            tracing::error!("a handler panicked when it was dropped");
         }
         self.keep_within_budgets();
         self.publish_metrics();
@@ -141,13 +141,13 @@ impl Shard {
 }
 
 impl Drop for Shard {
-    /// Nobody waits for a shard that has ended.
+    /// Publishers and commands must not wait for a shard that has ended.
     fn drop(&mut self) {
         self.mailbox().close();
         let mut report = self.shutdown.take().map_or_else(ShutdownReport::default, |stop| stop.report);
         if std::thread::panicking() {
-            // Promises cannot be kept with a part of the connections gone: the whole engine stops.
-            tracing::error!(shard = self.index, "a shard panicked; the engine stops");
+            // No guarantee holds with a part of the connections lost: the whole engine stops.
+            tracing::error!(shard = self.index, "a shard panicked: the engine stops; start another");
             self.core.shutdown.fail();
             self.core.stop(Duration::ZERO, Instant::now());
         } else {

@@ -1,7 +1,7 @@
-//! What is due: pings, silence, closing handshakes, frames that have waited long enough.
+//! Timers: pings, silence, closing handshakes, frames that have waited for too long.
 //!
-//! The wheel and the deadlines only fire_timers; what is to be done, each connection's own times
-//! say. Does not know why a connection ends beyond the reason it is given.
+//! The wheel and the deadlines only remind; each connection's own deadlines decide what must be done. Does
+//! not know why a connection ends beyond the reason that it is given.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::id::Slot;
 use super::{Shard, Untold};
 
 impl Shard {
-    /// Drops frames that have waited as long as they may.
+    /// Drops frames that have waited for as long as they may.
     pub(super) fn expire_waiting(&mut self) {
         let mut late = std::mem::take(&mut self.scratch.late);
         self.fanout.deadlines.expire(self.fanout.now, &mut late);
@@ -40,7 +40,7 @@ impl Shard {
         self.tell_operator();
     }
 
-    /// Does what is due for a connection and arms its next reminder.
+    /// Does what is due for a connection and arms its next timer.
     pub(super) fn beat(&mut self, slot: Slot) {
         let (now, listened) = (self.fanout.now, self.fanout.listened);
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
@@ -48,7 +48,7 @@ impl Shard {
             return self.beat_ending(slot);
         }
         if connection.is_over() {
-            // Its end is decided and in the list, behind what was sent before.
+            // Its end is decided and in the list, after what was sent before.
             let due = now + connection.config().close_timeout;
             return connection.remind_at(due, &mut self.wheel);
         }
@@ -70,7 +70,7 @@ impl Shard {
                     }
                     continue;
                 }
-                // Something has arrived that has not been read.
+                // Input has arrived that has not been read.
                 Beat::Unanswered | Beat::Idle if connection.is_ready() => {
                     connection.remind_at(now, &mut self.wheel);
                     return;
@@ -88,13 +88,13 @@ impl Shard {
         }
     }
 
-    /// Does what is due in a closing handshake: makes way for the Close frame, or drops the socket.
+    /// Does what is due in a closing handshake: discards what delays the Close frame, or drops the socket.
     fn beat_ending(&mut self, slot: Slot) {
         let now = self.fanout.now;
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let has_socket = connection.has_socket();
         let Some(ending) = connection.ending().filter(|_| has_socket) else {
-            return; // only the handler is left, and it has the time it needs
+            return; // only the handler is left, and its time is not limited
         };
         if now >= ending.by {
             return self.drop_socket(slot);
@@ -112,18 +112,18 @@ impl Shard {
         self.arm_ending(slot);
     }
 
-    /// Arms the reminder for what is due next in a closing handshake.
+    /// Arms the timer for what is due next in a closing handshake.
     pub(super) fn arm_ending(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let Some(ending) = connection.ending() else { return };
         let mut due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
         if connection.awaits_acknowledgement() {
-            due = due.min(self.fanout.now + LOOK_INTERVAL); // nothing announces that it has taken everything
+            due = due.min(self.fanout.now + LOOK_INTERVAL); // no event announces that it has taken everything
         }
         connection.remind_at(due, &mut self.wheel);
     }
 
-    /// Logs now and then how many connections were ended because of their peers. Single ones are logged at `debug`.
+    /// Logs at intervals how many connections were ended because of their clients. Single ones are logged at `debug`.
     fn tell_operator(&mut self) {
         let Untold { since, slow, flooding, undecodable } = self.untold;
         let is_due = since.is_zero() || self.fanout.now >= since + TELL_INTERVAL;
@@ -133,21 +133,21 @@ impl Shard {
                 slow,
                 flooding,
                 undecodable,
-                "clients were ended for what they did"
+                "clients were ended as slow or misbehaving; `debug` logs each"
             );
             self.untold = Untold { since: self.fanout.now, ..Untold::default() };
         }
     }
 }
 
-/// How often a peer that has ended its side is looked at until it has taken what is left.
+/// Interval of the looks at a client that has ended its side, until it has taken what is left.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-/// Time between two such lines, at least.
+/// Time between two such log lines, at least.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The numbers in a shard's pings, which nobody can guess: a peer that answered pings before they came would pass for
-/// alive and fast though it reads nothing, and it knows all that were sent to it. So each is a keyed hash (SipHash) of how
-/// many there were, with a key that only this shard has.
+/// The numbers in a shard's pings, which a client must not be able to guess: one that answered pings before
+/// they arrived would count as alive and fast although it reads nothing, and it knows all numbers that were
+/// sent to it. So each is a keyed hash (SipHash) of a counter, with a key that only this shard has.
 #[derive(Default)]
 pub(super) struct Nonces {
     key: RandomState,
@@ -175,8 +175,8 @@ mod tests {
         for mut nonces in [Nonces::default(), Nonces::default()] {
             for count in 1..=1000_u64 {
                 let nonce = nonces.next();
-                assert!(seen.insert(nonce), "it has been in a ping of this shard or of another");
-                assert_ne!(nonce, known.hash_one(count), "a hash whose key everybody knows");
+                assert!(seen.insert(nonce), "the number was used before, by this shard or by the other");
+                assert_ne!(nonce, known.hash_one(count), "the hash has a publicly known key");
             }
         }
     }

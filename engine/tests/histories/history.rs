@@ -412,7 +412,7 @@ impl History {
         self.records.push(record.clone());
         self.configs.push(config.clone());
         let (model, namespaces) = (self.model.clone(), self.namespaces.clone());
-        let newcomer = NewConnection {
+        let connection = NewConnection {
             socket: ours.into(),
             received: Bytes::from(received),
             handler: Box::new(move |_| Box::new(Obedient { client, record, model, namespaces })),
@@ -423,7 +423,7 @@ impl History {
         let namespace = self.namespaces[namespace].clone();
         self.adoptions_under_way += 1;
         self.begin(Effect::Adopt { client }, Place::SomeMailbox, async move {
-            Outcome::Adopted(namespace.adopt(newcomer).await)
+            Outcome::Adopted(namespace.adopt(connection).await)
         });
     }
 

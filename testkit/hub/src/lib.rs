@@ -1,6 +1,6 @@
 //! What the tests of hubs share: hubs behind a server on a real socket, TLS, and clients on tokio sockets.
 //!
-//! Not published. Every wait has a bound ([`PATIENCE`]). Panics where a test must fail. What no test uses does not stay
+//! Not published. Every wait has a bound ([`TEST_TIMEOUT`]). Panics where a test must fail. What no test uses does not stay
 //! here.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
@@ -19,4 +19,4 @@ pub use command_hub::{CommandHub, OnRuntime, command_app, connect, connect_amid}
 pub use raw_client::RawClient;
 pub use recording_hub::HubFixture;
 pub use server::{Server, engine};
-pub use wait::{PATIENCE, eventually, within_timeout};
+pub use wait::{TEST_TIMEOUT, eventually, within_timeout};

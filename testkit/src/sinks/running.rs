@@ -13,7 +13,7 @@ use crate::task::block_on;
 use crate::time::ms;
 
 /// After this time the engine is considered to hang.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TEST_TIMEOUT: Duration = Duration::from_secs(120);
 /// A wait that is longer than this looks rarely, because looking all the time takes a CPU from the shards. It ends at
 /// most some 3 % too late, beside what the system adds to a sleep (on Linux 50 µs).
 const SHORT: Duration = ms(1);
@@ -84,7 +84,7 @@ impl Running {
             }
             super::check_losses(&metrics); // what is lost need not be waited for
             let waited = started.elapsed();
-            assert!(waited < PATIENCE, "{PATIENCE:?} and not yet: {what}; {metrics:?}");
+            assert!(waited < TEST_TIMEOUT, "{TEST_TIMEOUT:?} and not yet: {what}; {metrics:?}");
             if waited < SHORT {
                 thread::yield_now(); // shards that share this CPU need it
             } else {

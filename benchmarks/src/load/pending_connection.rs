@@ -1,10 +1,9 @@
-//! A connection on its way: connecting, then shaking hands.
+//! A connection before it is open: TCP, then the WebSocket handshake.
 //!
-//! Shared by those who open a crowd, replace a member or storm a server. Owns its socket until the WebSocket is
-//! open. Does not know which connection it will be, or what it is opened for.
+//! Owns its socket until the WebSocket is open. Does not know which connection it will be.
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, Write},
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -15,14 +14,15 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::{
     dialect::Dialect,
     handshake::{self, HandshakeError},
+    nonblocking,
 };
 
-/// How a connection that is not to block says that it has begun (errno(3)).
+/// What a non-blocking connect returns while it is in progress (errno(3)).
 const EINPROGRESS: i32 = 115;
 
-/// Why a candidate did not become a WebSocket.
+/// Why a connection did not become a WebSocket.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum CandidateError {
+pub(crate) enum PendingError {
     #[error("the socket failed")]
     Socket(#[from] io::Error),
     #[error(transparent)]
@@ -33,16 +33,16 @@ pub(crate) enum CandidateError {
 
 /// A socket that is not yet a WebSocket.
 #[derive(Debug)]
-pub(crate) struct Candidate {
+pub(crate) struct PendingConnection {
     stream: TcpStream,
     requested: bool,
     received: Vec<u8>,
     started: Instant,
 }
 
-impl Candidate {
-    /// Begins to connect. `receive_buffer` is a socket buffer's size in bytes, in place of the kernel's choice; it
-    /// has to be set before the handshake of TCP, which offers it to the server.
+impl PendingConnection {
+    /// Starts to connect. `receive_buffer` is the size of the socket's receive buffer in bytes, or `None` for the
+    /// kernel's choice; it must be set before TCP's handshake, which announces it to the server.
     pub(crate) fn start(
         address: SocketAddr,
         registry: &Registry,
@@ -57,14 +57,14 @@ impl Candidate {
         Ok(Self { stream, requested: false, received: Vec::new(), started: Instant::now() })
     }
 
-    /// How long ago it was started.
+    /// The time since it was started.
     pub(crate) fn age(&self) -> Duration {
         self.started.elapsed()
     }
 
-    /// Goes on as far as the socket allows; true when the WebSocket is open.
-    pub(crate) fn advance(&mut self, request: &[u8]) -> Result<bool, CandidateError> {
-        let end = self.exchange(request)?;
+    /// Continues as far as the socket allows; true when the WebSocket is open.
+    pub(crate) fn advance(&mut self, request: &[u8]) -> Result<bool, PendingError> {
+        let is_at_end = self.exchange(request)?;
         if let Some(head) = handshake::head_bytes(&self.received)? {
             handshake::check_response(&self.received[..head])?;
             if Dialect::of(request).is_open(&self.received[head..]) {
@@ -72,16 +72,16 @@ impl Candidate {
                 return Ok(true);
             }
         }
-        if end { Err(CandidateError::Closed) } else { Ok(false) }
+        if is_at_end { Err(PendingError::Closed) } else { Ok(false) }
     }
 
-    /// The socket, and what came after the handshake.
+    /// The socket, and the bytes that followed the handshake.
     pub(crate) fn into_parts(self) -> (TcpStream, Vec<u8>) {
         (self.stream, self.received)
     }
 
     /// Sends the request once, and reads; true at the end of the stream.
-    fn exchange(&mut self, request: &[u8]) -> Result<bool, CandidateError> {
+    fn exchange(&mut self, request: &[u8]) -> Result<bool, PendingError> {
         if let Some(error) = self.stream.take_error()? {
             return Err(error.into());
         }
@@ -90,20 +90,18 @@ impl Candidate {
                 return Ok(false);
             }
             self.stream.set_nodelay(true)?;
-            // A fresh socket takes a request whole.
+            // The send buffer of a new socket holds a whole request.
             self.stream.write_all(request)?;
             self.requested = true;
         }
         let mut chunk = [0; 1024];
-        loop {
-            match self.stream.read(&mut chunk) {
-                Ok(0) => return Ok(true),
-                Ok(read) => self.received.extend_from_slice(&chunk[..read]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
+        while let Some(read) = nonblocking::read(&mut self.stream, &mut chunk)? {
+            if read == 0 {
+                return Ok(true);
             }
+            self.received.extend_from_slice(&chunk[..read]);
         }
+        Ok(false)
     }
 }
 

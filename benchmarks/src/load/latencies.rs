@@ -1,16 +1,14 @@
-//! Latencies of landed messages. Kept whole and sorted once, so that percentiles are exact; eight bytes each.
+//! Latencies of messages or handshakes. All are kept and sorted once, so that percentiles are exact; eight bytes each.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// Every latency of a run.
 #[derive(Debug, Default)]
 pub(crate) struct Latencies(Vec<u64>);
 
-/// What is told of them.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
-pub(crate) struct Summary {
+pub(crate) struct LatencySummary {
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
     pub(crate) max_us: f64,
@@ -22,11 +20,11 @@ impl Latencies {
     }
 
     /// `None` when nothing was recorded.
-    pub(crate) fn summary(mut self) -> Option<Summary> {
+    pub(crate) fn summary(mut self) -> Option<LatencySummary> {
         self.0.sort_unstable();
         let last = self.0.len().checked_sub(1)?;
         let at = |share: f64| self.0[(share * last as f64).round() as usize] as f64 / 1e3;
-        Some(Summary { p50_us: at(0.5), p99_us: at(0.99), max_us: at(1.0) })
+        Some(LatencySummary { p50_us: at(0.5), p99_us: at(0.99), max_us: at(1.0) })
     }
 }
 
@@ -38,7 +36,7 @@ mod tests {
     fn percentiles_are_those_of_the_sorted_latencies() {
         let mut latencies = Latencies::default();
         (0..=100).rev().for_each(|us| latencies.record(Duration::from_micros(us)));
-        assert_eq!(latencies.summary(), Some(Summary { p50_us: 50.0, p99_us: 99.0, max_us: 100.0 }));
+        assert_eq!(latencies.summary(), Some(LatencySummary { p50_us: 50.0, p99_us: 99.0, max_us: 100.0 }));
         assert_eq!(Latencies::default().summary(), None);
     }
 }

@@ -1,11 +1,11 @@
-//! The kernel's memory for the sockets of one port, as `ss` (iproute2) tells it.
+//! The kernel's memory for the sockets of one port, as `ss` (iproute2) reports it.
 //!
-//! Finer than /proc/net/sockstat, and the server's end only: what waits to be sent and to be read, with the kernel's
-//! overhead. A program of its own is run for it, which takes time with many sockets: not for a measured moment.
+//! More exact than /proc/net/sockstat, and for the server's end only: what waits to be sent and to be read, with the
+//! kernel's overhead. Runs a separate program, which takes time with many sockets: not while something is measured.
 
 use std::process::{Command, Stdio};
 
-/// Bytes of all connected sockets whose own port is `port`; `None` where there is no `ss`.
+/// Bytes for all connected sockets with the local port `port`; `None` where there is no `ss`.
 pub(crate) fn memory_bytes(port: u16) -> Option<u64> {
     let output = Command::new("ss")
         .args(["-tmnHO", "state", "connected", &format!("sport = :{port}")])
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_socket_is_charged_is_told_from_its_limits() {
+    fn memory_in_use_is_counted_and_limits_are_not() {
         let line =
             "ESTAB 0 0 127.0.0.1:1 127.0.0.1:2 skmem:(r1,rb1000,t20,tb1000,f300,w4000,o50000,bl600000,d7)";
         assert_eq!(charged(line), Some(654_301));
@@ -47,13 +47,13 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_reads_is_charged_to_the_port_it_waits_at() {
+    fn unread_bytes_count_for_the_port_that_received_them() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let mut client = TcpStream::connect(address).unwrap();
         let _server = listener.accept().unwrap();
         client.write_all(&[0; 30_000]).unwrap();
-        // A machine without `ss` tells nothing.
+        // A machine without `ss` reports nothing.
         if let Some(bytes) = memory_bytes(address.port()) {
             assert!((30_000..1_000_000).contains(&bytes), "{bytes}");
         }

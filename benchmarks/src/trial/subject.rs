@@ -1,17 +1,21 @@
-//! The contenders: the servers by name, and how each is built and started.
+//! The subjects: the servers that are measured, by name, and how each is built and started.
 //!
-//! The floor and the peers are this program; shardcast is its own example, known by its path and its flags only.
+//! All but shardcast are subcommands of this program; shardcast is its own example, known by its path and flags only.
 
-use std::{env, fmt, io, path::Path, process::Command};
+use std::{
+    env, fmt, io,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use clap::ValueEnum;
 
-use super::Workshop;
+use super::Harness;
 
 /// A server that is measured.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Contender {
+pub(crate) enum Subject {
     Floor,
     Shardcast,
     TokioWebsockets,
@@ -21,7 +25,15 @@ pub(crate) enum Contender {
     Socketioxide,
 }
 
-/// Why a server is not there.
+/// What is started.
+#[derive(Clone, Debug)]
+pub(crate) enum Program {
+    Subject(Subject),
+    /// Another build of shardcast's example.
+    Build(PathBuf),
+}
+
+/// Why a server could not be built.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BuildError {
     #[error("cargo did not start")]
@@ -30,7 +42,7 @@ pub(crate) enum BuildError {
     Example,
 }
 
-impl Contender {
+impl Subject {
     pub(crate) const ALL: [Self; 7] = [
         Self::Floor,
         Self::Shardcast,
@@ -41,13 +53,13 @@ impl Contender {
         Self::Socketioxide,
     ];
 
-    /// Ours must be faultless; what a peer loses is a result.
+    /// Ours must be faultless; what another library loses is a result.
     pub(crate) fn is_ours(self) -> bool {
         matches!(self, Self::Floor | Self::Shardcast)
     }
 
     /// The crate that is measured, and its version; the floor has none.
-    pub(crate) fn subject(self) -> Option<(&'static str, String)> {
+    pub(crate) fn crate_version(self) -> Option<(&'static str, String)> {
         let name = match self {
             Self::Floor => return None,
             Self::Shardcast => "shardcast",
@@ -60,8 +72,8 @@ impl Contender {
         Some((name, locked_version(name)?))
     }
 
-    /// Builds what is not part of this program, into the target directory that this program lies in.
-    pub(crate) fn build(self, workshop: &Workshop) -> Result<(), BuildError> {
+    /// Builds shardcast's example into the target directory of this program.
+    pub(super) fn build(self, target: &Path) -> Result<(), BuildError> {
         if self != Self::Shardcast {
             return Ok(());
         }
@@ -69,43 +81,52 @@ impl Contender {
         let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
             .args(["build", "--release", "--example", "fanout"])
             .current_dir(workspace)
-            .env("CARGO_TARGET_DIR", &workshop.target)
+            .env("CARGO_TARGET_DIR", target)
             .status()
             .map_err(BuildError::Cargo)?;
         if status.success() { Ok(()) } else { Err(BuildError::Example) }
     }
+}
 
-    /// What follows the path in its URLs, which also says how it is to be spoken to.
-    pub(crate) fn query(self) -> &'static str {
-        if self == Self::Socketioxide { "?EIO=4&transport=websocket" } else { "" }
+impl Program {
+    /// What follows the path in a URL; it also selects the protocol, see `Dialect`.
+    pub(super) fn query(&self) -> &'static str {
+        match self {
+            Self::Subject(Subject::Socketioxide) => "?EIO=4&transport=websocket",
+            _ => "",
+        }
     }
 
-    /// The command that serves on `port`, on the server's cores, with as many shards or threads.
-    pub(crate) fn command(self, workshop: &Workshop, port: u16, shards: usize) -> Command {
-        if self == Self::Shardcast {
-            return fanout(workshop, &workshop.target.join("release/examples/fanout"), port, shards);
-        }
-        let (port, shards) = (port.to_string(), shards.to_string());
-        let mut command = workshop.on_server_cores(&workshop.benchmarks);
-        command.args([&self.to_string(), "--port", &port]);
-        if self != Self::Floor {
-            command.args(["--threads", &shards]);
-        }
+    /// The command that serves on `port` with one thread, on the server's core.
+    pub(super) fn command(&self, harness: &Harness, port: u16) -> Command {
+        let example = harness.target.join("release/examples/fanout");
+        let mut command = match self {
+            Self::Build(path) => harness.on_server_core(path),
+            Self::Subject(Subject::Shardcast) => harness.on_server_core(&example),
+            Self::Subject(subject) => {
+                let mut command = harness.on_server_core(&harness.benchmarks);
+                command.args([&subject.to_string(), "--port", &port.to_string()]);
+                return command;
+            }
+        };
+        command.args(["--port", &port.to_string(), "--shards", "1", "--no-pin"]);
         command
     }
 }
 
-/// The command for one build of shardcast's example.
-pub(super) fn fanout(workshop: &Workshop, program: &Path, port: u16, shards: usize) -> Command {
-    let mut command = workshop.on_server_cores(program);
-    command.args(["--port", &port.to_string(), "--shards", &shards.to_string(), "--no-pin"]);
-    command
-}
-
-impl fmt::Display for Contender {
+impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let value = self.to_possible_value();
         f.write_str(value.as_ref().map_or("", |value| value.get_name()))
+    }
+}
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Subject(subject) => subject.fmt(f),
+            Self::Build(path) => path.display().fmt(f),
+        }
     }
 }
 
@@ -127,8 +148,8 @@ mod tests {
 
     #[test]
     fn every_crate_that_is_measured_has_a_version() {
-        for contender in Contender::ALL {
-            assert_eq!(contender.subject().is_none(), contender == Contender::Floor, "{contender}");
+        for subject in Subject::ALL {
+            assert_eq!(subject.crate_version().is_none(), subject == Subject::Floor, "{subject}");
         }
         assert_eq!(locked_version("axum-signal").as_deref(), Some("0.1.3"));
         assert_eq!(locked_version("no such crate"), None);

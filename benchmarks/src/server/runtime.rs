@@ -1,8 +1,8 @@
-//! What all peers on tokio have in common: flags, runtime, socket options, and the message.
+//! What all servers on tokio share: flags, runtime, socket options, and the message.
 //!
-//! So that a comparison compares the crates and not our use of them: each peer gets the same runtime, TCP_NODELAY
-//! (without it Nagle's algorithm would be measured), and the same work on a message as a hub has, to decode what came
-//! and to encode what goes. Knows no WebSocket.
+//! So that the crates are compared and not our use of them: each server gets the same runtime and TCP_NODELAY (without
+//! it Nagle's algorithm would be measured), and decodes and encodes each message as a hub does. Does not know
+//! WebSocket.
 
 use std::{future::Future, io, net::Ipv4Addr};
 
@@ -16,11 +16,11 @@ use tokio::{
 
 use crate::cpu::{self, PinError};
 
-/// How many messages a broadcast channel holds, where the crate's own example does not say: more than any scenario
-/// has in flight, so that nobody loses but who does not read.
+/// The capacity of a broadcast channel, where the crate's own example does not set one: more than any scenario has in
+/// flight, so that only clients that do not read lose messages.
 pub(crate) const CHANNEL_MESSAGES: usize = 1024;
 
-/// What a peer is told.
+/// The command line of a server on tokio.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     #[arg(long)]
@@ -33,18 +33,18 @@ pub(crate) struct Options {
     cpu: Option<usize>,
 }
 
-/// Why a peer did not serve.
+/// Why a server stopped.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum PeerError {
+pub(crate) enum ServeError {
     #[error(transparent)]
     Pin(#[from] PinError),
-    #[error("the peer could not serve")]
+    #[error("the server's socket failed")]
     Io(#[from] io::Error),
     #[error("the accepting task failed")]
     Join(#[from] tokio::task::JoinError),
 }
 
-/// The message of the load generator, as a hub sees it.
+/// The load generator's message.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) struct Message {
     t: u64,
@@ -52,20 +52,20 @@ pub(crate) struct Message {
 }
 
 impl Message {
-    /// Decodes a message and encodes it again; `None` when it is not ours.
+    /// Decodes a message and encodes it again; `None` when it is invalid.
     pub(crate) fn relay(text: &[u8]) -> Option<String> {
         let message: Self = serde_json::from_slice(text).ok()?;
         serde_json::to_string(&message).ok()
     }
 
-    /// The same, as bytes that many connections share.
+    /// The same, as bytes that connections can share.
     pub(crate) fn relay_shared(text: &[u8]) -> Option<Bytes> {
         Self::relay(text).map(Bytes::from)
     }
 }
 
-/// Runs `serve` on the runtime that was asked for, until the server is killed.
-pub(crate) fn run<F>(options: &Options, serve: impl FnOnce(TcpListener) -> F) -> Result<(), PeerError>
+/// Runs `serve` until the process is killed.
+pub(crate) fn run<F>(options: &Options, serve: impl FnOnce(TcpListener) -> F) -> Result<(), ServeError>
 where
     F: Future<Output = io::Result<()>> + Send + 'static,
 {
@@ -73,12 +73,12 @@ where
     runtime(options.threads)?.block_on(async {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, options.port)).await?;
         println!("{}", super::READY);
-        // Spawned, because block_on would run the accept loop on one more thread than was asked for.
+        // Spawned, because block_on would run the accept loop on an additional thread.
         Ok(tokio::spawn(serve(listener)).await??)
     })
 }
 
-/// One thread is a current-thread runtime, the quickest that tokio has for it.
+/// For one thread a current-thread runtime, tokio's fastest.
 fn runtime(threads: usize) -> io::Result<Runtime> {
     match threads {
         0 | 1 => Builder::new_current_thread().enable_all().build(),
@@ -86,12 +86,12 @@ fn runtime(threads: usize) -> io::Result<Runtime> {
     }
 }
 
-/// The listener for axum's peers.
+/// A listener for axum that sets TCP_NODELAY.
 pub(crate) fn without_delay(
     listener: TcpListener,
 ) -> impl Listener<Io = tokio::net::TcpStream, Addr = std::net::SocketAddr> {
     listener.tap_io(|stream| {
-        // A socket that refuses is about to fail anyway, and its own task will see it.
+        // A socket that refuses this is broken, which its own task will notice.
         let _ = stream.set_nodelay(true);
     })
 }
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_is_relayed_as_it_came_and_nonsense_is_not() {
+    fn a_message_is_relayed_unchanged_and_an_invalid_one_is_not() {
         let text = r#"{"t":1000000000,"p":"xx"}"#;
         assert_eq!(Message::relay(text.as_bytes()).as_deref(), Some(text));
         assert_eq!(Message::relay(b"{}"), None);

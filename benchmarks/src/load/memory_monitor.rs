@@ -1,32 +1,32 @@
-//! What the server's memory does during a run: its resident set, and the kernel's memory for TCP sockets.
+//! The server's memory during a run: its resident set, and the kernel's memory for TCP sockets.
 //!
-//! The kernel counts whole pages for all sockets of the machine (/proc/net/sockstat), so over the loopback both ends
-//! are in it, and whatever else runs there; each core keeps up to 1 MiB in reserve that counts as used. What was
-//! used before connecting is told, to be subtracted. Where there is `ss`, it tells of the server's sockets alone.
+//! The kernel counts whole pages for all sockets of the machine (/proc/net/sockstat), so on the loopback both ends
+//! are included, and so are all other programs; each core keeps up to 1 MiB in reserve that counts as used. The report
+//! has the level before connecting, to subtract it. Where `ss` is installed, it reports the server's sockets alone.
 
 use std::{
     fs,
     time::{Duration, Instant},
 };
 
-use super::{report, socket};
+use super::{report, socket_memory};
 use crate::process::{Process, ProcessError};
 
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 
-/// At one moment.
+/// Memory at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 struct Level {
     resident: u64,
-    /// Absent where the kernel does not tell.
+    /// `None` where the kernel does not report it.
     kernel: Option<u64>,
-    /// Of the server's sockets; absent where nobody tells, and in samples.
+    /// Of the server's sockets; `None` without `ss`, and in samples.
     sockets: Option<u64>,
 }
 
-/// One server's memory.
+/// The levels of one server's memory.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct MemoryMonitor {
     server: Process,
     connections: usize,
     page_bytes: u64,
@@ -38,9 +38,9 @@ pub(crate) struct Watch {
     sample_at: Instant,
 }
 
-impl Watch {
-    /// Begins before the first connection. A fresh server is needed: one that has held connections before has
-    /// their memory already.
+impl MemoryMonitor {
+    /// To be called before the first connection, with a fresh server: one that has held connections before keeps their
+    /// memory.
     pub(crate) fn new(server: Process, port: u16, connections: usize) -> Result<Self, ProcessError> {
         let page_bytes = Process::current().page_bytes()?;
         let empty = Level::exact(server, port, page_bytes)?;
@@ -48,15 +48,15 @@ impl Watch {
         Ok(Self { server, connections, page_bytes, port, empty, full: empty, peak: empty, sample_at })
     }
 
-    /// Everybody is connected.
-    pub(crate) fn fill(&mut self) -> Result<(), ProcessError> {
+    /// To be called when all are connected.
+    pub(crate) fn measure_full(&mut self) -> Result<(), ProcessError> {
         self.full = Level::exact(self.server, self.port, self.page_bytes)?;
         self.peak = self.peak.max(self.full);
         Ok(())
     }
 
-    /// Samples once a second. A server that has ended is no longer sampled.
-    pub(crate) fn turn(&mut self, now: Instant) {
+    /// Takes a sample once a second, until the server has ended.
+    pub(crate) fn sample(&mut self, now: Instant) {
         if now >= self.sample_at {
             self.sample_at = now + SAMPLE_EVERY;
             if let Ok(resident) = self.server.resident_bytes_roughly() {
@@ -66,7 +66,7 @@ impl Watch {
         }
     }
 
-    /// The end of the measurement.
+    /// To be called at the end of the measurement.
     pub(crate) fn report(&self) -> report::Memory {
         let end = Level::exact(self.server, self.port, self.page_bytes).ok();
         let peak = end.map_or(self.peak, |end| self.peak.max(end));
@@ -87,7 +87,7 @@ impl Watch {
             empty_bytes: self.empty.resident,
             full_bytes: self.full.resident,
             bytes_per_connection: per_connection(self.full.resident, self.empty.resident),
-            peak_bytes: Some(peak.resident),
+            peak_bytes: peak.resident,
             end_bytes: end.map(|end| end.resident),
             kernel: kernel(),
             sockets_full_bytes: self.full.sockets,
@@ -99,7 +99,7 @@ impl Watch {
 impl Level {
     fn exact(server: Process, port: u16, page_bytes: u64) -> Result<Self, ProcessError> {
         let resident = server.resident_bytes()?;
-        Ok(Self { resident, kernel: kernel_bytes(page_bytes), sockets: socket::memory_bytes(port) })
+        Ok(Self { resident, kernel: kernel_bytes(page_bytes), sockets: socket_memory::memory_bytes(port) })
     }
 
     fn max(self, other: Self) -> Self {
@@ -127,14 +127,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_pages_of_tcp_are_found_and_no_others() {
+    fn only_the_pages_of_tcp_are_counted() {
         let text = "sockets: used 28\nTCP: inuse 6 orphan 0 tw 62 alloc 6 mem 43\nUDP: inuse 0 mem 7\n";
         assert_eq!(tcp_pages(text), Some(43));
         assert_eq!(tcp_pages("UDP: inuse 0 mem 7\n"), None);
     }
 
     #[test]
-    fn this_machine_tells_both() {
+    fn this_machine_reports_both() {
         assert!(kernel_bytes(Process::current().page_bytes().unwrap()).is_some());
         let (rough, exact) = (
             Process::current().resident_bytes_roughly().unwrap(),
