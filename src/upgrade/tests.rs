@@ -1,7 +1,7 @@
 //! Upgrades over real sockets, up to the raw socket that a shard would get.
 //!
-//! In place of a shard stands a tungstenite server that reads the socket itself. Owned by [`super`], whose private
-//! parts it takes apart. Does not know hubs or the engine.
+//! A tungstenite server that reads the socket itself replaces the shard. Owned by [`super`], whose private types it
+//! inspects. Does not know hubs or the engine.
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
@@ -38,7 +38,7 @@ struct Seen {
     protocol: Option<HeaderValue>,
 }
 
-/// An application that echoes messages over the raw socket, and what it sees.
+/// An application that echoes messages over the raw socket, and a channel that receives what it saw.
 fn echo_app() -> (Router, mpsc::UnboundedReceiver<Seen>) {
     let (seen, was_seen) = mpsc::unbounded_channel();
     let handler = async move |ws: WebSocketUpgrade| {
@@ -48,7 +48,7 @@ fn echo_app() -> (Router, mpsc::UnboundedReceiver<Seen>) {
             match socket {
                 RawSocket::Tcp(socket) => {
                     seen.send(Seen { kind: "tcp", read_ahead: read_ahead.clone(), protocol }).unwrap();
-                    // Fails if a runtime still had it.
+                    // Fails if the socket is still registered with a runtime.
                     echo(TcpStream::from_std(socket).unwrap(), read_ahead).await;
                 }
                 RawSocket::Unix(socket) | RawSocket::Bridge(socket) => {
@@ -71,7 +71,7 @@ async fn echo(socket: impl AsyncRead + AsyncWrite + Unpin, read_ahead: Bytes) {
     }
 }
 
-/// Talks to [`echo`] through an upgraded stream, long enough to fill every buffer on the way, and closes.
+/// Exchanges messages with [`echo`] through an upgraded stream, long enough to fill every buffer between, and closes.
 async fn talk_and_close(socket: impl AsyncRead + AsyncWrite + Unpin) {
     let mut client = WebSocketStream::from_raw_socket(socket, Role::Client, None).await;
     for message in ["hello".to_owned(), "x".repeat(300_000), "žluťoučký".to_owned()] {
@@ -102,7 +102,7 @@ fn request_bytes() -> &'static [u8] {
       sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 }
 
-/// Reads the head of a response, and not a byte more.
+/// Reads the head of a response and no further byte.
 async fn response_head(socket: &mut (impl AsyncRead + Unpin)) -> String {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -176,7 +176,7 @@ async fn nothing_of_the_upgrade_remains_once_the_socket_is_handed_over() {
     }
     assert_eq!(alive(), 1, "the server itself");
 
-    // And the sockets live on, non-blocking and without the runtime.
+    // The sockets still work, non-blocking and without the runtime.
     for (socket, client) in sockets.into_iter().zip(&mut clients) {
         let RawSocket::Tcp(mut socket) = socket else { panic!("{socket:?}") };
         let nothing = std::io::Read::read(&mut socket, &mut [0; 8]).unwrap_err();
@@ -206,7 +206,7 @@ async fn the_explicit_form_yields_the_socket_to_who_awaits_it() {
     server.abort();
 }
 
-/// What hyper asks a body when it sends a response is what the verdict goes by.
+/// The verdict relies on the methods of the body that hyper calls when it sends a response.
 #[tokio::test]
 async fn hyper_s_own_servers_are_seen_to_send_a_101() {
     for is_auto in [true, false] {
@@ -289,7 +289,7 @@ async fn a_server_on_a_unix_socket_needs_no_bridge() {
     server.abort();
 }
 
-/// Accepts TLS connections, one after the other: enough for a test.
+/// Accepts TLS connections, one handshake at a time, which is enough for a test.
 struct TlsListener {
     listener: TcpListener,
     acceptor: TlsAcceptor,
@@ -348,7 +348,7 @@ async fn a_tls_connection_is_bridged_with_its_early_frames_and_its_ends() {
     client.read_exact(&mut answer).await.unwrap();
     assert_eq!(&answer, b"\x81\x02hi");
 
-    // At its end this sees the server's close_notify: without one, rustls makes the read an error.
+    // The last read gets the server's close_notify: without one, rustls returns an error.
     talk_and_close(&mut client).await;
     assert_eq!(client.read(&mut [0; 8]).await.unwrap(), 0);
     assert_eq!(seen.recv().await, Some(Seen { kind: "unix", read_ahead: Bytes::new(), protocol: None }));
@@ -360,12 +360,12 @@ async fn a_tls_connection_is_bridged_with_its_early_frames_and_its_ends() {
     server.abort();
 }
 
-/// An HTTP/2 connection that knows the server to offer extended `CONNECT`.
+/// An HTTP/2 connection whose server has announced extended `CONNECT`.
 async fn http_2(address: SocketAddr) -> hyper::client::conn::http2::SendRequest<Body> {
     let socket = TokioIo::new(TcpStream::connect(address).await.unwrap());
     let (client, connection) =
         hyper::client::conn::http2::handshake(TokioExecutor::new(), socket).await.unwrap();
-    // hyper has a task of its own for this, which wakes nobody when the server's settings arrive.
+    // hyper receives the server's settings in its own task, which wakes no other when they arrive.
     while !connection.is_extended_connect_protocol_enabled() {
         tokio::task::yield_now().await;
     }
@@ -450,7 +450,7 @@ async fn a_stream_of_http_2_whose_answer_was_replaced_is_no_websocket() {
 async fn a_server_that_cannot_upgrade_refuses_with_426() {
     let (listener, address) = tcp_listener().await;
     let (app, _seen) = echo_app();
-    // A middleware that has taken the upgrade for itself looks the same.
+    // Equivalent to a middleware that takes the upgrade itself.
     let app = app.layer(axum::middleware::map_request(async |mut request: Request| {
         request.extensions_mut().remove::<OnUpgrade>();
         Ok::<_, Infallible>(request)
@@ -472,20 +472,20 @@ async fn a_server_that_cannot_upgrade_refuses_with_426() {
     server.await.unwrap();
 }
 
-/// A client, and our end of its socket as a handshake leaves it.
+/// A client, and our end of its socket in the state after a handshake.
 async fn accepted() -> (TcpStream, RawSocket) {
     let (listener, address) = tcp_listener().await;
     let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
     (client.unwrap(), RawSocket::Tcp(accepted.unwrap().0.into_std().unwrap()))
 }
 
-/// All that a client is sent until the end of the stream. No reset may follow: it would destroy what the client has not
-/// read yet, if not on this system.
-async fn told(client: &mut TcpStream) -> Vec<u8> {
-    let mut told = Vec::new();
-    client.read_to_end(&mut told).await.unwrap();
+/// All that a client receives until the end of the stream. No reset may follow: on some systems it would destroy what
+/// the client has not read yet.
+async fn received(client: &mut TcpStream) -> Vec<u8> {
+    let mut received = Vec::new();
+    client.read_to_end(&mut received).await.unwrap();
     assert!(client.take_error().unwrap().is_none(), "the socket was reset");
-    told
+    received
 }
 
 #[tokio::test]
@@ -495,10 +495,10 @@ async fn clients_beyond_the_limit_are_turned_away_without_being_waited_for() {
     let mut clients = Vec::new();
     for number in 0..6 {
         let (mut client, socket) = accepted().await;
-        // What it sends unasked must not cost it the frame.
+        // Bytes that the client sends must not make it lose the frame.
         client.write_all(&[7; 10_000]).await.unwrap();
         socket.turn_away_within(limit, shardcast_engine::CloseCode::TRY_AGAIN_LATER, "full");
-        assert_eq!(told(&mut client).await, b"\x88\x06\x03\xf5full");
+        assert_eq!(received(&mut client).await, b"\x88\x06\x03\xf5full");
         assert_eq!(tasks(), 2.min(number + 1));
         clients.push(client);
     }
@@ -524,9 +524,9 @@ async fn a_client_that_sends_more_than_its_handshake_still_reads_why_it_is_turne
         response_head(&mut client).await;
         let socket = upgraded.recv().await.unwrap();
         client.write_all(&vec![0x82; later]).await.unwrap();
-        // Nobody has read that when the socket is closed.
+        // These bytes are unread when the socket is closed.
         drop(socket);
-        assert_eq!(told(&mut client).await, b"\x88\x1f\x03\xf3the connection was not served");
+        assert_eq!(received(&mut client).await, b"\x88\x1f\x03\xf3the connection was not served");
     }
     server.abort();
 }
