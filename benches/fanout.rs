@@ -1,18 +1,18 @@
-//! What a fan-out costs without the kernel: from the publisher to outboxes that are written out.
+//! The cost of a fan-out without the kernel: from the publisher to flushed outboxes.
 //!
-//! `cargo bench --bench fanout`, or a part of it: `cargo bench --bench fanout -- 'delivery/shards=1/1000$'`. The
-//! million needs some 600 MB. Panics if a delivery was lost.
+//! `cargo bench --bench fanout`, or a part of it: `cargo bench --bench fanout -- 'delivery/shards=1/1000$'`. The case
+//! with a million members needs about 600 MB. Panics if a delivery was lost.
 //!
-//! - `delivery/shards=S/N`: 64 publications to N sinks, until all are written; then the next 64. Its elements are
-//!   deliveries, so the reciprocal of its throughput is the time of one. It includes the publisher, the waking of
-//!   the shards and the waiting for the last of them; for few members it is mostly that. More shards can only help
-//!   where there are CPUs for them, and one more is taken by who publishes and waits. Where the scheduler puts that
-//!   one on a shard's CPU, the shard preempts it when it is woken, less is coalesced, and a delivery costs several
-//!   times as much: compare runs only on a machine with a CPU to spare.
-//! - `publish/awake/shards=S/N`: `try_publish` alone, what a publisher pays while the shards are busy anyway (they
-//!   are turned by hand here, between the samples). Must depend neither on S nor on N.
-//! - `publish/asleep/shards=S`: the same, for shards that had nothing to do and sleep in their poll. Each that has
-//!   members is woken by a system call, so this depends on S. What a publication in a quiet service costs.
+//! - `delivery/shards=S/N`: 64 publications to N sinks, until all are written; then the next 64. The elements are
+//!   deliveries, so the reciprocal of the throughput is the time per delivery. It includes the publisher, the waking
+//!   of the shards and the waiting for the last of them, which dominate for few members. More shards can only help if
+//!   there are CPUs for them and one more for the thread that publishes and waits. If the scheduler puts that thread
+//!   on a shard's CPU, the shard preempts it on waking, fewer publications are coalesced, and a delivery costs
+//!   several times as much: compare runs only on a machine with a spare CPU.
+//! - `publish/awake/shards=S/N`: `try_publish` alone, the publisher's cost while the shards are busy (the bench drives
+//!   them itself, between the samples). Must depend neither on S nor on N.
+//! - `publish/asleep/shards=S`: the same for idle shards that sleep in their poll. Each shard that has members is woken
+//!   by a system call, so this depends on S. It is the cost of a publication in a quiet service.
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
@@ -27,15 +27,16 @@ use shardcast_engine::Payload;
 
 const SHARDS: [usize; 4] = [1, 2, 4, 8];
 const MEMBERS: [usize; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
-/// On one shard only, and rarely: it is large.
+/// Measured with one shard only and with few samples, because it is large.
 const MILLION: usize = 1_000_000;
 const IN_FLIGHT: u64 = 64;
-/// Publications that a log of 4096 surely takes.
+/// Publications that are sure to fit a log of 4096.
 const BATCH: u64 = 1024;
-/// In which a shard surely falls asleep.
+/// Long enough for a shard to fall asleep.
 const LULL: Duration = Duration::from_micros(200);
 
-/// So small that 64 for a million stay below the budget for backlogs, beyond which connections are ended.
+/// Small enough that 64 publications to a million members stay below the backlog budget, above which connections are
+/// ended.
 fn frame() -> Payload {
     Payload::binary(b"12345678")
 }
@@ -46,7 +47,7 @@ fn delivery(criterion: &mut Criterion) {
     group.sampling_mode(SamplingMode::Flat);
     let frame = frame();
     for shards in SHARDS {
-        // Made by the first case that is selected; later cases let more in.
+        // Created by the first selected case; later cases add sinks.
         let mut audience = None;
         for members in MEMBERS.into_iter().chain((shards == 1).then_some(MILLION)) {
             group.sample_size(if members == MILLION { 10 } else { 30 });
@@ -81,7 +82,7 @@ fn publish_awake(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::new(format!("shards={shards}"), members), |bencher| {
                 let (audience, published) = made.get_or_insert_with(|| {
                     let mut audience = Driven::new(shards);
-                    audience.seat(members);
+                    audience.add_sinks(members);
                     (audience, 0)
                 });
                 bencher.iter_custom(|iterations| {
@@ -114,7 +115,7 @@ fn publish_asleep(criterion: &mut Criterion) {
         let mut audience = None;
         group.bench_function(format!("shards={shards}"), |bencher| {
             let audience = audience.get_or_insert_with(|| Running::start(shards));
-            audience.grow(shards); // one member on each
+            audience.grow(shards); // one member on each shard
             bencher.iter_custom(|iterations| {
                 let mut took = Duration::ZERO;
                 for _ in 0..iterations {

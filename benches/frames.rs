@@ -1,16 +1,15 @@
-//! What framing and encoding cost, with no socket in sight.
+//! The cost of framing and encoding, without sockets.
 //!
-//! `cargo bench --bench frames`. All are functions of one thread. Where the throughput is in bytes, these are bytes of
-//! payload.
+//! `cargo bench --bench frames`. All cases run on one thread. Throughput in bytes is in bytes of payload.
 //!
-//! - `decode`: a client's text message, whole and masked, decoded in place (and copied there first).
+//! - `decode`: a client's text message, unfragmented and masked, decoded in place (including a copy to that place).
 //! - `unmask/aligned`, `unmask/unaligned`: the XOR over a payload that begins at a multiple of eight bytes and at the
 //!   key's first byte, or at neither.
-//! - `UTF-8`: the checker for text that comes in pieces, in one piece and in pieces of 1000 bytes (which cut
-//!   characters), beside the standard library's.
-//! - `build`: a server's frame from a payload, copied, and from one that is written into it.
-//! - `broadcast JSON`, `broadcast postcard`: a value encoded once and the frame shared, against encoded for each
-//!   client anew. Elements are clients.
+//! - `UTF-8`: the incremental checker, on text in one piece and in pieces of 1000 bytes (which split characters),
+//!   compared with the standard library's.
+//! - `build`: a server's frame, with a copied payload and with a payload that is written into the frame.
+//! - `broadcast JSON`, `broadcast postcard`: a value that is encoded once into a shared frame, compared with one that
+//!   is encoded again for each client. Elements are clients.
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
@@ -31,7 +30,7 @@ struct Tick {
     p: String,
 }
 
-/// A client's text message as it comes from the wire.
+/// A client's text message as received from the network.
 fn masked(payload: &[u8]) -> Vec<u8> {
     let key = [0x12, 0x34, 0x56, 0x78];
     let mut wire = vec![0x81];
@@ -64,7 +63,7 @@ fn decode(criterion: &mut Criterion) {
             bencher.iter(|| {
                 input.copy_from_slice(&wire); // decoding unmasks in place
                 let mut consumed = 0;
-                let event = decoder.decode(&mut input, &mut consumed, &limits).expect("a sound frame");
+                let event = decoder.decode(&mut input, &mut consumed, &limits).expect("a valid frame");
                 black_box(event.is_some());
             });
         });
@@ -75,7 +74,7 @@ fn decode(criterion: &mut Criterion) {
 fn mask(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("unmask");
     for size in SIZES {
-        // Where eight-byte words begin; a vector of bytes may lie anywhere.
+        // The offset of the first eight-byte word: a vector of bytes may begin at any address.
         let mut buffer = vec![b'x'; size + 16];
         let aligned = buffer.as_ptr().align_offset(8);
         group.throughput(Throughput::Bytes(size as u64));
@@ -99,7 +98,7 @@ fn utf8(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("UTF-8");
     for size in SIZES {
         let ascii = vec![b'x'; size];
-        // Three bytes a character, so that pieces of 1000 bytes cut it.
+        // Three bytes per character, so that pieces of 1000 bytes split characters.
         let wide: Vec<u8> = "€".repeat(size / 3).into_bytes();
         for (script, text) in [("ascii", &ascii), ("wide", &wide)] {
             assert!(check_text(text.chunks(1000)), "a valid text is refused");
@@ -146,7 +145,7 @@ fn encode<C: Encode<Tick>>(tick: &Tick) -> Frame {
     Frame::build(118, |payload| C::encode(tick, payload)).expect("an encodable value")
 }
 
-/// The same broadcast: encoded once and shared, or encoded for each client anew.
+/// The same broadcast, encoded once and shared, and encoded again for each client.
 fn broadcast<C: Encode<Tick>>(criterion: &mut Criterion, codec: &str) {
     let mut group = criterion.benchmark_group(format!("broadcast {codec}"));
     let tick = Tick { t: 1_000_000_000, p: "x".repeat(40) };

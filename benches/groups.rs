@@ -1,15 +1,16 @@
-//! What memberships cost: joining, leaving, and ending while in many groups.
+//! The cost of memberships: joining, leaving, and closing while in many groups.
 //!
-//! `cargo bench --bench groups`. The shard is turned by hand, so there are no threads and no wakes in these
-//! numbers: the call, the directory, the command through the mailbox, the shard's index, and a small part of a turn.
-//! Panics if a group has not the members that it should have.
+//! `cargo bench --bench groups`. The bench drives the shard itself, so there are no threads and no wakes in these
+//! numbers: they include the call, the directory, the command through the mailbox, the shard's index, and a small part
+//! of a turn. Panics if a group has the wrong members.
 //!
-//! - `join/in G groups`, `leave/in G groups`: one connection that is in G groups joins or leaves one more, which
-//!   has nobody else, so that the group begins or ends. Must not depend on G, but for what a processor's caches do.
-//! - `join/of N members`, `leave/of N members`: a connection joins or leaves a group of N others. Must not depend on
-//!   N, likewise.
-//! - `end/in G groups`: a connection in G groups is closed, and is in none. Its elements are memberships. Nobody
-//!   else is in these groups, so each of them ends, too: the dearest case.
+//! - `join/in G groups`, `leave/in G groups`: one connection that is in G groups joins or leaves another one, which has
+//!   no other member, so that the group is created or removed. Must not depend on G, except for effects of the CPU's
+//!   caches.
+//! - `join/of N members`, `leave/of N members`: a connection joins or leaves a group of N others. Must not depend on N,
+//!   with the same exception.
+//! - `end/in G groups`: a connection in G groups is closed. The elements are memberships. The groups have no other
+//!   member, so each of them is removed, too: the most expensive case.
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
@@ -28,31 +29,31 @@ use shardcast_engine::ConnectionId;
 
 const GROUPS: [usize; 4] = [1, 100, 10_000, 100_000];
 const MEMBERS: [usize; 3] = [1, 1_000, 100_000];
-/// Joins or leaves of one turn; a mailbox of 4096 takes them at once.
+/// Joins or leaves in one turn; they fit a mailbox of 4096.
 const BATCH: usize = 1024;
 
-/// Memberships that are made and taken back while everything else stays as it is.
-struct Visits {
+/// Joins that are followed by the same leaves, so that the state before and after is the same.
+struct MembershipChanges {
     audience: Driven,
     list: Vec<(ConnectionId, String)>,
-    /// Groups, and members of the group that is visited first, while there is no visit.
+    /// The number of groups, and of members of the first group in `list`, without the joins.
     before: (usize, usize),
 }
 
-impl Visits {
-    /// Of one connection that is in `groups` groups, to others.
-    fn by_member_of(groups: usize) -> Self {
+impl MembershipChanges {
+    /// One connection that is in `groups` groups joins others.
+    fn of_one_connection_in(groups: usize) -> Self {
         let mut audience = Driven::new(1);
-        let visitor = audience.seat(1)[0];
-        names("own", groups).for_each(|name| audience.join(visitor, &name));
-        Self::new(audience, names("other", BATCH).map(|name| (visitor, name)).collect())
+        let member = audience.add_sinks(1)[0];
+        names("own", groups).for_each(|name| audience.join(member, &name));
+        Self::new(audience, names("other", BATCH).map(|name| (member, name)).collect())
     }
 
-    /// Of many connections, to one group that has `members` without them.
-    fn to_group_of(members: usize) -> Self {
+    /// Many connections join one group that has `members` without them.
+    fn to_one_group_of(members: usize) -> Self {
         let mut audience = Driven::new(1);
-        audience.seat(members).into_iter().for_each(|id| audience.join(id, "visited"));
-        let list = audience.seat(BATCH).into_iter().map(|id| (id, "visited".to_owned())).collect();
+        audience.add_sinks(members).into_iter().for_each(|id| audience.join(id, "large"));
+        let list = audience.add_sinks(BATCH).into_iter().map(|id| (id, "large".to_owned())).collect();
         Self::new(audience, list)
     }
 
@@ -62,8 +63,8 @@ impl Visits {
         Self { audience, list, before }
     }
 
-    /// Makes the first `count` visits, then takes them back; how long each of the two took.
-    fn pay(&mut self, count: usize) -> (Duration, Duration) {
+    /// Does the first `count` joins, then the same leaves; returns the time of each.
+    fn run(&mut self, count: usize) -> (Duration, Duration) {
         let (audience, list) = (&mut self.audience, &self.list[..count]);
         let started = Instant::now();
         list.iter().for_each(|(id, group)| audience.join(*id, group));
@@ -81,12 +82,12 @@ impl Visits {
     }
 }
 
-/// Sums up what `pay` says of at most `batch` at a time, `iterations` in all.
-fn in_batches(iterations: u64, batch: usize, mut pay: impl FnMut(usize) -> Duration) -> Duration {
+/// Calls `run` with at most `batch` iterations at a time, `iterations` in all; returns the sum of the times.
+fn in_batches(iterations: u64, batch: usize, mut run: impl FnMut(usize) -> Duration) -> Duration {
     let (mut left, mut took) = (iterations, Duration::ZERO);
     while left > 0 {
         let count = left.min(batch as u64);
-        took += pay(count as usize);
+        took += run(count as usize);
         left -= count;
     }
     took
@@ -96,13 +97,13 @@ fn names(prefix: &'static str, count: usize) -> impl Iterator<Item = String> {
     (0..count).map(move |number| format!("{prefix} {number}"))
 }
 
-/// `join` and `leave`, for the same visits.
-fn visits(criterion: &mut Criterion, case: &str, make: impl Fn() -> Visits) {
-    let mut visits = None;
+/// The cases `join` and `leave`, for the same changes.
+fn measure_changes(criterion: &mut Criterion, case: &str, make: impl Fn() -> MembershipChanges) {
+    let mut changes = None;
     let mut measure = |verb: &str, took: fn((Duration, Duration)) -> Duration| {
         group(criterion, verb).bench_function(BenchmarkId::from_parameter(case), |bencher| {
-            let visits = visits.get_or_insert_with(&make);
-            bencher.iter_custom(|iterations| in_batches(iterations, BATCH, |count| took(visits.pay(count))));
+            let changes = changes.get_or_insert_with(&make);
+            bencher.iter_custom(|iterations| in_batches(iterations, BATCH, |count| took(changes.run(count))));
         });
     };
     measure("join", |(joined, _)| joined);
@@ -111,10 +112,14 @@ fn visits(criterion: &mut Criterion, case: &str, make: impl Fn() -> Visits) {
 
 fn join_and_leave(criterion: &mut Criterion) {
     for groups in GROUPS {
-        visits(criterion, &format!("in {groups} groups"), || Visits::by_member_of(groups));
+        measure_changes(criterion, &format!("in {groups} groups"), || {
+            MembershipChanges::of_one_connection_in(groups)
+        });
     }
     for members in MEMBERS {
-        visits(criterion, &format!("of {members} members"), || Visits::to_group_of(members));
+        measure_changes(criterion, &format!("of {members} members"), || {
+            MembershipChanges::to_one_group_of(members)
+        });
     }
 }
 
@@ -129,14 +134,14 @@ fn end(criterion: &mut Criterion) {
 
 fn end_in(bencher: &mut Bencher<'_>, groups: usize) {
     let mut audience = Driven::new(1);
-    // Several at once where one would be little beside a turn.
+    // Several at once if the cost of one would be small compared with a turn.
     let batch = (BATCH / groups).max(1);
     let names: Vec<Vec<String>> = (0..batch)
         .map(|number| names("own", groups).map(|name| format!("{name} of {number}")).collect())
         .collect();
     bencher.iter_custom(|iterations| {
         in_batches(iterations, batch, |count| {
-            let ids = audience.seat(count);
+            let ids = audience.add_sinks(count);
             for (id, names) in ids.iter().zip(&names) {
                 names.iter().for_each(|name| audience.join(*id, name));
             }
@@ -147,7 +152,7 @@ fn end_in(bencher: &mut Bencher<'_>, groups: usize) {
             audience.settle();
             let took = started.elapsed();
             assert_eq!((audience.everyone.group_count(), audience.everyone.len()), (0, 0));
-            audience.pass(2 * CLOSE_TIMEOUT); // nobody answers the Close frames
+            audience.pass(2 * CLOSE_TIMEOUT); // sinks do not answer the Close frames
             took
         })
     });

@@ -1,19 +1,19 @@
-//! Several publishers, and consumers that each see everything: the engine against plain channels.
+//! Several publishers, and several consumers that each see every publication: the engine against plain channels.
 //!
-//! `cargo bench --bench log`. Each case is named after how many threads publish and how many consume; its elements
-//! are publications. All threads start at once, and the time ends when every consumer has seen all. Panics if one
-//! has not.
+//! `cargo bench --bench log`. Each case is named after the number of publishing and of consuming threads; its elements
+//! are publications. All threads start at the same time, and the time ends when every consumer has seen all. Panics if
+//! a consumer has not.
 //!
-//! - `engine`: `Namespace::try_publish` to one sink on each of as many shards as there are consumers. That is more
-//!   than the log, which cannot be measured from outside: it carries the whole path of a publication, to outboxes
-//!   that are flushed. Publishers that find the log full yield and try again.
-//! - `crossbeam`: a bounded channel for each consumer; a publisher sends to one after the other and blocks where
-//!   one is full. It gives no common order: two consumers may see two publishers' messages differently.
-//! - `tokio`: one `broadcast` channel, which overwrites what a receiver was too slow to see. So that nothing is
-//!   lost, publishers look at its length and yield while it is nearly full; that look is part of the time.
+//! - `engine`: `Namespace::try_publish` to one sink on each shard, with one shard for each consumer. That is more than
+//!   the log, which cannot be measured from outside: it includes the whole path of a publication, up to flushed
+//!   outboxes. A publisher that finds the log full yields and retries.
+//! - `crossbeam`: a bounded channel for each consumer; a publisher sends to them in sequence and blocks on a full one.
+//!   It gives no total order: two consumers may see two publishers' messages in different orders.
+//! - `tokio`: one `broadcast` channel, which overwrites messages that a receiver was too slow to see. To lose nothing,
+//!   publishers check its length and yield while it is nearly full; that check is part of the time.
 //!
-//! Each publication is a frame of its own, and each queue takes 4096. Where threads outnumber the CPUs, what is
-//! measured is the scheduler as well.
+//! Each publication is a separate frame, and each queue holds 4096. If there are more threads than CPUs, the scheduler
+//! is measured as well.
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
@@ -30,13 +30,13 @@ use tokio::sync::broadcast;
 
 const PUBLISHERS: [usize; 3] = [1, 2, 4];
 const CONSUMERS: [usize; 2] = [1, 2];
-/// What every queue takes; the default of `EngineConfig::log_capacity`.
+/// Capacity of every queue; the default of `EngineConfig::log_capacity`.
 const CAPACITY: usize = 4096;
-/// Publications of one iteration, all publishers together. Can be divided by their number.
+/// Publications per iteration, of all publishers together. Divisible by the number of publishers.
 const TOTAL: u64 = 20_000;
 
-/// Lets all publishers go at once, each with its part of `total`; returns how long it took until all consumers
-/// had seen all.
+/// Starts all publishers at the same time, each with its part of `total`; returns the time until all consumers have
+/// seen all publications.
 fn race(
     publishers: usize,
     total: u64,
@@ -68,7 +68,7 @@ fn race(
 }
 
 fn through_engine(audience: &mut Running, publishers: usize, total: u64) -> Duration {
-    audience.owe(total);
+    audience.expect_publications(total);
     let everyone = audience.everyone.clone();
     let settled = &*audience;
     let took =
@@ -81,13 +81,13 @@ fn through_crossbeam(publishers: usize, consumers: usize, total: u64) -> Duratio
     let (senders, receivers): (Vec<_>, Vec<_>) =
         (0..consumers).map(|_| crossbeam_channel::bounded::<Payload>(CAPACITY)).unzip();
     let publish = |frame: Payload| {
-        let (last, others) = senders.split_last().expect("somebody consumes");
-        others.iter().for_each(|sender| sender.send(frame.clone()).expect("the consumer is there"));
-        last.send(frame).expect("the consumer is there");
+        let (last, others) = senders.split_last().expect("there is a consumer");
+        others.iter().for_each(|sender| sender.send(frame.clone()).expect("the consumer is running"));
+        last.send(frame).expect("the consumer is running");
     };
     let consume = |receiver: crossbeam_channel::Receiver<Payload>| {
         move |total| {
-            (0..total).for_each(|_| drop(receiver.recv().expect("a publisher is there")));
+            (0..total).for_each(|_| drop(receiver.recv().expect("a publisher is running")));
             assert!(receiver.is_empty());
         }
     };
@@ -97,11 +97,11 @@ fn through_crossbeam(publishers: usize, consumers: usize, total: u64) -> Duratio
 fn through_tokio(publishers: usize, consumers: usize, total: u64) -> Duration {
     let (sender, _) = broadcast::channel::<Payload>(CAPACITY);
     let publish = |frame| {
-        // All may pass this at once, and each adds one.
+        // All publishers may pass this check at the same time, and each then adds one.
         while sender.len() + publishers > CAPACITY {
             thread::yield_now();
         }
-        sender.send(frame).expect("a consumer is there");
+        sender.send(frame).expect("a consumer is running");
     };
     let consume = |mut receiver: broadcast::Receiver<Payload>| {
         move |total| {

@@ -1,13 +1,14 @@
-//! What outboxes cost: a frame offered and flushed, many flushed as one, and frames for a peer that is full.
+//! The cost of outboxes: one frame offered and flushed, many frames coalesced into one write, and frames for a slow
+//! consumer.
 //!
-//! `cargo bench --bench outbox`. Outboxes cannot be reached from outside, so these are whole turns of one shard,
-//! turned by hand: a publication goes through the log and the group of everyone into outboxes. Elements are
-//! deliveries, so the reciprocal of the throughput is the time of one. Panics if the books do not add up.
+//! `cargo bench --bench outbox`. Outboxes are private to the engine, so these are whole turns of one shard that the
+//! bench drives itself: a publication passes through the log and the group of all connections into outboxes. Elements
+//! are deliveries, so the reciprocal of the throughput is the time per delivery. Panics if the counters are not exact.
 //!
 //! - `flush/1 to 1000`: one publication for 1000 sinks, until all is written.
-//! - `flush/64 to 1000`: 64 publications that were there at once: one piece of memory, one write for each sink.
-//! - `full/1 to 100`: one publication for 100 peers that do not read, whose sockets and outboxes are full, with
-//!   `DropMessage { timeout: 0 }`: dropped, counted, and told to the handler.
+//! - `flush/64 to 1000`: 64 publications that are in the log together: one piece of memory, one write for each sink.
+//! - `full/1 to 100`: one publication for 100 clients that do not read, whose sockets and outboxes are full, with
+//!   `DropMessage { timeout: 0 }`: dropped, counted, and reported to the handler.
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
@@ -34,7 +35,7 @@ fn flush(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements(publications * MEMBERS as u64));
         group.bench_function(format!("{publications} to {MEMBERS}"), |bencher| {
             let mut audience = Driven::new(1);
-            audience.seat(MEMBERS);
+            audience.add_sinks(MEMBERS);
             let mut published = 0;
             bencher.iter(|| {
                 audience.publish(&frame, publications);
@@ -47,14 +48,14 @@ fn flush(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Peers that do not read, with sockets and outboxes that are full. Their ends have to be kept.
+/// Clients that do not read, with full sockets and outboxes. The caller must keep their ends open.
 fn stall(audience: &mut Driven) -> Vec<UnixStream> {
     let (ours, theirs): (Vec<_>, Vec<_>) =
-        (0..STALLED).map(|_| UnixStream::pair().expect("there are file descriptors")).unzip();
+        (0..STALLED).map(|_| UnixStream::pair().expect("a socket pair can be opened")).unzip();
     let policy = Policy::DropMessage { timeout: Duration::ZERO };
     let config = ConnectionConfig { outbox_frames: 16, policy, ..audience::config() };
     audience.adopt(ours.into_iter().map(Socket::from), config);
-    // All take the same, and one frame more than the last that fits is dropped by all.
+    // All accept the same frames, and the first frame that does not fit is dropped for all.
     let large = Payload::binary(&[b'x'; 16 << 10]);
     while audience.metrics().tally.dropped.overflow == 0 {
         audience.publish(&large, 1);

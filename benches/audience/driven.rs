@@ -1,6 +1,6 @@
-//! An audience on an engine whose shards are turned by hand: what a turn costs, without threads and wakes.
+//! An engine whose shards the bench drives itself: the cost of a turn, without threads and wakes.
 //!
-//! Time stands still but for [`pass`](Driven::pass). Knows no clock.
+//! Owned by one case. Time advances only by [`pass`](Driven::pass). Does not know the clock.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ pub(crate) struct Driven {
 }
 
 impl Driven {
-    /// An engine, and nobody there yet.
+    /// An engine without connections.
     pub(crate) fn new(shards: usize) -> Self {
         let now = Instant::now();
         let config = EngineConfig { shards: Some(shards), ..EngineConfig::default() };
@@ -30,12 +30,12 @@ impl Driven {
         Self { everyone: engine.namespace(), engine, shards, now, ids: channel() }
     }
 
-    /// Lets `count` sinks in.
-    pub(crate) fn seat(&mut self, count: usize) -> Vec<ConnectionId> {
+    /// Connects `count` sinks.
+    pub(crate) fn add_sinks(&mut self, count: usize) -> Vec<ConnectionId> {
         self.adopt(std::iter::repeat_with(Socket::sink).take(count), super::config())
     }
 
-    /// Lets in who has these sockets.
+    /// Adopts these sockets.
     pub(crate) fn adopt(
         &mut self,
         sockets: impl Iterator<Item = Socket>,
@@ -44,7 +44,7 @@ impl Driven {
         let config = Arc::new(config);
         for socket in sockets {
             let ids = self.ids.0.clone();
-            let on_id = move |id| ids.send(id).expect("the audience is there");
+            let on_id = move |id| ids.send(id).expect("the receiver is kept");
             let connection = super::connection(&self.engine, socket, &config, on_id);
             let adopting = self.everyone.adopt(connection);
             drive(&mut self.shards, self.now, adopting).expect("an engine that runs adopts");
@@ -53,17 +53,17 @@ impl Driven {
         self.ids.1.try_iter().collect()
     }
 
-    /// Asks for a membership; it is given in the next turn.
+    /// Submits a join; it takes effect in the next turn.
     pub(crate) fn join(&mut self, id: ConnectionId, group: &str) {
         drive(&mut self.shards, self.now, self.everyone.join(id, group)).expect("the engine runs");
     }
 
-    /// Takes it back, likewise.
+    /// Submits a leave; it takes effect in the next turn.
     pub(crate) fn leave(&mut self, id: ConnectionId, group: &str) {
         drive(&mut self.shards, self.now, self.everyone.leave(id, group)).expect("the engine runs");
     }
 
-    /// Ends the connection in the next turn.
+    /// Submits a close; the connection ends in the next turn.
     pub(crate) fn close(&mut self, id: ConnectionId) {
         let closing = self.everyone.publish(
             Publication::close(Address::Connection(id), CloseCode::NORMAL, "").expect("1000 may be sent"),
@@ -71,21 +71,21 @@ impl Driven {
         drive(&mut self.shards, self.now, closing).expect("the engine runs");
     }
 
-    /// Publishes the frame `count` times to everyone.
+    /// Publishes the frame `count` times to all connections.
     pub(crate) fn publish(&self, frame: &Payload, count: u64) {
         for _ in 0..count {
             super::publish(&self.everyone, frame.clone());
         }
     }
 
-    /// Turns the shards until nothing is left to do.
+    /// Drives the shards until no work is left.
     pub(crate) fn settle(&mut self) {
         while self.shards.iter().any(Shard::has_work) {
             turn(&mut self.shards, self.now);
         }
     }
 
-    /// Lets time go by.
+    /// Advances the time.
     pub(crate) fn pass(&mut self, time: Duration) {
         self.now += time;
         turn(&mut self.shards, self.now);
@@ -96,9 +96,9 @@ impl Driven {
         self.engine.metrics()
     }
 
-    /// Panics if there are not `members` who all got `publications`.
+    /// Panics unless there are `members` connections and each got all `publications`.
     pub(crate) fn check(&self, members: u64, publications: u64) {
-        super::check_books(&self.metrics(), members, members * publications);
+        super::check_deliveries(&self.metrics(), members, members * publications);
     }
 }
 
@@ -106,7 +106,7 @@ fn turn(shards: &mut [Shard], now: Instant) {
     shards.iter_mut().for_each(|shard| shard.turn(now).expect("a shard turns"));
 }
 
-/// Polls the future to its end; where it waits for a shard, turns them.
+/// Polls the future until it is ready, and drives the shards while it is pending.
 fn drive<F: Future>(shards: &mut [Shard], now: Instant, future: F) -> F::Output {
     let mut future = pin!(future);
     loop {

@@ -1,9 +1,9 @@
-//! An engine with an audience: peers that take everything at once and say nothing.
+//! An engine with clients that accept every frame at once and send nothing.
 //!
-//! What the benches share. [`Running`](running::Running) has an engine with its threads, [`Driven`](driven::Driven) one whose shards are turned by
-//! hand. The peers are sinks: connections like any other, with an outbox, groups and counters, but without a file
-//! descriptor, so that no kernel is measured. They answer no pings, so they are asked for none within a day. Knows
-//! the engine. Does not know what is measured.
+//! Shared by the benches. [`Running`](running::Running) has an engine with its threads, [`Driven`](driven::Driven) one
+//! whose shards the bench drives itself. The clients are sinks: connections like any other, with an outbox, groups and
+//! counters, but without a file descriptor, so that the kernel is not measured. They do not answer pings, so the
+//! heartbeat interval is a day. Knows the engine. Does not know what is measured.
 
 #![allow(dead_code)] // each bench uses a part
 
@@ -23,8 +23,8 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// Short, because a sink never answers a Close frame.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// What holds for a sink. First pings are spread over the interval, so some come early; the time for their answers
-/// is what keeps everybody here. Some are in more groups than the default allows.
+/// The config of a sink. First pings are spread over the interval, so some are sent early; the long pong timeout keeps
+/// those connections open. Some sinks are in more groups than the default allows.
 pub(crate) fn config() -> ConnectionConfig {
     ConnectionConfig {
         heartbeat_interval: DAY,
@@ -35,7 +35,7 @@ pub(crate) fn config() -> ConnectionConfig {
     }
 }
 
-/// Somebody new; `on_id` is told the id, on the shard.
+/// A new connection. Its shard calls `on_id` with the id.
 fn connection(
     engine: &Engine,
     socket: Socket,
@@ -51,11 +51,11 @@ fn connection(
         }),
         config: config.clone(),
         encoding: Encoding::PLAIN,
-        permit: engine.admit(None).expect("there is a place for everybody"),
+        permit: engine.admit(None).expect("there is no connection limit"),
     }
 }
 
-/// Publishes to everyone; while the log is full, lets others run.
+/// Publishes to all connections; while the log is full, yields to other threads.
 pub(crate) fn publish(everyone: &Namespace, payload: Payload) {
     let mut publication = Publication::message(Address::Everyone, payload);
     loop {
@@ -68,20 +68,20 @@ pub(crate) fn publish(everyone: &Namespace, payload: Payload) {
     }
 }
 
-/// That everybody is still here, and that everything which was published reached everybody.
-fn check_books(metrics: &Metrics, members: u64, deliveries: u64) {
+/// Panics unless all connections are open and each got every publication.
+fn check_deliveries(metrics: &Metrics, members: u64, deliveries: u64) {
     check_losses(metrics);
     assert_eq!(metrics.connections, members, "{metrics:?}");
     assert_eq!((metrics.tally.offered, metrics.tally.written), (deliveries, deliveries), "{metrics:?}");
 }
 
-/// That nobody has been ended and nothing dropped.
+/// Panics if a connection ended or a frame was dropped.
 fn check_losses(metrics: &Metrics) {
     let losses = metrics.tally.dropped.total() + metrics.tally.discarded + metrics.ended;
     assert_eq!(losses, 0, "{metrics:?}");
 }
 
-/// Has nothing to answer.
+/// Ignores messages.
 struct Silent;
 
 impl Handler for Silent {

@@ -1,7 +1,7 @@
-//! An audience on an engine with threads, one pinned to each CPU as in a service.
+//! An engine with threads, one pinned to each CPU as in a service, and its connections.
 //!
-//! Counts what it owes to its members, waits until all of it is written, and panics if
-//! something was lost or nothing comes any more. Knows no clock but for giving up.
+//! Owned by one case. Counts the deliveries that it expects, waits until all are written, and panics if one was lost or
+//! there is no progress before a timeout. Uses the clock only for that timeout.
 
 use std::sync::Arc;
 use std::thread;
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use shardcast_engine::{Engine, EngineConfig, Metrics, Namespace, Payload, Socket};
 
-/// After which the engine is believed to hang.
+/// The time without a result after which the engine counts as hanging.
 const TEST_TIMEOUT: Duration = Duration::from_secs(120);
-/// A wait that is longer looks rarely: who looks all the time takes a CPU from those who work. It then ends at most
-/// some 3 % too late, and what the system adds to a sleep (on Linux 50 µs).
+/// After this time a wait sleeps between checks, because constant polling takes a CPU from the shards. It then ends at
+/// most about 3 % late, plus what the system adds to a sleep (50 µs on Linux).
 const SHORT: Duration = Duration::from_millis(1);
 
 pub(crate) struct Running {
@@ -20,18 +20,18 @@ pub(crate) struct Running {
     pub(crate) everyone: Namespace,
     members: u64,
     /// Deliveries: publications times members.
-    owed: u64,
+    expected: u64,
 }
 
 impl Running {
-    /// An engine, and nobody there yet.
+    /// An engine without connections.
     pub(crate) fn start(shards: usize) -> Self {
         let config = EngineConfig { shards: Some(shards), pin: true, ..EngineConfig::default() };
         let engine = Engine::start(config).expect("an engine starts");
-        Self { everyone: engine.namespace(), engine, members: 0, owed: 0 }
+        Self { everyone: engine.namespace(), engine, members: 0, expected: 0 }
     }
 
-    /// Lets sinks in until there are `members`; they spread evenly over the shards.
+    /// Connects sinks until there are `members`, spread evenly over the shards.
     pub(crate) fn grow(&mut self, members: usize) {
         let config = Arc::new(super::config());
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime can be built");
@@ -42,30 +42,30 @@ impl Running {
             }
         });
         self.members = self.members.max(members as u64);
-        self.wait_until("everybody is there", |metrics| metrics.connections >= self.members);
+        self.wait_until("all sinks are connected", |metrics| metrics.connections >= self.members);
     }
 
-    /// Publishes the frame `count` times to everyone.
+    /// Publishes the frame `count` times to all connections.
     pub(crate) fn publish(&mut self, frame: &Payload, count: u64) {
-        self.owe(count);
+        self.expect_publications(count);
         for _ in 0..count {
             super::publish(&self.everyone, frame.clone());
         }
     }
 
-    /// Others will publish `count` times to everyone.
-    pub(crate) fn owe(&mut self, count: u64) {
-        self.owed += count * self.members;
+    /// Expects `count` publications to all connections, by other publishers.
+    pub(crate) fn expect_publications(&mut self, count: u64) {
+        self.expected += count * self.members;
     }
 
-    /// Waits until everything that was published is written to everybody.
+    /// Waits until every publication is written to all connections.
     pub(crate) fn settle(&self) {
-        self.wait_until("everything is written", |metrics| metrics.tally.written >= self.owed);
+        self.wait_until("all deliveries are written", |metrics| metrics.tally.written >= self.expected);
     }
 
-    /// Panics if somebody has gone or something was lost.
+    /// Panics if a connection ended or a delivery was lost.
     pub(crate) fn check(&self) {
-        super::check_books(&self.engine.metrics(), self.members, self.owed);
+        super::check_deliveries(&self.engine.metrics(), self.members, self.expected);
     }
 
     fn wait_until(&self, what: &str, is_so: impl Fn(&Metrics) -> bool) {
@@ -75,11 +75,11 @@ impl Running {
             if is_so(&metrics) {
                 return;
             }
-            super::check_losses(&metrics); // what is lost need not be waited for
+            super::check_losses(&metrics); // after a loss the wait could not succeed
             let waited = started.elapsed();
             assert!(waited < TEST_TIMEOUT, "{TEST_TIMEOUT:?} and not yet: {what}; {metrics:?}");
             if waited < SHORT {
-                thread::yield_now(); // where shards share this CPU, it is theirs
+                thread::yield_now(); // a shard may share this CPU
             } else {
                 thread::sleep(waited / 32);
             }
