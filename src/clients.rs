@@ -3,7 +3,7 @@
 //! Cloneable, usable from any thread or task. Encodes a message once, writes the frame header in
 //! front of it and passes it to the engine; a target says who gets it, and every short form
 //! (`broadcast`, `unicast`, …) is a name for a target. The codec is a function pointer here and not
-//! a type parameter, because a codec has no state and whoever publishes need not name it. Knows
+//! a type parameter, because a codec has no state and a publisher need not name it. Knows
 //! codecs and namespaces. Does not know hubs, handlers or sockets.
 
 use std::any::TypeId;
@@ -142,7 +142,7 @@ impl<M> Clients<M> {
     /// it; earlier ones do not. Joining twice has no further effect, and joining a client that has disconnected has none. A client
     /// that is in [`max_groups`](crate::WsHubConfig::max_groups) groups already is disconnected (1008).
     ///
-    /// Returns a position in the order of all published messages: every message to the group behind it reaches the client;
+    /// Returns a position in the order of all published messages: every message to the group after it reaches the client;
     /// of those before it, only messages that were published during this call may.
     ///
     /// # Errors
@@ -404,7 +404,7 @@ impl<'a, M> Target<'a, M> {
     /// gets the message when it has room.
     ///
     /// # Errors
-    /// [`TryPublishError::Full`] where `publish` would have waited for a shard; nobody gets the message then. The error has
+    /// [`TryPublishError::Full`] if `publish` would have waited for a shard; no client gets the message then. The error has
     /// the encoded message, so that [`try_publish_prepared`](Self::try_publish_prepared) need not encode it again.
     pub fn try_publish(&self, message: &M) -> Result<(), TryPublishError<Prepared<M>>> {
         self.try_publish_prepared(&self.clients.prepare(message)?)

@@ -111,8 +111,8 @@ impl<M: Send, C> MessageContext<M, C> {
     }
 
     /// Sends to all clients but those with these ids ([`connection_id`](Self::connection_id)). An id of a connection that has
-    /// ended excludes nobody. So does a text that is no id; that is a mistake, and is logged: as an error in debug builds, as
-    /// a warning in release builds, at most once in a second. With ids that are no text:
+    /// ended excludes no client. Neither does a text that is not an id; that is a mistake, and is logged: as an error in
+    /// debug builds, as a warning in release builds, at most once in a second. With typed ids:
     /// `ctx.clients().to_all().except(&[id])`.
     pub async fn broadcast_except(&self, except: &[&str], message: M) {
         self.short(self.clients().to_all(), except, message).await;

@@ -17,8 +17,8 @@ use crate::hub::{Hub, WsHub};
 ///
 /// Cloneable. Hubs keep it alive; when the last handle to it and to its hubs is dropped, it closes its connections
 /// with 1001 and ends its threads. That drop waits for them for up to a second, so do not let it happen on a thread whose
-/// runtime they need. It leaves stuck shards behind, as [`shutdown`](Self::shutdown) does, and on one of the engine's own
-/// threads it does not wait.
+/// runtime they need. It does not wait for stuck shards, like [`shutdown`](Self::shutdown), and does not wait at all on one
+/// of the engine's own threads.
 ///
 /// ```no_run
 /// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, HubContext, JsonCodec};
@@ -69,7 +69,7 @@ impl Engine {
     ///
     /// The time is kept whatever the methods do: one that computes or waits on its shard until then leaves the shard
     /// stuck, which is reported ([`ShutdownReport::stuck`]) and logged as an error 200 ms later; at the latest it is a
-    /// second. The shard's thread is left behind and ends with the process, or when the method returns.
+    /// second. The shard's thread keeps running until the method returns, or the process ends.
     ///
     /// End the engine first, then axum within a bound: axum does not know upgraded sockets, and its graceful shutdown
     /// waits for ever for a request that was half sent. [The guide](crate#the-end) has the program.
@@ -87,7 +87,7 @@ impl Engine {
 
     /// What the engine is doing: running, or ended by itself ([`EngineState::Failed`]), for instance.
     ///
-    /// For a readiness endpoint, which tells a load balancer to send nobody here any more:
+    /// For a readiness endpoint, which tells a load balancer to send no more clients:
     ///
     /// ```
     /// # use axum::{extract::State, http::StatusCode};
@@ -143,7 +143,7 @@ impl Engine {
     }
 
     /// What each shard has counted, as of its last turn; [`lag_micros`](Metrics::lag_micros) and
-    /// [`blocked`](Metrics::blocked) as of now, also of a shard that is held up.
+    /// [`blocked`](Metrics::blocked) as of now, also for a shard that is blocked.
     pub fn shard_metrics(&self) -> Vec<Metrics> {
         self.inner.shard_metrics()
     }

@@ -84,9 +84,9 @@ pub trait WsHub: Send + Sync + Sized + 'static {
 
     /// A client is connected. Greet it, join groups or refuse it here: its first message is handled when this has returned.
     ///
-    /// The connection joins [`to_all`](Clients::to_all) only when this has returned `Ok`, behind everything that was sent
-    /// until then. So nothing reaches a client ahead of its greeting, and a refused client receives nothing that is sent to
-    /// all. Groups that are joined here are joined at once.
+    /// The connection joins [`to_all`](Clients::to_all) only when this has returned `Ok`, after everything that was sent
+    /// until then. So nothing reaches a client before its greeting, and a refused client receives nothing that is sent to
+    /// all. Groups that are joined here are joined immediately.
     ///
     /// By default calls [`on_connect`](Self::on_connect) and returns `Ok`.
     ///
@@ -94,7 +94,7 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     /// A [`Refusal`] ends the connection with its code and reason, after what this method has sent to it.
     /// [`on_disconnected`](Self::on_disconnected) is called for it as for every other.
     fn on_connected(&self, context: HubContext<Self>) -> impl Future<Output = Result<(), Refusal>> + Send {
-        // A text of its own: the context's would be kept for as long as the connection.
+        // A separate text: the context's would be kept for as long as the connection.
         let (connection_id, id) = (context.id().to_string().into(), context.id());
         drop(context);
         async move {
@@ -111,7 +111,7 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     ) -> impl Future<Output = ()> + Send;
 
     /// A message has arrived that the codec cannot decode. `Break` ends the connection: with 1003 if the message was of the
-    /// wrong kind ([`CodecError::WrongKind`]), with 1007 otherwise. `Continue` goes on with the next message; a hub may
+    /// wrong kind ([`CodecError::WrongKind`]), with 1007 otherwise. `Continue` handles the next message; a hub may
     /// send the client an error message first.
     ///
     /// By default logs at debug level and breaks.
@@ -176,7 +176,7 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     }
 }
 
-/// Lets the shard's other connections have their turn. Pending twice: a method's first poll is repeated at once with a
+/// Yields to the shard's other connections. Pending twice: a method's first poll is repeated at once with a
 /// waker, which the first does without (see `HubHandler::start`).
 #[derive(Default)]
 struct GiveWay {
@@ -237,7 +237,7 @@ impl Refusal {
 #[non_exhaustive]
 pub enum RunOn {
     /// On the connection's shard, at once. Best for methods that await and compute little: no thread is changed. A method
-    /// that computes for a millisecond holds up the shard's other connections for a millisecond.
+    /// that computes for a millisecond blocks the shard's other connections for a millisecond.
     #[default]
     Shard,
     /// On the tokio runtime, as a task. For hubs that compute for long; costs two changes of thread for each message. The

@@ -1,4 +1,4 @@
-//! The hub handler: a hub's methods behind the engine's handler trait.
+//! The hub handler: implements the engine's handler trait with a hub's methods.
 //!
 //! One for each connection, owned by its shard. Decodes a message, calls the hub and polls the
 //! returned future at once; if that is pending, the connection is busy until the future's waker
@@ -23,7 +23,7 @@ use crate::codec::{CodecError, Decode};
 use crate::context::{Caller, MessageContext};
 use crate::hub::{Dropped, Hub, HubContext, RunOn, WsHub};
 
-/// What a hub's method leaves behind: an error ends the connection for that reason.
+/// The result of a hub's method: an error ends the connection for that reason.
 type Outcome = Result<(), Box<CloseReason>>;
 
 type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
@@ -50,7 +50,7 @@ struct Overrides {
     _done: DoneSignal,
 }
 
-/// Dropped with the handler, which tells `serve_hub` that the connection and its methods are done.
+/// Dropped with the handler, which notifies `serve_hub` that the connection and its methods have ended.
 pub(crate) type DoneSignal = Option<oneshot::Sender<()>>;
 
 /// Puts the closure that is freed on the shard into another size class than the handler that it makes. Otherwise the allocator
@@ -179,7 +179,7 @@ impl<H: WsHub> Handler for HubHandler<H> {
             return finish(outcome, context);
         }
         // Another thread may have published on its behalf, which the shard cannot know. After `Pending` the shard adds the
-        // connection to everyone behind everything that was published until then.
+        // connection to everyone after everything that was published until then.
         if self.go_on(context) == Poll::Ready(()) {
             context.waker().wake();
         }

@@ -1,7 +1,7 @@
 //! How a connection is served by a hub: the handshake is answered, and a shard gets the socket.
 //!
 //! From the upgrade in one step, by a response that is built (`Serve`), or from an open WebSocket. A client that no shard
-//! takes is told why: by an HTTP status before the upgrade, by a Close frame after it. Knows the upgrade, hubs and their handlers.
+//! takes gets the reason: by an HTTP status before the upgrade, by a Close frame after it. Knows the upgrade, hubs and their handlers.
 //! Does not know frames or groups.
 
 use std::collections::hash_map::RandomState;

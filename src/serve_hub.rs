@@ -23,8 +23,8 @@ static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(No
 
 /// Serves one WebSocket with one hub, and returns when the connection has ended and its `on_disconnected` has returned.
 ///
-/// All connections served with the same hub type are each other's clients. `config` holds for this connection. The
-/// engine behind it has one shard for each allowed CPU. To choose the number, to have several hubs of one type, to publish from
+/// All connections served with the same hub type are each other's clients. `config` applies to this connection. The
+/// engine that serves them has one shard for each allowed CPU. To choose the number, to have several hubs of one type, to publish from
 /// elsewhere or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
 ///
 /// A config out of range is logged as an error and the connection closed (1011); check yours with
