@@ -16,9 +16,9 @@ use crate::hub::{Hub, WsHub};
 /// A running engine: its shards own the connections of all its hubs.
 ///
 /// Cloneable. Hubs keep it alive; when the last handle to it and to its hubs is dropped, it closes its connections
-/// with 1001 and ends its threads. That drop waits for them for up to a second, so do not let it happen on a thread whose
-/// runtime they need. It does not wait for stuck shards, like [`shutdown`](Self::shutdown), and does not wait at all on one
-/// of the engine's own threads.
+/// with 1001 and ends its threads. That drop waits for them for up to a second, so do not let it happen on a thread
+/// whose runtime they need. Like [`shutdown`](Self::shutdown), it does not wait for stuck shards; on one of the
+/// engine's own threads it does not wait at all.
 ///
 /// ```no_run
 /// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, HubContext, JsonCodec};
@@ -39,8 +39,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the shards. Within a tokio runtime their threads enter it once; for connections that are served from another
-    /// runtime they enter that for each call.
+    /// Starts the shards. Within a tokio runtime their threads enter it once; for connections that are served from
+    /// another runtime they enter that for each call.
     ///
     /// # Errors
     /// A setting out of range, by name; a system that gives no threads or file descriptors.
@@ -54,7 +54,8 @@ impl Engine {
         Ok(Self { inner, runtime: id })
     }
 
-    /// A new hub, with clients and groups of its own. `config` is a [`WsHubConfig`](crate::WsHubConfig) for its connections.
+    /// A new hub, with clients and groups of its own. `config` is a [`WsHubConfig`](crate::WsHubConfig) for its
+    /// connections.
     ///
     /// # Errors
     /// A setting out of range, by name.

@@ -1,8 +1,8 @@
 //! The log limit: at most one line in a second of a kind that clients can cause as often as they like.
 //!
-//! Clients do not choose the length of a line either. The times of the last lines are static, because the log belongs to the
-//! process and no engine is known where these lines are written. Knows the wall clock's seconds. Does not know what is
-//! logged.
+//! Clients do not choose the length of a line either. The times of the last lines are static, because the log belongs
+//! to the process and no engine is known where these lines are written. Knows the wall clock's seconds. Does not know
+//! what is logged.
 
 use std::{
     fmt,

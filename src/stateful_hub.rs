@@ -1,9 +1,9 @@
 //! A hub whose methods change it: `&mut self` instead of `&self`.
 //!
-//! Owned by its connection, like every hub. A wrapper implements [`WsHub`] with a lock that is never contended, because a
-//! connection's methods run one at a time; it exists only because the compiler cannot know that. It is tokio's, because it is
-//! held across awaits and is not poisoned by a panic, so that `on_disconnected` still runs. Knows hubs. Does not know
-//! connections or shards.
+//! Owned by its connection, like every hub. A wrapper implements [`WsHub`] with a lock that is never contended,
+//! because a connection's methods run one at a time; it exists only because the compiler cannot know that. It is
+//! tokio's, because it is held across awaits and is not poisoned by a panic, so that `on_disconnected` still runs.
+//! Knows hubs. Does not know connections or shards.
 
 use std::fmt;
 use std::future::Future;
@@ -82,8 +82,8 @@ pub trait StatefulHub: Send + Sized + 'static {
         context: HubContext<Stateful<Self>>,
     ) -> impl Future<Output = ()> + Send;
 
-    /// A message has arrived that the codec cannot decode; see [`WsHub::on_undecodable`]. By default logs at debug level and
-    /// breaks, which ends the connection.
+    /// A message has arrived that the codec cannot decode; see [`WsHub::on_undecodable`]. By default logs at debug
+    /// level and breaks, which ends the connection.
     fn on_undecodable(
         &mut self,
         context: HubContext<Stateful<Self>>,
