@@ -116,7 +116,7 @@ async fn chat_serves_its_page_and_guests_of_one_room_talk() {
     // Refused to Bob alone, who may go on.
     for refused in ["", " \n ", &"x".repeat(2001)] {
         bob.send(refused).await;
-        bob.recv(json!({ "type": "refused", "why": "a message has 1 to 2000 characters" })).await;
+        bob.recv(json!({ "type": "refused", "why": "a message must have 1 to 2000 characters" })).await;
     }
     let longest = "ž".repeat(2000);
     for said in ["hello", &longest] {
@@ -135,7 +135,10 @@ async fn chat_serves_its_page_and_guests_of_one_room_talk() {
     for (name, room) in [("", "lobby"), ("Ada", ""), (&*"x".repeat(33), "lobby"), ("%20", "lobby")] {
         let nobody = Guest::enter(&url, name, room).await;
         let (code, reason) = nobody.peer.closed().await;
-        assert_eq!((code, reason.as_str()), (1008, "name and room have 1 to 32 characters"));
+        assert_eq!(
+            (code, reason.as_str()),
+            (1008, "the names of user and room must have 1 to 32 characters")
+        );
     }
     elsewhere.send("alone").await;
     elsewhere.recv(json!({ "type": "said", "name": "Ada", "text": "alone" })).await;
@@ -196,7 +199,7 @@ async fn fanout_says_what_to_do_when_it_is_not_understood() {
     let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY], \
          where POLICY is block,";
     for (arguments, says) in [
-        (&["--policy", "nonsense"][..], "`nonsense` is no policy"),
+        (&["--policy", "nonsense"][..], "`nonsense` is not a policy"),
         (&["--policy"], usage),
         (&["--nonsense"], usage),
         (&["--port", "many"], usage),
