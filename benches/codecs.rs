@@ -1,9 +1,8 @@
-//! What a codec costs, beside the format that it is made of.
+//! The cost of a codec, compared with the format that it uses.
 //!
-//! `cargo bench --bench codecs`. All are functions of one thread. `flat` is a message as most are, of a few fields;
-//! `list` has 100 of them; `tree` is nested 60 levels deep; `numbers` are 1,000.
-//! `bounded` is the codec of this crate, which counts levels
-//! and elements; `plain` is serde_json or postcard by itself. Elements are messages.
+//! `cargo bench --bench codecs`. All cases run on one thread. `flat` is a typical message with a few fields; `list` has
+//! 100 of them; `tree` is nested 60 levels deep; `numbers` has 1,000 numbers. `bounded` is the codec of this crate,
+//! which counts levels and elements; `plain` is serde_json or postcard alone. Elements are messages.
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
@@ -46,23 +45,25 @@ where
     T: Serialize + DeserializeOwned + PartialEq + Debug,
 {
     let mut json = Vec::new();
-    JsonCodec::encode(&message, &mut json).expect("it has a representation");
+    JsonCodec::encode(&message, &mut json).expect("the message can be encoded");
     let mut binary = Vec::new();
-    BinaryCodec::encode(&message, &mut binary).expect("it has a representation");
-    let of_json = |json: &[u8]| -> T { JsonCodec::decode(MessageKind::Text, json).expect("it is one") };
-    let of_binary =
-        |binary: &[u8]| -> T { BinaryCodec::decode(MessageKind::Binary, binary).expect("it is one") };
+    BinaryCodec::encode(&message, &mut binary).expect("the message can be encoded");
+    let of_json =
+        |json: &[u8]| -> T { JsonCodec::decode(MessageKind::Text, json).expect("the payload is valid") };
+    let of_binary = |binary: &[u8]| -> T {
+        BinaryCodec::decode(MessageKind::Binary, binary).expect("the payload is valid")
+    };
     assert_eq!(of_json(&json), message);
     assert_eq!(of_binary(&binary), message);
 
     let mut group = criterion.benchmark_group(format!("decode {name}"));
     group.throughput(Throughput::Elements(1));
     group.bench_function("JSON/plain", |bencher| {
-        bencher.iter(|| serde_json::from_slice::<T>(black_box(&json)).expect("it is one"));
+        bencher.iter(|| serde_json::from_slice::<T>(black_box(&json)).expect("the payload is valid"));
     });
     group.bench_function("JSON/bounded", |bencher| bencher.iter(|| of_json(black_box(&json))));
     group.bench_function("postcard/plain", |bencher| {
-        bencher.iter(|| postcard::from_bytes::<T>(black_box(&binary)).expect("it is one"));
+        bencher.iter(|| postcard::from_bytes::<T>(black_box(&binary)).expect("the payload is valid"));
     });
     group.bench_function("postcard/bounded", |bencher| bencher.iter(|| of_binary(black_box(&binary))));
     group.finish();

@@ -16,14 +16,11 @@
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
-mod audience;
-
 use std::time::{Duration, Instant};
 
-use audience::driven::Driven;
-use audience::running::Running;
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use shardcast_engine::Payload;
+use testkit::sinks::{Driven, Running};
 
 const SHARDS: [usize; 4] = [1, 2, 4, 8];
 const MEMBERS: [usize; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
@@ -47,21 +44,21 @@ fn delivery(criterion: &mut Criterion) {
     let frame = frame();
     for shards in SHARDS {
         // Made by the first case that is selected; later cases let more in.
-        let mut audience = None;
+        let mut sinks = None;
         for members in MEMBERS.into_iter().chain((shards == 1).then_some(MILLION)) {
             group.sample_size(if members == MILLION { 10 } else { 30 });
             group.throughput(Throughput::Elements(IN_FLIGHT * members as u64));
             group.bench_function(BenchmarkId::new(format!("shards={shards}"), members), |bencher| {
-                let audience = audience.get_or_insert_with(|| Running::start(shards));
-                audience.grow(members);
+                let sinks = sinks.get_or_insert_with(|| Running::start(shards));
+                sinks.connect_up_to(members);
                 bencher.iter_custom(|iterations| {
                     let started = Instant::now();
                     for _ in 0..iterations {
-                        audience.publish(&frame, IN_FLIGHT);
-                        audience.settle();
+                        sinks.publish(&frame, IN_FLIGHT);
+                        sinks.settle();
                     }
                     let took = started.elapsed();
-                    audience.check();
+                    sinks.check();
                     took
                 });
             });
@@ -79,10 +76,10 @@ fn publish_awake(criterion: &mut Criterion) {
         for members in [1, 1_000, 100_000] {
             let mut made = None;
             group.bench_function(BenchmarkId::new(format!("shards={shards}"), members), |bencher| {
-                let (audience, published) = made.get_or_insert_with(|| {
-                    let mut audience = Driven::new(shards);
-                    audience.seat(members);
-                    (audience, 0)
+                let (sinks, published) = made.get_or_insert_with(|| {
+                    let mut sinks = Driven::new(shards);
+                    sinks.connect(members);
+                    (sinks, 0)
                 });
                 bencher.iter_custom(|iterations| {
                     let mut took = Duration::ZERO;
@@ -90,13 +87,13 @@ fn publish_awake(criterion: &mut Criterion) {
                     while left > 0 {
                         let count = left.min(BATCH);
                         let started = Instant::now();
-                        audience.publish(&frame, count);
+                        sinks.publish(&frame, count);
                         took += started.elapsed();
-                        audience.settle();
+                        sinks.settle();
                         *published += count;
                         left -= count;
                     }
-                    audience.check(members as u64, *published);
+                    sinks.check(members as u64, *published);
                     took
                 });
             });
@@ -111,20 +108,20 @@ fn publish_asleep(criterion: &mut Criterion) {
     group.sampling_mode(SamplingMode::Flat).sample_size(30);
     let frame = frame();
     for shards in SHARDS {
-        let mut audience = None;
+        let mut sinks = None;
         group.bench_function(format!("shards={shards}"), |bencher| {
-            let audience = audience.get_or_insert_with(|| Running::start(shards));
-            audience.grow(shards); // one member on each
+            let sinks = sinks.get_or_insert_with(|| Running::start(shards));
+            sinks.connect_up_to(shards); // one member on each
             bencher.iter_custom(|iterations| {
                 let mut took = Duration::ZERO;
                 for _ in 0..iterations {
                     std::thread::sleep(LULL);
                     let started = Instant::now();
-                    audience.publish(&frame, 1);
+                    sinks.publish(&frame, 1);
                     took += started.elapsed();
-                    audience.settle();
+                    sinks.settle();
                 }
-                audience.check();
+                sinks.check();
                 took
             });
         });

@@ -21,6 +21,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use serde::{Deserialize, Serialize};
 use shardcast::{BinaryCodec, Encode, JsonCodec};
 use shardcast_engine::{Decoder, Frame, Limits, MessageKind, Utf8Checker, unmask};
+use testkit::frames::{FIN, TEXT, client_frame};
 
 const SIZES: [usize; 4] = [16, 64, 1024, 64 * 1024];
 const CLIENTS: [usize; 3] = [1, 100, 10_000];
@@ -31,32 +32,10 @@ struct Tick {
     p: String,
 }
 
-/// A client's text message as it comes from the wire.
-fn masked(payload: &[u8]) -> Vec<u8> {
-    let key = [0x12, 0x34, 0x56, 0x78];
-    let mut wire = vec![0x81];
-    match payload.len() {
-        length @ 0..126 => wire.push(0x80 | length as u8),
-        length @ 126..65_536 => {
-            wire.push(0x80 | 126);
-            wire.extend_from_slice(&(length as u16).to_be_bytes());
-        }
-        length => {
-            wire.push(0x80 | 127);
-            wire.extend_from_slice(&(length as u64).to_be_bytes());
-        }
-    }
-    wire.extend_from_slice(&key);
-    let start = wire.len();
-    wire.extend_from_slice(payload);
-    unmask(&mut wire[start..], key, 0);
-    wire
-}
-
 fn decode(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decode");
     for size in SIZES {
-        let wire = masked(&vec![b'x'; size]);
+        let wire = client_frame(FIN | TEXT, &vec![b'x'; size]);
         let limits = Limits { max_message_bytes: size, ..Limits::default() };
         group.throughput(Throughput::Bytes(size as u64));
         group.bench_function(BenchmarkId::from_parameter(size), |bencher| {

@@ -13,18 +13,15 @@
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
-mod audience;
-
 use std::time::{Duration, Instant};
 
-use audience::CLOSE_TIMEOUT;
-use audience::driven::Driven;
 use criterion::measurement::WallTime;
 use criterion::{
     Bencher, BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group,
     criterion_main,
 };
 use shardcast_engine::ConnectionId;
+use testkit::sinks::{CLOSE_TIMEOUT, Driven};
 
 const GROUPS: [usize; 4] = [1, 100, 10_000, 100_000];
 const MEMBERS: [usize; 3] = [1, 1_000, 100_000];
@@ -33,7 +30,7 @@ const BATCH: usize = 1024;
 
 /// Memberships that are made and taken back while everything else stays as it is.
 struct Visits {
-    audience: Driven,
+    sinks: Driven,
     list: Vec<(ConnectionId, String)>,
     /// Groups, and members of the group that is visited first, while there is no visit.
     before: (usize, usize),
@@ -42,40 +39,40 @@ struct Visits {
 impl Visits {
     /// Of one connection that is in `groups` groups, to others.
     fn by_member_of(groups: usize) -> Self {
-        let mut audience = Driven::new(1);
-        let visitor = audience.seat(1)[0];
-        names("own", groups).for_each(|name| audience.join(visitor, &name));
-        Self::new(audience, names("other", BATCH).map(|name| (visitor, name)).collect())
+        let mut sinks = Driven::new(1);
+        let visitor = sinks.connect(1)[0];
+        names("own", groups).for_each(|name| sinks.join(visitor, &name));
+        Self::new(sinks, names("other", BATCH).map(|name| (visitor, name)).collect())
     }
 
     /// Of many connections, to one group that has `members` without them.
     fn to_group_of(members: usize) -> Self {
-        let mut audience = Driven::new(1);
-        audience.seat(members).into_iter().for_each(|id| audience.join(id, "visited"));
-        let list = audience.seat(BATCH).into_iter().map(|id| (id, "visited".to_owned())).collect();
-        Self::new(audience, list)
+        let mut sinks = Driven::new(1);
+        sinks.connect(members).into_iter().for_each(|id| sinks.join(id, "visited"));
+        let list = sinks.connect(BATCH).into_iter().map(|id| (id, "visited".to_owned())).collect();
+        Self::new(sinks, list)
     }
 
-    fn new(mut audience: Driven, list: Vec<(ConnectionId, String)>) -> Self {
-        audience.settle();
-        let before = (audience.everyone.group_count(), audience.everyone.group_len(&list[0].1));
-        Self { audience, list, before }
+    fn new(mut sinks: Driven, list: Vec<(ConnectionId, String)>) -> Self {
+        sinks.settle();
+        let before = (sinks.everyone().group_count(), sinks.everyone().group_len(&list[0].1));
+        Self { sinks, list, before }
     }
 
     /// Makes the first `count` visits, then takes them back; how long each of the two took.
     fn pay(&mut self, count: usize) -> (Duration, Duration) {
-        let (audience, list) = (&mut self.audience, &self.list[..count]);
+        let (sinks, list) = (&mut self.sinks, &self.list[..count]);
         let started = Instant::now();
-        list.iter().for_each(|(id, group)| audience.join(*id, group));
-        audience.settle();
+        list.iter().for_each(|(id, group)| sinks.join(*id, group));
+        sinks.settle();
         let joined = started.elapsed();
         let same = list.iter().filter(|(_, group)| *group == list[0].1).count();
-        assert_eq!(audience.everyone.group_len(&list[0].1), self.before.1 + same);
+        assert_eq!(sinks.everyone().group_len(&list[0].1), self.before.1 + same);
         let started = Instant::now();
-        list.iter().for_each(|(id, group)| audience.leave(*id, group));
-        audience.settle();
+        list.iter().for_each(|(id, group)| sinks.leave(*id, group));
+        sinks.settle();
         let left = started.elapsed();
-        let after = (audience.everyone.group_count(), audience.everyone.group_len(&list[0].1));
+        let after = (sinks.everyone().group_count(), sinks.everyone().group_len(&list[0].1));
         assert_eq!(after, self.before);
         (joined, left)
     }
@@ -128,7 +125,7 @@ fn end(criterion: &mut Criterion) {
 }
 
 fn end_in(bencher: &mut Bencher<'_>, groups: usize) {
-    let mut audience = Driven::new(1);
+    let mut sinks = Driven::new(1);
     // Several at once where one would be little beside a turn.
     let batch = (BATCH / groups).max(1);
     let names: Vec<Vec<String>> = (0..batch)
@@ -136,18 +133,18 @@ fn end_in(bencher: &mut Bencher<'_>, groups: usize) {
         .collect();
     bencher.iter_custom(|iterations| {
         in_batches(iterations, batch, |count| {
-            let ids = audience.seat(count);
+            let ids = sinks.connect(count);
             for (id, names) in ids.iter().zip(&names) {
-                names.iter().for_each(|name| audience.join(*id, name));
+                names.iter().for_each(|name| sinks.join(*id, name));
             }
-            audience.settle();
-            assert_eq!(audience.everyone.group_count(), count * groups);
+            sinks.settle();
+            assert_eq!(sinks.everyone().group_count(), count * groups);
             let started = Instant::now();
-            ids.into_iter().for_each(|id| audience.close(id));
-            audience.settle();
+            ids.into_iter().for_each(|id| sinks.close(id));
+            sinks.settle();
             let took = started.elapsed();
-            assert_eq!((audience.everyone.group_count(), audience.everyone.len()), (0, 0));
-            audience.pass(2 * CLOSE_TIMEOUT); // nobody answers the Close frames
+            assert_eq!((sinks.everyone().group_count(), sinks.everyone().len()), (0, 0));
+            sinks.pass(2 * CLOSE_TIMEOUT); // nobody answers the Close frames
             took
         })
     });

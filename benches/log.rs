@@ -17,15 +17,13 @@
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
-mod audience;
-
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use audience::running::Running;
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use shardcast_engine::Payload;
+use testkit::sinks::{self, Running};
 use tokio::sync::broadcast;
 
 const PUBLISHERS: [usize; 3] = [1, 2, 4];
@@ -67,13 +65,12 @@ fn race(
     })
 }
 
-fn through_engine(audience: &mut Running, publishers: usize, total: u64) -> Duration {
-    audience.owe(total);
-    let everyone = audience.everyone.clone();
-    let settled = &*audience;
-    let took =
-        race(publishers, total, |frame| audience::publish(&everyone, frame), vec![|_| settled.settle()]);
-    audience.check();
+fn through_engine(sinks: &mut Running, publishers: usize, total: u64) -> Duration {
+    sinks.owe(total);
+    let everyone = sinks.everyone().clone();
+    let settled = &*sinks;
+    let took = race(publishers, total, |frame| sinks::publish(&everyone, frame), vec![|_| settled.settle()]);
+    sinks.check();
     took
 }
 
@@ -119,13 +116,13 @@ fn contention(criterion: &mut Criterion) {
     group.sampling_mode(SamplingMode::Flat).sample_size(20);
     group.throughput(Throughput::Elements(TOTAL));
     for consumers in CONSUMERS {
-        let mut audience = None;
+        let mut sinks = None;
         for publishers in PUBLISHERS {
             let case = format!("{publishers} to {consumers}");
             group.bench_function(BenchmarkId::new("engine", &case), |bencher| {
-                let audience = audience.get_or_insert_with(|| Running::start(consumers));
-                audience.grow(consumers); // one on each shard
-                bencher.iter_custom(|iterations| through_engine(audience, publishers, TOTAL * iterations));
+                let sinks = sinks.get_or_insert_with(|| Running::start(consumers));
+                sinks.connect_up_to(consumers); // one on each shard
+                bencher.iter_custom(|iterations| through_engine(sinks, publishers, TOTAL * iterations));
             });
             group.bench_function(BenchmarkId::new("crossbeam", &case), |bencher| {
                 bencher

@@ -11,14 +11,12 @@
 
 #![allow(missing_docs)] // criterion's macros make public items without any
 
-mod audience;
-
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use audience::driven::Driven;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use shardcast_engine::{ConnectionConfig, Payload, Policy, Socket};
+use testkit::sinks::{self, Driven};
 
 const MEMBERS: usize = 1000;
 const STALLED: usize = 100;
@@ -33,32 +31,32 @@ fn flush(criterion: &mut Criterion) {
     for publications in [1, 64] {
         group.throughput(Throughput::Elements(publications * MEMBERS as u64));
         group.bench_function(format!("{publications} to {MEMBERS}"), |bencher| {
-            let mut audience = Driven::new(1);
-            audience.seat(MEMBERS);
+            let mut sinks = Driven::new(1);
+            sinks.connect(MEMBERS);
             let mut published = 0;
             bencher.iter(|| {
-                audience.publish(&frame, publications);
-                audience.settle();
+                sinks.publish(&frame, publications);
+                sinks.settle();
                 published += publications;
             });
-            audience.check(MEMBERS as u64, published);
+            sinks.check(MEMBERS as u64, published);
         });
     }
     group.finish();
 }
 
 /// Peers that do not read, with sockets and outboxes that are full. Their ends have to be kept.
-fn stall(audience: &mut Driven) -> Vec<UnixStream> {
+fn stall(sinks: &mut Driven) -> Vec<UnixStream> {
     let (ours, theirs): (Vec<_>, Vec<_>) =
         (0..STALLED).map(|_| UnixStream::pair().expect("there are file descriptors")).unzip();
     let policy = Policy::DropMessage { timeout: Duration::ZERO };
-    let config = ConnectionConfig { outbox_frames: 16, policy, ..audience::config() };
-    audience.adopt(ours.into_iter().map(Socket::from), config);
+    let config = ConnectionConfig { outbox_frames: 16, policy, ..sinks::config() };
+    sinks.adopt(ours.into_iter().map(Socket::from), config);
     // All take the same, and one frame more than the last that fits is dropped by all.
     let large = Payload::binary(&[b'x'; 16 << 10]);
-    while audience.metrics().tally.dropped.overflow == 0 {
-        audience.publish(&large, 1);
-        audience.settle();
+    while sinks.metrics().tally.dropped.overflow == 0 {
+        sinks.publish(&large, 1);
+        sinks.settle();
     }
     theirs
 }
@@ -68,16 +66,16 @@ fn full(criterion: &mut Criterion) {
     let frame = frame();
     group.throughput(Throughput::Elements(STALLED as u64));
     group.bench_function(format!("1 to {STALLED}"), |bencher| {
-        let mut audience = Driven::new(1);
-        let _peers = stall(&mut audience);
-        let before = audience.metrics();
+        let mut sinks = Driven::new(1);
+        let _peers = stall(&mut sinks);
+        let before = sinks.metrics();
         let mut published = 0;
         bencher.iter(|| {
-            audience.publish(&frame, 1);
-            audience.settle();
+            sinks.publish(&frame, 1);
+            sinks.settle();
             published += 1;
         });
-        let after = audience.metrics();
+        let after = sinks.metrics();
         assert_eq!(after.tally.dropped.overflow - before.tally.dropped.overflow, published * STALLED as u64);
         assert_eq!(
             (after.tally.written, after.tally.pending(), after.ended),

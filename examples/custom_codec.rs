@@ -1,4 +1,4 @@
-//! A codec of one's own: MessagePack by `rmp-serde`, for a hub and its client.
+//! A custom codec: MessagePack by `rmp-serde`, for a hub and its client.
 //!
 //! `cargo run --release --example custom_codec --features client`
 
@@ -15,7 +15,7 @@ use shardcast::{
 };
 use tokio::sync::oneshot;
 
-/// MessagePack in binary messages, for everything that serde knows.
+/// MessagePack in binary messages, for every serde type.
 struct MessagePack;
 
 impl<T: Serialize> Encode<T> for MessagePack {
@@ -29,7 +29,7 @@ impl<T: DeserializeOwned> Decode<T> for MessagePack {
     fn decode(kind: MessageKind, payload: &[u8]) -> Result<T, CodecError> {
         CodecError::require(kind, MessageKind::Binary)?;
         let mut deserializer = rmp_serde::Deserializer::new(payload);
-        // MessagePack's own limit (1,024) holds for sequences and maps, not for enums.
+        // The limit of `rmp-serde` (1,024 levels) applies to sequences and maps, not to enums.
         let value = deserialize_bounded(&mut deserializer)?;
         match deserializer.into_inner() {
             [] => Ok(value),

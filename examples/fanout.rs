@@ -1,14 +1,14 @@
-//! The server that every measurement runs: four hubs on one engine, nothing else.
+//! The server for all measurements: four hubs on one engine.
 //!
-//! `fanout --port P --shards N --no-pin --policy block`, all optional (port 9001, one
-//! shard for each CPU, pinned). Prints `ready` when it listens and logs nothing. On SIGTERM
-//! it shuts down: everything accepted arrives, clients see 1001, and it prints a report.
+//! `fanout --port P --shards N --no-pin --coalesce MILLISECONDS --policy block`, all optional (port 9001, one shard for
+//! each CPU, pinned). Prints `ready` when it listens and logs nothing. On SIGTERM it shuts down gracefully: every
+//! accepted message is delivered, clients get a Close frame (1001), and it prints a report.
 //! Policies: `block`, `drop-message:100ms`, `drop-connection:100ms:5`, `drop-on-high-rtt:300ms:8`.
 //!
-//! - `/ws`: `{"t":u64,"p":string}`, decoded, encoded again and broadcast to all, the sender included
+//! - `/ws`: `{"t":u64,"p":string}`, decoded, encoded again and broadcast to all, including the sender
 //! - `/echo`: the same, to the sender only
-//! - `/group/{name}`: joins the group on connect; what it sends goes to the group
-//! - `/raw`: any message back as it came, text as text and binary as binary
+//! - `/group/{name}`: joins the group on connect; each message is broadcast to the group
+//! - `/raw`: each message is returned unchanged, text as text and binary as binary
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -101,12 +101,12 @@ struct Options {
     hub: WsHubConfig,
 }
 
-const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY], where POLICY is block, \
-     drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
+const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY], \
+     where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
 
-/// Time for everything that is accepted to arrive after SIGTERM.
+/// Time after SIGTERM to deliver all accepted messages.
 const SHUTDOWN_WITHIN: Duration = Duration::from_secs(20);
-/// Time for responses that are being written then.
+/// Time for HTTP responses after that.
 const LAST_RESPONSES_WITHIN: Duration = Duration::from_secs(1);
 
 fn options() -> Result<Options, Box<dyn Error>> {
@@ -132,21 +132,22 @@ fn options() -> Result<Options, Box<dyn Error>> {
 fn policy(text: &str) -> Result<BroadcastPolicy, Box<dyn Error>> {
     let parts: Vec<&str> = text.split(':').collect();
     let millis = |part: &str| -> Result<Duration, Box<dyn Error>> {
-        let number = part.strip_suffix("ms").ok_or_else(|| format!("`{part}` is no time such as 100ms"))?;
-        Ok(Duration::from_millis(number.parse().map_err(|_| format!("`{part}` is no time such as 100ms"))?))
+        let malformed = || format!("`{part}` is not a time such as 100ms");
+        let number = part.strip_suffix("ms").ok_or_else(malformed)?;
+        Ok(Duration::from_millis(number.parse().map_err(|_| malformed())?))
     };
     Ok(match parts[..] {
         ["block"] => BroadcastPolicy::Block,
         ["drop-message", timeout] => BroadcastPolicy::DropMessage { timeout: millis(timeout)? },
         ["drop-connection", timeout, drops] => BroadcastPolicy::DropConnection {
             timeout: millis(timeout)?,
-            max_drops: drops.parse().map_err(|_| format!("`{drops}` is no number of drops"))?,
+            max_drops: drops.parse().map_err(|_| format!("`{drops}` is not a number of drops"))?,
         },
         ["drop-on-high-rtt", max_rtt, samples] => BroadcastPolicy::DropOnHighRtt {
             max_rtt: millis(max_rtt)?,
-            rtt_samples: samples.parse().map_err(|_| format!("`{samples}` is no number of samples"))?,
+            rtt_samples: samples.parse().map_err(|_| format!("`{samples}` is not a number of samples"))?,
         },
-        _ => return Err(format!("`{text}` is no policy; {USAGE}").into()),
+        _ => return Err(format!("`{text}` is not a policy; {USAGE}").into()),
     })
 }
 
@@ -188,7 +189,7 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     let mut terminated = signal(SignalKind::terminate())?;
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let serving = axum::serve(listener, app).with_graceful_shutdown(async {
-        let _ = ended.await; // it is dropped
+        let _ = ended.await; // never sent, only dropped
     });
     let mut serving = tokio::spawn(serving.into_future());
     tokio::select! {
@@ -197,7 +198,7 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     }
     let report = engine.shutdown(SHUTDOWN_WITHIN).await;
     println!("flushed {}, cut off {}, left over {}", report.flushed, report.cut_off, report.left_over);
-    // The refusals of the last moments are answered, too. A request that was half sent is not waited for.
+    // Requests refused during the shutdown get their response. A request that was sent only in part is not waited for.
     drop(end);
     let _ = tokio::time::timeout(LAST_RESPONSES_WITHIN, serving).await;
     Ok(())

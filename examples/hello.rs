@@ -1,4 +1,4 @@
-//! The smallest hub, and a client that talks to it: the program of the README in one file.
+//! The smallest hub and a client of it: the README's program in one file.
 //!
 //! `cargo run --release --example hello --features client`
 
@@ -83,7 +83,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     client.connect().await?;
     client.send(HelloMessage { text: "world".into() })?;
     println!("{:?}", answer.await?);
-    // Sends a Close frame and waits for the server to echo it back.
+    // Sends a Close frame and waits for the server's.
     client.disconnect().await;
     Ok(())
 }

@@ -1,9 +1,9 @@
-//! The bridge: a Unix socket pair in front of a connection that is not a socket.
+//! The bridge: a Unix socket pair between a shard and a stream that is not a socket.
 //!
-//! A shard only knows sockets. TLS streams, HTTP/2 streams and whatever else a server is built from live on tokio,
-//! so one task per connection carries bytes both ways; it owns the stream and one end of the pair, the shard owns
-//! the other end. An idle bridge holds no buffer, a busy one at most one chunk each way, and what the kernel takes
-//! in between is kept small, or the shard would not notice a peer that stopped reading.
+//! A shard can own only sockets. TLS streams, HTTP/2 streams and other streams that a server may use need tokio, so
+//! one task per connection copies bytes in both directions. The task owns the stream and one end of the pair; the shard
+//! owns the other end. An idle bridge holds no buffer, a busy one at most one chunk in each direction. The kernel's
+//! buffers between the two ends are kept small, or the shard would not notice a client that stops reading.
 //! Knows bytes and ends of streams. Does not know frames, HTTP, TLS or hubs.
 
 use std::{
@@ -23,21 +23,21 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-/// What is read at once, on the stack, and the most that is held back for a side that does not take it.
+/// Size of one read, on the stack, and the most that is buffered for a side whose writes block.
 const CHUNK_BYTES: usize = 8 * 1024;
 
-/// What the kernel takes from either end before it says that the other is slow (Linux doubles it for its
-/// bookkeeping). Unset it would be some 200 KiB that no policy can see.
+/// Send buffer of each end: how much the kernel accepts before a write would block (Linux doubles it for its
+/// bookkeeping). The default is about 200 KiB, which no delivery policy could see.
 const KERNEL_BUFFER_BYTES: usize = 16 * 1024;
 
-/// Chunks per poll, so that a fast pair does not keep the thread from other tasks.
+/// Chunks per poll, so that a busy bridge does not starve the thread's other tasks.
 const CHUNKS_PER_TURN: usize = 16;
 
-/// How long a client may take to end after the shard has ended its side, before it is cut off.
+/// How long a client may take to end its side after the shard has ended its own, before it is disconnected.
 const LINGER: Duration = Duration::from_secs(10);
 
-/// Puts a Unix socket in front of `client` and gives back the shard's end of it, non-blocking. Where the system has no
-/// socket to give, gives back the client.
+/// Connects `client` to a new Unix socket pair and returns the shard's end, non-blocking. If the system cannot create
+/// the pair, returns the error and the client.
 ///
 /// Must be called within a tokio runtime; the copying task runs there until both sides have ended.
 pub(crate) fn bridge<C>(client: C) -> Result<unix::net::UnixStream, (io::Error, C)>
@@ -52,7 +52,7 @@ where
     Ok(shard_end)
 }
 
-/// The shard's end of a new socket, and the bridge's.
+/// The shard's and the bridge's end of a new socket pair.
 fn ends() -> io::Result<(unix::net::UnixStream, UnixStream)> {
     let (shard_end, bridge_end) = unix::net::UnixStream::pair()?;
     for end in [&shard_end, &bridge_end] {
@@ -62,19 +62,19 @@ fn ends() -> io::Result<(unix::net::UnixStream, UnixStream)> {
     Ok((shard_end, UnixStream::from_std(bridge_end)?))
 }
 
-/// The copying task. Both flows run on their own, from end of stream to shutdown:
+/// The copying task. The two directions are independent, from the end of one stream to the shutdown of the other:
 ///
-/// - A side that stops sending is shut down on the other side once everything before has been passed on. Errors of
-///   reading count as that, since TLS clients commonly hang up without a goodbye.
-/// - A client that cannot be written to is lost, and the bridge ends.
-/// - A shard that cannot be written to has closed its socket. Its last words may still be on their way to the client
-///   and an early end would destroy them, so what the client still says is read and thrown away.
+/// - When a side stops sending, the other side is shut down for writing once everything before has been copied. A read
+///   error counts as the end of the stream, since TLS clients commonly disconnect without a `close_notify`.
+/// - If writing to the client fails, the client is lost and the bridge ends.
+/// - If writing to the shard fails, the shard has closed its socket. Its last bytes may still be in flight to the
+///   client and an early end would destroy them, so the client's further bytes are read and discarded.
 struct Bridge<C> {
     client: C,
     shard: UnixStream,
     inbound: Flow,
     outbound: Flow,
-    /// Runs while the client is waited for; see [`Bridge::poll_linger`].
+    /// Runs while the bridge waits for the client; see [`Bridge::poll_linger`].
     linger: Option<Pin<Box<Sleep>>>,
 }
 
@@ -84,12 +84,12 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Future for Bridge<C> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let bridge = self.get_mut();
         if let Poll::Ready(Err(error)) = bridge.outbound.poll(cx, &mut bridge.shard, &mut bridge.client) {
-            tracing::debug!(%error, "a bridged client cannot be written to");
+            tracing::debug!(%error, "writing to a bridged client failed: its connection is lost");
             return Poll::Ready(());
         }
         if let Poll::Ready(Err(_)) = bridge.inbound.poll(cx, &mut bridge.client, &mut bridge.shard) {
             bridge.inbound.discard();
-            // It has just been polled to an error, not to a waker.
+            // The poll returned an error, so it registered no waker.
             cx.waker().wake_by_ref();
         }
         if bridge.outbound.has_ended() && bridge.inbound.has_ended() {
@@ -100,10 +100,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Future for Bridge<C> {
 }
 
 impl<C> Bridge<C> {
-    /// Ready when a client has been waited for in vain: the shard has closed, so nobody but this task is left to
-    /// notice that the client neither reads nor hangs up.
+    /// Ready when the client has to be disconnected: [`LINGER`] has passed and the shard has closed, so only this task
+    /// can notice that the client neither reads nor closes.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.outbound.is_held_up() {
+        if !self.outbound.is_blocked_or_ending() {
             self.linger = None;
             return Poll::Pending;
         }
@@ -111,14 +111,14 @@ impl<C> Bridge<C> {
             let linger = self.linger.get_or_insert_with(|| Box::pin(sleep(LINGER)));
             ready!(linger.as_mut().poll(cx));
             if self.shard_has_ended(cx) {
-                tracing::debug!("a bridged client neither reads nor hangs up and is cut off");
+                tracing::debug!("a bridged client was disconnected: it neither reads nor closes");
                 return Poll::Ready(());
             }
             self.linger = None;
         }
     }
 
-    /// Whether the shard has ended its side, even if there still are bytes to be read before that end.
+    /// Whether the shard has ended its side, even if bytes before the end have not been read yet.
     fn shard_has_ended(&self, cx: &mut Context<'_>) -> bool {
         self.outbound.stage != Stage::Copying
             || match pin!(self.shard.ready(Interest::READABLE)).poll(cx) {
@@ -129,21 +129,21 @@ impl<C> Bridge<C> {
     }
 }
 
-/// One of the two ways: Copying → ShuttingDown → Ended, or Copying → Discarding → Ended.
+/// One direction: Copying → ShuttingDown → Ended, or Copying → Discarding → Ended.
 struct Flow {
     stage: Stage,
-    /// What was read and not yet taken by the other side; without allocation nearly always.
+    /// Bytes that were read and that the other side has not accepted yet; nearly always empty, without an allocation.
     held: Vec<u8>,
-    /// Whether something was written and not yet flushed.
+    /// Whether bytes were written and not yet flushed.
     unflushed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Copying,
-    /// The reading side has ended, the writing side is being told.
+    /// The reading side has ended; the writing side is being shut down.
     ShuttingDown,
-    /// The writing side is gone; the reading side is drained for politeness.
+    /// The writing side is closed; the reading side is drained.
     Discarding,
     Ended,
 }
@@ -162,8 +162,8 @@ impl Flow {
         self.stage == Stage::Ended
     }
 
-    /// Whether it is the writing side that is waited for, or nothing more will come from the reading side.
-    fn is_held_up(&self) -> bool {
+    /// Whether the writing side blocks, or the reading side has ended.
+    fn is_blocked_or_ending(&self) -> bool {
         !self.held.is_empty() || self.stage != Stage::Copying
     }
 
@@ -180,7 +180,7 @@ impl Flow {
                     ready!(self.poll_copy_chunk(cx, from, to))?;
                 }
                 Stage::ShuttingDown => {
-                    // Whether it succeeds does not matter: there is nothing more to say to that side.
+                    // An error does not matter: nothing more is written to that side.
                     let _ = ready!(Pin::new(&mut *to).poll_shutdown(cx));
                     self.stage = Stage::Ended;
                 }
@@ -212,7 +212,7 @@ impl Flow {
         let mut scratch = [MaybeUninit::uninit(); CHUNK_BYTES];
         let mut chunk = ReadBuf::uninit(&mut scratch);
         let Poll::Ready(read) = Pin::new(from).poll_read(cx, &mut chunk) else {
-            // A TLS stream may keep what it has encrypted until it is flushed, and now there is time.
+            // A TLS stream may keep encrypted bytes until it is flushed. Nothing can be read now, so flush here.
             if self.unflushed {
                 ready!(Pin::new(to).poll_flush(cx))?;
                 self.unflushed = false;
@@ -271,14 +271,14 @@ mod tests {
 
     use super::*;
 
-    /// The client's end of the bridged stream, and the shard's socket, wrapped for tokio as a test has no shard.
+    /// The client's end of the bridged stream, and the shard's socket, wrapped for tokio because a test has no shard.
     fn bridged(client_buffer_bytes: usize) -> (DuplexStream, UnixStream) {
         let (client, stream) = duplex(client_buffer_bytes);
         let shard = UnixStream::from_std(bridge(stream).map_err(|(error, _)| error).unwrap()).unwrap();
         (client, shard)
     }
 
-    /// Waits until the bridge's task is gone.
+    /// Waits until the bridge's task has ended.
     async fn bridge_ends() {
         while tokio::runtime::Handle::current().metrics().num_alive_tasks() > 0 {
             tokio::task::yield_now().await;
@@ -354,7 +354,7 @@ mod tests {
     #[tokio::test]
     async fn the_last_words_of_a_closed_socket_arrive_although_the_client_keeps_talking() {
         let (mut client, mut shard) = bridged(100);
-        // More than the client's stream takes, so that most of it is still in the bridge when the shard is gone.
+        // More than the client's stream buffers, so that most of it is still in the bridge when the shard has closed.
         let last_words = pattern(10_000);
         shard.write_all(&last_words).await.unwrap();
         drop(shard);
@@ -406,7 +406,7 @@ mod tests {
         assert_eq!(
             tokio::runtime::Handle::current().metrics().num_alive_tasks(),
             1,
-            "the shard still wants it"
+            "the shard is still open"
         );
         drop(shard);
         while tokio::runtime::Handle::current().metrics().num_alive_tasks() > 0 {
@@ -438,7 +438,7 @@ mod tests {
             Poll::Ready(outbound.held.capacity())
         });
         peer.write_all(&[7; 200]).await.unwrap();
-        // The socket's readiness reaches the runtime in its own time.
+        // The runtime learns of the socket's readiness at some later time.
         while (&mut poll).await == 0 {
             tokio::task::yield_now().await;
         }

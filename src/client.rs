@@ -1,8 +1,8 @@
-//! The client: the other end of a hub, with the hub's message types and codec.
+//! The client of a hub, with the hub's message types and codec.
 //!
-//! A handle owned by the application, and per connection one task that owns the socket (`client/connection.rs`).
-//! Between them is one bounded queue of encoded messages: dropping its sending end is how the handle asks for a Close,
-//! so that what was sent before is written before.
+//! The application owns a handle, and one task per connection owns the socket (`client/connection.rs`). Between them is
+//! one bounded queue of encoded messages. To close, the handle drops the queue's sending end, so that the messages sent
+//! before are written before the Close.
 //! Knows codecs and tungstenite. Does not know hubs, the engine or the server half of this crate.
 
 mod builder;
@@ -29,7 +29,7 @@ pub use self::{
 };
 use crate::codec::{CodecError, Decode, Encode, JsonCodec};
 
-/// A client for a hub: sends `S` (the hub's `InMessage`), receives `R` (its `OutMessage`), both in codec `C`.
+/// A client of a hub: sends `S` (the hub's `InMessage`) and receives `R` (its `OutMessage`), both in codec `C`.
 ///
 /// ```no_run
 /// use serde::{Deserialize, Serialize};
@@ -64,15 +64,15 @@ use crate::codec::{CodecError, Decode, Encode, JsonCodec};
 /// ```
 ///
 /// # Callbacks
-/// They run one after the other in the connection's task, in the order of arrival; while one runs, nothing is read.
-/// They must not block: hand long work to a task. To answer from a callback, move a [`sender`](Self::sender) into
-/// it. Each kind has one callback, the last that was set; what arrives before one is set is lost, so set them before
-/// [`connect`](Self::connect). A callback that panics ends the connection as [`ClientClose::Lost`]; one that panics in
-/// [`on_close`](Self::on_close) changes nothing about how it has ended.
+/// Callbacks run in the connection's task, one at a time and in the order of arrival; while one runs, nothing is read.
+/// They must not block: give long work to a task. To answer from a callback, move a [`sender`](Self::sender) into it.
+/// Each event has one callback, the last that was set. Messages that arrive before a callback is set are lost, so set
+/// callbacks before [`connect`](Self::connect). A callback that panics ends the connection as [`ClientClose::Lost`]; a
+/// panic in the callback of [`on_close`](Self::on_close) is logged and does not change the reason.
 ///
 /// # Dropping
-/// A dropped client writes what it has queued and sends a Close, in the background and only as long as the runtime
-/// lives. [`disconnect`](Self::disconnect) waits for that and for the server's answer.
+/// A dropped client writes its queued messages and sends a Close, in the background and only while the runtime exists.
+/// [`disconnect`](Self::disconnect) waits for that and for the server's Close.
 pub struct HubClient<S, R, C> {
     config: Config,
     callbacks: Arc<Callbacks<R>>,
@@ -82,15 +82,15 @@ pub struct HubClient<S, R, C> {
     types: PhantomData<fn(S, C)>,
 }
 
-/// What the handle keeps of a connection.
+/// The handle's part of a connection.
 struct Connection {
-    /// Dropped to tell the task that the outlet is closed and that time is running.
+    /// Dropped to notify the task that the outlet is closed and that the disconnect timeout starts.
     closing: oneshot::Sender<()>,
     closed: oneshot::Receiver<ClientClose>,
 }
 
 impl HubClient<Unset, Unset, JsonCodec> {
-    /// Starts to describe a client for the hub at `url`, for example `ws://localhost:3000/ws`.
+    /// A builder for a client of the hub at `url`, for example `ws://localhost:3000/ws`.
     pub fn builder(url: impl Into<String>) -> HubClientBuilder<Unset, Unset, JsonCodec> {
         HubClientBuilder::new(url.into())
     }
@@ -107,7 +107,7 @@ where
     }
 
     /// Calls `callback` for every message that cannot be decoded; by default that is logged as a warning.
-    /// The connection goes on.
+    /// The connection stays open.
     pub fn on_error(&mut self, callback: impl FnMut(CodecError) + Send + 'static) {
         self.callbacks.error.set(callback);
     }
@@ -117,10 +117,10 @@ where
         self.callbacks.close.set(callback);
     }
 
-    /// Opens the connection. After it has ended, for whatever reason, `connect` opens a new one.
+    /// Opens the connection. After it has ended, for any reason, `connect` opens a new one.
     ///
     /// # Errors
-    /// [`ClientError`]; no connection is left behind, and `connect` can be tried again.
+    /// [`ClientError`]; no connection remains open, and `connect` can be called again.
     pub async fn connect(&mut self) -> Result<(), ClientError> {
         if self.is_connected() {
             return Err(ClientError::AlreadyConnected);
@@ -130,15 +130,15 @@ where
             timeout(self.config.connect_timeout, opening).await.map_err(|_| ClientError::TimedOut)??;
 
         let (outgoing, queue) = mpsc::channel(self.config.queue_messages);
-        let (closing, closing_told) = oneshot::channel();
-        let (closed_told, closed) = oneshot::channel();
+        let (closing, is_closing) = oneshot::channel();
+        let (report_closed, closed) = oneshot::channel();
         let timeouts =
             Timeouts { disconnect: self.config.disconnect_timeout, silence: self.config.silence_timeout };
         tokio::spawn(connection::run::<R, C>(
             (socket, life),
             queue,
-            closing_told,
-            closed_told,
+            is_closing,
+            report_closed,
             Arc::clone(&self.callbacks),
             timeouts,
         ));
@@ -149,8 +149,8 @@ where
     }
 
     /// Whether messages can be sent: true from a successful [`connect`](Self::connect) until either side closes or
-    /// the connection is lost. A server that is gone without a word is noticed by its silence, within 45 s by
-    /// default; see [`with_silence_timeout`](HubClientBuilder::with_silence_timeout).
+    /// the connection is lost. A server that disappears without closing is noticed when it is silent for longer than
+    /// the silence timeout (45 s by default); see [`with_silence_timeout`](HubClientBuilder::with_silence_timeout).
     pub fn is_connected(&self) -> bool {
         self.outlet.is_open()
     }
@@ -160,24 +160,25 @@ where
         self.selected_protocol.as_ref()
     }
 
-    /// Queues a message. It is encoded at once and written soon; `Ok` does not mean that it has arrived.
+    /// Queues a message. It is encoded at once and written later by the connection's task; `Ok` does not mean that it
+    /// has arrived. Never blocks.
     ///
     /// # Errors
-    /// [`SendError`], which gives the message back: the queue is full (the server reads more slowly than the client
-    /// sends), there is no connection, or the codec refuses the message.
+    /// [`SendError`], which returns the message: the queue is full (backpressure: the server reads more slowly than the
+    /// client sends), there is no connection, or the codec refuses the message.
     pub fn send(&self, message: S) -> Result<(), SendError<S>> {
         self.outlet.send::<S, C>(message)
     }
 
-    /// A handle that can only send, to be cloned and moved into callbacks and tasks.
+    /// A handle that can only send. It can be cloned and moved into callbacks and tasks.
     pub fn sender(&self) -> HubSender<S, C> {
         HubSender { outlet: Arc::clone(&self.outlet), types: PhantomData }
     }
 
-    /// Closes the connection: writes what is queued, sends a Close and waits for the server's Close.
+    /// Closes the connection: writes the queued messages, sends a Close and waits for the server's Close.
     ///
-    /// Returns how the connection ended, which may have been earlier and by the server; `None` when it has not been
-    /// connected. Takes no longer than the disconnect timeout (5 s by default), except for a callback that blocks.
+    /// Returns how the connection ended, which may have been earlier and by the server, or `None` if the client was not
+    /// connected. Takes no longer than the disconnect timeout (5 s by default), unless a callback blocks.
     pub async fn disconnect(&mut self) -> Option<ClientClose> {
         self.outlet.close();
         let Connection { closing, closed } = self.connection.take()?;
@@ -203,8 +204,8 @@ impl<S, R, C> fmt::Debug for HubClient<S, R, C> {
     }
 }
 
-/// Sends messages on a [`HubClient`]'s connection, the present one and those after a reconnect. Does not keep the
-/// connection open: it ends with the client.
+/// Sends messages on a [`HubClient`]'s connection, the current one and each later one. It does not keep the connection
+/// open: the connection closes when the client is dropped.
 pub struct HubSender<S, C> {
     outlet: Arc<Outlet>,
     types: PhantomData<fn(S, C)>,
@@ -237,8 +238,8 @@ impl<S, C> fmt::Debug for HubSender<S, C> {
     }
 }
 
-/// Stands for a message type that a [`HubClientBuilder`] has not been told. No codec can do anything with it, so
-/// that what was forgotten does not compile.
+/// Placeholder for a message type that has not been set on a [`HubClientBuilder`]. No codec supports it, so a forgotten
+/// type is a compile error.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Unset;

@@ -3,7 +3,7 @@
 //! Cloneable, usable from any thread or task. Encodes a message once, writes the frame header in
 //! front of it and passes it to the engine; a target says who gets it, and every short form
 //! (`broadcast`, `unicast`, …) is a name for a target. The codec is a function pointer here and not
-//! a type parameter, because a codec has no state and whoever publishes need not name it. Knows
+//! a type parameter, because a codec has no state and a publisher need not name it. Knows
 //! codecs and namespaces. Does not know hubs, handlers or sockets.
 
 use std::any::TypeId;
@@ -23,7 +23,8 @@ use shardcast_engine::{
 
 use crate::codec::{CodecError, Encode};
 
-/// The clients of one hub, which receive messages `M` in the hub's codec. Cloneable, and usable from any thread or task.
+/// The clients of one hub, which receive messages `M` in the hub's codec. Cloneable, and usable from any thread or
+/// task.
 ///
 /// ```no_run
 /// # use shardcast::{Clients, ConnectionId};
@@ -94,8 +95,8 @@ impl<M> Clients<M> {
     }
 
     /// Encodes a message once, to be sent to several targets: [`Target::publish_prepared`],
-    /// [`deliver_prepared`](Target::deliver_prepared), [`try_publish_prepared`](Target::try_publish_prepared). It may be
-    /// sent by every hub that has this codec.
+    /// [`deliver_prepared`](Target::deliver_prepared), [`try_publish_prepared`](Target::try_publish_prepared). It may
+    /// be sent by every hub that has this codec.
     ///
     /// ```
     /// # use shardcast::{Clients, PublishError};
@@ -141,11 +142,12 @@ impl<M> Clients<M> {
     }
 
     /// Makes a client a member of a group. When this has returned, the next message to the group by anyone reaches
-    /// it; earlier ones do not. Joining twice has no further effect, and joining a client that has disconnected has none. A client
-    /// that is in [`max_groups`](crate::WsHubConfig::max_groups) groups already is disconnected (1008).
+    /// it; earlier ones do not. Joining twice has no further effect, and joining a client that has disconnected has
+    /// none. A client that is in [`max_groups`](crate::WsHubConfig::max_groups) groups already is disconnected
+    /// (1008).
     ///
-    /// Returns a position in the order of all published messages: every message to the group behind it reaches the client;
-    /// of those before it, only messages that were published during this call may.
+    /// Returns a position in the order of all published messages: every message to the group after it reaches the
+    /// client; of those before it, only messages that were published during this call may.
     ///
     /// # Errors
     /// An engine that has ended, too many publishers that wait for the client's shard, a group's name that is too long.
@@ -153,7 +155,8 @@ impl<M> Clients<M> {
         Ok(self.inner.namespace.join(id, group).await?)
     }
 
-    /// Ends a membership: messages that are published to the group from now on do not reach the client, earlier ones do.
+    /// Ends a membership: messages that are published to the group from now on do not reach the client, earlier ones
+    /// do.
     ///
     /// # Errors
     /// As for [`join`](Self::join).
@@ -195,7 +198,8 @@ impl<M> Clients<M> {
     /// 123 bytes of `reason`.
     ///
     /// # Errors
-    /// A close code that may not be sent, an engine that has ended, too many publishers that wait for the client's shard.
+    /// A close code that may not be sent, an engine that has ended, too many publishers that wait for the client's
+    /// shard.
     pub async fn disconnect(
         &self,
         id: ConnectionId,
@@ -222,8 +226,8 @@ impl<M> Clients<M> {
         Ok(receiver.await.ok())
     }
 
-    /// The sums of the counters of all clients since the hub was made, those that have disconnected included, taken after
-    /// everything that was sent before. For some of the clients: [`Target::metrics`].
+    /// The sums of the counters of all clients since the hub was made, those that have disconnected included, taken
+    /// after everything that was sent before. For some of the clients: [`Target::metrics`].
     ///
     /// # Errors
     /// As for [`join`](Self::join).
@@ -246,8 +250,8 @@ impl<M> Clients<M> {
         self.inner.namespace.group_len(group)
     }
 
-    /// The groups that have members, each with how many, in no particular order. Groups that appear or disappear during the
-    /// call may be missing.
+    /// The groups that have members, each with how many, in no particular order. Groups that appear or disappear
+    /// during the call may be missing.
     pub fn groups(&self) -> Vec<(Arc<str>, usize)> {
         self.inner.namespace.groups()
     }
@@ -304,9 +308,9 @@ impl<'a, M> Target<'a, M> {
         Ok(self.clients.inner.namespace.publish(publication).await?)
     }
 
-    /// The sums of the counters of the target's clients, taken after everything that was sent before: of a group's present
-    /// members, and for [`to_all`](Clients::to_all) of clients that have disconnected, too. Every shard visits each of these
-    /// connections, so ask every few seconds and not for every message.
+    /// The sums of the counters of the target's clients, taken after everything that was sent before: of a group's
+    /// present members, and for [`to_all`](Clients::to_all) of clients that have disconnected, too. Every shard
+    /// visits each of these connections, so ask every few seconds and not for every message.
     ///
     /// # Errors
     /// An engine that has ended, too many publishers that wait already.
@@ -323,8 +327,8 @@ impl<'a, M> Target<'a, M> {
         Ok(sum)
     }
 
-    /// The ids of the target's clients, after everything that was sent before, in no particular order. Every shard visits
-    /// each of these connections.
+    /// The ids of the target's clients, after everything that was sent before, in no particular order. Every shard
+    /// visits each of these connections.
     ///
     /// # Errors
     /// An engine that has ended, too many publishers that wait already.
@@ -352,18 +356,19 @@ impl<'a, M> Target<'a, M> {
     }
 
     /// Sends the message. The future completes when every client of the target has accepted the message or has
-    /// disconnected; while none of them is slow, and under every policy but [`Block`](BroadcastPolicy::Block), that is as
-    /// soon as the engine has accepted it.
+    /// disconnected; while none of them is slow, and under every policy but [`Block`](BroadcastPolicy::Block), that
+    /// is as soon as the engine has accepted it.
     ///
-    /// The message is encoded by the call, and sent when the future is first polled: a future that is never polled sends
-    /// nothing. What one task awaits in sequence, every client receives in that sequence.
+    /// The message is encoded by the call, and sent when the future is first polled: a future that is never polled
+    /// sends nothing. What one task awaits in sequence, every client receives in that sequence.
     ///
-    /// Dropping the future after it was polled, as `tokio::time::timeout` around it does, does not take the message back:
-    /// the engine may have accepted it, and sending it again may send it twice. To limit the time for slow clients, use a
-    /// policy with a timeout.
+    /// Dropping the future after it was polled, as `tokio::time::timeout` around it does, does not take the message
+    /// back: the engine may have accepted it, and sending it again may send it twice. To limit the time for slow
+    /// clients, use a policy with a timeout.
     ///
     /// # Errors
-    /// A message that cannot be encoded or is too long, an engine that has ended, too many publishers that wait already.
+    /// A message that cannot be encoded or is too long, an engine that has ended, too many publishers that wait
+    /// already.
     pub fn publish(&self, message: &M) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
         self.publish_encoded(self.clients.encode(message))
     }
@@ -379,8 +384,9 @@ impl<'a, M> Target<'a, M> {
         self.publish_encoded(self.clients.payload_of(message))
     }
 
-    /// Sends the message as [`publish`](Self::publish) does, but the future completes only when every client of the target
-    /// has accepted the message, has disconnected or had it dropped, under every policy. The receipt has the counts.
+    /// Sends the message as [`publish`](Self::publish) does, but the future completes only when every client of the
+    /// target has accepted the message, has disconnected or had it dropped, under every policy. The receipt has the
+    /// counts.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
@@ -406,8 +412,9 @@ impl<'a, M> Target<'a, M> {
     /// gets the message when it has room.
     ///
     /// # Errors
-    /// [`TryPublishError::Full`] where `publish` would have waited for a shard; nobody gets the message then. The error has
-    /// the encoded message, so that [`try_publish_prepared`](Self::try_publish_prepared) need not encode it again.
+    /// [`TryPublishError::Full`] if `publish` would have waited for a shard; no client gets the message then. The
+    /// error has the encoded message, so that [`try_publish_prepared`](Self::try_publish_prepared) need not encode it
+    /// again.
     pub fn try_publish(&self, message: &M) -> Result<(), TryPublishError<Prepared<M>>> {
         self.try_publish_prepared(&self.clients.prepare(message)?)
     }
@@ -448,8 +455,8 @@ impl<'a, M> Target<'a, M> {
     }
 }
 
-/// A message on its way, or the error of its codec. Written by hand, because a hub's method is as large as the futures that it
-/// awaits.
+/// The future of a message, or the error of its codec. Written by hand, because a hub's method is as large as the futures
+/// that it awaits.
 enum Publishing<F> {
     Failed(Option<CodecError>),
     Submitted(F),
@@ -474,8 +481,8 @@ impl<T, F: Future<Output = Result<T, EngineError>> + Unpin> Future for Publishin
     }
 }
 
-/// A message that was encoded once, to be sent to several targets: see [`Clients::prepare`]. Cloneable; clones share the
-/// bytes.
+/// A message that was encoded once, to be sent to several targets: see [`Clients::prepare`]. Cloneable; clones share
+/// the bytes.
 pub struct Prepared<M> {
     payload: Payload,
     codec: TypeId,

@@ -1,7 +1,7 @@
 //! Codecs: value ↔ payload.
 //!
-//! Owned by nobody: a codec is a type without state, named by a hub and its clients. Generic over the message,
-//! so that a codec can ask for whatever it needs (serde, protobuf, nothing) and a hub only for the messages it uses.
+//! A codec is a type without state or owner, named by a hub and its clients. The traits are generic over the message,
+//! so that a codec can require what it needs (serde, protobuf, nothing) and a hub only the messages that it uses.
 //! Knows values and payloads, and limits how deep and how long a payload makes a decoder work (`codec/bounded.rs`).
 //! Does not know frames, sockets, hubs or how long a message may be.
 
@@ -14,13 +14,13 @@ use thiserror::Error;
 
 pub use bounded::{DEPTH_MAX, deserialize_bounded};
 
-/// How many elements of one message that take no bytes, such as those of a `Vec<()>`, [`BinaryCodec`] reads at most.
+/// The most elements without bytes, such as those of a `Vec<()>`, that [`BinaryCodec`] reads in one message.
 const EMPTY_ELEMENTS_MAX: usize = 1 << 16;
 
 /// Turns a value into the payload of one WebSocket message.
 ///
-/// Implemented by a codec for every message type it can write. A broadcast encodes its value once, however
-/// many connections it reaches.
+/// Implemented by a codec for every message type that it can write. A broadcast encodes its value once, regardless of
+/// how many connections it reaches.
 ///
 /// # A codec of your own
 ///
@@ -54,59 +54,60 @@ const EMPTY_ELEMENTS_MAX: usize = 1 << 16;
 /// # Ok::<(), CodecError>(())
 /// ```
 ///
-/// One implementation can serve a whole family of types, as [`JsonCodec`] does for everything that is
-/// `Serialize`: `impl<M: prost::Message + Default> Encode<M> for Protobuf` is as short as the above.
+/// One implementation can cover a whole family of types, as [`JsonCodec`] does for every `Serialize` type:
+/// `impl<M: prost::Message + Default> Encode<M> for Protobuf` is as short as the example.
 pub trait Encode<T>: Send + Sync + 'static {
-    /// Appends the encoded `value` to `payload` and says which kind of message it is.
+    /// Appends the encoded `value` to `payload` and returns the kind of the message.
     ///
-    /// What already is in `payload` must stay: the caller may have put a frame header there.
+    /// The bytes that are already in `payload` must not change: the caller may have reserved a frame header there.
     ///
     /// # Errors
-    /// [`CodecError::Encode`] when the value has no representation. What was appended until then is rubbish;
-    /// the caller cuts it off.
+    /// [`CodecError::Encode`] if the value has no representation. The caller discards what was appended before the
+    /// error.
     fn encode(value: &T, payload: &mut Vec<u8>) -> Result<MessageKind, CodecError>;
 }
 
 /// Turns the payload of one WebSocket message into a value; see [`Encode`] for an example.
 ///
 /// # What a codec of your own must guarantee
-/// A payload comes from an untrusted peer, and `decode` runs on a shard's thread, or on tokio's in a client:
+/// A payload comes from an untrusted client, and `decode` runs on a shard's thread, or on tokio's in a `HubClient`:
 ///
-/// - It must not recurse without a limit. A stack that overflows ends the *process*, and nothing can catch it; the
-///   stack is 2 MiB by default. A format over serde is limited to [`DEPTH_MAX`] levels by [`deserialize_bounded`];
-///   do not rely on the format, which may limit sequences and not enums.
-/// - It must not allocate, nor loop, for what a length in the payload only claims.
-/// - It must refuse what it does not understand with an error. A panic is caught and ends the connection (1011), but
-///   is logged as a fault of the program.
+/// - It must not recurse without a limit. A stack overflow ends the *process* and cannot be caught; the stack is 2
+///   MiB by default. [`deserialize_bounded`] limits a serde format to [`DEPTH_MAX`] levels; do not rely on the
+///   format, which may limit sequences and not enums.
+/// - It must not allocate or loop in proportion to a length that the payload only claims.
+/// - It must return an error for a payload that it does not understand. A panic is caught and ends the connection
+///   (1011), but is logged as a fault of the program.
 /// - It must not block: until it returns, the shard's other connections wait.
 ///
-/// The codecs of this crate guarantee all of it for every message type that derives `Deserialize`, but for some that
+/// The codecs of this crate guarantee all of this for every message type that derives `Deserialize`, except some that
 /// serde reads through a buffer.
 ///
 /// # Untagged enums, `flatten` and internal tags
-/// With `#[serde(untagged)]`, `#[serde(flatten)]` and `#[serde(tag = "…")]` without `content`, serde reads a value into a
-/// buffer of its own, and then the message type out of the buffer. [`BinaryCodec`] refuses such types. With [`JsonCodec`],
-/// and every other codec that uses [`deserialize_bounded`]:
+/// With `#[serde(untagged)]`, `#[serde(flatten)]` and `#[serde(tag = "…")]` without `content`, serde first reads a
+/// value into its own buffer, and then the message type from the buffer. [`BinaryCodec`] refuses such types. With
+/// [`JsonCodec`], and every other codec that uses [`deserialize_bounded`]:
 ///
-/// - The buffer is bounded. It nests at most [`DEPTH_MAX`] levels, with what is around it, and is allocated as it
-///   fills: 32 bytes for each value, which is 16 times the length of a JSON array of digits.
-/// - Recursion out of the buffer is not counted. It ends with the buffer, and fits the stack, where each step of the type
-///   into itself needs a list, a map or a field in the message. It does **not end** in an untagged enum or a flattened
-///   struct that contains itself directly, or only through options and newtypes (`Wrap(Box<Self>)`, untagged): one
-///   short message overflows the stack and ends the process.
-/// - Time is **not bounded** in an untagged enum that contains itself. Its variants are tried one after the other, with a
-///   copy of the buffer's rest on each level. If two of them contain the enum under the same name, each level doubles the
+/// - The buffer is bounded. It nests at most [`DEPTH_MAX`] levels, including the levels around it, and is allocated as
+///   it fills: 32 bytes for each value, which is 16 times the length of a JSON array of digits.
+/// - Recursion while reading from the buffer is not counted. It ends with the buffer, and fits the stack, if each
+///   step of the type into itself needs a list, a map or a field in the message. It does **not end** in an untagged
+///   enum or a flattened struct that contains itself directly, or only through options and newtypes
+///   (`Wrap(Box<Self>)`, untagged): one short message overflows the stack and ends the process.
+/// - Time is **not bounded** in an untagged enum that contains itself. Its variants are tried in order, with a copy of
+///   the rest of the buffer on each level. If two of them contain the enum under the same name, each level doubles the
 ///   work, and 500 bytes keep a shard busy for days.
 ///
-/// So do not make a message type that contains itself `untagged` or flattened. An externally tagged enum (serde's
-/// default), an adjacently tagged one (`tag` and `content`) or an internally tagged one (`tag`) is bounded: each step is a
-/// level of the message, and no variant is tried in vain. Types that do not contain themselves are bounded in every form.
+/// So do not make a message type that contains itself `untagged` or flattened. A recursive enum that is externally
+/// tagged (serde's default), adjacently tagged (`tag` and `content`) or internally tagged (`tag`) is bounded: each step
+/// is a level of the message, and only the matching variant is tried. Types that do not contain themselves are bounded
+/// in every form.
 pub trait Decode<T>: Send + Sync + 'static {
     /// Reads a value that fills `payload` exactly. The payload of a text message has been checked to be UTF-8.
     ///
     /// # Errors
-    /// [`CodecError::WrongKind`] when the codec does not speak messages of this `kind`, [`CodecError::Decode`]
-    /// or [`CodecError::TrailingBytes`] when the payload is not a value.
+    /// [`CodecError::WrongKind`] if the codec does not support messages of this `kind`, [`CodecError::Decode`] or
+    /// [`CodecError::TrailingBytes`] if the payload is not exactly one value.
     fn decode(kind: MessageKind, payload: &[u8]) -> Result<T, CodecError>;
 }
 
@@ -114,10 +115,10 @@ pub trait Decode<T>: Send + Sync + 'static {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CodecError {
-    /// The message is text where the codec speaks binary, or the other way round.
+    /// The message is text but the codec expects binary, or the reverse.
     #[error("expected a {} message", kind_name(*.expected))]
     WrongKind {
-        /// The kind that the codec speaks.
+        /// The kind that the codec expects.
         expected: MessageKind,
     },
     /// The value has no representation in this codec.
@@ -126,7 +127,7 @@ pub enum CodecError {
     /// The payload does not describe a value.
     #[error("the payload cannot be decoded")]
     Decode(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The payload describes a value, and then goes on.
+    /// The payload has more bytes after the value.
     #[error("{count} bytes left over after the value")]
     TrailingBytes {
         /// How many bytes follow the value.
@@ -145,10 +146,10 @@ impl CodecError {
         Self::Decode(cause.into())
     }
 
-    /// For codecs that speak one kind of message only.
+    /// Checks the kind of a message, for codecs that support only one.
     ///
     /// # Errors
-    /// [`CodecError::WrongKind`] when `kind` is not `expected`.
+    /// [`CodecError::WrongKind`] if `kind` is not `expected`.
     pub fn require(kind: MessageKind, expected: MessageKind) -> Result<(), Self> {
         if kind == expected { Ok(()) } else { Err(Self::WrongKind { expected }) }
     }
@@ -161,8 +162,9 @@ fn kind_name(kind: MessageKind) -> &'static str {
     }
 }
 
-/// JSON. Writes text messages; reads text and binary ones, as many clients do not tell the two apart. What it reads may
-/// be nested [`DEPTH_MAX`] levels (128) deep. A message type that contains itself must not be `untagged` or flattened: see
+/// JSON. Writes text messages; reads text and binary messages, since many clients do not distinguish them. A message
+/// may be nested [`DEPTH_MAX`] levels (128) deep; a deeper one is a [`CodecError::Decode`]. A message type that
+/// contains itself must not be `untagged` or flattened: see
 /// [`Decode`](Decode#untagged-enums-flatten-and-internal-tags).
 ///
 /// ```
@@ -194,12 +196,13 @@ impl<T: DeserializeOwned> Decode<T> for JsonCodec {
     }
 }
 
-/// [`postcard`], a compact binary format for serde types. Writes and reads binary
-/// messages only; both sides must have the same types, since the format carries no names.
+/// [`postcard`], a compact binary format for serde types. Writes and reads binary messages only. Both sides must have
+/// the same types, since the format carries no names.
 ///
-/// What it reads may be nested [`DEPTH_MAX`] levels (128) deep, and may have at most 65,536 elements that take no bytes
-/// (those of a `Vec<()>`): beyond that it is a [`CodecError::Decode`]. The format does not say of what type its values
-/// are, so `untagged`, `flatten` and internal tags (`tag` without `content`) are refused, too.
+/// A message may be nested [`DEPTH_MAX`] levels (128) deep and have at most 65,536 elements that take no bytes (those
+/// of a `Vec<()>`): beyond that it is refused with a [`CodecError::Decode`]. A message type with `untagged`, `flatten`
+/// or internal tags (`tag` without `content`) is refused in the same way, because the format does not contain the types
+/// of its values.
 ///
 /// ```
 /// use shardcast::{BinaryCodec, Decode, Encode, MessageKind};
@@ -225,7 +228,7 @@ impl<T: DeserializeOwned> Decode<T> for BinaryCodec {
     fn decode(kind: MessageKind, payload: &[u8]) -> Result<T, CodecError> {
         CodecError::require(kind, MessageKind::Binary)?;
         let mut deserializer = postcard::Deserializer::from_bytes(payload);
-        // There are at most as many elements that take a byte as there are bytes.
+        // Every element that takes bytes takes at least one, so the payload's length bounds their number.
         let elements_max = payload.len().saturating_add(EMPTY_ELEMENTS_MAX);
         let value = bounded::deserialize_counted(&mut deserializer, elements_max)?;
         let rest = deserializer.finalize().map_err(CodecError::decode)?;
@@ -236,7 +239,7 @@ impl<T: DeserializeOwned> Decode<T> for BinaryCodec {
     }
 }
 
-/// Lets postcard append to a buffer that it does not own.
+/// Makes postcard append to a borrowed buffer.
 struct Append<'a> {
     payload: &'a mut Vec<u8>,
 }
@@ -259,9 +262,9 @@ impl postcard::ser_flavors::Flavor for Append<'_> {
     }
 }
 
-/// No codec: messages as they come and go on the wire.
+/// No encoding: the payload is the message.
 ///
-/// Speaks [`RawMessage`] for both kinds, `String` for text only, and `Vec<u8>` or `Bytes` for binary only.
+/// Supports [`RawMessage`] for both kinds, `String` for text only, and `Vec<u8>` or `Bytes` for binary only.
 ///
 /// ```
 /// use shardcast::{Decode, Encode, MessageKind, RawCodec, RawMessage};
@@ -276,7 +279,7 @@ impl postcard::ser_flavors::Flavor for Append<'_> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RawCodec;
 
-/// A message that no codec has touched; see [`RawCodec`].
+/// A message that is not encoded; see [`RawCodec`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum RawMessage {
     /// A text message.

@@ -1,8 +1,8 @@
 //! What a hub's method can do: short forms over the hub's clients, for the connection that it is called for.
 //!
-//! One for each call, sharing what belongs to the connection. The short forms are those of the seed's programs, so ids are
-//! text in them, and they return nothing: what fails is logged and counted. For results, use the clients. Does not know
-//! handlers or the engine's shards.
+//! One for each call, sharing what belongs to the connection. The short forms are those of the seed's programs, so
+//! ids are text in them, and they return nothing: what fails is logged and counted. For results, use the clients.
+//! Does not know handlers or the engine's shards.
 
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
@@ -67,8 +67,8 @@ impl<M, C> MessageContext<M, C> {
         self.caller.id()
     }
 
-    /// The client's position in the order of all published messages when this method was called: messages before it had been
-    /// queued for the client, were dropped, or were not for it.
+    /// The client's position in the order of all published messages when this method was called: messages before it
+    /// had been queued for the client, were dropped, or were not for it.
     pub fn position(&self) -> Position {
         self.position
     }
@@ -110,9 +110,9 @@ impl<M: Send, C> MessageContext<M, C> {
         self.short(self.clients().to_all(), &[], message).await;
     }
 
-    /// Sends to all clients but those with these ids ([`connection_id`](Self::connection_id)). An id of a connection that has
-    /// ended excludes nobody. So does a text that is no id; that is a mistake, and is logged: as an error in debug builds, as
-    /// a warning in release builds, at most once in a second. With ids that are no text:
+    /// Sends to all clients but those with these ids ([`connection_id`](Self::connection_id)). An id of a connection
+    /// that has ended excludes no client. Neither does a text that is not an id; that is a mistake, and is logged: as
+    /// an error in debug builds, as a warning in release builds, at most once in a second. With typed ids:
     /// `ctx.clients().to_all().except(&[id])`.
     pub async fn broadcast_except(&self, except: &[&str], message: M) {
         self.short(self.clients().to_all(), except, message).await;

@@ -16,9 +16,9 @@ use crate::hub::{Hub, WsHub};
 /// A running engine: its shards own the connections of all its hubs.
 ///
 /// Cloneable. Hubs keep it alive; when the last handle to it and to its hubs is dropped, it closes its connections
-/// with 1001 and ends its threads. That drop waits for them for up to a second, so do not let it happen on a thread whose
-/// runtime they need. It leaves stuck shards behind, as [`shutdown`](Self::shutdown) does, and on one of the engine's own
-/// threads it does not wait.
+/// with 1001 and ends its threads. That drop waits for them for up to a second, so do not let it happen on a thread
+/// whose runtime they need. Like [`shutdown`](Self::shutdown), it does not wait for stuck shards; on one of the
+/// engine's own threads it does not wait at all.
 ///
 /// ```no_run
 /// # use shardcast::{Engine, EngineConfig, WsHub, WsHubConfig, HubContext, JsonCodec};
@@ -39,8 +39,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the shards. Within a tokio runtime their threads enter it once; for connections that are served from another
-    /// runtime they enter that for each call.
+    /// Starts the shards. Within a tokio runtime their threads enter it once; for connections that are served from
+    /// another runtime they enter that for each call.
     ///
     /// # Errors
     /// A setting out of range, by name; a system that gives no threads or file descriptors.
@@ -54,7 +54,8 @@ impl Engine {
         Ok(Self { inner, runtime: id })
     }
 
-    /// A new hub, with clients and groups of its own. `config` is a [`WsHubConfig`](crate::WsHubConfig) for its connections.
+    /// A new hub, with clients and groups of its own. `config` is a [`WsHubConfig`](crate::WsHubConfig) for its
+    /// connections.
     ///
     /// # Errors
     /// A setting out of range, by name.
@@ -69,7 +70,7 @@ impl Engine {
     ///
     /// The time is kept whatever the methods do: one that computes or waits on its shard until then leaves the shard
     /// stuck, which is reported ([`ShutdownReport::stuck`]) and logged as an error 200 ms later; at the latest it is a
-    /// second. The shard's thread is left behind and ends with the process, or when the method returns.
+    /// second. The shard's thread keeps running until the method returns, or the process ends.
     ///
     /// End the engine first, then axum within a bound: axum does not know upgraded sockets, and its graceful shutdown
     /// waits for ever for a request that was half sent. [The guide](crate#shutdown) has the program.
@@ -87,7 +88,7 @@ impl Engine {
 
     /// What the engine is doing: running, or ended by itself ([`EngineState::Failed`]), for instance.
     ///
-    /// For a readiness endpoint, which tells a load balancer to send nobody here any more:
+    /// For a readiness endpoint, which tells a load balancer to send no more clients:
     ///
     /// ```
     /// # use axum::{extract::State, http::StatusCode};
@@ -143,7 +144,7 @@ impl Engine {
     }
 
     /// What each shard has counted, as of its last turn; [`lag_micros`](Metrics::lag_micros) and
-    /// [`blocked`](Metrics::blocked) as of now, also of a shard that is held up.
+    /// [`blocked`](Metrics::blocked) as of now, also for a shard that is blocked.
     pub fn shard_metrics(&self) -> Vec<Metrics> {
         self.inner.shard_metrics()
     }

@@ -1,7 +1,7 @@
-//! The opening handshake: is this request the start of a WebSocket, and if not, why not.
+//! The opening handshake: whether a request opens a WebSocket, and if not, why not.
 //!
-//! Pure functions over the head of a request, owned by nobody, so that every refusal can be tested without a
-//! server. The checks are those of RFC 6455 (HTTP/1.1) and RFC 8441 (HTTP/2), each with a reason of its own.
+//! Pure functions over the head of a request, without state or owner, so that every refusal can be tested without a
+//! server. The checks are those of RFC 6455 (HTTP/1.1) and RFC 8441 (HTTP/2), each with its own reason.
 //! Knows headers. Does not know sockets, extractors, hubs or how a refusal is sent.
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header, uri::Authority};
@@ -12,8 +12,8 @@ pub(crate) const WEBSOCKET_VERSION: HeaderValue = HeaderValue::from_static("13")
 
 /// Why a request did not become a WebSocket.
 ///
-/// As a response it has the [`status`](Self::status) below and the reason as plain text, and carries itself in
-/// the response's extensions, where a middleware can find and count it by its [`label`](Self::label).
+/// As a response it has the [`status`](Self::status) given below and the reason as plain text. The rejection is also in
+/// the response's extensions, where a middleware can find it and count it by its [`label`](Self::label).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum UpgradeRejection {
@@ -29,11 +29,12 @@ pub enum UpgradeRejection {
     /// The `Upgrade` header does not list `websocket` (a proxy may have removed it): 400.
     #[error("the `Upgrade` header must list `websocket`")]
     NoUpgradeWebSocket,
-    /// `Host` is missing, repeated, empty or not a host (over HTTP/2: and there is no `:authority`): 400.
+    /// `Host` is missing, repeated, empty or not a host: 400. Over HTTP/2 it may be missing if there is an
+    /// `:authority`.
     #[error("the request must name one `Host`")]
     BadHost,
     /// The request announces a body, by a `Content-Length` other than 0, `Transfer-Encoding` or
-    /// `Expect: 100-continue`: 400. Its bytes would be taken for frames.
+    /// `Expect: 100-continue`: 400. The body's bytes would be taken for frames.
     #[error("a WebSocket handshake must not have a body")]
     HasBody,
     /// `Sec-WebSocket-Key` is missing, repeated, or not 16 bytes in base64: 400.
@@ -42,23 +43,23 @@ pub enum UpgradeRejection {
     /// HTTP/1.1, and `Sec-WebSocket-Version` is not 13: 426, with the supported version.
     #[error("the `Sec-WebSocket-Version` header must be 13")]
     WrongVersion,
-    /// HTTP/2, and `sec-websocket-version` is not 13: 400, with the supported version. HTTP/2 has no `Upgrade`,
-    /// and so no 426.
+    /// HTTP/2, and `sec-websocket-version` is not 13: 400, with the supported version. HTTP/2 has no `Upgrade` and
+    /// therefore no 426.
     #[error("the `sec-websocket-version` header must be 13")]
     WrongVersionOverHttp2,
-    /// HTTP/1.0, or a server that does not let its connections be upgraded: 426.
+    /// HTTP/1.0, or a server or middleware that does not allow the connection to be upgraded: 426.
     #[error("this connection cannot be upgraded")]
     NotUpgradable,
-    /// HTTP/2, and the server or a middleware does not let its streams be taken over: 400.
+    /// HTTP/2, and the server or a middleware does not allow the stream to be upgraded: 400.
     #[error("this stream cannot become a WebSocket")]
     NotUpgradableOverHttp2,
-    /// The `Origin` is not among the allowed ones: 403.
+    /// The `Origin` is not in the list of allowed origins: 403.
     #[error("this origin may not connect")]
     ForbiddenOrigin,
 }
 
 impl UpgradeRejection {
-    /// Every rejection there is, for those who count them.
+    /// All rejections, for metrics that need the full list.
     pub const ALL: [Self; 12] = [
         Self::NotGet,
         Self::NotExtendedConnect,
@@ -91,7 +92,7 @@ impl UpgradeRejection {
         }
     }
 
-    /// A short name for metrics, stable across releases.
+    /// A short name for metrics. It does not change between releases.
     pub fn label(self) -> &'static str {
         match self {
             Self::NotGet => "not_get",
@@ -110,7 +111,7 @@ impl UpgradeRejection {
     }
 }
 
-/// The part of a request that decides.
+/// The part of a request that the checks need.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RequestHead<'a> {
     pub(crate) method: &'a Method,
@@ -122,22 +123,23 @@ pub(crate) struct RequestHead<'a> {
     pub(crate) authority: Option<&'a Authority>,
 }
 
-/// How a good handshake is to be answered.
+/// The response to a valid handshake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Answer {
     /// 101 with this `Sec-WebSocket-Accept`.
     SwitchingProtocols { accept: String },
-    /// 200: over HTTP/2 the stream itself becomes the connection, and there is no key to prove anything by.
+    /// 200: over HTTP/2 the stream itself becomes the connection, and there is no key to confirm.
     Http2Ok,
 }
 
-/// Whether the request means to open a WebSocket, well formed or not. What does not is a request like any other,
-/// and a route may answer it with a page.
+/// Whether the request asks for a WebSocket, even if its handshake is invalid. A route may answer any other request
+/// with a page.
 pub(crate) fn is_attempt(request: RequestHead<'_>) -> bool {
     if request.version >= Version::HTTP_2 {
         return is_extended_connect(request);
     }
-    // The key alone tells of a proxy that took the hop-by-hop headers away. A page would hide that.
+    // A key without `Upgrade` means that a proxy removed the hop-by-hop headers. A page as the response would hide
+    // that.
     lists(request.headers, header::UPGRADE, "websocket")
         || request.headers.contains_key(header::SEC_WEBSOCKET_KEY)
 }
@@ -188,10 +190,11 @@ pub(crate) fn check(request: RequestHead<'_>) -> Result<Answer, UpgradeRejection
     Ok(Answer::SwitchingProtocols { accept: shardcast_engine::accept_key(key.as_bytes()) })
 }
 
-/// How many subprotocols of a client are looked at. A request may name 200,000, each of which takes some 70 bytes.
+/// How many of a client's subprotocols are kept. A request may list 200,000, and each takes about 70 bytes.
 const PROTOCOLS_MAX: usize = 128;
 
-/// The first subprotocols that the client offers, in its order. What is not a list of names is skipped.
+/// The first subprotocols that the client offers, in the client's order. Values that are not lists of names are
+/// skipped.
 pub(crate) fn requested_protocols(headers: &HeaderMap) -> Vec<HeaderValue> {
     headers
         .get_all(header::SEC_WEBSOCKET_PROTOCOL)
@@ -205,8 +208,8 @@ pub(crate) fn requested_protocols(headers: &HeaderMap) -> Vec<HeaderValue> {
         .collect()
 }
 
-/// Whether the client asks to close the connection after the response. It does not matter for a 101, but explains why
-/// the connection ended after another response.
+/// Whether the client asks to close the connection after the response. That is irrelevant for a 101, but explains why
+/// the connection ends after another response.
 pub(crate) fn asks_to_close(headers: &HeaderMap) -> bool {
     lists(headers, header::CONNECTION, "close")
 }
@@ -219,14 +222,14 @@ fn is_version_13(headers: &HeaderMap) -> bool {
     only(headers, header::SEC_WEBSOCKET_VERSION).is_some_and(|version| version == WEBSOCKET_VERSION)
 }
 
-/// RFC 9112, section 3.2: a request without `Host`, with several or with an invalid one must be refused.
+/// RFC 9112, section 3.2: a request with no `Host`, several, or an invalid one must be refused.
 fn names_one_host(headers: &HeaderMap) -> bool {
     only(headers, header::HOST)
         .and_then(|host| Authority::try_from(host.as_bytes()).ok())
         .is_some_and(|host| !host.host().is_empty() && !host.as_str().contains('@'))
 }
 
-/// Whether a body is announced. `Content-Length: 0` is none.
+/// Whether the request announces a body. `Content-Length: 0` announces none.
 fn has_body(headers: &HeaderMap) -> bool {
     let is_zero = |length: &HeaderValue| length.as_bytes().iter().all(|digit| *digit == b'0');
     headers.contains_key(header::TRANSFER_ENCODING)
@@ -244,7 +247,7 @@ fn lists(headers: &HeaderMap, name: HeaderName, token: &str) -> bool {
         .any(|listed| listed.trim().eq_ignore_ascii_case(token))
 }
 
-/// The header's value, unless it is given twice.
+/// The header's value, if it is given exactly once.
 fn only(headers: &HeaderMap, name: HeaderName) -> Option<&HeaderValue> {
     let mut values = headers.get_all(name).iter();
     match (values.next(), values.next()) {
@@ -253,8 +256,8 @@ fn only(headers: &HeaderMap, name: HeaderName) -> Option<&HeaderValue> {
     }
 }
 
-/// Whether this is the base64 of 16 bytes. The four bits that the last digit has too many may be anything: some
-/// clients draw 22 random digits, and nobody ever decodes them.
+/// Whether this is the base64 of 16 bytes. The last digit's four unused bits may have any value: some clients generate
+/// 22 random digits, and the key is never decoded.
 fn is_key(key: &[u8]) -> bool {
     match key {
         [digits @ .., b'=', b'='] => {
@@ -421,7 +424,7 @@ mod tests {
         assert_eq!(check(head(&request)), Err(UpgradeRejection::BadHost));
         let authority = Authority::from_static("example.org");
         let both = RequestHead { authority: Some(&authority), ..head(&request) };
-        assert_eq!(check(both), Err(UpgradeRejection::BadHost), "a second name is a contradiction waiting");
+        assert_eq!(check(both), Err(UpgradeRejection::BadHost), "two names may contradict each other");
     }
 
     #[test]

@@ -29,12 +29,13 @@ const DROPS_PER_TURN: u64 = 1000;
 ///
 /// A connection's methods are called one after the other: [`on_connected`](Self::on_connected), then
 /// [`on_message`](Self::on_message) for each message in the order of arrival, and finally
-/// [`on_disconnected`](Self::on_disconnected), exactly once. While one of them is pending, pings are answered, a Close is
-/// noticed, and up to 16 KiB of messages are read ahead; after that nothing is read, and the sender has to wait (TCP
-/// backpressure). A panic ends the connection (1011) and affects no other.
+/// [`on_disconnected`](Self::on_disconnected), exactly once. While one of them is pending, pings are answered, a
+/// Close is noticed, and up to 16 KiB of messages are read ahead; after that nothing is read, and the sender has to
+/// wait (TCP backpressure). A panic ends the connection (1011) and affects no other.
 ///
-/// The methods take `&self`: share what they change, or implement [`StatefulHub`](crate::StatefulHub), whose methods take
-/// `&mut self`. They run on the connection's shard unless [`RUN_ON`](Self::RUN_ON) says otherwise, and may use everything of tokio.
+/// The methods take `&self`: share what they change, or implement [`StatefulHub`](crate::StatefulHub), whose methods
+/// take `&mut self`. They run on the connection's shard unless [`RUN_ON`](Self::RUN_ON) says otherwise, and may use
+/// everything of tokio.
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
@@ -69,8 +70,8 @@ const DROPS_PER_TURN: u64 = 1000;
 ///
 /// # The compatible hooks
 /// [`on_connect`](Self::on_connect), [`on_disconnect`](Self::on_disconnect) and
-/// [`on_message_drop`](Self::on_message_drop) are those of the `axum-signal` crate, for programs that come from there. They
-/// are called by the defaults of the hooks with a context, and not where such a hook is implemented.
+/// [`on_message_drop`](Self::on_message_drop) are those of the `axum-signal` crate, for programs that come from
+/// there. They are called by the defaults of the hooks with a context, and not where such a hook is implemented.
 pub trait WsHub: Send + Sync + Sized + 'static {
     /// How messages become payloads: [`JsonCodec`](crate::JsonCodec), [`BinaryCodec`](crate::BinaryCodec) or one
     /// of your own.
@@ -82,11 +83,12 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     /// Where the methods run. Default: [`RunOn::Shard`].
     const RUN_ON: RunOn = RunOn::Shard;
 
-    /// A client is connected. Greet it, join groups or refuse it here: its first message is handled when this has returned.
+    /// A client is connected. Greet it, join groups or refuse it here: its first message is handled when this has
+    /// returned.
     ///
-    /// The connection joins [`to_all`](Clients::to_all) only when this has returned `Ok`, behind everything that was sent
-    /// until then. So nothing reaches a client ahead of its greeting, and a refused client receives nothing that is sent to
-    /// all. Groups that are joined here are joined at once.
+    /// The connection joins [`to_all`](Clients::to_all) only when this has returned `Ok`, after everything that was
+    /// sent until then. So nothing reaches a client before its greeting, and a refused client receives nothing that
+    /// is sent to all. Groups that are joined here are joined immediately.
     ///
     /// By default calls [`on_connect`](Self::on_connect) and returns `Ok`.
     ///
@@ -94,7 +96,7 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     /// A [`Refusal`] ends the connection with its code and reason, after what this method has sent to it.
     /// [`on_disconnected`](Self::on_disconnected) is called for it as for every other.
     fn on_connected(&self, context: HubContext<Self>) -> impl Future<Output = Result<(), Refusal>> + Send {
-        // A text of its own: the context's would be kept for as long as the connection.
+        // A separate text: the context's would be kept for as long as the connection.
         let (connection_id, id) = (context.id().to_string().into(), context.id());
         drop(context);
         async move {
@@ -110,9 +112,9 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         context: HubContext<Self>,
     ) -> impl Future<Output = ()> + Send;
 
-    /// A message has arrived that the codec cannot decode. `Break` ends the connection: with 1003 if the message was of the
-    /// wrong kind ([`CodecError::WrongKind`]), with 1007 otherwise. `Continue` goes on with the next message; a hub may
-    /// send the client an error message first.
+    /// A message has arrived that the codec cannot decode. `Break` ends the connection: with 1003 if the message was
+    /// of the wrong kind ([`CodecError::WrongKind`]), with 1007 otherwise. `Continue` handles the next message; a hub
+    /// may send the client an error message first.
     ///
     /// By default logs at debug level and breaks.
     fn on_undecodable(
@@ -125,9 +127,10 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     }
 
     /// The connection has ended. It is in no group any more, and the messages that arrived before a Close have been
-    /// handled. Called exactly once for every connection whose [`on_connected`](Self::on_connected) was called, refused ones
-    /// and those whose method has panicked included. Two ends of the process prevent it: an engine that ends while a method
-    /// of the connection is still pending, and under [`RunOn::Runtime`] a runtime that has shut down before the engine.
+    /// handled. Called exactly once for every connection whose [`on_connected`](Self::on_connected) was called,
+    /// refused ones and those whose method has panicked included. Two ends of the process prevent it: an engine that
+    /// ends while a method of the connection is still pending, and under [`RunOn::Runtime`] a runtime that has shut
+    /// down before the engine.
     ///
     /// By default calls [`on_disconnect`](Self::on_disconnect).
     fn on_disconnected(
@@ -141,12 +144,12 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     }
 
     /// Messages to this connection were dropped by its policy, or by that of a message
-    /// ([`Target::policy`](crate::Target::policy)). Called between messages like every other method, before the next message
-    /// and before [`on_disconnected`](Self::on_disconnected), once for each cause and group since the last calls.
-    /// [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops.
+    /// ([`Target::policy`](crate::Target::policy)). Called between messages like every other method, before the next
+    /// message and before [`on_disconnected`](Self::on_disconnected), once for each cause and group since the last
+    /// calls. [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops.
     ///
-    /// By default calls [`on_message_drop`](Self::on_message_drop) once for each message. After every 1,000 calls in a row the
-    /// shard's other connections have their turn.
+    /// By default calls [`on_message_drop`](Self::on_message_drop) once for each message. After every 1,000 calls in
+    /// a row the shard's other connections have their turn.
     fn on_dropped(&self, context: HubContext<Self>, dropped: Dropped) -> impl Future<Output = ()> + Send {
         let connection_id = context.connection_id().clone();
         drop(context);
@@ -170,13 +173,14 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { tracing::debug!(id = %request.connection_id, reason = %request.reason, "disconnected") }
     }
 
-    /// Called by the default of [`on_dropped`](Self::on_dropped), once for each message. Logs at trace level by default.
+    /// Called by the default of [`on_dropped`](Self::on_dropped), once for each message. Logs at trace level by
+    /// default.
     fn on_message_drop(&self, connection_id: Arc<str>) -> impl Future<Output = ()> + Send {
         async move { tracing::trace!(id = %connection_id, "a message was dropped") }
     }
 }
 
-/// Lets the shard's other connections have their turn. Pending twice: a method's first poll is repeated at once with a
+/// Yields to the shard's other connections. Pending twice: a method's first poll is repeated at once with a
 /// waker, which the first does without (see `HubHandler::start`).
 #[derive(Default)]
 struct GiveWay {
@@ -236,12 +240,12 @@ impl Refusal {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum RunOn {
-    /// On the connection's shard, at once. Best for methods that await and compute little: no thread is changed. A method
-    /// that computes for a millisecond holds up the shard's other connections for a millisecond.
+    /// On the connection's shard, at once. Best for methods that await and compute little: no thread is changed. A
+    /// method that computes for a millisecond blocks the shard's other connections for a millisecond.
     #[default]
     Shard,
-    /// On the tokio runtime, as a task. For hubs that compute for long; costs two changes of thread for each message. The
-    /// messages of one connection are still handled one after the other, in order.
+    /// On the tokio runtime, as a task. For hubs that compute for long; costs two changes of thread for each message.
+    /// The messages of one connection are still handled one after the other, in order.
     Runtime,
 }
 
@@ -257,8 +261,8 @@ pub struct Dropped {
     pub messages: u64,
     /// Why.
     pub cause: DropCause,
-    /// The group that they were published to. None for messages to all, to several groups or to this client alone; and for
-    /// messages of more than 16 groups that were dropped while a method was pending.
+    /// The group that they were published to. None for messages to all, to several groups or to this client alone;
+    /// and for messages of more than 16 groups that were dropped while a method was pending.
     pub group: Option<Arc<str>>,
 }
 

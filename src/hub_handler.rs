@@ -1,4 +1,4 @@
-//! The hub handler: a hub's methods behind the engine's handler trait.
+//! The hub handler: implements the engine's handler trait with a hub's methods.
 //!
 //! One for each connection, owned by its shard. Decodes a message, calls the hub and polls the
 //! returned future at once; if that is pending, the connection is busy until the future's waker
@@ -23,7 +23,7 @@ use crate::codec::{CodecError, Decode};
 use crate::context::{Caller, MessageContext};
 use crate::hub::{Dropped, Hub, HubContext, RunOn, WsHub};
 
-/// What a hub's method leaves behind: an error ends the connection for that reason.
+/// The result of a hub's method: an error ends the connection for that reason.
 type Outcome = Result<(), Box<CloseReason>>;
 
 type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
@@ -40,8 +40,8 @@ pub(crate) struct HubHandler<H: WsHub> {
 
 /// What most handlers do not need.
 struct Overrides {
-    /// The runtime that the connection was served from: the hub's methods use its timers, sockets and tasks. None if the
-    /// shard's thread has entered it already.
+    /// The runtime that the connection was served from: the hub's methods use its timers, sockets and tasks. None if
+    /// the shard's thread has entered it already.
     runtime: Option<Handle>,
     /// The method that is running on the runtime.
     running: Option<JoinHandle<Outcome>>,
@@ -50,12 +50,12 @@ struct Overrides {
     _done: DoneSignal,
 }
 
-/// Dropped with the handler, which tells `serve_hub` that the connection and its methods are done.
+/// Dropped with the handler, which notifies `serve_hub` that the connection and its methods have ended.
 pub(crate) type DoneSignal = Option<oneshot::Sender<()>>;
 
-/// Puts the closure that is freed on the shard into another size class than the handler that it makes. Otherwise the allocator
-/// reuses its memory for the long-lived handler: handlers end up scattered among handshake allocations, and that memory is
-/// never returned to the system.
+/// Puts the closure that is freed on the shard into another size class than the handler that it makes. Otherwise the
+/// allocator reuses its memory for the long-lived handler: handlers end up scattered among handshake allocations, and
+/// that memory is never returned to the system.
 #[derive(Default)]
 struct AllocationPad {
     _bytes: [u64; 10],
@@ -144,8 +144,8 @@ impl<H: WsHub> HubHandler<H> {
             }
             Poll::Ready(Ok(outcome)) => return finish(outcome, context),
             Poll::Ready(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // Cancelled, because the runtime has shut down: nothing else cancels it. No method of this connection can run
-            // any more, so the connection ends instead of leaving its client without answers.
+            // Cancelled, because the runtime has shut down: nothing else cancels it. No method of this connection can
+            // run any more, so the connection ends instead of leaving its client without answers.
             Poll::Ready(Err(_)) if !std::mem::replace(&mut overrides.is_runtime_gone, true) => {
                 tracing::error!(
                     id = %context.id(),
@@ -178,8 +178,8 @@ impl<H: WsHub> Handler for HubHandler<H> {
         if let Poll::Ready(outcome) = self.start(connecting) {
             return finish(outcome, context);
         }
-        // Another thread may have published on its behalf, which the shard cannot know. After `Pending` the shard adds the
-        // connection to everyone behind everything that was published until then.
+        // Another thread may have published on its behalf, which the shard cannot know. After `Pending` the shard
+        // adds the connection to everyone after everything that was published until then.
         if self.go_on(context) == Poll::Ready(()) {
             context.waker().wake();
         }

@@ -1,8 +1,8 @@
 //! The log limit: at most one line in a second of a kind that clients can cause as often as they like.
 //!
-//! Clients do not choose the length of a line either. The times of the last lines are static, because the log belongs to the
-//! process and no engine is known where these lines are written. Knows the wall clock's seconds. Does not know what is
-//! logged.
+//! Clients do not choose the length of a line either. The times of the last lines are static, because the log belongs
+//! to the process and no engine is known where these lines are written. Knows the wall clock's seconds. Does not know
+//! what is logged.
 
 use std::{
     fmt,
@@ -12,7 +12,7 @@ use std::{
 
 /// A connection was refused by a limit on connections.
 pub(crate) static CONNECTION_LIMIT: LogLimit = LogLimit::new();
-/// A connection could not be taken over.
+/// A connection could not be adopted.
 pub(crate) static NOT_TAKEN_OVER: LogLimit = LogLimit::new();
 /// The answer to a handshake was not sent.
 pub(crate) static NOT_SENT: LogLimit = LogLimit::new();
@@ -27,7 +27,7 @@ pub(crate) static NO_SUBPROTOCOL: LogLimit = LogLimit::new();
 
 /// The config of a connection is out of range.
 pub(crate) static INVALID_CONFIG: LogLimit = LogLimit::new();
-/// A text that should be a connection id is none.
+/// A text that should be a connection id is not one.
 pub(crate) static NO_ID: LogLimit = LogLimit::new();
 
 /// One kind of line.
@@ -51,7 +51,7 @@ impl LogLimit {
     }
 
     fn allows_in(&self, second: u64) -> Option<u64> {
-        // Relaxed: counters; a line too many or too few harms nobody.
+        // Relaxed: counters that order nothing; a line too many or too few does no harm.
         if self.last.swap(second, Relaxed) == second {
             self.left_out.fetch_add(1, Relaxed);
             return None;
@@ -60,7 +60,7 @@ impl LogLimit {
     }
 }
 
-/// What a client has sent, as a line in the log shows it: the first 256 bytes.
+/// Bytes from a client as a log line shows them: the first 256, escaped.
 pub(crate) struct Excerpt<'a>(pub(crate) &'a [u8]);
 
 impl fmt::Debug for Excerpt<'_> {

@@ -1,8 +1,9 @@
-//! Origins: where the page may come from that opens a WebSocket.
+//! Origins: the origins whose pages may open a WebSocket.
 //!
-//! Pure functions and a list. Entries are brought into the form that browsers send (the serialization of an origin in
-//! the WHATWG URL standard), and one that can never be equal to anything a browser sends is refused, because otherwise
-//! the first to notice would be users who are turned away. Knows schemes, hosts and ports. Does not know requests.
+//! An immutable list and pure functions; the list is owned by the application. Entries are normalized to the form that
+//! browsers send (the serialization of an origin in the WHATWG URL standard). An entry that can never match what a
+//! browser sends is refused when the list is made; otherwise the mistake would first show as users who cannot connect.
+//! Knows schemes, hosts and ports. Does not know requests.
 
 use std::{fmt, net::Ipv6Addr, sync::Arc};
 
@@ -12,9 +13,9 @@ use thiserror::Error;
 /// The origins whose pages may open a WebSocket, checked once: see
 /// [`WebSocketUpgrade::allowed_origins`](crate::WebSocketUpgrade::allowed_origins). Cloning is cheap.
 ///
-/// An origin is a scheme, a host and perhaps a port. Case, one trailing slash and the default ports of `http` and
-/// `https` make no difference, as they make none to browsers. `null`, which browsers send for sandboxed pages and files,
-/// is allowed only if it is listed.
+/// An origin is a scheme, a host and an optional port. Case, one trailing slash and the default ports of `http` and
+/// `https` make no difference, as in browsers. `null`, which browsers send for sandboxed pages and local files, is
+/// allowed only if it is listed.
 ///
 /// ```
 /// # use shardcast::AllowedOrigins;
@@ -25,7 +26,7 @@ use thiserror::Error;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AllowedOrigins(Arc<[String]>);
 
-/// An entry can never be the origin of a page.
+/// An entry of a list of origins that can never be the origin of a page.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("`{entry}` can never be the origin of a page: {why}")]
 pub struct InvalidOrigin {
@@ -35,11 +36,11 @@ pub struct InvalidOrigin {
 }
 
 impl AllowedOrigins {
-    /// Takes origins such as `https://example.org` or `http://localhost:3000`.
+    /// A list of origins such as `https://example.org` or `http://localhost:3000`. An empty list allows no page.
     ///
     /// # Errors
-    /// The first entry that can never match, and why: a wildcard, a path, no scheme, `ws://` or `wss://` (a page comes by
-    /// `http://` or `https://`), spaces, a host that is not ASCII (write it in punycode).
+    /// The first entry that can never match, with the reason: a wildcard, a path, no scheme, `ws://` or `wss://` (pages
+    /// are loaded by `http://` or `https://`), spaces, a host that is not ASCII (write it in punycode).
     pub fn new<I>(origins: I) -> Result<Self, InvalidOrigin>
     where
         I: IntoIterator,
@@ -52,7 +53,7 @@ impl AllowedOrigins {
         normalized.collect::<Result<_, _>>().map(Self)
     }
 
-    /// The origins, as browsers send them.
+    /// The origins in the form that browsers send.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
     }
@@ -85,15 +86,13 @@ fn normalize(origin: &str) -> Result<String, &'static str> {
         return Ok(origin.to_owned());
     }
     if origin.contains('*') {
-        return Err(
-            "wildcards are not supported; name each origin, or let every page in by not calling this",
-        );
+        return Err("wildcards are not supported; list each origin, or set no list to allow every origin");
     }
     if origin.contains(|letter: char| letter.is_whitespace() || letter.is_control()) {
-        return Err("it contains white space; give each origin as an entry of its own");
+        return Err("it contains white space; write each origin as a separate entry");
     }
     if !origin.is_ascii() {
-        return Err("browsers send such a host in punycode (`xn--…`)");
+        return Err("it is not ASCII; write the host in punycode (`xn--…`), as browsers send it");
     }
     let Some((scheme, rest)) = origin.split_once("://") else {
         return Err("it has no scheme; write `https://…`");
@@ -102,21 +101,23 @@ fn normalize(origin: &str) -> Result<String, &'static str> {
     let is_scheme = scheme.starts_with(|letter: char| letter.is_ascii_alphabetic())
         && scheme.chars().all(|letter| letter.is_ascii_alphanumeric() || matches!(letter, '+' | '-' | '.'));
     if !is_scheme {
-        return Err("its scheme is not one");
+        return Err("its scheme is not valid; write `https://…`");
     }
     let default_port = match scheme.as_str() {
         "http" => Some(80),
         "https" => Some(443),
-        "ws" | "wss" => return Err("pages come by `http://` or `https://`"),
+        "ws" | "wss" => {
+            return Err("it is the URL of a WebSocket; write the page's `http://…` or `https://…`");
+        }
         _ => None,
     };
     let rest = rest.strip_suffix('/').unwrap_or(rest);
     if rest.contains(['/', '?', '#', '@', '\\', '%', ',']) {
-        return Err("it is more than a scheme, a host and a port");
+        return Err("it has more than a scheme, a host and a port; remove the rest");
     }
     let (host, port) = split_port(rest)?;
     if host.is_empty() && default_port.is_some() {
-        return Err("it has no host");
+        return Err("it has no host; write `https://HOST`");
     }
     let port = match port {
         Some(port) if Some(port) != default_port => format!(":{port}"),
@@ -125,13 +126,15 @@ fn normalize(origin: &str) -> Result<String, &'static str> {
     Ok(format!("{scheme}://{host}{port}"))
 }
 
-/// The host in the form that browsers send, and the port if there is one.
+const INVALID_IPV6: &str = "its IPv6 address is not valid; write `[::1]` or `[::1]:3000`";
+
+/// The host in the form that browsers send, and the port, if there is one.
 fn split_port(authority: &str) -> Result<(String, Option<u16>), &'static str> {
     let (host, port) = if let Some(bracketed) = authority.strip_prefix('[') {
-        let (address, port) = bracketed.split_once(']').ok_or("its IPv6 address is not one")?;
-        let address: Ipv6Addr = address.parse().map_err(|_| "its IPv6 address is not one")?;
+        let (address, port) = bracketed.split_once(']').ok_or(INVALID_IPV6)?;
+        let address: Ipv6Addr = address.parse().map_err(|_| INVALID_IPV6)?;
         if !port.is_empty() && !port.starts_with(':') {
-            return Err("its IPv6 address is not one");
+            return Err(INVALID_IPV6);
         }
         (serialize(address), port.strip_prefix(':'))
     } else {
@@ -150,7 +153,7 @@ fn split_port(authority: &str) -> Result<(String, Option<u16>), &'static str> {
     }
 }
 
-/// As in the URL standard, without the dotted part that `Display` writes.
+/// The form of the URL standard, which has no dotted part where `Display` writes one.
 fn serialize(address: Ipv6Addr) -> String {
     match address.segments() {
         [0, 0, 0, 0, 0, 0xffff, high, low] => format!("[::ffff:{high:x}:{low:x}]"),

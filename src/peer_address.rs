@@ -1,8 +1,9 @@
-//! The peer's address, as far as it can be known: from the socket, or from proxies that are trusted.
+//! The client's address, as far as it is known: from the socket, or from trusted proxies.
 //!
-//! Behind a reverse proxy the socket's other end is the proxy, and the client's address is in a header that anybody can
-//! write. So the header is read from its end, where the nearest proxy has written, and only as far as trusted proxies
-//! reach. Pure functions over addresses and header lines. Does not know sockets or limits.
+//! Behind a reverse proxy the socket's remote address is the proxy's, and the client's address is in a header that
+//! every client can set. So the header is read from its end, which the nearest proxy wrote, and only while each hop is
+//! a trusted proxy. Pure functions over addresses and header lines; a `PeerAddress` belongs to one handshake. Does not
+//! know sockets or limits.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -12,11 +13,11 @@ use std::{
 use http::{HeaderMap, HeaderName, header};
 use thiserror::Error;
 
-/// The reverse proxies that are trusted to say where a client is: see
+/// The reverse proxies that are trusted to report a client's address: see
 /// [`WebSocketUpgrade::trusted_proxies`](crate::WebSocketUpgrade::trusted_proxies). Cloning is cheap.
 ///
-/// Choose the header that your proxy **sets or appends to**. A header that it merely passes on is written by whoever
-/// connects.
+/// Choose the header that your proxy **sets or appends to**. A header that it only forwards is under the client's
+/// control.
 ///
 /// ```
 /// # use shardcast::TrustedProxies;
@@ -35,20 +36,20 @@ enum Format {
     XForwardedFor,
 }
 
-/// An entry is neither an address nor a network.
+/// An entry of a list of trusted proxies that is neither an address nor a network.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("`{entry}` is neither an address nor a network such as `10.0.0.0/8`")]
+#[error("`{entry}` is neither an address nor a network; write it like `127.0.0.1` or `10.0.0.0/8`")]
 pub struct InvalidNetwork {
     /// The entry.
     pub entry: String,
 }
 
-/// A host that a request has passed; none where its address is not given (`unknown`, a name, or malformed).
+/// A host that a request has passed; `None` if its address is not given (`unknown`, a name, or malformed).
 type Hop = Option<IpAddr>;
 
 impl TrustedProxies {
-    /// Proxies at these addresses or in these networks, which say by `X-Forwarded-For` where a request comes from, as
-    /// nginx does with `proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for`.
+    /// Proxies at these addresses or in these networks that report the client's address in `X-Forwarded-For`, as nginx
+    /// does with `proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for`.
     ///
     /// # Errors
     /// The first entry that is neither an address nor a network (`10.0.0.0/8`).
@@ -60,7 +61,7 @@ impl TrustedProxies {
         Self::new(networks, Format::XForwardedFor)
     }
 
-    /// The same for proxies that say it by `Forwarded` (RFC 7239).
+    /// The same for proxies that report it in `Forwarded` (RFC 7239).
     ///
     /// # Errors
     /// As for [`x_forwarded_for`](Self::x_forwarded_for).
@@ -88,7 +89,7 @@ impl TrustedProxies {
         self.networks.iter().any(|network| network.contains(address))
     }
 
-    /// The hosts that the request has passed, the farthest first.
+    /// The hosts that the request has passed, the farthest from the server first.
     fn hops(&self, headers: &HeaderMap) -> Vec<Hop> {
         match self.format {
             Format::Forwarded => {
@@ -100,7 +101,7 @@ impl TrustedProxies {
         }
     }
 
-    /// Walks from the socket's other end towards the client, as long as each proxy is trusted and names the next host.
+    /// Walks from the socket's remote address towards the client, while each hop is trusted and reports the next one.
     fn client(&self, peer: IpAddr, hops: &[Hop]) -> IpAddr {
         let mut client = peer.to_canonical();
         for hop in hops.iter().rev() {
@@ -113,12 +114,12 @@ impl TrustedProxies {
     }
 }
 
-/// Where a request comes from.
+/// What is known about the address of a request's client.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PeerAddress {
-    /// The socket's other end, if the server's connect info tells it.
+    /// The socket's remote address, if the server's connect info contains it.
     socket: Option<IpAddr>,
-    /// What the application says.
+    /// The address that the application has set; overrides all others.
     told: Option<IpAddr>,
     proxies: Option<(TrustedProxies, Vec<Hop>)>,
 }
@@ -136,12 +137,12 @@ impl PeerAddress {
         self.told = Some(address.to_canonical());
     }
 
-    /// The client's address, if it can be known before there is a socket.
+    /// The client's address, if it is known before there is a socket.
     pub(crate) fn known(&self) -> Option<IpAddr> {
         self.with_socket(self.socket)
     }
 
-    /// The client's address, now that the socket's other end can be asked for.
+    /// The client's address, with the remote address of the socket after the upgrade.
     pub(crate) fn with_socket(&self, socket: Option<IpAddr>) -> Option<IpAddr> {
         if self.told.is_some() {
             return self.told;
@@ -154,7 +155,7 @@ impl PeerAddress {
     }
 }
 
-/// Addresses that begin with the same bits.
+/// An IP network: all addresses with the same first `bits` bits.
 #[derive(Clone, Copy, Debug)]
 struct Network {
     first: u128,
@@ -179,7 +180,7 @@ impl Network {
     }
 }
 
-/// IPv4 in its IPv6-mapped form.
+/// The address's bits, with IPv4 in its IPv6-mapped form.
 fn number(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
@@ -187,14 +188,14 @@ fn number(address: IpAddr) -> u128 {
     }
 }
 
-/// A header's lines; none for one that is not text.
+/// A header's lines; `None` for a line that is not text.
 fn lines(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = Option<&str>> {
     let lines: Vec<_> = headers.get_all(name).iter().map(|line| line.to_str().ok()).collect();
     lines.into_iter()
 }
 
-/// The hops in one line of `Forwarded`. A malformed line is one unknown hop: where quotes do not match, what a client has
-/// written could pass for what a proxy has written.
+/// The hops in one line of `Forwarded`. A malformed line counts as one unknown hop: with unbalanced quotes, text from
+/// the client could be taken for text from a proxy.
 fn forwarded(line: &str) -> Vec<Hop> {
     let Some(elements) = split_outside_quotes(line, ',') else { return vec![None] };
     let address = |element: &str| {
@@ -209,7 +210,7 @@ fn forwarded(line: &str) -> Vec<Hop> {
     elements.into_iter().map(address).collect()
 }
 
-/// None if a quoted string does not end.
+/// `None` if a quoted string does not end.
 fn split_outside_quotes(line: &str, separator: char) -> Option<Vec<&str>> {
     let (mut parts, mut start, mut is_quoted, mut is_escaped) = (Vec::new(), 0, false, false);
     for (at, letter) in line.char_indices() {
@@ -242,7 +243,7 @@ fn unquote(value: &str) -> String {
         .collect()
 }
 
-/// An address, perhaps with a port.
+/// An address with an optional port.
 fn node(text: &str) -> Hop {
     let text = text.trim();
     let address = if let Some(bracketed) = text.strip_prefix('[') {
@@ -276,7 +277,7 @@ mod tests {
         headers
     }
 
-    /// The client by these lines, for a server that trusts 10.0.0.0/8 and ::1 and is connected to from `peer`.
+    /// The client's address by these lines, for a server that trusts 10.0.0.0/8 and ::1 and a connection from `peer`.
     fn client(peer: &str, name: &'static str, lines: &[&str]) -> IpAddr {
         let trusted = ["10.0.0.0/8", "::1"];
         let proxies = match name {
@@ -316,13 +317,13 @@ mod tests {
 
     #[test]
     fn what_a_stranger_says_counts_for_nothing() {
-        // Not from a proxy at all.
+        // The connection is not from a proxy.
         assert_eq!(client("192.0.2.9", "x-forwarded-for", &["10.0.0.7"]), ip("192.0.2.9"));
-        // Sent by the client, in front of what the proxy has appended.
+        // Sent by the client, before what the proxy has appended.
         assert_eq!(client("10.0.0.1", "x-forwarded-for", &["203.0.113.5, 192.0.2.1"]), ip("192.0.2.1"));
         assert_eq!(client("10.0.0.1", "x-forwarded-for", &["203.0.113.5", "192.0.2.1"]), ip("192.0.2.1"));
         assert_eq!(client("10.0.0.1", "forwarded", &["for=203.0.113.5, for=192.0.2.1"]), ip("192.0.2.1"));
-        // The other header, which this proxy passes on.
+        // The other header, which this proxy only forwards.
         let proxies = TrustedProxies::x_forwarded_for(["10.0.0.1"]).unwrap();
         assert!(proxies.hops(&headers("forwarded", &["for=203.0.113.5"])).is_empty());
     }

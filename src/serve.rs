@@ -1,8 +1,8 @@
 //! How a connection is served by a hub: the handshake is answered, and a shard gets the socket.
 //!
-//! From the upgrade in one step, by a response that is built (`Serve`), or from an open WebSocket. A client that no shard
-//! takes is told why: by an HTTP status before the upgrade, by a Close frame after it. Knows the upgrade, hubs and their handlers.
-//! Does not know frames or groups.
+//! From the upgrade in one step, by a response that is built (`Serve`), or from an open WebSocket. A client that no
+//! shard takes gets the reason: by an HTTP status before the upgrade, by a Close frame after it. Knows the upgrade,
+//! hubs and their handlers. Does not know frames or groups.
 
 use std::collections::hash_map::RandomState;
 use std::fmt;
@@ -22,13 +22,13 @@ use crate::hub_handler::HubHandler;
 use crate::log_limit::{CONNECTION_LIMIT, INVALID_CONFIG, NOT_TAKEN_OVER};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
-/// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused together do
-/// not come back together.
+/// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused
+/// together do not come back together.
 const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=10;
 
 impl WebSocketUpgrade {
-    /// The response that accepts the handshake and gives the connection to `hub`, with `instance` to handle it: the hub's
-    /// value, or for a [`Stateful`](crate::Stateful) hub what is inside. Return it from the route's handler.
+    /// The response that accepts the handshake and gives the connection to `hub`, with `instance` to handle it: the
+    /// hub's value, or for a [`Stateful`](crate::Stateful) hub what is inside. Return it from the route's handler.
     pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: impl Into<H>) -> Serve<H> {
         Serve { upgrade: self, hub: hub.clone(), instance: instance.into(), config: None }
     }
@@ -39,13 +39,13 @@ impl WebSocketUpgrade {
 /// When it is sent, a shard owns the socket, and no task is left of it.
 ///
 /// At [`max_connections`](crate::EngineConfig::max_connections) or
-/// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address), or when the engine is stopping, it is
-/// a 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn for each client. A connection counts from when the response
-/// is made, and no longer if it turns out that it was not sent.
+/// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address), or when the engine is stopping,
+/// it is a 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn for each client. A connection counts from when
+/// the response is made, and no longer if it turns out that it was not sent.
 ///
-/// A limit for each address needs the [address](WebSocketUpgrade::peer_address). Without connect info it is known only after
-/// the 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2 it is not known
-/// even then, and no client is counted. That is logged once for each engine, as an error.
+/// A limit for each address needs the [address](WebSocketUpgrade::peer_address). Without connect info it is known
+/// only after the 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2
+/// it is not known even then, and no client is counted. That is logged once for each engine, as an error.
 ///
 /// ```
 /// use axum::extract::State;
@@ -74,11 +74,11 @@ pub struct Serve<H: WsHub> {
 }
 
 impl<H: WsHub> Serve<H> {
-    /// Settings for this connection instead of the hub's: a [`WsHubConfig`](crate::WsHubConfig), or an `Arc` of one that
-    /// several connections share.
+    /// Settings for this connection instead of the hub's: a [`WsHubConfig`](crate::WsHubConfig), or an `Arc` of one
+    /// that several connections share.
     ///
-    /// It is checked when the response is made. If a field is out of range, that is logged as an error and the client gets a
-    /// 500 that names the field; check yours with [`WsHubConfig::validate`](crate::WsHubConfig::validate).
+    /// It is checked when the response is made. If a field is out of range, that is logged as an error and the client
+    /// gets a 500 that names the field; check yours with [`WsHubConfig::validate`](crate::WsHubConfig::validate).
     pub fn config(self, config: impl Into<Arc<ConnectionConfig>>) -> Self {
         Self { config: Some(config.into()), ..self }
     }
@@ -140,12 +140,12 @@ impl<H: WsHub> IntoResponse for Serve<H> {
 }
 
 impl<H: WsHub> Hub<H> {
-    /// Gives an open WebSocket to the engine: for sockets from [`WebSocketUpgrade::on_upgrade`]. Must be called within a tokio
-    /// runtime, which the hub's methods use.
+    /// Gives an open WebSocket to the engine: for sockets from [`WebSocketUpgrade::on_upgrade`]. Must be called
+    /// within a tokio runtime, which the hub's methods use.
     ///
     /// # Errors
-    /// A limit on connections (the client gets a Close frame with 1013), an engine that is stopping (1001), a socket that
-    /// cannot be prepared (1011).
+    /// A limit on connections (the client gets a Close frame with 1013), an engine that is stopping (1001), a socket
+    /// that cannot be prepared (1011).
     pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
         let instance = instance.into();
         let Some(permit) = self.admit(socket.peer_address()) else {
@@ -173,7 +173,8 @@ impl<H: WsHub> Hub<H> {
             return Err(ServeError::Stopping);
         }
         let parts = socket.into_parts();
-        // The engine drops a socket that it does not adopt. Without a descriptor for this copy the client gets no Close frame.
+        // The engine drops a socket that it does not adopt. Without a descriptor for this copy the client gets no
+        // Close frame.
         let spare = parts.socket.duplicate().ok();
         let (received, config) = (parts.read_ahead, self.config().clone());
         let socket = match parts.socket {
@@ -207,8 +208,8 @@ pub enum ServeError {
     /// The engine is stopping. The client got 1001.
     #[error("the engine is stopping")]
     Stopping,
-    /// The engine did not adopt it. The client got 1013 if too many publishers wait already, 1001 if the engine has ended, 1011
-    /// otherwise.
+    /// The engine did not adopt it. The client got 1013 if too many publishers wait already, 1001 if the engine has
+    /// ended, 1011 otherwise.
     #[error(transparent)]
     Adopt(#[from] AdoptError),
 }

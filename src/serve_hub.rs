@@ -1,8 +1,8 @@
 //! The short form: `serve_hub`, for programs that name no engine.
 //!
-//! They share one engine, started with its defaults when the first socket is served, and one set of clients for each hub
-//! type. Settings belong to a connection: each call's config holds for its own, and not that of the first call for all. Does
-//! not know the handshake.
+//! They share one engine, started with its defaults when the first socket is served, and one set of clients for each
+//! hub type. Settings belong to a connection: each call's config holds for its own, and not that of the first call
+//! for all. Does not know the handshake.
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
@@ -23,9 +23,10 @@ static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(No
 
 /// Serves one WebSocket with one hub, and returns when the connection has ended and its `on_disconnected` has returned.
 ///
-/// All connections served with the same hub type are each other's clients. `config` holds for this connection. The
-/// engine behind it has one shard for each allowed CPU. To choose the number, to have several hubs of one type, to publish from
-/// elsewhere or to save the waiting task, use [`Engine`] and [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
+/// All connections served with the same hub type are each other's clients. `config` applies to this connection. The
+/// engine that serves them has one shard for each allowed CPU. To choose the number, to have several hubs of one
+/// type, to publish from elsewhere or to save the waiting task, use [`Engine`] and
+/// [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
 ///
 /// A config out of range is logged as an error and the connection closed (1011); check yours with
 /// [`WsHubConfig::validate`](crate::WsHubConfig::validate). Above a limit on connections it is closed with 1013.

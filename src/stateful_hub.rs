@@ -1,9 +1,9 @@
 //! A hub whose methods change it: `&mut self` instead of `&self`.
 //!
-//! Owned by its connection, like every hub. A wrapper implements [`WsHub`] with a lock that is never contended, because a
-//! connection's methods run one after the other; it is there for the compiler, which cannot know that. tokio's, because it is
-//! held across awaits, and because it goes on after a panic, so that `on_disconnected` still runs. Knows hubs. Does not know
-//! connections or shards.
+//! Owned by its connection, like every hub. A wrapper implements [`WsHub`] with a lock that is never contended,
+//! because a connection's methods run one at a time; it exists only because the compiler cannot know that. It is
+//! tokio's, because it is held across awaits and is not poisoned by a panic, so that `on_disconnected` still runs.
+//! Knows hubs. Does not know connections or shards.
 
 use std::fmt;
 use std::future::Future;
@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 use crate::codec::{CodecError, Decode, Encode};
 use crate::hub::{Dropped, HubContext, Refusal, RunOn, WsHub, log_undecodable};
 
-/// An application's hub with state of its own: a [`WsHub`] whose methods take `&mut self`, and which need not be `Sync`.
+/// An application's hub with its own state: a [`WsHub`] whose methods take `&mut self`, and which need not be `Sync`.
 ///
 /// The hub's type is [`Stateful<Self>`](Stateful). `serve` takes the bare value:
 ///
@@ -82,8 +82,8 @@ pub trait StatefulHub: Send + Sized + 'static {
         context: HubContext<Stateful<Self>>,
     ) -> impl Future<Output = ()> + Send;
 
-    /// A message has arrived that the codec cannot decode; see [`WsHub::on_undecodable`]. By default logs at debug level and
-    /// breaks, which ends the connection.
+    /// A message has arrived that the codec cannot decode; see [`WsHub::on_undecodable`]. By default logs at debug
+    /// level and breaks, which ends the connection.
     fn on_undecodable(
         &mut self,
         context: HubContext<Stateful<Self>>,

@@ -1,12 +1,12 @@
 //! Turning away: a Close frame for a WebSocket that no shard owns.
 //!
-//! After a 101 a client has a WebSocket, and must not have to guess why it ends. A client that cannot be served is told
-//! in a short task that owns the stream: it writes one frame, ends its side, and reads what the client still
-//! sends, because closing a socket with unread bytes would destroy the frame on its way. All within [`LINGER`].
-//! Such tasks are the process's, because no engine is known where a WebSocket is dropped, and there are at most
-//! [`AT_ONCE_MAX`]: clients decide how many are turned away, and a limit on connections does not count them. Whoever is
-//! beyond gets the frame without being waited for.
-//! Knows streams and the Close frame. Does not know reasons, nor where the stream comes from.
+//! After a 101 the client has a WebSocket, and must learn why it ends. A client that cannot be served gets a short task
+//! that owns the stream: it writes one Close frame, shuts down its side, and reads what the client still sends, because
+//! closing a socket with unread bytes would destroy the frame in flight. The task ends within [`LINGER`].
+//! These tasks belong to the process, because no engine is known where a WebSocket is dropped, and their number is
+//! limited to [`AT_ONCE_MAX`]: clients decide how many are turned away, and no limit on connections counts them. Above
+//! the limit a client is sent the frame and is disconnected without waiting for it.
+//! Knows streams and the Close frame. Does not know why a client is turned away, or where the stream comes from.
 
 use std::{
     io::{self, Read, Write},
@@ -22,17 +22,17 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a client that is turned away may take to read the frame and hang up, before it is cut off.
+/// How long a client that is turned away may take to read the frame and close, before it is disconnected.
 pub(crate) const LINGER: Duration = Duration::from_secs(2);
 
-/// How many clients are waited for at once. Each costs a socket and a task.
+/// The maximum number of clients that are waited for at once. Each costs a socket and a task.
 pub(crate) const AT_ONCE_MAX: usize = 1024;
 
-/// What is read of a client that is not waited for, so that a socket without unread bytes is closed: 64 KiB.
+/// Up to 64 KiB are read from a client that is not waited for, so that its socket is closed without unread bytes.
 const READS_AT_ONCE: usize = 16;
 const READ_BYTES: usize = 4096;
 
-/// The process's limit.
+/// The limit of this process.
 pub(crate) static LIMIT: Limit = Limit(Semaphore::const_new(AT_ONCE_MAX));
 
 /// How many clients may be waited for at once.
@@ -45,31 +45,31 @@ impl Limit {
         Box::leak(Box::new(Self(Semaphore::new(at_once_max))))
     }
 
-    /// Leave to wait for one more, until it is dropped.
+    /// A permit to wait for one more client, released when it is dropped.
     pub(crate) fn permit(&'static self) -> Option<SemaphorePermit<'static>> {
         self.0.try_acquire().ok()
     }
 }
 
-/// Sends a Close frame, and waits for the client to hang up. Must be called within a tokio runtime.
+/// Sends a Close frame and waits for the client to close, at most [`LINGER`]. Must be called within a tokio runtime.
 pub(crate) async fn turn_away<S>(stream: S, code: CloseCode, reason: &str)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    // Nothing more can be done for a client that has gone or does not hang up.
-    let _ = timeout(LINGER, farewell(stream, code, reason, usize::MAX)).await;
+    // Nothing more can be done for a client that has disconnected or does not close.
+    let _ = timeout(LINGER, close(stream, code, reason, usize::MAX)).await;
 }
 
-/// The same without waiting: goes as far as it goes at once.
+/// Like [`turn_away`] without waiting: does what the stream accepts at once.
 pub(crate) fn turn_away_at_once<S>(stream: S, code: CloseCode, reason: &str)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let farewell = pin!(farewell(stream, code, reason, READS_AT_ONCE));
-    let _ = farewell.poll(&mut Context::from_waker(Waker::noop()));
+    let closing = pin!(close(stream, code, reason, READS_AT_ONCE));
+    let _ = closing.poll(&mut Context::from_waker(Waker::noop()));
 }
 
-/// The same without waiting, for a non-blocking socket that no runtime knows. `end` ends our side of it.
+/// Like [`turn_away_at_once`], for a non-blocking socket that is registered with no runtime. `end` shuts down our side.
 pub(crate) fn turn_socket_away_at_once<S>(
     mut stream: S,
     end: impl FnOnce(&S) -> io::Result<()>,
@@ -78,7 +78,7 @@ pub(crate) fn turn_socket_away_at_once<S>(
 ) where
     S: Read + Write,
 {
-    let farewell = || {
+    let close = || {
         stream.write_all(ControlFrame::close(code, reason).as_bytes())?;
         end(&stream)?;
         for _ in 0..READS_AT_ONCE {
@@ -88,10 +88,10 @@ pub(crate) fn turn_socket_away_at_once<S>(
         }
         Ok::<_, io::Error>(())
     };
-    let _ = farewell(); // there is nothing more to try
+    let _ = close(); // after an error there is nothing more to try
 }
 
-async fn farewell<S>(mut stream: S, code: CloseCode, reason: &str, reads_max: usize) -> io::Result<()>
+async fn close<S>(mut stream: S, code: CloseCode, reason: &str, reads_max: usize) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {

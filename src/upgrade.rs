@@ -1,11 +1,12 @@
 //! The upgrade: from an HTTP request to a socket that a shard can own.
 //!
-//! An extractor, a response and a short-lived task. It ends with the plain socket off tokio's reactor and nothing of
-//! hyper behind it, because what an upgraded connection keeps it keeps ten thousand times; only what is not a socket
-//! gets a [bridge](crate::bridge).
-//! Only an answer that was [sent](crate::verdict) leads there, and a client that got one and is not served is
-//! [turned away](crate::turn_away) with a Close frame.
-//! Knows axum, hyper and whether a handshake is good. Does not know hubs, or who takes the socket.
+//! An extractor, a response and one short-lived task per handshake, which owns the stream until a shard takes it. The
+//! result is a plain socket, removed from tokio's reactor, and none of hyper's state is kept: memory held by an
+//! upgraded connection is multiplied by ten thousand connections. A stream that is not a socket (TLS, HTTP/2) gets a
+//! [bridge](crate::bridge).
+//! There is a socket only if the response was [sent](crate::verdict). A client that received the response and is not
+//! served is [turned away](crate::turn_away) with a Close frame.
+//! Knows axum, hyper and whether a handshake is valid. Does not know hubs, or what takes the socket.
 
 use std::{
     fmt,
@@ -50,18 +51,18 @@ use crate::{
     verdict::{self, PendingVerdict, Verdict},
 };
 
-/// How long hyper may take to give up the socket after it was handed the answer: it has some 200 bytes to write.
+/// How long hyper may take to release the socket after it was given the response, which is about 200 bytes long.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Extractor for a WebSocket handshake: takes the place of `axum::extract::ws::WebSocketUpgrade`.
+/// Extractor for a WebSocket handshake; replaces `axum::extract::ws::WebSocketUpgrade`.
 ///
-/// Speaks WebSocket over HTTP/1.1 (a `GET` with `Upgrade`) and over HTTP/2 (an extended `CONNECT`, RFC 8441), so
-/// a route for both is made with [`any`](axum::routing::any); [`get`](axum::routing::get) serves HTTP/1.1 only.
+/// Supports WebSocket over HTTP/1.1 (a `GET` with `Upgrade`) and over HTTP/2 (an extended `CONNECT`, RFC 8441). Use
+/// [`any`](axum::routing::any) for a route that serves both; [`get`](axum::routing::get) serves HTTP/1.1 only.
 /// `axum::serve` offers both.
 ///
-/// As an extractor it refuses everything that is not a sound handshake with an [`UpgradeRejection`].
-/// `Option<WebSocketUpgrade>` is `None` for a request that is not meant to open a WebSocket, so that one route can
-/// serve a page, too; a handshake that is meant but not sound is refused all the same.
+/// As an extractor it refuses every request that is not a valid handshake with an [`UpgradeRejection`].
+/// `Option<WebSocketUpgrade>` is `None` for a request that does not ask for a WebSocket, so that one route can also
+/// serve a page; a request that asks for one with an invalid handshake is refused.
 ///
 /// ```
 /// use axum::{Router, response::{Html, IntoResponse, Response}, routing::any};
@@ -82,19 +83,18 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Middlewares
 ///
-/// There is a connection only if the answer was sent. A middleware may replace the response or change its status:
-/// then the handshake is forgotten, and its place given back.
+/// A connection exists only if the response was sent. A middleware may replace the response or change its status: then
+/// the handshake is abandoned and its permit under the connection limits is released.
 ///
-/// Over HTTP/1.1 the response's body finds that out. A middleware that wraps bodies must pass on
-/// [`is_end_stream`], as nearly all do. tower-http's `ResponseBodyTimeoutLayer` does not:
-/// keep it away from the routes of WebSockets. Behind it each socket is dropped at once, without a Close frame; the log
-/// says so at level `info`, at most once in a second.
+/// Over HTTP/1.1 the response's body detects this. A middleware that wraps bodies must forward [`is_end_stream`], as
+/// nearly all do. tower-http's `ResponseBodyTimeoutLayer` does not: do not apply it to WebSocket routes. With it, each
+/// socket is dropped at once, without a Close frame; this is logged at level `info`, at most once per second.
 ///
-/// A middleware that replaces the response must not ask its body for [`is_end_stream`] and then for [`size_hint`], as
-/// hyper does when it sends one: such a response passes for sent. Then a client that gets the other response and ends its
-/// stream within 5 s counts as a connection for a moment (`on_connected`, `on_disconnected`), and any other holds its
-/// place for these 5 s. Look at the status and the headers instead. Who asks one of the two, or in the other order,
-/// makes no connection, but the place may be held for 5 s.
+/// A middleware that replaces the response must not call [`is_end_stream`] and then [`size_hint`] on the replaced body,
+/// as hyper does when it sends one: that response is then taken for sent. In that case a client that gets the other
+/// response and ends its stream within 5 s briefly counts as a connection (`on_connected`, `on_disconnected`), and for
+/// any other client the permit is held for these 5 s. Inspect the status and the headers instead. A middleware that
+/// calls only one of the two, or both in the opposite order, creates no connection, but the permit may be held for 5 s.
 ///
 /// [`is_end_stream`]: axum::body::HttpBody::is_end_stream
 /// [`size_hint`]: axum::body::HttpBody::size_hint
@@ -112,9 +112,9 @@ pub struct WebSocketUpgrade {
 impl WebSocketUpgrade {
     /// Selects the first of `protocols`, in order of the server's preference, that the client offers.
     ///
-    /// Without a match no subprotocol is selected and the handshake succeeds without one; browsers then hang up,
-    /// since what they asked for they did not get. The log has a line about it at level `info`, at most one in a second,
-    /// also where this was not called and the client offers subprotocols all the same. To refuse such a client, look at
+    /// Without a match, the handshake succeeds without a subprotocol; browsers then fail the connection, because none
+    /// that they offered was selected. This is logged at level `info`, at most once per second, also if this method was
+    /// not called and the client offers subprotocols. To refuse such a client, check
     /// [`selected_protocol`](Self::selected_protocol).
     pub fn protocols<I>(mut self, protocols: I) -> Self
     where
@@ -130,7 +130,7 @@ impl WebSocketUpgrade {
         self
     }
 
-    /// The subprotocols that the client offers, in its order; the first 128, if there are more.
+    /// The subprotocols that the client offers, in the client's order; only the first 128, if there are more.
     pub fn requested_protocols(&self) -> impl Iterator<Item = &HeaderValue> {
         self.requested_protocols.iter()
     }
@@ -140,35 +140,36 @@ impl WebSocketUpgrade {
         self.selected_protocol.as_ref()
     }
 
-    /// Selects `protocol`, whatever [`protocols`](Self::protocols) has found.
+    /// Selects `protocol`, instead of what [`protocols`](Self::protocols) selected.
     ///
-    /// A client that has not offered it will fail the connection.
+    /// A client that did not offer it will fail the connection.
     pub fn set_selected_protocol(&mut self, protocol: HeaderValue) {
         self.selected_protocol = Some(protocol);
     }
 
-    /// The `Origin` of the request: where the page comes from that opens the WebSocket. Browsers always send it.
+    /// The request's `Origin`: the origin of the page that opens the WebSocket. Browsers always send it.
     pub fn origin(&self) -> Option<&HeaderValue> {
         self.headers.get(header::ORIGIN)
     }
 
-    /// Where the client is, as far as it is known here; what
-    /// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address) counts by. IPv4 in an IPv6 form
-    /// (`::ffff:192.0.2.1`) is given as IPv4.
+    /// The client's address, if it is known before the upgrade;
+    /// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address) counts by it. IPv4 in an IPv6
+    /// form (`::ffff:192.0.2.1`) is returned as IPv4.
     ///
-    /// It is the other end of the socket, if the router is served with
-    /// [`into_make_service_with_connect_info::<SocketAddr>`](axum::Router::into_make_service_with_connect_info), and none
-    /// otherwise; or whom [`trusted_proxies`](Self::trusted_proxies) name; or what
-    /// [`set_peer_address`](Self::set_peer_address) was given.
+    /// By default it is the remote address of the socket, if the router is served with
+    /// [`into_make_service_with_connect_info::<SocketAddr>`](axum::Router::into_make_service_with_connect_info), and
+    /// `None` otherwise. [`trusted_proxies`](Self::trusted_proxies) replaces it by the address that the proxies report,
+    /// and [`set_peer_address`](Self::set_peer_address) overrides both.
     pub fn peer_address(&self) -> Option<IpAddr> {
         self.peer_address.known()
     }
 
-    /// Trusts these reverse proxies to say where the client is: it is the nearest address in their header that is not a
-    /// trusted proxy itself. Without this call everybody behind a proxy has the proxy's address.
+    /// Trusts these reverse proxies to report the client's address: it is the nearest address in their header that is
+    /// not itself a trusted proxy. Without this call, all clients behind a proxy have the proxy's address.
     ///
-    /// The header is trusted only if the other end of the socket is a trusted proxy. Where a proxy does not say
-    /// (`unknown`, no header, a malformed header), the address is the nearest that is known, such as the proxy's own.
+    /// The header is used only if the remote address of the socket is a trusted proxy. If a proxy does not report an
+    /// address (`unknown`, no header, a malformed header), the result is the nearest known address, such as the
+    /// proxy's own.
     ///
     /// ```
     /// use axum::{extract::State, response::Response};
@@ -189,35 +190,42 @@ impl WebSocketUpgrade {
         self
     }
 
-    /// Says where the client is, for an application that knows better, for instance from a header of its CDN.
+    /// Sets the client's address, for an application that knows it from elsewhere, for instance from a header that its
+    /// CDN sets.
     pub fn set_peer_address(&mut self, address: IpAddr) {
         self.peer_address.tell(address);
     }
 
-    /// Lets browsers connect from pages of these origins only, such as `https://example.org`; by default any page
-    /// may. For others the response will be [`UpgradeRejection::ForbiddenOrigin`] (403), and the log has a line with
-    /// the origin and the list (`warn`, at most one in a second).
+    /// Allows browsers to connect only from pages of these origins, such as `https://example.org`; by default every
+    /// origin is allowed. For any other origin the response is [`UpgradeRejection::ForbiddenOrigin`] (403), and the
+    /// origin and the list are logged (`warn`, at most once per second).
     ///
-    /// Same-origin policy does not cover WebSockets: a foreign page connects with the user's cookies. A service
-    /// that trusts cookies must call this. Clients that are not browsers send no origin and are let through.
+    /// The same-origin policy does not cover WebSockets: a page of another site connects with the user's cookies. A
+    /// service that authenticates by cookies must call this. A request without an origin, as clients that are not
+    /// browsers send it, is allowed.
     ///
     /// Case, a trailing slash and default ports make no difference. An entry that can never match, such as
-    /// `https://*.example.org`, is a mistake: it is logged as an error, and every page is refused until it is mended. To
-    /// find it when the program starts, make the list there with [`AllowedOrigins::new`] and pass it here.
+    /// `https://*.example.org`, is a mistake: it is logged as an error, and every page is refused until it is fixed. To
+    /// detect it when the program starts, build the list there with [`AllowedOrigins::new`] and pass it here.
     pub fn allowed_origins<I>(mut self, origins: I) -> Self
     where
         I: IntoIterator,
         I::Item: AsRef<str>,
     {
         let mut sent = self.headers.get_all(header::ORIGIN).iter();
-        // Browsers always say where a page comes from. Who sends no origin is no browser and could have sent any.
+        // Browsers always send the origin. A client that sends none is not a browser and could have sent any value.
         let Some(origin) = sent.next() else { return self };
         let is_allowed = match AllowedOrigins::new(origins) {
             Ok(allowed) => {
                 let is_allowed = allowed.allow(origin) && sent.next().is_none();
                 if !is_allowed && let Some(left_out) = FORBIDDEN_ORIGIN.allows() {
                     let origin = Excerpt(origin.as_bytes());
-                    tracing::warn!(?origin, %allowed, left_out, "a page of this origin may not connect");
+                    tracing::warn!(
+                        ?origin,
+                        %allowed,
+                        left_out,
+                        "a WebSocket handshake was refused (403): its origin is not allowed"
+                    );
                 }
                 is_allowed
             }
@@ -226,7 +234,7 @@ impl WebSocketUpgrade {
                     tracing::error!(
                         error = &error as &dyn std::error::Error,
                         left_out,
-                        "the list of allowed origins is wrong: no page may connect until it is mended"
+                        "the list of allowed origins is invalid: every page is refused (403) until it is fixed"
                     );
                 }
                 false
@@ -240,9 +248,9 @@ impl WebSocketUpgrade {
 
     /// Accepts the handshake and calls `callback` with the WebSocket once the response has been sent.
     ///
-    /// The callback runs in a tokio task of its own. It is not called when the client is gone before that, when a
-    /// middleware has replaced the response, nor when [`allowed_origins`](Self::allowed_origins) has refused it, which the
-    /// response then says. A WebSocket that it drops ends with a Close frame (1011).
+    /// The callback runs in its own tokio task. It is not called if the client disconnects before that, if a middleware
+    /// replaces the response, or if [`allowed_origins`](Self::allowed_origins) refused the handshake, in which case the
+    /// response is the refusal. A WebSocket that the callback drops is closed with a Close frame (1011).
     #[must_use = "the handshake goes unanswered unless this response is returned"]
     pub fn on_upgrade<C, Fut>(self, callback: C) -> Response
     where
@@ -262,7 +270,7 @@ impl WebSocketUpgrade {
         response
     }
 
-    /// Accepts the handshake: the response to be returned, and the socket that exists once it has been sent.
+    /// Accepts the handshake: the response to return, and the socket that exists once the response has been sent.
     pub(crate) fn accept(self) -> Result<(Response, PendingSocket), UpgradeRejection> {
         if let Some(refusal) = self.refusal {
             return Err(refusal);
@@ -277,7 +285,7 @@ impl WebSocketUpgrade {
             tracing::info!(
                 ?offered,
                 left_out,
-                "no subprotocol was selected of those that a client offers; browsers hang up then"
+                "no subprotocol was selected of those that a client offers: a browser will fail the connection"
             );
         }
         let (mut response, verdict) = match &self.answer {
@@ -289,8 +297,8 @@ impl WebSocketUpgrade {
                 ];
                 let mut response = (StatusCode::SWITCHING_PROTOCOLS, headers).into_response();
                 if self.headers.contains_key(header::ACCEPT_ENCODING) {
-                    // A compressing middleware takes a body of unknown length for one to compress, and would put
-                    // itself between hyper and the verdict.
+                    // A compression middleware would wrap a body of unknown length, so that hyper's calls would not
+                    // reach the watched body directly.
                     response
                         .headers_mut()
                         .insert(header::CONTENT_ENCODING, HeaderValue::from_static("identity"));
@@ -298,7 +306,7 @@ impl WebSocketUpgrade {
                 let (response, verdict) = verdict::watch(response);
                 (response, Some(verdict))
             }
-            // Over HTTP/2 hyper fulfils the upgrade only if the status says so.
+            // Over HTTP/2 hyper completes the upgrade only if the status allows it.
             Answer::Http2Ok => (StatusCode::OK.into_response(), None),
         };
         if let Some(protocol) = &self.selected_protocol {
@@ -390,32 +398,32 @@ impl IntoResponse for UpgradeRejection {
     }
 }
 
-/// A WebSocket whose handshake is done and whose frames nobody has read yet. Give it to a hub: dropped, it ends with a
-/// Close frame (1011).
+/// A WebSocket after its handshake, before any frame has been read. Give it to a hub: if it is dropped, it is closed
+/// with a Close frame (1011).
 pub struct WebSocket {
-    /// None once it has been taken out.
+    /// `None` once the parts have been taken.
     parts: Option<WebSocketParts>,
     protocol: Option<HeaderValue>,
     peer_address: Option<IpAddr>,
 }
 
 impl WebSocket {
-    /// The subprotocol that the handshake has agreed on, if any.
+    /// The subprotocol that the handshake selected, if any.
     pub fn protocol(&self) -> Option<&HeaderValue> {
         self.protocol.as_ref()
     }
 
-    /// Where the client is: [`WebSocketUpgrade::peer_address`], or else the other end of the socket. None behind TLS and
-    /// HTTP/2 without connect info, and on Unix sockets.
+    /// The client's address: [`WebSocketUpgrade::peer_address`], or else the remote address of the socket. `None` with
+    /// TLS and HTTP/2 without connect info, and on Unix sockets.
     pub fn peer_address(&self) -> Option<IpAddr> {
         self.peer_address
     }
 
     pub(crate) fn into_parts(mut self) -> WebSocketParts {
-        self.parts.take().expect("only who consumes the WebSocket takes them")
+        self.parts.take().expect("the parts are taken only by methods that consume the WebSocket")
     }
 
-    /// Ends it with this Close frame.
+    /// Closes the WebSocket with this Close frame.
     pub(crate) fn turn_away(mut self, code: CloseCode, reason: &'static str) {
         if let Some(parts) = self.parts.take() {
             parts.socket.turn_away(code, reason);
@@ -441,20 +449,20 @@ impl fmt::Debug for WebSocket {
     }
 }
 
-/// What a [`WebSocket`] is made of.
+/// The parts of a [`WebSocket`].
 #[derive(Debug)]
 pub(crate) struct WebSocketParts {
     pub(crate) socket: RawSocket,
-    /// The first bytes of the first frames, where they came together with the handshake.
+    /// The beginning of the first frames, if the client sent them together with the handshake.
     pub(crate) read_ahead: Bytes,
 }
 
-/// A non-blocking socket that no runtime knows of.
+/// A non-blocking socket that is registered with no runtime.
 #[derive(Debug)]
 pub(crate) enum RawSocket {
     /// The client's own socket.
     Tcp(std::net::TcpStream),
-    /// The client's own socket where the server listens on a Unix socket.
+    /// The client's own socket, if the server listens on a Unix socket.
     Unix(unix::net::UnixStream),
     /// Our end of a bridge.
     Bridge(unix::net::UnixStream),
@@ -470,8 +478,8 @@ impl RawSocket {
         }
     }
 
-    /// Ends it with a Close frame: in a task that waits for the client, or without waiting where there is no runtime, or
-    /// too many are waited for.
+    /// Closes the socket with a Close frame: in a task that waits for the client, or without waiting if there is no
+    /// runtime or the limit on such tasks is reached.
     pub(crate) fn turn_away(self, code: CloseCode, reason: &'static str) {
         self.turn_away_within(&turn_away::LIMIT, code, reason);
     }
@@ -506,7 +514,7 @@ impl RawSocket {
         });
     }
 
-    /// The other end, where it has an address.
+    /// The remote address, if there is one.
     fn peer_address(&self) -> Option<IpAddr> {
         match self {
             Self::Tcp(stream) => stream.peer_addr().ok().map(|address| address.ip()),
@@ -514,7 +522,7 @@ impl RawSocket {
         }
     }
 
-    /// Whether the client has ended its side and nothing of it is left to be read.
+    /// Whether the client has ended its side and all that it sent has been read.
     fn is_at_end(&self) -> bool {
         let mut byte = [std::mem::MaybeUninit::uninit()];
         let peeked = match self {
@@ -525,7 +533,7 @@ impl RawSocket {
     }
 }
 
-/// Leave to wait for one more client that is turned away.
+/// A permit to wait for one more client that is turned away.
 fn permit(limit: &'static turn_away::Limit) -> Option<SemaphorePermit<'static>> {
     let permit = limit.permit();
     if permit.is_none()
@@ -534,29 +542,30 @@ fn permit(limit: &'static turn_away::Limit) -> Option<SemaphorePermit<'static>> 
         tracing::warn!(
             at_once_max = turn_away::AT_ONCE_MAX,
             left_out,
-            "too many clients are turned away at once: one got its Close frame without being waited for"
+            "too many clients are turned away at once: a client was sent its Close frame and disconnected \
+             without waiting for it to close"
         );
     }
     permit
 }
 
-/// The socket that an accepted handshake will leave behind.
+/// The socket that an accepted handshake will yield.
 #[derive(Debug)]
 pub(crate) struct PendingSocket {
     on_upgrade: OnUpgrade,
-    /// None where hyper gives up the stream only if the answer was sent.
+    /// `None` over HTTP/2, where hyper releases the stream only if the response was sent.
     verdict: Option<PendingVerdict>,
-    /// Whether the client wants the connection to end after the response.
+    /// Whether the client asks to close the connection after the response.
     asks_to_close: bool,
     protocol: Option<HeaderValue>,
     peer_address: PeerAddress,
 }
 
 impl PendingSocket {
-    /// Waits until the response has been sent, then takes the socket out of hyper's and tokio's hands. An error as soon
-    /// as it turns out that the response was not sent.
+    /// Waits until the response has been sent, then detaches the socket from hyper and tokio. Returns an error as soon
+    /// as it is known that the response was not sent.
     ///
-    /// Must be awaited within a tokio runtime, and elsewhere than in the handler that returns the response.
+    /// Must be awaited within a tokio runtime, and not in the handler that returns the response.
     pub(crate) async fn socket(self) -> Result<WebSocket, UpgradeError> {
         let (verdict, upgraded) = match self.verdict {
             Some(pending) => {
@@ -564,7 +573,7 @@ impl PendingSocket {
                 if verdict == Verdict::NotSent || (verdict == Verdict::Unclear && self.asks_to_close) {
                     return Err(UpgradeError::NotSent);
                 }
-                // Times out after another status without a body.
+                // Times out if a response with another status and without a body was sent.
                 let upgraded = timeout(ANSWER_TIMEOUT, self.on_upgrade).await;
                 (verdict, upgraded.map_err(|_| UpgradeError::NotSent)?)
             }
@@ -590,7 +599,8 @@ impl PendingSocket {
                 return Err(UpgradeError::SocketUnusable(error));
             }
         };
-        // After any answer hyper gives up the socket of a client that has ended its side together with the handshake.
+        // hyper releases the socket of a client that ended its side together with the handshake after any response,
+        // so the socket is no proof that ours was sent.
         if verdict == Verdict::Unclear && read_ahead.is_empty() && socket.is_at_end() {
             return Err(UpgradeError::NotSent);
         }
@@ -603,11 +613,11 @@ impl PendingSocket {
 /// Why an accepted handshake did not yield a socket.
 #[derive(Debug, Error)]
 pub(crate) enum UpgradeError {
-    #[error("the answer to the handshake was not sent: the client has gone, or a middleware has replaced it")]
+    #[error("the response was not sent: the client disconnected, or a middleware replaced the response")]
     NotSent,
-    #[error("the connection was lost before the handshake was answered")]
+    #[error("the connection was lost before the response was sent")]
     ConnectionLost(#[source] hyper::Error),
-    #[error("the socket could not be taken over")]
+    #[error("the socket could not be detached from the server")]
     SocketUnusable(#[source] io::Error),
 }
 
@@ -626,7 +636,7 @@ impl UpgradeError {
                     tracing::warn!(
                         error,
                         left_out,
-                        "a client was turned away after its handshake (1013): are there descriptors left (`ulimit -n`)?"
+                        "a client was closed (1013) after its handshake: check the limit on open files (`ulimit -n`)"
                     );
                 }
             }
@@ -634,7 +644,7 @@ impl UpgradeError {
     }
 }
 
-/// A stream that cannot be handed over, and the stream itself where it still exists.
+/// Why a stream could not be detached, and the stream, if it still exists.
 struct Undetachable {
     error: io::Error,
     upgraded: Option<Upgraded>,
@@ -646,7 +656,7 @@ impl From<io::Error> for Undetachable {
     }
 }
 
-/// Takes the socket out where there is one, and puts one in front where there is none.
+/// The socket under `upgraded`, or a bridge's if the stream is not a socket.
 fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
     let upgraded = match take::<TcpStream>(upgraded) {
         Ok((stream, read_ahead)) => return Ok((RawSocket::Tcp(stream.into_std()?), read_ahead)),
@@ -656,20 +666,20 @@ fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
         Ok((stream, read_ahead)) => return Ok((RawSocket::Unix(stream.into_std()?), read_ahead)),
         Err(upgraded) => upgraded,
     };
-    // A bridge reads what hyper has left over like everything else.
+    // The bridge reads hyper's read-ahead from the stream, like all other bytes.
     match bridge(TokioIo::new(upgraded)) {
         Ok(socket) => Ok((RawSocket::Bridge(socket), Bytes::new())),
         Err((error, upgraded)) => Err(Undetachable { error, upgraded: Some(upgraded.into_inner()) }),
     }
 }
 
-/// The stream under `upgraded`, if it is a `T`, and what hyper has read of it beyond the handshake.
+/// The stream under `upgraded`, if it is a `T`, and the bytes that hyper read beyond the handshake.
 fn take<T>(upgraded: Upgraded) -> Result<(T, Bytes), Upgraded>
 where
     T: 'static,
     TokioIo<T>: Read + Write + Unpin,
 {
-    // `axum::serve` and other servers that find the HTTP version out by themselves wrap the stream once more.
+    // `axum::serve` and other servers that detect the HTTP version wrap the stream once more.
     let (io, read) = match downcast::<TokioIo<T>>(upgraded) {
         Ok(parts) => (parts.io, parts.read_buf),
         Err(upgraded) => {

@@ -1,22 +1,23 @@
-//! The verdict: whether the 101 that a handler has returned was sent.
+//! The verdict: whether the 101 that a handler returned was sent.
 //!
-//! hyper gives up the socket whether it has sent our 101 or what a middleware has put in its place, so the response
-//! itself must tell. It carries a mark in its extensions and a body without bytes, and the order in which they are
-//! touched shows what became of it:
+//! hyper releases the socket both after it has sent our 101 and after it has sent a response that a middleware returned
+//! instead. So the response itself must detect what happens to it. It carries a mark in its extensions and a body
+//! without bytes, and the order of the calls and drops decides:
 //!
-//! - hyper takes a response apart into head and body, asks whether the body ends ([`Body::is_end_stream`]), then how long
-//!   it is ([`Body::size_hint`]), writes the head and drops it, the mark included. Then it drops the body of a 101
-//!   without reading it, but reads that of every other response, because its length is not known.
-//! - A response that is replaced is dropped as a whole, the mark first, and nobody has asked its body these two things
-//!   in this order. So is the response to a client that has gone. A middleware that asks as hyper does and replaces the
-//!   response after that cannot be told from hyper, of which the docs of `WebSocketUpgrade` warn.
-//! - Whether the body ends may have been asked by a middleware alone, or by hyper through a wrapper that does not pass on
-//!   the length.
-//! - A middleware that reads or replaces the body does so while it holds the head. What it does with the head after
-//!   that cannot be told from here.
+//! - hyper splits a response into head and body, calls [`Body::is_end_stream`] and then [`Body::size_hint`], writes the
+//!   head and drops it together with the mark. Then it drops the body of a 101 without reading it, but reads the body
+//!   of every other response, because its length is unknown.
+//! - A response that is replaced is dropped as a whole, the mark first, and these two methods of its body have not been
+//!   called in this order. The same holds for the response to a client that disconnected. A middleware that makes the
+//!   same calls as hyper and then replaces the response cannot be distinguished from hyper; the docs of
+//!   `WebSocketUpgrade` warn of that.
+//! - If only `is_end_stream` was called, the caller was a middleware, or hyper through a wrapper that does not forward
+//!   `size_hint`.
+//! - A middleware that reads or replaces the body does so while it holds the head. What it does with the head later
+//!   cannot be observed here.
 //!
-//! Held by the response, its other end by the task that waits for the socket. Knows the order of these events. Does not
-//! know requests, sockets or what follows from the verdict.
+//! One end is owned by the response, the other by the task that waits for the socket. Knows the order of these events.
+//! Does not know requests, sockets or what follows from the verdict.
 
 use std::{
     convert::Infallible,
@@ -36,27 +37,27 @@ use tokio::sync::oneshot;
 /// What became of a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// It was sent as it was. The socket follows.
+    /// It was sent unchanged. The socket follows.
     Sent,
-    /// A middleware has taken the body off, or asked what hyper asks. The head may have been sent, or another in its
-    /// place.
+    /// A middleware removed the body, or called a method that hyper calls. This head may have been sent, or another one
+    /// instead.
     Unclear,
-    /// It was not sent: replaced, given another status, or dropped because the client has gone.
+    /// It was not sent: it was replaced, got another status, or was dropped because the client disconnected.
     NotSent,
 }
 
-/// Comes with the drop of the response.
+/// The receiving end of a verdict, which is sent when all parts of the response have been dropped.
 #[derive(Debug)]
 pub(crate) struct PendingVerdict(oneshot::Receiver<Verdict>);
 
 impl PendingVerdict {
     pub(crate) async fn verdict(self) -> Verdict {
-        // The other end sends when it is dropped, so there is no error.
+        // The sender sends in its `Drop`, so this cannot fail.
         self.0.await.unwrap_or(Verdict::NotSent)
     }
 }
 
-/// Lets `response`, which has no body, tell what becomes of it.
+/// Attaches the mark and the watched body to `response`, which must have no body.
 pub(crate) fn watch(mut response: Response) -> (Response, PendingVerdict) {
     let (sender, receiver) = oneshot::channel();
     let events = Arc::new(Events { seen: AtomicU8::new(0), sender: Some(sender) });
@@ -69,14 +70,14 @@ const HEAD_DROPPED: u8 = 1;
 const BODY_ASKED: u8 = 2;
 const BODY_READ_WITHOUT_HEAD: u8 = 4;
 const BODY_DROPPED_FIRST: u8 = 8;
-/// Whether the body ends was asked, and how long it is after that.
+/// `is_end_stream` was called, and `size_hint` after it.
 const LENGTH_ASKED_LAST: u8 = 16;
 
-/// What has happened to the parts. Gives the verdict when the last part is dropped.
+/// What has happened to the parts. Sends the verdict when the last part is dropped.
 #[derive(Debug)]
 struct Events {
     seen: AtomicU8,
-    /// None once it has been used.
+    /// `None` once it has been used.
     sender: Option<oneshot::Sender<Verdict>>,
 }
 
@@ -113,12 +114,12 @@ impl Drop for Events {
     fn drop(&mut self) {
         let verdict = self.verdict();
         if let Some(sender) = self.sender.take() {
-            let _ = sender.send(verdict); // nobody may wait for it any more
+            let _ = sender.send(verdict); // the receiver may have been dropped
         }
     }
 }
 
-/// Is in the response's extensions, which require `Clone`; all clones are one head.
+/// Part of the response's extensions, which require `Clone`; all clones share one head.
 #[derive(Clone, Debug)]
 struct Mark {
     _head: Arc<Head>,
@@ -133,7 +134,7 @@ impl Drop for Head {
     }
 }
 
-/// A body without bytes that does not say so: hyper would not read it then, whatever the status.
+/// A body without bytes that reports an unknown length: if it reported 0, hyper would not read it for any status.
 #[derive(Debug)]
 struct WatchedBody {
     events: Arc<Events>,
@@ -186,7 +187,7 @@ mod tests {
         watch(StatusCode::SWITCHING_PROTOCOLS.into_response())
     }
 
-    /// What hyper does first with every response.
+    /// What hyper does first with each response.
     fn begin(response: Response) -> axum::body::Body {
         let (head, body) = response.into_parts();
         assert!(!body.is_end_stream() && body.size_hint().exact().is_none());

@@ -71,13 +71,15 @@ fn the_engine_does_not_say_the_words_of_the_crate_above_it() {
         let forbidden = words(&code).filter(|word| NOT_AS_CODE.contains(&word.as_str()));
         found.extend(forbidden.map(|word| says(&path, &word)));
     }
-    let manifest = read(&root().join("engine/Cargo.toml"));
-    let dependencies = section(&manifest, "[dependencies]");
-    found.extend(
-        words(dependencies)
-            .filter(|word| NEVER.contains(&word.as_str()) || NOT_AS_CODE.contains(&word.as_str()))
-            .map(|word| format!("engine/Cargo.toml depends on something with `{word}` in its name")),
-    );
+    // And its tests are built without them.
+    for manifest in ["engine/Cargo.toml", "testkit/Cargo.toml"] {
+        let text = read(&root().join(manifest));
+        found.extend(
+            words(section(&text, "[dependencies]"))
+                .filter(|word| NEVER.contains(&word.as_str()) || NOT_AS_CODE.contains(&word.as_str()))
+                .map(|word| format!("{manifest} depends on something with `{word}` in its name")),
+        );
+    }
     assert_none(&found);
 }
 
@@ -88,7 +90,8 @@ fn no_name_is_a_metaphor_that_needs_a_glossary() {
         "bout", "clerk", "crowd", "deaf", "desk", "entrance", "entrant", "face", "gulp", "ledger",
         "newcomer", "office", "parcel", "patience", "sip", "tenant", "vanished", "workshop",
     ];
-    let folders = ["engine/src", "engine/examples", "engine/tests", "src", "examples", "tests", "benches"];
+    let folders =
+        ["engine/src", "engine/examples", "engine/tests", "src", "examples", "tests", "benches", "testkit"];
     let mut found = Vec::new();
     for path in sources(&folders) {
         let code = code_of(&read(&path));
@@ -166,6 +169,7 @@ fn every_file_begins_with_its_door_sign() {
         "tests",
         "benches",
         "benchmarks/src",
+        "testkit",
     ];
     let mut found = Vec::new();
     for path in sources(&folders) {
@@ -183,7 +187,7 @@ fn every_file_begins_with_its_door_sign() {
 fn no_file_is_named_after_nothing() {
     const NOTHING: [&str; 9] =
         ["util", "utils", "common", "helper", "helpers", "manager", "misc", "shared", "types"];
-    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src"];
+    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src", "testkit"];
     let is_nothing = |path: &PathBuf| {
         let mut names = path.strip_prefix(root()).into_iter().flat_map(Path::components);
         names.any(|part| NOTHING.contains(&part.as_os_str().to_string_lossy().trim_end_matches(".rs")))
@@ -205,7 +209,7 @@ fn an_example_is_built_without_what_the_tests_depend_on() {
 
 #[test]
 fn the_tests_and_files_that_the_documents_name_exist() {
-    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src"];
+    let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src", "testkit"];
     let all: String = sources(&folders).iter().map(|path| read(path)).collect();
     let mut found = Vec::new();
     for document in DOCUMENTS {

@@ -4,18 +4,16 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
-use fixture::raw::{BINARY, CLOSE, FIN, PING, Raw, TEXT, frame};
-use fixture::{Peer, Server, engine, eventually, within_timeout};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseReason, Decode, DisconnectRequest, Encode, Engine, EngineConfig, Hub, HubContext,
     JsonCodec, Metrics, WebSocketUpgrade, WsHub, WsHubConfig,
 };
+use testkit::frames::{BINARY, CLOSE, FIN, PING, TEXT, client_frame};
+use testkit_hub::{Client, RawClient, Server, engine, eventually, within_timeout};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -46,7 +44,7 @@ impl<C: Encode<Note> + Decode<Note>> WsHub for Notes<C> {
 struct Scene {
     engine: Engine,
     server: Server,
-    bystander: Peer,
+    bystander: Client,
     ended: UnboundedReceiver<CloseReason>,
 }
 
@@ -66,7 +64,7 @@ impl Scene {
         };
         let app = Router::new().route("/ws", any(serve)).route("/by", any(stand_by)).with_state(notes);
         let server = Server::start(app).await;
-        let mut scene = Self { bystander: Peer::connect(server.url("/by")).await, engine, server, ended };
+        let mut scene = Self { bystander: Client::connect(server.url("/by")).await, engine, server, ended };
         scene.bystander_goes_on().await;
         scene
     }
@@ -75,8 +73,8 @@ impl Scene {
         Self::set::<JsonCodec>(WsHubConfig::default()).await
     }
 
-    async fn wrongdoer(&self) -> Raw {
-        Raw::connect(self.server.address).await
+    async fn wrongdoer(&self) -> RawClient {
+        RawClient::connect(self.server.address).await
     }
 
     async fn bystander_goes_on(&mut self) {
@@ -90,7 +88,7 @@ impl Scene {
         let before = count(&self.engine.metrics());
         let mut wrongdoer = self.wrongdoer().await;
         // A good message first: it is the frame that ends the connection, nothing else.
-        wrongdoer.send(&frame(FIN | BINARY, b"{\"text\":\"fine\"}")).await;
+        wrongdoer.send(&client_frame(FIN | BINARY, b"{\"text\":\"fine\"}")).await;
         assert_eq!(wrongdoer.recv().await, (TEXT, b"{\"text\":\"fine\"}".to_vec()), "{what}");
         wrongdoer.send(frames).await;
         assert_eq!(wrongdoer.close_code().await, Some(code), "{what}");
@@ -106,15 +104,15 @@ async fn frames_that_break_the_protocol_end_with_1002() {
     let mut scene = Scene::json().await;
     let broken: [(&str, Vec<u8>); 10] = [
         ("an unmasked frame", b"\x81\x02hi".to_vec()),
-        ("a reserved bit", frame(FIN | 0x40 | TEXT, b"{}")),
-        ("another reserved bit", frame(FIN | 0x10 | BINARY, b"{}")),
-        ("a reserved opcode", frame(FIN | 0x3, b"")),
-        ("a reserved control opcode", frame(FIN | 0xb, b"")),
-        ("a continuation of nothing", frame(FIN, b"x")),
-        ("a message within a message", [frame(TEXT, b"x"), frame(FIN | TEXT, b"y")].concat()),
-        ("a fragmented ping", frame(PING, b"x")),
-        ("a ping that is too long", frame(FIN | PING, &[0; 126])),
-        ("a close code of no use", frame(FIN | CLOSE, &1005u16.to_be_bytes())),
+        ("a reserved bit", client_frame(FIN | 0x40 | TEXT, b"{}")),
+        ("another reserved bit", client_frame(FIN | 0x10 | BINARY, b"{}")),
+        ("a reserved opcode", client_frame(FIN | 0x3, b"")),
+        ("a reserved control opcode", client_frame(FIN | 0xb, b"")),
+        ("a continuation of nothing", client_frame(FIN, b"x")),
+        ("a message within a message", [client_frame(TEXT, b"x"), client_frame(FIN | TEXT, b"y")].concat()),
+        ("a fragmented ping", client_frame(PING, b"x")),
+        ("a ping that is too long", client_frame(FIN | PING, &[0; 126])),
+        ("a close code of no use", client_frame(FIN | CLOSE, &1005u16.to_be_bytes())),
     ];
     for (what, frames) in broken {
         scene.ends_with(what, &frames, 1002, |metrics| metrics.ended_protocol).await;
@@ -124,13 +122,13 @@ async fn frames_that_break_the_protocol_end_with_1002() {
 #[tokio::test]
 async fn text_that_is_not_utf_8_ends_with_1007_wherever_it_is_cut() {
     let mut scene = Scene::json().await;
-    let cut = [frame(TEXT, b"\"\xc5"), frame(FIN, b"\x20\"")].concat();
+    let cut = [client_frame(TEXT, b"\"\xc5"), client_frame(FIN, b"\x20\"")].concat();
     for (what, frames) in [
-        ("a text", frame(FIN | TEXT, b"\xff\xfe")),
+        ("a text", client_frame(FIN | TEXT, b"\xff\xfe")),
         ("a character cut by fragments", cut),
         // Known before its last byte has come.
-        ("the first half of a text", frame(FIN | TEXT, &[b'x', 0xff, b'x', b'x'])[..9].to_vec()),
-        ("the reason of a close", frame(FIN | CLOSE, b"\x03\xe8\xff")),
+        ("the first half of a text", client_frame(FIN | TEXT, &[b'x', 0xff, b'x', b'x'])[..9].to_vec()),
+        ("the reason of a close", client_frame(FIN | CLOSE, b"\x03\xe8\xff")),
     ] {
         scene.ends_with(what, &frames, 1007, |metrics| metrics.ended_protocol).await;
     }
@@ -142,12 +140,12 @@ async fn a_message_that_is_too_long_ends_with_1009_as_soon_as_it_claims_to_be() 
     let mut scene = Scene::set::<JsonCodec>(config).await;
     let long = [b"{\"text\":\"".as_slice(), &[b'x'; 89], b"\"}"].concat();
     let (fits, too_long) =
-        (frame(FIN | TEXT, &[&long[..98], b"\"}"].concat()), frame(FIN | TEXT, &[b'x'; 101]));
+        (client_frame(FIN | TEXT, &[&long[..98], b"\"}"].concat()), client_frame(FIN | TEXT, &[b'x'; 101]));
     let mut at_the_limit = scene.wrongdoer().await;
     at_the_limit.send(&fits).await;
     assert_eq!(at_the_limit.recv().await.1.len(), 100);
 
-    let in_pieces = [frame(TEXT, &[b'x'; 60]), frame(FIN, &[b'x'; 41])].concat();
+    let in_pieces = [client_frame(TEXT, &[b'x'; 60]), client_frame(FIN, &[b'x'; 41])].concat();
     let a_claim = [FIN | BINARY, 0x80 | 127, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 2, 3, 4];
     for (what, frames) in
         [("one frame", too_long), ("two fragments", in_pieces), ("terabytes, announced", a_claim.to_vec())]
@@ -160,18 +158,20 @@ async fn a_message_that_is_too_long_ends_with_1009_as_soon_as_it_claims_to_be() 
 async fn a_flood_of_fragments_ends_with_1008() {
     let config = WsHubConfig { max_fragments: 16, ..WsHubConfig::default() };
     let mut scene = Scene::set::<JsonCodec>(config).await;
-    let sixteen: Vec<u8> = [frame(TEXT, b"{\"text\""), frame(0, b":"), frame(0, b"\"x")]
+    let sixteen: Vec<u8> = [client_frame(TEXT, b"{\"text\""), client_frame(0, b":"), client_frame(0, b"\"x")]
         .into_iter()
-        .chain((0..12).map(|_| frame(0, b"")))
-        .chain([frame(FIN, b"\"}")])
+        .chain((0..12).map(|_| client_frame(0, b"")))
+        .chain([client_frame(FIN, b"\"}")])
         .flatten()
         .collect();
     let mut at_the_limit = scene.wrongdoer().await;
     at_the_limit.send(&sixteen).await;
     assert_eq!(at_the_limit.recv().await, (TEXT, b"{\"text\":\"x\"}".to_vec()));
 
-    let flood: Vec<u8> =
-        std::iter::once(frame(TEXT, b"")).chain((0..16).map(|_| frame(0, b""))).flatten().collect();
+    let flood: Vec<u8> = std::iter::once(client_frame(TEXT, b""))
+        .chain((0..16).map(|_| client_frame(0, b"")))
+        .flatten()
+        .collect();
     scene.ends_with("seventeen fragments", &flood, 1008, |metrics| metrics.ended_protocol).await;
 }
 
@@ -186,7 +186,7 @@ async fn a_message_that_the_codec_cannot_decode_ends_with_1007() {
         ("nesting without end", "[".repeat(10_000).as_bytes()),
     ] {
         let count = |metrics: &Metrics| metrics.ended_undecodable;
-        scene.ends_with(what, &frame(FIN | TEXT, text), 1007, count).await;
+        scene.ends_with(what, &client_frame(FIN | TEXT, text), 1007, count).await;
     }
     assert_eq!(scene.engine.metrics().ended_protocol, 0);
 }
@@ -195,14 +195,14 @@ async fn a_message_that_the_codec_cannot_decode_ends_with_1007() {
 async fn a_text_for_a_binary_hub_ends_with_1003_and_postcard_that_is_none_with_1007() {
     let mut scene = Scene::set::<BinaryCodec>(WsHubConfig::default()).await;
     for (what, frames, code) in [
-        ("text", frame(FIN | TEXT, b"\x01x"), 1003),
-        ("a length that lies", frame(FIN | BINARY, b"\xff\xff\xff\xff\x0fx"), 1007),
-        ("a byte too many", frame(FIN | BINARY, b"\x01xx"), 1007),
-        ("a string that is none", frame(FIN | BINARY, b"\x01\xff"), 1007),
+        ("text", client_frame(FIN | TEXT, b"\x01x"), 1003),
+        ("a length that lies", client_frame(FIN | BINARY, b"\xff\xff\xff\xff\x0fx"), 1007),
+        ("a byte too many", client_frame(FIN | BINARY, b"\x01xx"), 1007),
+        ("a string that is none", client_frame(FIN | BINARY, b"\x01\xff"), 1007),
     ] {
         let before = scene.engine.metrics().ended_undecodable;
         let mut wrongdoer = scene.wrongdoer().await;
-        wrongdoer.send(&frame(FIN | BINARY, b"\x04fine")).await;
+        wrongdoer.send(&client_frame(FIN | BINARY, b"\x04fine")).await;
         assert_eq!(wrongdoer.recv().await, (BINARY, b"\x04fine".to_vec()));
         wrongdoer.send(&frames).await;
         assert_eq!(wrongdoer.close_code().await, Some(code), "{what}");
@@ -217,8 +217,8 @@ async fn a_text_for_a_binary_hub_ends_with_1003_and_postcard_that_is_none_with_1
 async fn what_comes_behind_the_offence_is_not_handled() {
     let mut scene = Scene::json().await;
     let mut wrongdoer = scene.wrongdoer().await;
-    let good = frame(FIN | TEXT, b"{\"text\":\"x\"}");
-    wrongdoer.send(&[good.clone(), frame(FIN | TEXT, b"bad"), good.clone(), good].concat()).await;
+    let good = client_frame(FIN | TEXT, b"{\"text\":\"x\"}");
+    wrongdoer.send(&[good.clone(), client_frame(FIN | TEXT, b"bad"), good.clone(), good].concat()).await;
     assert_eq!(wrongdoer.recv().await.0, TEXT, "what came before is answered");
     assert_eq!(wrongdoer.close_code().await, Some(1007));
     assert_eq!(within_timeout(scene.ended.recv()).await, Some(CloseReason::Undecodable));
@@ -232,7 +232,7 @@ async fn a_stream_that_ends_within_a_frame_is_a_peer_that_disconnected() {
     let mut scene = Scene::json().await;
     for cut in [1, 3, 7] {
         let mut wrongdoer = scene.wrongdoer().await;
-        wrongdoer.send(&frame(FIN | TEXT, b"{\"text\":\"x\"}")[..cut]).await;
+        wrongdoer.send(&client_frame(FIN | TEXT, b"{\"text\":\"x\"}")[..cut]).await;
         wrongdoer.stream.shutdown().await.unwrap();
         let mut rest = Vec::new();
         within_timeout(wrongdoer.stream.read_to_end(&mut rest)).await.unwrap();

@@ -5,27 +5,24 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::time::Duration;
 
-use fixture::hub_fixture::{HubFixture, number_of, numbered};
-use fixture::raw::Raw;
-use fixture::{Peer, eventually, within_timeout};
 use futures_util::poll;
 use shardcast::{
     BroadcastPolicy, CloseReason, ConnectionId, ConnectionMetrics, EngineConfig, PublishError,
     TryPublishError, WsHubConfig,
 };
+use testkit::sender::DROP_AT_ONCE;
+use testkit::time::DAY;
+use testkit_hub::recording_hub::{number_of, numbered};
+use testkit_hub::{Client, HubFixture, RawClient, eventually, within_timeout};
 
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 const MESSAGE_BYTES: usize = 2000;
 /// With its header.
 const FRAME_BYTES: u64 = MESSAGE_BYTES as u64 + 4;
 /// Enough to fill the kernels on both sides and every bound here.
 const ENOUGH: usize = 150;
-const DROP_AT_ONCE: BroadcastPolicy = BroadcastPolicy::DropMessage { timeout: Duration::ZERO };
 const DROP_LATE: BroadcastPolicy = BroadcastPolicy::DropMessage { timeout: HOUR };
 
 fn with(policy: BroadcastPolicy) -> WsHubConfig {
@@ -171,18 +168,18 @@ async fn beyond_the_budget_for_all_backlogs_the_largest_is_shed_with_1013_and_th
 
 /// An engine with little room on the way to its two shards, one of which is held up by its client's method; the other
 /// has a client, too.
-async fn held_up(engine: EngineConfig) -> (HubFixture, (Raw, ConnectionId), (Peer, ConnectionId)) {
+async fn held_up(engine: EngineConfig) -> (HubFixture, (RawClient, ConnectionId), (Client, ConnectionId)) {
     let engine = EngineConfig { shards: Some(2), publishers_waiting_max: 2, ..engine };
     let fixture = HubFixture::open_on(engine, with(BroadcastPolicy::Block)).await;
     let (mut holder, holder_id) = fixture.connect_raw().await;
     let (free, free_id) = fixture.connect().await;
     assert_ne!(holder_id.shard(), free_id.shard());
-    holder.send(&fixture::raw::text("hold")).await;
+    holder.send(&testkit::frames::client_text("hold")).await;
     eventually(1, || fixture.recorder.holds()).await;
     (fixture, (holder, holder_id), (free, free_id))
 }
 
-async fn recv_numbers(raw: &mut Raw, count: usize) {
+async fn recv_numbers(raw: &mut RawClient, count: usize) {
     for number in 0..count {
         assert_eq!(raw.recv_text().await, numbered(number, 10));
     }

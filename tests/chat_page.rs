@@ -262,7 +262,7 @@ async fn a_tab_that_was_taken_over_says_so_and_does_not_come_back_by_itself() {
     ada.shows("return document.title.includes('planned')", json!(false)).await;
     ada.click("#retry").await;
     ada.shows(STATE, json!("connected")).await;
-    assert_eq!(copy.end().await, (4001, "you came back on another connection".to_owned()));
+    assert_eq!(copy.end().await, (4001, "you have connected again on another connection".to_owned()));
 }
 
 #[tokio::test]
@@ -311,7 +311,7 @@ async fn a_token_takes_over_its_own_connection_with_no_notice_and_only_its_own()
         let welcome = back.next().await;
         assert_eq!(welcome["you"], "Ada");
         assert_eq!(welcome["members"], json!(["Bob", "Ada", "Ada (2)", "Ada (3)"]));
-        assert_eq!(ghost.end().await, (4001, "you came back on another connection".to_owned()));
+        assert_eq!(ghost.end().await, (4001, "you have connected again on another connection".to_owned()));
         // It can talk, and is heard under its name; nothing was said of coming or going before.
         back.say(json!({ "type": "say", "text": wished })).await;
         let said = bob.next().await;
@@ -327,7 +327,7 @@ async fn a_token_takes_over_its_own_connection_with_no_notice_and_only_its_own()
     assert_eq!(left["members"], json!(["Bob", "Ada (2)", "Ada (3)"]));
 
     let mut long = Raw::enter(&server, &format!("name=Ada&room=lobby&token={}", "x".repeat(65))).await;
-    assert_eq!(long.end().await, (1008, "a token has at most 64 bytes".to_owned()));
+    assert_eq!(long.end().await, (1008, "a token must have at most 64 bytes".to_owned()));
 }
 
 #[tokio::test]

@@ -390,24 +390,24 @@ async fn a_header_that_would_not_be_sent_is_refused_with_the_reason() {
         error.source().unwrap().to_string()
     };
     for (name, value, why) in [
-        ("Connection", "close", "the handshake makes it"),
-        ("Upgrade", "h2c", "the handshake makes it"),
-        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==", "the handshake makes it"),
-        ("Sec-WebSocket-Version", "8", "the handshake makes it"),
-        ("Sec-WebSocket-Accept", "x", "the handshake makes it"),
-        ("Sec-WebSocket-Extensions", "permessage-deflate", "the client speaks no extensions"),
-        ("Sec-WebSocket-Protocol", "chat", "offer subprotocols by `with_subprotocol`"),
+        ("Connection", "close", "the handshake sets it"),
+        ("Upgrade", "h2c", "the handshake sets it"),
+        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==", "the handshake sets it"),
+        ("Sec-WebSocket-Version", "8", "the handshake sets it"),
+        ("Sec-WebSocket-Accept", "x", "the handshake sets it"),
+        ("Sec-WebSocket-Extensions", "permessage-deflate", "the client supports no extensions"),
+        ("Sec-WebSocket-Protocol", "chat", "use `with_subprotocol` to offer subprotocols"),
         ("Content-Length", "5", "a handshake has no body"),
         ("Transfer-Encoding", "chunked", "a handshake has no body"),
         ("Expect", "100-continue", "a handshake has no body"),
-        ("Host", "not a host", "it is no host"),
-        ("Host", "ada@chat.test", "it is no host"),
+        ("Host", "not a host", "its value is not a host"),
+        ("Host", "ada@chat.test", "its value is not a host"),
     ] {
         let expected = format!("the header `{}` cannot be set: {why}", name.to_lowercase());
         assert_eq!(refused(&[(name, value)]).await, expected);
     }
     let twice = refused(&[("Host", "a.test"), ("Host", "b.test")]).await;
-    assert_eq!(twice, "the header `host` is given twice");
+    assert_eq!(twice, "the header `host` is set twice: set it once");
 }
 
 #[tokio::test]
@@ -631,7 +631,7 @@ async fn a_server_that_falls_silent_ends_the_connection_and_is_told() {
     client.connect().await.unwrap();
     let close = within_timeout(closes.recv()).await.unwrap();
     assert!(matches!(close, ClientClose::Silent { .. }), "{close:?}");
-    assert_eq!(close.to_string(), "nothing came from the server for 200ms");
+    assert_eq!(close.to_string(), "nothing was received from the server for 200ms");
     assert!(!client.is_connected());
     assert!(matches!(client.send("x".into()), Err(SendError::NotConnected(_))));
     assert!(matches!(client.disconnect().await, Some(ClientClose::Silent { .. })));
@@ -697,7 +697,10 @@ async fn without_a_silence_timeout_silence_is_nothing_and_zero_is_refused() {
             .with_silence_timeout(timeout)
     };
     let error = builder(Some(Duration::ZERO)).build().connect().await.unwrap_err();
-    assert_eq!(error.source().unwrap().to_string(), "the silence timeout is zero; without one it is `None`");
+    assert_eq!(
+        error.source().unwrap().to_string(),
+        "the silence timeout is zero: set a longer one, or `None` for no timeout"
+    );
     let error = builder(None).build().connect().await.unwrap_err();
     assert!(matches!(error, ClientError::Unreachable(_)), "{error:?}");
 }
@@ -945,21 +948,11 @@ async fn after_any_end_the_client_can_connect_again_and_its_senders_with_it() {
 #[cfg(feature = "client-tls")]
 #[tokio::test]
 async fn a_server_with_a_private_certificate_is_reached_over_tls_and_only_by_who_knows_it() {
-    use tokio_rustls::{TlsAcceptor, rustls};
-
-    let ring = || Arc::new(rustls::crypto::ring::default_provider());
-    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-    let config = rustls::ServerConfig::builder_with_provider(ring())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![made.cert.der().clone()], key)
-        .unwrap();
+    let tls = testkit_hub::tls::TlsPair::new(&[]);
+    let acceptor = tls.acceptor();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("wss://localhost:{}/ws", listener.local_addr().unwrap().port());
     let server = tokio::spawn(async move {
-        let acceptor = TlsAcceptor::from(Arc::new(config));
         let (socket, _) = listener.accept().await.unwrap();
         assert!(acceptor.accept(socket).await.is_err(), "a client that does not trust us");
         let (socket, _) = listener.accept().await.unwrap();
@@ -973,14 +966,7 @@ async fn a_server_with_a_private_certificate_is_reached_over_tls_and_only_by_who
     let error = builder().build().connect().await.unwrap_err();
     assert!(matches!(error, ClientError::Handshake(_)), "{error:?}");
 
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(made.cert.der().clone()).unwrap();
-    let trusting = rustls::ClientConfig::builder_with_provider(ring())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let mut client = builder().with_tls_config(Arc::new(trusting)).build();
+    let mut client = builder().with_tls_config(tls.client).build();
     client.connect().await.unwrap();
     client.send(said(1)).unwrap();
     assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));

@@ -5,20 +5,18 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::marker::PhantomData;
 
 use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
-use fixture::{Peer, Server, engine, within_timeout};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CodecError, Decode, DisconnectRequest, Encode, Hub, HubContext, JsonCodec, MessageKind,
     RawCodec, WebSocketUpgrade, WsHub, WsHubConfig, deserialize_bounded,
 };
+use testkit_hub::{Client, Server, engine, within_timeout};
 use tokio::process::Command;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_tungstenite::tungstenite::Message;
@@ -84,14 +82,14 @@ async fn forest<C: Decode<Tree> + Encode<usize>>() -> (shardcast::Engine, Server
 /// Sends the deepest tree that may be, and one of 20,000 levels. A bystander on the same shard goes on.
 async fn a_deep_message_ends_its_connection<C: Decode<Tree> + Encode<usize>>(nested: fn(usize) -> Message) {
     let (_engine, server) = forest::<C>().await;
-    let mut bystander = Peer::connect(server.url("/ws")).await;
-    let mut wrongdoer = Peer::connect(server.url("/ws")).await;
+    let mut bystander = Client::connect(server.url("/ws")).await;
+    let mut wrongdoer = Client::connect(server.url("/ws")).await;
     wrongdoer.send(nested(127)).await;
-    assert!(matches!(wrongdoer.next().await, Some(Message::Text(_) | Message::Binary(_))));
+    assert!(matches!(wrongdoer.recv().await, Some(Message::Text(_) | Message::Binary(_))));
     wrongdoer.send(nested(20_000)).await;
     assert_eq!(wrongdoer.closed().await, (1007, "undecodable message".to_owned()));
     bystander.send(nested(1)).await;
-    assert!(matches!(bystander.next().await, Some(Message::Text(_) | Message::Binary(_))));
+    assert!(matches!(bystander.recv().await, Some(Message::Text(_) | Message::Binary(_))));
 }
 
 const CHILD: &str = "SHARDCAST_TEST_CHILD";
@@ -191,8 +189,8 @@ async fn a_decoder_that_panics_ends_that_connection_only_with_1011() {
         ws.serve(&hub, Echo { ends: ends.clone() })
     };
     let server = Server::start(Router::new().route("/ws", any(serve)).with_state(hub.clone())).await;
-    let mut bystander = Peer::connect(server.url("/ws")).await;
-    let mut wrongdoer = Peer::connect(server.url("/ws")).await;
+    let mut bystander = Client::connect(server.url("/ws")).await;
+    let mut wrongdoer = Client::connect(server.url("/ws")).await;
     wrongdoer.send_text("fine").await;
     wrongdoer.recv_texts(&["fine"]).await;
     wrongdoer.send_text("boo").await;

@@ -4,11 +4,8 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
-use fixture::hub_fixture::HubFixture;
-use fixture::{eventually, within_timeout};
 use shardcast::{CloseReason, ConnectionId, GroupMetrics, Position, PublishError, WsHubConfig};
+use testkit_hub::{HubFixture, eventually, within_timeout};
 
 /// Whether frames are pending exactly where bytes are, which are counted in the outboxes.
 fn is_balanced(metrics: GroupMetrics) -> bool {

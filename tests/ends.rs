@@ -4,27 +4,20 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-use fixture::hub_fixture::{HubFixture, numbered};
-use fixture::raw::{BINARY, CLOSE, FIN, PING, PONG, frame, text};
-use fixture::{Peer, Server, command_app, connect, eventually, within_timeout};
 use shardcast::{
     BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, PublishError,
     Shutdown, ShutdownReport, WsHubConfig,
 };
+use testkit::frames::{BINARY, CLOSE, FIN, PING, PONG, client_frame, client_text};
+use testkit::time::{DAY, ms};
+use testkit_hub::recording_hub::numbered;
+use testkit_hub::{Client, HubFixture, Server, command_app, connect, eventually, within_timeout};
 use tokio::io::AsyncWriteExt as _;
 use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite;
-
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-
-const fn ms(millis: u64) -> Duration {
-    Duration::from_millis(millis)
-}
 
 // ---- each reason
 
@@ -120,13 +113,13 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
         let (mut raw, id) = fixture.connect_raw().await;
         let mut shutdown: Option<JoinHandle<ShutdownReport>> = None;
         match way {
-            Way::SaysGoodbye => raw.send(&frame(FIN | CLOSE, &1000u16.to_be_bytes())).await,
-            Way::LeavesThePage => raw.send(&frame(FIN | CLOSE, &1001u16.to_be_bytes())).await,
-            Way::SaysNoCode => raw.send(&frame(FIN | CLOSE, b"")).await,
+            Way::SaysGoodbye => raw.send(&client_frame(FIN | CLOSE, &1000u16.to_be_bytes())).await,
+            Way::LeavesThePage => raw.send(&client_frame(FIN | CLOSE, &1001u16.to_be_bytes())).await,
+            Way::SaysNoCode => raw.send(&client_frame(FIN | CLOSE, b"")).await,
             Way::SendsNonsense => raw.send(b"\x81\x01x").await,
-            Way::SendsTheWrongKind => raw.send(&frame(FIN | BINARY, b"x")).await,
-            Way::Floods => raw.send(&frame(FIN | PING, b"").repeat(4)).await,
-            Way::MakesTheHandlerPanic => raw.send(&text("panic as told")).await,
+            Way::SendsTheWrongKind => raw.send(&client_frame(FIN | BINARY, b"x")).await,
+            Way::Floods => raw.send(&client_frame(FIN | PING, b"").repeat(4)).await,
+            Way::MakesTheHandlerPanic => raw.send(&client_text("panic as told")).await,
             Way::FallsSilent | Way::SaysNothing | Way::GrowsOld => {}
             Way::LetsTooMuchWait | Way::LetsTooMuchBeDropped | Way::KeepsTooMuch => {
                 let mut number = 0;
@@ -141,7 +134,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
             Way::AnswersLate => {
                 let nonce = raw.is_pinged().await;
                 tokio::time::sleep(ms(5)).await; // this has to pass
-                raw.send(&frame(FIN | PONG, &nonce)).await;
+                raw.send(&client_frame(FIN | PONG, &nonce)).await;
             }
             Way::IsSentAway => fixture.hub.disconnect(id, CloseCode(4000), "so it is").await.unwrap(),
             Way::IsAskedToReturn => fixture.hub.disconnect(id, CloseCode(1013), "so it is").await.unwrap(),
@@ -190,7 +183,7 @@ async fn pongs_are_signs_of_life_for_the_idle_timeout() {
     let (mut raw, id) = fixture.connect_raw().await;
     let began = Instant::now();
     while began.elapsed() < longer {
-        raw.send(&frame(FIN | PONG, b"still here")).await;
+        raw.send(&client_frame(FIN | PONG, b"still here")).await;
         tokio::time::sleep(ms(50)).await;
     }
     assert_eq!((fixture.hub.len(), fixture.others_ended()), (1, vec![]));
@@ -205,9 +198,9 @@ async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
     let mut fixture =
         HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
     let (mut raw, id) = fixture.connect_raw().await;
-    raw.send(&[text("wait"), frame(FIN | PING, b"x")].concat()).await;
+    raw.send(&[client_text("wait"), client_frame(FIN | PING, b"x")].concat()).await;
     assert_eq!(raw.recv().await, (PONG, b"x".to_vec()));
-    raw.send(&[text("all I leave"), frame(FIN | CLOSE, &1000u16.to_be_bytes())].concat()).await;
+    raw.send(&[client_text("all I leave"), client_frame(FIN | CLOSE, &1000u16.to_be_bytes())].concat()).await;
     assert_eq!(raw.close_code().await, Some(1000));
     eventually(0, || fixture.hub.len()).await;
     // What it said before is handled, then it is told the end.
@@ -223,7 +216,7 @@ async fn the_answer_arrives_though_the_client_has_ended_its_side() {
     let mut fixture = HubFixture::open(1, WsHubConfig::default()).await;
     for (said, heard) in [("hello", "hello"), ("wait", "waited")] {
         let (mut raw, id) = fixture.connect_raw().await;
-        raw.send(&text(said)).await;
+        raw.send(&client_text(said)).await;
         within_timeout(raw.stream.shutdown()).await.unwrap();
         fixture.recorder.permits.add_permits(usize::from(said == "wait"));
         assert_eq!(raw.rest().await, (vec![heard.to_owned()], None));
@@ -248,7 +241,7 @@ async fn a_close_code_that_cannot_be_sent_is_an_error_and_ends_nobody() {
     assert_eq!(fixture.others_ended(), []);
 }
 
-async fn recv_texts_then_close(peer: Peer, texts: &[&str], code: u16, reason: &str) {
+async fn recv_texts_then_close(peer: Client, texts: &[&str], code: u16, reason: &str) {
     assert_eq!(
         peer.rest().await,
         (texts.iter().map(|text| (*text).to_owned()).collect(), Some((code, reason.to_owned())))
@@ -271,7 +264,7 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
         ids.push(id);
     }
     let [red, spared, red_too, blue, both, green, other, last] =
-        <[Peer; 8]>::try_from(peers).unwrap_or_else(|_| unreachable!());
+        <[Client; 8]>::try_from(peers).unwrap_or_else(|_| unreachable!());
     let mut all_ended = Vec::new();
 
     // A group but one; what was sent before arrives, what is sent after does not.
@@ -346,7 +339,7 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     let (first, _) = connect(&server.url("/ws")).await;
     let (mut second, _) = connect(&server.url("/ws")).await;
     let refused = async |from| {
-        let error = within_timeout(Peer::try_connect_from(from, server.address)).await.err().unwrap();
+        let error = within_timeout(Client::try_connect_from(from, server.address)).await.err().unwrap();
         let tungstenite::Error::Http(response) = error else { panic!("{error:?}") };
         assert_eq!(response.status(), 503);
         let retry_after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
@@ -358,7 +351,7 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     };
     refused(here).await;
     refused(here).await;
-    let (mut stranger, _) = within_timeout(Peer::try_connect_from(there, server.address)).await.unwrap();
+    let (mut stranger, _) = within_timeout(Client::try_connect_from(there, server.address)).await.unwrap();
     stranger.recv_text().await;
     assert_eq!(engine.connection_count(), 3);
     first.leave().await;

@@ -4,13 +4,11 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::process::Output;
 
-use fixture::program::{Running, fanout, program};
-use fixture::{Peer, within_timeout};
 use serde_json::{Value, json};
+use testkit_hub::program::{Running, fanout, program};
+use testkit_hub::{Client, within_timeout};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -42,10 +40,11 @@ async fn custom_codec_prints_what_came_back_in_message_pack() {
 async fn echo_on_the_engine_alone_sends_every_message_back() {
     let mut echo = Running::start("echo", &["--port", "0"]);
     let url = echo.wait_for_line("listening on ").await;
-    let (mut ada, mut bob) = (Peer::connect(format!("{url}/")).await, Peer::connect(format!("{url}/")).await);
+    let (mut ada, mut bob) =
+        (Client::connect(format!("{url}/")).await, Client::connect(format!("{url}/")).await);
     for message in [Message::text("hello"), Message::text("žluťoučký"), Message::binary(vec![0xff, 0])] {
         ada.send(message.clone()).await;
-        assert_eq!(ada.next().await, Some(message));
+        assert_eq!(ada.recv().await, Some(message));
     }
     bob.send_text("not Ada's").await;
     bob.recv_texts(&["not Ada's"]).await;
@@ -59,13 +58,13 @@ async fn echo_on_the_engine_alone_sends_every_message_back() {
 
 /// A guest, whose times and numbers of changes are checked and taken away.
 struct Guest {
-    peer: Peer,
+    peer: Client,
     change: u64,
 }
 
 impl Guest {
     async fn enter(url: &str, name: &str, room: &str) -> Self {
-        Self { peer: Peer::connect(format!("{url}/ws?name={name}&room={room}")).await, change: 0 }
+        Self { peer: Client::connect(format!("{url}/ws?name={name}&room={room}")).await, change: 0 }
     }
 
     async fn send(&mut self, text: &str) {
@@ -117,7 +116,7 @@ async fn chat_serves_its_page_and_guests_of_one_room_talk() {
     // Refused to Bob alone, who may go on.
     for refused in ["", " \n ", &"x".repeat(2001)] {
         bob.send(refused).await;
-        bob.recv(json!({ "type": "refused", "why": "a message has 1 to 2000 characters" })).await;
+        bob.recv(json!({ "type": "refused", "why": "a message must have 1 to 2000 characters" })).await;
     }
     let longest = "ž".repeat(2000);
     for said in ["hello", &longest] {
@@ -136,7 +135,10 @@ async fn chat_serves_its_page_and_guests_of_one_room_talk() {
     for (name, room) in [("", "lobby"), ("Ada", ""), (&*"x".repeat(33), "lobby"), ("%20", "lobby")] {
         let nobody = Guest::enter(&url, name, room).await;
         let (code, reason) = nobody.peer.closed().await;
-        assert_eq!((code, reason.as_str()), (1008, "name and room have 1 to 32 characters"));
+        assert_eq!(
+            (code, reason.as_str()),
+            (1008, "the names of user and room must have 1 to 32 characters")
+        );
     }
     elsewhere.send("alone").await;
     elsewhere.recv(json!({ "type": "said", "name": "Ada", "text": "alone" })).await;
@@ -149,9 +151,9 @@ async fn chat_serves_its_page_and_guests_of_one_room_talk() {
 #[tokio::test]
 async fn fanout_serves_its_four_routes() {
     let (mut fanout, address) = fanout(&["--shards", "2", "--no-pin", "--policy", "block"]).await;
-    let connect = async |path: &str| Peer::connect(format!("ws://{address}{path}")).await;
+    let connect = async |path: &str| Client::connect(format!("ws://{address}{path}")).await;
     let tick = |t: u64| json!({ "t": t, "p": "padding" }).to_string();
-    let heard = async |peer: &mut Peer| serde_json::from_str::<Value>(&peer.recv_text().await).unwrap();
+    let heard = async |peer: &mut Client| serde_json::from_str::<Value>(&peer.recv_text().await).unwrap();
     let ticked = |t: u64| json!({ "t": t, "p": "padding" });
 
     let (mut first, mut second) = (connect("/ws").await, connect("/ws").await);
@@ -185,7 +187,7 @@ async fn fanout_serves_its_four_routes() {
         [Message::text("as it came"), Message::binary(vec![0xff; 3]), Message::binary(vec![7; 2 << 20])]
     {
         raw.send(message.clone()).await;
-        assert!(raw.next().await == Some(message));
+        assert!(raw.recv().await == Some(message));
     }
     assert_eq!(second.leave().await, Vec::<String>::new(), "nothing of echo, groups and raw");
     let more = tokio::time::timeout(std::time::Duration::ZERO, fanout.lines.next_line()).await;
@@ -197,7 +199,7 @@ async fn fanout_says_what_to_do_when_it_is_not_understood() {
     let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY], \
          where POLICY is block,";
     for (arguments, says) in [
-        (&["--policy", "nonsense"][..], "`nonsense` is no policy"),
+        (&["--policy", "nonsense"][..], "`nonsense` is not a policy"),
         (&["--policy"], usage),
         (&["--nonsense"], usage),
         (&["--port", "many"], usage),

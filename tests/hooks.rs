@@ -4,19 +4,17 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::ops::ControlFlow;
 
 use axum::Router;
 use axum::extract::Query;
 use axum::routing::any;
-use fixture::{OnRuntime, Peer, Server, engine, within_timeout};
 use serde::Deserialize;
 use shardcast::{
     CloseCode, CloseReason, CodecError, ConnectionId, Hub, HubContext, JsonCodec, RawCodec, Refusal,
     Stateful, StatefulHub, WebSocketUpgrade, WsHub, WsHubConfig,
 };
+use testkit_hub::{Client, OnRuntime, Server, engine, within_timeout};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 type Ends = UnboundedSender<(ConnectionId, CloseReason)>;
@@ -82,7 +80,7 @@ async fn a_refusal_is_told_once<
     H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Strict>,
 >() {
     let (hub, server, mut ended) = strict::<H>().await;
-    let refused = Peer::connect(server.url("/ws?code=4001")).await;
+    let refused = Client::connect(server.url("/ws?code=4001")).await;
     let (texts, close) = refused.rest().await;
     assert_eq!((texts, close), (vec!["hello".to_owned()], Some((4001, "no: 4001".to_owned()))));
     let text = "no: 4001".into();
@@ -91,7 +89,7 @@ async fn a_refusal_is_told_once<
     assert_eq!(within_timeout(hub.to(id).deliver(&"late".to_owned())).await.unwrap().targets, 0);
 
     // The next one's end is the next that is told.
-    let mut served = Peer::connect(server.url("/ws")).await;
+    let mut served = Client::connect(server.url("/ws")).await;
     served.recv_texts(&["hello"]).await;
     served.leave().await;
     let (next, reason) = within_timeout(ended.recv()).await.unwrap();
@@ -101,7 +99,7 @@ async fn a_refusal_is_told_once<
 #[tokio::test]
 async fn a_refusal_with_a_code_that_cannot_be_sent_is_a_1011() {
     let (_hub, server, mut ended) = strict::<Strict>().await;
-    let refused = Peer::connect(server.url("/ws?code=1006")).await;
+    let refused = Client::connect(server.url("/ws?code=1006")).await;
     assert_eq!(refused.rest().await.1, Some((1011, "no: 1006".to_owned())));
     assert!(within_timeout(ended.recv()).await.is_some());
 }
@@ -116,7 +114,7 @@ async fn a_panic_in_on_connected_is_told<
     H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Strict>,
 >() {
     let (_hub, server, mut ended) = strict::<H>().await;
-    let peer = Peer::connect(server.url("/ws?panics=true")).await;
+    let peer = Client::connect(server.url("/ws?panics=true")).await;
     assert_eq!(peer.rest().await.1.unwrap().0, 1011);
     assert_eq!(within_timeout(ended.recv()).await.unwrap().1, CloseReason::HandlerPanicked);
 }
@@ -174,7 +172,7 @@ async fn a_hub_may_answer_what_it_cannot_decode_and_keep_the_client() {
 
 async fn a_hub_answers_what_it_cannot_decode<H: WsHub + From<Stateful<Lenient>>>() {
     let (server, mut ended) = lenient::<H>().await;
-    let mut peer = Peer::connect(server.url("/ws")).await;
+    let mut peer = Client::connect(server.url("/ws")).await;
     for text in ["one", "1", "two", "2", "three", "3"] {
         peer.send_text(text).await;
     }
@@ -192,7 +190,7 @@ async fn a_stateful_hub_changes_without_a_mutex_and_its_state_survives_a_panic()
 
 async fn state_changes_and_survives_a_panic<H: WsHub + From<Stateful<Lenient>>>() {
     let (server, mut ended) = lenient::<H>().await;
-    let mut peer = Peer::connect(server.url("/ws")).await;
+    let mut peer = Client::connect(server.url("/ws")).await;
     for number in ["1", "2", "3"] {
         peer.send_text(number).await;
     }
@@ -201,7 +199,7 @@ async fn state_changes_and_survives_a_panic<H: WsHub + From<Stateful<Lenient>>>(
     assert_eq!(peer.closed().await.0, 1011);
     assert_eq!(within_timeout(ended.recv()).await.unwrap(), (19, 0, CloseReason::HandlerPanicked));
     // Another client has a state of its own, and the end of the first was told once.
-    let mut peer = Peer::connect(server.url("/ws")).await;
+    let mut peer = Client::connect(server.url("/ws")).await;
     peer.send_text("5").await;
     peer.recv_texts(&[r#""sum 5""#]).await;
     peer.leave().await;

@@ -4,8 +4,6 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -16,14 +14,14 @@ use axum::extract::{Path, State};
 use axum::response::{Html, IntoResponse as _, Response};
 use axum::routing::{any, get};
 use bytes::Bytes;
-use fixture::{
-    CommandHub, OnRuntime, Peer, Server, command_app, connect, engine, eventually, within_timeout,
-};
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BinaryCodec, CloseCode, CloseReason, ConnectionId, DisconnectRequest, Engine, EngineConfig, Hub,
     HubContext, JsonCodec, PublishError, RawCodec, RawMessage, Refusal, RunOn, WebSocketUpgrade, WsHub,
     WsHubConfig, serve_hub,
+};
+use testkit_hub::{
+    Client, CommandHub, OnRuntime, Server, command_app, connect, engine, eventually, within_timeout,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -212,7 +210,7 @@ async fn a_message_that_cannot_be_encoded_reaches_nobody_and_is_counted() {
     let hub = engine(1).hub::<Maps>(WsHubConfig::default()).unwrap();
     let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<Maps>>| ws.serve(&hub, Maps);
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub.clone())).await;
-    let mut peer = Peer::connect(server.url("/ws")).await;
+    let mut peer = Client::connect(server.url("/ws")).await;
     peer.send_text("0").await;
     peer.send_text("7").await;
     peer.recv_texts(&[r#"{"7":1}"#]).await;
@@ -249,10 +247,10 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
         ws.serve(&hub, Greeter { room })
     };
     let server = Server::start(Router::new().route("/{room}", any(app)).with_state(hub)).await;
-    let mut ada = Peer::connect(server.url("/garden")).await;
+    let mut ada = Client::connect(server.url("/garden")).await;
     ada.send_text("first").await;
     ada.recv_texts(&["welcome to garden", "one more", "1 here", "first"]).await;
-    let mut bob = Peer::connect(server.url("/garden")).await;
+    let mut bob = Client::connect(server.url("/garden")).await;
     bob.send_text("second").await;
     bob.recv_texts(&["welcome to garden", "one more", "2 here", "second"]).await;
     ada.recv_texts(&["one more", "second"]).await;
@@ -268,7 +266,7 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
     let first = connect(&server.url("/ws")).await.0;
     let (mut second, _) = connect(&server.url("/ws")).await;
     for _ in 0..3 {
-        let refused = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
+        let refused = within_timeout(Client::try_connect(server.url("/ws"), &[])).await.err().unwrap();
         let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
         assert_eq!(response.status(), 503);
         let retry_after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
@@ -286,7 +284,7 @@ async fn a_full_house_answers_503_with_retry_after_and_admits_again_after_a_leav
     eventually(1, || engine.connection_count()).await;
     for _ in 0..3 {
         let refused =
-            within_timeout(Peer::try_connect(server.url("/ws"), &[("sec-websocket-version", "8")])).await;
+            within_timeout(Client::try_connect(server.url("/ws"), &[("sec-websocket-version", "8")])).await;
         assert!(refused.is_err());
     }
     assert_eq!(engine.connection_count(), 1);
@@ -300,10 +298,10 @@ async fn the_subprotocol_is_the_servers_choice_among_the_clients() {
     };
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
     let offer = [("sec-websocket-protocol", "soap, chat.v1, chat.v2")];
-    let (mut peer, response) = within_timeout(Peer::try_connect(server.url("/ws"), &offer)).await.unwrap();
+    let (mut peer, response) = within_timeout(Client::try_connect(server.url("/ws"), &offer)).await.unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "chat.v2");
     assert_eq!(peer.recv_text().await.len(), 16, "and the hub serves it");
-    let (_, response) = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.unwrap();
+    let (_, response) = within_timeout(Client::try_connect(server.url("/ws"), &[])).await.unwrap();
     assert!(!response.headers().contains_key("sec-websocket-protocol"));
 }
 
@@ -402,7 +400,7 @@ where
 
     let mut peers = Vec::new();
     for _ in 0..3 {
-        peers.push(Peer::connect(server.url("/ws")).await);
+        peers.push(Client::connect(server.url("/ws")).await);
     }
     // All at once: an answer overtaken by a faster one would be out of order.
     for peer in &mut peers {
@@ -483,9 +481,9 @@ async fn serve_hub_ends_when_its_connection_has_ended_and_holds_to_its_own_confi
     }
     let server = Server::start(Router::new().route("/{max}", get(serve))).await;
     // Two settings of one hub type at the same time, the first one again as the third.
-    let mut small = Peer::connect(server.url("/10")).await;
-    let mut large = Peer::connect(server.url("/1000")).await;
-    let mut small_again = Peer::connect(server.url("/10")).await;
+    let mut small = Client::connect(server.url("/10")).await;
+    let mut large = Client::connect(server.url("/1000")).await;
+    let mut small_again = Client::connect(server.url("/10")).await;
     let text = "x".repeat(500);
     large.send_text(text.as_str()).await;
     large.recv_texts(&["500 bytes"]).await;
@@ -521,7 +519,7 @@ async fn serve_hub_with_an_impossible_config_closes_the_connection_and_returns()
         })
     };
     let server = Server::start(Router::new().route("/ws", get(serve))).await;
-    let peer = Peer::connect(server.url("/ws")).await;
+    let peer = Client::connect(server.url("/ws")).await;
     assert_eq!(peer.closed().await.0, 1011);
     within_timeout(returned.recv()).await.unwrap();
 }
@@ -548,13 +546,13 @@ async fn a_binary_hub_speaks_postcard() {
     let hub = engine(2).hub::<Sensors>(WsHubConfig::default()).unwrap();
     let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<Sensors>>| ws.serve(&hub, Sensors);
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
-    let mut peers = [Peer::connect(server.url("/ws")).await, Peer::connect(server.url("/ws")).await];
+    let mut peers = [Client::connect(server.url("/ws")).await, Client::connect(server.url("/ws")).await];
     // Until both have been adopted, which each one's own echo proves.
     for sensor in 0..2 {
         let reading = postcard::to_stdvec(&Reading { sensor, celsius: 20.0 }).unwrap();
         peers[sensor as usize].send(Message::Binary(reading.into())).await;
         loop {
-            let Some(Message::Binary(answer)) = peers[sensor as usize].next().await else {
+            let Some(Message::Binary(answer)) = peers[sensor as usize].recv().await else {
                 panic!("no answer")
             };
             let answer: Reading = postcard::from_bytes(&answer).unwrap();
@@ -565,14 +563,14 @@ async fn a_binary_hub_speaks_postcard() {
         }
     }
     let [mut first, _] = peers;
-    let Some(Message::Binary(answer)) = first.next().await else { panic!("no answer") };
+    let Some(Message::Binary(answer)) = first.recv().await else { panic!("no answer") };
     assert_eq!(postcard::from_bytes::<Reading>(&answer).unwrap(), Reading { sensor: 1, celsius: 21.0 });
 }
 
 #[tokio::test]
 async fn a_raw_hub_passes_text_as_text_and_binary_as_binary() {
-    struct Raw;
-    impl WsHub for Raw {
+    struct RawClient;
+    impl WsHub for RawClient {
         type Codec = RawCodec;
         type InMessage = RawMessage;
         type OutMessage = RawMessage;
@@ -580,10 +578,10 @@ async fn a_raw_hub_passes_text_as_text_and_binary_as_binary() {
             ctx.unicast(message).await;
         }
     }
-    let hub = engine(1).hub::<Raw>(WsHubConfig::default()).unwrap();
-    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<Raw>>| ws.serve(&hub, Raw);
+    let hub = engine(1).hub::<RawClient>(WsHubConfig::default()).unwrap();
+    let app = async |ws: WebSocketUpgrade, State(hub): State<Hub<RawClient>>| ws.serve(&hub, RawClient);
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
-    let mut peer = Peer::connect(server.url("/ws")).await;
+    let mut peer = Client::connect(server.url("/ws")).await;
     for message in [
         Message::text("žluťoučký"),
         Message::text(""),
@@ -592,7 +590,7 @@ async fn a_raw_hub_passes_text_as_text_and_binary_as_binary() {
         Message::text("x".repeat(60_000)),
     ] {
         peer.send(message.clone()).await;
-        assert_eq!(peer.next().await, Some(message));
+        assert_eq!(peer.recv().await, Some(message));
     }
 }
 
@@ -667,12 +665,12 @@ where
         app.route(&format!("/{at}"), any(serve))
     });
     let server = Server::start(app).await;
-    let mut bystander = Peer::connect(server.url("/never")).await;
+    let mut bystander = Client::connect(server.url("/never")).await;
 
-    let at_open = Peer::connect(server.url("/open")).await;
+    let at_open = Client::connect(server.url("/open")).await;
     assert_eq!(at_open.closed().await.0, 1011);
     for at in ["message", "later"] {
-        let mut peer = Peer::connect(server.url(&format!("/{at}"))).await;
+        let mut peer = Client::connect(server.url(&format!("/{at}"))).await;
         peer.send_text("now").await;
         peer.send_text("not handled any more").await;
         assert_eq!(peer.closed().await.0, 1011);
@@ -680,7 +678,7 @@ where
     for _ in 0..3 {
         assert_eq!(within_timeout(ended.recv()).await, Some(CloseReason::HandlerPanicked));
     }
-    let at_end = Peer::connect(server.url("/disconnect")).await;
+    let at_end = Client::connect(server.url("/disconnect")).await;
     at_end.leave().await;
     assert!(matches!(within_timeout(ended.recv()).await, Some(CloseReason::Peer { .. })));
     eventually(1, || engine.connection_count()).await;
@@ -734,9 +732,9 @@ async fn a_hub_cleans_up_within_its_runtime_and_its_panic_there_harms_no_other()
         async move |ws: WebSocketUpgrade, Path(fails): Path<bool>| ws.serve(&hub, Tidy { fails, dropped })
     };
     let server = Server::start(Router::new().route("/{fails}", any(serve))).await;
-    let mut bystander = Peer::connect(server.url("/false")).await;
+    let mut bystander = Client::connect(server.url("/false")).await;
     for fails in [false, true] {
-        let mut peer = Peer::connect(server.url(&format!("/{fails}"))).await;
+        let mut peer = Client::connect(server.url(&format!("/{fails}"))).await;
         peer.send_text("here").await;
         peer.recv_texts(&["here"]).await;
         peer.leave().await;
@@ -782,8 +780,8 @@ async fn a_hub_that_keeps_its_context_is_dropped_with_its_connection_all_the_sam
     let serve =
         async move |ws: WebSocketUpgrade| ws.serve(&hub, Keeper { context: Mutex::default(), dropped });
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
-    let mut ada = Peer::connect(server.url("/ws")).await;
-    let mut bob = Peer::connect(server.url("/ws")).await;
+    let mut ada = Client::connect(server.url("/ws")).await;
+    let mut bob = Client::connect(server.url("/ws")).await;
     ada.recv_texts(&["open"]).await;
     bob.recv_texts(&["open"]).await;
     bob.leave().await;
@@ -826,7 +824,8 @@ async fn every_connection_of_a_route_may_have_a_hub_value_of_its_own() {
     let all = Arc::new(AtomicU64::new(0));
     let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Counter { seen: AtomicU64::new(0), all });
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
-    let (mut ada, mut bob) = (Peer::connect(server.url("/ws")).await, Peer::connect(server.url("/ws")).await);
+    let (mut ada, mut bob) =
+        (Client::connect(server.url("/ws")).await, Client::connect(server.url("/ws")).await);
     for (ada_hears, bob_hears) in [("1 of 1", "1 of 2"), ("2 of 3", "2 of 4")] {
         ada.send_text("x").await;
         ada.recv_texts(&[ada_hears]).await;
@@ -869,7 +868,7 @@ async fn a_connection_s_setting_out_of_range_is_a_500_that_names_it() {
         ws.serve(&hub, CommandHub).config(WsHubConfig { outbox_frames: 0, ..WsHubConfig::default() })
     };
     let server = Server::start(Router::new().route("/ws", any(app)).with_state(hub)).await;
-    let refused = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await;
+    let refused = within_timeout(Client::try_connect(server.url("/ws"), &[])).await;
     let Err(tungstenite::Error::Http(response)) = refused.map(drop) else { panic!("it was upgraded") };
     assert_eq!(response.status(), 500);
     let text = String::from_utf8(response.into_body().unwrap()).unwrap();

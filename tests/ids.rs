@@ -4,13 +4,11 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::io;
 use std::time::Instant;
 
-use fixture::{CommandHub, Server, command_app, connect, engine};
 use shardcast::WsHubConfig;
+use testkit_hub::{CommandHub, Server, command_app, connect, engine};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 /// Gives what is logged to a test.

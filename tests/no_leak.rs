@@ -6,16 +6,13 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 #![cfg(target_os = "linux")] // where `/proc` can be asked
 
-mod fixture;
-
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use fixture::hub_fixture::{HubFixture, Recorder};
-use fixture::raw::Raw;
-use fixture::{eventually, within_timeout};
 use futures_util::poll;
 use shardcast::{Engine, EngineConfig, Shutdown, WsHubConfig};
+use testkit_hub::recording_hub::Recorder;
+use testkit_hub::{HubFixture, RawClient, eventually, within_timeout};
 
 const ENGINES: usize = 50;
 
@@ -32,7 +29,7 @@ async fn one_engine(round: usize) -> Weak<Recorder> {
     within_timeout(tokio::task::spawn_blocking(move || drop(pinned))).await.unwrap();
     let fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let mut peers = Vec::new();
-    let mut raws: Vec<Raw> = Vec::new();
+    let mut raws: Vec<RawClient> = Vec::new();
     for number in 0..3 {
         let (peer, id) = fixture.connect().await;
         fixture.hub.join(id, &format!("group {number}")).await.unwrap();
@@ -43,7 +40,7 @@ async fn one_engine(round: usize) -> Weak<Recorder> {
     raws.pop().unwrap().reset();
     if round % 10 == 9 {
         // A handler that never ends by itself, and peers that do not answer.
-        raws[0].send(&fixture::raw::text("wait")).await;
+        raws[0].send(&testkit::frames::client_text("wait")).await;
         eventually(1, || fixture.engine.metrics().tally.received).await;
     } else {
         raws.clear();

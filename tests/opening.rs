@@ -4,16 +4,14 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::Query;
 use axum::routing::any;
-use fixture::{OnRuntime, Peer, Server, engine, within_timeout};
 use serde::Deserialize;
 use shardcast::{CloseCode, Hub, HubContext, RawCodec, Refusal, WebSocketUpgrade, WsHub, WsHubConfig};
+use testkit_hub::{Client, OnRuntime, Server, engine, within_timeout};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -74,8 +72,8 @@ where
     }
 
     /// A client that is being looked up.
-    async fn connect(&mut self, turns_away: bool) -> Peer {
-        let peer = Peer::connect(self.server.url(&format!("/ws?turns_away={turns_away}"))).await;
+    async fn connect(&mut self, turns_away: bool) -> Client {
+        let peer = Client::connect(self.server.url(&format!("/ws?turns_away={turns_away}"))).await;
         within_timeout(self.opening.recv()).await.unwrap();
         peer
     }
@@ -166,10 +164,10 @@ async fn what_others_tell_all_is_not_received<
     let hub = engine(1).hub::<H>(WsHubConfig::default()).unwrap();
     let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Crier);
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
-    let mut ada = Peer::connect(server.url("/ws")).await;
+    let mut ada = Client::connect(server.url("/ws")).await;
     ada.send_text("hello").await;
     ada.recv_texts(&["hello"]).await;
-    let mut bob = Peer::connect(server.url("/ws")).await;
+    let mut bob = Client::connect(server.url("/ws")).await;
     ada.recv_texts(&["somebody has come"]).await;
     bob.send_text("hello Ada").await;
     bob.recv_texts(&["hello Ada"]).await;

@@ -6,8 +6,6 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -16,13 +14,13 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Path;
 use axum::routing::any;
-use fixture::{
-    CommandHub, OnRuntime, Peer, Server, command_app, connect, connect_amid, engine, eventually,
-    within_timeout,
-};
 use shardcast::{
     CloseCode, CloseReason, ConnectionId, DisconnectRequest, Hub, HubContext, RawCodec, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
+};
+use testkit_hub::{
+    Client, CommandHub, OnRuntime, Server, command_app, connect, connect_amid, engine, eventually,
+    within_timeout,
 };
 use tokio::io::AsyncWriteExt as _;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -37,7 +35,7 @@ fn command_hub(shards: usize) -> Hub<CommandHub> {
 }
 
 /// Reads in the background up to `last`, then leaves.
-fn until(mut peer: Peer, last: &'static str) -> JoinHandle<Vec<String>> {
+fn until(mut peer: Client, last: &'static str) -> JoinHandle<Vec<String>> {
     tokio::spawn(async move {
         let mut heard = Vec::new();
         loop {
@@ -496,7 +494,7 @@ async fn one_connections_messages_are_handled_in_order<H: WsHub + From<Slow>>() 
     for _ in 0..12 {
         let url = server.url("/ws");
         clients.spawn(async move {
-            let mut peer = Peer::connect(url).await;
+            let mut peer = Client::connect(url).await;
             for number in 0..MESSAGES {
                 peer.send_text(number.to_string()).await;
             }
@@ -551,7 +549,7 @@ async fn promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it()
         async move |ws: WebSocketUpgrade| ws.serve(&hub, Gate { permits: gate.0, handled: gate.1 })
     };
     let server = Server::start(Router::new().route("/ws", any(serve))).await;
-    let peer = Peer::connect(server.url("/ws")).await;
+    let peer = Client::connect(server.url("/ws")).await;
     let sent = Arc::new(AtomicUsize::new(0));
     let sending = {
         let (mut peer, sent) = (peer, sent.clone());
@@ -643,7 +641,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
     for way in WAYS.into_iter().cycle().take(WAYS.len() * EACH) {
         let (url, hub) = (server.url(&format!("/{way}")), hub.clone());
         lives.spawn(async move {
-            let mut peer = Peer::connect(url).await;
+            let mut peer = Client::connect(url).await;
             // Being in the group comes first, so others' messages may come before it.
             let id: ConnectionId = loop {
                 if let Ok(id) = peer.recv_text().await.parse() {

@@ -4,8 +4,6 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::cell::Cell;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,12 +13,12 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::State;
 use axum::routing::any;
-use fixture::{CommandHub, Peer, Server, command_app, connect, engine, within_timeout};
 use serde::{Serialize, Serializer};
 use shardcast::{
     BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, PublishError, Refusal,
     TryPublishError, WebSocketUpgrade, WsHub, WsHubConfig,
 };
+use testkit_hub::{Client, CommandHub, Server, command_app, connect, engine, within_timeout};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// A message that counts how often it is encoded. It can be sent to another thread, but not shared between two.
@@ -73,7 +71,7 @@ impl WsHub for Counting {
 struct Running {
     hub: Hub<Counting>,
     _server: Server,
-    peer: Peer,
+    peer: Client,
     hold: mpsc::Sender<()>,
     held: UnboundedReceiver<()>,
 }
@@ -88,7 +86,7 @@ async fn run(config: EngineConfig) -> Running {
         ws.serve(&hub, Counting { held: sender, hold: let_go })
     };
     let server = Server::start(Router::new().route("/ws", any(serve)).with_state(hub.clone())).await;
-    let mut peer = Peer::connect(server.url("/ws")).await;
+    let mut peer = Client::connect(server.url("/ws")).await;
     peer.recv_texts(&[r#""hello""#]).await;
     while within_timeout(hub.to_all().deliver(&Counted::new("joined"))).await.unwrap().targets == 0 {}
     peer.recv_texts(&[r#""joined""#]).await;

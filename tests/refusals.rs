@@ -1,11 +1,9 @@
 //! Whom a hub does not get: handshakes that a middleware refuses, and clients without a place after their 101.
 //!
-//! Raw clients over real sockets, which end, stay and lie as they like. Does not know how a handshake is checked, whose
+//! RawClient clients over real sockets, which end, stay and lie as they like. Does not know how a handshake is checked, whose
 //! tests are those of the upgrade.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
-
-mod fixture;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -17,11 +15,11 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
-use fixture::{CommandHub, Peer, Server, command_app, connect, engine, eventually, within_timeout};
 use shardcast::{
     Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, Serve, ServeError, TrustedProxies,
     WebSocketUpgrade, WsHub, WsHubConfig, serve_hub,
 };
+use testkit_hub::{Client, CommandHub, Server, command_app, connect, engine, eventually, within_timeout};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
@@ -133,7 +131,7 @@ const REFUSING: [&str; 6] = [
 async fn a_client_refused_by_a_middleware_never_enters_the_hub() {
     let engine = limited(EngineConfig::default());
     let server = Server::start(announcers(engine.hub(WsHubConfig::default()).unwrap())).await;
-    let mut neighbour = Peer::connect(server.url("/ws")).await;
+    let mut neighbour = Client::connect(server.url("/ws")).await;
     neighbour.send_text("there").await;
     neighbour.recv_texts(&["there"]).await;
     for path in REFUSING {
@@ -173,7 +171,7 @@ async fn a_refused_client_gives_its_place_back_at_once_however_long_it_stays() {
         staying.push(client);
         eventually(0, || engine.connection_count()).await;
     }
-    let mut good = Peer::connect(server.url("/ws")).await;
+    let mut good = Client::connect(server.url("/ws")).await;
     good.send_text("there").await;
     good.recv_texts(&["there"]).await;
 }
@@ -281,7 +279,7 @@ async fn a_middleware_that_touches_head_or_body_of_a_101_does_not_cost_the_conne
         let server = Server::start(app).await;
         let headers = [("accept-encoding", "gzip, br")];
         let (mut peer, response) =
-            within_timeout(Peer::try_connect(server.url("/ws"), &headers)).await.unwrap();
+            within_timeout(Client::try_connect(server.url("/ws"), &headers)).await.unwrap();
         assert_ne!(
             response.headers().get(header::CONTENT_ENCODING),
             Some(&HeaderValue::from_static("gzip")),
@@ -322,7 +320,7 @@ async fn a_client_without_a_place_after_its_handshake_is_told_to_come_back_later
     let server = Server::start(app).await;
     let (_first, _) = connect(&server.url("/ws")).await;
     within_timeout(outcome.recv()).await.unwrap().unwrap();
-    let mut second = Peer::connect(server.url("/ws")).await;
+    let mut second = Client::connect(server.url("/ws")).await;
     second.send_text("what it says does not destroy what it is told").await;
     assert_eq!(second.closed().await.0, 1013);
     assert!(matches!(within_timeout(outcome.recv()).await, Some(Err(ServeError::Full))));
@@ -346,8 +344,8 @@ async fn a_client_whose_handshake_ends_in_a_shutdown_is_told_that_the_server_goe
         }
     });
     let server = Server::start(app.nest("/late", command_app(hub).layer(hold))).await;
-    let by_hand = Peer::connect(server.url("/ws")).await;
-    let late = tokio::spawn(Peer::connect(server.url("/late/ws")));
+    let by_hand = Client::connect(server.url("/ws")).await;
+    let late = tokio::spawn(Client::connect(server.url("/late/ws")));
     within_timeout(is_held.recv()).await.unwrap();
     let shutdown = tokio::spawn({
         let engine = engine.clone();
@@ -379,7 +377,7 @@ async fn a_websocket_that_an_application_drops_or_cannot_serve_ends_with_a_close
         );
     let server = Server::start(app).await;
     for path in ["/dropped", "/panicked", "/bad-config"] {
-        let peer = Peer::connect(server.url(path)).await;
+        let peer = Client::connect(server.url(path)).await;
         assert_eq!(peer.closed().await.0, 1011, "{path}");
     }
 }
@@ -424,7 +422,7 @@ async fn a_limit_by_address_that_sees_no_address_says_so_once_and_holds_all_the_
     let server = Server::start(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
     let (first, _) = connect(&server.url("/ws")).await;
     for _ in 0..3 {
-        assert_eq!(Peer::connect(server.url("/ws")).await.closed().await.0, 1013);
+        assert_eq!(Client::connect(server.url("/ws")).await.closed().await.0, 1013);
     }
     assert_eq!(logged("into_make_service_with_connect_info"), 1, "once, with what to write instead");
     first.leave().await;
@@ -448,7 +446,7 @@ async fn a_limit_by_address_sees_through_trusted_proxies_and_through_nobody_else
         let server = Server::start_with_addresses(Router::new().route("/ws", any(serve))).await;
         let connect = async |client: &str| {
             let value = if header == "forwarded" { format!("for={client}") } else { client.to_owned() };
-            within_timeout(Peer::try_connect(server.url("/ws"), &[(header, &value)])).await
+            within_timeout(Client::try_connect(server.url("/ws"), &[(header, &value)])).await
         };
         let _first = connect("198.51.100.1").await.unwrap();
         assert!(connect("198.51.100.1").await.is_err(), "{trusted} {header}");
@@ -481,7 +479,7 @@ async fn an_application_learns_the_client_s_address_before_and_after_the_handsha
         (&blind, &[behind], None, ip("2001:db8::1")),
         (&blind, &[behind, told], ip("203.0.113.5"), ip("203.0.113.5")),
     ] {
-        let _peer = within_timeout(Peer::try_connect(server.url("/ws"), headers)).await.unwrap();
+        let _peer = within_timeout(Client::try_connect(server.url("/ws"), headers)).await.unwrap();
         assert_eq!(within_timeout(was_seen.recv()).await.unwrap(), (before, after), "{headers:?}");
     }
 }

@@ -10,13 +10,11 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use fixture::{CommandHub, Peer, Server, command_app, connect, engine, within_timeout};
 use shardcast::{WsHub, WsHubConfig};
+use testkit_hub::{Client, CommandHub, Server, command_app, connect, engine, within_timeout};
 use tokio::sync::mpsc;
 
 /// "Define your messages and implement WsHub", "Wire it up in your Axum router".
@@ -80,7 +78,7 @@ async fn the_hello_hub_broadcasts_to_every_client() {
     let server = Server::start(hello::hello_router().with_state(hello::AppState)).await;
     let mut peers = Vec::new();
     for _ in 0..3 {
-        peers.push(Peer::connect(server.url("/ws")).await);
+        peers.push(Client::connect(server.url("/ws")).await);
     }
     // A connection counts from its adoption, which its own echo proves; the others may see it, too.
     for (index, peer) in peers.iter_mut().enumerate() {
@@ -164,14 +162,14 @@ mod hello_with_query {
 async fn what_the_extractors_found_reaches_the_hub_of_its_own_connection() {
     use hello_with_query::{AppState, hello_router};
     let server = Server::start(hello_router().with_state(AppState { greeting: "dear" })).await;
-    let mut ada = Peer::connect(server.url("/ws?name=Ada")).await;
-    let mut bob = Peer::connect(server.url("/ws?name=Bob")).await;
+    let mut ada = Client::connect(server.url("/ws?name=Ada")).await;
+    let mut bob = Client::connect(server.url("/ws?name=Bob")).await;
     ada.send_text(r#""one""#).await;
     bob.send_text(r#""two""#).await;
     ada.recv_texts(&[r#""dear Ada: one""#]).await;
     bob.recv_texts(&[r#""dear Bob: two""#]).await;
     // What axum's extractors refuse never becomes a socket.
-    let refused = within_timeout(Peer::try_connect(server.url("/ws"), &[])).await.err().unwrap();
+    let refused = within_timeout(Client::try_connect(server.url("/ws"), &[])).await.err().unwrap();
     assert!(refused.to_string().contains("400"), "{refused}");
 }
 
@@ -322,11 +320,11 @@ mod targeting {
 async fn every_call_of_the_context_reaches_whom_it_names_and_nobody_twice() {
     let server = Server::start(targeting::router()).await;
     let here = r#""Here""#;
-    let mut sender = Peer::connect(server.url("/ws?rooms=room-1,room-3")).await;
+    let mut sender = Client::connect(server.url("/ws?rooms=room-1,room-3")).await;
     sender.recv_texts(&[here]).await;
-    let mut in_both = Peer::connect(server.url("/ws?rooms=room-1,room-2")).await;
+    let mut in_both = Client::connect(server.url("/ws?rooms=room-1,room-2")).await;
     in_both.recv_texts(&[here]).await;
-    let mut in_none = Peer::connect(server.url("/ws?rooms=room-3")).await;
+    let mut in_none = Client::connect(server.url("/ws?rooms=room-3")).await;
     in_none.recv_texts(&[here]).await;
     for text in ["one", "two"] {
         sender.send_text(format!(r#"{{"text":"{text}"}}"#)).await;
@@ -528,7 +526,7 @@ async fn the_hooks_are_called_once_each_and_name_the_same_connection() {
     };
     let server = Server::start(hooks::hello_router().with_state(hello::AppState)).await;
     for text in ["first", "second"] {
-        let mut peer = Peer::connect(server.url("/ws")).await;
+        let mut peer = Client::connect(server.url("/ws")).await;
         let id = line_with("new connection: ").await;
         assert!(id.parse::<shardcast::ConnectionId>().is_ok(), "{id}");
         peer.send_text(format!(r#"{{"text":"{text}"}}"#)).await;
@@ -637,7 +635,7 @@ mod client {
             ws.on_upgrade(async move |socket| serve_hub(socket, hub, &WsHubConfig::default()).await)
         });
         let server = Server::start(axum::Router::new().route("/ws", route)).await;
-        let mut listener = Peer::connect(server.url("/ws")).await;
+        let mut listener = Client::connect(server.url("/ws")).await;
         listener.send_text(r#"{"text":"listening"}"#).await;
         listener.recv_texts(&[r#"{"Ok":"listening"}"#]).await;
 

@@ -4,22 +4,22 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::routing::any;
-use fixture::hub_fixture::{HubFixture, number_of, numbered};
-use fixture::program::{Running, fanout};
-use fixture::raw::Raw;
-use fixture::{CommandHub, Peer, command_app, connect, engine, eventually, within_timeout};
 use futures_util::{SinkExt as _, poll};
 use serde_json::{Value, json};
 use shardcast::{
     CloseCode, CloseReason, EngineState, HubContext, PublishError, RawCodec, RunOn, Shutdown, ShutdownReport,
     TryPublishError, WebSocketUpgrade, WsHub, WsHubConfig,
+};
+use testkit::time::DAY;
+use testkit_hub::program::{Running, fanout};
+use testkit_hub::recording_hub::{number_of, numbered};
+use testkit_hub::{
+    Client, CommandHub, HubFixture, RawClient, command_app, connect, engine, eventually, within_timeout,
 };
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -30,7 +30,6 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite::{self, Message};
 
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// Long enough for everything on any machine; nothing waits for all of it.
 const LONG: Duration = Duration::from_secs(30);
 const SHORT: Duration = Duration::from_millis(500);
@@ -47,7 +46,7 @@ fn counts(report: &ShutdownReport) -> [u64; 3] {
     [report.flushed, report.cut_off, report.left_over]
 }
 
-fn reads_to_the_end(peer: Peer) -> JoinHandle<Heard> {
+fn reads_to_the_end(peer: Client) -> JoinHandle<Heard> {
     tokio::spawn(peer.rest())
 }
 
@@ -150,7 +149,7 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more
     let ending = Shutdown { code: CloseCode::SERVICE_RESTART, ..at_once(LONG) };
     let mut shutdown = Box::pin(engine.shutdown_with(ending));
     assert!(poll!(&mut shutdown).is_pending());
-    let refused = within_timeout(Peer::try_connect(fixture.server.url("/ws"), &[])).await.err().unwrap();
+    let refused = within_timeout(Client::try_connect(fixture.server.url("/ws"), &[])).await.err().unwrap();
     let tungstenite::Error::Http(response) = refused else { panic!("{refused:?}") };
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
@@ -202,7 +201,7 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
 }
 
 /// Somebody who does not read, somebody who does, and many messages for both.
-async fn stalled_and_reading(messages: usize) -> (HubFixture, Raw, JoinHandle<Heard>) {
+async fn stalled_and_reading(messages: usize) -> (HubFixture, RawClient, JoinHandle<Heard>) {
     let fixture =
         HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
     let (stalled, _) = fixture.connect_raw().await;
@@ -341,7 +340,7 @@ async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
     let address = child.wait_for_line("listens ").await;
     let mut clients = Vec::new();
     for message in ["sleep", "wait for the own shard"] {
-        let mut client = Peer::connect(format!("ws://{address}/ws")).await;
+        let mut client = Client::connect(format!("ws://{address}/ws")).await;
         client.send_text(message).await;
         assert_eq!(child.wait_for_line("holds ").await, message);
         clients.push(client);
@@ -391,7 +390,7 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
         tokio::spawn(async move { axum::serve(listener, app).await });
         address
     });
-    let mut peer = Peer::connect(format!("ws://{}/ws", within_timeout(address).await.unwrap())).await;
+    let mut peer = Client::connect(format!("ws://{}/ws", within_timeout(address).await.unwrap())).await;
     // A client is among all when `on_connected` has returned, which takes some time on a runtime.
     while within_timeout(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().targets == 0 {
         tokio::task::yield_now().await;
@@ -453,7 +452,7 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
 /// One of the clients of `fanout`: says its next tick when it has heard its last, and writes down what it hears from the
 /// start sign on, to the end.
 async fn talk(
-    mut peer: Peer,
+    mut peer: Client,
     name: usize,
     talks: bool,
     mut warm: Option<oneshot::Sender<()>>,
@@ -463,7 +462,7 @@ async fn talk(
     let tick = |t: u64| Message::text(json!({ "t": t, "p": name }).to_string());
     let (mut heard, mut has_begun) = (Vec::new(), false);
     loop {
-        let text = match peer.next().await {
+        let text = match peer.recv().await {
             Some(Message::Text(text)) => text,
             Some(Message::Close(Some(close))) => return (heard, close.code.into()),
             other => panic!("{other:?}"),
@@ -496,7 +495,7 @@ async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
         // A client counts from its adoption, which its own tick proves.
-        let mut peer = Peer::connect(format!("ws://{address}/ws")).await;
+        let mut peer = Client::connect(format!("ws://{address}/ws")).await;
         let hello = json!({ "t": clients.len(), "p": "hello" }).to_string();
         peer.send_text(hello.clone()).await;
         while serde_json::from_str::<Value>(&peer.recv_text().await).unwrap()

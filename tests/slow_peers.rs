@@ -5,8 +5,6 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -14,32 +12,29 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::routing::any;
-use fixture::hub_fixture::{HubFixture, number_of, numbered};
-use fixture::raw::{CLOSE, FIN, PING, PONG, Raw, TEXT, frame, text};
-use fixture::{
-    OnRuntime, Peer, Server, TEST_TIMEOUT, command_app, connect, engine, eventually, within_timeout,
-};
 use shardcast::{
     BroadcastPolicy, CloseReason, ConnectionId, DropCause, Dropped, HubContext, RawCodec, Receipt, Refusal,
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use socket2::SockRef;
+use testkit::frames::{CLOSE, FIN, PING, PONG, TEXT, client_frame, client_text};
+use testkit::sender::DROP_AT_ONCE;
+use testkit::time::{DAY, ms};
+use testkit_hub::recording_hub::{number_of, numbered};
+use testkit_hub::{
+    Client, HubFixture, OnRuntime, RawClient, Server, TEST_TIMEOUT, command_app, connect, engine, eventually,
+    within_timeout,
+};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinHandle, JoinSet};
 
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const MESSAGE_BYTES: usize = 2000;
 const OUTBOX_FRAMES: usize = 8;
 /// More rounds than anything takes.
 const MANY: usize = 100_000;
 
-const fn ms(millis: u64) -> Duration {
-    Duration::from_millis(millis)
-}
-
 const DROP: BroadcastPolicy = BroadcastPolicy::DropMessage { timeout: ms(2) };
-const DROP_AT_ONCE: BroadcastPolicy = BroadcastPolicy::DropMessage { timeout: Duration::ZERO };
 /// Ends nobody here: who drops so often has other worries.
 const DROP_LONG: BroadcastPolicy = BroadcastPolicy::DropConnection { timeout: ms(2), max_drops: 1_000_000 };
 const HIGH_RTT: BroadcastPolicy = BroadcastPolicy::DropOnHighRtt { max_rtt: ms(1000), rtt_samples: 1 };
@@ -149,7 +144,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, bytes: usize) {
     assert_eq!(fixture.others_ended(), []);
 }
 
-async fn all_hear(peers: &mut [Peer], text: &str) {
+async fn all_hear(peers: &mut [Client], text: &str) {
     for peer in peers {
         peer.recv_texts(&[text]).await;
     }
@@ -241,13 +236,13 @@ async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_a
     let (mut prompt, prompt_id) = fixture.connect_raw().await;
     let (mut late, late_id) = fixture.connect_raw().await;
     let nonce = prompt.is_pinged().await;
-    prompt.send(&frame(FIN | PONG, &nonce)).await;
-    prompt.send(&text("me answered")).await;
+    prompt.send(&client_frame(FIN | PONG, &nonce)).await;
+    prompt.send(&client_text("me answered")).await;
     assert_eq!(prompt.recv_text().await, "answered");
     let nonce = late.is_pinged().await;
     tokio::time::sleep(ms(1100)).await; // this has to pass
     assert_eq!(fixture.hub.len(), 2, "no answer is no slow answer");
-    late.send(&frame(FIN | PONG, &nonce)).await;
+    late.send(&client_frame(FIN | PONG, &nonce)).await;
     assert_eq!(fixture.ended().await, (late_id, CloseReason::HighRtt));
     assert_eq!(late.close_code().await, Some(1013));
     drop(late);
@@ -258,7 +253,7 @@ async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_a
 }
 
 /// A hub whose peers must answer within_timeout, and a neighbour of theirs on the same shard, at another hub that is patient.
-async fn impatient(pong_timeout: Duration) -> (HubFixture, Server, Peer) {
+async fn impatient(pong_timeout: Duration) -> (HubFixture, Server, Client) {
     let config = WsHubConfig {
         pong_timeout,
         close_timeout: ms(100),
@@ -293,7 +288,7 @@ async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
 async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy() {
     let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
     let (mut silent, id) = fixture.connect_raw().await;
-    silent.send(&text("wait")).await;
+    silent.send(&client_text("wait")).await;
     // It leaves the hub, though its handler is still at it and is told later.
     eventually(0, || fixture.hub.len()).await;
     assert_eq!(silent.close_code().await, Some(1011));
@@ -350,7 +345,7 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
     // Its pings are answered where nobody listens to it meanwhile.
     let (mut neighbour, _) = fixture.connect().await;
     let (flooder, id) = fixture.connect_raw().await;
-    let flood = text(&format!("all {}", "x".repeat(1000))).repeat(100);
+    let flood = client_text(&format!("all {}", "x".repeat(1000))).repeat(100);
     let flooding = tokio::spawn(async move {
         let mut at = 0;
         loop {
@@ -388,7 +383,7 @@ async fn pongs_that_answer_nothing_keep_no_peer_alive() {
     let began = Instant::now();
     while fixture.hub.len() == 1 {
         for payload in [&nonce[..], b"", &[0; 8], &[0xff; 8], &nonce[..7]] {
-            let _ = liar.stream.try_write(&frame(FIN | PONG, payload)); // its end may have come
+            let _ = liar.stream.try_write(&client_frame(FIN | PONG, payload)); // its end may have come
         }
         assert!(began.elapsed() < TEST_TIMEOUT, "it lives on lies");
         tokio::time::sleep(ms(50)).await;
@@ -401,24 +396,24 @@ async fn pongs_that_answer_nothing_keep_no_peer_alive() {
 async fn pongs_that_answer_nothing_count_for_no_round_trip() {
     let fixture = HubFixture::open(1, beating(BroadcastPolicy::Block)).await;
     let (mut raw, id) = fixture.connect_raw().await;
-    let echo = async |raw: &mut Raw| {
-        raw.send(&text("so far")).await;
+    let echo = async |raw: &mut RawClient| {
+        raw.send(&client_text("so far")).await;
         assert_eq!(raw.recv_text().await, "so far", "and all before it was read, too");
     };
     let nonce = raw.is_pinged().await;
     let mut other = nonce.clone();
     other[7] ^= 1;
     for payload in [&other[..], b"", &nonce[..7], &[&nonce[..], b"x"].concat()] {
-        raw.send(&frame(FIN | PONG, payload)).await;
+        raw.send(&client_frame(FIN | PONG, payload)).await;
     }
     echo(&mut raw).await;
     assert_eq!(fixture.counted(id).await.rtt.last, None, "wrong ones do not count");
-    raw.send(&frame(FIN | PONG, &nonce)).await;
+    raw.send(&client_frame(FIN | PONG, &nonce)).await;
     echo(&mut raw).await;
     let rtt = fixture.counted(id).await.rtt;
     assert!(rtt.last.is_some() && rtt.average == rtt.last);
     for _ in 0..10 {
-        raw.send(&frame(FIN | PONG, &nonce)).await;
+        raw.send(&client_frame(FIN | PONG, &nonce)).await;
     }
     echo(&mut raw).await;
     assert_eq!(fixture.counted(id).await.rtt, rtt, "the same answer once more does not count");
@@ -427,7 +422,7 @@ async fn pongs_that_answer_nothing_count_for_no_round_trip() {
 // ---- resets
 
 /// Reads numbers in the background until `last`; gives back those from the first on.
-fn until_number(mut peer: Peer, last: usize) -> JoinHandle<(Vec<usize>, Peer)> {
+fn until_number(mut peer: Client, last: usize) -> JoinHandle<(Vec<usize>, Client)> {
     tokio::spawn(async move {
         let mut heard = Vec::new();
         while heard.last() != Some(&last) {
@@ -505,14 +500,14 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
     let mut fixture = HubFixture::open(1, config).await;
     let (mut other, _) = fixture.connect().await;
     let (mut modest, _) = fixture.connect_raw().await;
-    modest.send(&frame(FIN | PING, b"ping").repeat(LIMIT)).await;
+    modest.send(&client_frame(FIN | PING, b"ping").repeat(LIMIT)).await;
     for _ in 0..LIMIT {
         assert_eq!(modest.frame().await, Some((PONG, b"ping".to_vec())));
     }
     // Small enough to be read at once, so that it all falls into one second.
     for opcode in [PING, PONG] {
         let (mut flooder, id) = fixture.connect_raw().await;
-        flooder.send(&frame(FIN | opcode, b"ping").repeat(LIMIT * 3)).await;
+        flooder.send(&client_frame(FIN | opcode, b"ping").repeat(LIMIT * 3)).await;
         let answered = if opcode == PING { LIMIT } else { 0 };
         for _ in 0..answered {
             assert_eq!(flooder.frame().await, Some((PONG, b"ping".to_vec())));
@@ -520,7 +515,7 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
         assert_eq!(flooder.close_code().await, Some(1008));
         assert_eq!(fixture.ended().await, (id, CloseReason::ControlFlood));
     }
-    modest.send(&text("me still here")).await;
+    modest.send(&client_text("me still here")).await;
     assert_eq!(modest.recv().await, (TEXT, b"still here".to_vec()));
     other.send_text("me still here").await;
     other.recv_texts(&["still here"]).await;
@@ -533,12 +528,12 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
     let mut fixture =
         HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
     let (mut other, _) = fixture.connect().await;
-    let mut flooder = Raw::connect(fixture.server.address).await;
+    let mut flooder = RawClient::connect(fixture.server.address).await;
     let id: ConnectionId = flooder.recv_text().await.parse().unwrap();
     SockRef::from(&flooder.stream).set_send_buffer_size(16 << 10).unwrap();
-    flooder.send(&text("wait")).await;
+    flooder.send(&client_text("wait")).await;
     // Until nothing more goes out, although its shard has had turn after turn, as the other one shows.
-    let batch = text("me 12345678").repeat(1000);
+    let batch = client_text("me 12345678").repeat(1000);
     let (mut sent, mut in_vain) = (0, 0);
     while in_vain < ATTEMPTS_IN_VAIN {
         match flooder.stream.try_write(&batch[sent % batch.len()..]) {
@@ -557,7 +552,7 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
     assert_eq!(flooder.recv_text().await, "waited");
     other.recv_texts(&["waited"]).await;
     // All that was sent is handled, in whole messages, none twice.
-    let message_bytes = text("me 12345678").len();
+    let message_bytes = client_text("me 12345678").len();
     for _ in 0..sent / message_bytes {
         assert_eq!(flooder.recv_text().await, "12345678");
     }
@@ -566,7 +561,7 @@ async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is
     if missing > 0 {
         assert_eq!(flooder.recv_text().await, "12345678");
     }
-    flooder.send(&text("me over")).await;
+    flooder.send(&client_text("me over")).await;
     assert_eq!(flooder.recv_text().await, "over");
     other.send_text("me served").await;
     other.recv_texts(&["served"]).await;
@@ -638,10 +633,10 @@ async fn others_have_their_turn_between_drops<
     };
     let server = Server::start(Router::new().route("/ws", route)).await;
     let (mut watcher, _) = connect(&server.url("/ws")).await;
-    let mut stalled = Raw::connect_narrow(server.address).await;
+    let mut stalled = RawClient::connect_narrow(server.address).await;
     let id: ConnectionId = stalled.recv_text().await.parse().unwrap();
     // It is told of no drop until its method is over.
-    stalled.send(&text("wait")).await;
+    stalled.send(&client_text("wait")).await;
     watcher.send_text("watch").await;
     within_timeout(told.begun.acquire_many(2)).await.unwrap().forget();
     let dropped = async || {
@@ -700,9 +695,9 @@ async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_r
         any(async move |ws: WebSocketUpgrade| ws.serve(&hub, instance()))
     };
     let server = Server::start(Router::new().route("/ws", route)).await;
-    let mut stalled = Raw::connect_narrow(server.address).await;
+    let mut stalled = RawClient::connect_narrow(server.address).await;
     let id: ConnectionId = stalled.recv_text().await.parse().unwrap();
-    stalled.send(&text("wait")).await;
+    stalled.send(&client_text("wait")).await;
     assert_eq!(stalled.recv_text().await, "waiting");
 
     // To one and to a group, until the client has lost some of both.

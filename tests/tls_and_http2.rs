@@ -4,11 +4,7 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
-use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -16,71 +12,22 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{Method, StatusCode, Version};
 use axum::serve::Listener;
-use fixture::{CommandHub, Peer, Server, command_app, engine, eventually, within_timeout};
 use hyper::client::conn::http2;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use shardcast::{CloseCode, Hub, Shutdown, WsHubConfig};
+use testkit_hub::tls::{TlsListener, TlsPair};
+use testkit_hub::{Client, CommandHub, Server, command_app, engine, eventually, within_timeout};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
-use tokio_rustls::{TlsAcceptor, TlsConnector, client, rustls, server};
-
-/// A server's and a client's configuration that trust each other, both for this protocol.
-fn tls(alpn: &[&str]) -> (TlsAcceptor, TlsConnector) {
-    let ring = || Arc::new(rustls::crypto::ring::default_provider());
-    let alpn: Vec<_> = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
-    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-    let mut server = rustls::ServerConfig::builder_with_provider(ring())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![made.cert.der().clone()], key)
-        .unwrap();
-    server.alpn_protocols = alpn.clone();
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(made.cert.der().clone()).unwrap();
-    let mut client = rustls::ClientConfig::builder_with_provider(ring())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    client.alpn_protocols = alpn;
-    (Arc::new(server).into(), Arc::new(client).into())
-}
-
-/// Accepts TLS connections for `axum::serve`, one after the other: enough for a test.
-struct TlsListener {
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-}
-
-impl Listener for TlsListener {
-    type Io = server::TlsStream<TcpStream>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
-        loop {
-            let (socket, address) = self.listener.accept().await.unwrap();
-            // Out of the engine's reach. Without it the kernel takes some 4 MB for a client that does not read.
-            shardcast::prepare_tcp(&socket).unwrap();
-            if let Ok(stream) = self.acceptor.accept(socket).await {
-                return (stream, address);
-            }
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
+use tokio_rustls::client;
 
 /// One application behind TLS.
 struct TlsServer {
     address: SocketAddr,
-    connector: TlsConnector,
+    tls: TlsPair,
     task: JoinHandle<()>,
 }
 
@@ -92,17 +39,18 @@ impl Drop for TlsServer {
 
 impl TlsServer {
     async fn by_axum(app: Router) -> Self {
-        let (acceptor, connector) = tls(&["http/1.1"]);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tls = TlsPair::new(&["http/1.1"]);
+        // Out of the engine's reach. Without it the kernel takes some 4 MB for a client that does not read.
+        let listener = TlsListener::bind(&tls, |socket| shardcast::prepare_tcp(socket)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let listener = TlsListener { listener, acceptor };
         let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-        Self { address, connector, task }
+        Self { address, tls, task }
     }
 
     /// As an application would without `axum::serve`, for HTTP/2 over TLS.
     async fn by_hyper(app: Router) -> Self {
-        let (acceptor, connector) = tls(&["h2"]);
+        let tls = TlsPair::new(&["h2"]);
+        let acceptor = tls.acceptor();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let task = tokio::spawn(async move {
@@ -117,21 +65,20 @@ impl TlsServer {
                 });
             }
         });
-        Self { address, connector, task }
+        Self { address, tls, task }
     }
 
     async fn stream(&self) -> client::TlsStream<TcpStream> {
         let socket = TcpStream::connect(self.address).await.unwrap();
-        let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-        within_timeout(self.connector.connect(name, socket)).await.unwrap()
+        within_timeout(self.tls.connect(socket)).await.unwrap()
     }
 
     /// A client behind TLS, and its id.
-    async fn connect(&self) -> (Peer<client::TlsStream<TcpStream>>, shardcast::ConnectionId) {
+    async fn connect(&self) -> (Client<client::TlsStream<TcpStream>>, shardcast::ConnectionId) {
         let stream = self.stream().await;
         let (socket, _) =
             within_timeout(tokio_tungstenite::client_async("wss://localhost/ws", stream)).await.unwrap();
-        let mut peer = Peer { socket };
+        let mut peer = Client { socket };
         let id = peer.recv_text().await.parse().unwrap();
         (peer, id)
     }
@@ -158,7 +105,7 @@ where
 /// A client on a stream of an HTTP/2 connection, and its id.
 async fn connect_by_http_2(
     client: &mut http2::SendRequest<Body>,
-) -> (Peer<TokioIo<Upgraded>>, shardcast::ConnectionId) {
+) -> (Client<TokioIo<Upgraded>>, shardcast::ConnectionId) {
     let request = Request::builder()
         .method(Method::CONNECT)
         .version(Version::HTTP_2)
@@ -170,7 +117,7 @@ async fn connect_by_http_2(
     let mut response = within_timeout(client.send_request(request)).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK, "not 101: the stream is the connection");
     let stream = within_timeout(hyper::upgrade::on(&mut response)).await.unwrap();
-    let mut peer = Peer::upgraded(TokioIo::new(stream)).await;
+    let mut peer = Client::upgraded(TokioIo::new(stream)).await;
     let id = peer.recv_text().await.parse().unwrap();
     (peer, id)
 }
@@ -237,7 +184,7 @@ async fn one_broadcast_reaches_clients_that_came_every_way_in_one_order() {
     let (plain, secure) =
         (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
-    let (mut ada, _) = fixture::connect(&plain.url("/ws")).await;
+    let (mut ada, _) = testkit_hub::connect(&plain.url("/ws")).await;
     let (mut bob, _) = secure.connect().await;
     let (mut cyd, cyd_id) = connect_by_http_2(&mut connection).await;
     for round in 0..30 {
@@ -266,7 +213,7 @@ async fn messages_of_a_megabyte_go_both_ways_every_way() {
     let (plain, secure) =
         (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
-    let (mut ada, _) = fixture::connect(&plain.url("/ws")).await;
+    let (mut ada, _) = testkit_hub::connect(&plain.url("/ws")).await;
     let (mut bob, _) = secure.connect().await;
     let (mut cyd, _) = connect_by_http_2(&mut connection).await;
     // Read by all at the same time: a megabyte is more than what may be on its way to one who does not.
@@ -290,7 +237,7 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     let (plain, secure) =
         (Server::start(command_app(hub.clone())).await, TlsServer::by_axum(command_app(hub.clone())).await);
     let (stalled, stalled_id) = secure.connect().await;
-    let (mut ada, _) = fixture::connect(&plain.url("/ws")).await;
+    let (mut ada, _) = testkit_hub::connect(&plain.url("/ws")).await;
     let (mut bob, _) = secure.connect().await;
     let big = "x".repeat(64 << 10);
     for round in 0..MESSAGES {
@@ -336,7 +283,7 @@ async fn a_tls_client_that_has_got_everything_and_its_close_is_reported_as_flush
         readers.push(tokio::spawn(server.connect().await.0.rest()));
     }
     hub.to_all().publish(&"last words".to_owned()).await.unwrap();
-    let shutdown = Shutdown { close_window: Duration::ZERO, ..Shutdown::within(fixture::TEST_TIMEOUT) };
+    let shutdown = Shutdown { close_window: Duration::ZERO, ..Shutdown::within(testkit_hub::TEST_TIMEOUT) };
     let report = within_timeout(engine.shutdown_with(shutdown)).await.unwrap();
     assert_eq!((report.flushed, report.cut_off), (3, 0));
     for reader in readers {

@@ -5,19 +5,17 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test, which tells its numbers")]
 
-mod fixture;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::Poll;
-use std::time::Duration;
 
-use fixture::{Rig, at_once};
 use shardcast_engine::{
     Address, ConnectionConfig, Context, Handler, Message, NewConnection, Payload, Publication, Socket,
 };
+use testkit::time::DAY;
+use testkit::{Rig, at_once};
 
 struct Counting;
 
@@ -48,7 +46,6 @@ impl Handler for Silent {
     }
 }
 
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const PUBLICATIONS: usize = 100;
 
 fn with_sinks(count: usize) -> Rig {

@@ -4,14 +4,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::task::Poll;
 
-use fixture::{Peer, Rig, at_once, new_connection_with};
 use shardcast_engine::{
     Address, ConnectionConfig, Context, EngineConfig, Handler, Message, Namespace, Payload, Publication,
 };
+use testkit::client::new_connection_with;
+use testkit::{RawClient, Rig, at_once};
 
 /// Answers messages: `all…` to everyone, `both…` to everyone and then `you both…` to its client, anything
 /// else to its client.
@@ -35,11 +34,11 @@ impl Handler for Speaker {
     }
 }
 
-fn rig(peers: usize) -> (Rig, Vec<Peer>) {
+fn rig(peers: usize) -> (Rig, Vec<RawClient>) {
     rig_reading(peers, EngineConfig::default().read_buffer_bytes)
 }
 
-fn rig_reading(peers: usize, read_buffer_bytes: usize) -> (Rig, Vec<Peer>) {
+fn rig_reading(peers: usize, read_buffer_bytes: usize) -> (Rig, Vec<RawClient>) {
     let engine = EngineConfig { shards: Some(1), read_buffer_bytes, ..EngineConfig::default() };
     let mut rig = Rig::with(engine, ConnectionConfig::default());
     let peers = (0..peers)

@@ -6,19 +6,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::time::Duration;
 
-use fixture::{Client, Received, Rig, Sender, Task};
 use shardcast_engine::{
     Address, CloseReason, ConnectionAudit, ConnectionConfig, EngineConfig, Payload, Policy, Publication,
     PublishError,
 };
-
-const fn ms(millis: u64) -> Duration {
-    Duration::from_millis(millis)
-}
+use testkit::time::ms;
+use testkit::{Client, Received, Rig, Sender, Task};
 
 fn bytes(count: usize) -> Payload {
     Payload::text(&"x".repeat(count))
@@ -247,12 +242,12 @@ fn a_publisher_under_block_waits_for_every_congested_member() {
     let everyone = rig.everyone.clone();
     let blocking = Sender::new(&everyone, Some(Policy::Block));
     for (id, group) in [(other.id(), "a"), (behind.id(), "b")] {
-        fixture::at_once(everyone.join(id, group)).unwrap();
+        testkit::at_once(everyone.join(id, group)).unwrap();
     }
     blocking.try_publish(Publication::message(Address::Connection(behind.id()), bytes(150_000))).unwrap();
     rig.settle(); // what the kernel has not taken fills its outbox
     // A member counts in a group as soon as its join is in flight.
-    fixture::at_once(everyone.join(behind.id(), "c")).unwrap();
+    testkit::at_once(everyone.join(behind.id(), "c")).unwrap();
     let targets = [Address::Everyone, Address::groups(["a", "b"]), Address::group("b"), Address::group("c")];
     let mut publishers: Vec<_> = targets.map(|to| publishing(&blocking, to, 10)).into();
     publishers.push(publishing(&everyone, Address::Connection(behind.id()), 10));
@@ -277,7 +272,7 @@ fn a_congested_connection_counts_in_a_group_as_soon_as_its_join_is_in_flight() {
     let everyone = rig.everyone.clone();
     everyone.try_publish(Publication::message(Address::Connection(behind.id()), bytes(150_000))).unwrap();
     rig.settle();
-    fixture::at_once(everyone.join(behind.id(), "a")).unwrap();
+    testkit::at_once(everyone.join(behind.id(), "a")).unwrap();
     let mut publisher = publishing(&everyone, Address::group("a"), 10);
     assert_eq!(publisher.poll(), None, "no shard has taken a turn");
     rig.settle();
@@ -394,7 +389,7 @@ fn a_frame_of_any_size_follows_a_small_one_that_was_sent_just_before() {
 #[test]
 fn a_publication_to_many_healthy_clients_counts_once_against_the_budget() {
     const CLIENTS: usize = 1100;
-    fixture::ask_for_descriptors(2 * CLIENTS as u64 + 200);
+    testkit::client::ask_for_descriptors(2 * CLIENTS as u64 + 200);
     let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
     let mut rig = Rig::with(engine, ConnectionConfig::default());
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| rig.connect_at_once()).collect();
@@ -535,12 +530,12 @@ fn messages_of_a_client_that_has_closed_are_discarded_first() {
         }
     };
     // It has sent a long message while its handler was busy, and then closed.
-    say(&mut rig, &mut clients[0], &fixture::client_frame(0x81, b"wait"));
-    let close = fixture::client_frame(0x88, &1000u16.to_be_bytes());
-    let said = [fixture::client_frame(0x82, &vec![b'x'; 800_000]), close].concat();
+    say(&mut rig, &mut clients[0], &testkit::frames::client_frame(0x81, b"wait"));
+    let close = testkit::frames::client_frame(0x88, &1000u16.to_be_bytes());
+    let said = [testkit::frames::client_frame(0x82, &vec![b'x'; 800_000]), close].concat();
     say(&mut rig, &mut clients[0], &said);
     assert!(rig.engine.metrics().unfinished_bytes > 800_000, "the test must hold messages");
-    say(&mut rig, &mut clients[1], &fixture::client_frame(0x01, &vec![b'x'; 500_000]));
+    say(&mut rig, &mut clients[1], &testkit::frames::client_frame(0x01, &vec![b'x'; 500_000]));
     assert_eq!(clients[1].record().ends, [], "there is room without what the other has left");
     assert!(rig.engine.metrics().unfinished_bytes <= 1 << 20);
     clients[0].release();
@@ -557,7 +552,7 @@ fn above_the_budget_for_unfinished_messages_the_largest_is_ended() {
     let mut clients = rig.connect_many(3);
     // Each sends a fragment, the last of which exceeds the limit for all.
     for (client, length) in clients.iter_mut().zip([100_000, 600_000, 450_000]) {
-        let frame = fixture::client_frame(0x01, &vec![b'x'; length]);
+        let frame = testkit::frames::client_frame(0x01, &vec![b'x'; length]);
         let mut said = 0;
         while said < frame.len() {
             said += client.peer.send_some(&frame[said..]);
@@ -626,7 +621,7 @@ fn above_the_budget_closing_connections_are_dropped_before_open_ones_are_ended()
     send_to(&mut rig, &clients[0], 70);
     send_to(&mut rig, &clients[1], 20);
     let code = shardcast_engine::CloseCode(4000);
-    fixture::at_once(
+    testkit::at_once(
         rig.everyone.publish(Publication::close(Address::Connection(clients[0].id()), code, "bye").unwrap()),
     )
     .unwrap();
@@ -659,7 +654,7 @@ fn above_the_budget_each_shard_sheds_its_part_of_the_excess() {
 fn above_the_budget_a_connection_that_is_due_to_be_flushed_is_not_ended() {
     // More than are flushed in one turn; all but the first read, and receive what the turn did not write.
     const CLIENTS: usize = 600;
-    fixture::ask_for_descriptors(2 * CLIENTS as u64 + 200);
+    testkit::client::ask_for_descriptors(2 * CLIENTS as u64 + 200);
     let (mut rig, slow) = on_a_budget(1, 1);
     rig.send_buffer = 1 << 16;
     let mut clients = rig.connect_many(CLIENTS - 1);

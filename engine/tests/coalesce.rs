@@ -4,12 +4,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::time::Duration;
 
-use fixture::{Client, Received, Rig};
 use shardcast_engine::{Address, ConnectionConfig, EngineConfig, Payload, Publication};
+use testkit::{Client, Received, Rig};
 
 const COALESCE: Duration = Duration::from_millis(5);
 
@@ -88,7 +86,7 @@ fn without_it_an_idle_shard_writes_at_once() {
 fn a_close_follows_coalesced_frames() {
     let (mut rig, mut clients) = rig(COALESCE);
     publish(&mut rig, "last words");
-    fixture::at_once(
+    testkit::at_once(
         rig.everyone
             .publish(Publication::close(Address::Everyone, shardcast_engine::CloseCode::NORMAL, "").unwrap()),
     )

@@ -5,8 +5,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -14,11 +12,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::mpsc::channel;
 use std::thread;
 
-use fixture::{Client, Received, Rig, Task, at_once, block_on, lock, new_connection};
 use shardcast_engine::{
     Address, AdoptError, CloseCode, CloseReason, ConnectionConfig, Encoding, Engine, EngineConfig, Frame,
     Payload, Publication,
 };
+use testkit::client::new_connection;
+use testkit::{Client, Received, Rig, Task, at_once, block_on, lock};
 
 const EVERYONE: Address = Address::Everyone;
 const PREFIX: &str = "prefixed ";

@@ -6,23 +6,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::io::Read as _;
 use std::net::Shutdown as Half;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use fixture::{Client, Received, Rig, SlowToPart, Task, at_once, client_frame, lock, new_connection};
 use shardcast_engine::{
     Address, AdoptError, CloseCode, CloseReason, ConnectionConfig, EngineConfig, FrameError,
     GROUP_NAME_BYTES_MAX, InvalidCloseCode, Payload, Policy, Publication, PublishError, Shutdown,
     ShutdownReport,
 };
-
-const fn ms(millis: u64) -> Duration {
-    Duration::from_millis(millis)
-}
+use testkit::client::new_connection;
+use testkit::frames::client_frame;
+use testkit::handler::SlowToPart;
+use testkit::time::ms;
+use testkit::{Client, Received, Rig, Task, at_once, lock};
 
 fn data(text: &str) -> Received {
     Received::Data(text.into())

@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::io::Write;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,11 +10,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::Context as TaskContext;
 use std::task::Poll;
 
-use fixture::{Peer, Rig, at_once, client_frame, new_connection_with};
 use shardcast_engine::{
     Address, ConnectionConfig, Context, EngineConfig, Handler, Message, Namespace, Payload, Publication,
     PublishError,
 };
+use testkit::client::new_connection_with;
+use testkit::frames::client_frame;
+use testkit::{RawClient, Rig, at_once};
 
 const CLIENTS: usize = 4;
 
@@ -59,7 +59,7 @@ fn clients_that_send_as_fast_as_they_can_share_a_shard_evenly() {
         let engine =
             EngineConfig { shards: Some(1), log_capacity, mailbox_capacity, ..EngineConfig::default() };
         let mut rig = Rig::with(engine, ConnectionConfig::default());
-        let mut flooders: Vec<(Peer, Arc<AtomicU64>)> = Vec::new();
+        let mut flooders: Vec<(RawClient, Arc<AtomicU64>)> = Vec::new();
         for _ in 0..CLIENTS {
             let handled = Arc::new(AtomicU64::new(0));
             let publisher =

@@ -3,15 +3,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::sync::{Arc, Mutex};
 
-use fixture::{Client, Rig, at_once, lock};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, ConnectionId, GROUP_NAME_BYTES_MAX, Payload,
     Publication, PublishError,
 };
+use testkit::{Client, Rig, at_once, lock};
 
 fn members(rig: &mut Rig, to: &Address) -> Vec<ConnectionId> {
     let parts = Arc::new(Mutex::new(Vec::new()));

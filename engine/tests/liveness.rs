@@ -6,25 +6,20 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use fixture::{Client, Peer, Received, Rig, at_once, block_on, client_frame, lock, new_tcp_connection};
 use shardcast_engine::{
     Address, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, Handler, Message, Payload, Policy,
     Publication,
 };
-
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-
-const fn ms(millis: u64) -> Duration {
-    Duration::from_millis(millis)
-}
+use testkit::client::new_tcp_connection;
+use testkit::frames::client_frame;
+use testkit::time::{DAY, ms};
+use testkit::{Client, RawClient, Received, Rig, at_once, block_on, lock};
 
 /// Pings each `interval`, which must be answered within `timeout`.
 fn beating(interval: u64, timeout: u64) -> ConnectionConfig {
@@ -40,7 +35,7 @@ fn coalescing(coalesce: Duration, config: ConnectionConfig) -> Rig {
 }
 
 /// Lets time pass until the client receives a ping; returns its nonce.
-fn await_ping(rig: &mut Rig, peer: &mut Peer) -> Vec<u8> {
+fn await_ping(rig: &mut Rig, peer: &mut RawClient) -> Vec<u8> {
     for _ in 0..1000 {
         rig.pass(ms(20));
         for received in peer.receive() {
@@ -91,7 +86,7 @@ fn answered_but_busy(stuck: Stuck, is_tcp: bool, config: ConnectionConfig) -> (R
     let mut rig = Rig::with(engine, config);
     let (new_connection, mut client) = match is_tcp {
         true => new_tcp_connection(&rig.engine, &rig.config),
-        false => fixture::new_connection(&rig.engine, &rig.config, 1 << 16),
+        false => testkit::client::new_connection(&rig.engine, &rig.config, 1 << 16),
     };
     at_once(rig.everyone.adopt(new_connection)).unwrap();
     rig.settle();
@@ -185,13 +180,13 @@ fn a_neighbour_that_blocks_the_shard_is_no_round_trip() {
     let everyone = engine.namespace();
     let policy = Policy::DropOnHighRtt { max_rtt: MAX, rtt_samples: 2 };
     let config = Arc::new(ConnectionConfig { policy, ..beating(50, 60_000) });
-    let (new_connection, client) = fixture::new_connection(&engine, &config, 1 << 16);
+    let (new_connection, client) = testkit::client::new_connection(&engine, &config, 1 << 16);
     block_on(everyone.adopt(new_connection)).unwrap();
     let (done, is_done) = channel();
     // A ping is written in the turn after the one in which it is due, and its pong read two turns later.
     let blocker = Blocker { time: 2 * MAX + AWAY, turns: 6, done };
     let (new_connection, mut neighbour) =
-        fixture::new_connection_with(&engine, &config, 1 << 16, Box::new(|_| Box::new(blocker)));
+        testkit::client::new_connection_with(&engine, &config, 1 << 16, Box::new(|_| Box::new(blocker)));
     block_on(everyone.adopt(new_connection)).unwrap();
     let Client { mut peer, record } = client;
     let idle = std::thread::spawn(move || {
@@ -268,7 +263,7 @@ fn a_pong_that_is_read_in_the_turn_in_which_its_time_is_over_counts() {
 fn a_client_whose_input_is_still_unread_is_not_silent() {
     // More than one turn can read.
     const CLIENTS: usize = 1100;
-    fixture::ask_for_descriptors(2 * CLIENTS as u64 + 200);
+    testkit::client::ask_for_descriptors(2 * CLIENTS as u64 + 200);
     let quiet = beating(86_400_000, 1000);
     for config in [
         ConnectionConfig { idle_timeout: Some(ms(1000)), ..quiet.clone() },
@@ -561,7 +556,7 @@ fn a_client_that_is_silent_while_its_handler_is_busy_is_silent() {
 // ---- Who is given up --------------------------------------------------------------------------------------------
 
 /// Sends messages until the client's own kernel accepts no more, and reads nothing.
-fn flood(rig: &mut Rig, peer: &mut Peer) {
+fn flood(rig: &mut Rig, peer: &mut RawClient) {
     let messages = client_frame(0x81, &[b'x'; 1000]).repeat(100);
     for _ in 0..50 {
         let _ = peer.send_some(&messages);
@@ -600,7 +595,7 @@ fn a_client_that_never_reads_is_ended_whatever_it_sends() {
 #[test]
 fn a_silent_client_is_ended_even_if_more_send_than_one_turn_can_read() {
     let mut rig = Rig::one(beating(200, 200));
-    fixture::ask_for_descriptors(3000);
+    testkit::client::ask_for_descriptors(3000);
     let mut talkers: Vec<_> = (0..1200).map(|_| rig.connect_at_once()).collect();
     let (mut prompt, silent) = (rig.connect_at_once(), rig.connect_at_once());
     rig.settle();
@@ -721,7 +716,7 @@ fn a_policy_of_one_message_judges_by_its_own_number_of_round_trips() {
         let mut rig = Rig::one(beating(1000, 900));
         let mut client = rig.connect();
         let judging = |max_rtt, rtt_samples| {
-            fixture::Sender::new(&rig.everyone, Some(Policy::DropOnHighRtt { max_rtt, rtt_samples }))
+            testkit::Sender::new(&rig.everyone, Some(Policy::DropOnHighRtt { max_rtt, rtt_samples }))
         };
         let (patient, strict) = (judging(ms(500), 3), judging(ms(250), rtt_samples));
         for rtt in [400, 400, 10] {

@@ -6,14 +6,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::task::Poll;
 
-use fixture::{Client, Received, Rig, Task, at_once, new_connection_with};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, Context, Handler, Message, Namespace, Payload, Publication,
 };
+use testkit::client::new_connection_with;
+use testkit::{Client, Received, Rig, Task, at_once};
 
 fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
     rig.everyone.try_publish(Publication::message(to, Payload::text(text))).unwrap();

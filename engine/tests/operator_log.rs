@@ -2,14 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use fixture::{Client, Rig, lock};
 use shardcast_engine::{ConnectionConfig, EngineConfig, FrameError};
+use testkit::{Client, Rig, lock};
 use tracing::subscriber::DefaultGuard;
 
 /// What this thread logs at `info` and above, for as long as the guard exists.

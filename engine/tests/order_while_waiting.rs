@@ -6,17 +6,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use fixture::{Client, Rig, Task, at_once};
 use shardcast_engine::{
     Address, ConnectionConfig, ConnectionId, EngineConfig, GroupMetrics, Handler, Message, Namespace,
     Payload, Publication, PublishError, Shutdown,
 };
+use testkit::{Client, Rig, Task, at_once};
 
 /// An engine whose log holds four publications.
 fn narrow_log(shards: usize) -> Rig {
@@ -247,8 +245,8 @@ fn publications_before_a_handlers_close_arrive_even_if_the_mailbox_is_full() {
             at_once(rig.everyone.connection_metrics("0000000000000000".parse().unwrap(), |_| ())).unwrap();
         }
         rig.settle();
-        let data = |text: &str| fixture::Received::Data(text.into());
-        let closed = [fixture::Received::Close(Some(4000)), fixture::Received::End];
+        let data = |text: &str| testkit::Received::Data(text.into());
+        let closed = [testkit::Received::Close(Some(4000)), testkit::Received::End];
         let received = peer.receive_and_answer();
         assert_eq!(received[..3], [data("one"), data("two"), data("three")], "full: {is_full}");
         assert_eq!(received[3..], closed, "full: {is_full}");

@@ -2,13 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 
-use fixture::{Rig, Task, at_once, lock};
 use shardcast_engine::{Address, Context, Handler, Message, Payload, Position, Publication};
+use testkit::{Rig, Task, at_once, lock};
 
 /// Sends, lets everything settle, and returns the position.
 fn send(rig: &mut Rig, to: Address, text: &str) -> Position {

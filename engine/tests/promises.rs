@@ -6,19 +6,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
-use fixture::{Client, Peer, Received, Rig, Task, at_once, block_on, client_frame, new_connection};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, ConnectionId, Engine, EngineConfig, FrameError,
     MessageKind, Namespace, Payload, Policy, Publication, PublishError, Socket, TryPublishError,
 };
+use testkit::client::new_connection;
+use testkit::frames::client_frame;
+use testkit::{Client, RawClient, Received, Rig, Task, at_once, block_on};
 
 const EVERYONE: Address = Address::Everyone;
 
@@ -44,7 +44,7 @@ fn threaded(shards: usize) -> (Engine, Namespace, Arc<ConnectionConfig>) {
 }
 
 /// A client of an engine that has threads, and its id.
-fn enter(engine: &Engine, everyone: &Namespace, config: &Arc<ConnectionConfig>) -> (Peer, ConnectionId) {
+fn enter(engine: &Engine, everyone: &Namespace, config: &Arc<ConnectionConfig>) -> (RawClient, ConnectionId) {
     let (new_connection, client) = new_connection(engine, config, 1 << 16);
     block_on(everyone.adopt(new_connection)).unwrap();
     let Client { mut peer, record } = client;
@@ -71,7 +71,7 @@ fn all_connections_see_one_order() {
     let (engine, everyone, config) = threaded(3);
     let peers: Vec<_> = (0..9).map(|_| enter(&engine, &everyone, &config).0).collect();
     std::thread::scope(|scope| {
-        let stay = |mut peer: Peer| {
+        let stay = |mut peer: RawClient| {
             let mut order = peer.wait_data_until(|text| text == "end");
             order.retain(|text| !text.starts_with("hello"));
             order
@@ -762,7 +762,7 @@ fn a_flooding_client_is_read_no_more_in_one_turn_than_its_share() {
 fn a_connection_in_a_reused_slot_is_read_to_its_end() {
     let mut rig = Rig::new(1);
     drop(rig.connect().peer);
-    let (new_connection, mut second) = fixture::new_connection(&rig.engine, &rig.config, 4096);
+    let (new_connection, mut second) = testkit::client::new_connection(&rig.engine, &rig.config, 4096);
     at_once(rig.everyone.adopt(new_connection)).unwrap();
     second.peer.text("last words");
     second.peer.close(1000);
@@ -985,7 +985,7 @@ fn ends() -> Vec<End> {
 }
 
 /// Answers the pings that have arrived; fails on any other input except the end of the stream.
-fn answer_pings(peer: &mut Peer) {
+fn answer_pings(peer: &mut RawClient) {
     for received in peer.receive() {
         match received {
             Received::Ping(nonce) => peer.send_frame(0x8A, &nonce),

@@ -6,32 +6,26 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use fixture::{Client, Received, Rig, Sender, Task, at_once, lock};
 use proptest::prelude::*;
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, Delivery, DropCause, EngineConfig,
     GroupMetrics, Payload, Policy, Publication, PublishError, Receipt,
 };
+use testkit::sender::DROP_AT_ONCE;
+use testkit::time::{DAY, ms};
+use testkit::{Client, Received, Rig, Sender, Task, at_once, lock};
 
 const EVERYONE: Address = Address::Everyone;
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const DROP: Policy = Policy::DropMessage { timeout: MS20 };
-const DROP_AT_ONCE: Policy = Policy::DropMessage { timeout: Duration::ZERO };
 const MS20: Duration = ms(20);
 /// How late a timer may be, for a ping and for its missing answer.
 const TWO_TICKS: Duration = ms(50);
 const OUTBOX_FRAMES: usize = 4;
 
 type Sending = Task<'static, Result<Receipt, PublishError>>;
-
-const fn ms(millis: u64) -> Duration {
-    Duration::from_millis(millis)
-}
 
 /// A frame of some 1,000 bytes that begins with `text`.
 fn big(text: impl std::fmt::Display) -> Payload {
@@ -1140,7 +1134,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
                 if waits {
                     client.release();
                 } else {
-                    let frame = fixture::client_frame(0x81, b"wait");
+                    let frame = testkit::frames::client_frame(0x81, b"wait");
                     let _ = std::io::Write::write_all(&mut client.peer.stream, &frame);
                 }
             }
@@ -1240,7 +1234,8 @@ fn read_some(clients: &mut [Client], client: usize, bytes: usize, data_received:
         match received {
             Received::Data(_) => data_received[client] += 1,
             Received::Ping(nonce) => {
-                let _ = std::io::Write::write_all(&mut peer.stream, &fixture::client_frame(0x8A, &nonce));
+                let _ =
+                    std::io::Write::write_all(&mut peer.stream, &testkit::frames::client_frame(0x8A, &nonce));
             }
             _ => {}
         }

@@ -9,18 +9,18 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that tells what it did")]
 
-mod fixture;
-
 use std::collections::HashSet;
 use std::io::Write;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fixture::{Client, Peer, Received, block_on, client_frame, new_connection};
 use shardcast_engine::{
     Address, ConnectionConfig, ConnectionId, Engine, EngineConfig, Namespace, Payload, Publication,
 };
+use testkit::client::new_connection;
+use testkit::frames::client_frame;
+use testkit::{Client, RawClient, Received, block_on};
 
 /// After this time an engine counts as stuck, however busy the machine is.
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -51,7 +51,7 @@ fn pause(state: &mut u64, one_in: u64, micros: u64) {
 }
 
 /// Reads until each publisher has sent its last message; returns what was received.
-fn read(mut peer: Peer, publishers: u64, mut state: u64) -> Vec<String> {
+fn read(mut peer: RawClient, publishers: u64, mut state: u64) -> Vec<String> {
     let (mut received, mut ends) = (Vec::new(), 0);
     while ends < publishers {
         pause(&mut state, 40, 2000);

@@ -5,21 +5,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::net::Shutdown as Half;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use fixture::{Client, ClosesAtDrop, Received, Rig, SlowToPart, Task, at_once, lock, new_connection};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, EngineConfig, Payload, Policy, Publication, Shutdown,
     ShutdownReport, Socket,
 };
-
-const fn ms(millis: u64) -> Duration {
-    Duration::from_millis(millis)
-}
+use testkit::client::new_connection;
+use testkit::handler::{ClosesAtDrop, SlowToPart};
+use testkit::time::ms;
+use testkit::{Client, Received, Rig, Task, at_once, lock};
 
 const fn seconds(seconds: u64) -> Duration {
     ms(1000 * seconds)
@@ -394,7 +391,7 @@ fn on_a_bridge_only_a_client_that_ends_the_stream_has_everything() {
             let (mut new_connection, mut client) = new_connection(&rig.engine, &rig.config, 4096);
             let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
             new_connection.socket = Socket::bridge(ours);
-            client.peer = fixture::Peer::new(theirs);
+            client.peer = testkit::RawClient::new(theirs);
             at_once(rig.everyone.adopt(new_connection)).unwrap();
             client
         })

@@ -6,8 +6,6 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
-mod fixture;
-
 use std::io::Write as _;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -15,11 +13,12 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::task::{Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use fixture::{Peer, Received, at_once, block_on, new_connection_with};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, Context, Engine, EngineConfig, EngineState, Handler,
     InvalidCloseCode, Message, Namespace, Payload, Publication, PublishError, Shutdown, ShutdownReport,
 };
+use testkit::client::new_connection_with;
+use testkit::{RawClient, Received, at_once, block_on};
 
 /// After this time an awaited event counts as missing, however busy the machine is.
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -87,7 +86,7 @@ fn engine(shards: usize, pin: bool) -> Engine {
     Engine::start(EngineConfig { shards: Some(shards), pin, ..EngineConfig::default() }).unwrap()
 }
 
-fn adopt<H: Handler + Send + 'static>(engine: &Engine, namespace: &Namespace, handler: H) -> Peer {
+fn adopt<H: Handler + Send + 'static>(engine: &Engine, namespace: &Namespace, handler: H) -> RawClient {
     let config = Arc::new(ConnectionConfig::default());
     let (new_connection, peer) =
         new_connection_with(engine, &config, 1 << 20, Box::new(|_| Box::new(handler)));
@@ -289,8 +288,8 @@ struct HeldUp {
     engine: Engine,
     namespace: Namespace,
     shard: usize,
-    held: Peer,
-    other: Peer,
+    held: RawClient,
+    other: RawClient,
 }
 
 const NAME: &str = "the blocked namespace";
@@ -308,12 +307,12 @@ fn held_up() -> HeldUp {
     HeldUp { open, engine, namespace, shard, held, other }
 }
 
-fn hears_1001_and_the_end(mut peer: Peer) {
+fn hears_1001_and_the_end(mut peer: RawClient) {
     soon(move || {
         let received: Vec<Received> = std::iter::from_fn(|| {
             let received = peer.wait();
             if received == Received::Close(Some(1001)) {
-                let _ = peer.stream.write_all(&fixture::client_frame(0x88, &1001_u16.to_be_bytes())); // it may be late
+                let _ = peer.stream.write_all(&testkit::frames::client_frame(0x88, &1001_u16.to_be_bytes())); // it may be late
             }
             Some(received)
         })
@@ -442,7 +441,7 @@ fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_changes_nothing() 
 fn an_engine_that_is_driven_is_over_when_its_shards_are_dropped() {
     let config = EngineConfig { shards: Some(2), ..EngineConfig::default() };
     let (engine, mut shards) = Engine::driven(config, Instant::now()).unwrap();
-    let mut ending = fixture::Task::new(engine.shutdown(shutdown(Duration::ZERO)));
+    let mut ending = testkit::Task::new(engine.shutdown(shutdown(Duration::ZERO)));
     while let Some(shard) = shards.pop() {
         assert_eq!((ending.poll(), engine.state()), (None, EngineState::Stopping));
         drop(shard);

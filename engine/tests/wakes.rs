@@ -6,12 +6,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-mod fixture;
-
 use std::time::Duration;
 
-use fixture::{Client, ClosesAtDrop, Rig, Task, at_once};
 use shardcast_engine::{Address, ConnectionConfig, EngineConfig, Payload, Policy, Publication};
+use testkit::handler::ClosesAtDrop;
+use testkit::{Client, Rig, Task, at_once};
 
 fn asleep(shards: usize) -> Rig {
     let engine = EngineConfig { shards: Some(shards), ..EngineConfig::default() };

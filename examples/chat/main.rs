@@ -1,12 +1,12 @@
-//! A chat: named rooms, who is in them, join and leave notices, timestamps, guests who come back.
+//! A chat: named rooms, member lists, join and leave notices, timestamps, and users who reconnect.
 //!
-//! `cargo run --release --example chat`, then open http://127.0.0.1:3000 in two tabs.
-//! `--port P` takes another port (0: any). SIGTERM and Ctrl-C end it in order. One hub value for each connection; a
-//! room is a group. Who is in a room is kept beside the groups, because names are the application's.
+//! `cargo run --release --example chat`, then open http://127.0.0.1:3000 in two tabs. `--port P` selects another port
+//! (0: any). SIGTERM and Ctrl-C shut it down gracefully. Each connection has its own hub value; a room is a group.
+//! The member lists are stored beside the groups, because names belong to the application.
 //!
-//! A guest may bring a token, which only the server sees. Who comes back with the token of a connection that is still
-//! in the room, for the network may have died without a word, takes it over: same name, no notices, and the old
-//! connection is closed with 4001.
+//! A user may send a token, which only the server sees. A user who reconnects with the token of a connection that is
+//! still in the room, for instance because the network failed silently, replaces that connection: the name stays, there
+//! are no notices, and the old connection is closed with 4001.
 
 #![allow(clippy::print_stdout)]
 
@@ -27,15 +27,15 @@ use shardcast::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Characters in a name or the name of a room.
+/// Most characters in the name of a user or a room.
 const NAME_MAX: usize = 32;
-/// Bytes in a token.
+/// Most bytes in a token.
 const TOKEN_MAX: usize = 64;
-/// Characters in a message.
+/// Most characters in a message.
 const TEXT_MAX: usize = 2000;
-/// The guest goes on in another connection. The page does not come back by itself on a code of the 4000s.
+/// The user continues on another connection. The page does not reconnect after a code from 4000 to 4999.
 const TAKEN_OVER: CloseCode = CloseCode(4001);
-/// Time for what was said to arrive at its end, and for the Close frames.
+/// Time at shutdown to deliver the published messages and the Close frames.
 const SHUTDOWN_WITHIN: Duration = Duration::from_secs(5);
 /// Time for HTTP responses after that.
 const LAST_RESPONSES_WITHIN: Duration = Duration::from_secs(1);
@@ -46,8 +46,8 @@ enum FromGuest {
     Say {
         text: String,
     },
-    /// Who is in the room? Asked once after the welcome: whoever came between that and the guest's becoming a member
-    /// of the group was announced without being heard.
+    /// Requests the member list. The page sends it once after the welcome, because it has missed the notice of a user
+    /// who joined after the welcome and before the connection joined the group.
     Who,
 }
 
@@ -84,16 +84,16 @@ enum ToGuest {
     },
 }
 
-/// Who is in a room, in the order of their coming.
+/// The member list of a room, in the order in which they joined.
 #[derive(Clone, Serialize)]
 struct Members {
     members: Vec<Arc<str>>,
-    /// Grows with every change. Two that come at once are announced in any order; the list with the larger number is
+    /// Grows with every change. Concurrent changes may be announced in either order; the list with the larger number is
     /// the newer one.
     change: u64,
 }
 
-/// Who is in which room. Locked for an instant only, never across an await.
+/// The members of all rooms. The lock is held briefly and never across an await.
 #[derive(Default)]
 struct Rooms(Mutex<Registry>);
 
@@ -112,7 +112,7 @@ struct Member {
 struct Entered {
     name: Arc<str>,
     members: Members,
-    /// The guest's own connection whose place this one has taken.
+    /// The user's earlier connection, which this one replaces.
     former: Option<ConnectionId>,
 }
 
@@ -128,8 +128,8 @@ impl Rooms {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a guest in: under the name that the token has in this room, or else the wished one or the next free one
-    /// like it.
+    /// Adds a member: under the name that the token has in this room, or else under the requested name, with a number
+    /// if it is taken.
     fn enter(&self, room: &Arc<str>, wished: &str, token: &Arc<str>, id: ConnectionId) -> Entered {
         let mut registry = self.registry();
         let members = registry.rooms.entry(room.clone()).or_default();
@@ -145,12 +145,12 @@ impl Rooms {
         Entered { name, members: registry.members(room), former: None }
     }
 
-    /// Lets a connection out: none if another one has taken its place.
+    /// Removes a connection's member; `None` if another connection has replaced it.
     fn leave(&self, room: &Arc<str>, id: ConnectionId) -> Option<(Arc<str>, Members)> {
         let mut registry = self.registry();
         let members = registry.rooms.get_mut(room)?;
-        let place = members.iter().position(|member| member.id == id)?;
-        let name = members.remove(place).name;
+        let index = members.iter().position(|member| member.id == id)?;
+        let name = members.remove(index).name;
         if members.is_empty() {
             registry.rooms.remove(room);
         }
@@ -159,7 +159,8 @@ impl Rooms {
     }
 }
 
-/// `Ada`, `Ada (2)`, `Ada (3)` and so on, none longer than a name may be: it is what a guest wishes for on coming back.
+/// `Ada`, `Ada (2)`, `Ada (3)` and so on, all within [`NAME_MAX`], because a user requests the same name on
+/// reconnecting.
 fn names_like(wished: &str) -> impl Iterator<Item = String> {
     let numbered = |n: u64| {
         let number = format!(" ({n})");
@@ -169,13 +170,13 @@ fn names_like(wished: &str) -> impl Iterator<Item = String> {
     std::iter::once(wished.to_owned()).chain((2..).map(numbered))
 }
 
-/// One guest's connection.
+/// One user's connection.
 struct Guest {
     rooms: Arc<Rooms>,
     room: Arc<str>,
     wished: String,
     token: Arc<str>,
-    /// The guest's name in the room. None until the guest is let in.
+    /// The user's name in the room. `None` until the user has joined.
     name: Option<Arc<str>>,
 }
 
@@ -187,15 +188,18 @@ impl StatefulHub for Guest {
     async fn on_connected(&mut self, ctx: HubContext<Stateful<Self>>) -> Result<(), Refusal> {
         let is_name = |name: &str| !name.trim().is_empty() && name.chars().count() <= NAME_MAX;
         if !is_name(&self.wished) || !is_name(&self.room) {
-            return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "name and room have 1 to 32 characters"));
+            return Err(Refusal::new(
+                CloseCode::POLICY_VIOLATION,
+                "the names of user and room must have 1 to 32 characters",
+            ));
         }
         if self.token.len() > TOKEN_MAX {
-            return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "a token has at most 64 bytes"));
+            return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "a token must have at most 64 bytes"));
         }
         let Entered { name, members, former } =
             self.rooms.enter(&self.room, self.wished.trim(), &self.token, ctx.id());
         self.name = Some(name.clone());
-        // One after the other by one task: every guest sees them in this order.
+        // One task publishes these in sequence, so every client sees them in this order (causal order).
         let (you, room) = (name.clone(), self.room.clone());
         ctx.unicast(ToGuest::Welcome { you, room, members: members.clone(), at: now() }).await;
         if former.is_none() {
@@ -203,7 +207,7 @@ impl StatefulHub for Guest {
         }
         ctx.add_to_group(&self.room).await;
         if let Some(former) = former {
-            let reason = "you came back on another connection";
+            let reason = "you have connected again on another connection";
             // Fails only while the server is shutting down.
             ctx.clients().disconnect(former, TAKEN_OVER, reason).await.ok();
         }
@@ -220,7 +224,7 @@ impl StatefulHub for Guest {
             }
         };
         if text.trim().is_empty() || text.chars().count() > TEXT_MAX {
-            let why = format!("a message has 1 to {TEXT_MAX} characters");
+            let why = format!("a message must have 1 to {TEXT_MAX} characters");
             return ctx.unicast(ToGuest::Refused { why }).await;
         }
         ctx.broadcast_group(&self.room, ToGuest::Said { name: name.clone(), text, at: now() }).await;
@@ -279,13 +283,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .route("/ws", any(enter))
         .with_state(chat);
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
-    // Before anybody can know that it is there.
+    // Before the line that says that the server is ready: a signal after it must not end the process at once.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     println!("listening on http://{}", listener.local_addr()?);
 
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let serving = axum::serve(listener, app).with_graceful_shutdown(async {
-        let _ = ended.await; // it is dropped
+        let _ = ended.await; // never sent, only dropped
     });
     let mut serving = tokio::spawn(serving.into_future());
     tokio::select! {
@@ -293,11 +297,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    // First the engine: axum does not know the connections that were upgraded. Guests get all that was said and a
-    // Close frame (1001); who comes now gets 503.
+    // First the engine, because axum does not know upgraded connections. Clients get all published messages and a Close
+    // frame (1001); new clients get a 503.
     let report = engine.shutdown(SHUTDOWN_WITHIN).await;
     println!("flushed {}, cut off {}, left over {}", report.flushed, report.cut_off, report.left_over);
-    // Then axum. It waits for ever for a request that was half sent, so its time is bounded.
+    // Then axum. It would wait for ever for a request that was sent only in part, so its time is limited.
     drop(end);
     let _ = tokio::time::timeout(LAST_RESPONSES_WITHIN, serving).await;
     Ok(())

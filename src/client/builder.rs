@@ -1,6 +1,8 @@
 //! The builder: a client's settings, each with its default and what happens at its limit.
 //!
-//! Checks settings at once but reports errors in `connect`, since a chain of calls cannot return them. Does not connect.
+//! Owned by the application until it becomes a client, which keeps the settings. Settings are checked when they are
+//! set, but errors are reported by `connect`, since a chain of calls cannot return them. Knows headers and codecs by
+//! name. Does not know sockets, and does not connect.
 
 use std::{fmt, marker::PhantomData, sync::Arc, time::Duration};
 
@@ -15,10 +17,10 @@ const QUEUE_MESSAGES: usize = 1024;
 const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Three heartbeats of a hub by default.
+/// Three times the default heartbeat interval of a hub.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(45);
 
-/// Describes a [`HubClient`]; made by [`HubClient::builder`].
+/// The settings of a [`HubClient`] to build; made by [`HubClient::builder`].
 #[derive(Clone)]
 #[must_use]
 pub struct HubClientBuilder<S, R, C> {
@@ -31,7 +33,7 @@ pub(super) struct Config {
     pub(super) url: String,
     pub(super) headers: HeaderMap,
     pub(super) protocols: Vec<String>,
-    /// The first thing that was refused. The builder does not fail; `connect` does.
+    /// The first error in the settings. The builder does not fail; `connect` does.
     pub(super) malformed: Option<Arc<str>>,
     pub(super) queue_messages: usize,
     pub(super) message_bytes_max: usize,
@@ -84,13 +86,13 @@ impl<S, R, C> HubClientBuilder<S, R, C> {
 
     /// Sends a header with the handshake, such as `Authorization`. A name that is given twice is sent twice.
     ///
-    /// `Host` takes the place of the one made of the URL; it changes neither where the client connects to nor whose
-    /// certificate it expects.
+    /// `Host` replaces the one made from the URL; it changes neither the address that the client connects to nor the
+    /// name that it expects in the certificate.
     ///
-    /// What is no header makes [`connect`](HubClient::connect) fail with [`ClientError::InvalidRequest`], and so do
-    /// those that the handshake makes itself: `Connection`, `Upgrade`, `Sec-WebSocket-*` (for
-    /// `Sec-WebSocket-Protocol` there is [`with_subprotocol`](Self::with_subprotocol)), and `Content-Length`,
-    /// `Transfer-Encoding` and `Expect`, as a handshake has no body.
+    /// A malformed header makes [`connect`](HubClient::connect) fail with [`ClientError::InvalidRequest`]. So do a
+    /// second `Host`, the headers that the handshake sets itself: `Connection`, `Upgrade` and `Sec-WebSocket-*` (for
+    /// `Sec-WebSocket-Protocol` use [`with_subprotocol`](Self::with_subprotocol)), and `Content-Length`,
+    /// `Transfer-Encoding` and `Expect`, since a handshake has no body.
     pub fn with_header<N, V>(mut self, name: N, value: V) -> Self
     where
         N: TryInto<HeaderName>,
@@ -99,7 +101,7 @@ impl<S, R, C> HubClientBuilder<S, R, C> {
         match (name.try_into(), value.try_into()) {
             (Ok(name), Ok(value)) => match refusal(&name, &value) {
                 None if name == header::HOST && self.config.headers.contains_key(&name) => {
-                    self.malformed("the header `host` is given twice".to_owned());
+                    self.malformed("the header `host` is set twice: set it once".to_owned());
                 }
                 None => {
                     self.config.headers.append(name, value);
@@ -107,62 +109,68 @@ impl<S, R, C> HubClientBuilder<S, R, C> {
                 Some(why) => self.malformed(format!("the header `{name}` cannot be set: {why}")),
             },
             (Ok(name), Err(_)) => self.malformed(format!("the value of the header `{name}` is malformed")),
-            (Err(_), _) => self.malformed("the name of a header is malformed".to_owned()),
+            (Err(_), _) => self.malformed("a header's name is malformed".to_owned()),
         }
         self
     }
 
-    /// Offers a subprotocol, after those that were offered before. A server that selects none of them makes
-    /// [`connect`](HubClient::connect) fail; so does what is no token (letters, digits and ``!#$%&'*+-.^_`|~``).
+    /// Offers a subprotocol, after those of earlier calls. If the server selects none of them,
+    /// [`connect`](HubClient::connect) fails; it also fails for a name that is not a token (letters, digits and
+    /// ``!#$%&'*+-.^_`|~``).
     pub fn with_subprotocol(mut self, protocol: impl Into<String>) -> Self {
         let protocol = protocol.into();
-        // The names of headers are tokens, too.
+        // Header names are tokens, too.
         if HeaderName::try_from(&protocol).is_err() {
-            self.malformed(format!("the subprotocol {protocol:?} is no token"));
+            self.malformed(format!(
+                "the subprotocol {protocol:?} is not a token: use letters, digits and `-._`"
+            ));
         }
         self.config.protocols.push(protocol);
         self
     }
 
-    /// How many messages may be queued and not yet written: 1024 by default, at least 1. Beyond it
-    /// [`send`](HubClient::send) gives the message back. The queue is allocated as it fills.
+    /// How many messages may be queued and not yet written: 1024 by default, at least 1 (0 counts as 1). When the queue
+    /// is full, [`send`](HubClient::send) returns the message. The queue is allocated as it fills.
     pub fn with_queue_messages(mut self, messages: usize) -> Self {
         self.config.queue_messages = messages.clamp(1, tokio::sync::Semaphore::MAX_PERMITS);
         self
     }
 
-    /// The longest message that is received: 16 MiB by default. A longer one ends the connection as
-    /// [`ClientClose::TooLong`], as soon as it claims to be, and the server is told by a Close with 1009.
+    /// The longest message that is received, in bytes: 16 MiB by default. A longer one ends the connection as
+    /// [`ClientClose::TooLong`] as soon as its length is announced, and the server is sent a Close with 1009.
     pub fn with_message_bytes_max(mut self, bytes: usize) -> Self {
         self.config.message_bytes_max = bytes;
         self
     }
 
-    /// How long [`connect`](HubClient::connect) may take: 10 s by default.
+    /// How long [`connect`](HubClient::connect) may take: 10 s by default. After that it fails with
+    /// [`ClientError::TimedOut`].
     pub fn with_connect_timeout(mut self, timeout: Duration) -> Self {
         self.config.connect_timeout = timeout;
         self
     }
 
-    /// How long the closing handshake may take, with the writing of what is queued: 5 s by default. Holds for
-    /// [`disconnect`](HubClient::disconnect) and for a dropped client.
+    /// How long the closing handshake may take, including the writing of queued messages: 5 s by default. After that
+    /// the connection ends as [`ClientClose::Unanswered`]. Applies to [`disconnect`](HubClient::disconnect) and to a
+    /// dropped client.
     pub fn with_disconnect_timeout(mut self, timeout: Duration) -> Self {
         self.config.disconnect_timeout = timeout;
         self
     }
 
-    /// How long the server may be silent: 45 s by default, `None` for ever. When not a byte has come from it for that
-    /// long (or up to a quarter longer), the connection ends as [`ClientClose::Silent`].
+    /// How long the server may be silent: 45 s by default, without limit for `None`. If no byte is received for that
+    /// time (or up to a quarter longer), the connection ends as [`ClientClose::Silent`].
     ///
     /// A hub pings its clients every [`heartbeat_interval`](crate::WsHubConfig::heartbeat_interval), 15 s by default,
-    /// so silence means that the server or the network is gone or frozen. Without this timeout a client that only
-    /// listens would never notice. The default forgives the loss of two pings. It must be longer than the
-    /// hub's interval: set both, or `None` for a server that does not ping. Zero makes
-    /// [`connect`](HubClient::connect) fail.
+    /// so silence means that the server or the network has failed. Without this timeout, a client that only receives
+    /// would never notice. The default tolerates two lost pings. The timeout must be longer than the hub's interval:
+    /// set both, or `None` for a server that does not ping. Zero makes [`connect`](HubClient::connect) fail.
     pub fn with_silence_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.config.silence_timeout = timeout.into();
         if self.config.silence_timeout == Some(Duration::ZERO) {
-            self.malformed("the silence timeout is zero; without one it is `None`".to_owned());
+            self.malformed(
+                "the silence timeout is zero: set a longer one, or `None` for no timeout".to_owned(),
+            );
         }
         self
     }
@@ -198,7 +206,7 @@ impl<S, R, C> HubClientBuilder<S, R, C> {
 
 impl<S, R, C> fmt::Debug for HubClientBuilder<S, R, C> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Headers hold tokens, which do not belong into logs.
+        // Without the headers: they may contain credentials, which must not be logged.
         formatter
             .debug_struct("HubClientBuilder")
             .field("url", &self.config.url)
@@ -212,17 +220,17 @@ impl<S, R, C> fmt::Debug for HubClientBuilder<S, R, C> {
     }
 }
 
-/// Why a header cannot be the application's.
+/// Why an application cannot set this header, if it cannot.
 fn refusal(name: &HeaderName, value: &HeaderValue) -> Option<&'static str> {
     match name.as_str() {
         "host" => {
             let host = value.to_str().ok().and_then(|host| host.parse::<Authority>().ok());
-            host.is_none_or(|host| host.as_str().contains('@')).then_some("it is no host")
+            host.is_none_or(|host| host.as_str().contains('@')).then_some("its value is not a host")
         }
-        "sec-websocket-protocol" => Some("offer subprotocols by `with_subprotocol`"),
-        "sec-websocket-extensions" => Some("the client speaks no extensions"),
-        "connection" | "upgrade" => Some("the handshake makes it"),
-        name if name.starts_with("sec-websocket-") => Some("the handshake makes it"),
+        "sec-websocket-protocol" => Some("use `with_subprotocol` to offer subprotocols"),
+        "sec-websocket-extensions" => Some("the client supports no extensions"),
+        "connection" | "upgrade" => Some("the handshake sets it"),
+        name if name.starts_with("sec-websocket-") => Some("the handshake sets it"),
         "content-length" | "transfer-encoding" | "expect" => Some("a handshake has no body"),
         _ => None,
     }

@@ -1,14 +1,14 @@
 //! The client's callbacks: set through the handle, called by the connection's task.
 //!
-//! Shared by both, so that a callback can be replaced at any time. Does not know messages, sockets or what a callback
-//! does; a panic in one goes through to whoever calls it.
+//! Shared by both, so that a callback can be replaced at any time. A panic in a callback propagates to the caller. Does
+//! not know messages, sockets or what a callback does.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::ClientClose;
 use crate::codec::CodecError;
 
-/// The callbacks, shared by the handle, which sets them, and the connection's task, which calls them.
+/// One slot for each event.
 pub(super) struct Callbacks<R> {
     pub(super) message: Slot<R>,
     pub(super) error: Slot<CodecError>,
@@ -37,11 +37,11 @@ impl<T> Slot<T> {
         let callback: Callback<T> = Box::new(callback);
         let former =
             self.0.lock().unwrap_or_else(PoisonError::into_inner).replace(Arc::new(Mutex::new(callback)));
-        // Outside the lock: what a callback owns may do anything when it is dropped.
+        // Outside the lock: dropping a callback may run arbitrary code.
         drop(former);
     }
 
-    /// Calls the callback, or gives the argument back where there is none.
+    /// Calls the callback, or returns the argument if none is set.
     pub(super) fn call(&self, argument: T) -> Result<(), T> {
         let callback = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some(callback) = callback else { return Err(argument) };

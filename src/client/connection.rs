@@ -1,9 +1,9 @@
-//! The connection's task, from the handshake until the socket is gone.
+//! The connection's task, from the end of the handshake until the socket is closed. It owns the socket.
 //!
-//! Reads and writes at the same time, calls the callbacks, decides how the connection ended, tells the server if the
-//! client ended it, and reports. Every wait ends by itself, and no callback can keep it from reporting. Neither half of
-//! the task can keep the other from its turn, nor from the timeouts, however much there is to read or to write.
-//! Knows codecs, callbacks and tungstenite. Does not know the handle.
+//! Reads and writes concurrently, calls the callbacks, decides how the connection ended, sends the server a Close if
+//! the client ended it, and reports the reason. Every wait after the end has a timeout, and no panic in a callback
+//! prevents the report. Neither half of the task can starve the other, or the timeouts, however much there is to read
+//! or to write. Knows codecs, callbacks and tungstenite. Does not know the handle.
 
 use std::{
     future::pending,
@@ -37,10 +37,10 @@ use super::{
 };
 use crate::codec::Decode;
 
-/// What a Close frame without a code means (RFC 6455, section 7.1.5).
+/// The code for a Close frame that has none (RFC 6455, section 7.1.5).
 const NO_CODE: u16 = 1005;
 
-/// Messages that are read, or written, before it is the other half's turn.
+/// Messages that one half reads or writes before it yields to the other.
 const MESSAGES_PER_TURN: u32 = 32;
 
 /// The task's settings.
@@ -53,23 +53,23 @@ pub(super) struct Timeouts {
 /// How a connection ended.
 struct Ending {
     close: ClientClose,
-    /// What the server is told if the client gives up.
-    farewell: Option<(CloseCode, Utf8Bytes)>,
+    /// The Close frame to send, if the client ends the connection.
+    close_frame: Option<(CloseCode, Utf8Bytes)>,
 }
 
 impl From<ClientClose> for Ending {
     fn from(close: ClientClose) -> Self {
-        Self { close, farewell: None }
+        Self { close, close_frame: None }
     }
 }
 
 impl Ending {
-    /// The reading failed. tungstenite reports what the server did wrong; it does not tell the server.
+    /// Reading failed. tungstenite reports an error of the server, but does not send a Close for it.
     fn failed(error: tungstenite::Error) -> Self {
         if let tungstenite::Error::Capacity(CapacityError::MessageTooLong { size, max_size }) = error {
             return Self {
                 close: ClientClose::TooLong { bytes: size, bytes_max: max_size },
-                farewell: Some((CloseCode::Size, format!("message over {max_size} bytes").into())),
+                close_frame: Some((CloseCode::Size, format!("message over {max_size} bytes").into())),
             };
         }
         let code = match &error {
@@ -78,13 +78,13 @@ impl Ending {
             tungstenite::Error::Protocol(_) => Some(CloseCode::Protocol),
             _ => None,
         };
-        Self { close: ClientClose::lost(error), farewell: code.map(|code| (code, Utf8Bytes::default())) }
+        Self { close: ClientClose::lost(error), close_frame: code.map(|code| (code, Utf8Bytes::default())) }
     }
 
     fn panicked() -> Self {
         Self {
             close: ClientClose::lost("a callback panicked"),
-            farewell: Some((CloseCode::Error, Utf8Bytes::default())),
+            close_frame: Some((CloseCode::Error, Utf8Bytes::default())),
         }
     }
 }
@@ -102,16 +102,16 @@ pub(super) async fn run<R, C>(
 {
     let (mut sink, mut stream) = socket.split();
     let talk = talk::<R, C>(&mut sink, &mut stream, queue, closing, &callbacks, &life, timeouts);
-    let Ending { close, farewell } =
+    let Ending { close, close_frame } =
         AssertUnwindSafe(talk).catch_unwind().await.unwrap_or_else(|_| Ending::panicked());
-    let is_told = farewell.is_some();
-    if let Some((code, reason)) = farewell {
-        // If nothing comes, sending may not work either, and the application must not wait for it.
+    let is_close_sent = close_frame.is_some();
+    if let Some((code, reason)) = close_frame {
+        // If nothing is received, sending may not work either, and the application must not wait for it.
         let is_silent = matches!(close, ClientClose::Silent { .. });
         let within = if is_silent { Duration::ZERO } else { timeouts.disconnect };
         let _ = timeout(within, sink.send(Message::Close(Some(CloseFrame { code, reason })))).await;
     } else if let ClientClose::ByServer { .. } = close {
-        // tungstenite has put our answer aside, and a flush sends it.
+        // tungstenite has queued our Close in answer; a flush sends it.
         let _ = timeout(timeouts.disconnect, sink.flush()).await;
     }
     if catch_unwind(AssertUnwindSafe(|| callbacks.close.call(close.clone()))).is_err() {
@@ -119,13 +119,13 @@ pub(super) async fn run<R, C>(
     }
     let hang_up = async {
         match &close {
-            // RFC 6455 wants the server to hang up first. Nobody has to wait for that but this task.
+            // RFC 6455 requires the server to close the TCP connection first. Only this task waits for that.
             ClientClose::ByClient | ClientClose::ByServer { .. } => {
                 while let Some(Ok(_)) = stream.next().await {}
             }
-            ClientClose::TooLong { .. } | ClientClose::Lost(_) if is_told => {
-                // A socket with unread bytes is reset when it is closed, and our Close with it. tungstenite reads no
-                // more after an error.
+            ClientClose::TooLong { .. } | ClientClose::Lost(_) if is_close_sent => {
+                // Closing a socket with unread bytes resets the connection and destroys our Close in flight. After an
+                // error tungstenite reads no more, so the rest is read from the socket itself.
                 let Ok(mut socket) = sink.reunite(stream) else { return };
                 let mut rest = [0; 4096];
                 while let Ok(1..) = socket.get_mut().read(&mut rest).await {}
@@ -138,11 +138,12 @@ pub(super) async fn run<R, C>(
     let _ = hang_up.await;
 }
 
-/// Reads and writes at the same time until there is a Close from the server, or will be none.
+/// Reads and writes concurrently until the server has sent a Close, or can send none any more.
 ///
-/// The order is that of what says most: what has been read comes before a failed write or a timeout. It is not unfair:
-/// each half gives way after [`MESSAGES_PER_TURN`]. Only the reading is held to tokio's budget for a task's turn. A
-/// long message can use all of that up, turn after turn, and the others would be pending although they are ready.
+/// The branches are ordered by how much they reveal: what was read takes precedence over a failed write or a timeout.
+/// This starves no branch, because each half yields after [`MESSAGES_PER_TURN`]. Only reading is subject to tokio's
+/// cooperative budget: a long message can use up the whole budget in every turn, and the other branches would then be
+/// pending although they are ready.
 async fn talk<R, C>(
     sink: &mut (impl Sink<Message, Error = tungstenite::Error> + Unpin),
     stream: &mut (impl Stream<Item = Result<Message, tungstenite::Error>> + Unpin),
@@ -170,7 +171,7 @@ where
         ending = &mut reading => ending,
         error = &mut writing => tokio::select! {
             biased;
-            // What the server said before it hung up says more than that it did.
+            // What the server sent before it disconnected is a better reason than the failed write.
             ending = reading => match ending.close {
                 ClientClose::Lost(_) => ClientClose::lost(error).into(),
                 _ => ending,
@@ -181,12 +182,12 @@ where
         () = &mut too_late => ClientClose::Unanswered.into(),
         timeout = silence => Ending {
             close: ClientClose::Silent { timeout },
-            farewell: Some((CloseCode::Error, "nothing came for the silence timeout".into())),
+            close_frame: Some((CloseCode::Error, "nothing was received for the silence timeout".into())),
         },
     }
 }
 
-/// Hands messages to the callbacks until the server closes or is gone.
+/// Calls the callbacks with each message until the server closes or the connection is lost.
 async fn read<R, C>(
     stream: &mut (impl Stream<Item = Result<Message, tungstenite::Error>> + Unpin),
     callbacks: &Callbacks<R>,
@@ -214,7 +215,7 @@ where
                     .map_or((NO_CODE, String::new()), |frame| (frame.code.into(), frame.reason.to_string()));
                 return ClientClose::ByServer { code, reason }.into();
             }
-            // tungstenite answers pings by itself, with the next read.
+            // tungstenite answers pings itself, at the next read.
             Some(Ok(_)) => {}
             Some(Err(error)) => break error,
             None => break tungstenite::Error::ConnectionClosed,
@@ -227,19 +228,22 @@ fn deliver<R, C: Decode<R>>(callbacks: &Callbacks<R>, kind: MessageKind, payload
     match C::decode(kind, payload) {
         Ok(message) => {
             if callbacks.message.call(message).is_err() {
-                tracing::debug!("a message has arrived before a callback was set");
+                tracing::debug!("a message was discarded: no callback is set (`on_message`)");
             }
         }
         Err(error) => {
             if let Err(error) = callbacks.error.call(error) {
-                tracing::warn!(error = &error as &dyn std::error::Error, "a message cannot be decoded");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "a message was discarded: it cannot be decoded"
+                );
             }
         }
     }
 }
 
-/// Writes what is queued and, when the queue has been closed, a Close. Ends with an error only: after the Close it is
-/// for the reading half to say how the connection ended.
+/// Writes the queued messages and, once the queue has been closed, a Close. Returns only with an error: after the Close
+/// the reading half determines how the connection ended.
 async fn write(
     sink: &mut (impl Sink<Message, Error = tungstenite::Error> + Unpin),
     mut queue: mpsc::Receiver<Message>,
@@ -248,7 +252,7 @@ async fn write(
     while let Some(message) = queue.recv().await {
         let written = async {
             sink.feed(message).await?;
-            // Whatever else is queued goes out with the same write.
+            // Further queued messages are batched into the same write.
             for _ in 1..MESSAGES_PER_TURN {
                 let Ok(message) = queue.try_recv() else { return sink.flush().await.map(|()| false) };
                 sink.feed(message).await?;
@@ -262,8 +266,8 @@ async fn write(
         }
     }
     close_sent.store(true, Ordering::Relaxed);
-    let farewell = CloseFrame { code: CloseCode::Normal, reason: Utf8Bytes::default() };
-    match sink.send(Message::Close(Some(farewell))).await {
+    let close_frame = CloseFrame { code: CloseCode::Normal, reason: Utf8Bytes::default() };
+    match sink.send(Message::Close(Some(close_frame))).await {
         Ok(()) => pending().await,
         Err(error) => error,
     }
@@ -278,11 +282,11 @@ mod tests {
     use super::*;
     use crate::codec::RawCodec;
 
-    /// More than any turn may read.
+    /// More messages than any turn may read.
     const MANY: u32 = 100_000;
     const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-    /// A stream that always has one message more, at the price of `reads` of a socket, until `is_over`.
+    /// A stream that always has another message, which consumes the budget of `reads` socket reads, until `is_over`.
     fn flood(
         reads: u32,
         mut is_over: impl FnMut() -> bool,
@@ -309,7 +313,7 @@ mod tests {
         talk::<String, RawCodec>(sink, &mut stream, queue, closing, &callbacks, &life, timeouts).await.close
     }
 
-    /// Messages that cost a turn nothing, some of its budget, and more than all of it.
+    /// Messages that consume none of a turn's budget, some of it, and more than all of it.
     const READS: [u32; 3] = [0, 1, 500];
 
     #[tokio::test]
@@ -328,7 +332,7 @@ mod tests {
                 let _ = outgoing.try_send(Message::text("out"));
                 read > MANY / reads.max(1)
             });
-            // Ends when the flood does, which is later than anything is written.
+            // Ends when the flood ends, after all writes.
             let _ = talk_with(&mut sink, flood, queue, closing).await;
             drop(sink);
             assert!(written > 50, "{reads} reads each: {written}");
@@ -367,7 +371,7 @@ mod tests {
         }));
         outgoing.try_send(Message::text("out")).unwrap();
         let messages = stream::repeat_with(|| read.set(read.get() + 1));
-        // One message a turn, as much as a slow server sends.
+        // One message per turn, like a slow server.
         let messages = Box::pin(messages.then(async |()| {
             yield_now().await;
             Ok(Message::text("in"))

@@ -1,7 +1,7 @@
-//! What can go wrong with a client: in connecting, in sending, and how a connection ended.
+//! The client's errors: why connecting or sending failed, and how a connection ended.
 //!
-//! Plain data, made by the rest of the client for the application. Knows tungstenite's errors, and keeps them as causes
-//! without naming their types.
+//! Plain data, made by the rest of the client and owned by the application. Knows tungstenite's errors, and keeps them
+//! as causes without exposing their types. Does not know sockets or settings.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -17,21 +17,21 @@ pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ClientError {
-    /// There is a connection already.
+    /// The client has an open connection.
     #[error("the client is already connected: disconnect it first")]
     AlreadyConnected,
-    /// The URL, a header, a subprotocol or a setting is malformed, a header is one that the handshake makes itself, or
-    /// the URL's scheme is not supported (`wss` needs the feature `client-tls`).
+    /// The URL, a header, a subprotocol or a setting is malformed, the handshake sets this header itself, or the URL's
+    /// scheme is not supported (`wss` needs the feature `client-tls`).
     #[error("the request is invalid")]
     InvalidRequest(#[source] BoxError),
     /// The server cannot be reached.
     #[error("the server cannot be reached")]
     Unreachable(#[source] std::io::Error),
-    /// The server answered the handshake with something else than a WebSocket: an error of its own, a refusal, a
-    /// `Retry-After`.
+    /// The server answered the handshake with another status than 101, for example 503 with a `Retry-After` at a limit
+    /// on connections. The response has its status, headers and body.
     #[error("the server refused the handshake with {}", .0.status())]
     Refused(Box<Response<Vec<u8>>>),
-    /// What the server answered is no WebSocket handshake, or not a valid one, or its certificate is not trusted.
+    /// The server's response is not a valid WebSocket handshake, or its certificate is not trusted.
     #[error("the handshake failed")]
     Handshake(#[source] BoxError),
     /// The connect timeout (10 s by default) has passed.
@@ -42,7 +42,7 @@ pub enum ClientError {
 impl From<tungstenite::Error> for ClientError {
     fn from(error: tungstenite::Error) -> Self {
         match error {
-            // What rustls says about the server's certificate comes this way.
+            // rustls reports certificate errors this way.
             tungstenite::Error::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 Self::Handshake(error.into())
             }
@@ -58,7 +58,7 @@ impl From<tungstenite::Error> for ClientError {
     }
 }
 
-/// A message that was not queued, and why. Every variant has the message.
+/// Why a message was not queued. Every variant contains the message.
 #[derive(Error)]
 #[non_exhaustive]
 pub enum SendError<S> {
@@ -66,7 +66,7 @@ pub enum SendError<S> {
     /// slowly than the client sends.
     #[error("the queue is full: try again later")]
     Full(S),
-    /// There is no connection, or none any more.
+    /// There is no open connection.
     #[error("the client is not connected: connect it first")]
     NotConnected(S),
     /// The codec refuses the message.
@@ -80,7 +80,7 @@ pub enum SendError<S> {
 }
 
 impl<S> SendError<S> {
-    /// Whether the same message may be accepted later on this connection.
+    /// Whether the queue is full, so that the same message may be accepted later on this connection.
     pub fn is_full(&self) -> bool {
         matches!(self, Self::Full(_))
     }
@@ -99,7 +99,7 @@ impl<S> SendError<S> {
     }
 }
 
-/// Without the message, which need not be `Debug`.
+/// Omits the message, which need not be `Debug`.
 impl<S> fmt::Debug for SendError<S> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -116,33 +116,33 @@ impl<S> fmt::Debug for SendError<S> {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum ClientClose {
-    /// The client closed, and the server answered with its Close.
+    /// The client closed, and the server answered with a Close.
     ByClient,
     /// The server closed.
     ByServer {
-        /// The code of its Close frame; 1005 when it had none.
+        /// The code of its Close frame; 1005 if it had none.
         code: u16,
         /// The reason in its Close frame; often empty.
         reason: String,
     },
-    /// The client closed, and no Close of the server's came in time.
+    /// The client closed, and the server did not answer with a Close within the disconnect timeout (5 s by default).
     Unanswered,
-    /// Nothing at all came from the server for the silence timeout, no ping either, so the server or the way to it is
-    /// gone; see [`with_silence_timeout`](super::HubClientBuilder::with_silence_timeout).
+    /// No byte, not even a ping, was received from the server for the silence timeout, so the server or the network has
+    /// failed; see [`with_silence_timeout`](super::HubClientBuilder::with_silence_timeout).
     Silent {
         /// The silence timeout.
         timeout: Duration,
     },
-    /// The server sent a message above the client's limit; it is told so by a Close with 1009. See
+    /// The server sent a message above the client's limit and was sent a Close with 1009. See
     /// [`with_message_bytes_max`](super::HubClientBuilder::with_message_bytes_max).
     TooLong {
-        /// The length of the message, as far as it is known: at least so much.
+        /// The length of the message in bytes, as far as it is known: a lower bound.
         bytes: usize,
-        /// The client's limit.
+        /// The client's limit in bytes.
         bytes_max: usize,
     },
-    /// The connection ended without a Close, or the server broke the protocol, or a callback panicked. Where the
-    /// client is what ends it, the server is told by a Close: 1002 or 1007 for the protocol, 1011 for a panic.
+    /// The connection ended without a Close, or the server violated the protocol, or a callback panicked. If the client
+    /// ended it, the server was sent a Close: 1002 or 1007 for the protocol, 1011 for a panic.
     Lost(Arc<dyn std::error::Error + Send + Sync>),
 }
 
@@ -162,8 +162,12 @@ impl fmt::Display for ClientClose {
             Self::ByServer { code, reason } => {
                 write!(formatter, "closed by the server with {code}: {reason}")
             }
-            Self::Unanswered => formatter.write_str("closed by the client without an answer of the server's"),
-            Self::Silent { timeout } => write!(formatter, "nothing came from the server for {timeout:?}"),
+            Self::Unanswered => {
+                formatter.write_str("closed by the client; the server did not answer in time")
+            }
+            Self::Silent { timeout } => {
+                write!(formatter, "nothing was received from the server for {timeout:?}")
+            }
             Self::TooLong { bytes, bytes_max } => {
                 write!(formatter, "a message of {bytes} bytes is above the limit of {bytes_max}")
             }

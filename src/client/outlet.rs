@@ -1,7 +1,7 @@
-//! The outlet: where the application's messages go in.
+//! The outlet: encodes the application's messages and queues them for the connection.
 //!
-//! Shared by the handle and its senders. Holds the sending end of the present connection's queue, if there is one;
-//! closing the outlet closes that queue. Knows codecs. Does not know sockets or callbacks.
+//! Shared by the handle and its senders. Owns the only sending end of the current connection's queue, if there is a
+//! connection; closing the outlet closes that queue. Knows codecs. Does not know sockets or callbacks.
 
 use std::sync::{PoisonError, RwLock};
 
@@ -12,7 +12,7 @@ use tokio_tungstenite::tungstenite::{Message, Utf8Bytes};
 use super::error::SendError;
 use crate::codec::{CodecError, Encode};
 
-/// Where messages go in: the queue of the present connection, if there is one.
+/// The queue of the current connection, if there is one.
 #[derive(Default)]
 pub(super) struct Outlet(RwLock<Option<mpsc::Sender<Message>>>);
 
@@ -31,18 +31,18 @@ impl Outlet {
     }
 
     pub(super) fn send<S, C: Encode<S>>(&self, message: S) -> Result<(), SendError<S>> {
-        // No clone of the sender leaves the lock: it would keep the queue open when the outlet closes.
+        // No clone of the sender may leave the lock: it would keep the queue open after the outlet closes.
         let outgoing = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let Some(outgoing) = &*outgoing else { return Err(SendError::NotConnected(message)) };
-        // The place first, then the work.
-        let place = match outgoing.try_reserve() {
-            Ok(place) => place,
+        // Reserve before encoding, so that no work is done for a message that is not accepted.
+        let permit = match outgoing.try_reserve() {
+            Ok(permit) => permit,
             Err(mpsc::error::TrySendError::Full(())) => return Err(SendError::Full(message)),
             Err(mpsc::error::TrySendError::Closed(())) => return Err(SendError::NotConnected(message)),
         };
         match encode::<S, C>(&message) {
             Ok(encoded) => {
-                place.send(encoded);
+                permit.send(encoded);
                 Ok(())
             }
             Err(source) => Err(SendError::Encode { message, source }),

@@ -1,8 +1,8 @@
-//! The way to the server: TCP, perhaps TLS, the handshake, and whether anything comes.
+//! The transport: TCP, optional TLS, the handshake, and the detection of a silent server.
 //!
-//! Owned by the connection's task. Between TCP and everything above it is a tap that notes that bytes have come: any
-//! byte is a sign of life, since a whole message may take longer on a slow line than the silence timeout. Knows
-//! tungstenite and settings. Does not know messages, codecs or callbacks.
+//! Owned by the connection's task. A tap between TCP and the layers above records that bytes were received: any byte
+//! shows that the server is alive, since a whole message may take longer than the silence timeout on a slow network.
+//! Knows tungstenite and settings. Does not know messages, codecs or callbacks.
 
 use std::{
     future::pending,
@@ -29,15 +29,15 @@ use tokio_tungstenite::{
 
 use super::{builder::Config, error::ClientError};
 
-/// tungstenite allocates this at once; its own default of 128 KiB makes load tests expensive.
+/// tungstenite allocates this for each connection at once; its default of 128 KiB makes load tests expensive.
 const READ_BUFFER_BYTES: usize = 16 * 1024;
 
-/// Silence is noticed between one silence timeout and one and a quarter.
+/// The timeout is checked in this many parts, so that silence is noticed after 1 to 1.25 silence timeouts.
 const SILENCE_PARTS: u32 = 4;
 
 pub(super) type Socket = WebSocketStream<MaybeTlsStream<Tap>>;
 
-/// Connects and shakes hands. Has no time limit of its own.
+/// Connects and performs the handshake. The caller must limit the time.
 pub(super) async fn open(config: &Config) -> Result<(Socket, Life, Response<Option<Vec<u8>>>), ClientError> {
     let invalid = |what: &str| ClientError::InvalidRequest(what.into());
     if let Some(what) = &config.malformed {
@@ -47,8 +47,8 @@ pub(super) async fn open(config: &Config) -> Result<(Socket, Life, Response<Opti
     let default_port = match request.uri().scheme_str() {
         Some("ws") => 80,
         Some("wss") if cfg!(feature = "client-tls") => 443,
-        Some("wss") => return Err(invalid("wss needs the feature `client-tls`")),
-        _ => return Err(invalid("the URL's scheme is neither ws nor wss")),
+        Some("wss") => return Err(invalid("wss needs the feature `client-tls`: enable it in Cargo.toml")),
+        _ => return Err(invalid("the URL's scheme is neither ws nor wss: write `ws://…` or `wss://…`")),
     };
     for (name, value) in &config.headers {
         if name == header::HOST {
@@ -63,7 +63,7 @@ pub(super) async fn open(config: &Config) -> Result<(Socket, Life, Response<Opti
         request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, protocols);
     }
     let host = request.uri().host().ok_or_else(|| invalid("the URL has no host"))?;
-    // An IPv6 address is in brackets in a URL, and only there.
+    // An IPv6 address has brackets in a URL, but not where it is resolved.
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     let port = request.uri().port_u16().unwrap_or(default_port);
 
@@ -92,7 +92,7 @@ pub(super) async fn open(config: &Config) -> Result<(Socket, Life, Response<Opti
     Ok((socket, life, response))
 }
 
-/// Names its cryptography, because without a name rustls panics in programs that contain two kinds or none.
+/// Names the crypto provider, because without one rustls panics in programs that contain two providers or none.
 #[cfg(feature = "client-tls")]
 fn public_roots() -> Result<Arc<rustls::ClientConfig>, ClientError> {
     let roots = rustls::RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
@@ -104,27 +104,27 @@ fn public_roots() -> Result<Arc<rustls::ClientConfig>, ClientError> {
     Ok(Arc::new(config))
 }
 
-/// Whether bytes have come lately.
+/// Whether bytes were received since the last check.
 #[derive(Clone, Default)]
 pub(super) struct Life(Arc<AtomicBool>);
 
 impl Life {
-    /// Ends when nothing has come for `timeout`. Must be polled after the reading, which may have been held up by a
-    /// callback: what waits in the kernel then is no silence.
+    /// Returns when nothing was received for `timeout`, never for `None`. Must be polled after the reading, which a
+    /// callback may have blocked: bytes that wait in the kernel are not silence.
     pub(super) async fn silence(&self, timeout: Option<Duration>) -> Duration {
         let Some(timeout) = timeout else { return pending().await };
         let mut silent_parts = 0;
         while silent_parts < SILENCE_PARTS {
             sleep(timeout / SILENCE_PARTS).await;
-            // Relaxed: set and taken by the same task.
-            let has_come = self.0.swap(false, Ordering::Relaxed);
-            silent_parts = if has_come { 0 } else { silent_parts + 1 };
+            // Relaxed: written and read by the same task.
+            let has_received = self.0.swap(false, Ordering::Relaxed);
+            silent_parts = if has_received { 0 } else { silent_parts + 1 };
         }
         timeout
     }
 }
 
-/// A TCP stream that notes when bytes come.
+/// A TCP stream that records that bytes were received.
 pub(super) struct Tap {
     stream: TcpStream,
     life: Life,

@@ -1,10 +1,10 @@
-//! The bounds on what a message may make a decoder do: how deep it recurses, how many elements it reads.
+//! The bounds on a decoder's work for one message: how deep it recurses and how many elements it reads.
 //!
-//! A serde deserializer around another one. It counts where serde recurses, in the visitors, because formats differ in
-//! what they count themselves: postcard counts nothing, MessagePack (`rmp-serde`) only sequences and maps, JSON
-//! neither options nor newtypes. The reason for a refusal is kept beside serde's error, since postcard's errors carry
-//! no text. What serde's derive buffers (untagged and internally tagged enums, `flatten`) passes here on its way into
-//! the buffer only. Knows serde. Does not know any format.
+//! A serde deserializer that wraps another one; a value of it belongs to one call. It counts in the visitors, where
+//! serde recurses, because formats differ in what they count themselves: postcard counts nothing, MessagePack
+//! (`rmp-serde`) only sequences and maps, JSON neither options nor newtypes. The reason for a refusal is stored outside
+//! serde's error, since postcard's errors carry no text. Values that serde's derive buffers (untagged and internally
+//! tagged enums, `flatten`) are counted only while the buffer is filled. Knows serde. Does not know any format.
 
 use std::cell::Cell;
 use std::fmt;
@@ -20,18 +20,19 @@ use super::CodecError;
 /// sequence, a tuple, a map, a struct or an enum is one level below it; the fields of a tuple or struct variant are
 /// two levels below their enum.
 ///
-/// At this depth a message type of some 500 bytes decodes on a thread of 2 MiB, the default of the shards and of tokio, in
-/// a build without optimisations. A type that contains itself should keep what is larger in a `Box`.
+/// At this depth a message type of about 500 bytes decodes on a thread with a stack of 2 MiB, the default of the shards
+/// and of tokio, in a build without optimisations. A type that contains itself should keep larger parts in a `Box`.
 pub const DEPTH_MAX: u8 = 128;
 
-/// Elements that a collection reserves room for before they have been read.
+/// The most elements for which a collection reserves memory before they have been read.
 const HINT_MAX: usize = 64;
 
-/// Reads one value, nested at most [`DEPTH_MAX`] levels: for codecs over serde formats that do not limit recursion, or
-/// not everywhere. For a length that is only claimed, a collection reserves room for 64 elements at most.
+/// Reads one value, nested at most [`DEPTH_MAX`] levels: for codecs whose serde format does not limit recursion, or
+/// limits only some of it. A collection reserves memory for at most 64 elements of a claimed length; beyond that it
+/// grows as elements are read.
 ///
-/// What serde buffers is counted while it is buffered, but not when the message is read out of the buffer; see
-/// [`Decode`](crate::Decode#untagged-enums-flatten-and-internal-tags) for what that means.
+/// Values that serde buffers are counted while the buffer is filled, but not while the message is read from it; see
+/// [`Decode`](crate::Decode#untagged-enums-flatten-and-internal-tags) for the consequences.
 ///
 /// ```
 /// use serde::de::DeserializeOwned;
@@ -53,8 +54,8 @@ const HINT_MAX: usize = 64;
 /// ```
 ///
 /// # Errors
-/// [`CodecError::Decode`]: what the format says, or that the value is nested too deeply. Bytes after the value are
-/// for the caller to refuse.
+/// [`CodecError::Decode`]: the format's error, or that the value is nested too deeply. The caller must refuse bytes
+/// after the value.
 pub fn deserialize_bounded<'de, T, D>(deserializer: D) -> Result<T, CodecError>
 where
     T: Deserialize<'de>,
@@ -64,8 +65,9 @@ where
     deserialize_within(deserializer, None)
 }
 
-/// The same for formats in which an element may take no bytes, so that a length of a few bytes could keep a thread busy
-/// for ever. Sequences and maps have at most `elements_max` elements together.
+/// Like [`deserialize_bounded`], for formats in which an element may take no bytes, so that a length of a few bytes
+/// could keep a thread busy for ever. All sequences and maps of the value together may have at most `elements_max`
+/// elements.
 pub(super) fn deserialize_counted<'de, T, D>(deserializer: D, elements_max: usize) -> Result<T, CodecError>
 where
     T: Deserialize<'de>,
@@ -108,12 +110,12 @@ enum Exceeded {
     Elements,
 }
 
-/// A part of serde's data model, with what is left of the bounds.
+/// A part of serde's data model, with what remains of the bounds.
 struct Bounded<'b, T> {
     inner: T,
     /// How many more levels may be entered below this value.
     levels: u8,
-    /// Whether this is a sequence or a map, whose length the message chooses, and elements are counted.
+    /// Whether the elements of this value are counted: it is a sequence or a map, whose length the message determines.
     is_counted: bool,
     bounds: &'b Bounds,
 }
@@ -123,7 +125,7 @@ impl<'b, T> Bounded<'b, T> {
         Bounded { inner, levels: self.levels, is_counted: false, bounds: self.bounds }
     }
 
-    /// One level down. The caller takes the parts apart, because it consumes `self`.
+    /// The levels that remain one level down. Takes `&self` and not `self`, because the caller still needs `inner`.
     fn enter<E: serde::de::Error>(&self) -> Result<u8, E> {
         self.levels.checked_sub(1).ok_or_else(|| self.refuse(Exceeded::Depth))
     }
@@ -143,7 +145,7 @@ impl<'b, T> Bounded<'b, T> {
     }
 }
 
-/// A length that is only claimed must not lead to a large allocation. There can be one such length on each level.
+/// A claimed length must not cause a large allocation. There can be one such length on each level.
 fn plausible(hint: Option<usize>) -> Option<usize> {
     hint.map(|elements| elements.min(HINT_MAX))
 }
@@ -507,7 +509,7 @@ mod tests {
         assert!(matches!(read(lists(129)), Err(CodecError::Decode(_))));
     }
 
-    /// serde_json counts neither options nor newtypes, so that any number would recurse here for ever.
+    /// serde_json counts neither options nor newtypes, so any number would recurse for ever without the limit.
     #[test]
     fn a_type_that_recurses_without_a_byte_is_refused() {
         #[derive(Debug, Serialize, Deserialize)]
@@ -526,7 +528,7 @@ mod tests {
         assert_eq!(decoded::<JsonCodec, Tree>(&wide).unwrap(), wide);
     }
 
-    /// Some 500 bytes, which are moved over the stack at every level.
+    /// About 500 bytes, which are moved on the stack at every level.
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     #[allow(clippy::large_enum_variant)] // that is the point
     enum Fat {
@@ -535,7 +537,8 @@ mod tests {
         Thin(Box<Fat>),
     }
 
-    /// The stack of a shard and of a tokio worker. It takes some 1.1 MiB of it, and with optimisations a fraction.
+    /// The stack of a shard and of a tokio worker is 2 MiB. Decoding uses about 1.1 MiB of it, and a fraction of that
+    /// with optimisations.
     #[test]
     fn the_deepest_message_fits_a_stack_of_2_mib_in_a_debug_build() {
         const STACK_BYTES: usize = 2 << 20;
@@ -576,7 +579,7 @@ mod tests {
         assert_eq!(decoded::<BinaryCodec, _>(&bytes).unwrap(), bytes);
     }
 
-    /// Each recurses through a buffer of serde's own, of which it is decoded.
+    /// Each of these types recurses through serde's own buffer.
     #[allow(clippy::large_enum_variant)] // that is the point
     mod buffered {
         use super::*;
@@ -609,7 +612,7 @@ mod tests {
         }
     }
 
-    /// A value within the limit, the arrays in it included, and one beyond it.
+    /// Decodes a value within the limit, including the arrays in it, and refuses one beyond the limit.
     fn a_buffer_has_the_limit<C, T>(leaf: fn() -> T, nest: fn(T) -> T)
     where
         C: Encode<T> + Decode<T>,
@@ -645,7 +648,7 @@ mod tests {
         );
     }
 
-    /// What is decoded of serde's buffer is not counted, but it is no deeper than the buffer.
+    /// Values read from serde's buffer are not counted, but they are no deeper than the buffer.
     #[test]
     fn what_serde_buffers_nests_at_most_128_levels_and_fits_a_stack_of_2_mib_in_a_debug_build() {
         let decoding = || {
@@ -655,7 +658,7 @@ mod tests {
         std::thread::Builder::new().stack_size(2 << 20).spawn(decoding).unwrap().join().unwrap();
     }
 
-    /// Which is why what the limits do not hold for cannot happen there.
+    /// So postcard cannot reach the recursion that the limits do not count.
     #[test]
     fn postcard_refuses_what_serde_buffers() {
         let refused = |result: Result<(), CodecError>| {
@@ -672,7 +675,7 @@ mod tests {
         }
     }
 
-    /// What a sequence and a map say of their lengths, which is what collections reserve room for.
+    /// The size hint of a sequence, for which collections reserve memory.
     #[derive(Debug)]
     struct Hint(Option<usize>);
 

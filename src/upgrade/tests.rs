@@ -3,7 +3,7 @@
 //! In place of a shard stands a tungstenite server that reads the socket itself. Owned by [`super`], whose private
 //! parts it takes apart. Does not know hubs or the engine.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc};
+use std::{convert::Infallible, net::SocketAddr};
 
 use axum::{Router, body::Body, extract::Request, routing::any, serve::Listener};
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -13,12 +13,12 @@ use hyper_util::{
     server::conn::auto,
     service::TowerToHyperService,
 };
+use testkit_hub::tls::{TlsListener, TlsPair};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, UnixListener},
     sync::mpsc,
 };
-use tokio_rustls::{TlsAcceptor, TlsConnector, rustls};
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
@@ -289,57 +289,15 @@ async fn a_server_on_a_unix_socket_needs_no_bridge() {
     server.abort();
 }
 
-/// Accepts TLS connections, one after the other: enough for a test.
-struct TlsListener {
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-}
-
-impl Listener for TlsListener {
-    type Io = tokio_rustls::server::TlsStream<TcpStream>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
-        let (socket, address) = self.listener.accept().await.unwrap();
-        (self.acceptor.accept(socket).await.unwrap(), address)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
-
-/// A server's and a client's configuration that trust each other.
-fn tls() -> (TlsAcceptor, TlsConnector) {
-    let ring = || Arc::new(rustls::crypto::ring::default_provider());
-    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-    let server = rustls::ServerConfig::builder_with_provider(ring())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![made.cert.der().clone()], key)
-        .unwrap();
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(made.cert.der().clone()).unwrap();
-    let client = rustls::ClientConfig::builder_with_provider(ring())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    (Arc::new(server).into(), Arc::new(client).into())
-}
-
 #[tokio::test]
 async fn a_tls_connection_is_bridged_with_its_early_frames_and_its_ends() {
-    let (listener, address) = tcp_listener().await;
-    let (acceptor, connector) = tls();
+    let tls = TlsPair::new(&[]);
+    let listener = TlsListener::bind(&tls, |_| Ok(())).await.unwrap();
+    let address = listener.local_addr().unwrap();
     let (app, mut seen) = echo_app();
-    let server = tokio::spawn(serve(TlsListener { listener, acceptor }, app));
+    let server = tokio::spawn(serve(listener, app));
 
-    let socket = TcpStream::connect(address).await.unwrap();
-    let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-    let mut client = connector.connect(name, socket).await.unwrap();
+    let mut client = tls.connect(TcpStream::connect(address).await.unwrap()).await.unwrap();
     let early = [0x81, 0x82, 0, 0, 0, 0, b'h', b'i'];
     client.write_all(&[request_bytes(), &early].concat()).await.unwrap();
     let head = response_head(&mut client).await;

@@ -7,10 +7,13 @@
 use std::collections::BTreeMap;
 
 use shardcast_engine::{CloseReason, ConnectionAudit, GroupMetrics, Policy, Receipt, Shard};
+use testkit::lock;
+use testkit::rig::is_readable;
+use testkit::time::ms;
 
 use super::handler::Record;
-use super::history::{History, SurveyOf, is_readable, ms, tell};
-use super::model::{Model, ModelClient, lock};
+use super::history::{History, SurveyOf, tell};
+use super::model::{Model, ModelClient};
 use super::peer::Peer;
 
 impl History {

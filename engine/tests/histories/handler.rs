@@ -8,9 +8,10 @@ use std::task::{Poll, Waker};
 use shardcast_engine::{
     Address, CloseCode, CloseReason, Context, DropNotice, Handler, Message, Namespace, Policy, Publication,
 };
+use testkit::lock;
 
 use super::ON_PURPOSE;
-use super::model::{GROUPS, Model, Shared, Target, lock};
+use super::model::{GROUPS, Model, Shared, Target};
 use super::peer::{number_in, numbered_frame};
 
 /// The actions that a message can ask of its handler.

@@ -6,11 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
-use std::pin::Pin;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
-use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -19,9 +15,12 @@ use shardcast_engine::{
     EngineConfig, GroupMetrics, Namespace, NewConnection, Policy, Publication, PublishError, Receipt, Shard,
     Shutdown, ShutdownReport,
 };
+use testkit::rig::is_readable;
+use testkit::time::ms;
+use testkit::{Task, lock};
 
 use super::handler::{Obedient, Record, action};
-use super::model::{GROUPS, Model, ModelClient, Shared, Target, lock};
+use super::model::{GROUPS, Model, ModelClient, Shared, Target};
 use super::peer::{PREFIXES, Peer, numbered_frame, prefixed};
 use super::random::Random;
 
@@ -29,19 +28,7 @@ use super::random::Random;
 const ROUNDS_MAX: usize = 3000;
 const CLIENTS_MAX: usize = 9;
 
-pub(crate) const fn ms(millis: u64) -> Duration {
-    Duration::from_millis(millis)
-}
-
 // ---- Publishers -------------------------------------------------------------------------------------------------
-
-struct Flag(AtomicBool);
-
-impl Wake for Flag {
-    fn wake(self: Arc<Self>) {
-        self.0.store(true, SeqCst);
-    }
-}
 
 /// How a job ended.
 #[derive(Debug)]
@@ -86,8 +73,7 @@ enum Place {
 
 /// A future outside the engine, which is polled when it was woken.
 pub(crate) struct Job {
-    future: Pin<Box<dyn Future<Output = Outcome>>>,
-    woken: Arc<Flag>,
+    task: Task<'static, Outcome>,
     pub(crate) effect: Effect,
     place: Place,
     pub(crate) is_accepted: bool,
@@ -101,7 +87,7 @@ impl Job {
     /// Whether it waits for room, and nothing has woken it.
     fn waits_for_room(&self) -> bool {
         let may_wait = !self.is_accepted || matches!(self.effect, Effect::Survey { .. });
-        may_wait && !self.woken.0.load(SeqCst)
+        may_wait && !self.task.is_woken()
     }
 }
 
@@ -572,8 +558,7 @@ impl History {
     // ---- Jobs ----
 
     fn begin(&mut self, effect: Effect, place: Place, future: impl Future<Output = Outcome> + 'static) {
-        let woken = Arc::new(Flag(AtomicBool::new(true)));
-        self.jobs.push(Job { future: Box::pin(future), woken, effect, place, is_accepted: false });
+        self.jobs.push(Job { task: Task::new(future), effect, place, is_accepted: false });
         self.poll(self.jobs.len() - 1);
     }
 
@@ -588,29 +573,27 @@ impl History {
     }
 
     pub(crate) fn is_woken(&self, index: usize) -> bool {
-        self.jobs[index].woken.0.load(SeqCst)
+        self.jobs[index].task.is_woken()
     }
 
     /// Polls a job if it was woken; returns whether it is over, and has been removed.
     pub(crate) fn poll(&mut self, index: usize) -> bool {
-        if !self.jobs[index].woken.0.swap(false, SeqCst) {
+        if !self.is_woken(index) {
             return false;
         }
         let before = self.engine.audit_accepted();
-        let job = &mut self.jobs[index];
-        let waker = Waker::from(job.woken.clone());
-        let polled = job.future.as_mut().poll(&mut TaskContext::from_waker(&waker));
+        let outcome = self.jobs[index].task.poll();
         if before < self.engine.audit_accepted() && !self.jobs[index].is_accepted {
             self.jobs[index].is_accepted = true;
             let effect = self.jobs[index].effect.clone();
             self.note_accepted(&effect);
         }
-        match polled {
-            Poll::Pending => {
+        match outcome {
+            None => {
                 self.check_waiting(index);
                 false
             }
-            Poll::Ready(outcome) => {
+            Some(outcome) => {
                 let job = self.jobs.swap_remove(index);
                 self.note_over(&job, outcome);
                 true
@@ -1017,13 +1000,4 @@ impl History {
             Target::Client(client) => Place::Mailbox(self.id_of(*client).shard()),
         }
     }
-}
-
-/// Whether a poll of the shard would return at once.
-pub(crate) fn is_readable(shard: &Shard) -> bool {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    // SAFETY: it is the shard's own, which is borrowed meanwhile.
-    let descriptor = unsafe { std::os::fd::BorrowedFd::borrow_raw(shard.poll_fd()) };
-    let mut descriptors = [PollFd::new(&descriptor, PollFlags::IN)];
-    poll(&mut descriptors, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() > 0
 }

@@ -32,7 +32,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use history::History;
-use model::lock;
+use testkit::lock;
 
 /// The message of a handler's deliberate panic.
 const ON_PURPOSE: &str = "as it was told";

@@ -4,7 +4,7 @@
 //! policies. Does not know the engine.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use shardcast_engine::{ConnectionConfig, ConnectionId, Policy, Receipt};
@@ -12,10 +12,6 @@ use shardcast_engine::{ConnectionConfig, ConnectionId, Policy, Receipt};
 pub(crate) const GROUPS: [&str; 3] = ["a", "b", "c"];
 
 pub(crate) type Shared<T> = Arc<Mutex<T>>;
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// The target of a publication.
 #[derive(Debug, Clone)]

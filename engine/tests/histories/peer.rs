@@ -1,17 +1,20 @@
 //! The client side of a connection, which does what the history tells it.
 //!
-//! Implements its own small part of RFC 6455 and checks its input meanwhile: whole frames, nothing after a
-//! Close. Never waits.
+//! Checks what it receives meanwhile: whole frames of its encoding, nothing after a Close. Never waits.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use shardcast_engine::{Frame, Payload};
+use testkit::frames::{BINARY, CLOSE, FIN, FrameReader, PING, PONG, client_frame, close_code};
+
+/// Nobody sends a longer payload.
+const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) stream: Option<UnixStream>,
-    unread: Vec<u8>,
+    unread: FrameReader,
     /// The numbers of the frames that it received.
     pub(crate) heard: Vec<u32>,
     /// Pings that it has not answered.
@@ -62,7 +65,7 @@ impl Peer {
         stream.set_nonblocking(true).unwrap();
         Self {
             stream: Some(stream),
-            unread: Vec::new(),
+            unread: FrameReader::new(PAYLOAD_BYTES_MAX),
             heard: Vec::new(),
             pings: Vec::new(),
             pongs: Vec::new(),
@@ -83,18 +86,7 @@ impl Peer {
     }
 
     pub(crate) fn say(&mut self, first_byte: u8, payload: &[u8]) {
-        let mut frame = vec![first_byte];
-        match payload.len() {
-            length @ 0..126 => frame.push(0x80 | length as u8),
-            length => {
-                frame.push(0x80 | 126);
-                frame.extend((length as u16).to_be_bytes());
-            }
-        }
-        let mask = [0x12, 0x34, 0x56, 0x78];
-        frame.extend(mask);
-        frame.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, key)| byte ^ key));
-        self.unsent.extend(frame);
+        self.unsent.extend(client_frame(first_byte, payload));
         self.send();
     }
 
@@ -133,7 +125,7 @@ impl Peer {
             let end = left.min(buffer.len());
             match stream.read(&mut buffer[..end]) {
                 Ok(count @ 1..) => {
-                    self.unread.extend_from_slice(&buffer[..count]);
+                    self.unread.feed(&buffer[..count]);
                     left -= count;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
@@ -143,10 +135,9 @@ impl Peer {
                 }
             }
         }
-        let mut at = 0;
-        while let Some((first_byte, payload, end)) = parse(&self.unread, at) {
-            match first_byte {
-                0x82 => {
+        while let Some((opcode, payload)) = self.unread.next_frame() {
+            match opcode {
+                BINARY => {
                     assert!(self.closes.is_empty(), "data behind a Close");
                     let (prefix, payload) = payload.split_at(self.prefix_bytes);
                     assert!(prefix.iter().all(|byte| *byte == PREFIX), "a frame in another encoding");
@@ -155,43 +146,28 @@ impl Peer {
                     assert!(is_whole, "a frame's bytes are mixed up");
                     self.heard.push(number);
                 }
-                0x88 => self.closes.push(payload.get(..2).map(|code| u16::from_be_bytes([code[0], code[1]]))),
-                0x89 => self.pings.push(payload.to_vec()),
-                0x8A => self.pongs.push(number_in(payload)),
-                other => panic!("a frame that begins with {other:x}"),
+                CLOSE => self.closes.push(close_code(&payload)),
+                PING => self.pings.push(payload),
+                PONG => self.pongs.push(number_in(&payload)),
+                opcode => panic!("opcode {opcode}"),
             }
-            at = end;
         }
-        self.unread.drain(..at);
     }
 
     pub(crate) fn answer_pings(&mut self) {
         for ping in std::mem::take(&mut self.pings) {
             if !self.has_said_close {
-                self.say(0x8A, &ping);
+                self.say(FIN | PONG, &ping);
             }
         }
     }
 
     /// Changes whenever something happens between it and the engine.
     pub(crate) fn progress(&self) -> (usize, usize, usize, bool) {
-        (self.heard.len(), self.unread.len(), self.unsent.len(), self.is_over)
+        (self.heard.len(), self.unread.unread_bytes(), self.unsent.len(), self.is_over)
     }
 }
 
 pub(crate) fn number_in(payload: &[u8]) -> u32 {
     u32::from_be_bytes(payload[..4].try_into().unwrap())
-}
-
-/// The frame at an offset: its first byte, its payload, its end.
-fn parse(bytes: &[u8], at: usize) -> Option<(u8, &[u8], usize)> {
-    let bytes = &bytes[at..];
-    let (first_byte, second) = (*bytes.first()?, *bytes.get(1)?);
-    let (start, length) = match second {
-        126 => (4, u16::from_be_bytes(bytes.get(2..4)?.try_into().unwrap()) as usize),
-        127 => (10, u64::from_be_bytes(bytes.get(2..10)?.try_into().unwrap()) as usize),
-        length => (2, length as usize),
-    };
-    assert!(length < 1 << 20, "a mask bit, or a length that nobody sends");
-    Some((first_byte, bytes.get(start..start + length)?, at + start + length))
 }

@@ -1,0 +1,100 @@
+//! TLS for tests: a server and a client that trust each other, and a listener for `axum::serve`.
+//!
+//! The certificate is for `localhost`, signed by itself, and made anew for each pair.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::serve::Listener;
+use rustls::pki_types::{PrivateKeyDer, ServerName};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+
+pub use tokio_rustls::rustls;
+
+/// The configurations of a server and of clients that trust it.
+#[derive(Debug, Clone)]
+pub struct TlsPair {
+    server: Arc<rustls::ServerConfig>,
+    /// The client's.
+    pub client: Arc<rustls::ClientConfig>,
+}
+
+impl TlsPair {
+    /// Both sides offer these protocols by ALPN, or none if there are none.
+    pub fn new(alpn: &[&str]) -> Self {
+        let ring = || Arc::new(rustls::crypto::ring::default_provider());
+        let alpn: Vec<_> = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+        let certificate = made.cert.der().clone();
+        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).expect("a private key");
+        let mut server = rustls::ServerConfig::builder_with_provider(ring())
+            .with_safe_default_protocol_versions()
+            .expect("ring has them")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.clone()], key)
+            .expect("the key fits the certificate");
+        server.alpn_protocols.clone_from(&alpn);
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(certificate).expect("a certificate");
+        let mut client = rustls::ClientConfig::builder_with_provider(ring())
+            .with_safe_default_protocol_versions()
+            .expect("ring has them")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        client.alpn_protocols = alpn;
+        Self { server: Arc::new(server), client: Arc::new(client) }
+    }
+
+    /// Accepts TLS on the server's side.
+    pub fn acceptor(&self) -> TlsAcceptor {
+        self.server.clone().into()
+    }
+
+    /// Connects a client by TLS.
+    pub async fn connect(&self, socket: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
+        let name = ServerName::try_from("localhost").expect("a host name");
+        TlsConnector::from(self.client.clone()).connect(name, socket).await
+    }
+}
+
+/// Accepts TLS connections for `axum::serve`, one after the other: enough for a test. Drops a client whose handshake fails.
+#[allow(missing_debug_implementations, reason = "a TlsAcceptor cannot be shown")]
+pub struct TlsListener {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    prepare: fn(&TcpStream) -> io::Result<()>,
+}
+
+impl TlsListener {
+    /// On a free port of this machine. `prepare` gets each socket before its handshake.
+    pub async fn bind(pair: &TlsPair, prepare: fn(&TcpStream) -> io::Result<()>) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        Ok(Self { listener, acceptor: pair.acceptor(), prepare })
+    }
+}
+
+impl Listener for TlsListener {
+    type Io = server::TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
+        loop {
+            let Ok((socket, address)) = self.listener.accept().await else {
+                // There is no descriptor left. As axum does it, which waits longer.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            };
+            (self.prepare)(&socket).expect("an open socket");
+            if let Ok(stream) = self.acceptor.accept(socket).await {
+                return (stream, address);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
