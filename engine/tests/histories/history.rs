@@ -28,7 +28,7 @@ use super::random::Random;
 const ROUNDS_MAX: usize = 3000;
 const CLIENTS_MAX: usize = 9;
 
-// ---- Publishers -------------------------------------------------------------------------------------------------
+// ---- Publishers -----------------------------------------------------------------------------------------------------
 
 /// How a job ended.
 #[derive(Debug)]
@@ -107,7 +107,7 @@ pub(crate) struct Sleep {
     pub(crate) until: Option<Instant>,
 }
 
-// ---- The history ------------------------------------------------------------------------------------------------
+// ---- The history ----------------------------------------------------------------------------------------------------
 
 pub(crate) struct History {
     pub(crate) random: Random,
@@ -345,7 +345,7 @@ impl History {
         lock(&self.model).clients[client].id.unwrap()
     }
 
-    // ---- What is done from outside ----
+    // ---- Actions from outside ----
 
     fn adopt(&mut self) {
         let Some(permit) = self.engine.admit(None) else { return };
@@ -729,7 +729,7 @@ impl History {
         }
     }
 
-    // ---- Peers ----
+    // ---- Clients ----
 
     fn peer_acts(&mut self) {
         let Some(client) = self.any_client() else { return };
