@@ -51,7 +51,7 @@ fn read_all(rig: &mut Rig, client: &mut Client) -> usize {
     }
 }
 
-// ---- When `publish` returns -----------------------------------------------------------------------------------------
+// ---- When `publish` returns -------------------------------------------------------------------------------------
 
 /// Publishes frames of these sizes, all at once, and compares the publishers that have returned with the
 /// frames that wait.
@@ -356,7 +356,7 @@ fn a_publisher_of_droppable_messages_waits_for_no_member() {
     }
 }
 
-// ---- Bounds ---------------------------------------------------------------------------------------------------------
+// ---- Bounds -----------------------------------------------------------------------------------------------------
 
 #[test]
 fn a_frame_of_any_size_follows_a_small_one_that_was_sent_just_before() {
@@ -723,7 +723,7 @@ fn drops_are_counted_beyond_32_bits() {
     assert_eq!(client.record().ends, []);
 }
 
-// ---- Time -----------------------------------------------------------------------------------------------------------
+// ---- Time -------------------------------------------------------------------------------------------------------
 
 #[test]
 fn a_client_that_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_continues() {

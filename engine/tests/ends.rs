@@ -30,7 +30,7 @@ fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
     rig.everyone.try_publish(Publication::message(to, Payload::text(text))).unwrap();
 }
 
-// ---- The report of a shutdown ---------------------------------------------------------------------------------------
+// ---- The report of a shutdown -----------------------------------------------------------------------------------
 
 /// Begins a shutdown that may take a minute.
 fn shut_down(rig: &mut Rig) -> Task<'static, ShutdownReport> {
@@ -125,7 +125,7 @@ fn a_connection_whose_handler_closes_slowly_is_reported_once() {
     assert_eq!((report.flushed + report.cut_off, report.left_over), (2, 0), "{report:?}");
 }
 
-// ---- The client's own Close -----------------------------------------------------------------------------------------
+// ---- The client's own Close -------------------------------------------------------------------------------------
 
 #[test]
 fn a_busy_handler_delays_neither_pong_nor_close() {
@@ -254,7 +254,7 @@ fn the_reason_in_a_clients_close_reaches_its_handler() {
     assert_eq!(client.peer.receive(), [Received::Close(Some(4321)), Received::End]);
 }
 
-// ---- A client that ends its side ------------------------------------------------------------------------------------
+// ---- A client that ends its side --------------------------------------------------------------------------------
 
 #[test]
 fn the_answer_to_a_last_message_arrives_after_the_client_has_ended_its_side() {
@@ -281,7 +281,7 @@ fn the_answer_to_a_last_message_arrives_after_the_client_has_ended_its_side() {
     }
 }
 
-// ---- Simultaneous ends ----------------------------------------------------------------------------------------------
+// ---- Simultaneous ends ------------------------------------------------------------------------------------------
 
 #[test]
 fn a_client_that_has_ended_its_side_is_not_pinged_while_its_answer_is_prepared() {
@@ -344,7 +344,7 @@ fn of_two_simultaneous_ends_the_first_is_recorded_and_reported() {
     assert_eq!((client.peer.close_text.as_str(), rig.engine.metrics().ended), (&*text, 1));
 }
 
-// ---- The Close frame ------------------------------------------------------------------------------------------------
+// ---- The Close frame --------------------------------------------------------------------------------------------
 
 /// How the connection of a client that has sent these bytes ends: reason, close code and text.
 fn told_after(bytes: &[u8], config: ConnectionConfig) -> (CloseReason, u16, String) {
@@ -385,7 +385,7 @@ fn a_close_code_that_may_not_be_sent_is_refused_and_ends_no_connection() {
     assert_eq!(rig.everyone.len(), 2);
 }
 
-// ---- Limits that end a connection -----------------------------------------------------------------------------------
+// ---- Limits that end a connection -------------------------------------------------------------------------------
 
 #[test]
 fn a_connection_that_joins_too_many_groups_is_ended_with_1008() {
@@ -419,7 +419,7 @@ fn a_group_name_that_is_too_long_is_refused_and_makes_no_group() {
     assert_eq!(rig.everyone.group_len(&longest), 1);
 }
 
-// ---- Contradicting settings -----------------------------------------------------------------------------------------
+// ---- Contradicting settings -------------------------------------------------------------------------------------
 
 #[test]
 fn settings_that_contradict_each_other_are_refused_by_name() {

@@ -30,7 +30,7 @@ const LIMITS: Limits = Limits { max_message_bytes: 300, max_fragments: 1000 };
 /// Tungstenite's limit of one frame; it reserves a claimed length up to this, so not without bound.
 const FRAME_BYTES_MAX: usize = 1 << 20;
 
-// ---- Transcripts ----------------------------------------------------------------------------------------------------
+// ---- Transcripts ------------------------------------------------------------------------------------------------
 
 #[derive(Debug, Clone, PartialEq)]
 enum Said {
@@ -184,7 +184,7 @@ fn theirs(bytes: &[u8], role: Role, message_bytes_max: usize) -> Transcript {
     }
 }
 
-// ---- Generators -----------------------------------------------------------------------------------------------------
+// ---- Generators -------------------------------------------------------------------------------------------------
 
 /// A valid or invalid client frame.
 #[derive(Debug, Clone)]
@@ -380,7 +380,7 @@ fn cut<'b>(bytes: &'b [u8], cuts: &[Index]) -> Vec<&'b [u8]> {
     pieces
 }
 
-// ---- Guarantees: reading --------------------------------------------------------------------------------------------
+// ---- Guarantees: reading ----------------------------------------------------------------------------------------
 
 proptest! {
     #[test]
@@ -555,7 +555,7 @@ fn a_length_of_64_bits_is_an_error_of_its_own() {
     assert_eq!(theirs(&wire, Role::Server, 300), (vec![], End::Refused(Cause::TooBig)));
 }
 
-// ---- Guarantees: writing --------------------------------------------------------------------------------------------
+// ---- Guarantees: writing ----------------------------------------------------------------------------------------
 
 /// Lengths on both sides of every change of header, and anything between.
 fn length() -> impl Strategy<Value = usize> {

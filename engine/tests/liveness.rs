@@ -57,7 +57,7 @@ fn pass_answering(rig: &mut Rig, client: &mut Client, time: Duration) {
     }
 }
 
-// ---- Signs of life --------------------------------------------------------------------------------------------------
+// ---- Signs of life ----------------------------------------------------------------------------------------------
 
 /// Where a pong is while its client's handler is busy.
 #[derive(Debug, Clone, Copy)]
@@ -399,7 +399,7 @@ fn a_client_that_gets_a_ping_late_has_the_whole_time_for_its_answer() {
     }
 }
 
-// ---- The server's pings ---------------------------------------------------------------------------------------------
+// ---- The server's pings -----------------------------------------------------------------------------------------
 
 #[test]
 fn answers_to_our_pings_are_no_flood() {
@@ -482,7 +482,7 @@ fn unsolicited_pongs_leave_no_timers() {
     }
 }
 
-// ---- Silence --------------------------------------------------------------------------------------------------------
+// ---- Silence ----------------------------------------------------------------------------------------------------
 
 /// Ends a client that sends nothing for a second, whether any byte counts or only whole messages.
 fn impatient(for_messages: bool) -> ConnectionConfig {
@@ -553,7 +553,7 @@ fn a_client_that_is_silent_while_its_handler_is_busy_is_silent() {
     }
 }
 
-// ---- Dead and stalled clients ---------------------------------------------------------------------------------------
+// ---- Dead and stalled clients -----------------------------------------------------------------------------------
 
 /// Sends messages until the client's own kernel accepts no more, and reads nothing.
 fn flood(rig: &mut Rig, peer: &mut RawClient) {

@@ -253,7 +253,7 @@ fn publications_before_a_handlers_close_arrive_even_if_the_mailbox_is_full() {
     }
 }
 
-// ---- A turn that cannot finish --------------------------------------------------------------------------------------
+// ---- A turn that cannot finish ----------------------------------------------------------------------------------
 
 #[test]
 fn a_publication_after_more_commands_than_one_turn_takes_follows_all_of_them() {

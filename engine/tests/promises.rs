@@ -62,7 +62,7 @@ fn draw(state: &mut u64, below: u64) -> u64 {
     (*state >> 33) % below
 }
 
-// ---- Guarantee 1 ----------------------------------------------------------------------------------------------------
+// ---- Guarantee 1 ------------------------------------------------------------------------------------------------
 
 #[test]
 fn all_connections_see_one_order() {
@@ -135,7 +135,7 @@ fn all_connections_see_one_order() {
     });
 }
 
-// ---- Guarantees 2 and 3 ---------------------------------------------------------------------------------------------
+// ---- Guarantees 2 and 3 -----------------------------------------------------------------------------------------
 
 /// Each publisher has a group of its own, so it knows exactly which clients must receive which of its messages.
 #[test]
@@ -320,7 +320,7 @@ fn several_groups_reach_each_connection_once_and_the_excepted_not_at_all() {
     assert_eq!(received, [both.clone(), vec![], all.clone(), both.clone(), both, all]);
 }
 
-// ---- Guarantee 4 ----------------------------------------------------------------------------------------------------
+// ---- Guarantee 4 ------------------------------------------------------------------------------------------------
 
 /// Outboxes of four frames; the kernel holds a few more.
 fn narrow() -> ConnectionConfig {
@@ -532,7 +532,7 @@ fn a_sleeping_shard_is_woken_by_what_concerns_it() {
     }
 }
 
-// ---- Guarantee 5 ----------------------------------------------------------------------------------------------------
+// ---- Guarantee 5 ------------------------------------------------------------------------------------------------
 
 #[test]
 fn offered_is_written_plus_discarded_plus_pending() {
@@ -622,7 +622,7 @@ fn offered_is_written_plus_discarded_plus_pending() {
     );
 }
 
-// ---- Coalescing and fairness ----------------------------------------------------------------------------------------
+// ---- Coalescing and fairness ------------------------------------------------------------------------------------
 
 #[test]
 fn publications_of_one_turn_are_written_in_one_write() {
@@ -775,7 +775,7 @@ fn a_connection_in_a_reused_slot_is_read_to_its_end() {
     assert_eq!(record.ends, [CloseReason::Peer { code: Some(CloseCode(1000)), text: "".into() }]);
 }
 
-// ---- Guarantee 7 ----------------------------------------------------------------------------------------------------
+// ---- Guarantee 7 ------------------------------------------------------------------------------------------------
 
 #[test]
 fn messages_of_one_connection_are_handled_in_order_one_after_the_other() {
@@ -872,7 +872,7 @@ fn a_busy_handler_is_not_taken_for_a_dead_client() {
     );
 }
 
-// ---- Guarantee 8 ----------------------------------------------------------------------------------------------------
+// ---- Guarantee 8 ------------------------------------------------------------------------------------------------
 
 /// A way to end a connection; the reason; the close code for a client that can still read it.
 type End = (&'static str, fn(&mut Rig, &mut Client), fn(&CloseReason) -> bool, Option<u16>);
@@ -1239,7 +1239,7 @@ fn connections_that_connect_and_close_leave_nothing() {
     }
 }
 
-// ---- Heartbeats -----------------------------------------------------------------------------------------------------
+// ---- Heartbeats -------------------------------------------------------------------------------------------------
 
 #[test]
 fn only_the_right_pong_counts() {

@@ -127,7 +127,7 @@ fn assert_lives(client: &Client) {
     assert_eq!(client.record().ends, []);
 }
 
-// ---- DropMessage ----------------------------------------------------------------------------------------------------
+// ---- DropMessage ------------------------------------------------------------------------------------------------
 
 /// Every kind of address for several connections.
 fn targets() -> [Address; 3] {
@@ -333,7 +333,7 @@ fn recipients_clocks_run_together() {
     assert!(stalled.iter().all(|client| client.record().drops.iter().sum::<u64>() == 4));
 }
 
-// ---- DropConnection -------------------------------------------------------------------------------------------------
+// ---- DropConnection ---------------------------------------------------------------------------------------------
 
 const THREE_DROPS: Policy = Policy::DropConnection { timeout: MS20, max_drops: 3 };
 const THREE_DROPS_AT_ONCE: Policy = Policy::DropConnection { timeout: Duration::ZERO, max_drops: 3 };
@@ -508,7 +508,7 @@ fn a_frame_accepted_when_another_is_dropped_resets_the_count_of_drops() {
     assert_eq!(stalled.record().drops, [1, 1, 1]);
 }
 
-// ---- DropOnHighRtt --------------------------------------------------------------------------------------------------
+// ---- DropOnHighRtt ----------------------------------------------------------------------------------------------
 
 /// Waits for a ping, and answers it after `rtt`.
 fn round_trip(rig: &mut Rig, client: &mut Client, rtt: Duration) {
@@ -595,7 +595,7 @@ fn before_the_first_pong_a_connection_counts_as_healthy() {
     assert_eq!(outcome(&mut sending), Some([2, 1, 0, 0, 0]));
 }
 
-// ---- Block and overrides --------------------------------------------------------------------------------------------
+// ---- Block and overrides ----------------------------------------------------------------------------------------
 
 #[test]
 fn under_block_nothing_is_dropped_and_only_publishers_to_the_stalled_client_wait() {
@@ -675,7 +675,7 @@ fn a_unicast_waits_for_room_unless_its_policy_drops() {
     assert_eq!(outcome(&mut waits), Some([1, 1, 0, 0, 0]));
 }
 
-// ---- Bounds ---------------------------------------------------------------------------------------------------------
+// ---- Bounds -----------------------------------------------------------------------------------------------------
 
 #[test]
 fn above_the_overflow_limit_the_excess_is_dropped_at_once() {
@@ -789,7 +789,7 @@ fn a_flood_of_control_frames_ends_the_connection_but_not_one_within_the_limit() 
     assert_eq!(within.record().messages.len(), 100);
 }
 
-// ---- Drop notices ---------------------------------------------------------------------------------------------------
+// ---- Drop notices -----------------------------------------------------------------------------------------------
 
 #[test]
 fn a_busy_handler_is_notified_of_drops_before_its_next_message_and_before_the_end() {
@@ -859,7 +859,7 @@ fn a_handler_that_is_busy_with_the_last_drop_is_notified_of_the_end_after_it() {
     assert_ended(&mut rig, &mut stalled, &CloseReason::TooManyDrops, 1013);
 }
 
-// ---- Liveness -------------------------------------------------------------------------------------------------------
+// ---- Liveness ---------------------------------------------------------------------------------------------------
 
 #[test]
 fn a_client_that_disappears_without_a_close_is_noticed_in_time() {
@@ -910,7 +910,7 @@ fn a_client_that_disappears_without_a_close_is_noticed_in_time() {
     }
 }
 
-// ---- Tallies and metrics --------------------------------------------------------------------------------------------
+// ---- Tallies and metrics ----------------------------------------------------------------------------------------
 
 #[test]
 fn a_groups_metrics_are_the_sum_of_its_current_members() {

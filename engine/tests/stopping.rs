@@ -55,7 +55,7 @@ fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
 
 const GOES: [Received; 2] = [Received::Close(Some(1001)), Received::End];
 
-// ---- Draining -------------------------------------------------------------------------------------------------------
+// ---- Draining ---------------------------------------------------------------------------------------------------
 
 #[test]
 fn a_busy_handler_is_waited_for_until_half_of_the_time_is_over() {
@@ -174,7 +174,7 @@ fn a_handlers_close_precedes_that_of_the_engine() {
     assert_eq!(received[1..], [Received::Close(Some(4000)), Received::End]);
 }
 
-// ---- Closing --------------------------------------------------------------------------------------------------------
+// ---- Closing ----------------------------------------------------------------------------------------------------
 
 #[test]
 fn connections_are_closed_at_even_distances_over_at_most_half_of_the_time() {
