@@ -47,6 +47,7 @@ impl Namespace {
     /// # Errors
     /// [`PublishError::Closed`] if the engine has ended, [`PublishError::Overloaded`] if too many publishers
     /// wait, [`PublishError::TooLong`] for a payload that no outbox can hold.
+    #[inline]
     pub fn publish(
         &self,
         publication: Publication,
@@ -61,6 +62,7 @@ impl Namespace {
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
+    #[inline]
     pub fn deliver(
         &self,
         publication: Publication,
@@ -279,6 +281,7 @@ struct WithoutReceipt<'a>(Submission<'a>);
 impl Future for WithoutReceipt<'_> {
     type Output = Result<(), PublishError>;
 
+    #[inline]
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.0).poll(context).map_ok(drop)
     }

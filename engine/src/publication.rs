@@ -42,6 +42,7 @@ impl Address {
 }
 
 impl From<&Address> for Address {
+    #[inline]
     fn from(address: &Address) -> Self {
         address.clone()
     }
@@ -117,6 +118,7 @@ pub struct Publication {
 
 impl Publication {
     /// A message.
+    #[inline]
     pub fn message(to: impl Into<Address>, payload: Payload) -> Self {
         Self::new(to.into(), Content::Message(payload))
     }
@@ -137,19 +139,25 @@ impl Publication {
         Ok(Self::new(to.into(), Content::Close { code, text: text.into() }))
     }
 
+    #[inline]
     fn new(to: Address, content: Content) -> Self {
         Self { to, except: SmallVec::new(), content, delivery: Delivery::default() }
     }
 
     /// Excludes these connections too.
     #[must_use]
+    #[inline]
     pub fn except(mut self, ids: &[ConnectionId]) -> Self {
-        self.except.extend_from_slice(ids);
+        // Nobody is excluded in most publications.
+        if !ids.is_empty() {
+            self.except.extend_from_slice(ids);
+        }
         self
     }
 
     /// Sets how it is delivered.
     #[must_use]
+    #[inline]
     pub fn with_delivery(self, delivery: Delivery) -> Self {
         Self { delivery, ..self }
     }
@@ -160,6 +168,7 @@ impl Publication {
     }
 
     /// The message; none if it closes connections.
+    #[inline]
     pub fn payload(&self) -> Option<&Payload> {
         self.content.payload()
     }

@@ -138,6 +138,7 @@ impl Publisher {
     }
 
     /// Publishes as soon as the log or the mailbox has room, and waits for the outcome that the caller `wants`.
+    #[inline]
     pub(crate) fn submit(&self, publication: Publication, wants: Wants) -> Submission<'_> {
         Submission { publisher: self, wants, step: Step::Submit(publication) }
     }
