@@ -1,3 +1,5 @@
+//! Typed WebSocket hubs for Axum on a sharded fan-out engine.
+//!
 #![doc = include_str!("guide.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]

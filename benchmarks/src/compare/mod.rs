@@ -37,7 +37,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 1000)]
     connections: usize,
     /// Connections in the large fan-out.
-    #[arg(long, alias = "crowd-connections", default_value_t = 10_000)]
+    #[arg(long, default_value_t = 10_000)]
     large_connections: usize,
     /// Connections in echo, each with one message in flight.
     #[arg(long, default_value_t = 1000)]
