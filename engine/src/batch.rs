@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use crate::entry::Entry;
 use crate::frame::Frame;
-use crate::log::Reader;
+use crate::log::{Reader, Weigh};
 use crate::outbox::{Chunk, Retained};
 use crate::payload::Payload;
 use crate::rendition::{Encoding, Encodings};
@@ -22,26 +22,26 @@ pub(crate) struct Batch<'a> {
     encodings: &'a Encodings,
     retained: Retained,
     plain: Rc<Chunk>,
-    /// None where rendering failed.
+    /// None where not even the first could be rendered.
     others: SmallVec<[(Encoding, Option<Rc<Chunk>>); 1]>,
 }
 
 impl<'a> Batch<'a> {
-    /// The message at the reader's cursor and, if `joined` is set, those after it that go to the same
-    /// connections in the same way: up to the position `limit`, and `bytes_max` bytes in total.
+    /// The messages at the reader's cursor: `first` and, if `joined` is set, those after it that go to the same
+    /// connections in the same way, up to the position `limit` and `bytes_max` bytes in total.
     pub(crate) fn new(
         reader: &'a Reader<Entry>,
-        first: &Payload,
+        first: (&Entry, &Payload),
         joined: Option<(u64, usize)>,
         encodings: &'a Encodings,
         retained: &Retained,
     ) -> Self {
-        let (len, bytes) = joined.map_or((1, 0), |(limit, bytes_max)| measure(reader, limit, bytes_max));
+        let len = joined.map_or(1, |(limit, bytes_max)| count_joined(reader, first.0, limit, bytes_max));
         let plain = if len == 1 {
-            Chunk::single(first.plain_frame().bytes(), retained)
+            Chunk::single(first.1.plain_frame().bytes(), retained)
         } else {
-            let frames = payloads(reader, len).map(|(_, payload)| payload.plain_frame().as_bytes());
-            Chunk::joined(frames, bytes, retained)
+            let frames = || payloads(reader, len).map(|(_, payload)| payload.plain_frame().as_bytes());
+            Chunk::joined(frames(), frames().map(<[u8]>::len).sum(), retained)
         };
         let (plain, others) = (Rc::new(plain), SmallVec::new());
         Self { reader, len, encodings, retained: retained.clone(), plain, others }
@@ -52,63 +52,58 @@ impl<'a> Batch<'a> {
         self.len
     }
 
-    /// Its frames in this encoding; none if they cannot be made.
+    /// Its frames in this encoding, and how many are missing because they cannot be made.
     #[inline]
-    pub(crate) fn chunk(&mut self, encoding: Encoding) -> Option<&Rc<Chunk>> {
-        if encoding.is_plain() { Some(&self.plain) } else { self.other(encoding) }
+    pub(crate) fn chunk(&mut self, encoding: Encoding) -> (Option<&Rc<Chunk>>, u64) {
+        if encoding.is_plain() { (Some(&self.plain), 0) } else { self.other(encoding) }
     }
 
-    fn other(&mut self, encoding: Encoding) -> Option<&Rc<Chunk>> {
+    fn other(&mut self, encoding: Encoding) -> (Option<&Rc<Chunk>>, u64) {
         let made = self.others.iter().position(|(made, _)| *made == encoding);
         let index = made.unwrap_or_else(|| {
             let chunk = self.render(encoding).map(Rc::new);
             self.others.push((encoding, chunk));
             self.others.len() - 1
         });
-        self.others[index].1.as_ref()
+        let chunk = self.others[index].1.as_ref();
+        (chunk, self.len - chunk.map_or(0, |chunk| chunk.frames().into()))
     }
 
+    /// The frames up to the first that cannot be made: the connections are closed in its place.
     fn render(&self, encoding: Encoding) -> Option<Chunk> {
-        let frame = |(entry, payload): (&Entry, &Payload)| match entry.renditions.get(encoding) {
-            Some(frame) => Some(frame.clone()),
-            None => self.encodings.render(encoding, payload),
+        let mut bytes = 0;
+        let frame = |(entry, payload): (&Entry, &Payload)| {
+            let frame = match entry.renditions.get(encoding) {
+                Some(frame) => frame.clone(),
+                None => self.encodings.render(encoding, payload)?,
+            };
+            bytes += frame.len();
+            (bytes <= Frame::BYTES_MAX).then_some(frame)
         };
-        let frames: SmallVec<[Frame; 1]> =
-            payloads(self.reader, self.len).map(frame).collect::<Option<_>>()?;
-        if let [frame] = &frames[..] {
-            return Some(Chunk::single(frame.bytes(), &self.retained));
+        let frames: SmallVec<[Frame; 1]> = payloads(self.reader, self.len).map_while(frame).collect();
+        match &frames[..] {
+            [] => None,
+            [frame] => Some(Chunk::single(frame.bytes(), &self.retained)),
+            _ => {
+                let bytes = frames.iter().map(Frame::len).sum();
+                Some(Chunk::joined(frames.iter().map(Frame::as_bytes), bytes, &self.retained))
+            }
         }
-        let bytes = frames.iter().map(Frame::len).sum::<usize>();
-        if bytes > Frame::BYTES_MAX {
-            tracing::error!(
-                bytes,
-                "the frames that an encoding made for a batch are too long; connections that need them are closed"
-            );
-            return None;
-        }
-        Some(Chunk::joined(frames.iter().map(Frame::as_bytes), bytes, &self.retained))
     }
 }
 
-/// The number of publications from the cursor on that can be joined, at least 1, and the bytes of their plain frames.
-fn measure(reader: &Reader<Entry>, limit: u64, bytes_max: usize) -> (u64, usize) {
-    let ahead = limit - reader.position();
-    let Some((first, payload)) = payloads(reader, 1).next() else { return (1, 0) };
-    // In an outbox it may take more than its plain frame.
-    let weight =
-        |entry: &Entry, payload: &Payload| payload.plain_frame().len().max(entry.renditions.longest());
-    let (mut len, mut bytes, mut heaviest) = (1, payload.plain_frame().len(), weight(first, payload));
+/// How many publications from the cursor on can be joined, the first included.
+fn count_joined(reader: &Reader<Entry>, first: &Entry, limit: u64, bytes_max: usize) -> u64 {
+    let (ahead, mut len, mut bytes) = (limit - reader.position(), 1, first.bytes());
     while len < ahead
         && let Some(next) = reader.get(len)
         && next.joins(first)
-        && let Some(payload) = next.payload()
-        && heaviest + weight(next, payload) <= bytes_max
+        && bytes + next.bytes() <= bytes_max as u64
     {
-        heaviest += weight(next, payload);
-        bytes += payload.plain_frame().len();
+        bytes += next.bytes();
         len += 1;
     }
-    (len, bytes)
+    len
 }
 
 /// The next `len` messages from the cursor on.

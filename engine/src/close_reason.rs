@@ -76,7 +76,8 @@ pub enum CloseReason {
         /// The reason sent to the client; at most 123 bytes of it.
         text: Cow<'static, str>,
     },
-    /// A message could not be converted to the connection's encoding (1011): the encoding's function panicked.
+    /// A message could not be converted to the connection's encoding (1011): the encoding's function
+    /// panicked, or made a frame that is too long.
     #[error("a message could not be converted to the connection's encoding")]
     RenderFailed,
     /// The handler panicked (1011).

@@ -60,12 +60,22 @@ impl std::fmt::Debug for Query {
 }
 
 pub(crate) enum Action {
-    Send { payload: Payload, delivery: Delivery, ticket: Option<Ticket>, oversized: Option<Oversized> },
+    Send {
+        payload: Payload,
+        delivery: Delivery,
+        ticket: Option<Ticket>,
+        oversized: Option<Oversized>,
+    },
     Join(SmallVec<[PendingJoin; 1]>),
     Leave(SmallVec<[Arc<Group>; 1]>),
-    Close { reason: CloseReason, ticket: Option<Ticket> },
+    Close {
+        reason: CloseReason,
+        ticket: Option<Ticket>,
+    },
     Inspect(Box<dyn FnOnce(ConnectionMetrics) + Send>),
     ListGroups(Box<dyn FnOnce(Vec<Arc<str>>) + Send>),
+    /// Called if the connection is open and belongs to everyone.
+    IfMember(Box<dyn FnOnce() + Send>),
 }
 
 impl std::fmt::Debug for Action {
@@ -77,6 +87,7 @@ impl std::fmt::Debug for Action {
             Self::Close { .. } => "Close",
             Self::Inspect(_) => "Inspect",
             Self::ListGroups(_) => "ListGroups",
+            Self::IfMember(_) => "IfMember",
         })
     }
 }

@@ -76,7 +76,7 @@ enum Work {
     /// It answered `Pending` to a call.
     Busy,
     /// It was notified of the end, and answered `Pending`.
-    Closing,
+    InOnClose,
 }
 
 pub(crate) struct Connection {
@@ -133,7 +133,7 @@ pub(crate) struct Connection {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CallSite<'a> {
     pub(crate) position: Position,
-    pub(crate) post: &'a Arc<dyn ResumeQueue>,
+    pub(crate) resume_queue: &'a Arc<dyn ResumeQueue>,
 }
 
 /// State that a connection has only at its beginning or only at its end.
@@ -293,13 +293,13 @@ impl Connection {
     }
 
     /// Its handler answered `Pending` to the end.
-    pub(crate) fn begin_closing_work(&mut self) {
-        self.work = Work::Closing;
+    pub(crate) fn wait_for_on_close(&mut self) {
+        self.work = Work::InOnClose;
     }
 
     /// Its handler has finished its call; true if that was the end's.
     pub(crate) fn finish_work(&mut self) -> bool {
-        std::mem::replace(&mut self.work, Work::Idle) == Work::Closing
+        std::mem::replace(&mut self.work, Work::Idle) == Work::InOnClose
     }
 
     /// A resume of it was taken out of the mailbox.
@@ -316,7 +316,7 @@ impl Connection {
         call: impl FnOnce(&mut dyn Handler, &mut Context<'_>) -> Poll<()>,
     ) -> (Poll<()>, Option<CloseReason>) {
         let Some(handler) = self.handler.as_deref_mut() else { return (Poll::Ready(()), None) };
-        let mut context = Context::new(self.id, site.position, site.post, &mut self.resume);
+        let mut context = Context::new(self.id, site.position, site.resume_queue, &mut self.resume);
         let (flow, end) = match catch_unwind(AssertUnwindSafe(|| call(handler, &mut context))) {
             Ok(flow) => (flow, context.into_close()),
             Err(_) => (Poll::Ready(()), Some(CloseReason::HandlerPanicked)),
@@ -337,8 +337,14 @@ impl Connection {
         self.counts.take_drop_notice()
     }
 
-    pub(crate) fn forget_drop_notices(&mut self) {
-        while self.counts.take_drop_notice().is_some() {}
+    /// So many of those frames could not be given to its outbox, and it ends.
+    pub(crate) fn count_discarded(&mut self, frames: u64) {
+        self.counts.discard(frames);
+    }
+
+    /// Its handler is not notified of drops any more.
+    pub(crate) fn stop_drop_notices(&mut self) {
+        self.counts.lose().notices.stop();
     }
 
     /// Its end is decided: nothing more is decoded. Messages that were read before are still passed to the
@@ -378,7 +384,7 @@ impl Connection {
         Bounds {
             frames: self.config.outbox_frames,
             bytes: self.config.outbox_bytes,
-            waiting: self.config.overflow_frames,
+            overflow_frames: self.config.overflow_frames,
             overflow_bytes: self.config.overflow_bytes,
         }
     }

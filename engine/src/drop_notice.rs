@@ -27,32 +27,44 @@ pub struct DropNotice {
 
 /// The drops that were not yet reported to one handler, oldest first.
 #[derive(Debug, Default)]
-pub(crate) struct DropNotices(VecDeque<DropNotice>);
+pub(crate) struct DropNotices {
+    list: VecDeque<DropNotice>,
+    /// Nobody must be notified any more.
+    is_stopped: bool,
+}
 
 impl DropNotices {
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.list.is_empty()
     }
 
     pub(crate) fn add(&mut self, frames: u64, cause: DropCause, group: Option<&Arc<str>>) {
-        let group = group.filter(|_| self.0.len() < KEPT_APART || self.find(cause, group).is_some());
+        if self.is_stopped {
+            return;
+        }
+        let group = group.filter(|_| self.list.len() < KEPT_APART || self.find(cause, group).is_some());
         match self.find(cause, group) {
-            Some(index) => self.0[index].frames += frames,
-            None => self.0.push_back(DropNotice { frames, cause, group: group.cloned() }),
+            Some(index) => self.list[index].frames += frames,
+            None => self.list.push_back(DropNotice { frames, cause, group: group.cloned() }),
         }
     }
 
+    /// Forgets the notices, and those to come.
+    pub(crate) fn stop(&mut self) {
+        *self = Self { list: VecDeque::new(), is_stopped: true };
+    }
+
     pub(crate) fn take_first(&mut self) -> Option<DropNotice> {
-        self.0.pop_front()
+        self.list.pop_front()
     }
 
     #[cfg(feature = "audit")]
     pub(crate) fn frames(&self) -> u64 {
-        self.0.iter().map(|notice| notice.frames).sum()
+        self.list.iter().map(|notice| notice.frames).sum()
     }
 
     fn find(&self, cause: DropCause, group: Option<&Arc<str>>) -> Option<usize> {
-        self.0.iter().position(|notice| notice.cause == cause && notice.group.as_ref() == group)
+        self.list.iter().position(|notice| notice.cause == cause && notice.group.as_ref() == group)
     }
 }
 

@@ -123,7 +123,7 @@ impl Engine {
                 }
                 Err(error) => {
                     failure = failure.or(error);
-                    owner.core.shutdown.notify_closed(index, &ShutdownReport::default());
+                    owner.core.shutdown.shard_has_ended(index, &ShutdownReport::default());
                 }
             }
         }

@@ -2,7 +2,7 @@
 //!
 //! The publication, the groups to which its address was resolved when it was published, the renditions that
 //! its publisher has made, and the ticket of a publisher that waits. Read in place by every shard. Does not
-//! know how it is delivered.
+//! know outboxes or connections.
 
 use std::sync::Arc;
 

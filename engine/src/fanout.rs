@@ -46,8 +46,10 @@ impl<'a> Terms<'a> {
     /// The state that a frame keeps if it must wait under this policy.
     fn origin(&self, policy: Policy) -> Option<Origin> {
         let ticket = self.ticket.filter(|ticket| policy.blocks() || ticket.wants_outcome());
-        let is_needed = ticket.is_some() || self.group.is_some();
-        is_needed.then(|| Origin { ticket: ticket.cloned(), group: self.group.cloned() })
+        // Read when a frame expires, which needs a timeout.
+        let group = self.group.filter(|_| policy.timeout().is_some());
+        let is_needed = ticket.is_some() || group.is_some();
+        is_needed.then(|| Origin { ticket: ticket.cloned(), group: group.cloned() })
     }
 }
 
@@ -132,19 +134,26 @@ impl Fanout {
             return;
         }
         *targets += 1;
-        match batch.chunk(connection.encoding()) {
-            Some(chunk) => *delayed += u64::from(self.offer(slot, chunk, Terms::of(entry))),
-            None => self.cannot_render(slot, entry.ticket.as_ref()),
+        let (chunk, missing) = batch.chunk(connection.encoding());
+        if let Some(chunk) = chunk {
+            *delayed += u64::from(self.offer(slot, chunk, Terms::of(entry)));
+        }
+        if missing > 0 {
+            self.cannot_render(slot, missing, entry.ticket.as_ref());
         }
     }
 
-    /// Ends a connection because a message cannot be converted to its encoding.
+    /// Ends a connection because messages cannot be converted to its encoding; these count as discarded.
     #[cold]
-    pub(crate) fn cannot_render(&mut self, slot: Slot, ticket: Option<&Ticket>) {
+    pub(crate) fn cannot_render(&mut self, slot: Slot, messages: u64, ticket: Option<&Ticket>) {
         if let Some(ticket) = ticket {
             ticket.count_disconnected();
         }
-        if let Some(connection) = self.connections.get(slot) {
+        if let Some(connection) = self.connections.get_mut(slot) {
+            connection.count_offered(messages);
+            connection.count_discarded(messages);
+            self.metrics.tally.offered += messages;
+            self.metrics.tally.discarded += messages;
             self.pending_ends.push((connection.id(), CloseReason::RenderFailed));
         }
     }

@@ -1,7 +1,7 @@
 //! The frame: the unit on the wire (RFC 6455, section 5.2).
 //!
 //! In three forms. [`Frame`] is a data message as the server sends it: header and payload in one shared buffer,
-//! because server frames are unmasked, so one encoding serves every connection. [`ControlFrame`] is a ping, pong
+//! because server frames are unmasked, so one frame serves every connection of an encoding. [`ControlFrame`] is a ping, pong
 //! or close: at most 127 bytes, on the stack, owned by the connection that sends it. [`Header`] is the beginning
 //! of a client's frame, and [`FrameError`] a fault of such a frame. Does not know sockets, or earlier frames.
 

@@ -40,6 +40,8 @@ pub trait Handler {
 
     /// The policy dropped frames for this connection. Called once for each cause and group since the last
     /// calls; not while another call is pending, but before the next message and before the end.
+    /// Frames that expire after the connection began to close are counted and not reported here; a handler that has
+    /// panicked is not notified.
     fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Poll<()> {
         let _ = (notice, context);
         Poll::Ready(())
@@ -73,7 +75,7 @@ pub struct Message<'a> {
 pub struct Context<'a> {
     id: ConnectionId,
     position: Position,
-    post: &'a Arc<dyn ResumeQueue>,
+    resume_queue: &'a Arc<dyn ResumeQueue>,
     resume: &'a mut Option<Arc<Resume>>,
     close: Option<CloseReason>,
 }
@@ -82,10 +84,10 @@ impl<'a> Context<'a> {
     pub(crate) fn new(
         id: ConnectionId,
         position: Position,
-        post: &'a Arc<dyn ResumeQueue>,
+        resume_queue: &'a Arc<dyn ResumeQueue>,
         resume: &'a mut Option<Arc<Resume>>,
     ) -> Self {
-        Self { id, position, post, resume, close: None }
+        Self { id, position, resume_queue, resume, close: None }
     }
 
     /// The connection's id.
@@ -101,8 +103,8 @@ impl<'a> Context<'a> {
 
     /// A waker that causes a call of `on_resume`. May be woken from any thread, at any time, more than once.
     pub fn waker(&mut self) -> Waker {
-        let (post, id) = (self.post, self.id);
-        let fresh = || Arc::new(Resume { post: post.clone(), id, queued: Queued::new() });
+        let (resume_queue, id) = (self.resume_queue, self.id);
+        let fresh = || Arc::new(Resume { resume_queue: resume_queue.clone(), id, queued: Queued::new() });
         self.resume.get_or_insert_with(fresh).clone().into()
     }
 
@@ -132,7 +134,7 @@ pub(crate) trait ResumeQueue: std::fmt::Debug + Send + Sync {
 /// Queues the connection's id at its shard, at most once until the shard has taken it.
 #[derive(Debug)]
 pub(crate) struct Resume {
-    post: Arc<dyn ResumeQueue>,
+    resume_queue: Arc<dyn ResumeQueue>,
     id: ConnectionId,
     queued: Queued,
 }
@@ -151,7 +153,7 @@ impl Wake for Resume {
 
     fn wake_by_ref(self: &Arc<Self>) {
         if self.queued.set() {
-            self.post.resume(self.id);
+            self.resume_queue.resume(self.id);
         }
     }
 }

@@ -14,10 +14,10 @@ use crate::admission::ConnectionPermit;
 use crate::command::{Action, Adoption, Answer, Command, Query};
 use crate::config::{ConfigError, ConnectionConfig};
 use crate::engine_core::EngineCore;
+use crate::entry::Named;
 use crate::handler::MakeHandler;
 use crate::id::ConnectionId;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
-use crate::payload::Payload;
 use crate::position::Position;
 use crate::publication::{Address, Publication};
 use crate::publisher::{GROUP_NAME_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError, Wants};
@@ -52,9 +52,7 @@ impl Namespace {
         &self,
         publication: Publication,
     ) -> impl Future<Output = Result<(), PublishError>> + Send + Unpin + use<'_> {
-        // A publication that closes connections needs no room in their outboxes.
-        let wants = if publication.payload().is_some() { Wants::Room } else { Wants::Nothing };
-        WithoutReceipt(self.publisher.submit(publication, wants))
+        WithoutReceipt(self.publisher.submit(publication, Wants::Room))
     }
 
     /// Publishes, and always waits until every connection that is addressed has accepted the message or has
@@ -77,7 +75,7 @@ impl Namespace {
     /// [`TryPublishError::Full`] if the log (for one connection: its shard's mailbox) is full; otherwise as for
     /// [`publish`](Self::publish).
     pub fn try_publish(&self, publication: Publication) -> Result<(), TryPublishError<Publication>> {
-        if publication.payload().is_some_and(|payload| payload.bytes().len() > Payload::BYTES_MAX) {
+        if publication.is_too_long() {
             return Err(TryPublishError::TooLong(publication));
         }
         let submitted = self.publisher.try_submit(publication.into(), Wants::Nothing);
@@ -157,7 +155,7 @@ impl Namespace {
 
     /// Passes the groups that a connection is in, after everything that was published before, to `on_groups`,
     /// in no particular order. `on_groups` is called on the connection's shard, or dropped without a call if
-    /// the connection has disconnected.
+    /// the connection has disconnected. A connection in its closing handshake is in no group.
     ///
     /// # Errors
     /// As for [`publish`](Self::publish).
@@ -187,7 +185,7 @@ impl Namespace {
             }
             return self.connection_metrics(*id, move |metrics| on_metrics(metrics.into())).await;
         }
-        self.ask(to, except, Answer::Metrics(Arc::new(on_metrics))).await
+        self.ask(self.groups_in(to), except, Answer::Metrics(Arc::new(on_metrics))).await
     }
 
     /// Collects the ids of all open connections of `to`, after everything that was published before. `on_members`
@@ -201,18 +199,32 @@ impl Namespace {
         on_members: impl Fn(Vec<ConnectionId>) + Send + Sync + 'static,
     ) -> Result<(), PublishError> {
         if let Address::Connection(id) = *to {
-            return self.connection_metrics(id, move |_| on_members(vec![id])).await;
+            return self
+                .publisher
+                .command(id, Action::IfMember(Box::new(move || on_members(vec![id]))))
+                .await
+                .map(drop);
         }
-        self.ask(to, &[], Answer::Members(Arc::new(on_members))).await
+        self.ask(self.groups_in(to), &[], Answer::Members(Arc::new(on_members))).await
     }
 
-    /// Sends a query to all shards. Not for a single connection.
-    async fn ask(&self, to: &Address, except: &[ConnectionId], answer: Answer) -> Result<(), PublishError> {
-        let groups = match to {
+    /// The groups of an address; none if it means everyone. A single connection is not asked for by groups.
+    fn groups_in(&self, to: &Address) -> Option<Arc<[Named]>> {
+        match to {
+            Address::Everyone => None,
             Address::Group(name) => Some(self.publisher.named(std::slice::from_ref(name))),
             Address::Groups(names) => Some(self.publisher.named(names)),
-            Address::Everyone | Address::Connection(_) => None,
-        };
+            Address::Connection(_) => Some(Arc::default()),
+        }
+    }
+
+    /// Sends a query to all shards, about the members of these groups or about everyone.
+    async fn ask(
+        &self,
+        groups: Option<Arc<[Named]>>,
+        except: &[ConnectionId],
+        answer: Answer,
+    ) -> Result<(), PublishError> {
         for shard in 0..self.publisher.shards() {
             let query = Query {
                 directory: self.publisher.directory().clone(),

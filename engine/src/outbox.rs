@@ -135,7 +135,7 @@ pub(crate) struct Dropped {
 pub(crate) struct Bounds {
     pub(crate) frames: usize,
     pub(crate) bytes: usize,
-    pub(crate) waiting: usize,
+    pub(crate) overflow_frames: usize,
     pub(crate) overflow_bytes: usize,
 }
 
@@ -302,14 +302,14 @@ impl<T> Outbox<T> {
         origin: impl FnOnce() -> Option<T>,
     ) -> Enqueued {
         let frames = segment.frames();
-        let mut room = bounds.waiting.saturating_sub(self.waiting()).min(frames as usize) as u32;
+        let mut room = bounds.overflow_frames.saturating_sub(self.waiting()).min(frames as usize) as u32;
         let bytes = bounds.overflow_bytes.saturating_sub(self.backlog_bytes() - self.bytes);
         let start = segment.chunk.start(segment.next);
         while room > 0 && (segment.chunk.end(segment.next + room) - start) as usize > bytes {
             room -= 1;
         }
         // If nothing else waits, one frame of any size may wait, as an empty outbox takes one of any size.
-        if room == 0 && bounds.waiting > 0 && !self.has_waiting() {
+        if room == 0 && bounds.overflow_frames > 0 && !self.has_waiting() {
             room = 1;
         }
         let may_wait = match expiry.until {
@@ -648,11 +648,11 @@ mod tests {
     use super::*;
     use crate::frame::ControlFrame;
 
-    const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, waiting: 8, overflow_bytes: 1 << 30 };
+    const BOUNDS: Bounds = Bounds { frames: 5, bytes: 60, overflow_frames: 8, overflow_bytes: 1 << 30 };
 
-    /// A frame with its number as payload, in `bytes` bytes (6 to 120).
     const FOR_EVER: Expiry = Expiry { until: None, max_drops: 0 };
 
+    /// A frame with its number as payload, in `bytes` bytes (6 to 120).
     fn frame(number: u32, bytes: usize) -> Vec<u8> {
         let mut frame = vec![0x82, bytes as u8 - 2];
         frame.extend(number.to_be_bytes());
@@ -715,7 +715,7 @@ mod tests {
 
     #[derive(Debug, Clone)]
     enum Step {
-        Enqueued(Vec<usize>),
+        Offer(Vec<usize>),
         Write(usize),
         Control(usize),
         Discard,
@@ -724,8 +724,8 @@ mod tests {
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            4 => prop::collection::vec(6usize..20, 1..5).prop_map(Step::Enqueued),
-            1 => (61usize..120).prop_map(|bytes| Step::Enqueued(vec![bytes])),
+            4 => prop::collection::vec(6usize..20, 1..5).prop_map(Step::Offer),
+            1 => (61usize..120).prop_map(|bytes| Step::Offer(vec![bytes])),
             8 => (1usize..60).prop_map(Step::Write),
             2 => (4usize..12).prop_map(Step::Control),
             1 => Just(Step::Discard),
@@ -747,7 +747,7 @@ mod tests {
             let mut controls = Vec::new();
             for step in steps {
                 match step {
-                    Step::Enqueued(sizes) => {
+                    Step::Offer(sizes) => {
                         let numbers = offered..offered + sizes.len() as u32;
                         let frames: Vec<_> =
                             numbers.clone().zip(&sizes).map(|(number, bytes)| frame(number, *bytes)).collect();
@@ -766,7 +766,7 @@ mod tests {
                         let waiting = pending.len() - outbox.frames as usize;
                         let expected = match waiting {
                             0 => Enqueued::Queued,
-                            waiting if waiting <= BOUNDS.waiting => Enqueued::Waits,
+                            waiting if waiting <= BOUNDS.overflow_frames => Enqueued::Waits,
                             _ => Enqueued::Overflow,
                         };
                         prop_assert_eq!(offer, expected);

@@ -167,6 +167,10 @@ impl Publication {
         &self.to
     }
 
+    pub(crate) fn is_too_long(&self) -> bool {
+        self.payload().is_some_and(|payload| payload.bytes().len() > Payload::BYTES_MAX)
+    }
+
     /// The message; none if it closes connections.
     #[inline]
     pub fn payload(&self) -> Option<&Payload> {

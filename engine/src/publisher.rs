@@ -186,7 +186,10 @@ impl Publisher {
                 (Action::Close { reason: CloseReason::Application { code, text }, ticket }, awaited)
             }
             Content::Message(payload) => {
+                // What the shard renders for another encoding may be longer: nobody knows yet whether it fits.
+                let is_plain = self.directory.encodings_in_use().next().is_none();
                 let is_within = self.window.holds(4, mailbox.len() as u64 + 1, mailbox.reserve(bytes))
+                    && is_plain
                     && self.window.holds(2, self.core.log.in_flight(), self.core.log.bytes_in_flight());
                 let oversized = (!is_within).then(|| Oversized::new(self.directory.clone()));
                 // A message to one connection blocks by default, whatever the connection's own policy is.
@@ -219,9 +222,14 @@ impl Publisher {
         draft: Draft,
         wants: Wants,
     ) -> Result<Submitted, Refused<Box<Draft>>> {
+        let log = &self.core.log;
+        let must_render = draft.renditions.is_none() && self.directory.encodings_in_use().next().is_some();
+        if must_render && log.is_full() {
+            return Err(Refused::Full(Box::new(draft))); // an attempt that fails must not cost as much as one that succeeds
+        }
         let Draft { publication, renditions } = draft;
         let renditions = renditions.unwrap_or_else(|| self.render(&publication));
-        let (log, bytes) = (&self.core.log, entry::weight(&publication, &renditions));
+        let bytes = entry::weight(&publication, &renditions);
         log.reserve(bytes);
         let policy = publication.delivery.policy();
         let has_room = || {
@@ -229,6 +237,7 @@ impl Publisher {
                 && !self.directory.has_oversized()
                 && !self.must_be_waited_for(&target, policy)
         };
+        // A close does not wait for room.
         let is_message = publication.payload().is_some();
         let blocks = is_message && policy.is_none_or(|policy| policy.blocks());
         let (ticket, awaited) = wants.ticket(!blocks || wants == Wants::Room && has_room());
@@ -417,7 +426,7 @@ impl Future for Submission<'_> {
         if let Step::Submit(_) = this.step
             && let Step::Submit(publication) = std::mem::replace(&mut this.step, Step::Done)
         {
-            if publication.payload().is_some_and(|payload| payload.bytes().len() > Payload::BYTES_MAX) {
+            if publication.is_too_long() {
                 return Poll::Ready(Err(PublishError::TooLong));
             }
             match this.publisher.try_submit(publication.into(), this.wants) {
@@ -439,6 +448,7 @@ impl Future for Submission<'_> {
                 return Poll::Ready(Ok(receipt));
             }
         }
+        assert!(!matches!(this.step, Step::Done), "a future was polled after it was ready");
         let outcome = ready!(this.poll_outcome(context));
         this.step = Step::Done;
         Poll::Ready(outcome)

@@ -24,7 +24,7 @@ pub struct Receipt {
     pub delayed: u64,
     /// Connections for which the frame was dropped.
     pub dropped: Drops,
-    /// Of the delayed ones, connections that ended before they accepted the frame.
+    /// Connections that ended before they accepted the frame.
     pub disconnected: u64,
     /// Position of a publication: after it. Position of a message to one connection, or of one without any
     /// target: after everything that was published before it.

@@ -1,9 +1,10 @@
 //! Renditions: a payload's frames, one for each encoding that connections use.
 //!
-//! Nearly all connections use the plain frame, which a payload contains. For other encodings (compression, another
-//! protocol around the payload) a function is registered with the engine. The publisher calls it for every encoding
-//! in use, so that it runs once and on no shard. A shard that finds a connection with an encoding that was not yet
-//! in use calls it itself, once for all its connections. Does not know which connections use which encoding.
+//! Nearly all connections use the plain frame, which a payload contains. For other encodings (another
+//! protocol around the payload, compression within it) a function is registered with the engine. The publisher calls it
+//! once for every encoding in use, however many shards there are. A shard calls it itself for a message to one
+//! connection, and, once for all its connections, where an encoding was not yet in use. Does not know which connections
+//! use which encoding.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -74,7 +74,7 @@ pub struct Shard {
     index: usize,
     core: Arc<EngineCore>,
     /// The same, in the form that handlers' wakers use.
-    post: Arc<dyn ResumeQueue>,
+    resume_queue: Arc<dyn ResumeQueue>,
     poll: Poll,
     /// The first events of a poll.
     events: Events,
@@ -184,7 +184,7 @@ impl Shard {
         let read = vec![0; core.config.read_buffer_bytes];
         Self {
             index,
-            post: core.clone(),
+            resume_queue: core.clone(),
             core,
             poll,
             events: Events::with_capacity(EVENTS_PER_ANSWER),

@@ -192,7 +192,7 @@ impl ShutdownState {
     }
 
     /// A shard has ended.
-    pub(crate) fn notify_closed(&self, shard: usize, report: &ShutdownReport) {
+    pub(crate) fn shard_has_ended(&self, shard: usize, report: &ShutdownReport) {
         let all_have = {
             let mut end = self.lock();
             end.has_ended[shard] = true;

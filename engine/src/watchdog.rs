@@ -275,14 +275,14 @@ mod tests {
         assert_eq!(verdict(&shutdown, &beacons, start), Next::Sleep(None));
         shutdown.ask(Shutdown::within(1000 * MS), start);
         beacons.turn(1, start + 500 * MS); // which does not end
-        shutdown.notify_closed(0, &ShutdownReport { flushed: 3, ..ShutdownReport::default() });
+        shutdown.shard_has_ended(0, &ShutdownReport { flushed: 3, ..ShutdownReport::default() });
         let at = |millis: u32| verdict(&shutdown, &beacons, start + millis * MS);
         assert_eq!(at(500), Next::Sleep(Some(700 * MS)));
         assert_eq!(at(1200), Next::Sleep(Some(50 * MS)), "the third sleeps: it is only slow to wake");
         assert_eq!(at(2000), Next::Conclude, "no longer than that");
         beacons.turn(2, start + 1001 * MS);
         assert_eq!(at(1300), Next::Sleep(Some(50 * MS)), "it drops its connections");
-        shutdown.notify_closed(2, &ShutdownReport { flushed: 4, ..ShutdownReport::default() });
+        shutdown.shard_has_ended(2, &ShutdownReport { flushed: 4, ..ShutdownReport::default() });
         assert_eq!(at(1199), Next::Sleep(Some(50 * MS)));
         assert_eq!(at(1200), Next::Conclude);
         assert_eq!(shutdown.state(), EngineState::Stopping);
@@ -290,7 +290,7 @@ mod tests {
         let report = ShutdownReport { flushed: 7, cut_off: 10, left_over: 0, stuck: vec![1] };
         let polled = || shutdown.poll(&mut Registration::default(), std::task::Waker::noop());
         assert_eq!(polled(), std::task::Poll::Ready(report.clone()));
-        shutdown.notify_closed(1, &ShutdownReport { flushed: 5, ..ShutdownReport::default() });
+        shutdown.shard_has_ended(1, &ShutdownReport { flushed: 5, ..ShutdownReport::default() });
         assert_eq!(polled(), std::task::Poll::Ready(report), "a late report changes nothing");
         assert_eq!(shutdown.state(), EngineState::Ended);
     }
@@ -303,7 +303,7 @@ mod tests {
         shutdown.ask(Shutdown { within: 1000 * MS, close_window: Duration::ZERO, code }, start);
         for shard in 0..2 {
             assert_ne!(verdict(&shutdown, &beacons, start), Next::Conclude);
-            shutdown.notify_closed(shard, &ShutdownReport::default());
+            shutdown.shard_has_ended(shard, &ShutdownReport::default());
         }
         assert_eq!(verdict(&shutdown, &beacons, start), Next::Conclude);
     }

@@ -153,6 +153,26 @@ fn a_publisher_waits_for_room_for_the_longest_rendition() {
 }
 
 #[test]
+fn a_publisher_to_one_connection_waits_for_room_for_what_its_message_becomes() {
+    let config = ConnectionConfig { outbox_bytes: 16_000, ..ConnectionConfig::default() };
+    let mut rig = Rig::one(config);
+    let large = rig.engine.register_encoding(|_| Frame::binary(&[0; 10_000])).unwrap();
+    let mut client = adopt_with(&rig, large);
+    rig.settle();
+    let (everyone, id) = (rig.everyone.clone(), client.id());
+    let small = || Publication::message(id, Payload::text("small"));
+    let mut publishing: Vec<_> = (0..20).map(|_| Task::new(everyone.publish(small()))).collect();
+    assert!(publishing.iter_mut().all(|task| task.poll().is_none()), "nobody knows whether it fits");
+    rig.settle();
+    let accepted = publishing.iter_mut().filter_map(Task::poll).count();
+    assert!((1..20).contains(&accepted), "{accepted} of 20 fit into the outbox and the socket");
+    while !client.peer.receive().is_empty() {
+        rig.settle();
+    }
+    assert_eq!(accepted + publishing.iter_mut().filter_map(Task::poll).count(), 20);
+}
+
+#[test]
 fn an_encoding_that_panics_closes_the_connections_that_use_it_and_no_other() {
     let mut rig = Rig::new(2);
     let broken = rig
@@ -186,6 +206,49 @@ fn an_encoding_that_panics_closes_the_connections_that_use_it_and_no_other() {
     rig.settle();
     assert_eq!(plain.peer.receive_data(), ["good", "bad", "after it"]);
     assert!(plain.record().ends.is_empty());
+}
+
+#[test]
+fn messages_before_one_that_cannot_be_rendered_arrive_although_they_are_joined_with_it() {
+    let mut rig = Rig::new(1);
+    let render = |payload: &Payload| {
+        assert_ne!(payload.bytes(), b"bad", "on purpose");
+        prefixed(payload)
+    };
+    let broken = rig.engine.register_encoding(render).unwrap();
+    let mut client = adopt_with(&rig, broken);
+    rig.settle();
+    for text in ["one", "two", "bad", "three"] {
+        publish(&rig, EVERYONE, text);
+    }
+    rig.settle();
+    let texts = ["one", "two"].map(|text| Received::Data(format!("{PREFIX}{text}")));
+    let received = client.peer.receive();
+    assert_eq!(received[..2], texts);
+    assert_eq!(received[2..], [Received::Close(Some(1011)), Received::End]);
+    assert_eq!(client.record().ends, [CloseReason::RenderFailed]);
+    let tally = rig.engine.metrics().tally;
+    assert_eq!((tally.offered, tally.written, tally.discarded, tally.pending()), (4, 2, 2, 0));
+    assert_eq!(rig.collect_metrics(&EVERYONE, &[]).tally, tally, "the same, added up by connection");
+}
+
+#[test]
+fn an_encoding_is_out_of_use_when_its_last_connection_ends_although_a_handler_is_busy() {
+    let (mut rig, encoding, rendered) = counting(1);
+    let mut plain = adopt_with(&rig, Encoding::PLAIN);
+    let mut client = adopt_with(&rig, encoding);
+    client.peer.text("wait");
+    rig.settle();
+    client.peer.close(1000);
+    rig.settle();
+    publish(&rig, EVERYONE, "after it");
+    rig.settle();
+    assert_eq!(rendered.load(SeqCst), 0);
+    assert_eq!(plain.peer.receive_data(), ["after it"]);
+    client.release();
+    rig.settle();
+    publish(&rig, EVERYONE, "at the end");
+    assert_eq!(rendered.load(SeqCst), 0);
 }
 
 #[test]

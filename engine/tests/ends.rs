@@ -9,12 +9,13 @@
 use std::io::Read as _;
 use std::net::Shutdown as Half;
 use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use shardcast_engine::{
-    Address, AdoptError, CloseCode, CloseReason, ConnectionConfig, EngineConfig, FrameError,
-    GROUP_NAME_BYTES_MAX, InvalidCloseCode, Payload, Policy, Publication, PublishError, Shutdown,
-    ShutdownReport,
+    Address, AdoptError, CloseCode, CloseReason, ConnectionConfig, Context, EngineConfig, FrameError,
+    GROUP_NAME_BYTES_MAX, Handler, InvalidCloseCode, Message, Payload, Policy, Publication, PublishError,
+    Shutdown, ShutdownReport,
 };
 use testkit::client::new_connection;
 use testkit::frames::client_frame;
@@ -306,6 +307,47 @@ fn a_client_that_has_ended_its_side_is_not_pinged_while_its_answer_is_prepared()
     assert_eq!(client.peer.receive(), [data("the answer"), Received::End]);
     rig.settle();
     assert_eq!(client.record().ends, [CloseReason::Disconnected]);
+}
+
+/// Is busy with its first message, and panics or closes when it is resumed.
+struct EndsWhenResumed(bool, Arc<Mutex<Vec<&'static str>>>, Arc<Mutex<Option<Waker>>>);
+
+impl Handler for EndsWhenResumed {
+    fn on_message(&mut self, _: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
+        lock(&self.1).push("message");
+        *lock(&self.2) = Some(context.waker());
+        Poll::Pending
+    }
+
+    fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        assert!(!self.0, "on purpose");
+        context.close(CloseReason::Application { code: CloseCode(4000), text: "enough".into() });
+        Poll::Ready(())
+    }
+
+    fn on_close(&mut self, _: &CloseReason, _: &mut Context<'_>) -> Poll<()> {
+        lock(&self.1).push("close");
+        Poll::Ready(())
+    }
+}
+
+#[test]
+fn a_handler_that_panics_or_closes_when_it_is_resumed_gets_no_message_that_is_held_for_it() {
+    for panics in [true, false] {
+        let mut rig = Rig::new(1);
+        let (calls, waker) = <(Arc<Mutex<Vec<_>>>, Arc<Mutex<Option<Waker>>>)>::default();
+        let handler = EndsWhenResumed(panics, calls.clone(), waker.clone());
+        let mut peer = rig.connect_handler(Box::new(|_| Box::new(handler)));
+        peer.text("one");
+        peer.text("two");
+        rig.settle();
+        // In one turn the shard reads the Close and resumes the handler.
+        peer.close(1000);
+        lock(&waker).take().unwrap().wake();
+        rig.settle();
+        assert_eq!(*lock(&calls), ["message", "close"], "panics: {panics}");
+        assert_eq!(rig.shards[0].audit().errors, [""; 0]);
+    }
 }
 
 #[test]

@@ -68,6 +68,10 @@ fn groups_members_and_a_connection_s_groups_can_be_listed() {
     rig.settle();
     assert_eq!(members(&mut rig, &Address::Everyone), ids(&[b, c, d]));
     assert_eq!(groups_of(&mut rig, a), Some(vec![]));
+    assert_eq!(
+        (members(&mut rig, &a.id().into()), members(&mut rig, &opening.id().into())),
+        (vec![], vec![])
+    );
     opening.release();
     rig.settle();
     assert_eq!(members(&mut rig, &Address::Everyone), ids(&[b, c, d, &opening]));

@@ -7,12 +7,14 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::Duration;
 
 use proptest::prelude::*;
 use shardcast_engine::{
-    Address, CloseCode, CloseReason, ConnectionConfig, ConnectionMetrics, Delivery, DropCause, EngineConfig,
-    GroupMetrics, Payload, Policy, Publication, PublishError, Receipt,
+    Address, CloseCode, CloseReason, ConnectionConfig, ConnectionId, ConnectionMetrics, Context, Delivery,
+    DropCause, DropNotice, EngineConfig, GroupMetrics, Handler, Message, Payload, Policy, Publication,
+    PublishError, Receipt,
 };
 use testkit::sender::DROP_AT_ONCE;
 use testkit::time::{DAY, ms};
@@ -1253,5 +1255,49 @@ proptest! {
         all_awaited in any::<bool>(),
     ) {
         live_through(&history, own, shards, all_awaited);
+    }
+}
+
+/// Notes each notification of drops, and panics or closes at it.
+struct EndsAtDrop(bool, Arc<Mutex<Vec<Option<Arc<str>>>>>);
+
+impl Handler for EndsAtDrop {
+    fn on_message(&mut self, _: Message<'_>, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Poll<()> {
+        lock(&self.1).push(notice.group.clone());
+        assert!(!self.0, "on purpose");
+        context.close(CloseReason::Application { code: CloseCode(4000), text: "too slow".into() });
+        Poll::Ready(())
+    }
+}
+
+#[test]
+fn a_handler_that_panics_is_not_notified_of_drops_again_but_one_that_closes_is_notified_of_all() {
+    for panics in [true, false] {
+        let mut rig = rig(1, narrow(DROP));
+        let (told, id) = <(Arc<Mutex<Vec<_>>>, Arc<Mutex<Option<ConnectionId>>>)>::default();
+        let (handler, known) = (EndsAtDrop(panics, told.clone()), id.clone());
+        let _peer = rig.connect_handler(Box::new(move |id| {
+            *lock(&known) = Some(id);
+            Box::new(handler)
+        }));
+        let id = lock(&id).unwrap();
+        at_once(rig.everyone.join_all(id, &["a", "b"])).unwrap();
+        rig.settle();
+        while rig.engine.metrics().tally.pending() < 4 {
+            rig.everyone.try_publish(Publication::message(id, big("fill"))).unwrap();
+            rig.settle();
+        }
+        // Both expire in one turn.
+        for group in ["a", "b"] {
+            rig.everyone.try_publish(Publication::message(Address::group(group), big("lost"))).unwrap();
+        }
+        rig.settle();
+        rig.pass(MS20);
+        let notified = lock(&told).len();
+        assert_eq!(notified, if panics { 1 } else { 2 }, "panics: {panics}");
     }
 }

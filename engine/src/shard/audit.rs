@@ -179,7 +179,7 @@ impl Shard {
                 overflow_bytes,
                 outbox_frames: bounds.frames,
                 outbox_bytes: bounds.bytes,
-                waiting_frames_max: bounds.waiting,
+                waiting_frames_max: bounds.overflow_frames,
                 waiting_bytes_max: bounds.overflow_bytes,
             });
         }

@@ -43,6 +43,7 @@ impl Shard {
         tracing::debug!(id = %connection.id(), %reason, "connection ended");
         self.fanout.unfinished_bytes -= connection.unfinished_bytes();
         connection.begin_closing(reason.is_in_input());
+        connection.directory().remove_encoding(connection.encoding());
         self.fanout.unfinished_bytes += connection.unfinished_bytes();
         let is_readable = connection.is_readable();
         self.count_end(&reason);
@@ -164,10 +165,6 @@ impl Shard {
         {
             let (flow, end) = self.run_handler(slot, |handler, context| handler.on_drop(&notice, context));
             if let Some(reason) = end {
-                // It has panicked, or has closed the connection.
-                if let Some(connection) = self.fanout.connections.get_mut(slot) {
-                    connection.forget_drop_notices();
-                }
                 self.end_by_handler(slot, reason);
             }
             if flow == Poll::Pending {
@@ -191,7 +188,7 @@ impl Shard {
         match self.call(slot, |handler, context| handler.on_close(&reason, context)) {
             Poll::Pending => {
                 if let Some(connection) = self.fanout.connections.get_mut(slot) {
-                    connection.begin_closing_work();
+                    connection.wait_for_on_close();
                 }
             }
             Poll::Ready(()) => self.release_handler(slot),
@@ -230,7 +227,6 @@ impl Shard {
         if self.fanout.connections.get(slot).is_some_and(Connection::is_gone) {
             let connection = self.fanout.connections.remove(slot);
             self.fanout.unfinished_bytes -= connection.unfinished_bytes();
-            connection.directory().remove_encoding(connection.encoding());
             connection.directory().ended(self.index).add(connection.tally());
         }
     }

@@ -55,7 +55,10 @@ impl Shard {
             }
             match entry.command {
                 Command::Adopt(adoption) => self.adopt(*adoption),
-                Command::Ask(query) => self.answer_query(&query),
+                Command::Ask(query) => {
+                    self.answer_query(&query);
+                    drop_guarded(query);
+                }
                 Command::For { id, namespace, action } => {
                     if let Action::Send { payload, .. } = &action {
                         bytes += payload.plain_frame().len() as u64;
@@ -64,6 +67,8 @@ impl Shard {
                         self.find(id).is_some_and(|connection| connection.directory().key() == namespace);
                     if found {
                         self.act(id, action);
+                    } else {
+                        drop_guarded(action);
                     }
                 }
             }
@@ -157,7 +162,11 @@ impl Shard {
                     self.fanout.groups.groups_of(slot).filter_map(|group| group.name().cloned()).collect();
                 self.call_back(key, || on_groups(names));
             }
-            Action::Send { .. } | Action::Join(_) => {}
+            Action::IfMember(on_member) if is_open && connection.opening().is_none() => {
+                let key = connection.directory().key();
+                self.call_back(key, on_member);
+            }
+            action => drop_guarded(action),
         }
     }
 
@@ -202,16 +211,19 @@ impl Shard {
     fn adopt(&mut self, adoption: Adoption) {
         let Adoption { mut socket, received, handler, config, encoding, directory, permit, join } = adoption;
         if self.shutdown.is_some() {
+            drop_guarded(handler);
             return turn_away(&socket, CloseCode::GOING_AWAY);
         }
         let Some(slot) = self.fanout.connections.vacant() else {
             tracing::warn!(shard = self.index, "the shard is full: a connection was refused");
+            drop_guarded(handler);
             return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
         };
         self.generations += 1;
         let id = ConnectionId::new(self.index, slot, self.generations);
         if let Err(error) = socket.register(self.poll.registry(), Token(slot.index())) {
             tracing::warn!(shard = self.index, %error, "a socket could not be registered: its connection was refused");
+            drop_guarded(handler);
             return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
         }
         let shown = self.core.beacons.call(self.index, directory.key());
@@ -247,6 +259,13 @@ impl Shard {
         if !received.is_empty() {
             self.receive_early(slot, received);
         }
+    }
+}
+
+/// Drops something that an application has given, whose drop may panic.
+fn drop_guarded<T>(value: T) {
+    if catch_unwind(AssertUnwindSafe(|| drop(value))).is_err() {
+        tracing::error!("a handler or a callback that was not called panicked when it was dropped");
     }
 }
 

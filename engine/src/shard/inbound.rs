@@ -214,7 +214,10 @@ impl Shard {
                 return; // sent after the end: ignored
             }
             let from = consumed;
-            let site = CallSite { position: self.core.position(self.reader.position()), post: &self.post };
+            let site = CallSite {
+                position: self.core.position(self.reader.position()),
+                resume_queue: &self.resume_queue,
+            };
             let at = Arrival { now: self.fanout.now, arrived: self.fanout.arrived };
             let shown = self.core.beacons.call(self.index, connection.directory().key());
             let received = connection.receive(&mut input[from..], &mut consumed, at, &site);
@@ -334,15 +337,21 @@ impl Shard {
     ) -> (Poll<()>, Option<CloseReason>) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return (Poll::Ready(()), None) };
         let _shown = self.core.beacons.call(self.index, connection.directory().key());
-        let site = CallSite { position: self.core.position(self.reader.position()), post: &self.post };
+        let site = CallSite {
+            position: self.core.position(self.reader.position()),
+            resume_queue: &self.resume_queue,
+        };
         connection.call(&site, call)
     }
 
     /// The handler has panicked or closes the connection: it gets no more messages, not even those that
-    /// arrived before the end.
+    /// arrived before the end. One that has panicked is not notified of drops either.
     pub(super) fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
-        if !connection.is_open() {
+        if reason == CloseReason::HandlerPanicked {
+            connection.stop_drop_notices();
+        }
+        if connection.is_over() {
             let before = connection.unfinished_bytes();
             connection.forget_held();
             self.count_unfinished(slot, before);

@@ -40,7 +40,8 @@ impl Shard {
                             let limit = limit.min(self.reader.position() + self.fanout.flushes.room());
                             let joined = Some((limit, WRITE_BYTES_MAX));
                             let (encodings, retained) = (&self.core.encodings, &self.fanout.retained);
-                            let mut batch = Batch::new(&self.reader, payload, joined, encodings, retained);
+                            let mut batch =
+                                Batch::new(&self.reader, (first, payload), joined, encodings, retained);
                             count = batch.len();
                             self.fanout.fan_out(group, &mut batch, first)
                         }
@@ -60,7 +61,8 @@ impl Shard {
                     let offers = match content {
                         Content::Message(payload) => {
                             let (encodings, retained) = (&self.core.encodings, &self.fanout.retained);
-                            let mut batch = Batch::new(&self.reader, payload, None, encodings, retained);
+                            let mut batch =
+                                Batch::new(&self.reader, (first, payload), None, encodings, retained);
                             self.fanout.fan_out_to(&slots, &mut batch, first)
                         }
                         Content::Close { code, text } => {
@@ -101,7 +103,7 @@ impl Shard {
                 self.fanout.offer(slot, &chunk, Terms { policy, ticket: ticket.as_ref(), group: None })
             }
             None => {
-                self.fanout.cannot_render(slot, ticket.as_ref());
+                self.fanout.cannot_render(slot, 1, ticket.as_ref());
                 false
             }
         };

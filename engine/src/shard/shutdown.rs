@@ -153,6 +153,6 @@ impl Drop for Shard {
         } else {
             self.abandon(&mut report);
         }
-        self.core.shutdown.notify_closed(self.index, &report);
+        self.core.shutdown.shard_has_ended(self.index, &report);
     }
 }
