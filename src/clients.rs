@@ -159,7 +159,7 @@ impl<M> Clients<M> {
     /// do.
     ///
     /// # Errors
-    /// As for [`join`](Self::join).
+    /// An engine that has ended, too many publishers that wait for a shard.
     pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), PublishError> {
         Ok(self.inner.namespace.leave(id, group).await?)
     }
@@ -175,16 +175,16 @@ impl<M> Clients<M> {
     /// Leaves several groups in one step: no message comes between them.
     ///
     /// # Errors
-    /// As for [`join`](Self::join).
+    /// An engine that has ended, too many publishers that wait for a shard.
     pub async fn leave_all(&self, id: ConnectionId, groups: &[&str]) -> Result<(), PublishError> {
         Ok(self.inner.namespace.leave_all(id, groups).await?)
     }
 
     /// The groups that a client is in, after everything that was sent before, in no particular order. None when it has
-    /// disconnected.
+    /// disconnected; no groups while it is closing.
     ///
     /// # Errors
-    /// As for [`join`](Self::join).
+    /// An engine that has ended, too many publishers that wait for a shard.
     pub async fn groups_of(&self, id: ConnectionId) -> Result<Option<Vec<Arc<str>>>, PublishError> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let answer = |groups| {
@@ -213,7 +213,7 @@ impl<M> Clients<M> {
     /// handshake included.
     ///
     /// # Errors
-    /// As for [`join`](Self::join).
+    /// An engine that has ended, too many publishers that wait for a shard.
     pub async fn connection_metrics(
         &self,
         id: ConnectionId,
@@ -230,7 +230,7 @@ impl<M> Clients<M> {
     /// after everything that was sent before. For some of the clients: [`Target::metrics`].
     ///
     /// # Errors
-    /// As for [`join`](Self::join).
+    /// An engine that has ended, too many publishers that wait for a shard.
     pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
         self.to_all().metrics().await
     }
@@ -514,7 +514,7 @@ pub enum PublishError {
     /// [`publishers_waiting_max`](crate::EngineConfig::publishers_waiting_max) publishers wait already.
     #[error("too many publishers wait for room already: try again later, or raise `publishers_waiting_max`")]
     Overloaded,
-    /// Encoded, the message is longer than a frame can be (4 GiB − 1 B).
+    /// Encoded, the message is longer than 4 GiB less a frame header.
     #[error("the message is longer than 4 GiB: send it in parts")]
     TooLong,
     /// The name of the group is longer than [`GROUP_NAME_BYTES_MAX`](crate::GROUP_NAME_BYTES_MAX).
@@ -549,7 +549,7 @@ pub enum TryPublishError<T> {
     /// The engine has ended.
     #[error("the engine has ended: start another one")]
     Closed(T),
-    /// Encoded, the message is longer than a frame can be (4 GiB − 1 B).
+    /// Encoded, the message is longer than 4 GiB less a frame header.
     #[error("the message is longer than 4 GiB: send it in parts")]
     TooLong(T),
     /// The codec could not encode the message.

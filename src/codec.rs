@@ -72,8 +72,8 @@ pub trait Encode<T>: Send + Sync + 'static {
 /// # What a codec of your own must guarantee
 /// A payload comes from an untrusted client, and `decode` runs on a shard's thread, or on tokio's in a `HubClient`:
 ///
-/// - It must not recurse without a limit. A stack overflow ends the *process* and cannot be caught; the stack is 2
-///   MiB by default. [`deserialize_bounded`] limits a serde format to [`DEPTH_MAX`] levels; do not rely on the
+/// - It must not recurse without a limit. A stack overflow ends the *process* and cannot be caught; the stack has
+///   8 MiB on a shard, and 2 MiB by default on tokio's threads. [`deserialize_bounded`] limits a serde format to [`DEPTH_MAX`] levels; do not rely on the
 ///   format, which may limit sequences and not enums.
 /// - It must not allocate or loop in proportion to a length that the payload only claims.
 /// - It must return an error for a payload that it does not understand. A panic is caught and ends the connection

@@ -1,6 +1,6 @@
 //! What a hub's method can do: short forms over the hub's clients, for the connection that it is called for.
 //!
-//! One for each call, sharing what belongs to the connection. The short forms are those of the seed's programs, so
+//! One for each call, sharing what belongs to the connection. The short forms are those of the `axum-signal` crate, so
 //! ids are text in them, and they return nothing: what fails is logged and counted. For results, use the clients.
 //! Does not know handlers or the engine's shards.
 
@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 use shardcast_engine::{CloseCode, ConnectionId, Position};
 
 use crate::clients::{Clients, PublishError, Target};
-use crate::log_limit::NO_ID;
+use crate::log_limit::{NO_ID, SHORT_FORM};
 
 /// The connection that a hub's method is called for, and through it all clients of the hub.
 /// [`HubContext<Self>`](crate::HubContext) is the shorter way to write this type in a hub.
@@ -164,6 +164,15 @@ fn report(result: Result<(), PublishError>) {
     match result {
         Ok(()) => {}
         Err(PublishError::Closed) => tracing::debug!("nothing was sent: the engine has ended"),
-        Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "a message was not sent"),
+        Err(error) => {
+            if let Some(left_out) = SHORT_FORM.allows() {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(
+                    error,
+                    left_out,
+                    "a hub's message, join, leave or disconnect was not carried out"
+                );
+            }
+        }
     }
 }

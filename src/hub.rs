@@ -21,6 +21,7 @@ use tokio::runtime;
 use crate::clients::{Clients, Prepared, PublishError, Target};
 use crate::codec::{CodecError, Decode, Encode};
 use crate::context::MessageContext;
+use crate::log_limit::Excerpt;
 
 /// Calls of `on_message_drop` before the shard's other connections have their turn.
 const DROPS_PER_TURN: u64 = 1000;
@@ -146,7 +147,8 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     /// Messages to this connection were dropped by its policy, or by that of a message
     /// ([`Target::policy`](crate::Target::policy)). Called between messages like every other method, before the next
     /// message and before [`on_disconnected`](Self::on_disconnected), once for each cause and group since the last
-    /// calls. [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops.
+    /// calls. [`BroadcastPolicy::Block`](crate::BroadcastPolicy) never drops. Messages that expire while the connection closes
+    /// are counted and not reported; a hub whose method has panicked is not told of drops.
     ///
     /// By default calls [`on_message_drop`](Self::on_message_drop) once for each message. After every 1,000 calls in
     /// a row the shard's other connections have their turn.
@@ -201,7 +203,9 @@ impl Future for GiveWay {
 }
 
 pub(crate) fn log_undecodable(id: ConnectionId, error: &CodecError) {
-    tracing::debug!(%id, error = error as &dyn std::error::Error, "a message could not be decoded");
+    // Its source may quote the message, which the client chose.
+    let text = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    tracing::debug!(%id, error = ?Excerpt(text.as_bytes()), "a message could not be decoded");
 }
 
 /// Why a hub does not serve a client: the code and the reason of the Close frame that the client gets.
@@ -240,8 +244,9 @@ impl Refusal {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum RunOn {
-    /// On the connection's shard, at once. Best for methods that await and compute little: no thread is changed. A
-    /// method that computes for a millisecond blocks the shard's other connections for a millisecond.
+    /// On the connection's shard, at once. Best for methods that await and compute little: they run without switching
+    /// threads. A method that computes for a millisecond blocks the shard's other connections for a millisecond. The
+    /// first `tokio::task::yield_now().await` of a method does not let them have their turn; the second does.
     #[default]
     Shard,
     /// On the tokio runtime, as a task. For hubs that compute for long; costs two changes of thread for each message.
@@ -326,6 +331,14 @@ impl<H: WsHub> Hub<H> {
     pub(crate) fn with_config(&self, config: Arc<ConnectionConfig>) -> Result<Self, ConfigError> {
         self.engine.check(&config)?;
         Ok(Self { config, ..self.clone() })
+    }
+
+    /// Checks settings for [`Serve::config`](crate::Serve::config), also against the engine's own.
+    ///
+    /// # Errors
+    /// The first setting that is out of range, by name.
+    pub fn check(&self, config: &ConnectionConfig) -> Result<(), ConfigError> {
+        self.engine.check(config)
     }
 
     /// The clients of this hub. A clone of them does not keep the engine alive.

@@ -78,7 +78,7 @@ impl<H: WsHub> Serve<H> {
     /// that several connections share.
     ///
     /// It is checked when the response is made. If a field is out of range, that is logged as an error and the client
-    /// gets a 500 that names the field; check yours with [`WsHubConfig::validate`](crate::WsHubConfig::validate).
+    /// gets a 500 that names the field; check yours with [`Hub::check`].
     pub fn config(self, config: impl Into<Arc<ConnectionConfig>>) -> Self {
         Self { config: Some(config.into()), ..self }
     }
@@ -110,7 +110,7 @@ impl<H: WsHub> IntoResponse for Serve<H> {
         let Some(permit) = hub.admit(upgrade.peer_address()) else {
             log_connection_limit(&hub, "503");
             let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
-            let why = "connection limit reached";
+            let (_, why) = hub.refusal().farewell();
             return (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response();
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
@@ -149,9 +149,7 @@ impl<H: WsHub> Hub<H> {
     pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
         let instance = instance.into();
         let Some(permit) = self.admit(socket.peer_address()) else {
-            let error = if self.is_stopping() { ServeError::Stopping } else { ServeError::Full };
-            error.turn_away(socket);
-            return Err(error);
+            return Err(self.refuse(socket));
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
@@ -160,6 +158,19 @@ impl<H: WsHub> Hub<H> {
             );
         }
         self.adopt(socket, HubHandler::maker(self, instance, Handle::current(), None), permit).await
+    }
+
+    /// Why there is no permit for one more connection.
+    fn refusal(&self) -> ServeError {
+        if self.is_stopping() { ServeError::Stopping } else { ServeError::Full }
+    }
+
+    /// Turns a client away for which there is no permit.
+    pub(crate) fn refuse(&self, socket: WebSocket) -> ServeError {
+        let refusal = self.refusal();
+        log_connection_limit(self, if self.is_stopping() { "1001" } else { "1013" });
+        refusal.turn_away(socket);
+        refusal
     }
 
     pub(crate) async fn adopt(
@@ -175,7 +186,7 @@ impl<H: WsHub> Hub<H> {
         let parts = socket.into_parts();
         // The engine drops a socket that it does not adopt. Without a descriptor for this copy the client gets no
         // Close frame.
-        let spare = parts.socket.duplicate().ok();
+        let mut spare = Spare(parts.socket.duplicate().ok());
         let (received, config) = (parts.read_ahead, self.config().clone());
         let socket = match parts.socket {
             RawSocket::Tcp(stream) => stream.into(),
@@ -185,15 +196,30 @@ impl<H: WsHub> Hub<H> {
         let encoding = Encoding::PLAIN;
         let connection = NewConnection { socket, received, handler, config, encoding, permit };
         match self.clients().namespace().adopt(connection).await {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                spare.0 = None;
+                Ok(())
+            }
             Err(error) => {
                 let error = ServeError::from(error);
-                if let Some(spare) = spare {
+                if let Some(spare) = spare.0.take() {
                     let (code, reason) = error.farewell();
                     spare.turn_away(code, reason);
                 }
                 Err(error)
             }
+        }
+    }
+}
+
+/// A second descriptor of a socket that the engine may not adopt. Dropped with it, as a timeout around [`Hub::serve`] does
+/// while the engine has no room, the client gets a Close frame as for any WebSocket that is dropped (1011).
+struct Spare(Option<RawSocket>);
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        if let Some(socket) = self.0.take() {
+            socket.turn_away(CloseCode::INTERNAL_ERROR, "the connection was not served");
         }
     }
 }
@@ -218,8 +244,9 @@ impl ServeError {
     /// The close code and reason that the client gets.
     fn farewell(&self) -> (CloseCode, &'static str) {
         match self {
-            Self::Full | Self::Adopt(AdoptError::Refused(PublishError::Overloaded)) => {
-                (CloseCode::TRY_AGAIN_LATER, "connection limit reached")
+            Self::Full => (CloseCode::TRY_AGAIN_LATER, "connection limit reached"),
+            Self::Adopt(AdoptError::Refused(PublishError::Overloaded)) => {
+                (CloseCode::TRY_AGAIN_LATER, "the server is overloaded")
             }
             Self::Stopping | Self::Adopt(AdoptError::Refused(PublishError::Closed)) => {
                 (CloseCode::GOING_AWAY, "the server is stopping")
@@ -244,7 +271,7 @@ impl ServeError {
 }
 
 /// Logs that a client was refused, with a status or a close code.
-pub(crate) fn log_connection_limit<H: WsHub>(hub: &Hub<H>, told: &'static str) {
+fn log_connection_limit<H: WsHub>(hub: &Hub<H>, told: &'static str) {
     if hub.is_stopping() {
         tracing::debug!(told, "a connection was refused: the engine is stopping");
     } else if let Some(left_out) = CONNECTION_LIMIT.allows() {

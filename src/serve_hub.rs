@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::engine::Engine;
 use crate::hub::{Hub, WsHub};
 use crate::hub_handler::HubHandler;
-use crate::serve::{ServeError, log_connection_limit};
+use crate::log_limit::INVALID_CONFIG;
 use crate::upgrade::WebSocket;
 
 static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
@@ -40,17 +40,20 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionC
             return;
         }
         Err(error) => {
-            tracing::error!(
-                error = &error as &dyn std::error::Error,
-                "a connection was refused: bad hub config"
-            );
+            if let Some(left_out) = INVALID_CONFIG.allows() {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(
+                    error,
+                    left_out,
+                    "a connection was refused (1011): its config is out of range"
+                );
+            }
             socket.turn_away(CloseCode::INTERNAL_ERROR, "the server is not set up right");
             return;
         }
     };
     let Some(permit) = handle.admit(socket.peer_address()) else {
-        log_connection_limit(&handle, "1013");
-        ServeError::Full.turn_away(socket);
+        handle.refuse(socket);
         return;
     };
     let (sender, done) = oneshot::channel();

@@ -14,7 +14,7 @@ use shardcast::{
     CloseCode, CloseReason, CodecError, ConnectionId, Hub, HubContext, JsonCodec, RawCodec, Refusal,
     Stateful, StatefulHub, WebSocketUpgrade, WsHub, WsHubConfig,
 };
-use testkit_hub::{Client, OnRuntime, Server, engine, within_timeout};
+use testkit_hub::{Client, OnRuntime, Server, engine, within_timeout, yield_twice};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 type Ends = UnboundedSender<(ConnectionId, CloseReason)>;
@@ -132,7 +132,7 @@ impl StatefulHub for Lenient {
     type OutMessage = String;
 
     async fn on_message(&mut self, number: u32, ctx: HubContext<Stateful<Self>>) {
-        tokio::task::yield_now().await;
+        yield_twice().await;
         self.sum += number;
         assert_ne!(number, 13, "a panic");
         ctx.unicast(format!("sum {}", self.sum)).await;

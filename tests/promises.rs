@@ -1,6 +1,6 @@
 //! The promises of the design, end to end: several shards, dozens of clients, publishers inside and outside.
 //!
-//! Everything goes through the face and over real sockets, and clients come and go meanwhile. A test decides by what
+//! Everything goes through hubs and over real sockets, while clients connect and disconnect. A test decides by what
 //! clients have received, not by when. Promise 4, which is about time, stands with the engine's tests where time can be
 //! driven; here `a_stalled_client_…` shows that it holds through a hub.
 
@@ -20,7 +20,7 @@ use shardcast::{
 };
 use testkit_hub::{
     Client, CommandHub, OnRuntime, Server, command_app, connect, connect_amid, engine, eventually,
-    within_timeout,
+    within_timeout, yield_twice,
 };
 use tokio::io::AsyncWriteExt as _;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -473,7 +473,7 @@ impl WsHub for Slow {
         match number % 7 {
             0 => tokio::time::sleep(Duration::from_millis(1)).await,
             3 => tokio::spawn(tokio::task::yield_now()).await.unwrap(),
-            5 => tokio::task::yield_now().await,
+            5 => yield_twice().await,
             _ => {}
         }
         self.handled.lock().unwrap().push(number);
@@ -608,7 +608,7 @@ impl WsHub for Mortal {
     }
 
     async fn on_disconnect(&self, request: DisconnectRequest) {
-        tokio::task::yield_now().await;
+        yield_twice().await;
         self.ends.send((request.id, request.reason)).unwrap();
     }
 }

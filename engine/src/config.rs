@@ -157,6 +157,8 @@ pub struct ConnectionConfig {
     /// What happens to frames for which the outbox has no room. Default: [`Policy::Block`].
     pub policy: Policy,
     /// Frames that the outbox holds for a slow consumer: 1 to 16,777,216. Default: 1024. Above it the policy decides.
+    /// The smallest outbox of all connections so far limits how much a namespace's publishers may have in flight
+    /// without waiting for the shards.
     pub outbox_frames: usize,
     /// Bytes that the outbox holds for a slow consumer: 1 KiB to 1 GiB. Default: 1 MiB. Above it the policy
     /// decides. An empty outbox takes one frame of any size.
@@ -174,8 +176,9 @@ pub struct ConnectionConfig {
     /// that do not report what the client has taken (Linux does), room for another write counts as progress.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::stall_timeout"))]
     pub stall_timeout: Option<Duration>,
-    /// Bytes of one incoming message, all its fragments together: 1 to 1 GiB. Default: 64 KiB. A longer
-    /// message ends the connection (1009).
+    /// Bytes of one incoming message, all its fragments together: 1 to 1 GiB, and at most the engine's
+    /// [`unfinished_bytes_max`](EngineConfig::unfinished_bytes_max). Default: 64 KiB. A longer message ends the
+    /// connection (1009).
     pub max_message_bytes: usize,
     /// Fragments of one incoming message: 1 to 16,777,216. Default: 1024. More end the connection (1008).
     pub max_fragments: u32,
@@ -249,7 +252,7 @@ impl ConnectionConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         const SHORTEST: Duration = Duration::from_millis(10);
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-        const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+        const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60); // "1year" is longer than 365 days
         within("outbox_frames", self.outbox_frames, 1, 1 << 24)?;
         within("outbox_bytes", self.outbox_bytes, 1024, 1 << 30)?;
         within("overflow_frames", self.overflow_frames, 0, 1 << 24)?;

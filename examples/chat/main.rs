@@ -208,7 +208,7 @@ impl StatefulHub for Guest {
         ctx.add_to_group(&self.room).await;
         if let Some(former) = former {
             let reason = "you have connected again on another connection";
-            // Fails only while the server is shutting down.
+            // Fails while the server is shutting down or overloaded: then the former one stays until it ends by itself.
             ctx.clients().disconnect(former, TAKEN_OVER, reason).await.ok();
         }
         Ok(())

@@ -26,6 +26,9 @@ impl Shard {
     /// Ends a connection after everything that its handler has sent before.
     pub(super) fn end_in_order(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
+        if reason == CloseReason::HandlerPanicked {
+            connection.stop_drop_notices();
+        }
         if !connection.is_open() || !connection.stop_listening() {
             return;
         }

@@ -348,9 +348,6 @@ impl Shard {
     /// arrived before the end. One that has panicked is not notified of drops either.
     pub(super) fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
-        if reason == CloseReason::HandlerPanicked {
-            connection.stop_drop_notices();
-        }
         if connection.is_over() {
             let before = connection.unfinished_bytes();
             connection.forget_held();

@@ -19,4 +19,4 @@ pub use command_hub::{CommandHub, OnRuntime, command_app, connect, connect_amid}
 pub use raw_client::RawClient;
 pub use recording_hub::HubFixture;
 pub use server::{Server, engine};
-pub use wait::{TEST_TIMEOUT, eventually, within_timeout};
+pub use wait::{TEST_TIMEOUT, eventually, within_timeout, yield_twice};

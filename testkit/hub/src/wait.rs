@@ -19,6 +19,12 @@ pub fn within_timeout<F: Future>(future: F) -> impl Future<Output = F::Output> {
     }
 }
 
+/// Suspends a hub's method. On a shard the first yield of a method does not.
+pub async fn yield_twice() {
+    tokio::task::yield_now().await;
+    tokio::task::yield_now().await;
+}
+
 /// Waits until something that sends no event, such as a counter, has this value. Panics after [`TEST_TIMEOUT`].
 #[track_caller]
 pub fn eventually<T: PartialEq + Debug>(
