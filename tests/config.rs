@@ -161,7 +161,8 @@ fn an_impossible_setting_is_named_with_its_range() {
 
 #[test]
 fn the_longest_durations_can_be_written_as_a_year() {
-    let text = r#"{ "idle_timeout": "1year", "message_timeout": "1y", "max_connection_duration": "12months" }"#;
+    let text =
+        r#"{ "idle_timeout": "1year", "message_timeout": "1y", "max_connection_duration": "12months" }"#;
     let config: WsHubConfig = serde_json::from_str(text).unwrap();
     assert_eq!(config.validate(), Ok(()));
 }

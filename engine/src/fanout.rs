@@ -186,39 +186,39 @@ impl Fanout {
             self.backlog_bytes += chunk.bytes();
             return false;
         }
-        self.offer_more(slot, chunk, terms)
+        self.enqueue_or_wait(slot, chunk, terms)
     }
 
     /// Puts the chunk into an outbox that is not empty, or that it fills; true if a part of it did not fit.
-    fn offer_more(&mut self, slot: Slot, chunk: &Rc<Chunk>, terms: Terms<'_>) -> bool {
+    fn enqueue_or_wait(&mut self, slot: Slot, chunk: &Rc<Chunk>, terms: Terms<'_>) -> bool {
         let Some(connection) = self.connections.get_mut(slot) else { return false };
         let policy = terms.policy.unwrap_or(connection.config().policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
         let expiry = Expiry { until, max_drops: policy.max_drops() };
-        let (offer, bytes) = connection.offer(chunk, self.now, expiry, || terms.origin(policy));
+        let (enqueued, bytes) = connection.enqueue(chunk, self.now, expiry, || terms.origin(policy));
         self.backlog_bytes += bytes;
         if let Some(blocks) = connection.becomes_congested() {
             connection.provisional_group().into_iter().for_each(|group| group.add_congested(blocks));
             self.groups.groups_of(slot).for_each(|group| group.add_congested(blocks));
         }
-        if offer == Enqueued::Queued {
+        if enqueued == Enqueued::Queued {
             return false;
         }
-        self.offered_too_much(slot, offer, policy, expiry, terms);
+        self.on_full_outbox(slot, enqueued, policy, expiry, terms);
         true
     }
 
     /// Handles the consequences of a full outbox.
     #[cold]
-    fn offered_too_much(
+    fn on_full_outbox(
         &mut self,
         slot: Slot,
-        offer: Enqueued,
+        enqueued: Enqueued,
         policy: Policy,
         expiry: Expiry,
         terms: Terms<'_>,
     ) {
-        if let Enqueued::Drops(frames) = offer {
+        if let Enqueued::Drops(frames) = enqueued {
             if let Some(ticket) = terms.ticket {
                 ticket.count_drop(DropCause::Overflow);
             }
@@ -226,7 +226,7 @@ impl Fanout {
             self.note_drop(slot, DropCause::Overflow, dropped, terms.group);
         }
         let Some(connection) = self.connections.get_mut(slot) else { return };
-        if offer == Enqueued::Overflow {
+        if enqueued == Enqueued::Overflow {
             self.pending_ends.push((connection.id(), CloseReason::SlowConsumer));
         }
         if let Some(until) = expiry.until
@@ -240,7 +240,7 @@ impl Fanout {
     }
 
     /// Drops one connection's frames that have waited for too long.
-    pub(crate) fn expire_waiting(&mut self, id: ConnectionId) {
+    pub(crate) fn expire_frames_of(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections.find_mut(id) else { return };
         let mut drops: SmallVec<[(Dropped, Option<Arc<str>>); 4]> = SmallVec::new();
         let expired = connection.expire(self.now, |dropped, origin| {

@@ -270,7 +270,7 @@ impl<T> Outbox<T> {
 
     /// Appends all frames of `chunk`, as far as the bounds allow. Frames that do not fit wait with their
     /// `origin`, or are dropped at once if `expiry` ends `now`.
-    pub(crate) fn offer(
+    pub(crate) fn enqueue(
         &mut self,
         chunk: &Rc<Chunk>,
         bounds: &Bounds,
@@ -761,7 +761,7 @@ mod tests {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
                             Enqueued::Queued
                         } else {
-                            outbox.offer(&chunk, &BOUNDS, Duration::ZERO, FOR_EVER, || Some(ticket))
+                            outbox.enqueue(&chunk, &BOUNDS, Duration::ZERO, FOR_EVER, || Some(ticket))
                         };
                         let waiting = pending.len() - outbox.frames as usize;
                         let expected = match waiting {
@@ -841,7 +841,7 @@ mod tests {
         let mut outbox: Outbox<()> = Outbox::new();
         let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
         assert_eq!(
-            outbox.offer(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
+            outbox.enqueue(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
             Enqueued::Queued
         );
         assert!(outbox.more.is_none() && !outbox.is_empty());
@@ -854,11 +854,11 @@ mod tests {
     fn a_frame_larger_than_the_bound_passes_alone() {
         let mut outbox: Outbox<()> = Outbox::new();
         assert_eq!(
-            outbox.offer(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
+            outbox.enqueue(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
             Enqueued::Queued
         );
         assert_eq!(
-            outbox.offer(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
+            outbox.enqueue(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
             Enqueued::Waits
         );
         assert_eq!((outbox.frames, outbox.pending()), (1, 2));
@@ -871,7 +871,10 @@ mod tests {
         let mut outboxes: [Outbox<()>; 2] = [Outbox::new(), Outbox::new()];
         for outbox in &mut outboxes {
             for piece in &pieces {
-                assert_eq!(outbox.offer(piece, &BOUNDS, Duration::ZERO, FOR_EVER, || None), Enqueued::Queued);
+                assert_eq!(
+                    outbox.enqueue(piece, &BOUNDS, Duration::ZERO, FOR_EVER, || None),
+                    Enqueued::Queued
+                );
             }
         }
         let first = gather.gather(&outboxes[0], 1000).as_ptr();

@@ -82,6 +82,40 @@ impl From<Frame> for Payload {
     }
 }
 
+/// Serialized as `{ "text": "…" }` or `{ "binary": […] }`.
+#[cfg(feature = "serde")]
+#[derive(serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Serialized<'a> {
+    Text(std::borrow::Cow<'a, str>),
+    Binary(std::borrow::Cow<'a, [u8]>),
+}
+
+#[cfg(feature = "serde")]
+impl serde::Serialize for Payload {
+    /// An error if it was built as text and is not UTF-8.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let serialized = match self.kind() {
+            MessageKind::Text => {
+                let text = std::str::from_utf8(self.bytes()).map_err(serde::ser::Error::custom)?;
+                Serialized::Text(text.into())
+            }
+            MessageKind::Binary => Serialized::Binary(self.bytes().into()),
+        };
+        serialized.serialize(serializer)
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for Payload {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(match Serialized::deserialize(deserializer)? {
+            Serialized::Text(text) => Self::text(&text),
+            Serialized::Binary(bytes) => Self::binary(&bytes),
+        })
+    }
+}
+
 impl fmt::Debug for Payload {
     /// Kind and length only: a payload is the users' business, and can be long.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

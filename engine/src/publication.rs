@@ -16,6 +16,7 @@ use crate::payload::Payload;
 use crate::policy::Policy;
 
 /// The connections that a publication addresses.
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Address {
@@ -55,8 +56,14 @@ impl From<ConnectionId> for Address {
 }
 
 /// How a publication is delivered.
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Delivery {
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "serialized::policy"))]
     policy: Option<Policy>,
 }
 
@@ -78,11 +85,13 @@ impl Delivery {
 }
 
 /// What a publication does to its connections.
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Content {
     Message(Payload),
     /// Closes them, at this position in the order.
     Close {
+        #[cfg_attr(feature = "serde", serde(deserialize_with = "serialized::close_code"))]
         code: CloseCode,
         text: Cow<'static, str>,
     },
@@ -108,6 +117,10 @@ impl Content {
 /// assert_eq!(publication.address(), &Address::group("lobby"));
 /// # Ok::<(), shardcast_engine::ConfigError>(())
 /// ```
+///
+/// With the feature `serde` it can be written and read, for instance to be kept or sent to another process. A policy out of
+/// range and a close code that may not be sent are errors when it is read.
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Publication {
     pub(crate) to: Address,
@@ -175,6 +188,25 @@ impl Publication {
     #[inline]
     pub fn payload(&self) -> Option<&Payload> {
         self.content.payload()
+    }
+}
+
+/// What is read from outside is checked as what is made here.
+#[cfg(feature = "serde")]
+mod serialized {
+    use serde::de::{Deserialize, Deserializer, Error};
+
+    use super::{CloseCode, InvalidCloseCode, Policy};
+
+    pub(super) fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Policy>, D::Error> {
+        let policy = Option::<Policy>::deserialize(deserializer)?;
+        policy.as_ref().map_or(Ok(()), Policy::validate).map_err(D::Error::custom)?;
+        Ok(policy)
+    }
+
+    pub(super) fn close_code<'de, D: Deserializer<'de>>(deserializer: D) -> Result<CloseCode, D::Error> {
+        let code = CloseCode::deserialize(deserializer)?;
+        if code.is_valid_on_wire() { Ok(code) } else { Err(D::Error::custom(InvalidCloseCode(code))) }
     }
 }
 

@@ -98,7 +98,7 @@ impl Connection {
     }
 
     /// Queues the chunk after what is queued. Also returns by how many bytes the backlog has grown.
-    pub(crate) fn offer(
+    pub(crate) fn enqueue(
         &mut self,
         chunk: &Rc<Chunk>,
         now: Duration,
@@ -106,11 +106,11 @@ impl Connection {
         origin: impl FnOnce() -> Option<Origin>,
     ) -> (Enqueued, usize) {
         let (bytes, queued) = (self.outbox.backlog_bytes(), self.outbox.queued());
-        let offer = self.outbox.offer(chunk, &self.bounds(), now, expiry, origin);
+        let enqueued = self.outbox.enqueue(chunk, &self.bounds(), now, expiry, origin);
         if self.outbox.queued() > queued {
             self.counts.took(); // some of it was accepted, whatever happens to the rest
         }
-        (offer, self.outbox.backlog_bytes() - bytes)
+        (enqueued, self.outbox.backlog_bytes() - bytes)
     }
 
     /// Drops the frames whose time has expired.

@@ -18,7 +18,7 @@ impl Shard {
         let mut late = std::mem::take(&mut self.scratch.late);
         self.fanout.deadlines.expire(self.fanout.now, &mut late);
         for id in late.drain(..) {
-            self.fanout.expire_waiting(id);
+            self.fanout.expire_frames_of(id);
         }
         self.scratch.late = late;
         self.apply_verdicts();
