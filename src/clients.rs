@@ -32,7 +32,7 @@ use crate::codec::{CodecError, Encode};
 /// clients.to_all().publish(&"to everyone".to_owned()).await?;
 /// clients.to(id).publish(&"to one".to_owned()).await?;
 /// let receipt = clients.to_group("lobby").except(&[id]).deliver(&"to the others".to_owned()).await?;
-/// println!("{} clients, of which {} had to be waited for", receipt.targets, receipt.delayed);
+/// println!("{} clients, of which {} had to be waited for", receipt.recipients, receipt.delayed);
 /// # Ok(()) }
 /// ```
 pub struct Clients<M> {

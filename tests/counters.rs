@@ -50,7 +50,7 @@ async fn what_is_counted_and_reported_serializes_for_dashboards() {
     let (_client, id) = fixture.connect().await;
     let receipt = within_timeout(fixture.hub.to_all().deliver(&"news".to_owned())).await.unwrap();
     let json = serde_json::to_value(receipt).unwrap();
-    assert_eq!((&json["targets"], &json["dropped"]["overflow"]), (&1.into(), &0.into()));
+    assert_eq!((&json["recipients"], &json["dropped"]["overflow"]), (&1.into(), &0.into()));
     let counted = serde_json::to_value(fixture.counted(id).await).unwrap();
     assert_eq!(counted["tally"]["offered"], 2);
     assert_eq!(serde_json::to_value(fixture.engine.metrics()).unwrap()["connections"], 1);

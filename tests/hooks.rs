@@ -86,7 +86,7 @@ async fn a_refusal_is_told_once<
     let text = "no: 4001".into();
     let (id, reason) = within_timeout(ended.recv()).await.unwrap();
     assert_eq!(reason, CloseReason::Application { code: CloseCode(4001), text });
-    assert_eq!(within_timeout(hub.to(id).deliver(&"late".to_owned())).await.unwrap().targets, 0);
+    assert_eq!(within_timeout(hub.to(id).deliver(&"late".to_owned())).await.unwrap().recipients, 0);
 
     // The next one's end is the next that is told.
     let mut served = Client::connect(server.url("/ws")).await;

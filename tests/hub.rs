@@ -118,14 +118,14 @@ async fn hubs_on_one_engine_do_not_hear_each_other() {
     ada.recv_texts(&["from Ada", "to Ada's room"]).await;
 
     // An id of one hub is nobody's in the other, whatever is done with it.
-    assert_eq!(red.to(bob_id).deliver(&"unicast".to_owned()).await.unwrap().targets, 0);
+    assert_eq!(red.to(bob_id).deliver(&"unicast".to_owned()).await.unwrap().recipients, 0);
     red.join(cyd_id, "room").await.unwrap();
     red.leave(bob_id, "room").await.unwrap();
     red.disconnect(bob_id, CloseCode::NORMAL, "").await.unwrap();
     assert_eq!(red.connection_metrics(bob_id).await.unwrap(), None);
     assert!(red.connection_metrics(ada_id).await.unwrap().is_some());
-    assert_eq!(red.to_group("room").deliver(&"the room".to_owned()).await.unwrap().targets, 1);
-    assert_eq!(red.to_all().except(&[bob_id, cyd_id]).deliver(&"all".to_owned()).await.unwrap().targets, 1);
+    assert_eq!(red.to_group("room").deliver(&"the room".to_owned()).await.unwrap().recipients, 1);
+    assert_eq!(red.to_all().except(&[bob_id, cyd_id]).deliver(&"all".to_owned()).await.unwrap().recipients, 1);
     ada.recv_texts(&["the room", "all"]).await;
 
     assert_eq!((red.len(), blue.len(), engine.connection_count()), (1, 2, 3));
@@ -145,7 +145,7 @@ async fn an_id_that_nobody_ever_had_reaches_nobody() {
     eventually(0, || hub.len()).await;
     // One that has gone, and one of a slot that was never taken.
     for id in [id, "0000000001ffffff".parse().unwrap()] {
-        assert_eq!(hub.to(id).deliver(&"hello?".to_owned()).await.unwrap().targets, 0);
+        assert_eq!(hub.to(id).deliver(&"hello?".to_owned()).await.unwrap().recipients, 0);
         hub.join(id, "room").await.unwrap();
         hub.leave(id, "room").await.unwrap();
         hub.disconnect(id, CloseCode::NORMAL, "").await.unwrap();
@@ -160,7 +160,7 @@ async fn an_id_that_nobody_ever_had_reaches_nobody() {
 async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
     let hub = engine(2).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let server = Server::start(command_app(hub.clone())).await;
-    assert_eq!(hub.to_all().deliver(&"nobody is here".to_owned()).await.unwrap().targets, 0);
+    assert_eq!(hub.to_all().deliver(&"nobody is here".to_owned()).await.unwrap().recipients, 0);
     let (mut ada, ada_id) = connect(&server.url("/ws")).await;
     let (mut bob, bob_id) = connect(&server.url("/ws")).await;
     let (mut cyd, cyd_id) = connect(&server.url("/ws")).await;
@@ -190,8 +190,8 @@ async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
     ada.recv_texts(&["published", "tried", "sent", "red", "both", "both but Bob", "from a thread"]).await;
     bob.recv_texts(&["published", "tried", "sent", "but Ada", "red", "both", "from a thread"]).await;
     cyd.recv_texts(&["published", "tried", "sent", "but Ada", "one", "from a thread"]).await;
-    let targets = [all, but_one, red, both, both_but, none, one, left_out].map(|receipt| receipt.targets);
-    assert_eq!(targets, [3, 2, 2, 2, 1, 0, 1, 0]);
+    let recipients = [all, but_one, red, both, both_but, none, one, left_out].map(|receipt| receipt.recipients);
+    assert_eq!(recipients, [3, 2, 2, 2, 1, 0, 1, 0]);
     assert_eq!(all.delayed, 0, "nobody was behind");
 }
 
@@ -235,7 +235,7 @@ async fn a_hub_greets_and_joins_groups_before_the_first_message_is_read() {
             // What comes meanwhile must wait.
             tokio::time::sleep(Duration::from_millis(5)).await;
             let members = ctx.clients().to_group(&self.room).deliver(&"one more".to_owned()).await.unwrap();
-            ctx.unicast(format!("{} here", members.targets)).await;
+            ctx.unicast(format!("{} here", members.recipients)).await;
             Ok(())
         }
         async fn on_message(&self, text: String, ctx: HubContext<Self>) {
@@ -617,7 +617,7 @@ async fn disconnect_tells_the_client_its_code_and_reason_after_what_was_sent_bef
     bob.send_text(format!("end 1008 {reason}")).await;
     assert_eq!(bob.closed().await, (1008, cut));
     eventually(1, || hub.len()).await;
-    assert_eq!(hub.to(bob_id).deliver(&"gone".to_owned()).await.unwrap().targets, 0);
+    assert_eq!(hub.to(bob_id).deliver(&"gone".to_owned()).await.unwrap().recipients, 0);
     cyd.recv_texts(&["second", "third"]).await;
 }
 

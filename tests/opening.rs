@@ -79,7 +79,7 @@ where
     }
 
     async fn tell(&self, text: &str) -> u64 {
-        within_timeout(self.hub.to_all().deliver(&text.to_owned())).await.unwrap().targets
+        within_timeout(self.hub.to_all().deliver(&text.to_owned())).await.unwrap().recipients
     }
 }
 
@@ -98,7 +98,7 @@ async fn nothing_comes_early<
     // It is a member of what it has joined.
     let receipt =
         within_timeout(door.hub.to_group("early").deliver(&"to the group".to_owned())).await.unwrap();
-    assert_eq!(receipt.targets, 1);
+    assert_eq!(receipt.recipients, 1);
     door.looked_up.add_permits(1);
     // What it says is handled when it is among all.
     ada.send_text("hello all").await;

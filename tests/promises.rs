@@ -430,7 +430,7 @@ async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_th
     eventually(12, || hub.len()).await;
     // All has been published. Each one's own account agrees with what it has read, to the frame.
     let receipt = within_timeout(hub.to_all().deliver(&"last".to_owned())).await.unwrap();
-    assert_eq!(receipt.targets, 12);
+    assert_eq!(receipt.recipients, 12);
     let mut written_to_stayers = 0;
     for (id, mut heard, mut peer) in stayers {
         while peer.recv_text().await != "last" {

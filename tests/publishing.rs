@@ -88,7 +88,7 @@ async fn run(config: EngineConfig) -> Running {
     let server = Server::start(Router::new().route("/ws", any(serve)).with_state(hub.clone())).await;
     let mut peer = Client::connect(server.url("/ws")).await;
     peer.recv_texts(&[r#""hello""#]).await;
-    while within_timeout(hub.to_all().deliver(&Counted::new("joined"))).await.unwrap().targets == 0 {}
+    while within_timeout(hub.to_all().deliver(&Counted::new("joined"))).await.unwrap().recipients == 0 {}
     peer.recv_texts(&[r#""joined""#]).await;
     Running { hub, _server: server, peer, hold, held }
 }
@@ -113,7 +113,7 @@ async fn a_message_that_threads_cannot_share_is_published_from_any_task() {
     let publishing = tokio::spawn(async move {
         let message = Counted::new("from a task");
         hub.to_all().publish(&message).await.unwrap();
-        hub.to_group("a").deliver(&message).await.unwrap().targets
+        hub.to_group("a").deliver(&message).await.unwrap().recipients
     });
     assert_eq!(within_timeout(publishing).await.unwrap(), 1);
     peer.recv_texts(&[r#""from a task""#, r#""from a task""#]).await;
@@ -126,7 +126,7 @@ async fn a_prepared_message_is_encoded_once_for_all_its_targets() {
     let prepared = hub.prepare(&message).unwrap();
     within_timeout(hub.to_all().publish_prepared(&prepared)).await.unwrap();
     assert_eq!(
-        within_timeout(hub.to_group("a").deliver_prepared(&prepared.clone())).await.unwrap().targets,
+        within_timeout(hub.to_group("a").deliver_prepared(&prepared.clone())).await.unwrap().recipients,
         1
     );
     hub.to_groups(&["a", "b"]).try_publish_prepared(&prepared).unwrap();

@@ -249,7 +249,7 @@ async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     let report = within_timeout(fixture.engine.shutdown_with(at_once(SHORT))).await.unwrap();
     assert_eq!(counts(&report), [0, 1, 0]);
     let receipt = within_timeout(sending).await.unwrap();
-    assert_eq!((receipt.targets, receipt.accepted(), receipt.disconnected), (1, 0, 1));
+    assert_eq!((receipt.recipients, receipt.accepted(), receipt.disconnected), (1, 0, 1));
     let after = fixture.engine.metrics();
     assert_eq!((after.connections, after.tally.pending(), after.pending_bytes, after.ended), (0, 0, 0, 1));
     assert_eq!(
@@ -392,7 +392,7 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
     });
     let mut peer = Client::connect(format!("ws://{}/ws", within_timeout(address).await.unwrap())).await;
     // A client is among all when `on_connected` has returned, which takes some time on a runtime.
-    while within_timeout(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().targets == 0 {
+    while within_timeout(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().recipients == 0 {
         tokio::task::yield_now().await;
     }
     peer.recv_texts(&["welcome"]).await;

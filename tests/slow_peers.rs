@@ -134,7 +134,7 @@ async fn a_slow_peer_among_others(policy: BroadcastPolicy, bytes: usize) {
     let taken = (0..ROUNDS).filter(|round| arrived(&receipts[*round]));
     assert_eq!(heard, taken.chain([ROUNDS]).collect::<Vec<_>>());
     for receipt in &receipts {
-        assert_eq!(receipt.targets, OTHERS as u64 + 1);
+        assert_eq!(receipt.recipients, OTHERS as u64 + 1);
         assert_eq!(receipt.accepted(), OTHERS as u64 + u64::from(arrived(receipt)), "{receipt:?}");
         assert!(receipt.delayed <= 1 && (arrived(receipt) || receipt.delayed == 1), "{receipt:?}");
     }
@@ -316,7 +316,7 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
     let receipt = within_timeout(waiting).await.unwrap();
     assert_eq!(
-        (receipt.targets, receipt.delayed, receipt.disconnected),
+        (receipt.recipients, receipt.delayed, receipt.disconnected),
         (1, 1, 1),
         "who waited for it goes on"
     );

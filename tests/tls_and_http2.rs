@@ -192,7 +192,7 @@ async fn one_broadcast_reaches_clients_that_came_every_way_in_one_order() {
         bob.send_text(format!("all TLS {round}")).await;
         cyd.send_text(format!("all HTTP/2 {round}")).await;
         let receipt = within_timeout(hub.to_all().deliver(&format!("task {round}"))).await.unwrap();
-        assert_eq!(receipt.targets, 3);
+        assert_eq!(receipt.recipients, 3);
         let mut orders = Vec::new();
         for _ in 0..4 {
             orders.push([ada.recv_text().await, bob.recv_text().await, cyd.recv_text().await]);
@@ -264,7 +264,7 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     assert!(!waiting.is_finished());
     drop(stalled);
     let receipt = within_timeout(waiting).await.unwrap();
-    assert_eq!((receipt.targets, receipt.delayed), (3, 1));
+    assert_eq!((receipt.recipients, receipt.delayed), (3, 1));
     eventually(2, || hub.len()).await;
     ada.send_text("all on we go").await;
     ada.recv_texts(&["on we go"]).await;

@@ -103,21 +103,21 @@ impl Fanout {
 
     /// Offers the batch to each member of a group; returns their number. `entry` is the batch's first.
     pub(crate) fn fan_out(&mut self, group: LocalKey, batch: &mut Batch<'_>, entry: &Entry) -> u64 {
-        let (mut targets, mut delayed) = (0, 0);
+        let (mut recipients, mut delayed) = (0, 0);
         for index in 0..self.groups.len(group) {
             let slot = self.groups.member(group, index);
-            self.offer_unless(slot, batch, entry, &mut targets, &mut delayed);
+            self.offer_unless(slot, batch, entry, &mut recipients, &mut delayed);
         }
-        count(entry, targets, delayed)
+        count(entry, recipients, delayed)
     }
 
     /// Offers the batch to each slot; returns their number.
     pub(crate) fn fan_out_to(&mut self, slots: &[Slot], batch: &mut Batch<'_>, entry: &Entry) -> u64 {
-        let (mut targets, mut delayed) = (0, 0);
+        let (mut recipients, mut delayed) = (0, 0);
         for slot in slots {
-            self.offer_unless(*slot, batch, entry, &mut targets, &mut delayed);
+            self.offer_unless(*slot, batch, entry, &mut recipients, &mut delayed);
         }
-        count(entry, targets, delayed)
+        count(entry, recipients, delayed)
     }
 
     #[inline]
@@ -126,14 +126,14 @@ impl Fanout {
         slot: Slot,
         batch: &mut Batch<'_>,
         entry: &Entry,
-        targets: &mut u64,
+        recipients: &mut u64,
         delayed: &mut u64,
     ) {
         let Some(connection) = self.connections.get(slot) else { return };
         if entry.publication.except.contains(&connection.id()) {
             return;
         }
-        *targets += 1;
+        *recipients += 1;
         let (chunk, missing) = batch.chunk(connection.encoding());
         if let Some(chunk) = chunk {
             *delayed += u64::from(self.offer(slot, chunk, Terms::of(entry)));
@@ -362,9 +362,9 @@ impl Fanout {
     }
 }
 
-fn count(entry: &Entry, targets: u64, delayed: u64) -> u64 {
+fn count(entry: &Entry, recipients: u64, delayed: u64) -> u64 {
     if let Some(ticket) = &entry.ticket {
-        ticket.count(targets, delayed);
+        ticket.count(recipients, delayed);
     }
-    targets
+    recipients
 }

@@ -1,15 +1,15 @@
 //! The publisher: how publications and commands get from any thread to the shards, and where publishers wait.
 //!
-//! Owned by a namespace's handles; needs no particular runtime. There is one path: a target is resolved to
+//! Owned by a namespace's handles; needs no particular runtime. There is one path: an address is resolved to
 //! groups, the publication goes through the log (or, for one connection, through its shard's mailbox), and a
-//! publisher that must wait waits here. A publisher that waits for room in the log resolves its target again
+//! publisher that must wait waits here. A publisher that waits for room in the log resolves its address again
 //! with each attempt, because members join and leave meanwhile. Does not know sockets, nor what payloads mean.
 //!
-//! When a publisher waits: only for members whose policy is `Block`, or for a receipt. While no outbox of the
-//! target is more than a quarter full, and what is in flight takes at most half of the smallest outbox in the
+//! When a publisher waits: only for members whose policy is `Block`, or for a receipt. While no outbox of a
+//! recipient is more than a quarter full, and what is in flight takes at most half of the smallest outbox in the
 //! log and a quarter in its shard's mailbox (the *window*), every member has room, so publishing ends when the
 //! log has accepted the publication. Otherwise the publication carries a ticket, and publishing ends when every
-//! target has accepted it or has disconnected. A publisher reserves its bytes before it looks at the window, so
+//! recipient has accepted it or has disconnected. A publisher reserves its bytes before it looks at the window, so
 //! that two concurrent publishers do not both take the last of it. It does not see what others push in the same
 //! instant, between that look and its own push: its frame may then wait although the call has returned.
 
@@ -132,7 +132,7 @@ impl Publisher {
 
     /// Notes the settings of a connection that is about to be adopted.
     pub(crate) fn expect(&self, config: &ConnectionConfig) {
-        // Relaxed: made visible by the push into the mailbox, before which the connection is no target.
+        // Relaxed: made visible by the push into the mailbox, before which nobody can address the connection.
         self.window.frames.fetch_min(config.outbox_frames as u64, Relaxed);
         self.window.bytes.fetch_min(config.outbox_bytes as u64, Relaxed);
     }
@@ -154,11 +154,11 @@ impl Publisher {
     }
 
     /// Attempts once: resolves the address as of now, decides whether the publisher must wait for a member,
-    /// and submits the publication. The result has nothing to await if there is no target, or if no member
+    /// and submits the publication. The result has nothing to await if there are no recipients, or if no member
     /// must be waited for.
     pub(crate) fn try_submit(&self, draft: Draft, wants: Wants) -> Result<Submitted, Refused<Box<Draft>>> {
         let destination = self.resolve(&draft.publication);
-        // Checked after `resolve`: there may be no target because the engine has ended meanwhile.
+        // Checked after `resolve`: there may be no recipients because the engine has ended meanwhile.
         if self.core.shutdown.is_closed() {
             return Err(Refused::Closed(Box::new(draft)));
         }
@@ -271,7 +271,7 @@ impl Publisher {
         }
     }
 
-    /// Where to submit a publication; none if it has no target.
+    /// Where to submit a publication; none if it has no recipients.
     fn resolve(&self, publication: &Publication) -> Option<Destination> {
         let occupied = |group: &Arc<Group>| !group.is_empty();
         Some(match &publication.to {
@@ -397,7 +397,7 @@ impl<'a> Submission<'a> {
         None
     }
 
-    /// The outcome, once every target has accepted the frame or has disconnected.
+    /// The outcome, once every recipient has accepted the frame or has disconnected.
     fn poll_outcome(&mut self, context: &mut Context<'_>) -> Poll<Result<Receipt, PublishError>> {
         let Step::AwaitOutcome { position, awaited, registration } = &mut self.step else {
             return Poll::Pending;
@@ -513,9 +513,9 @@ enum Destination {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wants {
     Nothing,
-    /// That every target has room. It may have it already, and then there is nothing to wait for.
+    /// That every recipient has room. It may have it already, and then there is nothing to wait for.
     Room,
-    /// How many targets accepted the frame, dropped it or disconnected.
+    /// How many recipients accepted the frame, dropped it or disconnected.
     Outcome,
 }
 

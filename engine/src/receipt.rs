@@ -1,7 +1,7 @@
 //! The receipt: the outcome of one publication, and the publisher that waits for it.
 //!
 //! A ticket travels with the publication in the log, and a clone of it with each frame that waits for room. When the
-//! last clone is dropped, every target has accepted the frame or has disconnected, and the publisher is woken. Made
+//! last clone is dropped, every recipient has accepted the frame or has disconnected, and the publisher is woken. Made
 //! only for publishers that wait: on the fast path there is none. Does not know the log, outboxes or connections.
 
 use std::sync::atomic::AtomicU64;
@@ -19,22 +19,22 @@ use crate::tally::{Counter, DropCause, Drops, SharedDrops};
 #[non_exhaustive]
 pub struct Receipt {
     /// Connections that the publication addressed.
-    pub targets: u64,
+    pub recipients: u64,
     /// Of these, connections whose outbox was full, so that the frame had to wait (or was dropped at once).
     pub delayed: u64,
     /// Connections for which the frame was dropped.
     pub dropped: Drops,
     /// Connections that ended before they accepted the frame.
     pub disconnected: u64,
-    /// Position of a publication: after it. Position of a message to one connection, or of one without any
-    /// target: after everything that was published before it.
+    /// Position of a publication: after it. Position of a message to one connection, or of one without
+    /// recipients: after everything that was published before it.
     pub position: Position,
 }
 
 impl Receipt {
     /// Connections that have accepted the frame: it is in their outbox or in the kernel.
     pub fn accepted(&self) -> u64 {
-        self.targets - self.dropped.total() - self.disconnected
+        self.recipients - self.dropped.total() - self.disconnected
     }
 }
 
@@ -49,7 +49,7 @@ pub(crate) struct Open {
 
 #[derive(Debug, Default)]
 struct State {
-    targets: AtomicU64,
+    recipients: AtomicU64,
     delayed: AtomicU64,
     dropped: SharedDrops,
     disconnected: AtomicU64,
@@ -94,9 +94,9 @@ impl Open {
         self.wants_outcome
     }
 
-    pub(crate) fn count(&self, targets: u64, delayed: u64) {
+    pub(crate) fn count(&self, recipients: u64, delayed: u64) {
         // Relaxed: the values are read after `reached` was seen under the lock.
-        self.state.targets.fetch_add(targets, Relaxed);
+        self.state.recipients.fetch_add(recipients, Relaxed);
         self.state.delayed.fetch_add(delayed, Relaxed);
     }
 
@@ -134,9 +134,9 @@ impl Awaited {
             end.waker = Some(waker.clone());
             return Poll::Pending;
         }
-        let State { targets, delayed, dropped, disconnected, .. } = &*self.0;
+        let State { recipients, delayed, dropped, disconnected, .. } = &*self.0;
         Poll::Ready(Receipt {
-            targets: targets.load(Relaxed),
+            recipients: recipients.load(Relaxed),
             delayed: delayed.load(Relaxed),
             dropped: Drops::load(dropped),
             disconnected: disconnected.load(Relaxed),

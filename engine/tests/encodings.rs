@@ -196,7 +196,7 @@ fn an_encoding_that_panics_closes_the_connections_that_use_it_and_no_other() {
     assert!(delivering.poll().is_none());
     rig.settle();
     let receipt = delivering.poll().unwrap().unwrap();
-    assert_eq!((receipt.targets, receipt.disconnected), (3, 2));
+    assert_eq!((receipt.recipients, receipt.disconnected), (3, 2));
     for client in &mut others {
         assert_eq!(client.record().ends, [CloseReason::RenderFailed]);
         let received = client.peer.receive();

@@ -210,13 +210,13 @@ fn a_neighbour_that_blocks_the_shard_is_no_round_trip() {
         assert_eq!(
             block_on(everyone.deliver(Publication::message(Address::group("nobody"), Payload::text(""))))
                 .unwrap()
-                .targets,
+                .recipients,
             0
         );
     }
     let receipt =
         block_on(everyone.deliver(Publication::message(Address::Everyone, Payload::text("enough")))).unwrap();
-    assert_eq!((lock(&record).ends.len(), receipt.targets), (0, 2), "it answers each ping at once");
+    assert_eq!((lock(&record).ends.len(), receipt.recipients), (0, 2), "it answers each ping at once");
     let _peer = idle.join().unwrap();
 }
 

@@ -185,5 +185,5 @@ fn a_publisher_to_everyone_does_not_wait_for_a_client_that_is_opening() {
         Task::new(everyone.deliver(Publication::message(Address::Everyone, Payload::text("to nobody"))));
     assert!(publisher.poll().is_none());
     rig.settle();
-    assert_eq!(publisher.poll().expect("no member must be waited for").unwrap().targets, 0);
+    assert_eq!(publisher.poll().expect("no member must be waited for").unwrap().recipients, 0);
 }

@@ -90,7 +90,7 @@ fn a_receipt_counts_the_members_at_the_moment_of_acceptance() {
     at_once(rig.everyone.join(clients[1].id(), "a")).unwrap();
     assert!(sending.poll().is_none(), "there is room, but no publisher has taken it");
     rig.settle();
-    assert_eq!(sending.poll().expect("it was accepted").unwrap().targets, 1);
+    assert_eq!(sending.poll().expect("it was accepted").unwrap().recipients, 1);
 }
 
 #[test]

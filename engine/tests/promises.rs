@@ -313,7 +313,7 @@ fn several_groups_reach_each_connection_once_and_the_excepted_not_at_all() {
     ));
     assert!(send.poll().is_none());
     rig.settle();
-    assert_eq!(send.poll().unwrap().unwrap().targets, 3);
+    assert_eq!(send.poll().unwrap().unwrap().recipients, 3);
     let received: Vec<_> = clients.iter_mut().map(|client| client.peer.receive_data()).collect();
     let both = vec!["all".to_owned(), "union".to_owned()];
     let all = vec!["all".to_owned()];
@@ -383,7 +383,7 @@ fn a_publisher_waits_until_a_stalled_client_takes_the_message_or_disconnects() {
         }
         assert_eq!(waits.poll(), Some(Ok(())));
         let receipt = both.poll().unwrap().unwrap();
-        assert_eq!((receipt.targets, receipt.delayed), (2, 1));
+        assert_eq!((receipt.recipients, receipt.delayed), (2, 1));
     }
 }
 

@@ -84,11 +84,11 @@ fn send(sender: impl Into<Sender>, to: impl Into<Address>, text: &str) -> Sendin
     task
 }
 
-/// The numbers of the receipt: targets, delayed, dropped by timeout, dropped by overflow, disconnected.
+/// The numbers of the receipt: recipients, delayed, dropped by timeout, dropped by overflow, disconnected.
 fn outcome(task: &mut Sending) -> Option<[u64; 5]> {
     let receipt = task.poll()?.unwrap();
-    let Receipt { targets, delayed, dropped, disconnected, .. } = receipt;
-    Some([targets, delayed, dropped.timeout, dropped.overflow, disconnected])
+    let Receipt { recipients, delayed, dropped, disconnected, .. } = receipt;
+    Some([recipients, delayed, dropped.timeout, dropped.overflow, disconnected])
 }
 
 /// Lets the client take everything, and returns what it received.
@@ -185,8 +185,8 @@ fn a_frame_waits_its_time_and_is_then_dropped_counted_and_reported() {
         let received = receive_all_data(&mut rig, &mut stalled);
         assert_eq!(received.last().map(String::as_str), Some("next"), "{to:?}");
         assert!(!received.contains(&"late".to_owned()), "{to:?}");
-        let [targets, .., timeout, overflow, gone] = outcome(&mut next).unwrap();
-        assert_eq!((targets, timeout, overflow, gone), (2, 0, 0, 0), "{to:?}");
+        let [recipients, .., timeout, overflow, gone] = outcome(&mut next).unwrap();
+        assert_eq!((recipients, timeout, overflow, gone), (2, 0, 0, 0), "{to:?}");
         assert_lives(&stalled);
     }
 }
@@ -1219,10 +1219,10 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     let sum = |count: fn(&Receipt) -> u64| receipts.iter().map(count).sum::<u64>();
     assert!(receipts.iter().all(|receipt| {
         let lost = receipt.dropped.total() + receipt.disconnected;
-        lost <= receipt.delayed && receipt.delayed <= receipt.targets
+        lost <= receipt.delayed && receipt.delayed <= receipt.recipients
     }));
     if all_awaited {
-        assert_eq!(sum(|receipt| receipt.targets), all.tally.offered);
+        assert_eq!(sum(|receipt| receipt.recipients), all.tally.offered);
         assert_eq!(sum(|receipt| receipt.dropped.timeout), all.tally.dropped.timeout);
         assert_eq!(sum(|receipt| receipt.dropped.overflow), all.tally.dropped.overflow);
         assert!(sum(|receipt| receipt.disconnected) <= all.tally.discarded);

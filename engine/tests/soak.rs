@@ -97,7 +97,7 @@ fn publish(everyone: &Namespace, ids: &[ConnectionId], publisher: usize, mut sta
         if wants_receipt {
             let (receipt, count) =
                 (block_on(everyone.deliver(Publication::message(&to, frame))).unwrap(), targets.len() as u64);
-            assert_eq!((receipt.targets, receipt.accepted()), (count, count), "{name}");
+            assert_eq!((receipt.recipients, receipt.accepted()), (count, count), "{name}");
         } else {
             block_on(everyone.publish(Publication::message(&to, frame))).unwrap();
         }

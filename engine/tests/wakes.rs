@@ -150,7 +150,7 @@ fn a_frame_that_may_be_dropped_wakes_its_shard_when_its_time_is_over() {
     rig.now += Duration::from_millis(20);
     rig.settle();
     let receipt = sending.poll().expect("its time is over").unwrap();
-    assert_eq!((receipt.targets, receipt.dropped.timeout), (1, 1));
+    assert_eq!((receipt.recipients, receipt.dropped.timeout), (1, 1));
     assert_eq!(client.record().drops, [1]);
 }
 

@@ -113,15 +113,15 @@ impl History {
         for (number, frame) in model.frames.iter().enumerate() {
             let Some(receipt) = frame.receipt else { continue };
             let number = number as u32;
-            let Receipt { targets, dropped, disconnected, .. } = receipt;
+            let Receipt { recipients, dropped, disconnected, .. } = receipt;
             let mut fault = |text: String| {
-                faults.push(format!("frame {number}: {receipt:?}, targets {:?}: {text}", frame.targets));
+                faults.push(format!("frame {number}: {receipt:?}, recipients {:?}: {text}", frame.recipients));
             };
-            if targets > frame.targets.len() as u64 {
+            if recipients > frame.recipients.len() as u64 {
                 fault("too many".into());
             }
             let count = |is_so: &dyn Fn(usize) -> bool| {
-                frame.targets.iter().filter(|client| is_so(**client)).count() as u64
+                frame.recipients.iter().filter(|client| is_so(**client)).count() as u64
             };
             // Only frames whose policy allows it may be dropped.
             let by_timeout = count(&|client| model.losses(number, client).by_timeout);
@@ -133,7 +133,7 @@ impl History {
             if all_live && !self.is_stopping {
                 let missing = count(&|client| !self.peers[client].heard.contains(&number));
                 let is_right =
-                    targets == frame.targets.len() as u64 && disconnected == 0 && missing == dropped.total();
+                    recipients == frame.recipients.len() as u64 && disconnected == 0 && missing == dropped.total();
                 if !is_right {
                     fault(format!("{missing} have not heard it"));
                 }

@@ -666,7 +666,7 @@ impl History {
         else {
             return;
         };
-        for client in lock(&self.model).targets(*namespace, target, except) {
+        for client in lock(&self.model).recipients(*namespace, target, except) {
             self.presumed_ended.push((client, format!("{effect:?} found nobody")));
         }
     }
@@ -711,7 +711,7 @@ impl History {
             (Effect::Frame { number, .. }, Outcome::Receipt(Ok(receipt))) => {
                 lock(&self.model).frames[*number as usize].receipt = Some(receipt);
                 let lost = receipt.dropped.total() + receipt.disconnected;
-                if receipt.delayed > receipt.targets || lost > receipt.delayed {
+                if receipt.delayed > receipt.recipients || lost > receipt.delayed {
                     self.fault(format!("a receipt that does not add up: {receipt:?}"));
                 }
             }

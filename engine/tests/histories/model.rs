@@ -1,6 +1,6 @@
 //! The model: what has been accepted, in one sequence, and what each client must receive of it.
 //!
-//! Clients are identified by the order of their connections, frames by their number. Knows targets and
+//! Clients are identified by the order of their connections, frames by their number. Knows recipients and
 //! policies. Does not know the engine.
 
 use std::collections::BTreeSet;
@@ -41,7 +41,7 @@ pub(crate) struct ModelClient {
 
 #[derive(Debug, Default)]
 pub(crate) struct ModelFrame {
-    pub(crate) targets: Vec<usize>,
+    pub(crate) recipients: Vec<usize>,
     pub(crate) receipt: Option<Receipt>,
     /// The policy of this frame; none where each client's own applies.
     pub(crate) policy: Option<Policy>,
@@ -58,7 +58,7 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    pub(crate) fn targets(&self, namespace: usize, target: &Target, except: &[usize]) -> Vec<usize> {
+    pub(crate) fn recipients(&self, namespace: usize, target: &Target, except: &[usize]) -> Vec<usize> {
         let is_target = |number: usize, client: &ModelClient| {
             client.namespace == namespace
                 && match target {
@@ -84,18 +84,18 @@ impl Model {
         target: &Target,
         except: &[usize],
     ) {
-        let targets = self.targets(namespace, target, except);
-        for target in &targets {
+        let recipients = self.recipients(namespace, target, except);
+        for target in &recipients {
             let client = &mut self.clients[*target];
             if client.closed_at.is_none() && client.may_close_at.is_none() {
                 client.expected.push(number);
             }
         }
-        self.frames[number as usize].targets = targets;
+        self.frames[number as usize].recipients = recipients;
     }
 
     pub(crate) fn close_accepted(&mut self, namespace: usize, target: &Target, except: &[usize]) {
-        for target in self.targets(namespace, target, except) {
+        for target in self.recipients(namespace, target, except) {
             let client = &mut self.clients[target];
             if client.may_close_at.is_none() {
                 client.closed_at.get_or_insert(client.expected.len());
