@@ -421,14 +421,14 @@ mod models {
     }
 
     /// Publishes as a publisher does: waits while the log is full, and wakes the readers afterwards.
-    fn push(log: &Log<Value>, bells: &[Arc<Sleeper>], mut value: Value) {
+    fn push(log: &Log<Value>, sleepers: &[Arc<Sleeper>], mut value: Value) {
         let sleeper = Sleeper::new();
         let waker = Waker::from(sleeper.clone());
         loop {
             let mut registration = Registration::default();
             for registered in [false, true] {
                 match log.try_push(value) {
-                    Ok(_) => return bells.iter().for_each(|bell| bell.wake()),
+                    Ok(_) => return sleepers.iter().for_each(|sleeper| sleeper.notify()),
                     Err(Refused::Full(refused)) => value = refused,
                     Err(Refused::Closed(_)) => panic!("nobody closes"),
                 }
@@ -440,7 +440,7 @@ mod models {
         }
     }
 
-    fn read(reader: &mut Reader<Value>, bell: &Sleeper, count: usize) -> Vec<u32> {
+    fn read(reader: &mut Reader<Value>, sleeper: &Sleeper, count: usize) -> Vec<u32> {
         let mut seen = Vec::new();
         while seen.len() < count {
             match reader.get(0) {
@@ -448,7 +448,7 @@ mod models {
                     seen.push(value.0);
                     reader.advance(1);
                 }
-                None => bell.sleep(),
+                None => sleeper.sleep(),
             }
         }
         seen
@@ -457,14 +457,14 @@ mod models {
     /// One thread for each publisher, which publishes its values one after the other.
     fn publish(
         log: &Arc<Log<Value>>,
-        bells: &[Arc<Sleeper>],
+        sleepers: &[Arc<Sleeper>],
         drops: &Arc<AtomicUsize>,
         publishers: &[&'static [u32]],
     ) -> Vec<thread::JoinHandle<()>> {
         let spawn = |values: &&'static [u32]| {
-            let (log, bells, drops, values) = (log.clone(), bells.to_vec(), drops.clone(), *values);
+            let (log, sleepers, drops, values) = (log.clone(), sleepers.to_vec(), drops.clone(), *values);
             thread::spawn(move || {
-                values.iter().for_each(|value| push(&log, &bells, Value(*value, drops.clone())))
+                values.iter().for_each(|value| push(&log, &sleepers, Value(*value, drops.clone())))
             })
         };
         publishers.iter().map(spawn).collect()
@@ -480,14 +480,15 @@ mod models {
         loom::model(move || {
             let drops = Arc::new(AtomicUsize::new(0));
             let (log, mut readers) = Log::new(2, readers, 4);
-            let bells: Vec<_> = readers.iter().map(|_| Sleeper::new()).collect();
-            let threads = publish(&log, &bells, &drops, publishers);
+            let sleepers: Vec<_> = readers.iter().map(|_| Sleeper::new()).collect();
+            let threads = publish(&log, &sleepers, &drops, publishers);
             let mut first = readers.remove(0);
-            let others = readers.into_iter().zip(bells[1..].to_vec());
-            let others = others
-                .map(|(mut reader, bell)| thread::spawn(move || (read(&mut reader, &bell, count), reader)));
+            let others = readers.into_iter().zip(sleepers[1..].to_vec());
+            let others = others.map(|(mut reader, sleeper)| {
+                thread::spawn(move || (read(&mut reader, &sleeper, count), reader))
+            });
             let others: Vec<_> = others.collect();
-            let seen = read(&mut first, &bells[0], count);
+            let seen = read(&mut first, &sleepers[0], count);
             join(threads);
             for values in publishers {
                 assert!(seen.iter().filter(|value| values.contains(value)).eq(values.iter()));
@@ -541,11 +542,11 @@ mod models {
         loom::model(|| {
             let drops = Arc::new(AtomicUsize::new(0));
             let (log, mut readers) = Log::new(2, 2, 4);
-            let bell = Sleeper::new();
-            let threads = publish(&log, std::slice::from_ref(&bell), &drops, &[&[1, 2, 3]]);
+            let sleeper = Sleeper::new();
+            let threads = publish(&log, std::slice::from_ref(&sleeper), &drops, &[&[1, 2, 3]]);
             let leaver = readers.remove(1);
             let leaver = thread::spawn(move || drop(leaver));
-            assert_eq!(read(&mut readers[0], &bell, 3), [1, 2, 3]);
+            assert_eq!(read(&mut readers[0], &sleeper, 3), [1, 2, 3]);
             join(threads);
             leaver.join().unwrap();
             assert_eq!((drops.load(Relaxed), log.in_flight()), (3, 0));

@@ -198,7 +198,7 @@ mod models {
 
     impl Wake for Arc<Sleeper> {
         fn wake(&self) {
-            Sleeper::ring(self);
+            self.notify();
         }
     }
 

@@ -122,33 +122,33 @@ pub(crate) mod sleeper {
 
     #[derive(Debug)]
     pub(crate) struct Sleeper {
-        rung: Mutex<bool>,
+        woken: Mutex<bool>,
         condvar: Condvar,
     }
 
     impl Sleeper {
         pub(crate) fn new() -> Arc<Self> {
-            Arc::new(Self { rung: Mutex::new(false), condvar: Condvar::new() })
+            Arc::new(Self { woken: Mutex::new(false), condvar: Condvar::new() })
         }
 
-        pub(crate) fn wake(&self) {
-            *self.rung.lock().unwrap() = true;
+        pub(crate) fn notify(&self) {
+            *self.woken.lock().unwrap() = true;
             self.condvar.notify_one();
         }
 
         /// Sleeps until it is woken, which may have happened before. Loom reports an endless sleep as a deadlock.
         pub(crate) fn sleep(&self) {
-            let mut rung = self.rung.lock().unwrap();
-            while !*rung {
-                rung = self.condvar.wait(rung).unwrap();
+            let mut woken = self.woken.lock().unwrap();
+            while !*woken {
+                woken = self.condvar.wait(woken).unwrap();
             }
-            *rung = false;
+            *woken = false;
         }
     }
 
     impl Wake for Sleeper {
         fn wake(self: Arc<Self>) {
-            self.wake();
+            self.notify();
         }
     }
 }
