@@ -43,7 +43,7 @@ pub(crate) enum Named {
 }
 
 impl Named {
-    /// The group's entry in the directory as of now, if it has one.
+    /// The group as the publisher found it, which may be closed by now; an absent one as of now, if it exists.
     pub(crate) fn find(&self) -> Option<Arc<Group>> {
         match self {
             Self::Group(group) => Some(group.clone()),

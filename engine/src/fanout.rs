@@ -226,7 +226,7 @@ impl Fanout {
             self.note_drop(slot, DropCause::Overflow, dropped, terms.group);
         }
         let Some(connection) = self.connections.get_mut(slot) else { return };
-        if enqueued == Enqueued::Overflow {
+        if enqueued == Enqueued::TooMany {
             self.pending_ends.push((connection.id(), CloseReason::SlowConsumer));
         }
         if let Some(until) = expiry.until

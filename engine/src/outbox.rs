@@ -194,7 +194,7 @@ impl<T> More<T> {
 const CONTROL_BYTES_MAX: usize = 4096;
 const OPCODE_BITS: u8 = 0x0F;
 
-/// What `offer` did with the frames.
+/// What [`Outbox::enqueue`] did with the frames.
 #[must_use]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Enqueued {
@@ -205,7 +205,7 @@ pub(crate) enum Enqueued {
     /// This many were dropped: they may not wait, or the overflow is full.
     Drops(u32),
     /// The overflow is full, and no frame may be dropped: the connection must end as a slow consumer.
-    Overflow,
+    TooMany,
 }
 
 /// What must be written next.
@@ -326,7 +326,7 @@ impl<T> Outbox<T> {
         }
         match may_wait {
             _ if may_wait < frames => Enqueued::Drops(frames - may_wait),
-            _ if may_wait > room => Enqueued::Overflow,
+            _ if may_wait > room => Enqueued::TooMany,
             _ => Enqueued::Waits,
         }
     }
@@ -767,7 +767,7 @@ mod tests {
                         let expected = match waiting {
                             0 => Enqueued::Queued,
                             waiting if waiting <= BOUNDS.overflow_frames => Enqueued::Waits,
-                            _ => Enqueued::Overflow,
+                            _ => Enqueued::TooMany,
                         };
                         prop_assert_eq!(offer, expected);
                     }
