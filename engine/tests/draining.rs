@@ -232,10 +232,31 @@ fn a_handler_that_closes_while_it_listens_gets_nothing_more() {
     let (mut peer, shared) = connect(&mut rig);
     lock(&shared).closes_at = Some("enough");
     close_and_listen(&mut rig, &shared);
+    lock(&shared).is_slow = true;
+    peer.text("one");
+    rig.settle();
     peer.text("enough");
     peer.text("two");
     rig.settle();
-    assert_eq!((seen(&shared), lock(&shared).ends.clone()), (vec!["enough".to_owned()], vec![OURS]));
+    resume(&mut rig, &shared);
+    resume(&mut rig, &shared);
+    assert_eq!(
+        (seen(&shared), lock(&shared).ends.clone()),
+        (vec!["one".to_owned(), "enough".to_owned()], vec![OURS])
+    );
+}
+
+#[test]
+fn a_client_that_sends_no_more_is_not_listened_to_although_it_has_not_read_our_close_frame() {
+    let mut rig = Rig::new(1);
+    let (peer, shared) = connect(&mut rig);
+    let big = Payload::text(&"x".repeat(4 << 20));
+    rig.everyone.try_publish(Publication::message(Address::Everyone, big)).unwrap();
+    close_and_listen(&mut rig, &shared);
+    assert_eq!(lock(&shared).ends, []);
+    peer.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    rig.settle();
+    assert_eq!(lock(&shared).ends, [OURS]);
 }
 
 #[test]

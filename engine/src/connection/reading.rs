@@ -83,7 +83,7 @@ impl Connection {
     /// Whether held messages may be passed to the handler. That is possible after the end, too.
     pub(crate) fn takes_held(&self) -> bool {
         let hands_held = !matches!(self.intake, Intake::Paused | Intake::Over { hands_held: false });
-        let is_after_end = !self.is_receiving() && self.handler.is_some() && hands_held;
+        let is_after_end = self.phase != Phase::Open && self.handler.is_some() && hands_held;
         self.is_listening() || (is_after_end && self.is_idle())
     }
 
@@ -298,7 +298,7 @@ impl Connection {
         if !self.control_rate.admits(now, self.config.control_frames_per_second) {
             return Received { end: Some(CloseReason::ControlFlood), ..Received::default() };
         }
-        if self.phase != Phase::Open {
+        if self.is_lingering() {
             return Received::default(); // nothing follows a Close frame
         }
         self.outbox.push_control(ControlFrame::pong(payload).as_bytes());
