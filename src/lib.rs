@@ -17,6 +17,7 @@ mod codec;
 mod context;
 mod default_engine;
 mod engine;
+pub mod handler;
 mod handshake;
 mod hub;
 mod hub_handler;

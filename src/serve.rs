@@ -153,9 +153,7 @@ impl Host<'_> {
     pub(crate) fn admit(&self, upgrade: &WebSocketUpgrade) -> Result<ConnectionPermit, Response> {
         let Some(permit) = self.engine.admit(upgrade.peer_address()) else {
             self.log_connection_limit("503");
-            let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
-            let (_, why) = self.refusal().farewell();
-            return Err((StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response());
+            return Err(too_many_connections(self.refusal().farewell().1));
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
@@ -306,6 +304,12 @@ impl ServeError {
             tracing::warn!(error, left_out, "a connection was not taken over");
         }
     }
+}
+
+/// The response for a client that should try again later.
+pub(crate) fn too_many_connections(why: &'static str) -> Response {
+    let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
+    (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response()
 }
 
 /// The response for a connection whose settings are out of range.

@@ -419,6 +419,11 @@ impl WebSocket {
         self.peer_address
     }
 
+    /// The remote address of the socket, if it is a TCP connection.
+    pub(crate) fn remote_address(&self) -> Option<SocketAddr> {
+        self.parts.as_ref().and_then(|parts| parts.socket.remote_address())
+    }
+
     pub(crate) fn into_parts(mut self) -> WebSocketParts {
         self.parts.take().expect("the parts are taken only by methods that consume the WebSocket")
     }
@@ -515,9 +520,9 @@ impl RawSocket {
     }
 
     /// The remote address, if there is one.
-    fn peer_address(&self) -> Option<IpAddr> {
+    fn remote_address(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(stream) => stream.peer_addr().ok().map(|address| address.ip()),
+            Self::Tcp(stream) => stream.peer_addr().ok(),
             Self::Unix(_) | Self::Bridge(_) => None,
         }
     }
@@ -604,7 +609,7 @@ impl PendingSocket {
         if verdict == Verdict::Unclear && read_ahead.is_empty() && socket.is_at_end() {
             return Err(UpgradeError::NotSent);
         }
-        let peer_address = self.peer_address.with_socket(socket.peer_address());
+        let peer_address = self.peer_address.with_socket(socket.remote_address().map(|address| address.ip()));
         let parts = Some(WebSocketParts { socket, read_ahead });
         Ok(WebSocket { parts, protocol: self.protocol, peer_address })
     }

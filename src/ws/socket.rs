@@ -244,6 +244,11 @@ impl WebSocket {
         self.id
     }
 
+    /// A handle that can close the connection when the socket is in other hands.
+    pub(crate) fn closer(&self) -> Closer {
+        Closer { namespace: self.namespace.clone(), id: self.id }
+    }
+
     /// Why the connection has ended, once it has.
     pub fn close_reason(&self) -> Option<CloseReason> {
         self.link.inbox().end.clone()
@@ -255,6 +260,25 @@ impl WebSocket {
             return Err(Error::new(SendAfterClose));
         }
         self.close_reason().map_or(Ok(()), |reason| Err(Error::new(reason)))
+    }
+}
+
+/// Closes a connection.
+pub(crate) struct Closer {
+    namespace: Namespace,
+    id: ConnectionId,
+}
+
+impl Closer {
+    pub(crate) fn id(&self) -> ConnectionId {
+        self.id
+    }
+
+    /// Closes it after what was sent before.
+    pub(crate) async fn close(&self, code: u16) {
+        if let Ok(close) = Publication::close(Address::Connection(self.id), CloseCode(code), "") {
+            let _ = self.namespace.publish(close).await; // the engine has ended: so has the connection
+        }
     }
 }
 

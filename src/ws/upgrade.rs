@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::Error;
@@ -193,6 +193,16 @@ impl<F> WebSocketUpgrade<F> {
         Fut: Future<Output = ()> + Send + 'static,
         F: OnFailedUpgrade,
     {
+        self.on_upgrade_from(move |socket, _| callback(socket))
+    }
+
+    /// [`on_upgrade`](Self::on_upgrade) with the remote address of the client's socket, if it has one.
+    pub(crate) fn on_upgrade_from<C, Fut>(self, callback: C) -> Response
+    where
+        C: FnOnce(WebSocket, Option<SocketAddr>) -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+        F: OnFailedUpgrade,
+    {
         let Self { inner, config, owner, on_failed_upgrade } = self;
         let Some(owner) = owner.or_else(|| default_engine().map(Owner::of_engine)) else {
             return (StatusCode::INTERNAL_SERVER_ERROR, "the server could not start").into_response();
@@ -220,9 +230,10 @@ impl<F> WebSocketUpgrade<F> {
                 }
             };
             let host = Host { engine: &owner.engine, namespace: &owner.namespace, config: &config };
+            let address = socket.remote_address();
             match adopt(host, permit, socket).await {
                 // In a task of its own, which keeps nothing of the upgrade.
-                Ok(socket) => drop(tokio::spawn(callback(socket))),
+                Ok(socket) => drop(tokio::spawn(callback(socket, address))),
                 Err(error) => on_failed_upgrade.call(error),
             }
         });
