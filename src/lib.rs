@@ -9,6 +9,7 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+pub mod auth;
 mod bridge;
 #[cfg(feature = "client")]
 pub mod client;

@@ -40,6 +40,7 @@ use tokio::{
 
 pub use crate::handshake::UpgradeRejection;
 use crate::{
+    auth,
     bridge::bridge,
     handshake::{self, Answer, RequestHead},
     log_limit::{
@@ -271,9 +272,14 @@ impl WebSocketUpgrade {
     }
 
     /// Accepts the handshake: the response to return, and the socket that exists once the response has been sent.
-    pub(crate) fn accept(self) -> Result<(Response, PendingSocket), UpgradeRejection> {
+    pub(crate) fn accept(mut self) -> Result<(Response, PendingSocket), UpgradeRejection> {
         if let Some(refusal) = self.refusal {
             return Err(refusal);
+        }
+        // A browser whose token is the subprotocol after `bearer` fails the connection if none is selected.
+        if self.selected_protocol.is_none() {
+            self.selected_protocol =
+                self.requested_protocols.iter().find(|protocol| *protocol == auth::BEARER).cloned();
         }
         if self.selected_protocol.is_none()
             && !self.requested_protocols.is_empty()
@@ -345,7 +351,7 @@ impl fmt::Debug for WebSocketUpgrade {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("WebSocketUpgrade")
-            .field("requested_protocols", &self.requested_protocols)
+            // Not the requested subprotocols: one may be a token.
             .field("selected_protocol", &self.selected_protocol)
             .field("origin", &self.origin())
             .field("peer_address", &self.peer_address())
