@@ -115,7 +115,8 @@ impl History {
             let number = number as u32;
             let Receipt { recipients, dropped, disconnected, .. } = receipt;
             let mut fault = |text: String| {
-                faults.push(format!("frame {number}: {receipt:?}, recipients {:?}: {text}", frame.recipients));
+                faults
+                    .push(format!("frame {number}: {receipt:?}, recipients {:?}: {text}", frame.recipients));
             };
             if recipients > frame.recipients.len() as u64 {
                 fault("too many".into());
@@ -132,8 +133,9 @@ impl History {
             let all_live = count(&|client| self.has_ended(client) || model.clients[client].id.is_none()) == 0;
             if all_live && !self.is_stopping {
                 let missing = count(&|client| !self.peers[client].heard.contains(&number));
-                let is_right =
-                    recipients == frame.recipients.len() as u64 && disconnected == 0 && missing == dropped.total();
+                let is_right = recipients == frame.recipients.len() as u64
+                    && disconnected == 0
+                    && missing == dropped.total();
                 if !is_right {
                     fault(format!("{missing} have not heard it"));
                 }

@@ -368,6 +368,8 @@ impl History {
             message_timeout: if is_calm { None } else { random.of(&[None, None, Some(ms(90))]) },
             stall_timeout: random.of(&[None, Some(ms(10_000)), Some(ms(50))]),
             max_groups: random.of(&[1, 10_000, 10_000, 10_000, 10_000]),
+            max_connections_per_user: None,
+            presence_grace: ms(0),
             close_timeout: random.of(&[ms(10), ms(60), ms(5000)]),
             __non_exhaustive: (),
         });
@@ -419,6 +421,7 @@ impl History {
             config,
             encoding,
             permit,
+            user: None,
         };
         let namespace = self.namespaces[namespace].clone();
         self.adoptions_under_way += 1;
