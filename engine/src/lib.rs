@@ -149,9 +149,8 @@ pub use policy::Policy;
 pub use position::{InvalidPosition, Position};
 pub use presence::{PresenceChange, PresenceKind, PresenceObserver, Present, User};
 pub use publication::{Address, Delivery, Publication};
-pub use publisher::{
-    GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, PublishError, TryPublishError, USER_NAME_BYTES_MAX,
-};
+pub use publisher::{GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, USER_NAME_BYTES_MAX};
+pub use publisher::{PublishError, TryPublishError};
 pub use receipt::Receipt;
 pub use rendition::{Encoding, TooManyEncodings};
 pub use shard::Shard;
