@@ -186,6 +186,12 @@ fn the_newest_connection_wins_and_the_oldest_is_told_not_to_return() {
         rig.settle();
         let new = connect_as(&mut rig, "ada");
         assert!(tabs[2].record().ends.is_empty() && new.record().ends.is_empty());
+        // Nor does one count whose client has not answered its Close frame.
+        let close = Publication::close(new.id(), CloseCode(4000), "").unwrap();
+        at_once(rig.everyone.publish(close)).unwrap();
+        rig.settle();
+        let newest = connect_as(&mut rig, "ada");
+        assert!(tabs[2].record().ends.is_empty() && newest.record().ends.is_empty());
     }
 }
 
