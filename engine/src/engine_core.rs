@@ -130,7 +130,7 @@ impl EngineCore {
     /// is full.
     fn wake_before_full(&self, position: u64) {
         let distance = (self.log.capacity() / 4).clamp(1, LAG_MAX);
-        if position % distance == 0 {
+        if position.is_multiple_of(distance) {
             self.wake_laggards(distance);
         }
     }

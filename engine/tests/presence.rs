@@ -281,12 +281,12 @@ fn changes_alternate_however_a_user_s_connections_join_and_leave_on_several_shar
     for _ in 0..3000 {
         number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let (tab, shard) = ((number >> 33) % 3, (number >> 40) % 3);
-        if (number >> 45) % 2 == 0 {
+        if (number >> 45).is_multiple_of(2) {
             join(&rig, &tabs[tab as usize], "room");
         } else {
             leave(&rig, &tabs[tab as usize], "room");
         }
-        if (number >> 50) % 3 != 0 {
+        if !(number >> 50).is_multiple_of(3) {
             rig.turn_of(shard as usize);
         }
         changes.extend(recorder.take_of("room"));
@@ -361,7 +361,7 @@ fn a_list_and_the_changes_after_it_are_the_state_now() {
     for step in 0..600 {
         number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let user = &users[(number >> 33) as usize % 6];
-        if (number >> 45) % 2 == 0 {
+        if (number >> 45).is_multiple_of(2) {
             join(&rig, user, "room")
         } else {
             leave(&rig, user, "room")
