@@ -6,7 +6,6 @@
 
 use std::borrow::Cow;
 use std::future::{Future, poll_fn};
-use std::net::IpAddr;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
@@ -14,8 +13,8 @@ use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 
 use shardcast_engine::{
-    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, ConnectionPermit,
-    DropCause, GroupCount, GroupMetrics, Position,
+    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause,
+    GroupCount, GroupMetrics, Position,
 };
 use tokio::runtime;
 use tokio::sync::mpsc;
@@ -588,11 +587,7 @@ impl<H: WsHub> Hub<H> {
         self.runtime
     }
 
-    pub(crate) fn admit(&self, address: Option<IpAddr>) -> Option<ConnectionPermit> {
-        self.engine.admit(address)
-    }
-
-    pub(crate) fn is_stopping(&self) -> bool {
-        self.engine.is_stopping()
+    pub(crate) fn engine(&self) -> &shardcast_engine::Engine {
+        &self.engine
     }
 }

@@ -13,7 +13,6 @@ use shardcast::{
     TryPublishError, WsHubConfig,
 };
 use testkit::sender::DROP_AT_ONCE;
-use testkit::time::DAY;
 use testkit_hub::recording_hub::{number_of, numbered};
 use testkit_hub::{Client, HubFixture, RawClient, eventually, within_timeout};
 
@@ -26,7 +25,7 @@ const ENOUGH: usize = 150;
 const DROP_LATE: BroadcastPolicy = BroadcastPolicy::DropMessage { timeout: HOUR };
 
 fn with(policy: BroadcastPolicy) -> WsHubConfig {
-    WsHubConfig { policy, heartbeat_interval: DAY, ..WsHubConfig::default() }
+    WsHubConfig { policy, heartbeat_interval: None, ..WsHubConfig::default() }
 }
 
 /// Publishes to a peer that does not read; the most that was pending in frames and bytes, and its account at last,

@@ -39,9 +39,11 @@ fn hub_config(policy: BroadcastPolicy) -> WsHubConfig {
         overflow_bytes: 4,
         stall_timeout: None,
         max_message_bytes: 5,
+        max_frame_bytes: 11,
+        accept_unmasked_frames: true,
         max_fragments: 6,
         control_frames_per_second: 7,
-        heartbeat_interval: Duration::from_secs(90),
+        heartbeat_interval: Some(Duration::from_secs(90)),
         pong_timeout: Duration::from_millis(1500),
         idle_timeout: Some(Duration::from_secs(365 * 24 * 60 * 60)),
         message_timeout: Some(Duration::from_secs(3600)),
@@ -119,7 +121,7 @@ fn the_texts_of_environment_variables_are_read() {
     ];
     let hub: WsHubConfig = from_texts(&texts).unwrap();
     let expected = WsHubConfig {
-        heartbeat_interval: Duration::from_secs(5),
+        heartbeat_interval: Some(Duration::from_secs(5)),
         idle_timeout: Some(Duration::from_secs(5400)),
         stall_timeout: None,
         ..WsHubConfig::default()

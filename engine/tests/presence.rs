@@ -67,11 +67,8 @@ impl Recorder {
 }
 
 fn rig(shards: usize, grace: Duration) -> Rig {
-    let connection = ConnectionConfig {
-        presence_grace: grace,
-        heartbeat_interval: Duration::from_secs(86_400),
-        ..ConnectionConfig::default()
-    };
+    let connection =
+        ConnectionConfig { presence_grace: grace, heartbeat_interval: None, ..ConnectionConfig::default() };
     Rig::with(EngineConfig { shards: Some(shards), ..EngineConfig::default() }, connection)
 }
 
