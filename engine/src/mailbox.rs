@@ -271,6 +271,19 @@ mod models {
     }
 
     #[test]
+    fn a_shard_never_sleeps_while_a_command_of_another_shard_is_queued() {
+        loom::model(|| {
+            let (mailbox, poll_waker) = mailbox(1);
+            let sender = mailbox.clone();
+            let sender = thread::spawn(move || sender.push_internal(7));
+            while mailbox.pop_internal().is_none() {
+                sleep(&mailbox, &poll_waker, || true);
+            }
+            sender.join().unwrap();
+        });
+    }
+
+    #[test]
     fn a_wake_while_a_resume_is_taken_is_never_lost() {
         loom::model(|| {
             let (mailbox, poll_waker) = mailbox(1);
