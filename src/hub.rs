@@ -5,22 +5,25 @@
 //! its engine alive. Knows clients. Does not know handlers, the upgrade or shards.
 
 use std::borrow::Cow;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::ops::ControlFlow;
-use std::pin::Pin;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 
 use shardcast_engine::{
     CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause,
-    GroupMetrics, Position,
+    GroupCount, GroupMetrics, Position,
 };
 use tokio::runtime;
+use tokio::sync::mpsc;
 
-use crate::clients::{Clients, Prepared, PublishError, Target};
+use crate::clients::{Clients, Prepared, PublishError, Target, WeakClients};
 use crate::codec::{CodecError, Decode, Encode};
 use crate::context::MessageContext;
 use crate::log_limit::Excerpt;
+use crate::presence::{PresenceChange, PresenceChanges, Present};
 
 /// Calls of `on_message_drop` before the shard's other connections have their turn.
 const DROPS_PER_TURN: u64 = 1000;
@@ -164,6 +167,43 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         }
     }
 
+    /// A user has joined or left a group, or the hub itself ([`PresenceChange::group`] is none): called once for each
+    /// change, and not for each client. For clients that were served with a [user](crate::Serve::user).
+    ///
+    /// A user has joined when the first of its clients has, and left when the last one has and none has come back within
+    /// [`presence_grace`](crate::WsHubConfig::presence_grace) (5 s by default), so a page that is reloaded is not
+    /// announced. For one user and group, `Joined` and `Left` alternate. Each change has a position in the order of all
+    /// messages, after the join or the leave, and changes are passed here one after the other in that order.
+    ///
+    /// ```
+    /// # use shardcast::{Clients, HubContext, JsonCodec, PresenceChange, PresenceKind, WsHub};
+    /// # struct Chat;
+    /// # impl WsHub for Chat {
+    /// #     type Codec = JsonCodec; type InMessage = String; type OutMessage = String;
+    /// #     async fn on_message(&self, _: String, _: HubContext<Self>) {}
+    /// async fn on_presence(clients: &Clients<String>, change: PresenceChange) {
+    ///     let Some(room) = &change.group else { return };
+    ///     let verb = if change.kind == PresenceKind::Joined { "joined" } else { "left" };
+    ///     let text = format!("{} {verb} the room", change.user);
+    ///     let _ = clients.to_group(room).publish(&text).await; // fails when the engine has ended
+    /// }
+    /// # }
+    /// ```
+    ///
+    /// Runs as one task on the tokio runtime from which the first client with a user was served, also under
+    /// [`RunOn::Shard`]. The next change waits until it has returned. While 1,024 wait, further ones wait in the engine,
+    /// where those that cancel each other out disappear; nothing else is lost. A panic is logged. When the engine ends,
+    /// nobody is announced as having left.
+    ///
+    /// By default does nothing.
+    fn on_presence(
+        clients: &Clients<Self::OutMessage>,
+        change: PresenceChange,
+    ) -> impl Future<Output = ()> + Send {
+        let _ = (clients, change);
+        async {}
+    }
+
     /// Called by the default of [`on_connected`](Self::on_connected). Logs at debug level by default.
     fn on_connect(&self, request: ConnectionRequest) -> impl Future<Output = ()> + Send {
         async move { tracing::debug!(id = %request.connection_id, "connected") }
@@ -205,6 +245,24 @@ pub(crate) fn log_undecodable(id: ConnectionId, error: &CodecError) {
     // Its source may quote the message, which the client chose.
     let text = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
     tracing::debug!(%id, error = ?Excerpt(text.as_bytes()), "a message could not be decoded");
+}
+
+/// Calls `on_presence` for one change after the other. Ends with the hub's namespace.
+async fn pass_on_presence<H: WsHub>(
+    clients: WeakClients<H::OutMessage>,
+    mut changes: mpsc::Receiver<PresenceChange>,
+) {
+    while let Some(change) = changes.recv().await {
+        let Some(clients) = clients.upgrade() else { return };
+        let mut call = pin!(H::on_presence(&clients, change));
+        let result = poll_fn(|context| {
+            let polled = catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(context)));
+            polled.map_or_else(|_| Poll::Ready(Err(())), |polled| polled.map(Ok))
+        });
+        if result.await.is_err() {
+            tracing::error!(hub = std::any::type_name::<H>(), "a hub's `on_presence` panicked");
+        }
+    }
 }
 
 /// Why a hub does not serve a client: the code and the reason of the Close frame that the client gets.
@@ -360,6 +418,16 @@ impl<H: WsHub> Hub<H> {
         self.clients.to_groups(groups)
     }
 
+    /// See [`Clients::to_user`].
+    pub fn to_user(&self, user: &str) -> Target<'_, H::OutMessage> {
+        self.clients.to_user(user)
+    }
+
+    /// See [`Clients::to_users`].
+    pub fn to_users(&self, users: &[&str]) -> Target<'_, H::OutMessage> {
+        self.clients.to_users(users)
+    }
+
     /// See [`Clients::to`].
     pub fn to(&self, id: ConnectionId) -> Target<'_, H::OutMessage> {
         self.clients.to(id)
@@ -461,13 +529,48 @@ impl<H: WsHub> Hub<H> {
     }
 
     /// See [`Clients::groups`].
-    pub fn groups(&self) -> Vec<(Arc<str>, usize)> {
+    pub fn groups(&self) -> Vec<GroupCount> {
         self.clients.groups()
     }
 
     /// See [`Clients::group_count`].
     pub fn group_count(&self) -> usize {
         self.clients.group_count()
+    }
+
+    /// See [`Clients::presence`].
+    ///
+    /// # Errors
+    /// As for [`Clients::presence`].
+    pub async fn presence(&self, group: &str) -> Result<Vec<Present>, PublishError> {
+        self.clients.presence(group).await
+    }
+
+    /// See [`Clients::presence_len`].
+    pub fn presence_len(&self, group: &str) -> usize {
+        self.clients.presence_len(group)
+    }
+
+    /// See [`Clients::presence_changes`].
+    pub fn presence_changes(&self) -> PresenceChanges {
+        self.clients.presence_changes()
+    }
+
+    /// See [`Clients::user_len`].
+    pub fn user_len(&self, user: &str) -> usize {
+        self.clients.user_len(user)
+    }
+
+    /// See [`Clients::users`].
+    pub fn users(&self) -> Vec<(Arc<str>, usize)> {
+        self.clients.users()
+    }
+
+    /// A client with a user is about to be served: from now on the hub is told of changes of presence.
+    pub(crate) fn observe_presence(&self) {
+        self.clients.observe_presence(|clients, changes| {
+            tokio::spawn(pass_on_presence::<H>(clients, changes));
+        });
     }
 
     /// See [`Clients::encode_failures`].

@@ -63,7 +63,13 @@ struct AllocationPad {
 
 impl<H: WsHub> HubHandler<H> {
     /// Makes the handler when the connection has an id. `done` is dropped when `on_disconnected` has returned.
-    pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, done: DoneSignal) -> MakeHandler {
+    pub(crate) fn maker(
+        handle: &Hub<H>,
+        hub: H,
+        runtime: Handle,
+        done: DoneSignal,
+        user: Option<Arc<str>>,
+    ) -> MakeHandler {
         let clients = handle.clients().clone();
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
         let has_overrides = runtime.is_some() || H::RUN_ON != RunOn::Shard || done.is_some();
@@ -72,7 +78,7 @@ impl<H: WsHub> HubHandler<H> {
         let pad = AllocationPad::default();
         Box::new(move |id| {
             let _pad = pad;
-            let (hub, caller) = (Some(Arc::new(hub)), Arc::new(Caller::new(clients, id)));
+            let (hub, caller) = (Some(Arc::new(hub)), Arc::new(Caller::new(clients, id, user)));
             Box::new(Self { hub, caller, task: None, overrides })
         })
     }

@@ -13,13 +13,14 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use shardcast_engine::{
     AdoptError, CloseCode, ConfigError, ConnectionConfig, ConnectionPermit, Encoding, MakeHandler, Namespace,
-    NewConnection, PublishError,
+    NewConnection, PublishError, USER_NAME_BYTES_MAX, User,
 };
 use tokio::runtime::Handle;
 
 use crate::hub::{Hub, WsHub};
 use crate::hub_handler::HubHandler;
 use crate::log_limit::{CONNECTION_LIMIT, INVALID_CONFIG, NOT_TAKEN_OVER};
+use crate::presence::{Metadata, MetadataError};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
 /// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused
@@ -30,7 +31,8 @@ impl WebSocketUpgrade {
     /// The response that accepts the handshake and gives the connection to `hub`, with `instance` to handle it: the
     /// hub's value, or for a [`Stateful`](crate::Stateful) hub what is inside. Return it from the route's handler.
     pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: impl Into<H>) -> Serve<H> {
-        Serve { upgrade: self, hub: hub.clone(), instance: instance.into(), config: None }
+        let (hub, instance) = (hub.clone(), instance.into());
+        Serve { upgrade: self, hub, instance, config: None, user: None, metadata: None }
     }
 }
 
@@ -71,6 +73,8 @@ pub struct Serve<H: WsHub> {
     hub: Hub<H>,
     instance: H,
     config: Option<Arc<ConnectionConfig>>,
+    user: Option<Arc<str>>,
+    metadata: Option<Result<Metadata, MetadataError>>,
 }
 
 impl<H: WsHub> Serve<H> {
@@ -82,6 +86,45 @@ impl<H: WsHub> Serve<H> {
     pub fn config(self, config: impl Into<Arc<ConnectionConfig>>) -> Self {
         Self { config: Some(config.into()), ..self }
     }
+
+    /// The user of this connection: a person or an account, by a name of at most
+    /// [`USER_NAME_BYTES_MAX`](crate::USER_NAME_BYTES_MAX) bytes (1,024); a longer one is answered with 400. Connections
+    /// of the same name are one user: reached by [`to_user`](crate::Clients::to_user), shown once by
+    /// [`presence`](crate::Clients::presence), and limited by
+    /// [`max_connections_per_user`](crate::WsHubConfig::max_connections_per_user).
+    ///
+    /// The name is believed: take it from a token or a session that you have checked, not from what the client says.
+    ///
+    /// ```
+    /// # use axum::extract::State;
+    /// # use shardcast::{Hub, Serve, WebSocketUpgrade, WsHub};
+    /// # struct Chat;
+    /// # impl WsHub for Chat {
+    /// #     type Codec = shardcast::RawCodec; type InMessage = String; type OutMessage = String;
+    /// #     async fn on_message(&self, _: String, _: shardcast::HubContext<Self>) {}
+    /// # }
+    /// # #[derive(serde::Serialize)]
+    /// # struct Profile { picture: &'static str }
+    /// # struct Session { user: String }
+    /// # impl<S: Sync> axum::extract::FromRequestParts<S> for Session {
+    /// #     type Rejection = ();
+    /// #     async fn from_request_parts(_: &mut http::request::Parts, _: &S) -> Result<Self, ()> { Err(()) }
+    /// # }
+    /// async fn connect(ws: WebSocketUpgrade, session: Session, State(chat): State<Hub<Chat>>) -> Serve<Chat> {
+    ///     ws.serve(&chat, Chat).user(session.user).metadata(&Profile { picture: "ada.png" })
+    /// }
+    /// ```
+    pub fn user(self, name: impl Into<Arc<str>>) -> Self {
+        Self { user: Some(name.into()), ..self }
+    }
+
+    /// What presence shows of the connection's user besides the name: any value that serde can serialize, at most
+    /// [`METADATA_BYTES_MAX`](crate::METADATA_BYTES_MAX) bytes of JSON (16 KiB); otherwise that is logged as an error and
+    /// the client gets a 500. Without a [user](Self::user) it is not used. A hub's method changes it by
+    /// [`set_metadata`](crate::MessageContext::set_metadata).
+    pub fn metadata<T: serde::Serialize + ?Sized>(self, metadata: &T) -> Self {
+        Self { metadata: Some(Metadata::new(metadata)), ..self }
+    }
 }
 
 impl<H: WsHub> fmt::Debug for Serve<H> {
@@ -92,7 +135,24 @@ impl<H: WsHub> fmt::Debug for Serve<H> {
 
 impl<H: WsHub> IntoResponse for Serve<H> {
     fn into_response(self) -> Response {
-        let Self { upgrade, hub, instance, config } = self;
+        let Self { upgrade, hub, instance, config, user, metadata } = self;
+        if user.as_ref().is_some_and(|user| user.len() > USER_NAME_BYTES_MAX) {
+            return (StatusCode::BAD_REQUEST, AdoptError::UserNameTooLong.to_string()).into_response();
+        }
+        let metadata = match metadata.transpose() {
+            Ok(metadata) => metadata,
+            Err(error) => {
+                if let Some(left_out) = INVALID_CONFIG.allows() {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::error!(
+                        error,
+                        left_out,
+                        "a connection was refused (500): its metadata cannot be kept"
+                    );
+                }
+                return (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response();
+            }
+        };
         let hub = match config.map_or_else(|| Ok(hub.clone()), |config| hub.with_config(config)) {
             Ok(hub) => hub,
             Err(error) => return refuse_config(&error),
@@ -104,8 +164,12 @@ impl<H: WsHub> IntoResponse for Serve<H> {
         upgrade.on_upgrade(move |socket| async move {
             let mut permit = permit;
             let Ok(socket) = hub.host().count_late(&mut permit, socket) else { return };
-            let handler = HubHandler::maker(&hub, instance, Handle::current(), None);
-            if let Err(error) = hub.host().adopt(socket, handler, permit).await {
+            let handler = HubHandler::maker(&hub, instance, Handle::current(), None, user.clone());
+            let user = user.map(|user| match metadata {
+                Some(metadata) => User::new(user).with_metadata(metadata.into_bytes()),
+                None => User::new(user),
+            });
+            if let Err(error) = hub.adopt(socket, handler, permit, user).await {
                 error.log();
             }
         })
@@ -120,7 +184,29 @@ impl<H: WsHub> Hub<H> {
     /// A limit on connections (the client gets a Close frame with 1013), an engine that is stopping (1001), a socket
     /// that cannot be prepared (1011).
     pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
-        let instance = instance.into();
+        self.serve_open(socket, instance.into(), None).await
+    }
+
+    /// Like [`serve`](Self::serve), for a client of this [user](Serve::user).
+    ///
+    /// # Errors
+    /// As for `serve`; also a name that is too long and, where the oldest connections stay, a user who has as many as
+    /// [`max_connections_per_user`](crate::WsHubConfig::max_connections_per_user) (1008).
+    pub async fn serve_as(
+        &self,
+        socket: WebSocket,
+        instance: impl Into<H>,
+        user: impl Into<Arc<str>>,
+    ) -> Result<(), ServeError> {
+        self.serve_open(socket, instance.into(), Some(user.into())).await
+    }
+
+    async fn serve_open(
+        &self,
+        socket: WebSocket,
+        instance: H,
+        user: Option<Arc<str>>,
+    ) -> Result<(), ServeError> {
         let Some(permit) = self.host().engine.admit(socket.peer_address()) else {
             return Err(self.host().refuse(socket));
         };
@@ -130,8 +216,21 @@ impl<H: WsHub> Hub<H> {
                  it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
             );
         }
-        let handler = HubHandler::maker(self, instance, Handle::current(), None);
-        self.host().adopt(socket, handler, permit).await
+        let handler = HubHandler::maker(self, instance, Handle::current(), None, user.clone());
+        self.adopt(socket, handler, permit, user.map(User::new)).await
+    }
+
+    async fn adopt(
+        &self,
+        socket: WebSocket,
+        handler: MakeHandler,
+        permit: ConnectionPermit,
+        user: Option<User>,
+    ) -> Result<(), ServeError> {
+        if user.is_some() {
+            self.observe_presence();
+        }
+        self.host().adopt_as(socket, handler, permit, user).await
     }
 
     /// Where this hub's connections go.
@@ -215,6 +314,17 @@ impl Host<'_> {
         handler: MakeHandler,
         permit: ConnectionPermit,
     ) -> Result<(), ServeError> {
+        self.adopt_as(socket, handler, permit, None).await
+    }
+
+    /// The same for a connection of a user.
+    async fn adopt_as(
+        &self,
+        socket: WebSocket,
+        handler: MakeHandler,
+        permit: ConnectionPermit,
+        user: Option<User>,
+    ) -> Result<(), ServeError> {
         if self.engine.is_stopping() {
             ServeError::Stopping.turn_away(socket);
             return Err(ServeError::Stopping);
@@ -230,7 +340,7 @@ impl Host<'_> {
             RawSocket::Bridge(stream) => shardcast_engine::Socket::bridge(stream),
         };
         let encoding = Encoding::PLAIN;
-        let connection = NewConnection { socket, received, handler, config, encoding, permit };
+        let connection = NewConnection { socket, received, handler, config, encoding, permit, user };
         match self.namespace.adopt(connection).await {
             Ok(()) => {
                 spare.0 = None;
@@ -271,7 +381,7 @@ pub enum ServeError {
     #[error("the engine is stopping")]
     Stopping,
     /// The engine did not adopt it. The client got 1013 if too many publishers wait already, 1001 if the engine has
-    /// ended, 1011 otherwise.
+    /// ended, 1008 if its user has too many connections or too long a name, 1011 otherwise.
     #[error(transparent)]
     Adopt(#[from] AdoptError),
 }
@@ -287,6 +397,12 @@ impl ServeError {
             Self::Stopping | Self::Adopt(AdoptError::Refused(PublishError::Closed)) => {
                 (CloseCode::GOING_AWAY, "the server is stopping")
             }
+            Self::Adopt(AdoptError::TooManyConnectionsOfUser) => {
+                (CloseCode::POLICY_VIOLATION, "too many connections of this user")
+            }
+            Self::Adopt(AdoptError::UserNameTooLong) => {
+                (CloseCode::POLICY_VIOLATION, "the user's name is too long")
+            }
             Self::Adopt(_) => (CloseCode::INTERNAL_ERROR, "the connection could not be taken over"),
         }
     }
@@ -299,6 +415,8 @@ impl ServeError {
     pub(crate) fn log(&self) {
         if matches!(self, Self::Stopping) {
             tracing::debug!("a connection came while the engine was stopping (1001)");
+        } else if matches!(self, Self::Adopt(AdoptError::TooManyConnectionsOfUser)) {
+            tracing::debug!("a connection was refused (1008): its user has too many");
         } else if let Some(left_out) = NOT_TAKEN_OVER.allows() {
             let error = self as &dyn std::error::Error;
             tracing::warn!(error, left_out, "a connection was not taken over");

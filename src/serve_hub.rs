@@ -57,7 +57,7 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionC
         return;
     };
     let (sender, done) = oneshot::channel();
-    let handler = HubHandler::maker(&handle, hub, Handle::current(), Some(sender));
+    let handler = HubHandler::maker(&handle, hub, Handle::current(), Some(sender), None);
     match host.adopt(socket, handler, permit).await {
         Ok(()) => drop(done.await), // an error means that the handler was dropped, which is the end, too
         Err(error) => error.log(),

@@ -12,8 +12,10 @@ use std::ops::ControlFlow;
 use shardcast_engine::CloseReason;
 use tokio::sync::Mutex;
 
+use crate::clients::Clients;
 use crate::codec::{CodecError, Decode, Encode};
 use crate::hub::{Dropped, HubContext, Refusal, RunOn, WsHub, log_undecodable};
+use crate::presence::PresenceChange;
 
 /// An application's hub with its own state: a [`WsHub`] whose methods take `&mut self`, and which need not be `Sync`.
 ///
@@ -104,6 +106,15 @@ pub trait StatefulHub: Send + Sized + 'static {
         async {}
     }
 
+    /// A user has joined or left a group, or the hub; see [`WsHub::on_presence`]. By default does nothing.
+    fn on_presence(
+        clients: &Clients<Self::OutMessage>,
+        change: PresenceChange,
+    ) -> impl Future<Output = ()> + Send {
+        let _ = (clients, change);
+        async {}
+    }
+
     /// The connection has ended; see [`WsHub::on_disconnected`]. By default logs at debug level.
     fn on_disconnected(
         &mut self,
@@ -151,6 +162,13 @@ impl<H: StatefulHub> WsHub for Stateful<H> {
 
     async fn on_dropped(&self, context: HubContext<Self>, dropped: Dropped) {
         self.0.lock().await.on_dropped(context, dropped).await;
+    }
+
+    fn on_presence(
+        clients: &Clients<H::OutMessage>,
+        change: PresenceChange,
+    ) -> impl Future<Output = ()> + Send {
+        H::on_presence(clients, change)
     }
 
     async fn on_disconnected(&self, context: HubContext<Self>, reason: CloseReason) {

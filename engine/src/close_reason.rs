@@ -65,6 +65,10 @@ pub enum CloseReason {
     /// The connection joined more groups than [`max_groups`](crate::ConnectionConfig::max_groups).
     #[error("the connection joined too many groups")]
     TooManyGroups,
+    /// The user of the connection has a newer one, and the limit is
+    /// [`UserLimit::NewestWins`](crate::UserLimit::NewestWins) (1008).
+    #[error("replaced by a newer connection of the same user")]
+    Replaced,
     /// The client sent too many control frames.
     #[error("too many control frames within a second")]
     ControlFlood,
@@ -129,6 +133,7 @@ impl CloseReason {
             Self::BacklogLimit => "backlog_limit",
             Self::UnfinishedLimit => "unfinished_limit",
             Self::TooManyGroups => "too_many_groups",
+            Self::Replaced => "replaced",
             Self::ControlFlood => "control_flood",
             Self::Application { .. } => "application",
             Self::RenderFailed => "render_failed",
@@ -156,6 +161,7 @@ impl CloseReason {
             Self::HighRtt => (CloseCode::TRY_AGAIN_LATER, "round trips too slow"),
             Self::UnfinishedLimit => (CloseCode::TRY_AGAIN_LATER, "overloaded by unfinished messages"),
             Self::TooManyGroups => (CloseCode::POLICY_VIOLATION, "too many groups"),
+            Self::Replaced => (CloseCode::POLICY_VIOLATION, "replaced by a newer connection"),
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
             Self::Application { code, text } => (*code, &**text),
             Self::RenderFailed | Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
@@ -169,7 +175,7 @@ impl CloseReason {
     pub fn should_reconnect(&self) -> bool {
         match self {
             Self::Protocol(_) | Self::Undecodable | Self::WrongKind => false,
-            Self::ControlFlood | Self::TooManyGroups => false,
+            Self::ControlFlood | Self::TooManyGroups | Self::Replaced => false,
             Self::Peer { code, .. } => code.is_none_or(|code| code != CloseCode::NORMAL),
             Self::Application { code, .. } => code.should_reconnect(),
             _ => true,

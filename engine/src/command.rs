@@ -4,6 +4,7 @@
 //! how they are executed.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -18,6 +19,7 @@ use crate::handler::MakeHandler;
 use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::payload::Payload;
+use crate::presence::{Present, User};
 use crate::publication::Delivery;
 use crate::receipt::Ticket;
 use crate::rendition::Encoding;
@@ -28,6 +30,13 @@ use crate::socket::Socket;
 pub(crate) enum Command {
     Adopt(Box<Adoption>),
     Ask(Box<Query>),
+    /// Something may have to be announced of a user in a group. From shard to shard.
+    Watch {
+        group: Arc<Group>,
+        user: Arc<str>,
+    },
+    /// There are more of these than are kept. From shard to shard.
+    WatchAll(Arc<Directory>),
     For {
         id: ConnectionId,
         /// An id of another namespace matches no connection here.
@@ -52,6 +61,13 @@ pub(crate) enum Answer {
     Metrics(Arc<dyn Fn(GroupMetrics) + Send + Sync>),
     /// Which of them are open.
     Members(Arc<dyn Fn(Vec<ConnectionId>) + Send + Sync>),
+    /// The users who are present in a group, by its name, or among everyone. The last shard to get there answers for
+    /// all.
+    Presence {
+        group: Option<Arc<str>>,
+        shards_left: Arc<AtomicUsize>,
+        on_presence: Arc<dyn Fn(Vec<Present>) + Send + Sync>,
+    },
 }
 
 impl std::fmt::Debug for Query {
@@ -80,6 +96,7 @@ pub(crate) enum Action {
     /// A ping or a pong.
     Control(ControlFrame),
     Inspect(Box<dyn FnOnce(ConnectionMetrics) + Send>),
+    SetMetadata(Arc<[u8]>),
     ListGroups(Box<dyn FnOnce(Vec<Arc<str>>) + Send>),
     /// Called if the connection is open and belongs to everyone.
     IfMember(Box<dyn FnOnce() + Send>),
@@ -95,6 +112,7 @@ impl std::fmt::Debug for Action {
             Self::CloseAndListen { .. } => "CloseAndListen",
             Self::Control(_) => "Control",
             Self::Inspect(_) => "Inspect",
+            Self::SetMetadata(_) => "SetMetadata",
             Self::ListGroups(_) => "ListGroups",
             Self::IfMember(_) => "IfMember",
         })
@@ -112,6 +130,7 @@ pub(crate) struct Adoption {
     pub(crate) directory: Arc<Directory>,
     pub(crate) permit: ConnectionPermit,
     pub(crate) join: PendingJoin,
+    pub(crate) user: Option<(User, PendingJoin)>,
 }
 
 impl std::fmt::Debug for Adoption {

@@ -34,6 +34,7 @@ use crate::id::{ConnectionId, Slot};
 use crate::metrics::{ConnectionMetrics, Counts};
 use crate::outbox::{Bounds, Outbox};
 use crate::position::Position;
+use crate::presence::User;
 use crate::receipt::Origin;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
@@ -129,7 +130,30 @@ pub(crate) struct Connection {
     /// Is counted as congested in its groups.
     is_congested: bool,
     encoding: Encoding,
+    /// None for most connections.
+    user: Option<Box<ConnectionUser>>,
     _permit: ConnectionPermit,
+}
+
+/// The user of a connection.
+#[derive(Debug)]
+pub(crate) struct ConnectionUser {
+    pub(crate) user: User,
+    /// Lists it with the user's others, where the oldest of them is replaced at a limit.
+    pub(crate) listed: Option<Listed>,
+}
+
+/// Held by a connection until its end is decided.
+#[derive(Debug)]
+pub(crate) struct Listed {
+    pub(crate) id: ConnectionId,
+    pub(crate) group: Arc<Group>,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.group.forget_connection(self.id);
+    }
 }
 
 /// The context in which a shard calls a handler.
@@ -162,6 +186,8 @@ pub(crate) struct Ending {
 #[derive(Debug)]
 pub(crate) struct Opening {
     pub(crate) everyone: PendingJoin,
+    /// Its user, if it has one.
+    pub(crate) user: Option<PendingJoin>,
     /// `on_open` is done, and joining everyone is in the shard's list, after what the handler has sent.
     pub(crate) is_done: bool,
 }
@@ -210,6 +236,7 @@ impl Connection {
             is_ready: false,
             is_congested: false,
             encoding,
+            user: None,
             _permit: permit,
         }
     }
@@ -232,6 +259,26 @@ impl Connection {
 
     pub(crate) fn encoding(&self) -> Encoding {
         self.encoding
+    }
+
+    pub(crate) fn user(&self) -> Option<&User> {
+        self.user.as_deref().map(|user| &user.user)
+    }
+
+    /// What its groups must know when it leaves them.
+    pub(crate) fn presence(&self) -> Option<(Arc<str>, Duration)> {
+        self.user().map(|user| (user.name.clone(), self.config.presence_grace))
+    }
+
+    /// Sets its user, once, at its adoption.
+    pub(crate) fn set_user(&mut self, user: ConnectionUser) {
+        self.user = Some(Box::new(user));
+    }
+
+    pub(crate) fn set_metadata(&mut self, metadata: Arc<[u8]>) {
+        if let Some(user) = &mut self.user {
+            user.user.metadata = Some(metadata);
+        }
     }
 
     pub(crate) fn has_socket(&self) -> bool {
@@ -364,6 +411,9 @@ impl Connection {
     pub(crate) fn begin_closing(&mut self, keeps_held: bool, drains: bool) {
         self.phase = Phase::Closing;
         drop(self.take_opening());
+        if let Some(user) = &mut self.user {
+            user.listed = None;
+        }
         if drains && self.intake == Intake::Open && !self.is_input_over {
             self.intake = Intake::Draining;
         } else {
@@ -494,6 +544,6 @@ mod tests {
     #[allow(clippy::print_stdout, reason = "`cargo test -- --nocapture` prints the number")]
     fn a_connection_costs_a_known_amount_of_memory() {
         println!("the state of a connection: {} bytes", size_of::<Connection>());
-        assert!(size_of::<Connection>() <= 304, "{} bytes", size_of::<Connection>());
+        assert!(size_of::<Connection>() <= 312, "{} bytes", size_of::<Connection>());
     }
 }

@@ -55,6 +55,7 @@
 //!     config: Arc::new(ConnectionConfig::default()),
 //!     encoding: Encoding::PLAIN,
 //!     permit: engine.admit(None).expect("below `max_connections`"),
+//!     user: None,
 //! };
 //! block_on(everyone.adopt(connection))?;
 //! shards[0].turn(Instant::now())?;
@@ -75,6 +76,7 @@
 compile_error!("shardcast does not support this system: build it for Linux, macOS, FreeBSD or Android");
 
 mod admission;
+mod attendance;
 mod batch;
 mod beacon;
 mod close_code;
@@ -112,6 +114,7 @@ mod payload;
 mod pinning;
 mod policy;
 mod position;
+mod presence;
 mod publication;
 mod publisher;
 mod receipt;
@@ -129,7 +132,7 @@ mod wheel;
 pub use admission::ConnectionPermit;
 pub use close_code::{CloseCode, InvalidCloseCode};
 pub use close_reason::CloseReason;
-pub use config::{ConfigError, ConnectionConfig, EngineConfig};
+pub use config::{ConfigError, ConnectionConfig, EngineConfig, UserLimit};
 pub use decoder::{Decoder, Event, Limits};
 pub use drop_notice::DropNotice;
 pub use engine::{Engine, StartError};
@@ -140,12 +143,14 @@ pub use heartbeat::Rtt;
 pub use id::{ConnectionId, InvalidConnectionId};
 pub use mask::unmask;
 pub use metrics::{ConnectionMetrics, GroupMetrics, Metrics};
-pub use namespace::{AdoptError, Namespace, NewConnection};
+pub use namespace::{AdoptError, GroupCount, Namespace, NewConnection};
 pub use payload::Payload;
 pub use policy::Policy;
 pub use position::{InvalidPosition, Position};
+pub use presence::{PresenceChange, PresenceKind, PresenceObserver, Present, User};
 pub use publication::{Address, Delivery, Publication};
-pub use publisher::{GROUP_NAME_BYTES_MAX, PublishError, TryPublishError};
+pub use publisher::{GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, USER_NAME_BYTES_MAX};
+pub use publisher::{PublishError, TryPublishError};
 pub use receipt::Receipt;
 pub use rendition::{Encoding, TooManyEncodings};
 pub use shard::Shard;

@@ -14,7 +14,8 @@ use crate::admission::ConnectionPermit;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Answer, Command, Query};
-use crate::config::{ConfigError, ConnectionConfig};
+use crate::config::{ConfigError, ConnectionConfig, UserLimit};
+use crate::directory::Kind;
 use crate::engine_core::EngineCore;
 use crate::entry::Named;
 use crate::frame::ControlFrame;
@@ -22,8 +23,12 @@ use crate::handler::{Control, MakeHandler};
 use crate::id::ConnectionId;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::position::Position;
+use crate::presence::{PresenceObserver, Present, User};
 use crate::publication::{Address, Publication};
-use crate::publisher::{GROUP_NAME_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError, Wants};
+use crate::publisher::{
+    GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError,
+    USER_NAME_BYTES_MAX, Wants,
+};
 use crate::receipt::Receipt;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
@@ -135,7 +140,7 @@ impl Namespace {
     /// # Errors
     /// As for [`publish`](Self::publish).
     pub async fn leave_all(&self, id: ConnectionId, groups: &[&str]) -> Result<(), PublishError> {
-        let find = |group: &&str| self.publisher.directory().find(group);
+        let find = |group: &&str| self.publisher.directory().find(Kind::Group, group);
         let groups: SmallVec<_> = groups.iter().filter_map(find).collect();
         if groups.is_empty() {
             return Ok(());
@@ -247,8 +252,10 @@ impl Namespace {
     fn groups_in(&self, to: &Address) -> Option<Arc<[Named]>> {
         match to {
             Address::Everyone => None,
-            Address::Group(name) => Some(self.publisher.named(std::slice::from_ref(name))),
-            Address::Groups(names) => Some(self.publisher.named(names)),
+            Address::Group(name) => Some(self.publisher.named(Kind::Group, std::slice::from_ref(name))),
+            Address::Groups(names) => Some(self.publisher.named(Kind::Group, names)),
+            Address::User(name) => Some(self.publisher.named(Kind::User, std::slice::from_ref(name))),
+            Address::Users(names) => Some(self.publisher.named(Kind::User, names)),
             Address::Connection(_) => Some(Arc::default()),
         }
     }
@@ -284,7 +291,34 @@ impl Namespace {
 
     /// The number of a group's members.
     pub fn group_len(&self, group: &str) -> usize {
-        self.publisher.directory().find(group).map_or(0, |group| group.len())
+        self.publisher.directory().find(Kind::Group, group).map_or(0, |group| group.len())
+    }
+
+    /// The number of users who are present in a group, or among everyone: those whom
+    /// [`collect_presence`](Self::collect_presence) would list now.
+    pub fn presence_len(&self, group: Option<&str>) -> usize {
+        let directory = self.publisher.directory();
+        match group {
+            None => directory.everyone().users(),
+            Some(group) => directory.find(Kind::Group, group).map_or(0, |group| group.users()),
+        }
+    }
+
+    /// The number of a user's connections, including those whose `on_open` is not done.
+    pub fn user_len(&self, user: &str) -> usize {
+        self.publisher.directory().find(Kind::User, user).map_or(0, |user| user.len())
+    }
+
+    /// The number of users who have connections.
+    pub fn user_count(&self) -> usize {
+        self.publisher.directory().user_count()
+    }
+
+    /// The names of all users who have connections, with the number of connections, in no particular order. Not a
+    /// snapshot, as for [`groups`](Self::groups).
+    pub fn users(&self) -> Vec<(Arc<str>, usize)> {
+        let all = self.publisher.directory().list(Kind::User).into_iter();
+        all.map(|(name, connections, _)| (name, connections)).collect()
     }
 
     /// The number of groups that have members.
@@ -292,10 +326,58 @@ impl Namespace {
         self.publisher.directory().len()
     }
 
-    /// The names of all groups that have members, with the number of members, in no particular order. Not a
-    /// snapshot: a group that is created or emptied meanwhile may be included or not.
-    pub fn groups(&self) -> Vec<(Arc<str>, usize)> {
-        self.publisher.directory().list()
+    /// All groups that have members, in no particular order. Not a snapshot: a group that is created or emptied
+    /// meanwhile may be included or not.
+    pub fn groups(&self) -> Vec<GroupCount> {
+        let all = self.publisher.directory().list(Kind::Group).into_iter();
+        all.map(|(name, connections, users)| GroupCount { name, connections, users }).collect()
+    }
+
+    /// Passes the users who are present in a group, or among everyone, to `on_presence`: at one moment after everything
+    /// that was published and every join and leave that was awaited before this call. Called once, on one of the shards,
+    /// or dropped without a call if the engine ends. Joins and leaves of the group wait while the list is made (some 50
+    /// ns for each user).
+    ///
+    /// The list and the changes that are announced agree: a user is in the list from before `Joined` is announced until
+    /// `Left` is. Applying the changes whose position is after that of this call to the list results in the current
+    /// state.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn collect_presence(
+        &self,
+        group: Option<&str>,
+        on_presence: impl Fn(Vec<Present>) + Send + Sync + 'static,
+    ) -> Result<(), PublishError> {
+        let answer = Answer::Presence {
+            group: group.map(Into::into),
+            shards_left: Arc::new(self.publisher.shards().into()),
+            on_presence: Arc::new(on_presence),
+        };
+        self.ask(None, &[], answer).await
+    }
+
+    /// Changes the metadata of a connection, which must have a user: from now on the groups that it is in, and those that it
+    /// joins, show it for the user. No effect for a connection that has none or has disconnected.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish), and [`PublishError::MetadataTooLong`].
+    pub async fn set_metadata(
+        &self,
+        id: ConnectionId,
+        metadata: impl Into<Arc<[u8]>>,
+    ) -> Result<(), PublishError> {
+        let metadata = metadata.into();
+        if metadata.len() > METADATA_BYTES_MAX {
+            return Err(PublishError::MetadataTooLong);
+        }
+        self.publisher.command(id, Action::SetMetadata(metadata)).await.map(drop)
+    }
+
+    /// Sets who is told when users join and leave groups; false if it was set before. To be set before the first
+    /// connection with a user is adopted: users who are present earlier are not announced.
+    pub fn observe_presence(&self, observer: impl PresenceObserver + 'static) -> bool {
+        self.publisher.directory().observe(Box::new(observer))
     }
 
     /// Passes a connection to the least loaded shard, which owns it from then on. The handshake must be
@@ -303,23 +385,57 @@ impl Namespace {
     ///
     /// # Errors
     /// [`AdoptError`]: a setting out of range, an encoding of another engine, a socket that cannot be
-    /// prepared, an engine that has ended, or too many publishers that wait for room in the shard's mailbox.
-    /// The socket is closed then.
+    /// prepared, a user with too many connections or too long a name, an engine that has ended, or too many publishers
+    /// that wait for room in the shard's mailbox. The socket is closed then.
     pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
-        let NewConnection { socket, received, handler, config, encoding, mut permit } = connection;
+        let NewConnection { socket, received, handler, config, encoding, mut permit, user } = connection;
         self.publisher.core().config.validate_with(&config)?;
         if !self.publisher.core().encodings.has(encoding) {
             return Err(AdoptError::UnknownEncoding);
         }
+        if user.as_ref().is_some_and(|user| user.name.len() > USER_NAME_BYTES_MAX) {
+            return Err(AdoptError::UserNameTooLong);
+        }
+        if user
+            .as_ref()
+            .and_then(|user| user.metadata.as_ref())
+            .is_some_and(|it| it.len() > METADATA_BYTES_MAX)
+        {
+            return Err(AdoptError::MetadataTooLong);
+        }
         socket.prepare()?;
         self.publisher.expect(&config);
         let shard = permit.choose_shard();
-        let join = self.publisher.directory().enter_everyone(shard);
         let directory = self.publisher.directory().clone();
-        let adoption = Adoption { socket, received, handler, config, encoding, directory, permit, join };
+        let max = match config.max_connections_per_user {
+            Some(UserLimit::OldestStays(max)) => max.into(),
+            _ => u64::MAX,
+        };
+        let enter = |user: User| match directory.enter_user(&user.name, shard, max) {
+            Some(join) => Ok((user, join)),
+            None => Err(AdoptError::TooManyConnectionsOfUser),
+        };
+        let user = user.map(enter).transpose()?;
+        let join = directory.enter_everyone(shard);
+        let adoption =
+            Adoption { socket, received, handler, config, encoding, directory, permit, join, user };
         self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
         Ok(())
     }
+}
+
+/// A group, and how many are in it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct GroupCount {
+    /// The group's name.
+    pub name: Arc<str>,
+    /// Its members: connections, with or without a user.
+    pub connections: usize,
+    /// The users who are present in it. A user without connections counts while it may still come back
+    /// ([`presence_grace`](ConnectionConfig::presence_grace)).
+    pub users: usize,
 }
 
 /// A submission without a receipt.
@@ -348,6 +464,8 @@ pub struct NewConnection {
     pub encoding: Encoding,
     /// The connection's permit, taken before the handshake was answered.
     pub permit: ConnectionPermit,
+    /// The connection's user, if it has one.
+    pub user: Option<User>,
 }
 
 impl std::fmt::Debug for NewConnection {
@@ -366,6 +484,15 @@ pub enum AdoptError {
     /// The encoding was not registered with this engine.
     #[error("the encoding was not registered with this engine: call `register_encoding` on it first")]
     UnknownEncoding,
+    /// The user's name is longer than [`USER_NAME_BYTES_MAX`](crate::USER_NAME_BYTES_MAX).
+    #[error("the user's name is longer than {USER_NAME_BYTES_MAX} bytes: shorten it")]
+    UserNameTooLong,
+    /// The metadata is longer than [`METADATA_BYTES_MAX`](crate::METADATA_BYTES_MAX).
+    #[error("the metadata is longer than {METADATA_BYTES_MAX} bytes: keep less of it here")]
+    MetadataTooLong,
+    /// The user has as many connections as [`UserLimit::OldestStays`] allows.
+    #[error("the user has too many connections: close one, or raise `max_connections_per_user`")]
+    TooManyConnectionsOfUser,
     /// The socket could not be prepared.
     #[error("the socket could not be prepared")]
     Socket(#[from] std::io::Error),

@@ -7,6 +7,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Connection, Discarded, Ending};
@@ -138,8 +139,9 @@ impl Shard {
     pub(super) fn leave_groups(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let (directory, congestion) = (connection.directory().clone(), connection.take_congestion());
+        let user = connection.presence();
         while let Some((group, left)) = self.fanout.groups.leave_any(slot) {
-            self.has_left(&directory, &group, left, congestion);
+            self.has_left(&directory, &group, left, congestion, user.as_ref());
         }
     }
 
@@ -158,6 +160,7 @@ impl Shard {
         group: &Arc<Group>,
         left: Left,
         congestion: Option<bool>,
+        user: Option<&(Arc<str>, Duration)>,
     ) {
         if left == Left::WasNoMember {
             return;
@@ -167,6 +170,11 @@ impl Shard {
         }
         if let Some(blocks) = congestion {
             group.remove_congested(blocks);
+        }
+        if let Some((user, grace)) = user
+            && group.user_leaves(user, self.started + self.fanout.now + *grace)
+        {
+            self.tell_watcher(group.clone(), user.clone());
         }
         directory.exit(group);
     }
