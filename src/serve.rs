@@ -159,7 +159,7 @@ impl<H: WsHub> IntoResponse for Serve<H> {
         };
         let permit = match hub.host().admit(&upgrade) {
             Ok(permit) => permit,
-            Err(response) => return response,
+            Err(response) => return *response,
         };
         upgrade.on_upgrade(move |socket| async move {
             let mut permit = permit;
@@ -249,10 +249,10 @@ pub(crate) struct Host<'a> {
 
 impl Host<'_> {
     /// A permit for one more connection, or the response that tells the client that there is none.
-    pub(crate) fn admit(&self, upgrade: &WebSocketUpgrade) -> Result<ConnectionPermit, Response> {
+    pub(crate) fn admit(&self, upgrade: &WebSocketUpgrade) -> Result<ConnectionPermit, Box<Response>> {
         let Some(permit) = self.engine.admit(upgrade.peer_address()) else {
             self.log_connection_limit("503");
-            return Err(too_many_connections(self.refusal().farewell().1));
+            return Err(Box::new(too_many_connections(self.refusal().farewell().1)));
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(

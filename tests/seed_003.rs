@@ -67,8 +67,7 @@ mod broadcasting {
         // At startup — create the channel with buffer capacity 100
         let (tx, _rx) = broadcast::channel(100);
         // _rx is dropped immediately; each client creates its own receiver via tx.subscribe()
-        let state = Arc::new(AppState { tx });
-        state // added
+        Arc::new(AppState { tx }) // `let state = …`
     }
 
     pub(crate) async fn handle_socket(socket: WebSocket, state: Arc<AppState>) {

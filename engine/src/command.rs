@@ -94,7 +94,7 @@ pub(crate) enum Action {
         reason: CloseReason,
     },
     /// A ping or a pong.
-    Control(ControlFrame),
+    Control(Box<ControlFrame>),
     Inspect(Box<dyn FnOnce(ConnectionMetrics) + Send>),
     SetMetadata(Arc<[u8]>),
     ListGroups(Box<dyn FnOnce(Vec<Arc<str>>) + Send>),

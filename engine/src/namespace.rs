@@ -159,7 +159,7 @@ impl Namespace {
             Control::Pong(payload) => ControlFrame::pong(payload),
             Control::Close(close) => return self.close_and_listen(id, close).await,
         };
-        self.publisher.command(id, Action::Control(frame)).await.map(drop)
+        self.publisher.command(id, Action::Control(Box::new(frame))).await.map(drop)
     }
 
     /// Ends the connection with a Close frame, after everything that was sent to it before, and goes on passing the

@@ -215,7 +215,7 @@ impl<F> WebSocketUpgrade<F> {
             .admit(&inner)
         {
             Ok(permit) => permit,
-            Err(response) => return response,
+            Err(response) => return *response,
         };
         let (response, pending) = match inner.accept() {
             Ok(accepted) => accepted,
