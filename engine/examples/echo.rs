@@ -117,6 +117,7 @@ fn welcome(
         encoding: Encoding::PLAIN,
         permit,
         user: None,
+        first_message: None,
     };
     block_on(everyone.adopt(connection))?;
     Ok(())

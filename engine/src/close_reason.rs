@@ -69,6 +69,13 @@ pub enum CloseReason {
     /// [`UserLimit::NewestWins`](crate::UserLimit::NewestWins) (1008).
     #[error("replaced by a newer connection of the same user")]
     Replaced,
+    /// The client sent no first message in time (1008), where one must
+    /// [open the connection](crate::NewConnection::first_message).
+    #[error("no first message in time")]
+    NoFirstMessage,
+    /// The connection expired (1008): what had authenticated the client is valid no longer.
+    #[error("the connection expired")]
+    Expired,
     /// The client sent too many control frames.
     #[error("too many control frames within a second")]
     ControlFlood,
@@ -134,6 +141,8 @@ impl CloseReason {
             Self::UnfinishedLimit => "unfinished_limit",
             Self::TooManyGroups => "too_many_groups",
             Self::Replaced => "replaced",
+            Self::NoFirstMessage => "no_first_message",
+            Self::Expired => "expired",
             Self::ControlFlood => "control_flood",
             Self::Application { .. } => "application",
             Self::RenderFailed => "render_failed",
@@ -162,6 +171,8 @@ impl CloseReason {
             Self::UnfinishedLimit => (CloseCode::TRY_AGAIN_LATER, "overloaded by unfinished messages"),
             Self::TooManyGroups => (CloseCode::POLICY_VIOLATION, "too many groups"),
             Self::Replaced => (CloseCode::POLICY_VIOLATION, "replaced by a newer connection"),
+            Self::NoFirstMessage => (CloseCode::POLICY_VIOLATION, "no first message in time"),
+            Self::Expired => (CloseCode::POLICY_VIOLATION, "expired"),
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
             Self::Application { code, text } => (*code, &**text),
             Self::RenderFailed | Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
@@ -176,6 +187,7 @@ impl CloseReason {
         match self {
             Self::Protocol(_) | Self::Undecodable | Self::WrongKind => false,
             Self::ControlFlood | Self::TooManyGroups | Self::Replaced => false,
+            Self::NoFirstMessage | Self::Expired => false,
             Self::Peer { code, .. } => code.is_none_or(|code| code != CloseCode::NORMAL),
             Self::Application { code, .. } => code.should_reconnect(),
             _ => true,

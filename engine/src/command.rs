@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -93,6 +94,9 @@ pub(crate) enum Action {
     CloseAndListen {
         reason: CloseReason,
     },
+    /// Gives a user to a connection that is opening.
+    Identify(Box<(User, PendingJoin)>),
+    ExpireAt(Option<Instant>),
     /// A ping or a pong.
     Control(Box<ControlFrame>),
     Inspect(Box<dyn FnOnce(ConnectionMetrics) + Send>),
@@ -110,6 +114,8 @@ impl std::fmt::Debug for Action {
             Self::Leave(_) => "Leave",
             Self::Close { .. } => "Close",
             Self::CloseAndListen { .. } => "CloseAndListen",
+            Self::Identify(_) => "Identify",
+            Self::ExpireAt(_) => "ExpireAt",
             Self::Control(_) => "Control",
             Self::Inspect(_) => "Inspect",
             Self::SetMetadata(_) => "SetMetadata",
@@ -117,6 +123,16 @@ impl std::fmt::Debug for Action {
             Self::IfMember(_) => "IfMember",
         })
     }
+}
+
+/// How long, and in how many bytes, a client may say who it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FirstMessage {
+    /// The time for its first message, from the adoption. After it the connection ends (1008).
+    pub within: Duration,
+    /// The longest first message, in bytes; at most the connection's `max_message_bytes`. A longer one ends the
+    /// connection (1009) as soon as its header has arrived.
+    pub max_bytes: usize,
 }
 
 /// A socket that a shard adopts.
@@ -131,6 +147,7 @@ pub(crate) struct Adoption {
     pub(crate) permit: ConnectionPermit,
     pub(crate) join: PendingJoin,
     pub(crate) user: Option<(User, PendingJoin)>,
+    pub(crate) first_message: Option<FirstMessage>,
 }
 
 impl std::fmt::Debug for Adoption {

@@ -190,6 +190,15 @@ pub(crate) struct Opening {
     pub(crate) user: Option<PendingJoin>,
     /// `on_open` is done, and joining everyone is in the shard's list, after what the handler has sent.
     pub(crate) is_done: bool,
+    /// The first message has not arrived that opens the connection instead of `on_open`.
+    pub(crate) awaits: Option<Awaited>,
+}
+
+/// A first message that has not arrived.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Awaited {
+    pub(crate) by: Duration,
+    pub(crate) max_bytes: usize,
 }
 
 impl Connection {
@@ -493,6 +502,31 @@ impl Connection {
             Some(Passage::Opening(opening)) => Some(opening),
             _ => None,
         }
+    }
+
+    /// The first message that it waits for.
+    pub(crate) fn awaits(&self) -> Option<Awaited> {
+        self.opening().and_then(|opening| opening.awaits)
+    }
+
+    /// Whether its handler has handled the first message, so that its opening is done.
+    pub(crate) fn is_opened_by_message(&self) -> bool {
+        self.is_idle() && self.opening().is_some_and(|opening| !opening.is_done && opening.awaits.is_none())
+    }
+
+    /// Whether it is opening and has no user.
+    pub(crate) fn is_anonymous_and_opening(&self) -> bool {
+        self.user.is_none() && self.opening().is_some_and(|opening| !opening.is_done)
+    }
+
+    /// Sets when it expires.
+    pub(crate) fn expire_at(&mut self, at: Option<Duration>) {
+        self.heartbeat.expire_at(at);
+    }
+
+    /// Whether it has expired and its handler was not asked yet.
+    pub(crate) fn take_expired(&mut self) -> bool {
+        self.heartbeat.take_expired()
     }
 
     pub(crate) fn begin_opening(&mut self, opening: Opening) {

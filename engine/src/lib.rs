@@ -56,6 +56,7 @@
 //!     encoding: Encoding::PLAIN,
 //!     permit: engine.admit(None).expect("below `max_connections`"),
 //!     user: None,
+//!     first_message: None,
 //! };
 //! block_on(everyone.adopt(connection))?;
 //! shards[0].turn(Instant::now())?;
@@ -132,6 +133,7 @@ mod wheel;
 pub use admission::ConnectionPermit;
 pub use close_code::{CloseCode, InvalidCloseCode};
 pub use close_reason::CloseReason;
+pub use command::FirstMessage;
 pub use config::{ConfigError, ConnectionConfig, EngineConfig, UserLimit};
 pub use decoder::{Decoder, Event, Limits};
 pub use drop_notice::DropNotice;

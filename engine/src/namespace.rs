@@ -6,6 +6,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -13,9 +14,9 @@ use smallvec::SmallVec;
 use crate::admission::ConnectionPermit;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Answer, Command, Query};
+use crate::command::{Action, Adoption, Answer, Command, FirstMessage, Query};
 use crate::config::{ConfigError, ConnectionConfig, UserLimit};
-use crate::directory::Kind;
+use crate::directory::{Kind, PendingJoin};
 use crate::engine_core::EngineCore;
 use crate::entry::Named;
 use crate::frame::ControlFrame;
@@ -388,40 +389,89 @@ impl Namespace {
     /// prepared, a user with too many connections or too long a name, an engine that has ended, or too many publishers
     /// that wait for room in the shard's mailbox. The socket is closed then.
     pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
-        let NewConnection { socket, received, handler, config, encoding, mut permit, user } = connection;
+        let NewConnection { socket, received, handler, config, encoding, mut permit, user, first_message } =
+            connection;
         self.publisher.core().config.validate_with(&config)?;
         if !self.publisher.core().encodings.has(encoding) {
             return Err(AdoptError::UnknownEncoding);
         }
-        if user.as_ref().is_some_and(|user| user.name.len() > USER_NAME_BYTES_MAX) {
-            return Err(AdoptError::UserNameTooLong);
-        }
-        if user
-            .as_ref()
-            .and_then(|user| user.metadata.as_ref())
-            .is_some_and(|it| it.len() > METADATA_BYTES_MAX)
-        {
-            return Err(AdoptError::MetadataTooLong);
-        }
+        user.as_ref().map_or(Ok(()), check_user)?;
         socket.prepare()?;
         self.publisher.expect(&config);
         let shard = permit.choose_shard();
         let directory = self.publisher.directory().clone();
+        let user = user.map(|user| self.enter_user(user, shard, &config)).transpose()?;
+        let join = directory.enter_everyone(shard);
+        let adoption = Adoption {
+            socket,
+            received,
+            handler,
+            config,
+            encoding,
+            directory,
+            permit,
+            join,
+            user,
+            first_message,
+        };
+        self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
+        Ok(())
+    }
+
+    /// Gives a user to a connection that has none and whose opening is not done: one that is
+    /// [opened by its first message](NewConnection::first_message), and whose user is known only by that. No effect for
+    /// any other. `config` is the connection's.
+    ///
+    /// # Errors
+    /// [`AdoptError`]: a user with too many connections or too long a name, and as for [`publish`](Self::publish).
+    pub async fn identify(
+        &self,
+        id: ConnectionId,
+        user: User,
+        config: &ConnectionConfig,
+    ) -> Result<(), AdoptError> {
+        check_user(&user)?;
+        if id.shard() < self.publisher.shards() {
+            let (user, join) = self.enter_user(user, id.shard(), config)?;
+            self.publisher.command(id, Action::Identify(Box::new((user, join)))).await?;
+        }
+        Ok(())
+    }
+
+    /// Sets when the connection expires: its handler is asked then ([`Handler::on_expired`](crate::Handler::on_expired)).
+    /// Replaces what was set before; none takes it back.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn expire_at(&self, id: ConnectionId, at: Option<Instant>) -> Result<(), PublishError> {
+        self.publisher.command(id, Action::ExpireAt(at)).await.map(drop)
+    }
+
+    fn enter_user(
+        &self,
+        user: User,
+        shard: usize,
+        config: &ConnectionConfig,
+    ) -> Result<(User, PendingJoin), AdoptError> {
         let max = match config.max_connections_per_user {
             Some(UserLimit::OldestStays(max)) => max.into(),
             _ => u64::MAX,
         };
-        let enter = |user: User| match directory.enter_user(&user.name, shard, max) {
+        match self.publisher.directory().enter_user(&user.name, shard, max) {
             Some(join) => Ok((user, join)),
             None => Err(AdoptError::TooManyConnectionsOfUser),
-        };
-        let user = user.map(enter).transpose()?;
-        let join = directory.enter_everyone(shard);
-        let adoption =
-            Adoption { socket, received, handler, config, encoding, directory, permit, join, user };
-        self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
-        Ok(())
+        }
     }
+}
+
+fn check_user(user: &User) -> Result<(), AdoptError> {
+    if user.name.len() > USER_NAME_BYTES_MAX {
+        return Err(AdoptError::UserNameTooLong);
+    }
+    if user.metadata.as_ref().is_some_and(|metadata| metadata.len() > METADATA_BYTES_MAX) {
+        return Err(AdoptError::MetadataTooLong);
+    }
+    Ok(())
 }
 
 /// A group, and how many are in it.
@@ -466,6 +516,10 @@ pub struct NewConnection {
     pub permit: ConnectionPermit,
     /// The connection's user, if it has one.
     pub user: Option<User>,
+    /// If set, the connection is opened by its first message instead of [`Handler::on_open`](crate::Handler::on_open),
+    /// which is not called: until the handler has handled that message the connection is not in everyone, as while
+    /// `on_open` is pending. For clients that say who they are by a message.
+    pub first_message: Option<FirstMessage>,
 }
 
 impl std::fmt::Debug for NewConnection {

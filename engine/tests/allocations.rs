@@ -64,6 +64,7 @@ fn with_sinks(count: usize) -> Rig {
             encoding: shardcast_engine::Encoding::PLAIN,
             permit: rig.engine.admit(None).unwrap(),
             user: None,
+            first_message: None,
         };
         at_once(rig.everyone.adopt(new_connection)).unwrap();
         rig.settle();

@@ -88,6 +88,7 @@ pub(crate) fn connection_on(
         encoding: Encoding::PLAIN,
         permit: engine.admit(None).expect("a permit"),
         user: None,
+        first_message: None,
     }
 }
 

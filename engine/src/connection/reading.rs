@@ -77,7 +77,10 @@ impl Connection {
     /// Whether the next message may be passed to the handler.
     pub(crate) fn is_listening(&self) -> bool {
         let takes_input = matches!(self.intake, Intake::Open | Intake::Draining);
-        self.is_receiving() && takes_input && self.is_idle() && self.opening().is_none()
+        self.is_receiving()
+            && takes_input
+            && self.is_idle()
+            && self.opening().is_none_or(|opening| opening.awaits.is_some())
     }
 
     /// Whether held messages may be passed to the handler. That is possible after the end, too.
@@ -115,6 +118,8 @@ impl Connection {
     fn limits(&self) -> Limits {
         let ConnectionConfig { max_message_bytes, max_fragments, max_frame_bytes, .. } = *self.config;
         let accept_unmasked = self.config.accept_unmasked_frames;
+        let max_message_bytes =
+            self.awaits().map_or(max_message_bytes, |awaited| awaited.max_bytes.min(max_message_bytes));
         Limits { max_message_bytes, max_fragments, max_frame_bytes, accept_unmasked }
     }
 
@@ -272,6 +277,9 @@ impl Connection {
         let is_handled = input.is_message();
         if is_handled {
             self.count_received();
+            if let Some(opening) = self.opening_mut() {
+                opening.awaits = None;
+            }
         }
         let (_, end) = self.call(site, |handler, context| input.pass_to(handler, context));
         Received { is_handled, end, ..Received::default() }

@@ -209,6 +209,15 @@ impl Shard {
         Poll::Ready(())
     }
 
+    /// Asks the handler of a connection that has expired. Returns whether it has finished with that.
+    pub(super) fn notify_expired(&mut self, slot: Slot) -> Poll<()> {
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return Poll::Ready(()) };
+        if !connection.is_open() || !connection.take_expired() {
+            return Poll::Ready(());
+        }
+        self.call(slot, |handler, context| handler.on_expired(context))
+    }
+
     /// Notifies the handler of the end, as soon as it is not busy.
     pub(super) fn notify_closed(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };

@@ -11,9 +11,9 @@ use mio::Token;
 
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Answer, Command, Query};
+use crate::command::{Action, Adoption, Answer, Command, FirstMessage, Query};
 use crate::config::UserLimit;
-use crate::connection::{Connection, ConnectionUser, Listed, Opening};
+use crate::connection::{Awaited, Connection, ConnectionUser, Listed, Opening};
 use crate::directory::{Kind, PendingJoin};
 use crate::engine_core::sent_by_this_thread;
 use crate::frame::ControlFrame;
@@ -176,6 +176,17 @@ impl Shard {
                 }
                 self.end(slot, reason);
             }
+            Action::Identify(identity) if is_open && connection.is_anonymous_and_opening() => {
+                let (user, join) = *identity;
+                let join = self.set_user(slot, user, join);
+                if let Some(opening) = self.fanout.connections[slot].opening_mut() {
+                    opening.user = Some(join);
+                }
+            }
+            Action::ExpireAt(at) if is_open => {
+                connection.expire_at(at.map(|at| at.saturating_duration_since(self.started)));
+                self.beat(slot);
+            }
             Action::CloseAndListen { reason } => self.end_and_drain(slot, reason),
             Action::Control(frame) if is_open => {
                 if connection.push_control(&frame) {
@@ -249,8 +260,18 @@ impl Shard {
     }
 
     fn adopt(&mut self, adoption: Adoption) {
-        let Adoption { mut socket, received, handler, config, encoding, directory, permit, join, user } =
-            adoption;
+        let Adoption {
+            mut socket,
+            received,
+            handler,
+            config,
+            encoding,
+            directory,
+            permit,
+            join,
+            user,
+            first_message,
+        } = adoption;
         if self.shutdown.is_some() {
             drop_guarded(handler);
             return turn_away(&socket, CloseCode::GOING_AWAY);
@@ -284,6 +305,16 @@ impl Shard {
         self.fanout.metrics.adopted += 1;
         self.fanout.flushes.adopt_outbox(self.fanout.connections[slot].config().outbox_frames);
         self.beat(slot);
+        if let Some(FirstMessage { within, max_bytes }) = first_message {
+            let awaits = Some(Awaited { by: self.fanout.now + within, max_bytes });
+            let opening = Opening { everyone: join, user, is_done: false, awaits };
+            self.fanout.connections[slot].begin_opening(opening);
+            self.beat(slot);
+            if !received.is_empty() {
+                self.receive_early(slot, received);
+            }
+            return;
+        }
         let before = sent_by_this_thread();
         let flow = self.call(slot, |handler, context| handler.on_open(context));
         if flow == Poll::Ready(()) && sent_by_this_thread() == before {
@@ -293,7 +324,7 @@ impl Shard {
                 user.into_iter().for_each(|join| self.join(slot, join));
             }
         } else {
-            let opening = Opening { everyone: join, user, is_done: false };
+            let opening = Opening { everyone: join, user, is_done: false, awaits: None };
             self.fanout.connections[slot].begin_opening(opening);
             if flow == Poll::Ready(()) {
                 self.enter_in_order(slot);

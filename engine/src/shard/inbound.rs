@@ -229,6 +229,10 @@ impl Shard {
             let received = connection.receive(&mut input[from..], &mut consumed, at, &site);
             drop(shown);
             self.fanout.metrics.tally.received += u64::from(received.is_handled);
+            let is_opened = received.is_handled && connection.is_opened_by_message();
+            if is_opened {
+                self.enter_in_order(slot);
+            }
             if received.is_answered {
                 self.fanout.mark_dirty(slot);
             }
@@ -308,7 +312,10 @@ impl Shard {
             self.notify_closed(slot);
             return;
         }
-        if self.notify_drops(slot) == Poll::Pending || !self.hand_held(slot) {
+        if self.notify_drops(slot) == Poll::Pending
+            || self.notify_expired(slot) == Poll::Pending
+            || !self.hand_held(slot)
+        {
             return;
         }
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };

@@ -455,6 +455,7 @@ impl History {
             encoding,
             permit,
             user: user.map(|user| User::new(USERS[user])),
+            first_message: None,
         };
         let namespace = self.namespaces[namespace].clone();
         self.adoptions_under_way += 1;
