@@ -14,6 +14,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant, SystemTime};
 
 use shardcast_engine::{
     Address, CloseCode, ConfigError, ConnectionId, ConnectionMetrics, Delivery, GroupCount, GroupMetrics,
@@ -245,6 +246,16 @@ impl<M> Clients<M> {
         };
         self.inner.namespace.groups_of(id, answer).await?;
         Ok(receiver.await.ok())
+    }
+
+    /// Sets when a client's connection expires, instead of what was set before: see
+    /// [`WsHub::on_expired`](crate::WsHub::on_expired). None takes it back. A time that has passed counts at once; later
+    /// changes of the system's clock do not count. No effect for a client that has disconnected.
+    ///
+    /// # Errors
+    /// An engine that has ended, too many publishers that wait for the client's shard.
+    pub async fn expire_at(&self, id: ConnectionId, at: Option<SystemTime>) -> Result<(), PublishError> {
+        Ok(self.inner.namespace.expire_at(id, at.map(instant_of)).await?)
     }
 
     /// Ends a connection, after what was sent to it before, with a Close frame that carries `code` and at most
@@ -601,6 +612,14 @@ impl<'a, M> Target<'a, M> {
     fn publication(&self, payload: Payload) -> Publication {
         Publication::message(&self.to, payload).except(self.except).with_delivery(self.delivery)
     }
+}
+
+/// A time of the system's clock on the clock of the process.
+pub(crate) fn instant_of(time: SystemTime) -> Instant {
+    /// For a time that no clock can say.
+    const YEARS: Duration = Duration::from_secs(30 * 366 * 24 * 60 * 60);
+    let left = time.duration_since(SystemTime::now()).unwrap_or_default().min(YEARS);
+    Instant::now() + left
 }
 
 /// The future of a message, or the error of its codec. Written by hand, because a hub's method is as large as the futures

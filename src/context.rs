@@ -6,6 +6,7 @@
 
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 use shardcast_engine::{CloseCode, ConnectionId, Position};
 
@@ -36,6 +37,15 @@ pub(crate) struct Caller<M> {
 impl<M> Caller<M> {
     pub(crate) fn new(clients: Clients<M>, id: ConnectionId, user: Option<Arc<str>>) -> Self {
         Self { clients, id, user: user.map(Box::new), connection_id: OnceLock::new() }
+    }
+
+    /// The same caller, now that its user is known.
+    pub(crate) fn with_user(&self, user: Option<Arc<str>>) -> Self {
+        Self::new(self.clients.clone(), self.id, user)
+    }
+
+    pub(crate) fn clients(&self) -> &Clients<M> {
+        &self.clients
     }
 
     pub(crate) fn id(&self) -> ConnectionId {
@@ -107,6 +117,12 @@ impl<M, C> MessageContext<M, C> {
     ) -> impl Future<Output = ()> + Send + use<'a, T, M, C> {
         let set = self.clients().set_metadata(self.id(), metadata);
         async move { report(set.await) }
+    }
+
+    /// Sets when this connection expires, for instance when its token does: see
+    /// [`WsHub::on_expired`](crate::WsHub::on_expired) and [`Clients::expire_at`].
+    pub async fn expires_at(&self, at: SystemTime) {
+        report(self.clients().expire_at(self.id(), Some(at)).await);
     }
 
     /// Ends this connection, after what was sent to it before.

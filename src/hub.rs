@@ -146,6 +146,76 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { self.on_disconnect(DisconnectRequest { connection_id, id, reason }).await }
     }
 
+    /// The connection's time has come: what [`Serve::expires_at`](crate::Serve::expires_at),
+    /// [`MessageContext::expires_at`] or [`Clients::expire_at`] has set. `Break` ends it (1008, "expired"). `Continue`
+    /// goes on, without an end unless another time is set; a hub may ask the client for a new token first and set a time
+    /// for its answer.
+    ///
+    /// Called between messages like every other method; if a method is pending for longer than
+    /// [`close_timeout`](crate::WsHubConfig::close_timeout), the connection ends without being asked.
+    ///
+    /// By default breaks.
+    fn on_expired(&self, context: HubContext<Self>) -> impl Future<Output = ControlFlow<()>> + Send {
+        drop(context);
+        async { ControlFlow::Break(()) }
+    }
+
+    /// Whether this connection may join a group: asked by [`try_join`](Self::try_join), for groups that clients name.
+    ///
+    /// By default allows every group.
+    ///
+    /// # Errors
+    /// A [`Refusal`], which `try_join` returns. The connection stays open, unless the hub closes it.
+    fn on_join(
+        &self,
+        context: &HubContext<Self>,
+        group: &str,
+    ) -> impl Future<Output = Result<(), Refusal>> + Send {
+        let _ = (context, group);
+        async { Ok(()) }
+    }
+
+    /// Makes this connection a member of a group if [`on_join`](Self::on_join) allows that. For groups whose names come
+    /// from clients; [`add_to_group`](MessageContext::add_to_group) asks nobody.
+    ///
+    /// ```
+    /// # use shardcast::{HubContext, JoinError, RawCodec, Refusal, WsHub, CloseCode};
+    /// struct Rooms { is_admin: bool }
+    ///
+    /// impl WsHub for Rooms {
+    ///     type Codec = RawCodec;
+    ///     type InMessage = String;
+    ///     type OutMessage = String;
+    ///
+    ///     async fn on_join(&self, _: &HubContext<Self>, group: &str) -> Result<(), Refusal> {
+    ///         if group.starts_with("admin/") && !self.is_admin {
+    ///             return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "for admins only"));
+    ///         }
+    ///         Ok(())
+    ///     }
+    ///
+    ///     async fn on_message(&self, room: String, ctx: HubContext<Self>) {
+    ///         match self.try_join(&ctx, &room).await {
+    ///             Ok(_) => ctx.unicast(format!("you are in {room}")).await,
+    ///             Err(error) => ctx.unicast(format!("no: {error}")).await,
+    ///         }
+    ///     }
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// A refusal by `on_join`; as for [`Clients::join`].
+    fn try_join(
+        &self,
+        context: &HubContext<Self>,
+        group: &str,
+    ) -> impl Future<Output = Result<Position, JoinError>> + Send {
+        async move {
+            self.on_join(context, group).await?;
+            Ok(context.clients().join(context.id(), group).await?)
+        }
+    }
+
     /// Messages to this connection were dropped by its policy, or by that of a message
     /// ([`Target::policy`](crate::Target::policy)). Called between messages like every other method, before the next
     /// message and before [`on_disconnected`](Self::on_disconnected), once for each cause and group since the last
@@ -295,6 +365,18 @@ impl Refusal {
     pub(crate) fn into_close_reason(self) -> CloseReason {
         CloseReason::Application { code: self.code, text: self.reason }
     }
+}
+
+/// A connection did not join a group: see [`WsHub::try_join`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JoinError {
+    /// [`WsHub::on_join`] has refused it.
+    #[error("the group may not be joined: {}", .0.reason())]
+    Refused(#[from] Refusal),
+    /// The join was not carried out.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
 }
 
 /// Where the methods of a hub run: [`WsHub::RUN_ON`].

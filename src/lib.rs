@@ -18,6 +18,7 @@ mod codec;
 mod context;
 mod default_engine;
 mod engine;
+mod first_message;
 pub mod handler;
 mod handshake;
 mod hub;
@@ -42,7 +43,10 @@ pub use codec::{
 };
 pub use context::MessageContext;
 pub use engine::Engine;
-pub use hub::{ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, Refusal, RunOn, WsHub};
+pub use first_message::Accepted;
+pub use hub::{
+    ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, JoinError, Refusal, RunOn, WsHub,
+};
 pub use origin::{AllowedOrigins, InvalidOrigin};
 pub use peer_address::{InvalidNetwork, TrustedProxies};
 pub use presence::{Metadata, MetadataError, PresenceChange, PresenceChanges, PresenceEvent, Present};

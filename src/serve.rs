@@ -8,17 +8,21 @@ use std::collections::hash_map::RandomState;
 use std::fmt;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use shardcast_engine::{
-    AdoptError, CloseCode, ConfigError, ConnectionConfig, ConnectionPermit, Encoding, MakeHandler, Namespace,
-    NewConnection, PublishError, USER_NAME_BYTES_MAX, User,
+    AdoptError, CloseCode, ConfigError, ConnectionConfig, ConnectionPermit, Encoding, FirstMessage,
+    MakeHandler, Namespace, NewConnection, PublishError, USER_NAME_BYTES_MAX, User,
 };
 use tokio::runtime::Handle;
 
-use crate::hub::{Hub, WsHub};
-use crate::hub_handler::HubHandler;
+use crate::clients::instant_of;
+use crate::codec::RawMessage;
+use crate::first_message::{self, Accepted, check_of};
+use crate::hub::{Hub, Refusal, WsHub};
+use crate::hub_handler::{HubHandler, Instance};
 use crate::log_limit::{CONNECTION_LIMIT, INVALID_CONFIG, NOT_TAKEN_OVER};
 use crate::presence::{Metadata, MetadataError};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
@@ -31,8 +35,46 @@ impl WebSocketUpgrade {
     /// The response that accepts the handshake and gives the connection to `hub`, with `instance` to handle it: the
     /// hub's value, or for a [`Stateful`](crate::Stateful) hub what is inside. Return it from the route's handler.
     pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: impl Into<H>) -> Serve<H> {
-        let (hub, instance) = (hub.clone(), instance.into());
-        Serve { upgrade: self, hub, instance, config: None, user: None, metadata: None }
+        Serve::new(self, hub, Instance::Hub(instance.into()), None)
+    }
+
+    /// The response that accepts the handshake, and makes the hub from the client's first message: for clients that say
+    /// who they are by a message, because they can send nothing with the handshake and a token must not be in the URL.
+    ///
+    /// Until `check` has accepted it, the connection is in no group, gets nothing, and no hook runs. `check` may take its
+    /// time, but the message must arrive within 10 s and have at most 8 KiB
+    /// ([`first_message_within`](Serve::first_message_within), [`first_message_bytes`](Serve::first_message_bytes));
+    /// otherwise the connection is closed with 1008 and 1009. Then [`on_connected`](WsHub::on_connected) runs. A
+    /// [`Refusal`] closes the connection with its code and reason, and no hook runs at all.
+    ///
+    /// ```
+    /// use axum::extract::State;
+    /// use shardcast::{Accepted, CloseCode, Hub, RawMessage, Refusal, Serve, WebSocketUpgrade};
+    /// # struct Chat { user: String }
+    /// # impl shardcast::WsHub for Chat {
+    /// #     type Codec = shardcast::RawCodec; type InMessage = String; type OutMessage = String;
+    /// #     async fn on_message(&self, _: String, _: shardcast::HubContext<Self>) {}
+    /// # }
+    /// # async fn verify(token: &str) -> Result<String, &'static str> { Ok(token.to_owned()) }
+    ///
+    /// async fn connect(ws: WebSocketUpgrade, State(chat): State<Hub<Chat>>) -> Serve<Chat> {
+    ///     ws.serve_first_message(&chat, async |first: RawMessage| {
+    ///         let RawMessage::Text(token) = first else {
+    ///             return Err(Refusal::new(CloseCode::UNSUPPORTED_DATA, "the first message must be a token"));
+    ///         };
+    ///         let user = verify(&token).await.map_err(|why| Refusal::new(CloseCode::POLICY_VIOLATION, why))?;
+    ///         Ok(Accepted::new(Chat { user: user.clone() }).user(user))
+    ///     })
+    /// }
+    /// ```
+    pub fn serve_first_message<H, A, C, Fut>(self, hub: &Hub<H>, check: C) -> Serve<H>
+    where
+        H: WsHub,
+        A: Into<Accepted<H>>,
+        C: FnOnce(RawMessage) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<A, Refusal>> + Send + 'static,
+    {
+        Serve::new(self, hub, Instance::FirstMessage(check_of(check)), Some(first_message::DEFAULT))
     }
 }
 
@@ -71,13 +113,51 @@ impl WebSocketUpgrade {
 pub struct Serve<H: WsHub> {
     upgrade: WebSocketUpgrade,
     hub: Hub<H>,
-    instance: H,
+    instance: Instance<H>,
     config: Option<Arc<ConnectionConfig>>,
     user: Option<Arc<str>>,
     metadata: Option<Result<Metadata, MetadataError>>,
+    first_message: Option<FirstMessage>,
+    expires_at: Option<SystemTime>,
 }
 
 impl<H: WsHub> Serve<H> {
+    fn new(
+        upgrade: WebSocketUpgrade,
+        hub: &Hub<H>,
+        instance: Instance<H>,
+        first_message: Option<FirstMessage>,
+    ) -> Self {
+        let (hub, config, user, metadata, expires_at) = (hub.clone(), None, None, None, None);
+        Self { upgrade, hub, instance, config, user, metadata, first_message, expires_at }
+    }
+
+    /// The time for the [first message](WebSocketUpgrade::serve_first_message), from when a shard has the connection.
+    /// Default: 10 s. No effect for a connection that is served at once.
+    pub fn first_message_within(mut self, within: Duration) -> Self {
+        if let Some(first) = &mut self.first_message {
+            first.within = within;
+        }
+        self
+    }
+
+    /// The longest [first message](WebSocketUpgrade::serve_first_message), in bytes; at most
+    /// [`max_message_bytes`](crate::WsHubConfig::max_message_bytes). Default: 8 KiB. No effect for a connection that is
+    /// served at once.
+    pub fn first_message_bytes(mut self, max: usize) -> Self {
+        if let Some(first) = &mut self.first_message {
+            first.max_bytes = max;
+        }
+        self
+    }
+
+    /// When the connection expires, for instance when the client's token does: see [`WsHub::on_expired`], which by
+    /// default ends the connection (1008). Default: never. A hub's method changes it by
+    /// [`expires_at`](crate::MessageContext::expires_at).
+    pub fn expires_at(self, at: SystemTime) -> Self {
+        Self { expires_at: Some(at), ..self }
+    }
+
     /// Settings for this connection instead of the hub's: a [`WsHubConfig`](crate::WsHubConfig), or an `Arc` of one
     /// that several connections share.
     ///
@@ -135,7 +215,7 @@ impl<H: WsHub> fmt::Debug for Serve<H> {
 
 impl<H: WsHub> IntoResponse for Serve<H> {
     fn into_response(self) -> Response {
-        let Self { upgrade, hub, instance, config, user, metadata } = self;
+        let Self { upgrade, hub, instance, config, user, metadata, first_message, expires_at } = self;
         if user.as_ref().is_some_and(|user| user.len() > USER_NAME_BYTES_MAX) {
             return (StatusCode::BAD_REQUEST, AdoptError::UserNameTooLong.to_string()).into_response();
         }
@@ -169,7 +249,8 @@ impl<H: WsHub> IntoResponse for Serve<H> {
                 Some(metadata) => User::new(user).with_metadata(metadata.into_bytes()),
                 None => User::new(user),
             });
-            if let Err(error) = hub.adopt(socket, handler, permit, user).await {
+            let arrival = Arrival { user, first_message, expires_at: expires_at.map(instant_of) };
+            if let Err(error) = hub.adopt(socket, handler, permit, arrival).await {
                 error.log();
             }
         })
@@ -216,8 +297,10 @@ impl<H: WsHub> Hub<H> {
                  it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
             );
         }
+        let instance = Instance::Hub(instance);
         let handler = HubHandler::maker(self, instance, Handle::current(), None, user.clone());
-        self.adopt(socket, handler, permit, user.map(User::new)).await
+        let arrival = Arrival { user: user.map(User::new), ..Arrival::default() };
+        self.adopt(socket, handler, permit, arrival).await
     }
 
     async fn adopt(
@@ -225,12 +308,13 @@ impl<H: WsHub> Hub<H> {
         socket: WebSocket,
         handler: MakeHandler,
         permit: ConnectionPermit,
-        user: Option<User>,
+        arrival: Arrival,
     ) -> Result<(), ServeError> {
-        if user.is_some() {
+        // A first message may tell a user, too.
+        if arrival.user.is_some() || arrival.first_message.is_some() {
             self.observe_presence();
         }
-        self.host().adopt_as(socket, handler, permit, user).await
+        self.host().adopt_as(socket, handler, permit, arrival).await
     }
 
     /// Where this hub's connections go.
@@ -314,16 +398,16 @@ impl Host<'_> {
         handler: MakeHandler,
         permit: ConnectionPermit,
     ) -> Result<(), ServeError> {
-        self.adopt_as(socket, handler, permit, None).await
+        self.adopt_as(socket, handler, permit, Arrival::default()).await
     }
 
-    /// The same for a connection of a user.
+    /// The same for a connection of which more is known, or less.
     async fn adopt_as(
         &self,
         socket: WebSocket,
         handler: MakeHandler,
         permit: ConnectionPermit,
-        user: Option<User>,
+        arrival: Arrival,
     ) -> Result<(), ServeError> {
         if self.engine.is_stopping() {
             ServeError::Stopping.turn_away(socket);
@@ -340,7 +424,18 @@ impl Host<'_> {
             RawSocket::Bridge(stream) => shardcast_engine::Socket::bridge(stream),
         };
         let encoding = Encoding::PLAIN;
-        let connection = NewConnection { socket, received, handler, config, encoding, permit, user };
+        let Arrival { user, first_message, expires_at } = arrival;
+        let connection = NewConnection {
+            socket,
+            received,
+            handler,
+            config,
+            encoding,
+            permit,
+            user,
+            first_message,
+            expires_at,
+        };
         match self.namespace.adopt(connection).await {
             Ok(()) => {
                 spare.0 = None;
@@ -356,6 +451,15 @@ impl Host<'_> {
             }
         }
     }
+}
+
+/// What is known of a client when its connection is given to a shard.
+#[derive(Default)]
+struct Arrival {
+    user: Option<User>,
+    /// Set if its first message must say who it is.
+    first_message: Option<FirstMessage>,
+    expires_at: Option<Instant>,
 }
 
 /// A second descriptor of a socket that the engine may not adopt. Dropped with it, as a timeout around [`Hub::serve`] does

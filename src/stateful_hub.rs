@@ -9,12 +9,12 @@ use std::fmt;
 use std::future::Future;
 use std::ops::ControlFlow;
 
-use shardcast_engine::CloseReason;
+use shardcast_engine::{CloseReason, Position};
 use tokio::sync::Mutex;
 
 use crate::clients::Clients;
 use crate::codec::{CodecError, Decode, Encode};
-use crate::hub::{Dropped, HubContext, Refusal, RunOn, WsHub, log_undecodable};
+use crate::hub::{Dropped, HubContext, JoinError, Refusal, RunOn, WsHub, log_undecodable};
 use crate::presence::PresenceChange;
 
 /// An application's hub with its own state: a [`WsHub`] whose methods take `&mut self`, and which need not be `Sync`.
@@ -106,6 +106,43 @@ pub trait StatefulHub: Send + Sized + 'static {
         async {}
     }
 
+    /// The connection's time has come; see [`WsHub::on_expired`]. By default breaks, which ends the connection.
+    fn on_expired(
+        &mut self,
+        context: HubContext<Stateful<Self>>,
+    ) -> impl Future<Output = ControlFlow<()>> + Send {
+        drop(context);
+        async { ControlFlow::Break(()) }
+    }
+
+    /// Whether this connection may join a group: asked by [`try_join`](Self::try_join). By default allows every group.
+    ///
+    /// # Errors
+    /// A [`Refusal`], which `try_join` returns.
+    fn on_join(
+        &mut self,
+        context: &HubContext<Stateful<Self>>,
+        group: &str,
+    ) -> impl Future<Output = Result<(), Refusal>> + Send {
+        let _ = (context, group);
+        async { Ok(()) }
+    }
+
+    /// Makes this connection a member of a group if [`on_join`](Self::on_join) allows that; see [`WsHub::try_join`].
+    ///
+    /// # Errors
+    /// As for [`WsHub::try_join`].
+    fn try_join(
+        &mut self,
+        context: &HubContext<Stateful<Self>>,
+        group: &str,
+    ) -> impl Future<Output = Result<Position, JoinError>> + Send {
+        async move {
+            self.on_join(context, group).await?;
+            Ok(context.clients().join(context.id(), group).await?)
+        }
+    }
+
     /// A user has joined or left a group, or the hub; see [`WsHub::on_presence`]. By default does nothing.
     fn on_presence(
         clients: &Clients<Self::OutMessage>,
@@ -158,6 +195,14 @@ impl<H: StatefulHub> WsHub for Stateful<H> {
 
     async fn on_undecodable(&self, context: HubContext<Self>, error: CodecError) -> ControlFlow<()> {
         self.0.lock().await.on_undecodable(context, error).await
+    }
+
+    async fn on_expired(&self, context: HubContext<Self>) -> ControlFlow<()> {
+        self.0.lock().await.on_expired(context).await
+    }
+
+    async fn on_join(&self, context: &HubContext<Self>, group: &str) -> Result<(), Refusal> {
+        self.0.lock().await.on_join(context, group).await
     }
 
     async fn on_dropped(&self, context: HubContext<Self>, dropped: Dropped) {

@@ -118,6 +118,7 @@ fn welcome(
         permit,
         user: None,
         first_message: None,
+        expires_at: None,
     };
     block_on(everyone.adopt(connection))?;
     Ok(())

@@ -148,6 +148,7 @@ pub(crate) struct Adoption {
     pub(crate) join: PendingJoin,
     pub(crate) user: Option<(User, PendingJoin)>,
     pub(crate) first_message: Option<FirstMessage>,
+    pub(crate) expires_at: Option<Instant>,
 }
 
 impl std::fmt::Debug for Adoption {

@@ -516,7 +516,7 @@ impl Connection {
 
     /// Whether it is opening and has no user.
     pub(crate) fn is_anonymous_and_opening(&self) -> bool {
-        self.user.is_none() && self.opening().is_some_and(|opening| !opening.is_done)
+        self.user.is_none() && self.opening().is_some()
     }
 
     /// Sets when it expires.

@@ -57,6 +57,7 @@
 //!     permit: engine.admit(None).expect("below `max_connections`"),
 //!     user: None,
 //!     first_message: None,
+//!     expires_at: None,
 //! };
 //! block_on(everyone.adopt(connection))?;
 //! shards[0].turn(Instant::now())?;

@@ -389,8 +389,17 @@ impl Namespace {
     /// prepared, a user with too many connections or too long a name, an engine that has ended, or too many publishers
     /// that wait for room in the shard's mailbox. The socket is closed then.
     pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
-        let NewConnection { socket, received, handler, config, encoding, mut permit, user, first_message } =
-            connection;
+        let NewConnection {
+            socket,
+            received,
+            handler,
+            config,
+            encoding,
+            mut permit,
+            user,
+            first_message,
+            expires_at,
+        } = connection;
         self.publisher.core().config.validate_with(&config)?;
         if !self.publisher.core().encodings.has(encoding) {
             return Err(AdoptError::UnknownEncoding);
@@ -413,6 +422,7 @@ impl Namespace {
             join,
             user,
             first_message,
+            expires_at,
         };
         self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
         Ok(())
@@ -520,6 +530,8 @@ pub struct NewConnection {
     /// which is not called: until the handler has handled that message the connection is not in everyone, as while
     /// `on_open` is pending. For clients that say who they are by a message.
     pub first_message: Option<FirstMessage>,
+    /// When it expires, as [`Namespace::expire_at`] sets it; none for never.
+    pub expires_at: Option<Instant>,
 }
 
 impl std::fmt::Debug for NewConnection {

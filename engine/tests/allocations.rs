@@ -65,6 +65,7 @@ fn with_sinks(count: usize) -> Rig {
             permit: rig.engine.admit(None).unwrap(),
             user: None,
             first_message: None,
+            expires_at: None,
         };
         at_once(rig.everyone.adopt(new_connection)).unwrap();
         rig.settle();

@@ -187,7 +187,7 @@ fn a_user_who_is_known_by_the_first_message_is_addressed_and_limited_as_any_othe
     peer.text("ada");
     rig.settle();
     at_once(rig.everyone.identify(id, User::new("ada"), &config)).unwrap();
-    rig.settle();
+    // The handler is done before its shard has carried out the command.
     resume(&mut rig, &shared);
     publish(&mut rig, Address::User("ada".into()), "to ada");
     assert_eq!(peer.receive_data(), ["to ada"]);

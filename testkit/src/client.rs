@@ -89,6 +89,7 @@ pub(crate) fn connection_on(
         permit: engine.admit(None).expect("a permit"),
         user: None,
         first_message: None,
+        expires_at: None,
     }
 }
 

@@ -271,6 +271,7 @@ impl Shard {
             join,
             user,
             first_message,
+            expires_at,
         } = adoption;
         if self.shutdown.is_some() {
             drop_guarded(handler);
@@ -302,6 +303,10 @@ impl Shard {
         connection.directory().add_encoding(encoding);
         self.fanout.connections.insert(connection);
         let user = user.map(|(user, join)| self.set_user(slot, user, join));
+        if expires_at.is_some() {
+            let at = expires_at.map(|at| at.saturating_duration_since(self.started));
+            self.fanout.connections[slot].expire_at(at);
+        }
         self.fanout.metrics.adopted += 1;
         self.fanout.flushes.adopt_outbox(self.fanout.connections[slot].config().outbox_frames);
         self.beat(slot);

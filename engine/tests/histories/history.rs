@@ -456,6 +456,7 @@ impl History {
             permit,
             user: user.map(|user| User::new(USERS[user])),
             first_message: None,
+            expires_at: None,
         };
         let namespace = self.namespaces[namespace].clone();
         self.adoptions_under_way += 1;
