@@ -82,7 +82,7 @@ async fn echo(mut peer: Peer) {
 
 fn client<S, R, C>(url: String) -> HubClient<S, R, C>
 where
-    R: 'static,
+    R: Send + 'static,
     C: Encode<S> + Decode<R>,
 {
     HubClient::builder(url).with_in_message::<S>().with_out_message::<R>().with_codec::<C>().build()
@@ -102,7 +102,7 @@ where
     receiver
 }
 
-fn closes<R: 'static, S, C>(client: &mut HubClient<S, R, C>) -> mpsc::UnboundedReceiver<ClientClose>
+fn closes<R: Send + 'static, S, C>(client: &mut HubClient<S, R, C>) -> mpsc::UnboundedReceiver<ClientClose>
 where
     C: Encode<S> + Decode<R>,
 {
@@ -613,7 +613,7 @@ async fn a_server_that_breaks_the_protocol_is_told_so() {
         let mut closes = closes(&mut client);
         client.connect().await.unwrap();
         let close = within_timeout(closes.recv()).await;
-        assert!(matches!(close, Some(ClientClose::Lost(_))), "{bytes:?}: {close:?}");
+        assert!(matches!(close, Some(ClientClose::ProtocolViolation(_))), "{bytes:?}: {close:?}");
         assert_eq!(only_close(&within_timeout(server).await.unwrap()).0, code, "{bytes:?}");
     }
 }
@@ -626,6 +626,8 @@ async fn a_server_that_falls_silent_ends_the_connection_and_is_told() {
         .with_out_message::<String>()
         .with_codec::<RawCodec>()
         .with_silence_timeout(Duration::from_millis(200))
+        // The server would answer.
+        .with_ping_interval(None)
         .build();
     let mut closes = closes(&mut client);
     client.connect().await.unwrap();
@@ -775,7 +777,7 @@ async fn a_callback_can_answer_through_a_sender() {
 }
 
 #[tokio::test]
-async fn a_callback_that_panics_ends_the_connection_as_lost_and_the_server_is_told() {
+async fn a_callback_that_panics_ends_the_connection_and_the_server_is_told() {
     let (url, server) = server(|mut peer| async move {
         peer.send(Message::text("boo")).await.unwrap();
         everything(peer).await
@@ -786,9 +788,10 @@ async fn a_callback_that_panics_ends_the_connection_as_lost_and_the_server_is_to
     client.on_message(|_| panic!("a panic that this test expects"));
     client.connect().await.unwrap();
     let close = within_timeout(closes.recv()).await.unwrap();
-    assert_eq!(close.to_string(), "lost: a callback panicked");
+    assert!(matches!(close, ClientClose::CallbackPanicked), "{close:?}");
+    assert_eq!(close.to_string(), "a callback panicked");
     assert!(!client.is_connected());
-    assert_eq!(client.disconnect().await.unwrap().to_string(), "lost: a callback panicked");
+    assert!(matches!(client.disconnect().await, Some(ClientClose::CallbackPanicked)));
     assert_eq!(only_close(&within_timeout(server).await.unwrap()).0, 1011);
 }
 
