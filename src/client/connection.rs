@@ -335,7 +335,13 @@ async fn write_queued(
 
 #[cfg(test)]
 mod tests {
-    use std::{cell::Cell, sync::Arc, time::Instant};
+    use std::{
+        cell::Cell,
+        pin::Pin,
+        sync::Arc,
+        task::{Context, Poll},
+        time::Instant,
+    };
 
     use futures_util::{sink, stream};
 
@@ -446,5 +452,49 @@ mod tests {
         }));
         let _ = tokio::time::timeout(TEST_TIMEOUT, talk_with(&mut sink, messages, &core)).await;
         assert!(read_meanwhile.get() > 100, "{read_meanwhile:?}");
+    }
+
+    /// A sink that accepts `room` messages and then is full for ever.
+    struct Stalled {
+        room: usize,
+    }
+
+    impl Sink<Message> for Stalled {
+        type Error = tungstenite::Error;
+
+        fn poll_ready(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+            if self.room == 0 { Poll::Pending } else { Poll::Ready(Ok(())) }
+        }
+
+        fn start_send(mut self: Pin<&mut Self>, _: Message) -> Result<(), Self::Error> {
+            self.room -= 1;
+            Ok(())
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_message_for_which_the_socket_has_no_room_stays_in_the_queue() {
+        let core = core();
+        for _ in 0..5 {
+            send(&core);
+        }
+        // The connection is lost after many turns.
+        let silent = Box::pin(stream::once(async {
+            for _ in 0..100 {
+                yield_now().await;
+            }
+            Err(tungstenite::Error::ConnectionClosed)
+        }));
+        let close = talk_with(&mut Stalled { room: 2 }, silent, &core).await;
+        assert!(matches!(close, ClientClose::Lost(_)), "{close:?}");
+        assert_eq!(core.queue.discard(), 3);
     }
 }

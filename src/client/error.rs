@@ -242,9 +242,11 @@ impl ClientClose {
     /// | reconnects after | does not reconnect after |
     /// |---|---|
     /// | a lost connection (1006), a silent server | the client's own close |
-    /// | the server's codes 1001 and 1011 to 1014 ([`CloseCode::should_reconnect`]) | every other code, such as 1000, 1002, 1003, 1005, 1007, 1008, 1009, 3xxx and 4xxx |
+    /// | the server's codes 1001 and 1011 to 1013 ([`CloseCode::should_reconnect`]) | every other code, such as 1000, 1002, 1003, 1005, 1007, 1008, 1009, 3xxx and 4xxx |
     /// | an attempt that failed for now ([`ClientError::is_transient`]): no connection, a timeout, 408, 425, 429, 500, 502, 503, 504 | every other attempt that failed: 400, 401, 403, 404, an untrusted certificate, an invalid request |
     /// | | a message above the client's limit, a protocol violation, a panic in a callback |
+    ///
+    /// The transport reports codes that RFC 6455 does not know as 1002, also 1014, which was registered later.
     pub fn should_reconnect(&self) -> bool {
         match self {
             Self::Lost(_) | Self::Silent { .. } => true,
