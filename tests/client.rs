@@ -1114,8 +1114,7 @@ async fn black_hole() -> (std::net::SocketAddr, impl Sized) {
     socket.listen(0).unwrap();
     let address = socket.local_addr().unwrap().as_socket().unwrap();
     let mut filling = Vec::new();
-    while let Ok(stream) =
-        tokio::time::timeout(Duration::from_millis(500), TcpStream::connect(address)).await
+    while let Ok(stream) = tokio::time::timeout(Duration::from_millis(500), TcpStream::connect(address)).await
     {
         filling.push(stream.unwrap());
     }
@@ -1198,8 +1197,10 @@ async fn a_server_with_a_private_certificate_is_reached_over_tls_and_only_by_who
 async fn the_system_s_root_certificates_are_trusted_if_asked() {
     const URL: &str = "SHARDCAST_TEST_URL";
     let connect = async |url: String| {
-        let builder =
-            HubClient::builder(url).with_in_message::<Event>().with_out_message::<Event>().with_native_roots();
+        let builder = HubClient::builder(url)
+            .with_in_message::<Event>()
+            .with_out_message::<Event>()
+            .with_native_roots();
         within_timeout(builder.build().connect()).await
     };
     if let Ok(url) = std::env::var(URL) {
@@ -1211,7 +1212,8 @@ async fn the_system_s_root_certificates_are_trusted_if_asked() {
     let url = format!("wss://localhost:{}/ws", listener.local_addr().unwrap().port());
     let server = tokio::spawn(async move {
         let (socket, _) = listener.accept().await.unwrap();
-        everything(tokio_tungstenite::accept_async(acceptor.accept(socket).await.unwrap()).await.unwrap()).await
+        everything(tokio_tungstenite::accept_async(acceptor.accept(socket).await.unwrap()).await.unwrap())
+            .await
     });
     let roots = std::env::temp_dir().join(format!("shardcast-roots-{}.pem", std::process::id()));
     std::fs::write(&roots, tls.certificate_pem()).unwrap();

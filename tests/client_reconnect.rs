@@ -16,18 +16,18 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use axum::{Router, extract::State, routing::get};
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::HeaderMap;
 use shardcast::{
-    HubClient, RawCodec,
-    client::{
-        ClientClose, ClientError, ClientState, HubClientBuilder, ReconnectPolicy, SendError, WhenFull,
-    },
+    Engine, Hub, HubClient, HubContext, RawCodec, WebSocketUpgrade, WsHub, WsHubConfig,
+    client::{ClientClose, ClientError, ClientState, HubClientBuilder, ReconnectPolicy, SendError, WhenFull},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex},
     net::{TcpListener, TcpStream},
     sync::mpsc,
+    task::JoinHandle,
     time::Instant,
 };
 use tokio_tungstenite::{
@@ -46,10 +46,7 @@ async fn within_timeout<F: Future>(future: F) -> F::Output {
 }
 
 fn builder(url: &str) -> Builder {
-    HubClient::builder(url)
-        .with_in_message::<String>()
-        .with_out_message::<String>()
-        .with_codec::<RawCodec>()
+    HubClient::builder(url).with_in_message::<String>().with_out_message::<String>().with_codec::<RawCodec>()
 }
 
 /// Comes back soon, so that tests on real time are short.
@@ -73,7 +70,10 @@ fn closes(client: &mut Client) -> mpsc::UnboundedReceiver<ClientClose> {
 
 async fn reaches(client: &Client, is_wanted: impl FnMut(&ClientState) -> bool) -> ClientState {
     // Longer than any delay; with paused time it fails at once.
-    tokio::time::timeout(24 * HOUR, client.states().wait_for(is_wanted)).await.expect("another state").unwrap()
+    tokio::time::timeout(24 * HOUR, client.states().wait_for(is_wanted))
+        .await
+        .expect("another state")
+        .unwrap()
 }
 
 fn is_reconnecting(state: &ClientState) -> bool {
@@ -243,7 +243,10 @@ async fn close_codes_say_whether_a_client_comes_back() {
         let mut closes = closes(&mut client);
         client.connect().await.unwrap();
         let close = closes.recv().await.unwrap();
-        assert!(matches!(close, ClientClose::ByServer { code: reported, .. } if reported == code), "{close:?}");
+        assert!(
+            matches!(close, ClientClose::ByServer { code: reported, .. } if reported == code),
+            "{close:?}"
+        );
         assert!(matches!(client.state(), ClientState::Closed(ClientClose::ByServer { .. })), "{code}");
         assert!(!client.is_connected());
         assert!(matches!(client.send("late".into()), Err(SendError::NotConnected(_))));
@@ -281,7 +284,10 @@ async fn delays_grow_and_an_unreachable_server_is_given_up_after_the_last_attemp
     client.connect().await.unwrap();
     let close = closes.recv().await.unwrap();
     assert!(
-        matches!(&close, ClientClose::ConnectFailed { attempts: ATTEMPTS, error: ClientError::Unreachable(_) }),
+        matches!(
+            &close,
+            ClientClose::ConnectFailed { attempts: ATTEMPTS, error: ClientError::Unreachable(_) }
+        ),
         "{close:?}"
     );
     assert_eq!(
@@ -300,7 +306,10 @@ async fn delays_grow_and_an_unreachable_server_is_given_up_after_the_last_attemp
     // tokio's timers are exact to a millisecond.
     for (waited, between) in waited.iter().zip(server.attempts().windows(2)) {
         let between = between[1] - between[0];
-        assert!(between >= *waited && between <= *waited + Duration::from_millis(2), "{waited:?} {between:?}");
+        assert!(
+            between >= *waited && between <= *waited + Duration::from_millis(2),
+            "{waited:?} {between:?}"
+        );
     }
     // Eight draws from up to 30 s: all below 5 s in one of 10^6 runs.
     assert!(waited.iter().any(|waited| *waited > Duration::from_secs(5)), "{waited:?}");
@@ -345,7 +354,8 @@ async fn retry_after_is_waited_for_in_seconds_and_as_a_date() {
     for (status, retry_after, least) in
         [(503, "3600".to_owned(), HOUR), (429, "3600".to_owned(), HOUR), (503, date, HOUR * 9 / 10)]
     {
-        let server = Server::new([refusal(status, &format!("retry-after: {retry_after}\r\n")), Script::Serve]);
+        let server =
+            Server::new([refusal(status, &format!("retry-after: {retry_after}\r\n")), Script::Serve]);
         let policy = ReconnectPolicy::new().with_first_connect(true);
         let mut client = server.client().with_reconnect(policy).build();
         client.connect().await.unwrap();
@@ -383,7 +393,10 @@ async fn a_refusal_for_good_is_not_tried_again_at_first_or_later() {
         let mut closes = closes(&mut client);
         let error = client.connect().await.unwrap_err();
         assert!(matches!(&error, ClientError::Refused(response) if response.status() == status), "{error:?}");
-        assert!(matches!(client.state(), ClientState::Closed(ClientClose::ConnectFailed { attempts: 0, .. })));
+        assert!(matches!(
+            client.state(),
+            ClientState::Closed(ClientClose::ConnectFailed { attempts: 0, .. })
+        ));
         assert!(matches!(client.send("x".into()), Err(SendError::NotConnected(_))));
         assert!(closes.try_recv().is_err(), "`connect` reports it");
 
@@ -704,10 +717,8 @@ async fn a_server_that_is_half_open_is_asked_by_a_ping_given_up_and_reconnected(
 async fn a_ping_interval_that_cannot_work_is_refused() {
     let second = Duration::from_secs(1);
     for (interval, silence) in [(Duration::ZERO, None), (second, Some(second)), (second * 2, Some(second))] {
-        let mut client = builder("ws://127.0.0.1:1/")
-            .with_ping_interval(interval)
-            .with_silence_timeout(silence)
-            .build();
+        let mut client =
+            builder("ws://127.0.0.1:1/").with_ping_interval(interval).with_silence_timeout(silence).build();
         let error = client.connect().await.unwrap_err();
         assert!(matches!(error, ClientError::InvalidRequest(_)), "{error:?}");
     }
@@ -743,4 +754,81 @@ async fn what_a_stalled_connection_did_not_accept_arrives_once_and_in_order_on_t
     assert!(lost > 0, "the sockets held some of {MESSAGES}");
     assert_eq!(numbers, (lost..MESSAGES).collect::<Vec<u32>>(), "each once, in order, none missing");
     drop(client);
+}
+
+/// A hub with rooms, and what clients say in it: `join ROOM`, or anything else.
+struct Rooms(mpsc::UnboundedSender<String>);
+
+impl WsHub for Rooms {
+    type Codec = RawCodec;
+    type InMessage = String;
+    type OutMessage = String;
+
+    async fn on_message(&self, text: String, ctx: HubContext<Self>) {
+        match text.strip_prefix("join ") {
+            Some(room) => ctx.add_to_group(room).await,
+            None => drop(self.0.send(text)),
+        }
+    }
+}
+
+async fn serve_rooms(
+    listener: TcpListener,
+    said: mpsc::UnboundedSender<String>,
+) -> (Engine, Hub<Rooms>, JoinHandle<()>) {
+    let engine = testkit_hub::engine(1);
+    let hub = engine.hub::<Rooms>(WsHubConfig::default()).unwrap();
+    let serve =
+        async move |ws: WebSocketUpgrade, State(hub): State<Hub<Rooms>>| ws.serve(&hub, Rooms(said.clone()));
+    let app = Router::new().route("/ws", get(serve)).with_state(hub.clone());
+    (engine, hub, tokio::spawn(async move { axum::serve(listener, app).await.unwrap() }))
+}
+
+#[tokio::test]
+async fn a_restart_of_the_hub_brings_every_client_back_into_its_room_with_what_it_queued() {
+    const CLIENTS: usize = 100;
+    const ROOMS: usize = 5;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (say, mut said) = mpsc::unbounded_channel();
+    let (engine, _, server) = serve_rooms(listener, say.clone()).await;
+    let mut clients = Vec::new();
+    for number in 0..CLIENTS {
+        let policy = ReconnectPolicy::new().with_initial_delay(Duration::from_millis(100));
+        let mut client = builder(&format!("ws://{address}/ws")).with_reconnect(policy).build();
+        client.on_open(move || [format!("join {}", number % ROOMS)]);
+        within_timeout(client.connect()).await.unwrap();
+        client.send(format!("{number} first")).unwrap();
+        clients.push(client);
+    }
+    for _ in 0..CLIENTS {
+        assert!(within_timeout(said.recv()).await.unwrap().ends_with(" first"));
+    }
+    server.abort();
+    let _ = server.await;
+    within_timeout(engine.shutdown(Duration::from_secs(1))).await;
+    for (number, client) in clients.iter().enumerate() {
+        within_timeout(reaches(client, |state| !matches!(state, ClientState::Open))).await;
+        for queued in 0..10 {
+            client.send(format!("{number} {queued}")).unwrap();
+        }
+    }
+    let listener = TcpListener::bind(address).await.unwrap();
+    let (_engine, hub, _server) = serve_rooms(listener, say).await;
+    let mut next = vec![0; CLIENTS];
+    for _ in 0..10 * CLIENTS {
+        let text = within_timeout(said.recv()).await.unwrap();
+        let (client, queued) = text.split_once(' ').unwrap();
+        let next = &mut next[client.parse::<usize>().unwrap()];
+        assert_eq!(queued, next.to_string(), "client {client}");
+        *next += 1;
+    }
+    for room in 0..ROOMS {
+        let receipt = hub.to_group(&room.to_string()).deliver(&"welcome back".to_owned()).await.unwrap();
+        assert_eq!(receipt.accepted(), (CLIENTS / ROOMS) as u64);
+    }
+    for client in &mut clients {
+        assert_eq!(within_timeout(client.recv()).await.unwrap().unwrap(), "welcome back");
+    }
+    assert!(said.try_recv().is_err(), "something arrived twice");
 }

@@ -55,7 +55,8 @@ impl TlsPair {
         let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
         for line in self.certificate.chunks(48) {
             for bytes in line.chunks(3) {
-                let bits = bytes.iter().fold(0, |bits, byte| bits << 8 | usize::from(*byte)) << (8 * (3 - bytes.len()));
+                let bits = bytes.iter().fold(0, |bits, byte| bits << 8 | usize::from(*byte))
+                    << (8 * (3 - bytes.len()));
                 for digit in 0..4 {
                     let value = bits >> (18 - 6 * digit) & 63;
                     pem.push(if digit <= bytes.len() { char::from(DIGITS[value]) } else { '=' });
