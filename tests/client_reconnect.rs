@@ -45,6 +45,11 @@ async fn within_timeout<F: Future>(future: F) -> F::Output {
     tokio::time::timeout(Duration::from_secs(60), future).await.expect("it has to come")
 }
 
+/// Longer than any delay. With paused time it fails at once.
+async fn in_a_day<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(24 * HOUR, future).await.expect("it has to come")
+}
+
 fn builder(url: &str) -> Builder {
     HubClient::builder(url).with_in_message::<String>().with_out_message::<String>().with_codec::<RawCodec>()
 }
@@ -144,7 +149,7 @@ impl Server {
 
     fn connect(&self) -> io::Result<DuplexStream> {
         self.0.attempts.lock().unwrap().push(self.0.started.elapsed());
-        let script = self.0.scripts.lock().unwrap().pop_front().expect("no further attempt");
+        let script = { self.0.scripts.lock().unwrap().pop_front() }.expect("no further attempt");
         if matches!(script, Script::Unreachable) {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
@@ -242,7 +247,7 @@ async fn close_codes_say_whether_a_client_comes_back() {
         let mut client = server.client().with_reconnect(ReconnectPolicy::new()).build();
         let mut closes = closes(&mut client);
         client.connect().await.unwrap();
-        let close = closes.recv().await.unwrap();
+        let close = in_a_day(closes.recv()).await.unwrap();
         assert!(
             matches!(close, ClientClose::ByServer { code: reported, .. } if reported == code),
             "{close:?}"
@@ -268,7 +273,7 @@ async fn a_condition_of_ones_own_decides_about_every_end() {
     let mut client = server.client().with_reconnect(policy).build();
     let mut closes = closes(&mut client);
     client.connect().await.unwrap();
-    assert!(matches!(closes.recv().await, Some(ClientClose::ByServer { code: 1012, .. })));
+    assert!(matches!(in_a_day(closes.recv()).await, Some(ClientClose::ByServer { code: 1012, .. })));
     assert_eq!(server.attempts().len(), 3);
 }
 
@@ -282,7 +287,7 @@ async fn delays_grow_and_an_unreachable_server_is_given_up_after_the_last_attemp
         server.client().with_reconnect(ReconnectPolicy::new().with_attempts_max(ATTEMPTS)).build();
     let (mut states, mut closes) = (state_log(&mut client), closes(&mut client));
     client.connect().await.unwrap();
-    let close = closes.recv().await.unwrap();
+    let close = in_a_day(closes.recv()).await.unwrap();
     assert!(
         matches!(
             &close,
@@ -324,7 +329,7 @@ async fn a_server_that_closes_every_connection_at_once_is_not_reconnected_withou
     let mut client = server.client().with_reconnect(ReconnectPolicy::new().with_attempts_max(3)).build();
     let mut closes = closes(&mut client);
     client.connect().await.unwrap();
-    assert!(matches!(closes.recv().await, Some(ClientClose::ByServer { code: 1013, .. })));
+    assert!(matches!(in_a_day(closes.recv()).await, Some(ClientClose::ByServer { code: 1013, .. })));
     assert_eq!(server.attempts().len(), 4);
 }
 
@@ -536,7 +541,7 @@ async fn disconnecting_or_dropping_a_client_that_is_away_ends_its_wait_and_count
             assert!(matches!(close, Some(ClientClose::Abandoned { unsent: 2 })), "{close:?}");
             drop(client);
         }
-        assert!(matches!(closes.recv().await, Some(ClientClose::Abandoned { unsent: 2 })));
+        assert!(matches!(in_a_day(closes.recv()).await, Some(ClientClose::Abandoned { unsent: 2 })));
         assert!(started.elapsed() < Duration::from_secs(1), "it waited for {:?}", started.elapsed());
         assert!(matches!(sender.send("3".into()), Err(SendError::NotConnected(_))));
         // The last state remains, and then there are no more.
@@ -625,7 +630,7 @@ async fn headers_can_be_made_anew_for_each_attempt() {
         .with_reconnect(policy)
         .with_cookie("a", "1")
         .with_cookie("b", "2")
-        .with_headers_for_each_attempt(make)
+        .with_fresh_headers(make)
         .build();
     client.connect().await.unwrap_err();
     let heads = heads.lock().unwrap();
@@ -634,6 +639,21 @@ async fn headers_can_be_made_anew_for_each_attempt() {
         assert!(head.contains(&format!("\r\nauthorization: Bearer {number}\r\n")), "{head}");
         assert!(head.contains(&format!("\r\ncookie: a=1; b=2; c={number}\r\n")), "{head}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connector_that_panics_ends_the_client_with_a_reason() {
+    let server = Server::new([Script::Close { after: 0, code: 1012 }]); // and panics
+    let mut client = server.client().with_reconnect(ReconnectPolicy::new()).build();
+    let mut closes = closes(&mut client);
+    client.connect().await.unwrap();
+    let close = in_a_day(closes.recv()).await.unwrap();
+    let expected = "not connected: the request is invalid: the connector or the function for headers panicked \
+                    (failed attempts to reconnect: 1)";
+    assert_eq!(close.to_string(), expected);
+    assert!(client.recv().await.is_none());
+    let error = client.connect().await.unwrap_err();
+    assert!(matches!(error, ClientError::InvalidRequest(_)), "{error:?}");
 }
 
 // ---- real sockets
@@ -754,6 +774,28 @@ async fn what_a_stalled_connection_did_not_accept_arrives_once_and_in_order_on_t
     assert!(lost > 0, "the sockets held some of {MESSAGES}");
     assert_eq!(numbers, (lost..MESSAGES).collect::<Vec<u32>>(), "each once, in order, none missing");
     drop(client);
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_while_the_client_disconnects_is_not_opened_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("ws://{}/", listener.local_addr().unwrap());
+    let mut client =
+        builder(&url).with_reconnect(soon()).with_disconnect_timeout(Duration::from_secs(60)).build();
+    let mut states = state_log(&mut client);
+    let (_, peer) = tokio::join!(async { client.connect().await.unwrap() }, accept(&listener));
+    // More than the sockets hold, so that the Close is not written.
+    for _ in 0..400 {
+        client.send("x".repeat(50_000)).unwrap();
+    }
+    let peer = peer.into_inner();
+    let (close, ()) = tokio::join!(within_timeout(client.disconnect()), async {
+        peer.readable().await.unwrap();
+        peer.set_zero_linger().unwrap();
+        drop(peer);
+    });
+    assert!(matches!(close, Some(ClientClose::Lost(_))), "{close:?}");
+    assert_eq!(names(&mut states), ["connecting", "open", "closed"]);
 }
 
 /// A hub with rooms, and what clients say in it: `join ROOM`, or anything else.

@@ -176,8 +176,9 @@ impl<S, R, C> HubClientBuilder<S, R, C> {
     /// timeout.
     ///
     /// If it fails, the attempt fails with [`ClientError::Headers`], after which a client with a
-    /// [`ReconnectPolicy`] tries again.
-    pub fn with_headers_for_each_attempt<F>(mut self, make: impl Fn() -> F + Send + Sync + 'static) -> Self
+    /// [`ReconnectPolicy`] tries again. If it panics, the attempt fails with [`ClientError::InvalidRequest`], which is
+    /// final.
+    pub fn with_fresh_headers<F>(mut self, make: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Result<HeaderMap, BoxError>> + Send + 'static,
     {
@@ -211,7 +212,7 @@ impl<S, R, C> HubClientBuilder<S, R, C> {
 
     /// Connects over a stream of the application's own instead of TCP: through a proxy, a Unix socket, or memory. It is
     /// called for each attempt, also when the client reconnects, and its time counts towards the connect timeout. An error
-    /// is [`ClientError::Unreachable`]. The URL still gives the request's path and host, and `wss` puts TLS on the stream.
+    /// is [`ClientError::Unreachable`], and a panic [`ClientError::InvalidRequest`]. The URL still gives the request's path and host, and `wss` puts TLS on the stream.
     ///
     /// For one connection without reconnecting, see [`connect_over`](HubClient::connect_over).
     ///

@@ -8,6 +8,7 @@ use std::{
     sync::Arc,
 };
 
+use futures_util::FutureExt as _;
 use tokio::time::{sleep, timeout};
 
 use super::{
@@ -64,9 +65,13 @@ impl<R> Core<R> {
     /// One attempt to connect.
     pub(super) async fn open(&self, stream: Option<BoxIo>) -> Result<Opened, ClientError> {
         self.enter(ClientState::Connecting);
-        timeout(self.config.connect_timeout, transport::open(&self.config, stream))
-            .await
-            .map_err(|_| ClientError::TimedOut)?
+        // The application's connector and function for headers run in it.
+        let opening = AssertUnwindSafe(transport::open(&self.config, stream)).catch_unwind();
+        match timeout(self.config.connect_timeout, opening).await {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(_)) => Err(ClientError::invalid("the connector or the function for headers panicked")),
+            Err(_) => Err(ClientError::TimedOut),
+        }
     }
 
     /// Attempts to connect, beginning with `attempt` because of `cause`, until the connection is open, the application

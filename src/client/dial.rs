@@ -130,7 +130,7 @@ mod tests {
             move |what: String| log.borrow_mut().push((what, started.elapsed().as_millis()))
         };
         let addresses = ports.iter().map(|port| SocketAddr::from(([127, 0, 0, 1], *port))).collect();
-        let result = race(addresses, |address| {
+        let race = race(addresses, |address| {
             let note = note.clone();
             note(format!("start {}", address.port()));
             async move {
@@ -145,8 +145,8 @@ mod tests {
                     }
                 }
             }
-        })
-        .await;
+        });
+        let result = tokio::time::timeout(Duration::from_secs(60), race).await.expect("an end");
         let log = log.borrow().clone();
         (result, log)
     }

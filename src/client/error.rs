@@ -28,11 +28,12 @@ pub enum ClientError {
     #[error("the client is already connected: disconnect it first")]
     AlreadyConnected,
     /// The URL, a header, a subprotocol or a setting is malformed, the handshake sets this header itself, or the URL's
-    /// scheme is not supported (`wss` needs the feature `client-tls`).
+    /// scheme is not supported (`wss` needs the feature `client-tls`). Or the application's connector or function for
+    /// headers panicked.
     #[error("the request is invalid")]
     InvalidRequest(#[source] SharedError),
     /// The application's function for headers failed; see
-    /// [`with_headers_for_each_attempt`](super::HubClientBuilder::with_headers_for_each_attempt).
+    /// [`with_fresh_headers`](super::HubClientBuilder::with_fresh_headers).
     #[error("the application could not provide the headers")]
     Headers(#[source] SharedError),
     /// The server cannot be reached, or the connection broke during the handshake.
