@@ -33,9 +33,10 @@ impl<R> Default for Callbacks<R> {
 }
 
 type Callback<T, O> = Box<dyn FnMut(T) -> O + Send>;
+type SharedCallback<T, O> = Arc<Mutex<Callback<T, O>>>;
 
 /// One callback. Two locks, so that it can be replaced while it runs, even by itself.
-pub(super) struct Slot<T, O = ()>(Mutex<Option<Arc<Mutex<Callback<T, O>>>>>);
+pub(super) struct Slot<T, O = ()>(Mutex<Option<SharedCallback<T, O>>>);
 
 impl<T, O> Default for Slot<T, O> {
     fn default() -> Self {
