@@ -365,7 +365,8 @@ impl<S, R, C> fmt::Debug for HubClient<S, R, C> {
         formatter
             .debug_struct("HubClient")
             .field("url", &self.core.config.url)
-            .field("state", &self.core.states.current())
+            // As text: a server's refusal contains headers, which must not be logged.
+            .field("state", &format_args!("{}", self.core.states.current()))
             .finish_non_exhaustive()
     }
 }
