@@ -119,7 +119,7 @@ use crate::codec::{CodecError, Decode, Encode, JsonCodec};
 /// What the application sends meanwhile is queued within the queue's bounds
 /// ([messages](HubClientBuilder::with_queue_messages), [bytes](HubClientBuilder::with_queue_bytes)), and is written once
 /// and in order on the next connection. A message can still be lost, never doubled: one that the socket had accepted when
-/// the connection broke (up to some hundred kilobytes, which the kernel or the network held) may not have arrived, and no
+/// the connection broke (up to some megabytes, which the kernel or the network held) may not have arrived, and no
 /// client can know. An application that needs certainty must acknowledge messages itself. When the client is closed for
 /// good, the messages that are still queued are lost: [`ClientClose::Abandoned`] counts them.
 ///
