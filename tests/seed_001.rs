@@ -5,6 +5,7 @@
 //! are on free ports so that the programs can be run, and the layout is rustfmt's.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(clippy::collapsible_match, clippy::uninlined_format_args, reason = "the programs are verbatim")]
 #![allow(clippy::print_stdout, reason = "the seed's program prints")]
 
 use std::net::SocketAddr;

@@ -6,6 +6,7 @@
 //! free ports so that the programs can be run, and the layout is rustfmt's.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(clippy::collapsible_match, clippy::uninlined_format_args, reason = "the programs are verbatim")]
 
 use axum::Router;
 use axum::routing::get;

@@ -4,6 +4,7 @@
 //! What stands around them is marked `added`; the layout is rustfmt's.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(clippy::collapsible_match, clippy::uninlined_format_args, reason = "the programs are verbatim")]
 
 use axum::Router;
 use axum::routing::any;
