@@ -218,3 +218,116 @@ async fn fanout_says_what_to_do_when_it_is_not_understood() {
     let names_field_and_range = ["shards", "4096"].iter().all(|part| text(&output.stderr).contains(part));
     assert!(!output.status.success() && names_field_and_range, "{output:?}");
 }
+
+// ---- Authentication, presence, sockets
+
+/// Starts an example on a free port; returns where it listens, without a scheme.
+async fn listening(name: &str, arguments: &[&str]) -> (Running, String) {
+    let mut program = Running::start(name, &[&["--port", "0"], arguments].concat());
+    let line = program.wait_for_line("listening on ").await;
+    let (_, address) = line.split_once("://").unwrap();
+    (program, address.trim_end_matches("/ws").to_owned())
+}
+
+/// The body of a response that must be a 200.
+async fn http(address: &str, method: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut response = String::new();
+    within_timeout(stream.read_to_string(&mut response)).await.unwrap();
+    assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
+    response.split_once("\r\n\r\n").unwrap().1.to_owned()
+}
+
+#[tokio::test]
+async fn auth_jwt_refuses_strangers_and_refreshes_tokens() {
+    use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+    let (_program, address) = listening("auth_jwt", &["--token-seconds", "2"]).await;
+    assert!(http(&address, "GET", "/").await.contains("new WebSocket"));
+    let refused =
+        tokio_tungstenite::connect_async(format!("ws://{address}/ws?token=forged")).await.unwrap_err();
+    assert!(refused.to_string().contains("401"), "{refused}");
+    let log_in =
+        async || serde_json::from_str::<String>(&http(&address, "POST", "/login?name=ada").await).unwrap();
+
+    let mut request = format!("ws://{address}/ws").into_client_request().unwrap();
+    let protocols = format!("bearer, {}", log_in().await);
+    request.headers_mut().insert("sec-websocket-protocol", protocols.parse().unwrap());
+    let (client, response) = tokio_tungstenite::connect_async(request).await.unwrap();
+    assert_eq!(response.headers()["sec-websocket-protocol"], "bearer");
+    use futures_util::{SinkExt as _, StreamExt as _};
+    let (mut sink, mut stream) = client.split();
+    let mut recv = async || {
+        let message = within_timeout(stream.next()).await.unwrap().unwrap();
+        serde_json::from_str::<Value>(message.to_text().unwrap()).unwrap()
+    };
+    assert_eq!(recv().await, json!({ "type": "said", "by": "server", "text": "hello ada" }));
+    assert_eq!(recv().await, json!({ "type": "refresh" }), "its token has expired");
+    let answer = json!({ "type": "token", "token": log_in().await }).to_string();
+    sink.send(Message::text(answer)).await.unwrap();
+    sink.send(Message::text(json!({ "type": "say", "text": "still here" }).to_string())).await.unwrap();
+    assert_eq!(recv().await, json!({ "type": "said", "by": "ada", "text": "still here" }));
+    assert_eq!(recv().await, json!({ "type": "refresh" }), "the new one, too");
+}
+
+#[tokio::test]
+async fn first_message_auth_serves_who_says_who_it_is() {
+    let (_program, address) = listening("first_message_auth", &[]).await;
+    let mut ada = Client::connect(format!("ws://{address}/ws")).await;
+    ada.send_text("token-of-ada").await;
+    ada.recv_texts(&["authenticated as ada"]).await;
+    ada.send_text("hello").await;
+    ada.recv_texts(&["ada: hello"]).await;
+    let mut stranger = Client::connect(format!("ws://{address}/ws")).await;
+    stranger.send_text("who am I?").await;
+    let close = stranger.recv().await;
+    assert!(
+        matches!(&close, Some(Message::Close(Some(frame))) if u16::from(frame.code) == 1008),
+        "{close:?}"
+    );
+}
+
+#[tokio::test]
+async fn presence_shows_each_user_once() {
+    let (_program, address) = listening("presence", &[]).await;
+    assert!(http(&address, "GET", "/").await.contains("new WebSocket"));
+    let connect = async |user: &str| Client::connect(format!("ws://{address}/ws?user={user}")).await;
+    async fn recv(client: &mut Client) -> Value {
+        serde_json::from_str(&client.recv_text().await).unwrap()
+    }
+    let mut ada = connect("ada").await;
+    assert_eq!(recv(&mut ada).await, json!({ "type": "here", "users": ["ada"] }));
+    assert_eq!(recv(&mut ada).await, json!({ "type": "joined", "user": "ada" }));
+    let mut bob = connect("bob").await;
+    let here = recv(&mut bob).await;
+    let mut users: Vec<_> =
+        here["users"].as_array().unwrap().iter().map(|user| user.as_str().unwrap()).collect();
+    users.sort_unstable();
+    assert_eq!(users, ["ada", "bob"]);
+    assert_eq!(recv(&mut ada).await, json!({ "type": "joined", "user": "bob" }));
+    let _second_tab = connect("bob").await;
+    bob.send_text(r#"{"text":"hello"}"#).await;
+    assert_eq!(
+        recv(&mut ada).await,
+        json!({ "type": "said", "user": "bob", "text": "hello" }),
+        "no second join"
+    );
+}
+
+#[tokio::test]
+async fn coming_from_axum_ws_broadcasts_before_and_after() {
+    let (_program, address) = listening("coming_from_axum_ws", &[]).await;
+    for path in ["before", "after"] {
+        let url = format!("ws://{address}/{path}");
+        let mut ada = Client::connect(url.clone()).await;
+        ada.send_text("alone").await;
+        ada.recv_texts(&["alone"]).await;
+        let mut bob = Client::connect(url).await;
+        bob.send_text("hello").await;
+        ada.recv_texts(&["hello"]).await;
+        bob.recv_texts(&["hello"]).await;
+    }
+}
