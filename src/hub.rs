@@ -14,7 +14,7 @@ use std::task::{Context as TaskContext, Poll};
 
 use shardcast_engine::{
     CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, ConnectionPermit,
-    DropCause, GroupMetrics, Position,
+    DropCause, GroupMetrics, Position, TooManyUpgrades,
 };
 use tokio::runtime;
 
@@ -165,6 +165,19 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         }
     }
 
+    /// So many messages of this client, at least 1, were dropped since the last call, because it exceeded its
+    /// [rate limit](crate::WsHubConfig::rate_limit) with [`OverLimit::Drop`](crate::OverLimit::Drop), or closed while
+    /// messages were delayed. Called at the first one, then at most once a second while more are dropped, and before
+    /// [`on_disconnected`](Self::on_disconnected): a flood costs few calls. A hub may tell the client here, or count
+    /// and [disconnect](HubContext::disconnect) it.
+    ///
+    /// By default logs at debug level.
+    fn on_rate_limited(&self, context: HubContext<Self>, messages: u64) -> impl Future<Output = ()> + Send {
+        log_rate_limited(context.id(), messages);
+        drop(context);
+        async {}
+    }
+
     /// Called by the default of [`on_connected`](Self::on_connected). Logs at debug level by default.
     fn on_connect(&self, request: ConnectionRequest) -> impl Future<Output = ()> + Send {
         async move { tracing::debug!(id = %request.connection_id, "connected") }
@@ -206,6 +219,10 @@ pub(crate) fn log_undecodable(id: ConnectionId, error: &CodecError) {
     // Its source may quote the message, which the client chose.
     let text = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
     tracing::debug!(%id, error = ?Excerpt(text.as_bytes()), "a message could not be decoded");
+}
+
+pub(crate) fn log_rate_limited(id: ConnectionId, messages: u64) {
+    tracing::debug!(%id, messages, "messages were dropped: the client exceeded its rate limit");
 }
 
 /// Why a hub does not serve a client: the code and the reason of the Close frame that the client gets.
@@ -487,6 +504,10 @@ impl<H: WsHub> Hub<H> {
 
     pub(crate) fn admit(&self, address: Option<IpAddr>) -> Option<ConnectionPermit> {
         self.engine.admit(address)
+    }
+
+    pub(crate) fn count_upgrade(&self, address: IpAddr) -> Result<(), TooManyUpgrades> {
+        self.engine.count_upgrade(address)
     }
 
     pub(crate) fn is_stopping(&self) -> bool {

@@ -223,6 +223,15 @@ impl<H: WsHub> Handler for HubHandler<H> {
         self.begin(telling, context)
     }
 
+    fn on_rate_limited(&mut self, messages: u64, context: &mut Context<'_>) -> Poll<()> {
+        let (hub, call) = (self.hub(), self.context(context));
+        let telling = async move {
+            hub.on_rate_limited(call, messages).await;
+            Ok(())
+        };
+        self.begin(telling, context)
+    }
+
     fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.go_on(context)
     }

@@ -47,8 +47,8 @@ pub use shardcast_engine::Policy as BroadcastPolicy;
 pub use shardcast_engine::{
     AdoptError, CloseCode, CloseReason, ConfigError, ConnectionId, ConnectionMetrics, DropCause, Drops,
     EngineConfig, EngineState, FrameError, GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode,
-    InvalidConnectionId, InvalidPosition, MessageKind, Metrics, Position, Receipt, Rtt, Shutdown,
-    ShutdownReport, StartError, Tally, prepare_tcp,
+    InvalidConnectionId, InvalidPosition, MessageKind, Metrics, OverLimit, Position, Rate, RateLimit,
+    Receipt, Rtt, SharedRateLimit, Shutdown, ShutdownReport, StartError, Tally, prepare_tcp,
 };
 pub use stateful_hub::{Stateful, StatefulHub};
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

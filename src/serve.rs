@@ -13,24 +13,27 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use shardcast_engine::{
     AdoptError, CloseCode, ConnectionConfig, ConnectionPermit, Encoding, MakeHandler, NewConnection,
-    PublishError,
+    PublishError, SharedRateLimit,
 };
 use tokio::runtime::Handle;
 
 use crate::hub::{Hub, WsHub};
 use crate::hub_handler::HubHandler;
-use crate::log_limit::{CONNECTION_LIMIT, INVALID_CONFIG, NOT_TAKEN_OVER};
+use crate::log_limit::{CONNECTION_LIMIT, INVALID_CONFIG, NOT_TAKEN_OVER, UPGRADE_RATE};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
 /// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused
 /// together do not come back together.
 const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=10;
 
+/// What a client is told whose address upgrades too often.
+const TOO_MANY_UPGRADES: &str = "too many connections from this address in a short time";
+
 impl WebSocketUpgrade {
     /// The response that accepts the handshake and gives the connection to `hub`, with `instance` to handle it: the
     /// hub's value, or for a [`Stateful`](crate::Stateful) hub what is inside. Return it from the route's handler.
     pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: impl Into<H>) -> Serve<H> {
-        Serve { upgrade: self, hub: hub.clone(), instance: instance.into(), config: None }
+        Serve { upgrade: self, hub: hub.clone(), instance: instance.into(), config: None, rate_limit: None }
     }
 }
 
@@ -42,6 +45,10 @@ impl WebSocketUpgrade {
 /// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address), or when the engine is stopping,
 /// it is a 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn for each client. A connection counts from when
 /// the response is made, and no longer if it turns out that it was not sent.
+///
+/// An address that upgrades more often than
+/// [`max_upgrades_per_address`](crate::EngineConfig::max_upgrades_per_address) allows gets a 429 instead, with a
+/// `Retry-After` that says when it may try again.
 ///
 /// A limit for each address needs the [address](WebSocketUpgrade::peer_address). Without connect info it is known
 /// only after the 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2
@@ -71,6 +78,7 @@ pub struct Serve<H: WsHub> {
     hub: Hub<H>,
     instance: H,
     config: Option<Arc<ConnectionConfig>>,
+    rate_limit: Option<SharedRateLimit>,
 }
 
 impl<H: WsHub> Serve<H> {
@@ -82,6 +90,40 @@ impl<H: WsHub> Serve<H> {
     pub fn config(self, config: impl Into<Arc<ConnectionConfig>>) -> Self {
         Self { config: Some(config.into()), ..self }
     }
+
+    /// Also counts this connection's messages in a limit that it shares with others: those of the same user, for
+    /// instance. The application keeps one for each user, as long as the user is connected. What happens above it is
+    /// [`rate_limit.over_limit`](crate::RateLimit::over_limit) of the connection's config.
+    ///
+    /// ```
+    /// # use std::collections::HashMap;
+    /// # use std::sync::Arc;
+    /// use axum::extract::State;
+    /// use shardcast::{Hub, Rate, Serve, SharedRateLimit, WebSocketUpgrade, WsHub};
+    /// # struct Chat;
+    /// # impl WsHub for Chat {
+    /// #     type Codec = shardcast::RawCodec; type InMessage = String; type OutMessage = String;
+    /// #     async fn on_message(&self, _: String, _: shardcast::HubContext<Self>) {}
+    /// # }
+    /// # #[derive(Clone)]
+    /// # struct Users(Arc<HashMap<String, SharedRateLimit>>);
+    /// # fn user() -> String { String::new() }
+    ///
+    /// /// 20 messages a second from all connections of a user together.
+    /// fn new_limit() -> Result<SharedRateLimit, shardcast::ConfigError> {
+    ///     SharedRateLimit::new(Some(Rate::per_second(20).with_burst(40)), None)
+    /// }
+    ///
+    /// async fn connect(
+    ///     ws: WebSocketUpgrade,
+    ///     State((chat, users)): State<(Hub<Chat>, Users)>,
+    /// ) -> Serve<Chat> {
+    ///     ws.serve(&chat, Chat).shared_rate_limit(&users.0[&user()])
+    /// }
+    /// ```
+    pub fn shared_rate_limit(self, limit: &SharedRateLimit) -> Self {
+        Self { rate_limit: Some(limit.clone()), ..self }
+    }
 }
 
 impl<H: WsHub> fmt::Debug for Serve<H> {
@@ -92,7 +134,7 @@ impl<H: WsHub> fmt::Debug for Serve<H> {
 
 impl<H: WsHub> IntoResponse for Serve<H> {
     fn into_response(self) -> Response {
-        let Self { upgrade, hub, instance, config } = self;
+        let Self { upgrade, hub, instance, config, rate_limit } = self;
         let hub = match config.map_or_else(|| Ok(hub.clone()), |config| hub.with_config(config)) {
             Ok(hub) => hub,
             Err(error) => {
@@ -107,6 +149,12 @@ impl<H: WsHub> IntoResponse for Serve<H> {
                 return (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response();
             }
         };
+        if let Some(Err(refused)) = upgrade.peer_address().map(|address| hub.count_upgrade(address)) {
+            log_upgrade_rate("429");
+            let retry =
+                [(header::RETRY_AFTER, HeaderValue::from(refused.retry_after.as_secs_f64().ceil() as u64))];
+            return (StatusCode::TOO_MANY_REQUESTS, retry, TOO_MANY_UPGRADES).into_response();
+        }
         let Some(permit) = hub.admit(upgrade.peer_address()) else {
             log_connection_limit(&hub, "503");
             let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
@@ -115,24 +163,30 @@ impl<H: WsHub> IntoResponse for Serve<H> {
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
-                "`max_connections_per_address` is set, but this router does not tell where its clients are: serve it \
+                "connections or upgrades are limited for each address, but this router does not tell where its clients are: serve it \
                  with `axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())`, or give \
                  each `WebSocketUpgrade` its `set_peer_address`. Until then the limit holds only for plain TCP, after the \
-                 handshake (Close frame 1013 instead of 503), and not at all for TLS and HTTP/2"
+                 handshake (Close frame 1013 instead of 503 or 429), and not at all for TLS and HTTP/2"
             );
         }
         upgrade.on_upgrade(move |socket| async move {
             let mut permit = permit;
             if permit.lacks_address()
                 && let Some(address) = socket.peer_address()
-                && !permit.count_for(address)
             {
-                log_connection_limit(&hub, "1013");
-                ServeError::Full.turn_away(socket);
-                return;
+                if hub.count_upgrade(address).is_err() {
+                    log_upgrade_rate("1013");
+                    ServeError::TooManyUpgrades.turn_away(socket);
+                    return;
+                }
+                if !permit.count_for(address) {
+                    log_connection_limit(&hub, "1013");
+                    ServeError::Full.turn_away(socket);
+                    return;
+                }
             }
             let handler = HubHandler::maker(&hub, instance, Handle::current(), None);
-            if let Err(error) = hub.adopt(socket, handler, permit).await {
+            if let Err(error) = hub.adopt(socket, handler, permit, rate_limit).await {
                 error.log();
             }
         })
@@ -148,16 +202,21 @@ impl<H: WsHub> Hub<H> {
     /// that cannot be prepared (1011).
     pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
         let instance = instance.into();
+        if let Some(Err(_)) = socket.peer_address().map(|address| self.count_upgrade(address)) {
+            log_upgrade_rate("1013");
+            ServeError::TooManyUpgrades.turn_away(socket);
+            return Err(ServeError::TooManyUpgrades);
+        }
         let Some(permit) = self.admit(socket.peer_address()) else {
             return Err(self.refuse(socket));
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
-                "`max_connections_per_address` is set, but the address of a client is not known: behind TLS and HTTP/2 \
+                "connections or upgrades are limited for each address, but that of a client is not known: behind TLS and HTTP/2 \
                  it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
             );
         }
-        self.adopt(socket, HubHandler::maker(self, instance, Handle::current(), None), permit).await
+        self.adopt(socket, HubHandler::maker(self, instance, Handle::current(), None), permit, None).await
     }
 
     /// Why there is no permit for one more connection.
@@ -178,6 +237,7 @@ impl<H: WsHub> Hub<H> {
         socket: WebSocket,
         handler: MakeHandler,
         permit: ConnectionPermit,
+        rate_limit: Option<SharedRateLimit>,
     ) -> Result<(), ServeError> {
         if self.is_stopping() {
             ServeError::Stopping.turn_away(socket);
@@ -194,7 +254,7 @@ impl<H: WsHub> Hub<H> {
             RawSocket::Bridge(stream) => shardcast_engine::Socket::bridge(stream),
         };
         let encoding = Encoding::PLAIN;
-        let connection = NewConnection { socket, received, handler, config, encoding, permit };
+        let connection = NewConnection { socket, received, handler, config, encoding, permit, rate_limit };
         match self.clients().namespace().adopt(connection).await {
             Ok(()) => {
                 spare.0 = None;
@@ -231,6 +291,9 @@ pub enum ServeError {
     /// The engine has `max_connections` connections, or `max_connections_per_address` from there. The client got 1013.
     #[error("a limit on connections is reached: try again later, or raise `max_connections`")]
     Full,
+    /// The client's address opens connections more often than `max_upgrades_per_address` allows. The client got 1013.
+    #[error("the client's address opens connections too often: it may try again later")]
+    TooManyUpgrades,
     /// The engine is stopping. The client got 1001.
     #[error("the engine is stopping")]
     Stopping,
@@ -245,6 +308,7 @@ impl ServeError {
     fn farewell(&self) -> (CloseCode, &'static str) {
         match self {
             Self::Full => (CloseCode::TRY_AGAIN_LATER, "connection limit reached"),
+            Self::TooManyUpgrades => (CloseCode::TRY_AGAIN_LATER, TOO_MANY_UPGRADES),
             Self::Adopt(AdoptError::Refused(PublishError::Overloaded)) => {
                 (CloseCode::TRY_AGAIN_LATER, "the server is overloaded")
             }
@@ -279,6 +343,17 @@ fn log_connection_limit<H: WsHub>(hub: &Hub<H>, told: &'static str) {
             told,
             left_out,
             "a connection was refused: `max_connections` or `max_connections_per_address` is reached"
+        );
+    }
+}
+
+/// Logs that a client was refused because its address upgrades too often, with a status or a close code.
+fn log_upgrade_rate(told: &'static str) {
+    if let Some(left_out) = UPGRADE_RATE.allows() {
+        tracing::warn!(
+            told,
+            left_out,
+            "a connection was refused: its address exceeds `max_upgrades_per_address`"
         );
     }
 }

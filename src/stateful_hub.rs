@@ -13,7 +13,7 @@ use shardcast_engine::CloseReason;
 use tokio::sync::Mutex;
 
 use crate::codec::{CodecError, Decode, Encode};
-use crate::hub::{Dropped, HubContext, Refusal, RunOn, WsHub, log_undecodable};
+use crate::hub::{Dropped, HubContext, Refusal, RunOn, WsHub, log_rate_limited, log_undecodable};
 
 /// An application's hub with its own state: a [`WsHub`] whose methods take `&mut self`, and which need not be `Sync`.
 ///
@@ -104,6 +104,18 @@ pub trait StatefulHub: Send + Sized + 'static {
         async {}
     }
 
+    /// Messages of this client were dropped because it exceeded its rate limit; see [`WsHub::on_rate_limited`]. By
+    /// default logs at debug level.
+    fn on_rate_limited(
+        &mut self,
+        context: HubContext<Stateful<Self>>,
+        messages: u64,
+    ) -> impl Future<Output = ()> + Send {
+        log_rate_limited(context.id(), messages);
+        drop(context);
+        async {}
+    }
+
     /// The connection has ended; see [`WsHub::on_disconnected`]. By default logs at debug level.
     fn on_disconnected(
         &mut self,
@@ -151,6 +163,10 @@ impl<H: StatefulHub> WsHub for Stateful<H> {
 
     async fn on_dropped(&self, context: HubContext<Self>, dropped: Dropped) {
         self.0.lock().await.on_dropped(context, dropped).await;
+    }
+
+    async fn on_rate_limited(&self, context: HubContext<Self>, messages: u64) {
+        self.0.lock().await.on_rate_limited(context, messages).await;
     }
 
     async fn on_disconnected(&self, context: HubContext<Self>, reason: CloseReason) {

@@ -109,8 +109,15 @@ fn welcome(
     let received = request[head..].to_vec().into();
     let echo = Echo { everyone: everyone.clone() };
     let handler: MakeHandler = Box::new(|_| Box::new(echo));
-    let connection =
-        NewConnection { socket: stream.into(), received, handler, config, encoding: Encoding::PLAIN, permit };
+    let connection = NewConnection {
+        socket: stream.into(),
+        received,
+        handler,
+        config,
+        encoding: Encoding::PLAIN,
+        permit,
+        rate_limit: None,
+    };
     block_on(everyone.adopt(connection))?;
     Ok(())
 }

@@ -68,6 +68,9 @@ pub enum CloseReason {
     /// The client sent too many control frames.
     #[error("too many control frames within a second")]
     ControlFlood,
+    /// The client exceeded its rate limit, and [`OverLimit::Close`](crate::OverLimit) is set.
+    #[error("the client exceeded its rate limit")]
+    RateLimited,
     /// The application closed the connection.
     #[error("closed by the application with {code}")]
     Application {
@@ -130,6 +133,7 @@ impl CloseReason {
             Self::UnfinishedLimit => "unfinished_limit",
             Self::TooManyGroups => "too_many_groups",
             Self::ControlFlood => "control_flood",
+            Self::RateLimited => "rate_limited",
             Self::Application { .. } => "application",
             Self::RenderFailed => "render_failed",
             Self::HandlerPanicked => "handler_panicked",
@@ -157,6 +161,7 @@ impl CloseReason {
             Self::UnfinishedLimit => (CloseCode::TRY_AGAIN_LATER, "overloaded by unfinished messages"),
             Self::TooManyGroups => (CloseCode::POLICY_VIOLATION, "too many groups"),
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
+            Self::RateLimited => (CloseCode::POLICY_VIOLATION, "rate limit exceeded"),
             Self::Application { code, text } => (*code, &**text),
             Self::RenderFailed | Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
             Self::Shutdown { code } => (*code, ""),
@@ -169,7 +174,7 @@ impl CloseReason {
     pub fn should_reconnect(&self) -> bool {
         match self {
             Self::Protocol(_) | Self::Undecodable | Self::WrongKind => false,
-            Self::ControlFlood | Self::TooManyGroups => false,
+            Self::ControlFlood | Self::RateLimited | Self::TooManyGroups => false,
             Self::Peer { code, .. } => code.is_none_or(|code| code != CloseCode::NORMAL),
             Self::Application { code, .. } => code.should_reconnect(),
             _ => true,
@@ -188,6 +193,6 @@ impl CloseReason {
     /// Whether the end was caused by the client's input: the messages before it are still handled then.
     pub(crate) fn is_in_input(&self) -> bool {
         let has_left = matches!(self, Self::Peer { .. } | Self::Disconnected | Self::Transport(_));
-        has_left || matches!(self, Self::Protocol(_) | Self::ControlFlood)
+        has_left || matches!(self, Self::Protocol(_) | Self::ControlFlood | Self::RateLimited)
     }
 }

@@ -18,6 +18,7 @@ use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::payload::Payload;
 use crate::publication::Delivery;
+use crate::rate::SharedRateLimit;
 use crate::receipt::Ticket;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
@@ -103,6 +104,7 @@ pub(crate) struct Adoption {
     pub(crate) directory: Arc<Directory>,
     pub(crate) permit: ConnectionPermit,
     pub(crate) join: PendingJoin,
+    pub(crate) rate_limit: Option<SharedRateLimit>,
 }
 
 impl std::fmt::Debug for Adoption {

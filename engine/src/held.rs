@@ -1,7 +1,7 @@
-//! Messages that were read while their handler was busy.
+//! Messages that were read and must wait: their handler is busy, or they exceed a rate limit.
 //!
-//! Owned by one connection, and exists only while it is needed. Control frames must be answered whatever the
-//! handler does, so reading continues for a while, and messages wait here, one after the other in one buffer.
+//! Owned by one connection, and exists only while it is needed. Control frames must be answered meanwhile,
+//! so reading continues for a while, and messages wait here, one after the other in one buffer.
 //! Knows messages. Does not bound itself: its owner stops reading (backpressure).
 
 use crate::frame::MessageKind;
@@ -37,6 +37,12 @@ impl Held {
         let payload = rest.get(..length)?;
         self.from += HEADER_BYTES + length;
         Some((if header[0] == 1 { MessageKind::Text } else { MessageKind::Binary }, payload))
+    }
+
+    /// Bytes of the first message.
+    pub(crate) fn next_len(&self) -> Option<usize> {
+        let [_, length @ ..] = *self.bytes[self.from..].first_chunk::<HEADER_BYTES>()?;
+        Some(u32::from_le_bytes(length) as usize)
     }
 
     pub(crate) fn is_empty(&self) -> bool {

@@ -55,6 +55,7 @@
 //!     config: Arc::new(ConnectionConfig::default()),
 //!     encoding: Encoding::PLAIN,
 //!     permit: engine.admit(None).expect("below `max_connections`"),
+//!     rate_limit: None,
 //! };
 //! block_on(everyone.adopt(connection))?;
 //! shards[0].turn(Instant::now())?;
@@ -101,6 +102,7 @@ mod handshake;
 mod heartbeat;
 mod held;
 mod id;
+mod limiter;
 mod log;
 mod mailbox;
 mod mask;
@@ -114,6 +116,7 @@ mod policy;
 mod position;
 mod publication;
 mod publisher;
+mod rate;
 mod receipt;
 mod rendition;
 mod shard;
@@ -126,7 +129,7 @@ mod wait_list;
 mod watchdog;
 mod wheel;
 
-pub use admission::ConnectionPermit;
+pub use admission::{ConnectionPermit, TooManyUpgrades};
 pub use close_code::{CloseCode, InvalidCloseCode};
 pub use close_reason::CloseReason;
 pub use config::{ConfigError, ConnectionConfig, EngineConfig};
@@ -146,6 +149,7 @@ pub use policy::Policy;
 pub use position::{InvalidPosition, Position};
 pub use publication::{Address, Delivery, Publication};
 pub use publisher::{GROUP_NAME_BYTES_MAX, PublishError, TryPublishError};
+pub use rate::{OverLimit, Rate, RateLimit, SharedRateLimit};
 pub use receipt::Receipt;
 pub use rendition::{Encoding, TooManyEncodings};
 pub use shard::Shard;

@@ -21,6 +21,7 @@ use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::position::Position;
 use crate::publication::{Address, Publication};
 use crate::publisher::{GROUP_NAME_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError, Wants};
+use crate::rate::SharedRateLimit;
 use crate::receipt::Receipt;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
@@ -271,7 +272,8 @@ impl Namespace {
     /// prepared, an engine that has ended, or too many publishers that wait for room in the shard's mailbox.
     /// The socket is closed then.
     pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
-        let NewConnection { socket, received, handler, config, encoding, mut permit } = connection;
+        let NewConnection { socket, received, handler, config, encoding, mut permit, rate_limit } =
+            connection;
         self.publisher.core().config.validate_with(&config)?;
         if !self.publisher.core().encodings.has(encoding) {
             return Err(AdoptError::UnknownEncoding);
@@ -281,7 +283,8 @@ impl Namespace {
         let shard = permit.choose_shard();
         let join = self.publisher.directory().enter_everyone(shard);
         let directory = self.publisher.directory().clone();
-        let adoption = Adoption { socket, received, handler, config, encoding, directory, permit, join };
+        let adoption =
+            Adoption { socket, received, handler, config, encoding, directory, permit, join, rate_limit };
         self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
         Ok(())
     }
@@ -313,6 +316,9 @@ pub struct NewConnection {
     pub encoding: Encoding,
     /// The connection's permit, taken before the handshake was answered.
     pub permit: ConnectionPermit,
+    /// A limit that the connection shares with others, in addition to its own; none for most. See
+    /// [`SharedRateLimit`].
+    pub rate_limit: Option<SharedRateLimit>,
 }
 
 impl std::fmt::Debug for NewConnection {

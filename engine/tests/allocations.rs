@@ -63,6 +63,7 @@ fn with_sinks(count: usize) -> Rig {
             config: Arc::clone(&rig.config),
             encoding: shardcast_engine::Encoding::PLAIN,
             permit: rig.engine.admit(None).unwrap(),
+            rate_limit: None,
         };
         at_once(rig.everyone.adopt(new_connection)).unwrap();
         rig.settle();

@@ -209,7 +209,8 @@ impl Shard {
     }
 
     fn adopt(&mut self, adoption: Adoption) {
-        let Adoption { mut socket, received, handler, config, encoding, directory, permit, join } = adoption;
+        let Adoption { mut socket, received, handler, config, encoding, directory, permit, join, rate_limit } =
+            adoption;
         if self.shutdown.is_some() {
             drop_guarded(handler);
             return turn_away(&socket, CloseCode::GOING_AWAY);
@@ -235,8 +236,13 @@ impl Shard {
             }
         };
         drop(shown);
+        let rate_limit = rate_limit.map(|limit| {
+            let offset = limit.offset(self.started);
+            (limit, offset)
+        });
+        let now = self.fanout.now;
         let connection =
-            Connection::open(id, socket, config, encoding, directory, handler, permit, self.fanout.now);
+            Connection::open(id, socket, config, encoding, directory, handler, permit, rate_limit, now);
         connection.directory().add_encoding(encoding);
         self.fanout.connections.insert(connection);
         self.fanout.metrics.adopted += 1;

@@ -63,7 +63,12 @@ impl Shard {
             let closing_by = by.saturating_sub(plan.within / 2);
             let report = ShutdownReport::default();
             self.shutdown = Some(ShardShutdown { by, closing_by, is_quiet: false, closings: None, report });
-            self.fanout.connections.iter_mut().for_each(Connection::pause);
+            for connection in self.fanout.connections.iter_mut() {
+                connection.pause();
+                if connection.is_delayed() {
+                    connection.remind_at(now, &mut self.wheel); // nothing that is held is handled any more
+                }
+            }
         }
         let Some(stop) = &mut self.shutdown else { return };
         if stop.closings.is_none() {

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use shardcast_engine::{
     Address, AdoptError, Audit, CloseCode, ConnectionConfig, ConnectionId, Delivery, Encoding, Engine,
-    EngineConfig, GroupMetrics, Namespace, NewConnection, Policy, Publication, PublishError, Receipt, Shard,
-    Shutdown, ShutdownReport,
+    EngineConfig, GroupMetrics, Namespace, NewConnection, Policy, Publication, PublishError, RateLimit,
+    Receipt, Shard, Shutdown, ShutdownReport,
 };
 use testkit::rig::is_readable;
 use testkit::time::ms;
@@ -167,6 +167,7 @@ impl History {
             backlog_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),
             unfinished_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),
             max_connections_per_address: None,
+            max_upgrades_per_address: None,
             max_connections: random.of(&[4, 1 << 20, 1 << 20]),
             __non_exhaustive: (),
         };
@@ -360,6 +361,7 @@ impl History {
             policy,
             max_message_bytes: random.of(&[200, 65_536]),
             max_fragments: random.of(&[3, 1024]),
+            rate_limit: RateLimit::default(),
             control_frames_per_second: if is_calm { 1000 } else { random.of(&[5, 200]) },
             heartbeat_interval: if is_calm { ms(15_000) } else { random.of(&[ms(20), ms(100)]) },
             pong_timeout: if is_calm { ms(10_000) } else { random.of(&[ms(15), ms(80), ms(300)]) },
@@ -419,6 +421,7 @@ impl History {
             config,
             encoding,
             permit,
+            rate_limit: None,
         };
         let namespace = self.namespaces[namespace].clone();
         self.adoptions_under_way += 1;
