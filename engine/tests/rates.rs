@@ -312,7 +312,7 @@ fn a_delayed_client_counts_as_alive_and_not_as_idle() {
 }
 
 #[test]
-fn a_delayed_client_that_has_vanished_is_ended() {
+fn a_delayed_client_that_answers_no_ping_is_ended() {
     let config = ConnectionConfig {
         heartbeat_interval: ms(500),
         pong_timeout: ms(200),
