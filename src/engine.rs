@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardcast_engine::{
-    ConfigError, ConnectionConfig, EngineConfig, EngineState, InvalidCloseCode, Metrics, Shutdown,
+    ConfigError, ConnectionConfig, EngineConfig, EngineState, InvalidCloseCode, Metrics, Namespace, Shutdown,
     ShutdownReport, StartError,
 };
 use tokio::runtime;
@@ -36,6 +36,8 @@ pub struct Engine {
     inner: shardcast_engine::Engine,
     /// The runtime that the shards' threads have entered.
     runtime: Option<runtime::Id>,
+    /// The connections of [`ws`](crate::ws) that are no clients of a hub.
+    sockets: Namespace,
 }
 
 impl Engine {
@@ -51,7 +53,8 @@ impl Engine {
             let _entered = runtime.as_ref().map(runtime::Handle::enter);
             shard();
         })?;
-        Ok(Self { inner, runtime: id })
+        let sockets = inner.namespace_named("shardcast::ws");
+        Ok(Self { inner, runtime: id, sockets })
     }
 
     /// A new hub, with clients and groups of its own. `config` is a [`WsHubConfig`](crate::WsHubConfig) for its
@@ -61,6 +64,14 @@ impl Engine {
     /// A setting out of range, by name.
     pub fn hub<H: WsHub>(&self, config: impl Into<Arc<ConnectionConfig>>) -> Result<Hub<H>, ConfigError> {
         Hub::new(self.inner.clone(), self.runtime, config.into())
+    }
+
+    pub(crate) fn inner(&self) -> &shardcast_engine::Engine {
+        &self.inner
+    }
+
+    pub(crate) fn sockets(&self) -> &Namespace {
+        &self.sockets
     }
 
     /// Ends the engine in order, within the given time: refuses upgrades (503), reads no more messages, lets hubs'

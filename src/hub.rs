@@ -6,15 +6,14 @@
 
 use std::borrow::Cow;
 use std::future::Future;
-use std::net::IpAddr;
 use std::ops::ControlFlow;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 
 use shardcast_engine::{
-    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, ConnectionPermit,
-    DropCause, GroupMetrics, Position, TooManyUpgrades,
+    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause,
+    GroupMetrics, Position,
 };
 use tokio::runtime;
 
@@ -502,15 +501,7 @@ impl<H: WsHub> Hub<H> {
         self.runtime
     }
 
-    pub(crate) fn admit(&self, address: Option<IpAddr>) -> Option<ConnectionPermit> {
-        self.engine.admit(address)
-    }
-
-    pub(crate) fn count_upgrade(&self, address: IpAddr) -> Result<(), TooManyUpgrades> {
-        self.engine.count_upgrade(address)
-    }
-
-    pub(crate) fn is_stopping(&self) -> bool {
-        self.engine.is_stopping()
+    pub(crate) fn engine(&self) -> &shardcast_engine::Engine {
+        &self.engine
     }
 }

@@ -15,6 +15,7 @@ pub mod client;
 mod clients;
 mod codec;
 mod context;
+mod default_engine;
 mod engine;
 mod handshake;
 mod hub;
@@ -28,6 +29,7 @@ mod stateful_hub;
 mod turn_away;
 mod upgrade;
 mod verdict;
+pub mod ws;
 
 #[cfg(feature = "client")]
 pub use client::{HubClient, HubClientBuilder};

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use shardcast_engine::{
-    AdoptError, CloseCode, ConnectionConfig, ConnectionPermit, Encoding, MakeHandler, NewConnection,
-    PublishError, SharedRateLimit,
+    AdoptError, CloseCode, ConfigError, ConnectionConfig, ConnectionPermit, Encoding, MakeHandler, Namespace,
+    NewConnection, PublishError, SharedRateLimit,
 };
 use tokio::runtime::Handle;
 
@@ -137,56 +137,17 @@ impl<H: WsHub> IntoResponse for Serve<H> {
         let Self { upgrade, hub, instance, config, rate_limit } = self;
         let hub = match config.map_or_else(|| Ok(hub.clone()), |config| hub.with_config(config)) {
             Ok(hub) => hub,
-            Err(error) => {
-                if let Some(left_out) = INVALID_CONFIG.allows() {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::error!(
-                        error,
-                        left_out,
-                        "a connection was refused (500): its config is out of range"
-                    );
-                }
-                return (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response();
-            }
+            Err(error) => return refuse_config(&error),
         };
-        if let Some(Err(refused)) = upgrade.peer_address().map(|address| hub.count_upgrade(address)) {
-            log_upgrade_rate("429");
-            let retry =
-                [(header::RETRY_AFTER, HeaderValue::from(refused.retry_after.as_secs_f64().ceil() as u64))];
-            return (StatusCode::TOO_MANY_REQUESTS, retry, TOO_MANY_UPGRADES).into_response();
-        }
-        let Some(permit) = hub.admit(upgrade.peer_address()) else {
-            log_connection_limit(&hub, "503");
-            let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
-            let (_, why) = hub.refusal().farewell();
-            return (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response();
+        let permit = match hub.host().admit(&upgrade) {
+            Ok(permit) => permit,
+            Err(response) => return response,
         };
-        if permit.lacks_address() && permit.is_first_to_lack_address() {
-            tracing::error!(
-                "connections or upgrades are limited for each address, but this router does not tell where its clients are: serve it \
-                 with `axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())`, or give \
-                 each `WebSocketUpgrade` its `set_peer_address`. Until then the limit holds only for plain TCP, after the \
-                 handshake (Close frame 1013 instead of 503 or 429), and not at all for TLS and HTTP/2"
-            );
-        }
         upgrade.on_upgrade(move |socket| async move {
             let mut permit = permit;
-            if permit.lacks_address()
-                && let Some(address) = socket.peer_address()
-            {
-                if hub.count_upgrade(address).is_err() {
-                    log_upgrade_rate("1013");
-                    ServeError::TooManyUpgrades.turn_away(socket);
-                    return;
-                }
-                if !permit.count_for(address) {
-                    log_connection_limit(&hub, "1013");
-                    ServeError::Full.turn_away(socket);
-                    return;
-                }
-            }
+            let Ok(socket) = hub.host().count_late(&mut permit, socket) else { return };
             let handler = HubHandler::maker(&hub, instance, Handle::current(), None);
-            if let Err(error) = hub.adopt(socket, handler, permit, rate_limit).await {
+            if let Err(error) = hub.host().adopt(socket, handler, permit, rate_limit).await {
                 error.log();
             }
         })
@@ -202,13 +163,13 @@ impl<H: WsHub> Hub<H> {
     /// that cannot be prepared (1011).
     pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
         let instance = instance.into();
-        if let Some(Err(_)) = socket.peer_address().map(|address| self.count_upgrade(address)) {
+        if let Some(Err(_)) = socket.peer_address().map(|address| self.engine().count_upgrade(address)) {
             log_upgrade_rate("1013");
             ServeError::TooManyUpgrades.turn_away(socket);
             return Err(ServeError::TooManyUpgrades);
         }
-        let Some(permit) = self.admit(socket.peer_address()) else {
-            return Err(self.refuse(socket));
+        let Some(permit) = self.host().engine.admit(socket.peer_address()) else {
+            return Err(self.host().refuse(socket));
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
@@ -216,20 +177,98 @@ impl<H: WsHub> Hub<H> {
                  it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
             );
         }
-        self.adopt(socket, HubHandler::maker(self, instance, Handle::current(), None), permit, None).await
+        let handler = HubHandler::maker(self, instance, Handle::current(), None);
+        self.host().adopt(socket, handler, permit, None).await
+    }
+
+    /// Where this hub's connections go.
+    pub(crate) fn host(&self) -> Host<'_> {
+        Host { engine: self.engine(), namespace: self.clients().namespace(), config: self.config() }
+    }
+}
+
+/// Where connections go: an engine, the connections that they can be addressed with, and their settings.
+#[derive(Clone, Copy)]
+pub(crate) struct Host<'a> {
+    pub(crate) engine: &'a shardcast_engine::Engine,
+    pub(crate) namespace: &'a Namespace,
+    pub(crate) config: &'a Arc<ConnectionConfig>,
+}
+
+impl Host<'_> {
+    /// A permit for one more connection, or the response that tells the client why there is none.
+    pub(crate) fn admit(&self, upgrade: &WebSocketUpgrade) -> Result<ConnectionPermit, Response> {
+        if let Some(Err(refused)) = upgrade.peer_address().map(|address| self.engine.count_upgrade(address)) {
+            log_upgrade_rate("429");
+            let seconds = refused.retry_after.as_secs_f64().ceil() as u64;
+            let retry = [(header::RETRY_AFTER, HeaderValue::from(seconds))];
+            return Err((StatusCode::TOO_MANY_REQUESTS, retry, TOO_MANY_UPGRADES).into_response());
+        }
+        let Some(permit) = self.engine.admit(upgrade.peer_address()) else {
+            self.log_connection_limit("503");
+            let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
+            let (_, why) = self.refusal().farewell();
+            return Err((StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response());
+        };
+        if permit.lacks_address() && permit.is_first_to_lack_address() {
+            tracing::error!(
+                "connections or upgrades are limited for each address, but this router does not tell where its clients \
+                 are: serve it \
+                 with `axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())`, or give \
+                 each `WebSocketUpgrade` its `set_peer_address`. Until then the limit holds only for plain TCP, after the \
+                 handshake (Close frame 1013 instead of 503 or 429), and not at all for TLS and HTTP/2"
+            );
+        }
+        Ok(permit)
+    }
+
+    /// Counts the connection for its address, if that is known only now. Above a limit the client is turned away.
+    pub(crate) fn count_late(
+        &self,
+        permit: &mut ConnectionPermit,
+        socket: WebSocket,
+    ) -> Result<WebSocket, ServeError> {
+        if permit.lacks_address()
+            && let Some(address) = socket.peer_address()
+        {
+            if self.engine.count_upgrade(address).is_err() {
+                log_upgrade_rate("1013");
+                ServeError::TooManyUpgrades.turn_away(socket);
+                return Err(ServeError::TooManyUpgrades);
+            }
+            if !permit.count_for(address) {
+                self.log_connection_limit("1013");
+                ServeError::Full.turn_away(socket);
+                return Err(ServeError::Full);
+            }
+        }
+        Ok(socket)
     }
 
     /// Why there is no permit for one more connection.
     fn refusal(&self) -> ServeError {
-        if self.is_stopping() { ServeError::Stopping } else { ServeError::Full }
+        if self.engine.is_stopping() { ServeError::Stopping } else { ServeError::Full }
     }
 
     /// Turns a client away for which there is no permit.
     pub(crate) fn refuse(&self, socket: WebSocket) -> ServeError {
         let refusal = self.refusal();
-        log_connection_limit(self, if self.is_stopping() { "1001" } else { "1013" });
+        self.log_connection_limit(if self.engine.is_stopping() { "1001" } else { "1013" });
         refusal.turn_away(socket);
         refusal
+    }
+
+    /// Logs that a client was refused, with a status or a close code.
+    fn log_connection_limit(&self, told: &'static str) {
+        if self.engine.is_stopping() {
+            tracing::debug!(told, "a connection was refused: the engine is stopping");
+        } else if let Some(left_out) = CONNECTION_LIMIT.allows() {
+            tracing::warn!(
+                told,
+                left_out,
+                "a connection was refused: `max_connections` or `max_connections_per_address` is reached"
+            );
+        }
     }
 
     pub(crate) async fn adopt(
@@ -239,7 +278,7 @@ impl<H: WsHub> Hub<H> {
         permit: ConnectionPermit,
         rate_limit: Option<SharedRateLimit>,
     ) -> Result<(), ServeError> {
-        if self.is_stopping() {
+        if self.engine.is_stopping() {
             ServeError::Stopping.turn_away(socket);
             return Err(ServeError::Stopping);
         }
@@ -247,7 +286,7 @@ impl<H: WsHub> Hub<H> {
         // The engine drops a socket that it does not adopt. Without a descriptor for this copy the client gets no
         // Close frame.
         let mut spare = Spare(parts.socket.duplicate().ok());
-        let (received, config) = (parts.read_ahead, self.config().clone());
+        let (received, config) = (parts.read_ahead, self.config.clone());
         let socket = match parts.socket {
             RawSocket::Tcp(stream) => stream.into(),
             RawSocket::Unix(stream) => stream.into(),
@@ -255,7 +294,7 @@ impl<H: WsHub> Hub<H> {
         };
         let encoding = Encoding::PLAIN;
         let connection = NewConnection { socket, received, handler, config, encoding, permit, rate_limit };
-        match self.clients().namespace().adopt(connection).await {
+        match self.namespace.adopt(connection).await {
             Ok(()) => {
                 spare.0 = None;
                 Ok(())
@@ -334,17 +373,16 @@ impl ServeError {
     }
 }
 
-/// Logs that a client was refused, with a status or a close code.
-fn log_connection_limit<H: WsHub>(hub: &Hub<H>, told: &'static str) {
-    if hub.is_stopping() {
-        tracing::debug!(told, "a connection was refused: the engine is stopping");
-    } else if let Some(left_out) = CONNECTION_LIMIT.allows() {
-        tracing::warn!(
-            told,
+/// The response for a connection whose settings are out of range.
+pub(crate) fn refuse_config(error: &ConfigError) -> Response {
+    if let Some(left_out) = INVALID_CONFIG.allows() {
+        tracing::error!(
+            error = error as &dyn std::error::Error,
             left_out,
-            "a connection was refused: `max_connections` or `max_connections_per_address` is reached"
+            "a connection was refused (500): its config is out of range"
         );
     }
+    (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response()
 }
 
 /// Logs that a client was refused because its address upgrades too often, with a status or a close code.

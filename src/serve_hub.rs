@@ -6,26 +6,25 @@
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use shardcast_engine::{CloseCode, ConfigError, ConnectionConfig, EngineConfig};
+use shardcast_engine::{CloseCode, ConfigError, ConnectionConfig};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use crate::engine::Engine;
+use crate::default_engine::default_engine;
 use crate::hub::{Hub, WsHub};
 use crate::hub_handler::HubHandler;
 use crate::log_limit::INVALID_CONFIG;
 use crate::upgrade::WebSocket;
 
-static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
 static HUBS: Mutex<Option<HashMap<TypeId, Box<dyn Any + Send>>>> = Mutex::new(None);
 
 /// Serves one WebSocket with one hub, and returns when the connection has ended and its `on_disconnected` has returned.
 ///
 /// All connections served with the same hub type are each other's clients. `config` applies to this connection. The
 /// engine that serves them has one shard for each allowed CPU. To choose the number, to have several hubs of one
-/// type, to publish from elsewhere or to save the waiting task, use [`Engine`] and
+/// type, to publish from elsewhere or to save the waiting task, use [`Engine`](crate::Engine) and
 /// [`WebSocketUpgrade::serve`](crate::WebSocketUpgrade::serve).
 ///
 /// A config out of range is logged as an error and the connection closed (1011); check yours with
@@ -52,13 +51,14 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionC
             return;
         }
     };
-    let Some(permit) = handle.admit(socket.peer_address()) else {
-        handle.refuse(socket);
+    let host = handle.host();
+    let Some(permit) = host.engine.admit(socket.peer_address()) else {
+        host.refuse(socket);
         return;
     };
     let (sender, done) = oneshot::channel();
     let handler = HubHandler::maker(&handle, hub, Handle::current(), Some(sender));
-    match handle.adopt(socket, handler, permit, None).await {
+    match host.adopt(socket, handler, permit, None).await {
         Ok(()) => drop(done.await), // an error means that the handler was dropped, which is the end, too
         Err(error) => error.log(),
     }
@@ -66,14 +66,7 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionC
 
 /// The one hub of this type, made at the first call.
 fn hub_of_type<H: WsHub>(config: &ConnectionConfig) -> Result<Option<Hub<H>>, ConfigError> {
-    let engine = ENGINE.get_or_init(|| match Engine::start(EngineConfig::default()) {
-        Ok(engine) => Some(engine),
-        Err(error) => {
-            tracing::error!(error = &error as &dyn std::error::Error, "the engine did not start");
-            None
-        }
-    });
-    let Some(engine) = engine else { return Ok(None) };
+    let Some(engine) = default_engine() else { return Ok(None) };
     let mut hubs = HUBS.lock().unwrap_or_else(PoisonError::into_inner);
     let hubs = hubs.get_or_insert_default();
     let known = hubs.get(&TypeId::of::<H>()).and_then(|hub| hub.downcast_ref::<Hub<H>>());

@@ -286,7 +286,11 @@ fn an_impossible_config_is_refused_with_the_fields_name_and_range() {
         (WsHubConfig { overflow_frames: usize::MAX, ..default() }, "overflow_frames", "0 to 16777216"),
         (WsHubConfig { max_message_bytes: 0, ..default() }, "max_message_bytes", "1 to 1073741824"),
         (WsHubConfig { max_fragments: 0, ..default() }, "max_fragments", "1 to 16777216"),
-        (WsHubConfig { heartbeat_interval: day * 2, ..default() }, "heartbeat_interval", "10ms to 86400s"),
+        (
+            WsHubConfig { heartbeat_interval: Some(day * 2), ..default() },
+            "heartbeat_interval",
+            "10ms to 86400s",
+        ),
         (WsHubConfig { pong_timeout: Duration::ZERO, ..default() }, "pong_timeout", "10ms to 86400s"),
         (
             WsHubConfig { idle_timeout: Some(Duration::ZERO), ..default() },

@@ -26,7 +26,7 @@ const ENOUGH: usize = 150;
 const DROP_LATE: BroadcastPolicy = BroadcastPolicy::DropMessage { timeout: HOUR };
 
 fn with(policy: BroadcastPolicy) -> WsHubConfig {
-    WsHubConfig { policy, heartbeat_interval: DAY, ..WsHubConfig::default() }
+    WsHubConfig { policy, heartbeat_interval: None, ..WsHubConfig::default() }
 }
 
 /// Publishes to a peer that does not read; the most that was pending in frames and bytes, and its account at last,

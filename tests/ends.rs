@@ -84,8 +84,8 @@ fn ends() -> Vec<(Way, CloseReason, Option<u16>, bool)> {
 }
 
 fn config(way: Way) -> WsHubConfig {
-    let calm = WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() };
-    let beating = WsHubConfig { heartbeat_interval: ms(50), pong_timeout: DAY, ..calm.clone() };
+    let calm = WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() };
+    let beating = WsHubConfig { heartbeat_interval: Some(ms(50)), pong_timeout: DAY, ..calm.clone() };
     let narrow = WsHubConfig { outbox_frames: 4, overflow_frames: 4, ..calm.clone() };
     let (timeout, max_drops) = (Duration::ZERO, 3);
     match way {
@@ -178,7 +178,7 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
 #[tokio::test]
 async fn pongs_are_signs_of_life_for_the_idle_timeout() {
     let (idle, longer) = (ms(1500), ms(2000));
-    let config = WsHubConfig { heartbeat_interval: DAY, idle_timeout: Some(idle), ..WsHubConfig::default() };
+    let config = WsHubConfig { heartbeat_interval: None, idle_timeout: Some(idle), ..WsHubConfig::default() };
     let mut fixture = HubFixture::open(1, config).await;
     let (mut raw, id) = fixture.connect_raw().await;
     let began = Instant::now();
@@ -196,7 +196,7 @@ async fn pongs_are_signs_of_life_for_the_idle_timeout() {
 #[tokio::test]
 async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
     let mut fixture =
-        HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+        HubFixture::open(1, WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() }).await;
     let (mut raw, id) = fixture.connect_raw().await;
     raw.send(&[client_text("wait"), client_frame(FIN | PING, b"x")].concat()).await;
     assert_eq!(raw.recv().await, (PONG, b"x".to_vec()));

@@ -125,7 +125,10 @@ async fn hubs_on_one_engine_do_not_hear_each_other() {
     assert_eq!(red.connection_metrics(bob_id).await.unwrap(), None);
     assert!(red.connection_metrics(ada_id).await.unwrap().is_some());
     assert_eq!(red.to_group("room").deliver(&"the room".to_owned()).await.unwrap().recipients, 1);
-    assert_eq!(red.to_all().except(&[bob_id, cyd_id]).deliver(&"all".to_owned()).await.unwrap().recipients, 1);
+    assert_eq!(
+        red.to_all().except(&[bob_id, cyd_id]).deliver(&"all".to_owned()).await.unwrap().recipients,
+        1
+    );
     ada.recv_texts(&["the room", "all"]).await;
 
     assert_eq!((red.len(), blue.len(), engine.connection_count()), (1, 2, 3));
@@ -190,7 +193,8 @@ async fn who_has_a_handle_publishes_from_outside_and_is_told_how_many_got_it() {
     ada.recv_texts(&["published", "tried", "sent", "red", "both", "both but Bob", "from a thread"]).await;
     bob.recv_texts(&["published", "tried", "sent", "but Ada", "red", "both", "from a thread"]).await;
     cyd.recv_texts(&["published", "tried", "sent", "but Ada", "one", "from a thread"]).await;
-    let recipients = [all, but_one, red, both, both_but, none, one, left_out].map(|receipt| receipt.recipients);
+    let recipients =
+        [all, but_one, red, both, both_but, none, one, left_out].map(|receipt| receipt.recipients);
     assert_eq!(recipients, [3, 2, 2, 2, 1, 0, 1, 0]);
     assert_eq!(all.delayed, 0, "nobody was behind");
 }

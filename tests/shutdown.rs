@@ -203,7 +203,7 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
 /// Somebody who does not read, somebody who does, and many messages for both.
 async fn stalled_and_reading(messages: usize) -> (HubFixture, RawClient, JoinHandle<Heard>) {
     let fixture =
-        HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+        HubFixture::open(1, WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() }).await;
     let (stalled, _) = fixture.connect_raw().await;
     let reader = reads_to_the_end(fixture.connect().await.0);
     for number in 0..messages {
@@ -236,7 +236,7 @@ async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_e
 
 #[tokio::test]
 async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
-    let config = WsHubConfig { heartbeat_interval: DAY, outbox_frames: 8, ..WsHubConfig::default() };
+    let config = WsHubConfig { heartbeat_interval: None, outbox_frames: 8, ..WsHubConfig::default() };
     let fixture = HubFixture::open(1, config).await;
     let (_stalled, id) = fixture.connect_raw().await;
     fixture.hub.join(id, "room").await.unwrap();

@@ -41,12 +41,12 @@ const HIGH_RTT: BroadcastPolicy = BroadcastPolicy::DropOnHighRtt { max_rtt: ms(1
 
 /// Small outboxes, and nobody is asked whether he lives.
 fn narrow(policy: BroadcastPolicy) -> WsHubConfig {
-    WsHubConfig { policy, outbox_frames: OUTBOX_FRAMES, heartbeat_interval: DAY, ..WsHubConfig::default() }
+    WsHubConfig { policy, outbox_frames: OUTBOX_FRAMES, heartbeat_interval: None, ..WsHubConfig::default() }
 }
 
 /// Pings often, and waits for ever for the answer unless told otherwise.
 fn beating(policy: BroadcastPolicy) -> WsHubConfig {
-    WsHubConfig { policy, heartbeat_interval: ms(50), pong_timeout: DAY, ..WsHubConfig::default() }
+    WsHubConfig { policy, heartbeat_interval: Some(ms(50)), pong_timeout: DAY, ..WsHubConfig::default() }
 }
 
 // ---- stalled, and reading in sips
@@ -337,7 +337,7 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
     let config = WsHubConfig {
         outbox_frames: 1,
         outbox_bytes: 1024,
-        heartbeat_interval: ms(100),
+        heartbeat_interval: Some(ms(100)),
         pong_timeout: ms(1000),
         ..WsHubConfig::default()
     };
@@ -494,7 +494,7 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
     const LIMIT: usize = 20;
     let config = WsHubConfig {
         control_frames_per_second: LIMIT as u16,
-        heartbeat_interval: DAY,
+        heartbeat_interval: None,
         ..WsHubConfig::default()
     };
     let mut fixture = HubFixture::open(1, config).await;
@@ -526,7 +526,7 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
 async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is_busy() {
     const ATTEMPTS_IN_VAIN: usize = 50;
     let mut fixture =
-        HubFixture::open(1, WsHubConfig { heartbeat_interval: DAY, ..WsHubConfig::default() }).await;
+        HubFixture::open(1, WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() }).await;
     let (mut other, _) = fixture.connect().await;
     let mut flooder = RawClient::connect(fixture.server.address).await;
     let id: ConnectionId = flooder.recv_text().await.parse().unwrap();

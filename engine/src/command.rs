@@ -13,6 +13,7 @@ use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
 use crate::directory::{Directory, Group, Oversized, PendingJoin};
 use crate::entry::Named;
+use crate::frame::ControlFrame;
 use crate::handler::MakeHandler;
 use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
@@ -73,6 +74,12 @@ pub(crate) enum Action {
         reason: CloseReason,
         ticket: Option<Ticket>,
     },
+    /// Ends the connection, and goes on passing the client's messages to the handler.
+    CloseAndListen {
+        reason: CloseReason,
+    },
+    /// A ping or a pong.
+    Control(ControlFrame),
     Inspect(Box<dyn FnOnce(ConnectionMetrics) + Send>),
     ListGroups(Box<dyn FnOnce(Vec<Arc<str>>) + Send>),
     /// Called if the connection is open and belongs to everyone.
@@ -86,6 +93,8 @@ impl std::fmt::Debug for Action {
             Self::Join(_) => "Join",
             Self::Leave(_) => "Leave",
             Self::Close { .. } => "Close",
+            Self::CloseAndListen { .. } => "CloseAndListen",
+            Self::Control(_) => "Control",
             Self::Inspect(_) => "Inspect",
             Self::ListGroups(_) => "ListGroups",
             Self::IfMember(_) => "IfMember",

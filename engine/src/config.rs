@@ -189,13 +189,20 @@ pub struct ConnectionConfig {
     pub max_message_bytes: usize,
     /// Fragments of one incoming message: 1 to 16,777,216. Default: 1024. More end the connection (1008).
     pub max_fragments: u32,
+    /// Bytes of one incoming frame: 1 to 1 GiB. Default: 1 GiB, so that `max_message_bytes` is the limit. A longer frame
+    /// ends the connection (1009).
+    pub max_frame_bytes: usize,
+    /// Whether frames are accepted that are not masked, which RFC 6455 (5.1) forbids to clients: a server of a protocol
+    /// of one's own may have clients that cannot mask. Default: false; such a frame ends the connection (1002).
+    pub accept_unmasked_frames: bool,
     /// Control frames that a client may send in one second: 1 to 65,535. Default: 200. More end the connection (1008).
     pub control_frames_per_second: u16,
     /// Messages and bytes that a client may send in a time, and what happens above that. Default: no limit.
     pub rate_limit: RateLimit,
-    /// Time between two pings: 10 ms to 1 day. Default: 15 s.
+    /// Time between two pings: 10 ms to 1 day, or none for no pings. Default: 15 s. Without pings a client that has
+    /// vanished is noticed only by a timeout or when something is sent to it, and round trips are not measured.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::heartbeat_interval"))]
-    pub heartbeat_interval: Duration,
+    pub heartbeat_interval: Option<Duration>,
     /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s.
     /// After it the client counts as dead (1011). Every whole message, every ping and the ping's pong is an
     /// answer. The time is extended by the same amount, up to 250 times in a row, if meanwhile the client has
@@ -240,9 +247,11 @@ impl Default for ConnectionConfig {
             policy: Policy::Block,
             max_message_bytes: 64 << 10,
             max_fragments: 1024,
+            max_frame_bytes: 1 << 30,
+            accept_unmasked_frames: false,
             control_frames_per_second: 200,
             rate_limit: RateLimit::default(),
-            heartbeat_interval: Duration::from_secs(15),
+            heartbeat_interval: Some(Duration::from_secs(15)),
             pong_timeout: Duration::from_secs(10),
             idle_timeout: None,
             message_timeout: None,
@@ -269,10 +278,13 @@ impl ConnectionConfig {
         within("overflow_bytes", self.overflow_bytes, 0, 16 << 30)?;
         within("max_message_bytes", self.max_message_bytes, 1, 1 << 30)?;
         within("max_fragments", self.max_fragments, 1, 1 << 24)?;
+        within("max_frame_bytes", self.max_frame_bytes, 1, 1 << 30)?;
         within("control_frames_per_second", self.control_frames_per_second, 1, u16::MAX)?;
         self.policy.validate()?;
         self.rate_limit.validate()?;
-        within("heartbeat_interval", self.heartbeat_interval, SHORTEST, DAY)?;
+        if let Some(interval) = self.heartbeat_interval {
+            within("heartbeat_interval", interval, SHORTEST, DAY)?;
+        }
         within("pong_timeout", self.pong_timeout, SHORTEST, DAY)?;
         if let Some(max) = self.policy.max_rtt() {
             // A longer round trip is a pong timeout, and is never measured.

@@ -7,7 +7,8 @@
 //! Its life, in `Phase`: *Open*; *Closing*, from the decision to end it until the Close frame has been passed
 //! to the kernel (nothing more is offered to it; messages that arrived before the end are still handled);
 //! *Lingering*, until the client ends its stream, because closing the socket earlier could destroy a Close
-//! frame in flight; then the socket is dropped. The handler may outlive the socket: it may finish its current
+//! frame in flight; then the socket is dropped. A connection that *drains* is closing or lingering, and its
+//! client's messages are still passed to the handler, until the client's Close frame arrives. The handler may outlive the socket: it may finish its current
 //! call, and is notified of the end after that.
 //!
 //! An open connection is first *opening*, until its handler's `on_open` is done. Until then it gets only what
@@ -66,6 +67,8 @@ enum Intake {
     Open,
     /// The engine is shutting down: no more messages are passed to the handler. Control frames are still answered.
     Paused,
+    /// The end is decided, and the client's messages are still passed to the handler until its Close frame arrives.
+    Draining,
     /// The end is decided and queued, after what was sent before: no more input is read. Messages that were
     /// read before are still passed to the handler, unless the engine is shutting down as well.
     Over {
@@ -251,6 +254,15 @@ impl Connection {
         self.phase == Phase::Open
     }
 
+    /// Whether what the client sends is decoded.
+    pub(crate) fn is_receiving(&self) -> bool {
+        self.phase == Phase::Open || self.drains()
+    }
+
+    pub(crate) fn drains(&self) -> bool {
+        self.intake == Intake::Draining
+    }
+
     pub(crate) fn is_lingering(&self) -> bool {
         self.phase == Phase::Lingering
     }
@@ -359,22 +371,32 @@ impl Connection {
         self.limiter.iter_mut().for_each(|limiter| limiter.stop_notices());
     }
 
-    /// Its end is decided: nothing more is decoded. Messages that were read before are still passed to the
-    /// handler if `keeps_held`.
-    pub(crate) fn begin_closing(&mut self, keeps_held: bool) {
+    /// Its end is decided. Nothing more is decoded unless it `drains`; messages that were read before are still
+    /// passed to the handler if it `drains` or `keeps_held`.
+    pub(crate) fn begin_closing(&mut self, keeps_held: bool, drains: bool) {
         self.phase = Phase::Closing;
         drop(self.take_opening());
-        self.decoder = Decoder::default();
-        if !keeps_held {
-            self.forget_held();
+        if drains && self.intake == Intake::Open && !self.is_input_over {
+            self.intake = Intake::Draining;
+        } else {
+            self.decoder = Decoder::default();
+            if !keeps_held {
+                self.forget_held();
+            }
         }
+    }
+
+    /// Nothing more is decoded. Messages that were read before are still passed to the handler.
+    pub(crate) fn stop_draining(&mut self) {
+        self.decoder = Decoder::default();
+        self.stop_listening();
     }
 
     /// The engine is shutting down.
     pub(crate) fn pause(&mut self) {
         self.intake = match self.intake {
             Intake::Open | Intake::Paused => Intake::Paused,
-            Intake::Over { .. } => Intake::Over { hands_held: false },
+            Intake::Draining | Intake::Over { .. } => Intake::Over { hands_held: false },
         };
     }
 
@@ -387,9 +409,10 @@ impl Connection {
         !matches!(before, Intake::Over { .. })
     }
 
-    /// Whether the connection is closing, or will close as soon as what was sent before has been handled.
+    /// Whether nothing more is decoded: the connection is closing and does not drain, or will close as soon as what was
+    /// sent before has been handled.
     pub(crate) fn is_over(&self) -> bool {
-        self.phase != Phase::Open || matches!(self.intake, Intake::Over { .. })
+        !self.is_receiving() || matches!(self.intake, Intake::Over { .. })
     }
 
     pub(crate) fn bounds(&self) -> Bounds {

@@ -34,11 +34,20 @@ pub struct Limits {
     /// The most fragments of one message (default 1,024). One more is [`FrameError::TooManyFragments`]. A
     /// message that is not fragmented has none, so 0 forbids fragmentation.
     pub max_fragments: u32,
+    /// The longest frame of a message, in bytes of payload (default 1 GiB): [`FrameError::FrameTooBig`].
+    pub max_frame_bytes: usize,
+    /// Whether frames are accepted that are not masked (default false): [`FrameError::Unmasked`].
+    pub accept_unmasked: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_message_bytes: 64 * 1024, max_fragments: 1024 }
+        Self {
+            max_message_bytes: 64 * 1024,
+            max_fragments: 1024,
+            max_frame_bytes: 1 << 30,
+            accept_unmasked: false,
+        }
     }
 }
 
@@ -249,7 +258,9 @@ impl Decoder {
     ) -> Result<Option<Ready>, FrameError> {
         loop {
             if !self.has_open_frame() {
-                let Some(header) = self.take_header(input, at)? else { return Ok(None) };
+                let Some(header) = self.take_header(input, at, limits.accept_unmasked)? else {
+                    return Ok(None);
+                };
                 self.admit(&header, limits)?;
                 if let Some(whole) = whole_payload(&header, input.len(), *at) {
                     *at = whole.end;
@@ -270,14 +281,19 @@ impl Decoder {
     }
 
     /// Reads the next frame's header, starting with the kept part of it. Keeps it if the input ends inside it.
-    fn take_header(&mut self, input: &[u8], at: &mut usize) -> Result<Option<Header>, FrameError> {
+    fn take_header(
+        &mut self,
+        input: &[u8],
+        at: &mut usize,
+        accept_unmasked: bool,
+    ) -> Result<Option<Header>, FrameError> {
         let rest = &input[*at..];
         let kept = match &self.state {
             State::Partial(partial) => usize::from(partial.header_len),
             _ => 0,
         };
         if kept == 0 {
-            if let Some(header) = Header::parse(rest)? {
+            if let Some(header) = Header::parse(rest, accept_unmasked)? {
                 *at += header.header_bytes;
                 return Ok(Some(header));
             }
@@ -289,7 +305,7 @@ impl Decoder {
         let partial = self.partial();
         let copied = rest.len().min(Header::BYTES_MAX - kept);
         partial.header[kept..kept + copied].copy_from_slice(&rest[..copied]);
-        let header = Header::parse(&partial.header[..kept + copied])?;
+        let header = Header::parse(&partial.header[..kept + copied], accept_unmasked)?;
         if let Some(header) = header {
             *at += header.header_bytes - kept;
             partial.header_len = 0;
@@ -321,6 +337,9 @@ impl Decoder {
         let room = limits.max_message_bytes.saturating_sub(arrived);
         if header.payload_bytes > room as u64 {
             return Err(FrameError::MessageTooBig { limit: limits.max_message_bytes });
+        }
+        if header.payload_bytes > limits.max_frame_bytes as u64 {
+            return Err(FrameError::FrameTooBig { limit: limits.max_frame_bytes });
         }
         Ok(())
     }
@@ -524,7 +543,12 @@ mod tests {
 
     const KEY: [u8; 4] = [0x11, 0x22, 0x33, 0x44];
     const FIN: u8 = 0x80;
-    const LIMITS: Limits = Limits { max_message_bytes: 64 * 1024, max_fragments: 4 };
+    const LIMITS: Limits = Limits {
+        max_message_bytes: 64 * 1024,
+        max_fragments: 4,
+        max_frame_bytes: 1 << 30,
+        accept_unmasked: false,
+    };
 
     /// A masked frame; `claimed` replaces the payload's own length in tests of claims.
     fn frame(first: u8, payload: &[u8], claimed: Option<u64>) -> Vec<u8> {

@@ -115,6 +115,12 @@ pub enum FrameError {
         /// The limit, in bytes of payload.
         limit: usize,
     },
+    /// The frame claims more than the limit.
+    #[error("frame is longer than {limit} bytes")]
+    FrameTooBig {
+        /// The limit, in bytes of payload.
+        limit: usize,
+    },
     /// The message has more fragments than allowed.
     #[error("message has more than {limit} fragments")]
     TooManyFragments {
@@ -141,7 +147,7 @@ impl FrameError {
     pub const fn close_code(&self) -> CloseCode {
         match self {
             Self::InvalidUtf8 => CloseCode::INVALID_PAYLOAD,
-            Self::MessageTooBig { .. } => CloseCode::MESSAGE_TOO_BIG,
+            Self::MessageTooBig { .. } | Self::FrameTooBig { .. } => CloseCode::MESSAGE_TOO_BIG,
             Self::TooManyFragments { .. } => CloseCode::POLICY_VIOLATION,
             _ => CloseCode::PROTOCOL_ERROR,
         }
@@ -161,11 +167,11 @@ pub struct Header {
     pub fin: bool,
     /// The frame's type.
     pub opcode: Opcode,
-    /// The key with which its payload is masked.
+    /// The key with which its payload is masked; 0 for a frame that is not masked, which changes nothing.
     pub key: [u8; 4],
     /// The number of payload bytes that it claims, at most 2⁶³ − 1. At most 125 for a control frame.
     pub payload_bytes: u64,
-    /// The length of the header itself, in bytes (6 to 14).
+    /// The length of the header itself, in bytes (2 to 14).
     pub header_bytes: usize,
 }
 
@@ -174,7 +180,7 @@ impl Header {
     pub const BYTES_MAX: usize = 14;
 
     /// Reads a header off the front of `bytes`; `None` if more bytes are needed, never with
-    /// [`BYTES_MAX`](Self::BYTES_MAX) of them. A length written longer than necessary is accepted.
+    /// [`BYTES_MAX`](Self::BYTES_MAX) of them. A frame that is not masked is a fault unless `accept_unmasked`. A length written longer than necessary is accepted.
     ///
     /// # Errors
     /// The faults that this header alone shows, as soon as the bytes that show them have arrived. Of several
@@ -182,13 +188,14 @@ impl Header {
     /// [`Unmasked`](FrameError::Unmasked), [`ReservedBits`](FrameError::ReservedBits),
     /// [`FragmentedControl`](FrameError::FragmentedControl), [`LengthOverflow`](FrameError::LengthOverflow),
     /// [`ControlTooLong`](FrameError::ControlTooLong), in this order.
-    pub fn parse(bytes: &[u8]) -> Result<Option<Self>, FrameError> {
+    pub fn parse(bytes: &[u8], accept_unmasked: bool) -> Result<Option<Self>, FrameError> {
         let Some((&first, rest)) = bytes.split_first() else { return Ok(None) };
         let opcode_number = first & OPCODE_BITS;
         let opcode = Opcode::parse(opcode_number).ok_or(FrameError::ReservedOpcode(opcode_number))?;
 
         let Some((&second, rest)) = rest.split_first() else { return Ok(None) };
-        if second & MASKED == 0 {
+        let is_masked = second & MASKED != 0;
+        if !is_masked && !accept_unmasked {
             return Err(FrameError::Unmasked);
         }
         if first & RESERVED_BITS != 0 {
@@ -217,7 +224,11 @@ impl Header {
             return Err(FrameError::ControlTooLong);
         }
 
-        let Some((&key, rest)) = rest.split_first_chunk() else { return Ok(None) };
+        let (key, rest) = match rest.split_first_chunk() {
+            _ if !is_masked => ([0; 4], rest),
+            Some((&key, rest)) => (key, rest),
+            None => return Ok(None),
+        };
         Ok(Some(Self { fin, opcode, key, payload_bytes, header_bytes: bytes.len() - rest.len() }))
     }
 }
@@ -526,7 +537,7 @@ mod tests {
     fn a_header_is_read_only_when_it_is_complete() {
         let bytes = [0x82, 0xff, 0, 0, 0, 0, 0, 1, 0, 0, 9, 8, 7, 6, 0x55];
         for len in 0..Header::BYTES_MAX {
-            assert_eq!(Header::parse(&bytes[..len]), Ok(None), "{len} bytes");
+            assert_eq!(Header::parse(&bytes[..len], false), Ok(None), "{len} bytes");
         }
         let header = Header {
             fin: true,
@@ -535,13 +546,14 @@ mod tests {
             payload_bytes: 65_536,
             header_bytes: 14,
         };
-        assert_eq!(Header::parse(&bytes), Ok(Some(header)));
+        assert_eq!(Header::parse(&bytes, false), Ok(Some(header)));
     }
 
     #[test]
     fn a_control_frame_may_claim_125_bytes_and_no_more() {
-        let claims =
-            |bytes: &[u8]| Header::parse(bytes).map(|header| header.map(|header| header.payload_bytes));
+        let claims = |bytes: &[u8]| {
+            Header::parse(bytes, false).map(|header| header.map(|header| header.payload_bytes))
+        };
         assert_eq!(claims(&[0x89, 0x80 | 125, 0, 0, 0, 0]), Ok(Some(125)));
         // Written longer than necessary, but no longer than allowed.
         assert_eq!(claims(&[0x89, 0x80 | 126, 0, 125, 0, 0, 0, 0]), Ok(Some(125)));
@@ -554,6 +566,7 @@ mod tests {
         assert_eq!(FrameError::Unmasked.close_code(), CloseCode::PROTOCOL_ERROR);
         assert_eq!(FrameError::InvalidUtf8.close_code(), CloseCode::INVALID_PAYLOAD);
         assert_eq!(FrameError::MessageTooBig { limit: 1 }.close_code(), CloseCode::MESSAGE_TOO_BIG);
+        assert_eq!(FrameError::FrameTooBig { limit: 1 }.close_code(), CloseCode::MESSAGE_TOO_BIG);
         assert_eq!(FrameError::TooManyFragments { limit: 1 }.close_code(), CloseCode::POLICY_VIOLATION);
     }
 }

@@ -38,6 +38,19 @@ pub trait Handler {
     /// A whole message has arrived. A text message's payload is valid UTF-8.
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()>;
 
+    /// Whether [`on_control`](Self::on_control) is called; asked for each control frame.
+    fn wants_control_frames(&self) -> bool {
+        false
+    }
+
+    /// A control frame has arrived, in its place among the messages. The engine has answered a ping already. Not called
+    /// for pongs that answer the engine's own pings, nor for a Close frame that ends the connection, which is the reason
+    /// in [`on_close`](Self::on_close).
+    fn on_control(&mut self, frame: Control<'_>, context: &mut Context<'_>) -> Poll<()> {
+        let _ = (frame, context);
+        Poll::Ready(())
+    }
+
     /// The policy dropped frames for this connection. Called once for each cause and group since the last
     /// calls; not while another call is pending, but before the next message and before the end.
     /// Frames that expire after the connection began to close are counted and not reported here; a handler that has
@@ -77,6 +90,38 @@ pub struct Message<'a> {
     pub kind: MessageKind,
     /// Its bytes; valid UTF-8 if the kind is text.
     pub payload: &'a [u8],
+}
+
+/// A control frame from the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Control<'a> {
+    /// A ping, with at most 125 bytes.
+    Ping(&'a [u8]),
+    /// A pong, with at most 125 bytes.
+    Pong(&'a [u8]),
+    /// The answer to a Close frame that [`Namespace::close_and_listen`](crate::Namespace::close_and_listen) has sent.
+    Close(Option<(CloseCode, &'a str)>),
+}
+
+/// What is passed to a handler in the order of arrival.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Input<'a> {
+    Message(Message<'a>),
+    Control(Control<'a>),
+}
+
+impl Input<'_> {
+    pub(crate) fn is_message(&self) -> bool {
+        matches!(self, Self::Message(_))
+    }
+
+    pub(crate) fn pass_to(self, handler: &mut dyn Handler, context: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Message(message) => handler.on_message(message, context),
+            Self::Control(frame) => handler.on_control(frame, context),
+        }
+    }
 }
 
 /// What a handler can do with its connection during a call.

@@ -104,7 +104,7 @@ impl Heartbeat {
     /// `stagger`, in [0, 1), spreads first pings over the interval (0 is a whole interval from now), and the
     /// ends of connections that reach their maximum duration.
     pub(crate) fn new(now: Duration, stagger: f32, config: &ConnectionConfig) -> Self {
-        let lead = micros(config.heartbeat_interval.mul_f32(stagger));
+        let lead = micros(config.heartbeat_interval.unwrap_or_default().mul_f32(stagger));
         let now = micros(now);
         let pinged = now.wrapping_sub(lead); // may be before the shard's start
         let (samples_max, duration) = (config.policy.rtt_samples(), config.max_connection_duration);
@@ -310,7 +310,9 @@ impl Heartbeat {
             }
             next = next.min(end);
         }
-        let due = Duration::from_micros(self.pinged.wrapping_add(micros(config.heartbeat_interval)));
+        let due = config.heartbeat_interval.map_or(Duration::MAX, |interval| {
+            Duration::from_micros(self.pinged.wrapping_add(micros(interval)))
+        });
         match self.ping {
             Ping::Over => Beat::Wait(next),
             Ping::Answered if now < due => Beat::Wait(next.min(due)),
@@ -349,7 +351,7 @@ mod tests {
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
     fn config() -> ConnectionConfig {
-        let (heartbeat_interval, pong_timeout) = (MS(1000), MS(300));
+        let (heartbeat_interval, pong_timeout) = (Some(MS(1000)), MS(300));
         ConnectionConfig { heartbeat_interval, pong_timeout, ..ConnectionConfig::default() }
     }
 

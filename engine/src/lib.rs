@@ -137,7 +137,7 @@ pub use decoder::{Decoder, Event, Limits};
 pub use drop_notice::DropNotice;
 pub use engine::{Engine, StartError};
 pub use frame::{ControlFrame, Frame, FrameError, Header, MessageKind, Opcode};
-pub use handler::{Context, Handler, MakeHandler, Message};
+pub use handler::{Context, Control, Handler, MakeHandler, Message};
 pub use handshake::accept_key;
 pub use heartbeat::Rtt;
 pub use id::{ConnectionId, InvalidConnectionId};

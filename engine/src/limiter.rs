@@ -102,7 +102,10 @@ impl Limiter {
             OverLimit::Delay if !is_next => Arrived::Passes,
             OverLimit::Delay => match self.reserve(bytes, now, limit) {
                 None => Arrived::Passes,
-                Some(_) => Arrived::Waits,
+                Some(_) => {
+                    self.excess.get_or_insert_default().delayed += 1;
+                    Arrived::Waits
+                }
             },
             over_limit => {
                 if self.take(bytes, now, limit) {
@@ -141,10 +144,11 @@ impl Limiter {
         let give_up = grace.map(|grace| *excess.give_up.get_or_insert(now + grace));
         match give_up {
             Some(give_up) if give_up <= now => Turn::Never,
-            _ => Turn::Later {
-                due: give_up.map_or(until, |give_up| give_up.min(until)),
-                is_new: waiting.is_none(),
-            },
+            _ => {
+                let is_new = waiting.is_none();
+                excess.delayed += u64::from(is_new);
+                Turn::Later { due: give_up.map_or(until, |give_up| give_up.min(until)), is_new }
+            }
         }
     }
 
@@ -222,7 +226,6 @@ impl Limiter {
             return None;
         }
         let excess = self.excess.get_or_insert_default();
-        excess.delayed += 1;
         excess.until = Some(Duration::from_nanos(ready));
         excess.until
     }

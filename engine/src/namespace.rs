@@ -11,11 +11,14 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::admission::ConnectionPermit;
+use crate::close_code::CloseCode;
+use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Answer, Command, Query};
 use crate::config::{ConfigError, ConnectionConfig};
 use crate::engine_core::EngineCore;
 use crate::entry::Named;
-use crate::handler::MakeHandler;
+use crate::frame::ControlFrame;
+use crate::handler::{Control, MakeHandler};
 use crate::id::ConnectionId;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::position::Position;
@@ -139,6 +142,38 @@ impl Namespace {
             return Ok(());
         }
         self.publisher.command(id, Action::Leave(groups)).await.map(drop)
+    }
+
+    /// Sends a ping or a pong to one connection, ahead of the messages that wait for it. While more than 2 KiB of such
+    /// frames wait, because the client accepts nothing, further ones are left out: they would tell it nothing new.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn send_control(&self, id: ConnectionId, frame: Control<'_>) -> Result<(), PublishError> {
+        let frame = match frame {
+            Control::Ping(payload) => ControlFrame::ping(payload),
+            Control::Pong(payload) => ControlFrame::pong(payload),
+            Control::Close(close) => return self.close_and_listen(id, close).await,
+        };
+        self.publisher.command(id, Action::Control(frame)).await.map(drop)
+    }
+
+    /// Ends the connection with a Close frame, after everything that was sent to it before, and goes on passing the
+    /// client's messages to its handler until the client's own Close frame arrives, for
+    /// [`close_timeout`](ConnectionConfig::close_timeout) at most. The handler is told of the end after that. To end it
+    /// without listening, publish a [close](Publication::close).
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish). A code that may not be sent is replaced by a Close frame without a code.
+    pub async fn close_and_listen(
+        &self,
+        id: ConnectionId,
+        close: Option<(CloseCode, &str)>,
+    ) -> Result<(), PublishError> {
+        let (code, text) =
+            close.filter(|(code, _)| code.is_valid_on_wire()).unwrap_or((CloseCode::NO_STATUS, ""));
+        let reason = CloseReason::Application { code, text: text.to_owned().into() };
+        self.publisher.command(id, Action::CloseAndListen { reason }).await.map(drop)
     }
 
     /// Passes the connection's counters, as they are after everything that was published before, to `on_metrics`,

@@ -430,6 +430,16 @@ impl<T> Outbox<T> {
         more.control.extend_from_slice(frame);
     }
 
+    /// Queues a control frame of the application, unless too many are queued; false if it was not queued.
+    pub(crate) fn push_control_if_room(&mut self, frame: &[u8]) -> bool {
+        let queued = self.more.as_ref().map_or(0, |more| more.control.len());
+        let has_room = queued + frame.len() <= CONTROL_BYTES_MAX / 2; // the other half is for the engine's own
+        if has_room {
+            self.push_control(frame);
+        }
+        has_room
+    }
+
     #[inline]
     pub(crate) fn next(&self) -> Next<'_> {
         match &self.front {

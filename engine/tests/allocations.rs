@@ -50,7 +50,7 @@ const PUBLICATIONS: usize = 100;
 
 fn with_sinks(count: usize) -> Rig {
     let config =
-        ConnectionConfig { heartbeat_interval: DAY, pong_timeout: DAY, ..ConnectionConfig::default() };
+        ConnectionConfig { heartbeat_interval: None, pong_timeout: DAY, ..ConnectionConfig::default() };
     let mut rig = Rig::with(
         shardcast_engine::EngineConfig { shards: Some(1), ..shardcast_engine::EngineConfig::default() },
         config,

@@ -578,7 +578,7 @@ fn above_the_budget_for_unfinished_messages_the_largest_is_ended() {
 fn on_a_budget(shards: usize, clients: usize) -> (Rig, Vec<Client>) {
     let engine = EngineConfig { shards: Some(shards), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
     let config = ConnectionConfig {
-        heartbeat_interval: ms(86_400_000),
+        heartbeat_interval: None,
         stall_timeout: None,
         close_timeout: ms(60_000),
         ..ConnectionConfig::default()
@@ -727,7 +727,7 @@ fn drops_are_counted_beyond_32_bits() {
 
 #[test]
 fn a_client_that_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_continues() {
-    let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: ms(86_400_000), ..outbox_of(1024) });
+    let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: None, ..outbox_of(1024) });
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
     everyone.try_publish(Publication::message(Address::Everyone, bytes(100_000))).unwrap();
@@ -750,7 +750,7 @@ fn a_client_that_takes_no_byte_for_the_stall_timeout_is_ended_and_its_publisher_
 
 #[test]
 fn a_client_that_takes_a_little_within_each_stall_timeout_is_not_ended() {
-    let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: ms(86_400_000), ..outbox_of(1024) });
+    let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: None, ..outbox_of(1024) });
     let mut client = rig.connect();
     let everyone = rig.everyone.clone();
     everyone.try_publish(Publication::message(Address::Everyone, bytes(200_000))).unwrap();

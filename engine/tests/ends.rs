@@ -288,7 +288,7 @@ fn the_answer_to_a_last_message_arrives_after_the_client_has_ended_its_side() {
 fn a_client_that_has_ended_its_side_is_not_pinged_while_its_answer_is_prepared() {
     let timeout = Some(ms(100));
     let config = ConnectionConfig {
-        heartbeat_interval: ms(100),
+        heartbeat_interval: Some(ms(100)),
         pong_timeout: ms(100),
         idle_timeout: timeout,
         message_timeout: timeout,

@@ -26,7 +26,8 @@ use tungstenite::protocol::{CloseFrame, Role, WebSocket, WebSocketConfig};
 use tungstenite::{Message, protocol::frame::coding};
 
 /// Small, so that generated messages often exceed it.
-const LIMITS: Limits = Limits { max_message_bytes: 300, max_fragments: 1000 };
+const LIMITS: Limits =
+    Limits { max_message_bytes: 300, max_fragments: 1000, max_frame_bytes: 1 << 30, accept_unmasked: false };
 /// Tungstenite's limit of one frame; it reserves a claimed length up to this, so not without bound.
 const FRAME_BYTES_MAX: usize = 1 << 20;
 

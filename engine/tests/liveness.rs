@@ -18,13 +18,13 @@ use shardcast_engine::{
 };
 use testkit::client::new_tcp_connection;
 use testkit::frames::client_frame;
-use testkit::time::{DAY, ms};
+use testkit::time::ms;
 use testkit::{Client, RawClient, Received, Rig, at_once, block_on, lock};
 
 /// Pings each `interval`, which must be answered within `timeout`.
 fn beating(interval: u64, timeout: u64) -> ConnectionConfig {
     ConnectionConfig {
-        heartbeat_interval: ms(interval),
+        heartbeat_interval: Some(ms(interval)),
         pong_timeout: ms(timeout),
         ..ConnectionConfig::default()
     }
@@ -668,7 +668,7 @@ fn without_pings_a_client_that_takes_nothing_is_ended_after_the_stall_timeout() 
     let config = ConnectionConfig {
         outbox_frames: 1,
         outbox_bytes: 1024,
-        heartbeat_interval: DAY,
+        heartbeat_interval: None,
         stall_timeout: Some(ms(1000)),
         ..ConnectionConfig::default()
     };

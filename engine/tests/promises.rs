@@ -515,8 +515,7 @@ fn fall_asleep(engine: &Engine) {
 fn a_sleeping_shard_is_woken_by_what_concerns_it() {
     let (engine, everyone, _) = threaded(2);
     // No heartbeat rescues a lost wake: this test would hang.
-    let day = Duration::from_secs(24 * 60 * 60);
-    let config = Arc::new(ConnectionConfig { heartbeat_interval: day, ..ConnectionConfig::default() });
+    let config = Arc::new(ConnectionConfig { heartbeat_interval: None, ..ConnectionConfig::default() });
     let mut clients: Vec<_> = (0..2).map(|_| enter(&engine, &everyone, &config)).collect();
     block_on(everyone.join(clients[1].1, "room")).unwrap();
     for number in 0..300 {
@@ -850,7 +849,7 @@ fn messages_before_a_close_are_handled_even_if_the_handler_was_busy() {
 #[test]
 fn a_busy_handler_is_not_taken_for_a_dead_client() {
     let config = ConnectionConfig {
-        heartbeat_interval: Duration::from_secs(15),
+        heartbeat_interval: Some(Duration::from_secs(15)),
         pong_timeout: Duration::from_secs(10),
         ..ConnectionConfig::default()
     };
@@ -998,7 +997,7 @@ fn strict() -> ConnectionConfig {
     ConnectionConfig {
         max_message_bytes: 1000,
         max_fragments: 3,
-        heartbeat_interval: Duration::from_secs(20),
+        heartbeat_interval: Some(Duration::from_secs(20)),
         pong_timeout: Duration::from_secs(10),
         max_connection_duration: Some(Duration::from_secs(70)),
         ..ConnectionConfig::default()

@@ -269,7 +269,7 @@ fn a_delayed_client_counts_as_alive_and_not_as_idle() {
     // A client that floods, whose pongs are behind what is not read; and one that sends little and then waits.
     for is_flooding in [true, false] {
         let config = ConnectionConfig {
-            heartbeat_interval: ms(500),
+            heartbeat_interval: Some(ms(500)),
             pong_timeout: ms(200),
             idle_timeout: is_flooding.then_some(ms(900)),
             message_timeout: Some(ms(900)),
@@ -314,7 +314,7 @@ fn a_delayed_client_counts_as_alive_and_not_as_idle() {
 #[test]
 fn a_delayed_client_that_answers_no_ping_is_ended() {
     let config = ConnectionConfig {
-        heartbeat_interval: ms(500),
+        heartbeat_interval: Some(ms(500)),
         pong_timeout: ms(200),
         ..limited(messages(Rate::new(1, Duration::from_secs(60)), OverLimit::Delay))
     };

@@ -46,7 +46,7 @@ fn narrow(policy: Policy) -> ConnectionConfig {
         overflow_frames: 100,
         stall_timeout: None,
         policy,
-        heartbeat_interval: DAY,
+        heartbeat_interval: None,
         pong_timeout: DAY,
         ..ConnectionConfig::default()
     }
@@ -529,14 +529,17 @@ fn round_trip(rig: &mut Rig, client: &mut Client, rtt: Duration) {
 }
 
 fn beating(policy: Policy) -> ConnectionConfig {
-    ConnectionConfig { heartbeat_interval: ms(1000), pong_timeout: ms(800), ..narrow(policy) }
+    ConnectionConfig { heartbeat_interval: Some(ms(1000)), pong_timeout: ms(800), ..narrow(policy) }
 }
 
 #[test]
 fn pings_are_sent_every_interval_even_if_a_pong_may_take_longer() {
     let interval = ms(50);
-    let config =
-        ConnectionConfig { heartbeat_interval: interval, pong_timeout: ms(8000), ..narrow(Policy::Block) };
+    let config = ConnectionConfig {
+        heartbeat_interval: Some(interval),
+        pong_timeout: ms(8000),
+        ..narrow(Policy::Block)
+    };
     let mut rig = rig(1, config);
     let mut client = rig.connect();
     for _ in 0..5 {
@@ -866,7 +869,8 @@ fn a_handler_that_is_busy_with_the_last_drop_is_notified_of_the_end_after_it() {
 #[test]
 fn a_client_that_disappears_without_a_close_is_noticed_in_time() {
     let (interval, timeout) = (Duration::from_secs(15), Duration::from_secs(10));
-    let config = ConnectionConfig { heartbeat_interval: interval, pong_timeout: timeout, ..narrow(DROP) };
+    let config =
+        ConnectionConfig { heartbeat_interval: Some(interval), pong_timeout: timeout, ..narrow(DROP) };
     // Whenever it disconnects, whatever its handler does, however full its outbox is.
     for second in 0..20 {
         for (is_busy, is_full) in [(false, false), (true, false), (false, true), (true, true)] {
@@ -1096,7 +1100,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
         outbox_bytes: 30_000,
         overflow_frames: 12,
         overflow_bytes: 60_000,
-        heartbeat_interval: ms(100),
+        heartbeat_interval: Some(ms(100)),
         pong_timeout: ms(200),
         close_timeout: ms(60),
         ..narrow(own)

@@ -24,7 +24,7 @@ const fn seconds(seconds: u64) -> Duration {
 
 /// No pings, so that only the shutdown ends connections.
 fn quiet() -> ConnectionConfig {
-    ConnectionConfig { heartbeat_interval: seconds(86_400), stall_timeout: None, ..Default::default() }
+    ConnectionConfig { heartbeat_interval: None, stall_timeout: None, ..Default::default() }
 }
 
 /// Closes all connections at once.

@@ -6,7 +6,7 @@ use crate::outbox::Outbox;
 use crate::receipt::Origin;
 use crate::tally::DropCause;
 
-use super::{Connection, Intake};
+use super::Connection;
 
 /// State that is otherwise private to the connection.
 pub(crate) struct Inside<'a> {
@@ -33,7 +33,7 @@ impl Connection {
             is_dirty: self.is_dirty,
             is_congested: self.is_congested,
             close_frame_pending: self.close_frame_pending,
-            keeps_messages: self.held.is_some() && self.intake == Intake::Open && self.is_listening(),
+            keeps_messages: self.held.is_some() && self.is_listening(),
             untold: self.counts.losses().map_or(0, |losses| losses.notices.frames()),
             delayed_until: self.rate_due(Duration::MAX).filter(|_| self.is_delayed()),
             timer_tick: self.timer_tick,

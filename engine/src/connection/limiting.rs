@@ -10,7 +10,7 @@ use crate::id::ConnectionId;
 use crate::limiter::{Arrived, SLACK, Turn};
 use crate::wheel::{NO_TICK, TICK, Wheel};
 
-use super::{Connection, Phase};
+use super::Connection;
 
 const _: () = assert!(TICK.as_nanos() <= SLACK.as_nanos(), "a reminder is at most a tick late");
 
@@ -53,9 +53,9 @@ impl Connection {
             return NextHeld::None;
         }
         let Some(mut held) = self.held.take() else { return NextHeld::None };
-        let is_input_over = self.is_input_over || self.phase != Phase::Open;
+        let is_input_over = self.is_input_over || !self.is_receiving();
         let grace = is_input_over.then_some(self.config.close_timeout);
-        let (Some(limiter), Some(bytes)) = (&mut self.limiter, held.next_len()) else {
+        let (Some(limiter), Some(bytes)) = (&mut self.limiter, held.next_message_bytes()) else {
             return NextHeld::Messages(held);
         };
         match limiter.take_turn(bytes, grace, now, &self.config.rate_limit) {
@@ -70,7 +70,8 @@ impl Connection {
                 NextHeld::Later { due, is_new }
             }
             Turn::Never => {
-                let dropped = std::iter::from_fn(|| held.pop().map(drop)).count() as u64;
+                let messages = std::iter::from_fn(|| held.pop().map(|input| input.is_message()));
+                let dropped = messages.filter(|is_message| *is_message).count() as u64;
                 limiter.drop_messages(dropped);
                 limiter.forget_held();
                 NextHeld::Dropped(dropped)

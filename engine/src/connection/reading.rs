@@ -7,9 +7,10 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use crate::close_reason::CloseReason;
+use crate::config::ConnectionConfig;
 use crate::decoder::{Event, Limits};
-use crate::frame::{ControlFrame, MessageKind};
-use crate::handler::Message;
+use crate::frame::ControlFrame;
+use crate::handler::{Control, Input, Message};
 use crate::held::Held;
 use crate::limiter::Arrived;
 
@@ -40,6 +41,12 @@ pub(crate) struct Received {
     pub(crate) end: Option<CloseReason>,
     /// Whether it was a message that exceeds a rate limit.
     pub(crate) limit: Arrived,
+}
+
+/// A pong, and the reason if the connection must end.
+enum Pong {
+    OfOurPing { end: Option<CloseReason> },
+    Other { end: Option<CloseReason> },
 }
 
 /// The time at which input is handled.
@@ -77,7 +84,8 @@ impl Connection {
 
     /// Whether the next message may be passed to the handler, as far as its rate allows it.
     fn is_taking(&self) -> bool {
-        self.phase == Phase::Open && self.is_idle() && self.opening().is_none() && self.intake == Intake::Open
+        let takes_input = matches!(self.intake, Intake::Open | Intake::Draining);
+        self.is_receiving() && takes_input && self.is_idle() && self.opening().is_none()
     }
 
     /// Whether held messages may be passed to the handler, as far as their rate allows it. That is possible after
@@ -91,7 +99,7 @@ impl Connection {
     /// How many bytes may be read now. While the handler is busy or a message waits for its rate, that depends on
     /// what is held; after the end, what is left in the kernel is read and discarded.
     pub(crate) fn read_limit(&self) -> usize {
-        if self.phase != Phase::Open || self.is_listening() {
+        if !self.is_receiving() || self.is_listening() {
             return usize::MAX;
         }
         let held = self.held.as_ref().map_or(0, |held| held.len());
@@ -114,7 +122,9 @@ impl Connection {
     }
 
     fn limits(&self) -> Limits {
-        Limits { max_message_bytes: self.config.max_message_bytes, max_fragments: self.config.max_fragments }
+        let ConnectionConfig { max_message_bytes, max_fragments, max_frame_bytes, .. } = *self.config;
+        let accept_unmasked = self.config.accept_unmasked_frames;
+        Limits { max_message_bytes, max_fragments, max_frame_bytes, accept_unmasked }
     }
 
     /// Reads once, at most what may be read.
@@ -228,11 +238,25 @@ impl Connection {
             Ok(Some(Event::Message { kind, payload })) => {
                 self.heartbeat.answered();
                 self.heartbeat.heard_message(at.now);
-                self.receive_message(kind, payload, is_caught_up, at.now, site)
+                self.receive_message(Message { kind, payload }, is_caught_up, at.now, site)
             }
-            Ok(Some(Event::Ping(payload))) => self.receive_ping(payload, at.now),
-            Ok(Some(Event::Pong(payload))) => self.receive_pong(payload, at),
+            Ok(Some(Event::Ping(payload))) => {
+                let answered = self.receive_ping(payload, at.now);
+                self.pass_control(answered, Control::Ping(payload), is_caught_up, site)
+            }
+            Ok(Some(Event::Pong(payload))) => match self.receive_pong(payload, at) {
+                Pong::OfOurPing { end } => Received { end, ..Received::default() },
+                Pong::Other { end } => {
+                    let received = Received { end, ..Received::default() };
+                    self.pass_control(received, Control::Pong(payload), is_caught_up, site)
+                }
+            },
             Ok(Some(Event::Close(close))) => {
+                if self.drains() {
+                    let received = Received::default();
+                    let passed = self.pass_control(received, Control::Close(close), is_caught_up, site);
+                    drop(passed); // the connection has ended already
+                }
                 let (code, text) = close.unzip();
                 let text = text.unwrap_or_default().into();
                 Received { end: Some(CloseReason::Peer { code, text }), ..Received::default() }
@@ -244,30 +268,56 @@ impl Connection {
         received
     }
 
+    /// Passes a message to the handler, or holds or drops it, as the rate limit says.
     fn receive_message(
         &mut self,
-        kind: MessageKind,
-        payload: &[u8],
+        message: Message<'_>,
         is_caught_up: bool,
         now: Duration,
         site: &CallSite<'_>,
     ) -> Received {
-        let limit = self.limit_rate(payload.len(), is_caught_up, now);
+        let limit = self.limit_rate(message.payload.len(), is_caught_up, now);
         match limit {
-            Arrived::Passes if is_caught_up => {}
-            Arrived::Passes | Arrived::Waits => {
-                self.held.get_or_insert_default().push(kind, payload);
-                return Received { limit, ..Received::default() };
+            Arrived::Passes => self.pass(Input::Message(message), is_caught_up, site),
+            Arrived::Waits => {
+                self.held.get_or_insert_default().push(Input::Message(message));
+                Received { limit, ..Received::default() }
             }
-            Arrived::IsDropped => return Received { limit, ..Received::default() },
+            Arrived::IsDropped => Received { limit, ..Received::default() },
             Arrived::EndsConnection => {
-                return Received { end: Some(CloseReason::RateLimited), limit, ..Received::default() };
+                Received { end: Some(CloseReason::RateLimited), limit, ..Received::default() }
             }
         }
-        self.count_received();
-        let (_, end) =
-            self.call(site, |handler, context| handler.on_message(Message { kind, payload }, context));
-        Received { is_handled: true, end, ..Received::default() }
+    }
+
+    /// Passes the input to the handler, or holds it while the handler is busy.
+    fn pass(&mut self, input: Input<'_>, is_caught_up: bool, site: &CallSite<'_>) -> Received {
+        if !is_caught_up {
+            self.held.get_or_insert_default().push(input);
+            return Received::default();
+        }
+        let is_handled = input.is_message();
+        if is_handled {
+            self.count_received();
+        }
+        let (_, end) = self.call(site, |handler, context| input.pass_to(handler, context));
+        Received { is_handled, end, ..Received::default() }
+    }
+
+    /// Passes a control frame to a handler that wants it; `received` is the engine's own reaction.
+    fn pass_control(
+        &mut self,
+        received: Received,
+        frame: Control<'_>,
+        is_caught_up: bool,
+        site: &CallSite<'_>,
+    ) -> Received {
+        let wants = self.handler.as_ref().is_some_and(|handler| handler.wants_control_frames());
+        if received.end.is_some() || !wants {
+            return received;
+        }
+        let Received { end, .. } = self.pass(Input::Control(frame), is_caught_up, site);
+        Received { end, ..received }
     }
 
     fn receive_ping(&mut self, payload: &[u8], now: Duration) -> Received {
@@ -275,11 +325,14 @@ impl Connection {
         if !self.control_rate.admits(now, self.config.control_frames_per_second) {
             return Received { end: Some(CloseReason::ControlFlood), ..Received::default() };
         }
+        if self.is_lingering() {
+            return Received::default(); // nothing follows a Close frame
+        }
         self.outbox.push_control(ControlFrame::pong(payload).as_bytes());
         Received { is_answered: true, ..Received::default() }
     }
 
-    fn receive_pong(&mut self, payload: &[u8], Arrival { now, arrived }: Arrival) -> Received {
+    fn receive_pong(&mut self, payload: &[u8], Arrival { now, arrived }: Arrival) -> Pong {
         let is_ours = self.heartbeat.pong(arrived, payload);
         if is_ours {
             self.heartbeat.answered();
@@ -294,7 +347,7 @@ impl Connection {
         } else {
             Some(CloseReason::ControlFlood)
         };
-        Received { end, ..Received::default() }
+        if is_ours { Pong::OfOurPing { end } } else { Pong::Other { end } }
     }
 
     /// Whether the average of the last round trips is above `max`.

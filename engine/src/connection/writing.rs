@@ -210,6 +210,11 @@ impl Connection {
         self.outbox.push_control(ControlFrame::ping(payload).as_bytes());
     }
 
+    /// Queues a control frame of the application; false if too many are queued already.
+    pub(crate) fn push_control(&mut self, frame: &ControlFrame) -> bool {
+        self.outbox.push_control_if_room(frame.as_bytes())
+    }
+
     /// Whether the next flush that gets through writes a ping; if so, whether bytes precede it that the
     /// client has not taken.
     pub(crate) fn ping_to_write(&self) -> Option<bool> {

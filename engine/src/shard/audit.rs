@@ -170,7 +170,12 @@ impl Shard {
             if !connection.has_socket() && pending > 0 {
                 wrong(format!("{} has no socket and something pending", connection.id()));
             }
-            if !connection.is_open() && connection.has_handler() && connection.is_idle() {
+            if !connection.is_open()
+                && connection.has_handler()
+                && connection.is_idle()
+                && !connection.is_delayed()
+                && !connection.drains()
+            {
                 wrong(format!("{} has ended, its handler is idle and was not released", connection.id()));
             }
             let (queued_bytes, overflow_bytes) = outbox.audit_bytes();

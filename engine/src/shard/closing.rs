@@ -29,6 +29,9 @@ impl Shard {
         if reason == CloseReason::HandlerPanicked {
             connection.stop_drop_notices();
         }
+        if connection.drains() {
+            return self.finish_draining(slot);
+        }
         if !connection.is_open() || !connection.stop_listening() {
             return;
         }
@@ -39,13 +42,34 @@ impl Shard {
     /// Decides the end of an open connection: it leaves every index at once, its client gets a Close frame,
     /// its handler is notified.
     pub(super) fn end(&mut self, slot: Slot, reason: CloseReason) {
+        self.decide_end(slot, reason, false);
+    }
+
+    /// Ends an open connection, and goes on passing the client's messages to the handler until the client's Close
+    /// frame arrives. The handler is notified of the end after that.
+    pub(super) fn end_and_drain(&mut self, slot: Slot, reason: CloseReason) {
+        self.decide_end(slot, reason, true);
+    }
+
+    /// The client sends no more to a connection that drains, or what it sends is not wanted any more.
+    pub(super) fn finish_draining(&mut self, slot: Slot) {
+        let Some(connection) = self.fanout.connections.get_mut(slot).filter(|found| found.drains()) else {
+            return;
+        };
+        let before = connection.unfinished_bytes();
+        connection.stop_draining();
+        self.count_unfinished(slot, before);
+        self.notify_closed(slot);
+    }
+
+    fn decide_end(&mut self, slot: Slot, reason: CloseReason, drains: bool) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if !connection.is_open() {
             return;
         }
         tracing::debug!(id = %connection.id(), %reason, "connection ended");
         self.fanout.unfinished_bytes -= connection.unfinished_bytes();
-        connection.begin_closing(reason.is_in_input());
+        connection.begin_closing(reason.is_in_input(), drains);
         connection.directory().remove_encoding(connection.encoding());
         self.fanout.unfinished_bytes += connection.unfinished_bytes();
         let is_readable = connection.is_readable();
@@ -201,7 +225,7 @@ impl Shard {
     /// Notifies the handler of the end, as soon as it is not busy.
     pub(super) fn notify_closed(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
-        if !connection.is_idle() || !connection.has_handler() {
+        if !connection.is_idle() || !connection.has_handler() || connection.drains() {
             return;
         }
         if self.notify_drops(slot) == Poll::Pending || !self.hand_held(slot) {
@@ -243,6 +267,7 @@ impl Shard {
         if connection.drop_socket() {
             self.fanout.refused -= 1;
         }
+        self.finish_draining(slot);
         let discarded = self.discard_all(slot);
         if let Some(stop) = &mut self.shutdown {
             stop.count(discarded == 0 && is_delivered);

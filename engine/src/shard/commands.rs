@@ -152,6 +152,12 @@ impl Shard {
                 }
                 self.end(slot, reason);
             }
+            Action::CloseAndListen { reason } => self.end_and_drain(slot, reason),
+            Action::Control(frame) if is_open => {
+                if connection.push_control(&frame) {
+                    self.fanout.mark_dirty(slot);
+                }
+            }
             Action::Inspect(on_metrics) => {
                 let (metrics, key) = (connection.metrics(), connection.directory().key());
                 self.call_back(key, || on_metrics(metrics));

@@ -15,7 +15,7 @@ use mio::Events;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Arrival, CallSite, Connection, NextHeld, Read};
-use crate::handler::{Context, Handler, Message};
+use crate::handler::{Context, Handler};
 use crate::id::Slot;
 use crate::limiter::Arrived;
 
@@ -95,7 +95,11 @@ impl Shard {
                     // Nothing is read now, but a socket that has failed need not be waited for. One that was
                     // closed must be: the messages before the close are still to be read.
                     if event.is_error() {
-                        self.end(slot, CloseReason::Transport(ErrorKind::ConnectionReset));
+                        if connection.drains() {
+                            self.drop_socket(slot);
+                        } else {
+                            self.end(slot, CloseReason::Transport(ErrorKind::ConnectionReset));
+                        }
                     }
                 }
             }
@@ -141,7 +145,7 @@ impl Shard {
                 continue;
             }
             match connection.read(&mut buffer[free..]) {
-                Read::Bytes(_) if !connection.is_open() => {} // sent after the end: ignored
+                Read::Bytes(_) if !connection.is_receiving() => {} // sent after the end: ignored
                 Read::Bytes(count) => {
                     connection.heard(self.fanout.now, count);
                     arrivals.push((*slot, free..free + count));
@@ -179,6 +183,8 @@ impl Shard {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if connection.is_lingering() {
             self.drop_socket(slot);
+        } else if connection.drains() && connection.is_caught_up() {
+            self.finish_draining(slot);
         } else if connection.is_open() && connection.is_caught_up() {
             // Before that a busy handler may still answer, and so may messages that are held for it.
             self.end_in_order(slot, CloseReason::Disconnected);
@@ -261,17 +267,14 @@ impl Shard {
                     continue;
                 }
             };
-            let message = held.pop();
-            if message.is_some() {
+            let input = held.pop();
+            if input.is_some_and(|input| input.is_message()) {
                 connection.count_received();
                 self.fanout.metrics.tally.received += 1;
             }
             let mut end = None;
-            if let Some((kind, payload)) = message {
-                let on_message = |handler: &mut dyn Handler, context: &mut Context<'_>| {
-                    handler.on_message(Message { kind, payload }, context)
-                };
-                (_, end) = self.run_handler(slot, on_message);
+            if let Some(input) = input {
+                (_, end) = self.run_handler(slot, |handler, context| input.pass_to(handler, context));
             }
             if let Some(connection) = self.fanout.connections.get_mut(slot) {
                 connection.give_back_held(held);
@@ -324,7 +327,7 @@ impl Shard {
     /// Continues with an idle handler: unreported drops, held messages, new ones.
     pub(super) fn go_on(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
-        if !connection.is_open() || !connection.has_socket() {
+        if !connection.is_receiving() || !connection.has_socket() {
             self.notify_closed(slot);
             return;
         }
@@ -371,11 +374,17 @@ impl Shard {
     /// arrived before the end. One that has panicked is not notified of drops either.
     pub(super) fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
-        if connection.is_over() {
-            let before = connection.unfinished_bytes();
-            connection.forget_held();
-            self.count_unfinished(slot, before);
+        if connection.is_over() || connection.drains() {
+            self.forget_held(slot);
         }
         self.end_in_order(slot, reason);
+    }
+
+    /// Drops the messages that wait for a handler.
+    pub(super) fn forget_held(&mut self, slot: Slot) {
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
+        let before = connection.unfinished_bytes();
+        connection.forget_held();
+        self.count_unfinished(slot, before);
     }
 }

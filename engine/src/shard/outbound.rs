@@ -160,9 +160,7 @@ impl Shard {
                 continue;
             }
             if reason == CloseReason::UnfinishedLimit {
-                let before = connection.unfinished_bytes();
-                connection.forget_held();
-                self.count_unfinished(slot, before);
+                self.forget_held(slot);
             } else {
                 self.drop_socket(slot);
             }

@@ -63,6 +63,11 @@ impl Shard {
             let closing_by = by.saturating_sub(plan.within / 2);
             let report = ShutdownReport::default();
             self.shutdown = Some(ShardShutdown { by, closing_by, is_quiet: false, closings: None, report });
+            let draining = self.fanout.connections.iter().filter(|connection| connection.drains());
+            for slot in draining.map(Connection::slot).collect::<Vec<_>>() {
+                self.forget_held(slot);
+                self.finish_draining(slot);
+            }
             for connection in self.fanout.connections.iter_mut() {
                 connection.pause();
                 if connection.is_delayed() {

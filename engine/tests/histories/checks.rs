@@ -23,6 +23,7 @@ impl History {
         for _ in 0..4 {
             self.settle();
         }
+        self.let_delayed_pass();
         self.check_groups();
         // All clients read and no handler is busy, so no job has to wait.
         for job in self.jobs.iter().filter(|job| !job.is_shutdown()) {
@@ -38,6 +39,19 @@ impl History {
         self.check_books();
         self.end_all();
         self.check_end();
+    }
+
+    /// Lets time pass until no message waits for its rate.
+    fn let_delayed_pass(&mut self) {
+        for _ in 0..1000 {
+            let audits = self.shards.iter().flatten().flat_map(|shard| shard.audit().connections);
+            if self.is_stopping || !audits.into_iter().any(|audit| audit.is_delayed) {
+                return;
+            }
+            self.now += ms(25);
+            self.settle();
+        }
+        self.fault("a message waits for its rate for ever".into());
     }
 
     /// Every end has a reason that this history has caused.
@@ -115,7 +129,8 @@ impl History {
             let number = number as u32;
             let Receipt { recipients, dropped, disconnected, .. } = receipt;
             let mut fault = |text: String| {
-                faults.push(format!("frame {number}: {receipt:?}, recipients {:?}: {text}", frame.recipients));
+                faults
+                    .push(format!("frame {number}: {receipt:?}, recipients {:?}: {text}", frame.recipients));
             };
             if recipients > frame.recipients.len() as u64 {
                 fault("too many".into());
@@ -132,8 +147,9 @@ impl History {
             let all_live = count(&|client| self.has_ended(client) || model.clients[client].id.is_none()) == 0;
             if all_live && !self.is_stopping {
                 let missing = count(&|client| !self.peers[client].heard.contains(&number));
-                let is_right =
-                    recipients == frame.recipients.len() as u64 && disconnected == 0 && missing == dropped.total();
+                let is_right = recipients == frame.recipients.len() as u64
+                    && disconnected == 0
+                    && missing == dropped.total();
                 if !is_right {
                     fault(format!("{missing} have not heard it"));
                 }
@@ -455,7 +471,8 @@ impl ClientCheck<'_> {
                 fault(format!("ended by {reason:?} and heard {heard:?}, more than {before:?}"));
             }
         }
-        let has_all = record.messages.len() as u32 == peer.said || record.has_enough;
+        let handled = record.messages.len() as u64 + record.rate_limited;
+        let has_all = handled == u64::from(peer.said) || record.has_enough;
         if is_peer && !history.is_stopping && !has_all {
             fault(format!("said {} before it closed, handled {:?}", peer.said, record.messages));
         }

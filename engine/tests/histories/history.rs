@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use shardcast_engine::{
     Address, AdoptError, Audit, CloseCode, ConnectionConfig, ConnectionId, Delivery, Encoding, Engine,
-    EngineConfig, GroupMetrics, Namespace, NewConnection, Policy, Publication, PublishError, RateLimit,
+    EngineConfig, GroupMetrics, Namespace, NewConnection, Policy, Publication, PublishError, Rate, RateLimit,
     Receipt, Shard, Shutdown, ShutdownReport,
 };
 use testkit::rig::is_readable;
@@ -353,6 +353,13 @@ impl History {
         let is_calm = self.random.one_in(2);
         let policy = self.policy();
         let random = &mut self.random;
+        let messages = Rate::per_second(random.of(&[40, 200, 1000])).with_burst(random.of(&[1, 3]));
+        let bytes = Rate::per_second(random.of(&[500, 20_000])).with_burst(random.of(&[20, 4000]));
+        let rate_limit = RateLimit {
+            messages: random.one_in(6).then_some(messages),
+            bytes: random.one_in(10).then_some(bytes),
+            ..RateLimit::default()
+        };
         let config = Arc::new(ConnectionConfig {
             outbox_frames: random.of(&[1, 2, 4, 16, 64, 1024]),
             outbox_bytes: random.of(&[1024, 4096, 30_000, 1 << 20]),
@@ -361,9 +368,11 @@ impl History {
             policy,
             max_message_bytes: random.of(&[200, 65_536]),
             max_fragments: random.of(&[3, 1024]),
-            rate_limit: RateLimit::default(),
+            rate_limit,
+            max_frame_bytes: 1 << 30,
+            accept_unmasked_frames: false,
             control_frames_per_second: if is_calm { 1000 } else { random.of(&[5, 200]) },
-            heartbeat_interval: if is_calm { ms(15_000) } else { random.of(&[ms(20), ms(100)]) },
+            heartbeat_interval: Some(if is_calm { ms(15_000) } else { random.of(&[ms(20), ms(100)]) }),
             pong_timeout: if is_calm { ms(10_000) } else { random.of(&[ms(15), ms(80), ms(300)]) },
             idle_timeout: if is_calm { None } else { random.of(&[None, Some(ms(60)), Some(ms(400))]) },
             max_connection_duration: if is_calm { None } else { random.of(&[None, None, Some(ms(250))]) },
