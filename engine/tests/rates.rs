@@ -227,6 +227,20 @@ fn a_client_that_must_keep_to_its_rate_is_closed_after_what_was_within_it() {
     assert_eq!(client.peer.close_text, "rate limit exceeded");
     let metrics = rig.engine.metrics();
     assert_eq!((metrics.ended_rate_limited, metrics.ended_protocol), (1, 0));
+
+    // Also if its handler was busy then.
+    let mut client = rig.connect();
+    for text in ["wait", "1", "2", "3"] {
+        client.peer.text(text);
+    }
+    rig.settle();
+    client.release();
+    rig.settle();
+    let record = client.record();
+    assert_eq!(
+        (record.calls, record.ends),
+        (["wait", "1", "2", "close"].map(str::to_owned).to_vec(), vec![CloseReason::RateLimited])
+    );
 }
 
 #[test]
@@ -273,40 +287,43 @@ fn a_delayed_client_counts_as_alive_and_not_as_idle() {
             pong_timeout: ms(200),
             idle_timeout: is_flooding.then_some(ms(900)),
             message_timeout: Some(ms(900)),
-            ..limited(messages(Rate::per_second(2), OverLimit::Delay))
+            ..limited(messages(Rate::new(1, ms(2000)), OverLimit::Delay))
         };
         let mut rig = Rig::one(config);
         let mut flooder = Flooder::new(rig.connect(), 1000);
         if !is_flooding {
-            flooder.client.peer.stream.write_all(&client_text("x").repeat(40)).unwrap();
+            flooder.client.peer.stream.write_all(&client_text("x").repeat(5)).unwrap();
         }
-        let end = rig.now + Duration::from_secs(19);
-        while rig.now < end {
+        let (began, mut handled_last) = (rig.now, rig.now);
+        while rig.now < began + Duration::from_secs(12) {
             if is_flooding {
                 flooder.flood();
             }
+            let before = flooder.handled();
             rig.pass(ms(20));
+            if flooder.handled() > before {
+                handled_last = rig.now;
+            }
             for received in flooder.client.peer.receive() {
                 if let Received::Ping(nonce) = received {
                     // Behind what the kernel has not taken, if it takes nothing.
-                    let pong = client_frame(0x8A, &nonce);
-                    if is_flooding {
-                        flooder.unsent.extend(pong);
-                    } else {
-                        flooder.client.peer.stream.write_all(&pong).unwrap();
-                    }
+                    flooder.unsent.extend(client_frame(0x8A, &nonce));
                 }
             }
-        }
-        assert_eq!(flooder.client.record().ends, [], "flooding: {is_flooding}");
-        assert!((38..=40).contains(&flooder.handled()), "{}", flooder.handled());
-        if !is_flooding {
-            // All are handled by now, and from then on silence is its own.
-            for _ in 0..100 {
-                rig.pass(ms(20));
-                let _ = flooder.client.peer.receive_and_answer();
+            let count = flooder.client.peer.send_some(&flooder.unsent);
+            flooder.unsent.drain(..count);
+            if !flooder.client.record().ends.is_empty() {
+                break;
             }
-            assert_eq!(flooder.client.record().ends, [CloseReason::IdleTimeout]);
+        }
+        let record = flooder.client.record();
+        if is_flooding {
+            assert_eq!((record.ends, record.messages.len()), (vec![], 6));
+        } else {
+            // From when the last one was handled, silence is its own.
+            assert_eq!((record.ends, record.messages.len()), (vec![CloseReason::IdleTimeout], 5));
+            let silent = rig.now - handled_last;
+            assert!((ms(880)..ms(1000)).contains(&silent), "{silent:?} after its last message was handled");
         }
     }
 }
@@ -441,6 +458,20 @@ fn a_client_that_is_delayed_all_the_time_has_few_reminders() {
         assert!(audit.reminders <= 3, "{} reminders", audit.reminders);
     }
     assert!(flooder.handled() > 390, "{}", flooder.handled());
+    // And one that is delayed again and again, with pauses.
+    let mut rig = Rig::one(limited(messages(Rate::per_second(20).with_burst(1), OverLimit::Delay)));
+    let mut client = rig.connect();
+    for round in 1..=130 {
+        client.peer.stream.write_all(&client_text("x").repeat(2)).unwrap();
+        rig.settle();
+        for _ in 0..4 {
+            rig.pass(ms(25));
+            let _ = client.peer.receive_and_answer();
+        }
+        assert_eq!(client.record().messages.len(), 2 * round);
+        let reminders = rig.shards[0].audit().reminders;
+        assert!(reminders <= 5, "{reminders} reminders after {round} delays");
+    }
 }
 
 // ---- Shared limits ----------------------------------------------------------------------------------------------
