@@ -13,7 +13,6 @@ use shardcast::{
     CodecError, Decode, Encode, Engine, EngineConfig, Hub, HubClient, HubContext, MessageKind,
     WebSocketUpgrade, WsHub, WsHubConfig, deserialize_bounded,
 };
-use tokio::sync::oneshot;
 
 /// MessagePack in binary messages, for every serde type.
 struct MessagePack;
@@ -66,21 +65,16 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let address = listener.local_addr()?;
     tokio::spawn(async move { axum::serve(listener, app).await });
 
-    let (answered, answer) = oneshot::channel();
-    let mut answered = Some(answered);
     let mut client = HubClient::builder(format!("ws://{address}/ws"))
         .with_in_message::<Reading>()
         .with_out_message::<Reading>()
         .with_codec::<MessagePack>()
         .build();
-    client.on_message(move |reading: Reading| {
-        if let Some(answered) = answered.take() {
-            answered.send(reading).ok();
-        }
-    });
     client.connect().await?;
     client.send(Reading { sensor: 7, celsius: 21.5 })?;
-    println!("{:?}", answer.await?);
+    if let Some(reading) = client.recv().await {
+        println!("{:?}", reading?);
+    }
     client.disconnect().await;
     Ok(())
 }

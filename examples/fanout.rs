@@ -11,6 +11,7 @@
 //! - `/echo`: the same, to the sender only
 //! - `/group/{name}`: joins the group on connect; each message is broadcast to the group
 //! - `/raw`: each message is returned unchanged, text as text and binary as binary
+//! - `/socket`: the same, by a task with a socket of its own (`shardcast::ws`)
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -24,7 +25,7 @@ use axum::routing::any;
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, OverLimit, Rate, RawCodec, RawMessage,
-    Refusal, WebSocketUpgrade, WsHub, WsHubConfig,
+    Refusal, WebSocketUpgrade, WsHub, WsHubConfig, ws,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -89,8 +90,18 @@ impl WsHub for Raw {
     }
 }
 
+async fn return_all(mut socket: ws::WebSocket) {
+    while let Some(Ok(message)) = socket.recv().await {
+        let is_message = matches!(message, ws::Message::Text(_) | ws::Message::Binary(_));
+        if is_message && socket.send(message).await.is_err() {
+            return;
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Hubs {
+    engine: Engine,
     all: Hub<All>,
     echo: Hub<Echo>,
     group: Hub<Group>,
@@ -181,6 +192,7 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     let Options { port, engine, hub } = options()?;
     let engine = Engine::start(engine)?;
     let hubs = Hubs {
+        engine: engine.clone(),
         all: engine.hub(hub.clone())?,
         echo: engine.hub(hub.clone())?,
         group: engine.hub(hub.clone())?,
@@ -192,11 +204,15 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     let group = async |ws: WebSocketUpgrade, Path(name): Path<String>, State(hubs): State<Hubs>| {
         ws.serve(&hubs.group, Group { name })
     };
+    let socket = async |ws: ws::WebSocketUpgrade, State(hubs): State<Hubs>| {
+        ws.engine(&hubs.engine).on_upgrade(return_all)
+    };
     let app = Router::new()
         .route("/ws", any(all))
         .route("/echo", any(echo))
         .route("/group/{name}", any(group))
         .route("/raw", any(raw))
+        .route("/socket", any(socket))
         .with_state(hubs);
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
     println!("ready");

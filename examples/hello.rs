@@ -9,7 +9,6 @@ use axum::extract::State;
 use axum::routing::get;
 use serde::{Deserialize, Serialize};
 use shardcast::{HubClient, HubContext, JsonCodec, WebSocketUpgrade, WsHub, WsHubConfig, serve_hub};
-use tokio::sync::oneshot;
 
 #[derive(Serialize, Deserialize)]
 struct HelloMessage {
@@ -68,21 +67,16 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let app = hello_router().with_state(AppState { greeting: "hello" });
     tokio::spawn(async move { axum::serve(listener, app).await });
 
-    let (answered, answer) = oneshot::channel();
-    let mut answered = Some(answered);
     let mut client = HubClient::builder(format!("ws://{address}/ws"))
         .with_in_message::<HelloMessage>()
         .with_out_message::<HelloReply>()
         .with_codec::<JsonCodec>()
         .build();
-    client.on_message(move |reply: HelloReply| {
-        if let Some(answered) = answered.take() {
-            answered.send(reply).ok();
-        }
-    });
     client.connect().await?;
     client.send(HelloMessage { text: "world".into() })?;
-    println!("{:?}", answer.await?);
+    if let Some(reply) = client.recv().await {
+        println!("{:?}", reply?);
+    }
     // Sends a Close frame and waits for the server's.
     client.disconnect().await;
     Ok(())

@@ -6,6 +6,7 @@
 
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 use shardcast_engine::{CloseCode, ConnectionId, Position};
 
@@ -27,13 +28,24 @@ pub struct MessageContext<M, C> {
 pub(crate) struct Caller<M> {
     clients: Clients<M>,
     id: ConnectionId,
-    /// Made when it is first asked for: many hubs never do.
-    connection_id: OnceLock<Arc<str>>,
+    /// Boxed, because most connections have none.
+    user: Option<Box<Arc<str>>>,
+    /// Made when it is first asked for, and boxed: many hubs never do.
+    connection_id: OnceLock<Box<Arc<str>>>,
 }
 
 impl<M> Caller<M> {
-    pub(crate) fn new(clients: Clients<M>, id: ConnectionId) -> Self {
-        Self { clients, id, connection_id: OnceLock::new() }
+    pub(crate) fn new(clients: Clients<M>, id: ConnectionId, user: Option<Arc<str>>) -> Self {
+        Self { clients, id, user: user.map(Box::new), connection_id: OnceLock::new() }
+    }
+
+    /// The same caller, now that its user is known.
+    pub(crate) fn with_user(&self, user: Option<Arc<str>>) -> Self {
+        Self::new(self.clients.clone(), self.id, user)
+    }
+
+    pub(crate) fn clients(&self) -> &Clients<M> {
+        &self.clients
     }
 
     pub(crate) fn id(&self) -> ConnectionId {
@@ -41,7 +53,7 @@ impl<M> Caller<M> {
     }
 
     pub(crate) fn connection_id(&self) -> &Arc<str> {
-        self.connection_id.get_or_init(|| self.id.to_string().into())
+        self.connection_id.get_or_init(|| Box::new(self.id.to_string().into()))
     }
 }
 
@@ -78,6 +90,11 @@ impl<M, C> MessageContext<M, C> {
         self.caller.connection_id()
     }
 
+    /// The user of this connection, if it was [served](crate::Serve::user) with one.
+    pub fn user(&self) -> Option<&Arc<str>> {
+        self.caller.user.as_deref()
+    }
+
     /// All clients of the hub, for everything that has no short form here.
     pub fn clients(&self) -> &Clients<M> {
         &self.caller.clients
@@ -91,6 +108,21 @@ impl<M, C> MessageContext<M, C> {
     /// Ends this connection's membership of a group. The next message to the group does not reach it.
     pub async fn remove_from_group(&self, group: &str) {
         report(self.clients().leave(self.id(), group).await);
+    }
+
+    /// Changes the metadata that presence shows of this connection's user: see [`Clients::set_metadata`].
+    pub fn set_metadata<'a, T: serde::Serialize + ?Sized>(
+        &'a self,
+        metadata: &T,
+    ) -> impl Future<Output = ()> + Send + use<'a, T, M, C> {
+        let set = self.clients().set_metadata(self.id(), metadata);
+        async move { report(set.await) }
+    }
+
+    /// Sets when this connection expires, for instance when its token does: see
+    /// [`WsHub::on_expired`](crate::WsHub::on_expired) and [`Clients::expire_at`].
+    pub async fn expires_at(&self, at: SystemTime) {
+        report(self.clients().expire_at(self.id(), Some(at)).await);
     }
 
     /// Ends this connection, after what was sent to it before.

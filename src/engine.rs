@@ -36,8 +36,25 @@ pub struct Engine {
     inner: shardcast_engine::Engine,
     /// The runtime that the shards' threads have entered.
     runtime: Option<runtime::Id>,
-    /// The connections of [`ws`](crate::ws) that are no clients of a hub.
-    sockets: Namespace,
+    sockets: Sockets,
+}
+
+/// The connections of [`ws`](crate::ws) that are no clients of a hub, and their settings unless they have their own.
+#[derive(Debug, Clone)]
+pub(crate) struct Sockets {
+    pub(crate) namespace: Namespace,
+    pub(crate) config: Arc<ConnectionConfig>,
+}
+
+/// As Axum's sockets: 64 MiB in a message, 16 MiB in a frame, no pings.
+pub(crate) fn socket_config() -> ConnectionConfig {
+    ConnectionConfig {
+        max_message_bytes: 64 << 20,
+        max_frame_bytes: 16 << 20,
+        max_fragments: 1 << 20,
+        heartbeat_interval: None,
+        ..ConnectionConfig::default()
+    }
 }
 
 impl Engine {
@@ -53,7 +70,8 @@ impl Engine {
             let _entered = runtime.as_ref().map(runtime::Handle::enter);
             shard();
         })?;
-        let sockets = inner.namespace_named("shardcast::ws");
+        let namespace = inner.namespace_named("shardcast::ws");
+        let sockets = Sockets { namespace, config: Arc::new(socket_config()) };
         Ok(Self { inner, runtime: id, sockets })
     }
 
@@ -70,7 +88,7 @@ impl Engine {
         &self.inner
     }
 
-    pub(crate) fn sockets(&self) -> &Namespace {
+    pub(crate) fn sockets(&self) -> &Sockets {
         &self.sockets
     }
 

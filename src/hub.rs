@@ -5,22 +5,25 @@
 //! its engine alive. Knows clients. Does not know handlers, the upgrade or shards.
 
 use std::borrow::Cow;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::ops::ControlFlow;
-use std::pin::Pin;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 
 use shardcast_engine::{
     CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause,
-    GroupMetrics, Position,
+    GroupCount, GroupMetrics, Position,
 };
 use tokio::runtime;
+use tokio::sync::mpsc;
 
-use crate::clients::{Clients, Prepared, PublishError, Target};
+use crate::clients::{Clients, Prepared, PublishError, Target, WeakClients};
 use crate::codec::{CodecError, Decode, Encode};
 use crate::context::MessageContext;
 use crate::log_limit::Excerpt;
+use crate::presence::{PresenceChange, PresenceChanges, Present};
 
 /// Calls of `on_message_drop` before the shard's other connections have their turn.
 const DROPS_PER_TURN: u64 = 1000;
@@ -143,6 +146,76 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { self.on_disconnect(DisconnectRequest { connection_id, id, reason }).await }
     }
 
+    /// The connection's time has come: what [`Serve::expires_at`](crate::Serve::expires_at),
+    /// [`MessageContext::expires_at`] or [`Clients::expire_at`] has set. `Break` ends it (1008, "expired"). `Continue`
+    /// goes on, without an end unless another time is set; a hub may ask the client for a new token first and set a time
+    /// for its answer.
+    ///
+    /// Called between messages like every other method; if a method is pending for longer than
+    /// [`close_timeout`](crate::WsHubConfig::close_timeout), the connection ends without being asked.
+    ///
+    /// By default breaks.
+    fn on_expired(&self, context: HubContext<Self>) -> impl Future<Output = ControlFlow<()>> + Send {
+        drop(context);
+        async { ControlFlow::Break(()) }
+    }
+
+    /// Whether this connection may join a group: asked by [`try_join`](Self::try_join), for groups that clients name.
+    ///
+    /// By default allows every group.
+    ///
+    /// # Errors
+    /// A [`Refusal`], which `try_join` returns. The connection stays open, unless the hub closes it.
+    fn on_join(
+        &self,
+        context: &HubContext<Self>,
+        group: &str,
+    ) -> impl Future<Output = Result<(), Refusal>> + Send {
+        let _ = (context, group);
+        async { Ok(()) }
+    }
+
+    /// Makes this connection a member of a group if [`on_join`](Self::on_join) allows that. For groups whose names come
+    /// from clients; [`add_to_group`](MessageContext::add_to_group) asks nobody.
+    ///
+    /// ```
+    /// # use shardcast::{HubContext, JoinError, RawCodec, Refusal, WsHub, CloseCode};
+    /// struct Rooms { is_admin: bool }
+    ///
+    /// impl WsHub for Rooms {
+    ///     type Codec = RawCodec;
+    ///     type InMessage = String;
+    ///     type OutMessage = String;
+    ///
+    ///     async fn on_join(&self, _: &HubContext<Self>, group: &str) -> Result<(), Refusal> {
+    ///         if group.starts_with("admin/") && !self.is_admin {
+    ///             return Err(Refusal::new(CloseCode::POLICY_VIOLATION, "for admins only"));
+    ///         }
+    ///         Ok(())
+    ///     }
+    ///
+    ///     async fn on_message(&self, room: String, ctx: HubContext<Self>) {
+    ///         match self.try_join(&ctx, &room).await {
+    ///             Ok(_) => ctx.unicast(format!("you are in {room}")).await,
+    ///             Err(error) => ctx.unicast(format!("no: {error}")).await,
+    ///         }
+    ///     }
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// A refusal by `on_join`; as for [`Clients::join`].
+    fn try_join(
+        &self,
+        context: &HubContext<Self>,
+        group: &str,
+    ) -> impl Future<Output = Result<Position, JoinError>> + Send {
+        async move {
+            self.on_join(context, group).await?;
+            Ok(context.clients().join(context.id(), group).await?)
+        }
+    }
+
     /// Messages to this connection were dropped by its policy, or by that of a message
     /// ([`Target::policy`](crate::Target::policy)). Called between messages like every other method, before the next
     /// message and before [`on_disconnected`](Self::on_disconnected), once for each cause and group since the last
@@ -174,6 +247,43 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     fn on_rate_limited(&self, context: HubContext<Self>, messages: u64) -> impl Future<Output = ()> + Send {
         log_rate_limited(context.id(), messages);
         drop(context);
+        async {}
+    }
+
+    /// A user has joined or left a group, or the hub itself ([`PresenceChange::group`] is none): called once for each
+    /// change, and not for each client. For clients that were served with a [user](crate::Serve::user).
+    ///
+    /// A user has joined when the first of its clients has, and left when the last one has and none has come back within
+    /// [`presence_grace`](crate::WsHubConfig::presence_grace) (5 s by default), so a page that is reloaded is not
+    /// announced. For one user and group, `Joined` and `Left` alternate. Each change has a position in the order of all
+    /// messages, after the join or the leave, and changes are passed here one after the other in that order.
+    ///
+    /// ```
+    /// # use shardcast::{Clients, HubContext, JsonCodec, PresenceChange, PresenceKind, WsHub};
+    /// # struct Chat;
+    /// # impl WsHub for Chat {
+    /// #     type Codec = JsonCodec; type InMessage = String; type OutMessage = String;
+    /// #     async fn on_message(&self, _: String, _: HubContext<Self>) {}
+    /// async fn on_presence(clients: &Clients<String>, change: PresenceChange) {
+    ///     let Some(room) = &change.group else { return };
+    ///     let verb = if change.kind == PresenceKind::Joined { "joined" } else { "left" };
+    ///     let text = format!("{} {verb} the room", change.user);
+    ///     let _ = clients.to_group(room).publish(&text).await; // fails when the engine has ended
+    /// }
+    /// # }
+    /// ```
+    ///
+    /// Runs as one task on the tokio runtime from which the first client with a user was served, also under
+    /// [`RunOn::Shard`]. The next change waits until it has returned. While 1,024 wait, further ones wait in the engine,
+    /// where those that cancel each other out disappear; nothing else is lost. A panic is logged. When the engine ends,
+    /// nobody is announced as having left.
+    ///
+    /// By default does nothing.
+    fn on_presence(
+        clients: &Clients<Self::OutMessage>,
+        change: PresenceChange,
+    ) -> impl Future<Output = ()> + Send {
+        let _ = (clients, change);
         async {}
     }
 
@@ -224,6 +334,24 @@ pub(crate) fn log_rate_limited(id: ConnectionId, messages: u64) {
     tracing::debug!(%id, messages, "messages were dropped: the client exceeded its rate limit");
 }
 
+/// Calls `on_presence` for one change after the other. Ends with the hub's namespace.
+async fn pass_on_presence<H: WsHub>(
+    clients: WeakClients<H::OutMessage>,
+    mut changes: mpsc::Receiver<PresenceChange>,
+) {
+    while let Some(change) = changes.recv().await {
+        let Some(clients) = clients.upgrade() else { return };
+        let mut call = pin!(H::on_presence(&clients, change));
+        let result = poll_fn(|context| {
+            let polled = catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(context)));
+            polled.map_or_else(|_| Poll::Ready(Err(())), |polled| polled.map(Ok))
+        });
+        if result.await.is_err() {
+            tracing::error!(hub = std::any::type_name::<H>(), "a hub's `on_presence` panicked");
+        }
+    }
+}
+
 /// Why a hub does not serve a client: the code and the reason of the Close frame that the client gets.
 ///
 /// A code that may not be in a Close frame ([`CloseCode::is_valid_on_wire`]) is logged as an error, and the client gets
@@ -254,6 +382,18 @@ impl Refusal {
     pub(crate) fn into_close_reason(self) -> CloseReason {
         CloseReason::Application { code: self.code, text: self.reason }
     }
+}
+
+/// A connection did not join a group: see [`WsHub::try_join`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JoinError {
+    /// [`WsHub::on_join`] has refused it.
+    #[error("the group may not be joined: {}", .0.reason())]
+    Refused(#[from] Refusal),
+    /// The join was not carried out.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
 }
 
 /// Where the methods of a hub run: [`WsHub::RUN_ON`].
@@ -377,6 +517,16 @@ impl<H: WsHub> Hub<H> {
         self.clients.to_groups(groups)
     }
 
+    /// See [`Clients::to_user`].
+    pub fn to_user(&self, user: &str) -> Target<'_, H::OutMessage> {
+        self.clients.to_user(user)
+    }
+
+    /// See [`Clients::to_users`].
+    pub fn to_users(&self, users: &[&str]) -> Target<'_, H::OutMessage> {
+        self.clients.to_users(users)
+    }
+
     /// See [`Clients::to`].
     pub fn to(&self, id: ConnectionId) -> Target<'_, H::OutMessage> {
         self.clients.to(id)
@@ -478,13 +628,48 @@ impl<H: WsHub> Hub<H> {
     }
 
     /// See [`Clients::groups`].
-    pub fn groups(&self) -> Vec<(Arc<str>, usize)> {
+    pub fn groups(&self) -> Vec<GroupCount> {
         self.clients.groups()
     }
 
     /// See [`Clients::group_count`].
     pub fn group_count(&self) -> usize {
         self.clients.group_count()
+    }
+
+    /// See [`Clients::presence`].
+    ///
+    /// # Errors
+    /// As for [`Clients::presence`].
+    pub async fn presence(&self, group: &str) -> Result<Vec<Present>, PublishError> {
+        self.clients.presence(group).await
+    }
+
+    /// See [`Clients::presence_len`].
+    pub fn presence_len(&self, group: &str) -> usize {
+        self.clients.presence_len(group)
+    }
+
+    /// See [`Clients::presence_changes`].
+    pub fn presence_changes(&self) -> PresenceChanges {
+        self.clients.presence_changes()
+    }
+
+    /// See [`Clients::user_len`].
+    pub fn user_len(&self, user: &str) -> usize {
+        self.clients.user_len(user)
+    }
+
+    /// See [`Clients::users`].
+    pub fn users(&self) -> Vec<(Arc<str>, usize)> {
+        self.clients.users()
+    }
+
+    /// A client with a user is about to be served: from now on the hub is told of changes of presence.
+    pub(crate) fn observe_presence(&self) {
+        self.clients.observe_presence(|clients, changes| {
+            tokio::spawn(pass_on_presence::<H>(clients, changes));
+        });
     }
 
     /// See [`Clients::encode_failures`].

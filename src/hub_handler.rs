@@ -11,17 +11,22 @@ use std::future::Future;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context as TaskContext, Poll, Waker};
+use std::time::SystemTime;
 
-use shardcast_engine::{CloseCode, CloseReason, Context, DropNotice, Handler, MakeHandler, Message};
+use shardcast_engine::{
+    CloseCode, CloseReason, ConnectionConfig, Context, DropNotice, Handler, MakeHandler, Message, User,
+};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::codec::{CodecError, Decode};
+use crate::codec::{CodecError, Decode, RawCodec, RawMessage};
 use crate::context::{Caller, MessageContext};
-use crate::hub::{Dropped, Hub, HubContext, RunOn, WsHub};
+use crate::first_message::{Accepted, Check};
+use crate::hub::{Dropped, Hub, HubContext, Refusal, RunOn, WsHub};
+use crate::presence::{Metadata, MetadataError};
 
 /// The result of a hub's method: an error ends the connection for that reason.
 type Outcome = Result<(), Box<CloseReason>>;
@@ -29,17 +34,17 @@ type Outcome = Result<(), Box<CloseReason>>;
 type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
 pub(crate) struct HubHandler<H: WsHub> {
-    /// None while the handler is being dropped.
+    /// None while the handler is being dropped, and before it was made from the first message.
     hub: Option<Arc<H>>,
     caller: Arc<Caller<H::OutMessage>>,
     /// The method that is pending on the shard.
     task: Option<Task>,
     /// None where none of it is needed, because every idle connection has a handler.
-    overrides: Option<Box<Overrides>>,
+    overrides: Option<Box<Overrides<H>>>,
 }
 
 /// What most handlers do not need.
-struct Overrides {
+struct Overrides<H: WsHub> {
     /// The runtime that the connection was served from: the hub's methods use its timers, sockets and tasks. None if
     /// the shard's thread has entered it already.
     runtime: Option<Handle>,
@@ -48,6 +53,26 @@ struct Overrides {
     /// The runtime has shut down, which was logged.
     is_runtime_gone: bool,
     _done: DoneSignal,
+    /// For a hub that is made from the first message.
+    first: Option<First<H>>,
+}
+
+struct First<H: WsHub> {
+    /// None once it was called.
+    check: Option<Check<H>>,
+    config: Arc<ConnectionConfig>,
+    /// What the check has accepted.
+    made: Arc<OnceLock<Made<H>>>,
+}
+
+/// The hub, and the caller with its user.
+type Made<H> = (Arc<H>, Arc<Caller<<H as WsHub>::OutMessage>>);
+
+/// What handles a connection.
+pub(crate) enum Instance<H> {
+    Hub(H),
+    /// Made from the client's first message.
+    FirstMessage(Check<H>),
 }
 
 /// Dropped with the handler, which notifies `serve_hub` that the connection and its methods have ended.
@@ -63,22 +88,63 @@ struct AllocationPad {
 
 impl<H: WsHub> HubHandler<H> {
     /// Makes the handler when the connection has an id. `done` is dropped when `on_disconnected` has returned.
-    pub(crate) fn maker(handle: &Hub<H>, hub: H, runtime: Handle, done: DoneSignal) -> MakeHandler {
+    pub(crate) fn maker(
+        handle: &Hub<H>,
+        instance: Instance<H>,
+        runtime: Handle,
+        done: DoneSignal,
+        user: Option<Arc<str>>,
+    ) -> MakeHandler {
         let clients = handle.clients().clone();
         let runtime = (handle.runtime() != Some(runtime.id())).then_some(runtime);
-        let has_overrides = runtime.is_some() || H::RUN_ON != RunOn::Shard || done.is_some();
-        let overrides = has_overrides
-            .then(|| Box::new(Overrides { runtime, running: None, is_runtime_gone: false, _done: done }));
+        let (hub, check) = match instance {
+            Instance::Hub(hub) => (Some(hub), None),
+            Instance::FirstMessage(check) => (None, Some(check)),
+        };
+        let config = handle.config().clone();
+        let first = check.map(|check| First { check: Some(check), config, made: Arc::default() });
+        let has_overrides =
+            runtime.is_some() || H::RUN_ON != RunOn::Shard || done.is_some() || first.is_some();
+        let overrides = has_overrides.then(|| {
+            Box::new(Overrides { runtime, running: None, is_runtime_gone: false, _done: done, first })
+        });
         let pad = AllocationPad::default();
         Box::new(move |id| {
             let _pad = pad;
-            let (hub, caller) = (Some(Arc::new(hub)), Arc::new(Caller::new(clients, id)));
+            let (hub, caller) = (hub.map(Arc::new), Arc::new(Caller::new(clients, id, user)));
             Box::new(Self { hub, caller, task: None, overrides })
         })
     }
 
-    fn hub(&self) -> Arc<H> {
-        self.hub.clone().expect("it is taken by the drop only")
+    /// The hub; none before it was made from the first message.
+    fn hub(&mut self) -> Option<Arc<H>> {
+        if self.hub.is_none() {
+            let first = self.overrides.as_mut()?.first.as_mut()?;
+            let (hub, caller) = first.made.get()?;
+            (self.hub, self.caller) = (Some(hub.clone()), caller.clone());
+        }
+        self.hub.clone()
+    }
+
+    /// Makes the hub from the first message, and greets the client.
+    fn open_by(&mut self, check: Check<H>, first: RawMessage, context: &mut Context<'_>) -> Poll<()> {
+        let Some(First { config, made, .. }) =
+            self.overrides.as_ref().and_then(|overrides| overrides.first.as_ref())
+        else {
+            return Poll::Ready(());
+        };
+        let (config, made, caller) = (config.clone(), made.clone(), self.caller.clone());
+        let position = context.position();
+        let opening = async move {
+            let refuse = |refusal: Refusal| Box::new(refusal.into_close_reason());
+            let Accepted { hub, user, metadata, expires_at } = check(first).await.map_err(refuse)?;
+            let (hub, caller) = (Arc::new(hub), Arc::new(caller.with_user(user.clone())));
+            // Before the check's result is known to be whole: a hub that was made is told of the end.
+            let _ = made.set((hub.clone(), caller.clone()));
+            identify(&caller, user, metadata, expires_at, &config).await.map_err(refuse)?;
+            hub.on_connected(MessageContext::new(caller, position)).await.map_err(refuse)
+        };
+        self.begin(opening, context)
     }
 
     fn context(&self, context: &Context<'_>) -> HubContext<H> {
@@ -169,9 +235,40 @@ fn finish(outcome: Outcome, context: &mut Context<'_>) -> Poll<()> {
     Poll::Ready(())
 }
 
+/// Tells the engine who the client is.
+async fn identify<M>(
+    caller: &Caller<M>,
+    user: Option<Arc<str>>,
+    metadata: Option<Result<Metadata, MetadataError>>,
+    expires_at: Option<SystemTime>,
+    config: &ConnectionConfig,
+) -> Result<(), Refusal> {
+    let (clients, id) = (caller.clients(), caller.id());
+    if let Some(name) = user {
+        let user = match metadata.transpose() {
+            Ok(Some(metadata)) => User::new(name).with_metadata(metadata.into_bytes()),
+            Ok(None) => User::new(name),
+            Err(error) => {
+                tracing::error!(%id, error = &error as &dyn std::error::Error, "metadata cannot be kept (1011)");
+                return Err(Refusal::new(CloseCode::INTERNAL_ERROR, "metadata cannot be kept"));
+            }
+        };
+        if let Err(error) = clients.namespace().identify(id, user, config).await {
+            return Err(Refusal::new(CloseCode::POLICY_VIOLATION, error.to_string()));
+        }
+    }
+    if let Some(at) = expires_at
+        && let Err(error) = clients.expire_at(id, Some(at)).await
+    {
+        return Err(Refusal::new(CloseCode::TRY_AGAIN_LATER, error.to_string()));
+    }
+    Ok(())
+}
+
 impl<H: WsHub> Handler for HubHandler<H> {
     fn on_open(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let (hub, call) = (self.hub(), self.context(context));
+        let Some(hub) = self.hub() else { return Poll::Ready(()) };
+        let call = self.context(context);
         let connecting = async move {
             hub.on_connected(call).await.map_err(|refusal| Box::new(refusal.into_close_reason()))
         };
@@ -187,9 +284,17 @@ impl<H: WsHub> Handler for HubHandler<H> {
     }
 
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
+        let first = self.overrides.as_mut().and_then(|overrides| overrides.first.as_mut());
+        if let Some(check) = first.and_then(|first| first.check.take()) {
+            return match <RawCodec as Decode<RawMessage>>::decode(message.kind, message.payload) {
+                Ok(first) => self.open_by(check, first, context),
+                Err(_) => Poll::Ready(()), // a raw message is whatever arrives
+            };
+        }
+        let Some(hub) = self.hub() else { return Poll::Ready(()) };
+        let call = self.context(context);
         match <H::Codec as Decode<H::InMessage>>::decode(message.kind, message.payload) {
             Ok(message) => {
-                let (hub, call) = (self.hub(), self.context(context));
                 let handling = async move {
                     hub.on_message(message, call).await;
                     Ok(())
@@ -201,7 +306,6 @@ impl<H: WsHub> Handler for HubHandler<H> {
                     CodecError::WrongKind { .. } => CloseReason::WrongKind,
                     _ => CloseReason::Undecodable,
                 };
-                let (hub, call) = (self.hub(), self.context(context));
                 let asking = async move {
                     match hub.on_undecodable(call, error).await {
                         ControlFlow::Continue(()) => Ok(()),
@@ -214,7 +318,8 @@ impl<H: WsHub> Handler for HubHandler<H> {
     }
 
     fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Poll<()> {
-        let (hub, call) = (self.hub(), self.context(context));
+        let Some(hub) = self.hub() else { return Poll::Ready(()) };
+        let call = self.context(context);
         let dropped = Dropped { messages: notice.frames, cause: notice.cause, group: notice.group.clone() };
         let telling = async move {
             hub.on_dropped(call, dropped).await;
@@ -224,7 +329,8 @@ impl<H: WsHub> Handler for HubHandler<H> {
     }
 
     fn on_rate_limited(&mut self, messages: u64, context: &mut Context<'_>) -> Poll<()> {
-        let (hub, call) = (self.hub(), self.context(context));
+        let Some(hub) = self.hub() else { return Poll::Ready(()) };
+        let call = self.context(context);
         let telling = async move {
             hub.on_rate_limited(call, messages).await;
             Ok(())
@@ -232,12 +338,25 @@ impl<H: WsHub> Handler for HubHandler<H> {
         self.begin(telling, context)
     }
 
+    fn on_expired(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let Some(hub) = self.hub() else { return Poll::Ready(()) };
+        let call = self.context(context);
+        let asking = async move {
+            match hub.on_expired(call).await {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(Box::new(CloseReason::Expired)),
+            }
+        };
+        self.begin(asking, context)
+    }
+
     fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.go_on(context)
     }
 
     fn on_close(&mut self, reason: &CloseReason, context: &mut Context<'_>) -> Poll<()> {
-        let (hub, call, reason) = (self.hub(), self.context(context), reason.clone());
+        let Some(hub) = self.hub() else { return Poll::Ready(()) };
+        let (call, reason) = (self.context(context), reason.clone());
         let parting = async move {
             hub.on_disconnected(call, reason).await;
             Ok(())

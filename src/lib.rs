@@ -9,6 +9,7 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+pub mod auth;
 mod bridge;
 #[cfg(feature = "client")]
 pub mod client;
@@ -17,12 +18,15 @@ mod codec;
 mod context;
 mod default_engine;
 mod engine;
+mod first_message;
+pub mod handler;
 mod handshake;
 mod hub;
 mod hub_handler;
 mod log_limit;
 mod origin;
 mod peer_address;
+mod presence;
 mod serve;
 mod serve_hub;
 mod stateful_hub;
@@ -39,18 +43,23 @@ pub use codec::{
 };
 pub use context::MessageContext;
 pub use engine::Engine;
-pub use hub::{ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, Refusal, RunOn, WsHub};
+pub use first_message::Accepted;
+pub use hub::{
+    ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, JoinError, Refusal, RunOn, WsHub,
+};
 pub use origin::{AllowedOrigins, InvalidOrigin};
 pub use peer_address::{InvalidNetwork, TrustedProxies};
+pub use presence::{Metadata, MetadataError, PresenceChange, PresenceChanges, PresenceEvent, Present};
 pub use serve::{Serve, ServeError};
 pub use serve_hub::serve_hub;
 pub use shardcast_engine::ConnectionConfig as WsHubConfig;
 pub use shardcast_engine::Policy as BroadcastPolicy;
 pub use shardcast_engine::{
     AdoptError, CloseCode, CloseReason, ConfigError, ConnectionId, ConnectionMetrics, DropCause, Drops,
-    EngineConfig, EngineState, FrameError, GROUP_NAME_BYTES_MAX, GroupMetrics, InvalidCloseCode,
-    InvalidConnectionId, InvalidPosition, MessageKind, Metrics, OverLimit, Position, Rate, RateLimit,
-    Receipt, Rtt, SharedRateLimit, Shutdown, ShutdownReport, StartError, Tally, prepare_tcp,
+    EngineConfig, EngineState, FrameError, GROUP_NAME_BYTES_MAX, GroupCount, GroupMetrics, InvalidCloseCode,
+    InvalidConnectionId, InvalidPosition, METADATA_BYTES_MAX, MessageKind, Metrics, OverLimit, Position,
+    PresenceKind, Rate, RateLimit, Receipt, Rtt, SharedRateLimit, Shutdown, ShutdownReport, StartError,
+    Tally, USER_NAME_BYTES_MAX, UserLimit, prepare_tcp,
 };
 pub use stateful_hub::{Stateful, StatefulHub};
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

@@ -31,6 +31,8 @@ pub(crate) static NO_SUBPROTOCOL: LogLimit = LogLimit::new();
 pub(crate) static INVALID_CONFIG: LogLimit = LogLimit::new();
 /// A short form of a hub's context failed.
 pub(crate) static SHORT_FORM: LogLimit = LogLimit::new();
+/// A connection's handler failed.
+pub(crate) static HANDLER_FAILED: LogLimit = LogLimit::new();
 /// A text that should be a connection id is not one.
 pub(crate) static NO_ID: LogLimit = LogLimit::new();
 

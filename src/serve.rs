@@ -8,18 +8,23 @@ use std::collections::hash_map::RandomState;
 use std::fmt;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use shardcast_engine::{
-    AdoptError, CloseCode, ConfigError, ConnectionConfig, ConnectionPermit, Encoding, MakeHandler, Namespace,
-    NewConnection, PublishError, SharedRateLimit,
+    AdoptError, CloseCode, ConfigError, ConnectionConfig, ConnectionPermit, Encoding, FirstMessage,
+    MakeHandler, Namespace, NewConnection, PublishError, SharedRateLimit, USER_NAME_BYTES_MAX, User,
 };
 use tokio::runtime::Handle;
 
-use crate::hub::{Hub, WsHub};
-use crate::hub_handler::HubHandler;
+use crate::clients::instant_of;
+use crate::codec::RawMessage;
+use crate::first_message::{self, Accepted, check_of};
+use crate::hub::{Hub, Refusal, WsHub};
+use crate::hub_handler::{HubHandler, Instance};
 use crate::log_limit::{CONNECTION_LIMIT, INVALID_CONFIG, NOT_TAKEN_OVER, UPGRADE_RATE};
+use crate::presence::{Metadata, MetadataError};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
 /// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused
@@ -33,7 +38,46 @@ impl WebSocketUpgrade {
     /// The response that accepts the handshake and gives the connection to `hub`, with `instance` to handle it: the
     /// hub's value, or for a [`Stateful`](crate::Stateful) hub what is inside. Return it from the route's handler.
     pub fn serve<H: WsHub>(self, hub: &Hub<H>, instance: impl Into<H>) -> Serve<H> {
-        Serve { upgrade: self, hub: hub.clone(), instance: instance.into(), config: None, rate_limit: None }
+        Serve::new(self, hub, Instance::Hub(instance.into()), None)
+    }
+
+    /// The response that accepts the handshake, and makes the hub from the client's first message: for clients that say
+    /// who they are by a message, because they can send nothing with the handshake and a token must not be in the URL.
+    ///
+    /// Until `check` has accepted it, the connection is in no group, gets nothing, and no hook runs. `check` may take its
+    /// time, but the message must arrive within 10 s and have at most 8 KiB
+    /// ([`first_message_within`](Serve::first_message_within), [`first_message_bytes`](Serve::first_message_bytes));
+    /// otherwise the connection is closed with 1008 and 1009. Then [`on_connected`](WsHub::on_connected) runs. A
+    /// [`Refusal`] closes the connection with its code and reason, and no hook runs at all.
+    ///
+    /// ```
+    /// use axum::extract::State;
+    /// use shardcast::{Accepted, CloseCode, Hub, RawMessage, Refusal, Serve, WebSocketUpgrade};
+    /// # struct Chat { user: String }
+    /// # impl shardcast::WsHub for Chat {
+    /// #     type Codec = shardcast::RawCodec; type InMessage = String; type OutMessage = String;
+    /// #     async fn on_message(&self, _: String, _: shardcast::HubContext<Self>) {}
+    /// # }
+    /// # async fn verify(token: &str) -> Result<String, &'static str> { Ok(token.to_owned()) }
+    ///
+    /// async fn connect(ws: WebSocketUpgrade, State(chat): State<Hub<Chat>>) -> Serve<Chat> {
+    ///     ws.serve_first_message(&chat, async |first: RawMessage| {
+    ///         let RawMessage::Text(token) = first else {
+    ///             return Err(Refusal::new(CloseCode::UNSUPPORTED_DATA, "the first message must be a token"));
+    ///         };
+    ///         let user = verify(&token).await.map_err(|why| Refusal::new(CloseCode::POLICY_VIOLATION, why))?;
+    ///         Ok(Accepted::new(Chat { user: user.clone() }).user(user))
+    ///     })
+    /// }
+    /// ```
+    pub fn serve_first_message<H, A, C, Fut>(self, hub: &Hub<H>, check: C) -> Serve<H>
+    where
+        H: WsHub,
+        A: Into<Accepted<H>>,
+        C: FnOnce(RawMessage) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<A, Refusal>> + Send + 'static,
+    {
+        Serve::new(self, hub, Instance::FirstMessage(check_of(check)), Some(first_message::DEFAULT))
     }
 }
 
@@ -76,12 +120,52 @@ impl WebSocketUpgrade {
 pub struct Serve<H: WsHub> {
     upgrade: WebSocketUpgrade,
     hub: Hub<H>,
-    instance: H,
+    instance: Instance<H>,
     config: Option<Arc<ConnectionConfig>>,
     rate_limit: Option<SharedRateLimit>,
+    user: Option<Arc<str>>,
+    metadata: Option<Result<Metadata, MetadataError>>,
+    first_message: Option<FirstMessage>,
+    expires_at: Option<SystemTime>,
 }
 
 impl<H: WsHub> Serve<H> {
+    fn new(
+        upgrade: WebSocketUpgrade,
+        hub: &Hub<H>,
+        instance: Instance<H>,
+        first_message: Option<FirstMessage>,
+    ) -> Self {
+        let (hub, config, user, metadata, expires_at) = (hub.clone(), None, None, None, None);
+        Self { upgrade, hub, instance, config, user, metadata, first_message, expires_at, rate_limit: None }
+    }
+
+    /// The time for the [first message](WebSocketUpgrade::serve_first_message), from when a shard has the connection.
+    /// Default: 10 s. No effect for a connection that is served at once.
+    pub fn first_message_within(mut self, within: Duration) -> Self {
+        if let Some(first) = &mut self.first_message {
+            first.within = within;
+        }
+        self
+    }
+
+    /// The longest [first message](WebSocketUpgrade::serve_first_message), in bytes; at most
+    /// [`max_message_bytes`](crate::WsHubConfig::max_message_bytes). Default: 8 KiB. No effect for a connection that is
+    /// served at once.
+    pub fn first_message_bytes(mut self, max: usize) -> Self {
+        if let Some(first) = &mut self.first_message {
+            first.max_bytes = max;
+        }
+        self
+    }
+
+    /// When the connection expires, for instance when the client's token does: see [`WsHub::on_expired`], which by
+    /// default ends the connection (1008). Default: never. A hub's method changes it by
+    /// [`expires_at`](crate::MessageContext::expires_at).
+    pub fn expires_at(self, at: SystemTime) -> Self {
+        Self { expires_at: Some(at), ..self }
+    }
+
     /// Settings for this connection instead of the hub's: a [`WsHubConfig`](crate::WsHubConfig), or an `Arc` of one
     /// that several connections share.
     ///
@@ -124,6 +208,45 @@ impl<H: WsHub> Serve<H> {
     pub fn shared_rate_limit(self, limit: &SharedRateLimit) -> Self {
         Self { rate_limit: Some(limit.clone()), ..self }
     }
+
+    /// The user of this connection: a person or an account, by a name of at most
+    /// [`USER_NAME_BYTES_MAX`](crate::USER_NAME_BYTES_MAX) bytes (1,024); a longer one is answered with 400. Connections
+    /// of the same name are one user: reached by [`to_user`](crate::Clients::to_user), shown once by
+    /// [`presence`](crate::Clients::presence), and limited by
+    /// [`max_connections_per_user`](crate::WsHubConfig::max_connections_per_user).
+    ///
+    /// The name is believed: take it from a token or a session that you have checked, not from what the client says.
+    ///
+    /// ```
+    /// # use axum::extract::State;
+    /// # use shardcast::{Hub, Serve, WebSocketUpgrade, WsHub};
+    /// # struct Chat;
+    /// # impl WsHub for Chat {
+    /// #     type Codec = shardcast::RawCodec; type InMessage = String; type OutMessage = String;
+    /// #     async fn on_message(&self, _: String, _: shardcast::HubContext<Self>) {}
+    /// # }
+    /// # #[derive(serde::Serialize)]
+    /// # struct Profile { picture: &'static str }
+    /// # struct Session { user: String }
+    /// # impl<S: Sync> axum::extract::FromRequestParts<S> for Session {
+    /// #     type Rejection = ();
+    /// #     async fn from_request_parts(_: &mut http::request::Parts, _: &S) -> Result<Self, ()> { Err(()) }
+    /// # }
+    /// async fn connect(ws: WebSocketUpgrade, session: Session, State(chat): State<Hub<Chat>>) -> Serve<Chat> {
+    ///     ws.serve(&chat, Chat).user(session.user).metadata(&Profile { picture: "ada.png" })
+    /// }
+    /// ```
+    pub fn user(self, name: impl Into<Arc<str>>) -> Self {
+        Self { user: Some(name.into()), ..self }
+    }
+
+    /// What presence shows of the connection's user besides the name: any value that serde can serialize, at most
+    /// [`METADATA_BYTES_MAX`](crate::METADATA_BYTES_MAX) bytes of JSON (16 KiB); otherwise that is logged as an error and
+    /// the client gets a 500. Without a [user](Self::user) it is not used. A hub's method changes it by
+    /// [`set_metadata`](crate::MessageContext::set_metadata).
+    pub fn metadata<T: serde::Serialize + ?Sized>(self, metadata: &T) -> Self {
+        Self { metadata: Some(Metadata::new(metadata)), ..self }
+    }
 }
 
 impl<H: WsHub> fmt::Debug for Serve<H> {
@@ -134,20 +257,43 @@ impl<H: WsHub> fmt::Debug for Serve<H> {
 
 impl<H: WsHub> IntoResponse for Serve<H> {
     fn into_response(self) -> Response {
-        let Self { upgrade, hub, instance, config, rate_limit } = self;
+        let Self { upgrade, hub, instance, config, user, metadata, first_message, expires_at, rate_limit } =
+            self;
+        if user.as_ref().is_some_and(|user| user.len() > USER_NAME_BYTES_MAX) {
+            return (StatusCode::BAD_REQUEST, AdoptError::UserNameTooLong.to_string()).into_response();
+        }
+        let metadata = match metadata.transpose() {
+            Ok(metadata) => metadata,
+            Err(error) => {
+                if let Some(left_out) = INVALID_CONFIG.allows() {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::error!(
+                        error,
+                        left_out,
+                        "a connection was refused (500): its metadata cannot be kept"
+                    );
+                }
+                return (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response();
+            }
+        };
         let hub = match config.map_or_else(|| Ok(hub.clone()), |config| hub.with_config(config)) {
             Ok(hub) => hub,
             Err(error) => return refuse_config(&error),
         };
         let permit = match hub.host().admit(&upgrade) {
             Ok(permit) => permit,
-            Err(response) => return response,
+            Err(response) => return *response,
         };
         upgrade.on_upgrade(move |socket| async move {
             let mut permit = permit;
             let Ok(socket) = hub.host().count_late(&mut permit, socket) else { return };
-            let handler = HubHandler::maker(&hub, instance, Handle::current(), None);
-            if let Err(error) = hub.host().adopt(socket, handler, permit, rate_limit).await {
+            let handler = HubHandler::maker(&hub, instance, Handle::current(), None, user.clone());
+            let user = user.map(|user| match metadata {
+                Some(metadata) => User::new(user).with_metadata(metadata.into_bytes()),
+                None => User::new(user),
+            });
+            let arrival = Arrival { user, first_message, expires_at: expires_at.map(instant_of), rate_limit };
+            if let Err(error) = hub.adopt(socket, handler, permit, arrival).await {
                 error.log();
             }
         })
@@ -162,7 +308,29 @@ impl<H: WsHub> Hub<H> {
     /// A limit on connections (the client gets a Close frame with 1013), an engine that is stopping (1001), a socket
     /// that cannot be prepared (1011).
     pub async fn serve(&self, socket: WebSocket, instance: impl Into<H>) -> Result<(), ServeError> {
-        let instance = instance.into();
+        self.serve_open(socket, instance.into(), None).await
+    }
+
+    /// Like [`serve`](Self::serve), for a client of this [user](Serve::user).
+    ///
+    /// # Errors
+    /// As for `serve`; also a name that is too long and, where the oldest connections stay, a user who has as many as
+    /// [`max_connections_per_user`](crate::WsHubConfig::max_connections_per_user) (1008).
+    pub async fn serve_as(
+        &self,
+        socket: WebSocket,
+        instance: impl Into<H>,
+        user: impl Into<Arc<str>>,
+    ) -> Result<(), ServeError> {
+        self.serve_open(socket, instance.into(), Some(user.into())).await
+    }
+
+    async fn serve_open(
+        &self,
+        socket: WebSocket,
+        instance: H,
+        user: Option<Arc<str>>,
+    ) -> Result<(), ServeError> {
         if let Some(Err(_)) = socket.peer_address().map(|address| self.engine().count_upgrade(address)) {
             log_upgrade_rate("1013");
             ServeError::TooManyUpgrades.turn_away(socket);
@@ -177,8 +345,24 @@ impl<H: WsHub> Hub<H> {
                  it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
             );
         }
-        let handler = HubHandler::maker(self, instance, Handle::current(), None);
-        self.host().adopt(socket, handler, permit, None).await
+        let instance = Instance::Hub(instance);
+        let handler = HubHandler::maker(self, instance, Handle::current(), None, user.clone());
+        let arrival = Arrival { user: user.map(User::new), ..Arrival::default() };
+        self.adopt(socket, handler, permit, arrival).await
+    }
+
+    async fn adopt(
+        &self,
+        socket: WebSocket,
+        handler: MakeHandler,
+        permit: ConnectionPermit,
+        arrival: Arrival,
+    ) -> Result<(), ServeError> {
+        // A first message may tell a user, too.
+        if arrival.user.is_some() || arrival.first_message.is_some() {
+            self.observe_presence();
+        }
+        self.host().adopt_as(socket, handler, permit, arrival).await
     }
 
     /// Where this hub's connections go.
@@ -197,18 +381,16 @@ pub(crate) struct Host<'a> {
 
 impl Host<'_> {
     /// A permit for one more connection, or the response that tells the client why there is none.
-    pub(crate) fn admit(&self, upgrade: &WebSocketUpgrade) -> Result<ConnectionPermit, Response> {
+    pub(crate) fn admit(&self, upgrade: &WebSocketUpgrade) -> Result<ConnectionPermit, Box<Response>> {
         if let Some(Err(refused)) = upgrade.peer_address().map(|address| self.engine.count_upgrade(address)) {
             log_upgrade_rate("429");
             let seconds = refused.retry_after.as_secs_f64().ceil() as u64;
             let retry = [(header::RETRY_AFTER, HeaderValue::from(seconds))];
-            return Err((StatusCode::TOO_MANY_REQUESTS, retry, TOO_MANY_UPGRADES).into_response());
+            return Err(Box::new((StatusCode::TOO_MANY_REQUESTS, retry, TOO_MANY_UPGRADES).into_response()));
         }
         let Some(permit) = self.engine.admit(upgrade.peer_address()) else {
             self.log_connection_limit("503");
-            let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
-            let (_, why) = self.refusal().farewell();
-            return Err((StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response());
+            return Err(Box::new(too_many_connections(self.refusal().farewell().1)));
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
@@ -276,7 +458,17 @@ impl Host<'_> {
         socket: WebSocket,
         handler: MakeHandler,
         permit: ConnectionPermit,
-        rate_limit: Option<SharedRateLimit>,
+    ) -> Result<(), ServeError> {
+        self.adopt_as(socket, handler, permit, Arrival::default()).await
+    }
+
+    /// The same for a connection of which more is known, or less.
+    async fn adopt_as(
+        &self,
+        socket: WebSocket,
+        handler: MakeHandler,
+        permit: ConnectionPermit,
+        arrival: Arrival,
     ) -> Result<(), ServeError> {
         if self.engine.is_stopping() {
             ServeError::Stopping.turn_away(socket);
@@ -293,7 +485,19 @@ impl Host<'_> {
             RawSocket::Bridge(stream) => shardcast_engine::Socket::bridge(stream),
         };
         let encoding = Encoding::PLAIN;
-        let connection = NewConnection { socket, received, handler, config, encoding, permit, rate_limit };
+        let Arrival { user, first_message, expires_at, rate_limit } = arrival;
+        let connection = NewConnection {
+            socket,
+            received,
+            handler,
+            config,
+            encoding,
+            permit,
+            user,
+            first_message,
+            expires_at,
+            rate_limit,
+        };
         match self.namespace.adopt(connection).await {
             Ok(()) => {
                 spare.0 = None;
@@ -309,6 +513,16 @@ impl Host<'_> {
             }
         }
     }
+}
+
+/// What is known of a client when its connection is given to a shard.
+#[derive(Default)]
+struct Arrival {
+    user: Option<User>,
+    /// Set if its first message must say who it is.
+    first_message: Option<FirstMessage>,
+    expires_at: Option<Instant>,
+    rate_limit: Option<SharedRateLimit>,
 }
 
 /// A second descriptor of a socket that the engine may not adopt. Dropped with it, as a timeout around [`Hub::serve`] does
@@ -337,7 +551,7 @@ pub enum ServeError {
     #[error("the engine is stopping")]
     Stopping,
     /// The engine did not adopt it. The client got 1013 if too many publishers wait already, 1001 if the engine has
-    /// ended, 1011 otherwise.
+    /// ended, 1008 if its user has too many connections or too long a name, 1011 otherwise.
     #[error(transparent)]
     Adopt(#[from] AdoptError),
 }
@@ -354,6 +568,12 @@ impl ServeError {
             Self::Stopping | Self::Adopt(AdoptError::Refused(PublishError::Closed)) => {
                 (CloseCode::GOING_AWAY, "the server is stopping")
             }
+            Self::Adopt(AdoptError::TooManyConnectionsOfUser) => {
+                (CloseCode::POLICY_VIOLATION, "too many connections of this user")
+            }
+            Self::Adopt(AdoptError::UserNameTooLong) => {
+                (CloseCode::POLICY_VIOLATION, "the user's name is too long")
+            }
             Self::Adopt(_) => (CloseCode::INTERNAL_ERROR, "the connection could not be taken over"),
         }
     }
@@ -366,11 +586,19 @@ impl ServeError {
     pub(crate) fn log(&self) {
         if matches!(self, Self::Stopping) {
             tracing::debug!("a connection came while the engine was stopping (1001)");
+        } else if matches!(self, Self::Adopt(AdoptError::TooManyConnectionsOfUser)) {
+            tracing::debug!("a connection was refused (1008): its user has too many");
         } else if let Some(left_out) = NOT_TAKEN_OVER.allows() {
             let error = self as &dyn std::error::Error;
             tracing::warn!(error, left_out, "a connection was not taken over");
         }
     }
+}
+
+/// The response for a client that should try again later.
+pub(crate) fn too_many_connections(why: &'static str) -> Response {
+    let retry = [(header::RETRY_AFTER, HeaderValue::from(retry_after_seconds()))];
+    (StatusCode::SERVICE_UNAVAILABLE, retry, why).into_response()
 }
 
 /// The response for a connection whose settings are out of range.

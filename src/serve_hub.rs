@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::default_engine::default_engine;
 use crate::hub::{Hub, WsHub};
-use crate::hub_handler::HubHandler;
+use crate::hub_handler::{HubHandler, Instance};
 use crate::log_limit::INVALID_CONFIG;
 use crate::upgrade::WebSocket;
 
@@ -57,8 +57,8 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionC
         return;
     };
     let (sender, done) = oneshot::channel();
-    let handler = HubHandler::maker(&handle, hub, Handle::current(), Some(sender));
-    match host.adopt(socket, handler, permit, None).await {
+    let handler = HubHandler::maker(&handle, Instance::Hub(hub), Handle::current(), Some(sender), None);
+    match host.adopt(socket, handler, permit).await {
         Ok(()) => drop(done.await), // an error means that the handler was dropped, which is the end, too
         Err(error) => error.log(),
     }

@@ -9,11 +9,13 @@ use std::fmt;
 use std::future::Future;
 use std::ops::ControlFlow;
 
-use shardcast_engine::CloseReason;
+use shardcast_engine::{CloseReason, Position};
 use tokio::sync::Mutex;
 
+use crate::clients::Clients;
 use crate::codec::{CodecError, Decode, Encode};
-use crate::hub::{Dropped, HubContext, Refusal, RunOn, WsHub, log_rate_limited, log_undecodable};
+use crate::hub::{Dropped, HubContext, JoinError, Refusal, RunOn, WsHub, log_rate_limited, log_undecodable};
+use crate::presence::PresenceChange;
 
 /// An application's hub with its own state: a [`WsHub`] whose methods take `&mut self`, and which need not be `Sync`.
 ///
@@ -116,6 +118,52 @@ pub trait StatefulHub: Send + Sized + 'static {
         async {}
     }
 
+    /// The connection's time has come; see [`WsHub::on_expired`]. By default breaks, which ends the connection.
+    fn on_expired(
+        &mut self,
+        context: HubContext<Stateful<Self>>,
+    ) -> impl Future<Output = ControlFlow<()>> + Send {
+        drop(context);
+        async { ControlFlow::Break(()) }
+    }
+
+    /// Whether this connection may join a group: asked by [`try_join`](Self::try_join). By default allows every group.
+    ///
+    /// # Errors
+    /// A [`Refusal`], which `try_join` returns.
+    fn on_join(
+        &mut self,
+        context: &HubContext<Stateful<Self>>,
+        group: &str,
+    ) -> impl Future<Output = Result<(), Refusal>> + Send {
+        let _ = (context, group);
+        async { Ok(()) }
+    }
+
+    /// Makes this connection a member of a group if [`on_join`](Self::on_join) allows that; see [`WsHub::try_join`].
+    ///
+    /// # Errors
+    /// As for [`WsHub::try_join`].
+    fn try_join(
+        &mut self,
+        context: &HubContext<Stateful<Self>>,
+        group: &str,
+    ) -> impl Future<Output = Result<Position, JoinError>> + Send {
+        async move {
+            self.on_join(context, group).await?;
+            Ok(context.clients().join(context.id(), group).await?)
+        }
+    }
+
+    /// A user has joined or left a group, or the hub; see [`WsHub::on_presence`]. By default does nothing.
+    fn on_presence(
+        clients: &Clients<Self::OutMessage>,
+        change: PresenceChange,
+    ) -> impl Future<Output = ()> + Send {
+        let _ = (clients, change);
+        async {}
+    }
+
     /// The connection has ended; see [`WsHub::on_disconnected`]. By default logs at debug level.
     fn on_disconnected(
         &mut self,
@@ -161,12 +209,27 @@ impl<H: StatefulHub> WsHub for Stateful<H> {
         self.0.lock().await.on_undecodable(context, error).await
     }
 
+    async fn on_expired(&self, context: HubContext<Self>) -> ControlFlow<()> {
+        self.0.lock().await.on_expired(context).await
+    }
+
+    async fn on_join(&self, context: &HubContext<Self>, group: &str) -> Result<(), Refusal> {
+        self.0.lock().await.on_join(context, group).await
+    }
+
     async fn on_dropped(&self, context: HubContext<Self>, dropped: Dropped) {
         self.0.lock().await.on_dropped(context, dropped).await;
     }
 
     async fn on_rate_limited(&self, context: HubContext<Self>, messages: u64) {
         self.0.lock().await.on_rate_limited(context, messages).await;
+    }
+
+    fn on_presence(
+        clients: &Clients<H::OutMessage>,
+        change: PresenceChange,
+    ) -> impl Future<Output = ()> + Send {
+        H::on_presence(clients, change)
     }
 
     async fn on_disconnected(&self, context: HubContext<Self>, reason: CloseReason) {

@@ -40,6 +40,7 @@ use tokio::{
 
 pub use crate::handshake::UpgradeRejection;
 use crate::{
+    auth,
     bridge::bridge,
     handshake::{self, Answer, RequestHead},
     log_limit::{
@@ -271,9 +272,14 @@ impl WebSocketUpgrade {
     }
 
     /// Accepts the handshake: the response to return, and the socket that exists once the response has been sent.
-    pub(crate) fn accept(self) -> Result<(Response, PendingSocket), UpgradeRejection> {
+    pub(crate) fn accept(mut self) -> Result<(Response, PendingSocket), UpgradeRejection> {
         if let Some(refusal) = self.refusal {
             return Err(refusal);
+        }
+        // A browser whose token is the subprotocol after `bearer` fails the connection if none is selected.
+        if self.selected_protocol.is_none() {
+            self.selected_protocol =
+                self.requested_protocols.iter().find(|protocol| *protocol == auth::BEARER).cloned();
         }
         if self.selected_protocol.is_none()
             && !self.requested_protocols.is_empty()
@@ -345,7 +351,7 @@ impl fmt::Debug for WebSocketUpgrade {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("WebSocketUpgrade")
-            .field("requested_protocols", &self.requested_protocols)
+            // Not the requested subprotocols: one may be a token.
             .field("selected_protocol", &self.selected_protocol)
             .field("origin", &self.origin())
             .field("peer_address", &self.peer_address())
@@ -417,6 +423,11 @@ impl WebSocket {
     /// TLS and HTTP/2 without connect info, and on Unix sockets.
     pub fn peer_address(&self) -> Option<IpAddr> {
         self.peer_address
+    }
+
+    /// The remote address of the socket, if it is a TCP connection.
+    pub(crate) fn remote_address(&self) -> Option<SocketAddr> {
+        self.parts.as_ref().and_then(|parts| parts.socket.remote_address())
     }
 
     pub(crate) fn into_parts(mut self) -> WebSocketParts {
@@ -515,9 +526,9 @@ impl RawSocket {
     }
 
     /// The remote address, if there is one.
-    fn peer_address(&self) -> Option<IpAddr> {
+    fn remote_address(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(stream) => stream.peer_addr().ok().map(|address| address.ip()),
+            Self::Tcp(stream) => stream.peer_addr().ok(),
             Self::Unix(_) | Self::Bridge(_) => None,
         }
     }
@@ -604,7 +615,7 @@ impl PendingSocket {
         if verdict == Verdict::Unclear && read_ahead.is_empty() && socket.is_at_end() {
             return Err(UpgradeError::NotSent);
         }
-        let peer_address = self.peer_address.with_socket(socket.peer_address());
+        let peer_address = self.peer_address.with_socket(socket.remote_address().map(|address| address.ip()));
         let parts = Some(WebSocketParts { socket, read_ahead });
         Ok(WebSocket { parts, protocol: self.protocol, peer_address })
     }

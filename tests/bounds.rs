@@ -13,7 +13,6 @@ use shardcast::{
     TryPublishError, WsHubConfig,
 };
 use testkit::sender::DROP_AT_ONCE;
-use testkit::time::DAY;
 use testkit_hub::recording_hub::{number_of, numbered};
 use testkit_hub::{Client, HubFixture, RawClient, eventually, within_timeout};
 

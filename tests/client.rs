@@ -5,7 +5,10 @@
 use std::{
     error::Error as _,
     future::Future,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
@@ -63,7 +66,10 @@ async fn listen() -> (String, TcpListener) {
 }
 
 /// Reads to the end and gives back every message, the Close included.
-async fn everything(mut peer: Peer) -> Vec<Message> {
+async fn everything<T>(mut peer: WebSocketStream<T>) -> Vec<Message>
+where
+    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+{
     let mut messages = Vec::new();
     while let Some(Ok(message)) = peer.next().await {
         messages.push(message);
@@ -82,7 +88,7 @@ async fn echo(mut peer: Peer) {
 
 fn client<S, R, C>(url: String) -> HubClient<S, R, C>
 where
-    R: 'static,
+    R: Send + 'static,
     C: Encode<S> + Decode<R>,
 {
     HubClient::builder(url).with_in_message::<S>().with_out_message::<R>().with_codec::<C>().build()
@@ -102,7 +108,7 @@ where
     receiver
 }
 
-fn closes<R: 'static, S, C>(client: &mut HubClient<S, R, C>) -> mpsc::UnboundedReceiver<ClientClose>
+fn closes<R: Send + 'static, S, C>(client: &mut HubClient<S, R, C>) -> mpsc::UnboundedReceiver<ClientClose>
 where
     C: Encode<S> + Decode<R>,
 {
@@ -613,7 +619,7 @@ async fn a_server_that_breaks_the_protocol_is_told_so() {
         let mut closes = closes(&mut client);
         client.connect().await.unwrap();
         let close = within_timeout(closes.recv()).await;
-        assert!(matches!(close, Some(ClientClose::Lost(_))), "{bytes:?}: {close:?}");
+        assert!(matches!(close, Some(ClientClose::ProtocolViolation(_))), "{bytes:?}: {close:?}");
         assert_eq!(only_close(&within_timeout(server).await.unwrap()).0, code, "{bytes:?}");
     }
 }
@@ -626,6 +632,8 @@ async fn a_server_that_falls_silent_ends_the_connection_and_is_told() {
         .with_out_message::<String>()
         .with_codec::<RawCodec>()
         .with_silence_timeout(Duration::from_millis(200))
+        // The server would answer.
+        .with_ping_interval(None)
         .build();
     let mut closes = closes(&mut client);
     client.connect().await.unwrap();
@@ -775,7 +783,7 @@ async fn a_callback_can_answer_through_a_sender() {
 }
 
 #[tokio::test]
-async fn a_callback_that_panics_ends_the_connection_as_lost_and_the_server_is_told() {
+async fn a_callback_that_panics_ends_the_connection_and_the_server_is_told() {
     let (url, server) = server(|mut peer| async move {
         peer.send(Message::text("boo")).await.unwrap();
         everything(peer).await
@@ -786,9 +794,10 @@ async fn a_callback_that_panics_ends_the_connection_as_lost_and_the_server_is_to
     client.on_message(|_| panic!("a panic that this test expects"));
     client.connect().await.unwrap();
     let close = within_timeout(closes.recv()).await.unwrap();
-    assert_eq!(close.to_string(), "lost: a callback panicked");
+    assert!(matches!(close, ClientClose::CallbackPanicked), "{close:?}");
+    assert_eq!(close.to_string(), "a callback panicked");
     assert!(!client.is_connected());
-    assert_eq!(client.disconnect().await.unwrap().to_string(), "lost: a callback panicked");
+    assert!(matches!(client.disconnect().await, Some(ClientClose::CallbackPanicked)));
     assert_eq!(only_close(&within_timeout(server).await.unwrap()).0, 1011);
 }
 
@@ -944,6 +953,215 @@ async fn after_any_end_the_client_can_connect_again_and_its_senders_with_it() {
     server.await.unwrap();
 }
 
+#[tokio::test]
+async fn received_messages_are_awaited_in_order_with_errors_among_them_until_the_end() {
+    let (url, server) = server(|mut peer| async move {
+        for text in ["1", "?", "2"] {
+            peer.send(Message::text(text)).await.unwrap();
+        }
+        peer.close(Some(CloseFrame { code: CloseCode::Away, reason: "".into() })).await.unwrap();
+        everything(peer).await
+    })
+    .await;
+    let mut client = client::<u32, u32, JsonCodec>(url);
+    assert!(client.recv().await.is_none(), "not connected");
+    client.connect().await.unwrap();
+    let sender = client.sender();
+    assert_eq!(within_timeout(client.recv()).await.unwrap().unwrap(), 1);
+    let error = within_timeout(client.recv()).await.unwrap().unwrap_err();
+    assert_eq!(error.to_string(), "the payload cannot be decoded");
+    assert_eq!(within_timeout(client.recv()).await.unwrap().unwrap(), 2);
+    assert!(within_timeout(client.recv()).await.is_none());
+    assert_eq!(client.state().to_string(), "closed by the server with 1001");
+    assert!(!sender.is_connected());
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_application_that_does_not_read_stops_the_server_and_loses_nothing() {
+    const MESSAGES: usize = 1000;
+    let sent = Arc::new(AtomicUsize::new(0));
+    let (url, server) = server({
+        let sent = Arc::clone(&sent);
+        |mut peer| async move {
+            let padding = "x".repeat(64 * 1024);
+            for number in 0..MESSAGES {
+                peer.send(Message::text(format!("{number} {padding}"))).await.unwrap();
+                sent.store(number + 1, SeqCst);
+            }
+            everything(peer).await
+        }
+    })
+    .await;
+    let mut client = HubClient::builder(url)
+        .with_in_message::<String>()
+        .with_out_message::<String>()
+        .with_codec::<RawCodec>()
+        .with_inbox_messages(4)
+        // Bytes that wait in the kernel are not silence.
+        .with_silence_timeout(Duration::from_millis(100))
+        .build();
+    client.connect().await.unwrap();
+    let mut seen = usize::MAX;
+    while seen != sent.load(SeqCst) {
+        seen = sent.load(SeqCst);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    assert!(seen < MESSAGES, "the client has read 64 MB that nobody wanted");
+    let mut messages = client.take_messages().unwrap();
+    for expected in 0..MESSAGES {
+        let text = within_timeout(messages.next()).await.unwrap().unwrap();
+        assert_eq!(text.split(' ').next(), Some(&*expected.to_string()));
+    }
+    within_timeout(client.disconnect()).await;
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_full_inbox_does_not_keep_a_client_from_disconnecting() {
+    let (url, server) = server(|mut peer| async move {
+        for number in 0..20 {
+            peer.send(Message::text(number.to_string())).await.unwrap();
+        }
+        everything(peer).await
+    })
+    .await;
+    let mut client = HubClient::builder(url)
+        .with_in_message::<String>()
+        .with_out_message::<String>()
+        .with_codec::<RawCodec>()
+        .with_inbox_messages(2)
+        .with_disconnect_timeout(Duration::from_secs(60))
+        .build();
+    client.connect().await.unwrap();
+    assert_eq!(within_timeout(client.recv()).await.unwrap().unwrap(), "0");
+    assert!(matches!(within_timeout(client.disconnect()).await, Some(ClientClose::ByClient)));
+    // What had been received before is not lost.
+    assert_eq!(client.recv().await.unwrap().unwrap(), "1");
+    assert_eq!(only_close(&server.await.unwrap()).0, 1000);
+}
+
+#[tokio::test]
+async fn without_anybody_to_receive_messages_they_are_discarded() {
+    let (url, server) = server(|mut peer| async move {
+        for _ in 0..100 {
+            peer.send(Message::text("x".repeat(200_000))).await.unwrap();
+        }
+        peer.close(None).await.unwrap();
+        everything(peer).await
+    })
+    .await;
+    let mut client = raw_client(url);
+    let mut closes = closes(&mut client);
+    drop(client.take_messages());
+    client.connect().await.unwrap();
+    assert!(matches!(within_timeout(closes.recv()).await, Some(ClientClose::ByServer { code: 1005, .. })));
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_connects_over_a_stream_of_ones_own() {
+    let mut client = raw_client("ws://in.memory/ws".into());
+    for text in ["1", "2"] {
+        let (near, far) = tokio::io::duplex(4096);
+        let server = tokio::spawn(async move {
+            let mut peer = tokio_tungstenite::accept_async(far).await.unwrap();
+            while let Some(Ok(message)) = peer.next().await {
+                if message.is_text() {
+                    peer.send(message).await.unwrap();
+                }
+            }
+        });
+        client.connect_over(near).await.unwrap();
+        client.send(text.into()).unwrap();
+        assert_eq!(within_timeout(client.recv()).await.unwrap().unwrap(), text);
+        assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));
+        server.await.unwrap();
+    }
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_client_connects_over_a_unix_socket() {
+    let path = std::env::temp_dir().join(format!("shardcast-client-{}.sock", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    let listener = tokio::net::UnixListener::bind(&path).unwrap();
+    let server = tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut peer = tokio_tungstenite::accept_async(stream).await.unwrap();
+        peer.next().await.unwrap().unwrap()
+    });
+    let mut client = HubClient::builder("ws://localhost/ws")
+        .with_in_message::<String>()
+        .with_out_message::<String>()
+        .with_codec::<RawCodec>()
+        .with_connector({
+            let path = path.clone();
+            move || tokio::net::UnixStream::connect(path.clone())
+        })
+        .build();
+    client.connect().await.unwrap();
+    client.send("hello".into()).unwrap();
+    assert_eq!(within_timeout(server).await.unwrap(), Message::text("hello"));
+    std::fs::remove_file(path).unwrap();
+}
+
+/// A listener whose backlog is full, so that the kernel ignores further attempts; and what fills it.
+#[cfg(target_os = "linux")]
+async fn black_hole() -> (std::net::SocketAddr, impl Sized) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    socket.listen(0).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    let mut filling = Vec::new();
+    while let Ok(stream) = tokio::time::timeout(Duration::from_millis(500), TcpStream::connect(address)).await
+    {
+        filling.push(stream.unwrap());
+    }
+    (address, (socket, filling))
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn an_address_that_does_not_answer_does_not_keep_a_client_from_the_next() {
+    let (ignored, _filling) = black_hole().await;
+    let (url, server) = server(echo).await;
+    let answering = url.strip_prefix("ws://").unwrap().strip_suffix("/ws").unwrap().parse().unwrap();
+    let builder = |addresses: Vec<std::net::SocketAddr>| {
+        HubClient::builder("ws://chat.invalid/ws")
+            .with_in_message::<String>()
+            .with_out_message::<String>()
+            .with_codec::<RawCodec>()
+            .with_addresses(addresses)
+    };
+    let mut client = builder(vec![ignored]).with_connect_timeout(Duration::from_millis(500)).build();
+    assert!(matches!(client.connect().await, Err(ClientError::TimedOut)));
+    let mut client = builder(vec![ignored, answering]).build();
+    within_timeout(client.connect()).await.unwrap();
+    client.send("hello".into()).unwrap();
+    assert_eq!(within_timeout(client.recv()).await.unwrap().unwrap(), "hello");
+    within_timeout(client.disconnect()).await;
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_address_of_the_other_family_that_refuses_does_not_keep_a_client_from_the_next() {
+    let (url, server) = server(echo).await;
+    let answering: std::net::SocketAddr =
+        url.strip_prefix("ws://").unwrap().strip_suffix("/ws").unwrap().parse().unwrap();
+    // Refused, or unreachable on a machine without IPv6.
+    let refusing = std::net::SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, 1));
+    let mut client = HubClient::builder(url)
+        .with_in_message::<String>()
+        .with_out_message::<String>()
+        .with_codec::<RawCodec>()
+        .with_addresses([refusing, answering])
+        .build();
+    within_timeout(client.connect()).await.unwrap();
+    within_timeout(client.disconnect()).await;
+    server.await.unwrap();
+}
+
 /// A server with a certificate of its own making; needs the feature `client-tls`.
 #[cfg(feature = "client-tls")]
 #[tokio::test]
@@ -971,4 +1189,40 @@ async fn a_server_with_a_private_certificate_is_reached_over_tls_and_only_by_who
     client.send(said(1)).unwrap();
     assert!(matches!(client.disconnect().await, Some(ClientClose::ByClient)));
     assert!(server.await.unwrap().is_text());
+}
+
+/// The environment is a process's own, so this test runs itself in another one.
+#[cfg(feature = "client-tls-native")]
+#[tokio::test]
+async fn the_system_s_root_certificates_are_trusted_if_asked() {
+    const URL: &str = "SHARDCAST_TEST_URL";
+    let connect = async |url: String| {
+        let builder = HubClient::builder(url)
+            .with_in_message::<Event>()
+            .with_out_message::<Event>()
+            .with_native_roots();
+        within_timeout(builder.build().connect()).await
+    };
+    if let Ok(url) = std::env::var(URL) {
+        return connect(url).await.unwrap();
+    }
+    let tls = testkit_hub::tls::TlsPair::new(&[]);
+    let acceptor = tls.acceptor();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("wss://localhost:{}/ws", listener.local_addr().unwrap().port());
+    let server = tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        everything(tokio_tungstenite::accept_async(acceptor.accept(socket).await.unwrap()).await.unwrap())
+            .await
+    });
+    let roots = std::env::temp_dir().join(format!("shardcast-roots-{}.pem", std::process::id()));
+    std::fs::write(&roots, tls.certificate_pem()).unwrap();
+    let itself = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_system_s_root_certificates_are_trusted_if_asked"])
+        .envs([(URL, &*url), ("SSL_CERT_FILE", roots.to_str().unwrap())])
+        .output();
+    let output = within_timeout(itself).await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    std::fs::remove_file(roots).unwrap();
+    within_timeout(server).await.unwrap();
 }

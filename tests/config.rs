@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error, MapDeserializer};
 use serde_json::json;
-use shardcast::{BroadcastPolicy, EngineConfig, OverLimit, Rate, RateLimit, WsHubConfig};
+use shardcast::{BroadcastPolicy, EngineConfig, OverLimit, Rate, RateLimit, UserLimit, WsHubConfig};
 
 /// No field has its default. A new field must be added here, because the literal names them all.
 fn engine_config() -> EngineConfig {
@@ -40,9 +40,9 @@ fn hub_config(policy: BroadcastPolicy) -> WsHubConfig {
         overflow_bytes: 4,
         stall_timeout: None,
         max_message_bytes: 5,
-        max_fragments: 6,
-        max_frame_bytes: 9,
+        max_frame_bytes: 11,
         accept_unmasked_frames: true,
+        max_fragments: 6,
         control_frames_per_second: 7,
         rate_limit: RateLimit {
             messages: Some(Rate::per_second(11)),
@@ -56,6 +56,8 @@ fn hub_config(policy: BroadcastPolicy) -> WsHubConfig {
         message_timeout: Some(Duration::from_secs(3600)),
         max_connection_duration: Some(Duration::new(1, 1)),
         max_groups: 8,
+        max_connections_per_user: Some(UserLimit::NewestWins(9)),
+        presence_grace: Duration::from_millis(2500),
         close_timeout: Duration::from_nanos(1),
         __non_exhaustive: (),
     }

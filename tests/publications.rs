@@ -13,6 +13,8 @@ fn publications() -> Vec<Publication> {
         Publication::message(Address::group("lobby"), Payload::binary(&[0, 255])).except(&[id]),
         Publication::message(Address::groups(["a", "b"]), Payload::text("")).with_delivery(delivery),
         Publication::message(id, Payload::binary(b"")),
+        Publication::message(Address::user("lobby"), Payload::text("")),
+        Publication::message(Address::users(["ada", "bob"]), Payload::text("")),
         Publication::close(Address::group("a"), CloseCode::NORMAL, "bye").expect("it may be sent"),
     ]
 }
@@ -32,6 +34,8 @@ fn a_publication_can_be_written_and_read() {
     let text = serde_json::to_string(&publications()[1]).expect("it can be written");
     let expected = r#"{"to":{"group":"lobby"},"except":["0010000020000003"],"content":{"message":{"binary":[0,255]}},"delivery":{"policy":null}}"#;
     assert_eq!(text, expected);
+    let to_user = serde_json::to_value(&publications()[4]).expect("it can be written");
+    assert_eq!(to_user["to"], serde_json::json!({ "user": "lobby" }), "not the group of this name");
 }
 
 #[test]
@@ -48,4 +52,5 @@ fn what_could_not_be_made_cannot_be_read() {
         read(message, r#"{"policy":{"drop_message":{"timeout":"2h"}}}"#).expect_err("at most an hour");
     assert!(refused.contains("`timeout`"), "{refused}");
     assert!(read(message, r#"{"policy":"block","clas":1}"#).is_err(), "an unknown field");
+    assert!(read(r#"{"presence":null}"#, "{}").is_err(), "only shards announce changes of presence");
 }

@@ -44,7 +44,7 @@ where
     let for_route = engine.clone();
     let connect = move |ws: WebSocketUpgrade| async move {
         let ws = prepare(ws.engine(&for_route));
-        ws.on_upgrade(move |socket| serve(socket))
+        ws.on_upgrade(serve)
     };
     (Server::start(Router::new().route("/ws", any(connect))).await, engine)
 }

@@ -117,6 +117,9 @@ fn welcome(
         encoding: Encoding::PLAIN,
         permit,
         rate_limit: None,
+        user: None,
+        first_message: None,
+        expires_at: None,
     };
     block_on(everyone.adopt(connection))?;
     Ok(())

@@ -65,6 +65,17 @@ pub enum CloseReason {
     /// The connection joined more groups than [`max_groups`](crate::ConnectionConfig::max_groups).
     #[error("the connection joined too many groups")]
     TooManyGroups,
+    /// The user of the connection has a newer one, and the limit is
+    /// [`UserLimit::NewestWins`](crate::UserLimit::NewestWins) (1008).
+    #[error("replaced by a newer connection of the same user")]
+    Replaced,
+    /// The client sent no first message in time (1008), where one must
+    /// [open the connection](crate::NewConnection::first_message).
+    #[error("no first message in time")]
+    NoFirstMessage,
+    /// The connection expired (1008): what had authenticated the client is valid no longer.
+    #[error("the connection expired")]
+    Expired,
     /// The client sent too many control frames.
     #[error("too many control frames within a second")]
     ControlFlood,
@@ -132,6 +143,9 @@ impl CloseReason {
             Self::BacklogLimit => "backlog_limit",
             Self::UnfinishedLimit => "unfinished_limit",
             Self::TooManyGroups => "too_many_groups",
+            Self::Replaced => "replaced",
+            Self::NoFirstMessage => "no_first_message",
+            Self::Expired => "expired",
             Self::ControlFlood => "control_flood",
             Self::RateLimited => "rate_limited",
             Self::Application { .. } => "application",
@@ -160,6 +174,9 @@ impl CloseReason {
             Self::HighRtt => (CloseCode::TRY_AGAIN_LATER, "round trips too slow"),
             Self::UnfinishedLimit => (CloseCode::TRY_AGAIN_LATER, "overloaded by unfinished messages"),
             Self::TooManyGroups => (CloseCode::POLICY_VIOLATION, "too many groups"),
+            Self::Replaced => (CloseCode::POLICY_VIOLATION, "replaced by a newer connection"),
+            Self::NoFirstMessage => (CloseCode::POLICY_VIOLATION, "no first message in time"),
+            Self::Expired => (CloseCode::POLICY_VIOLATION, "expired"),
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
             Self::RateLimited => (CloseCode::POLICY_VIOLATION, "rate limit exceeded"),
             Self::Application { code, text } => (*code, &**text),
@@ -174,7 +191,8 @@ impl CloseReason {
     pub fn should_reconnect(&self) -> bool {
         match self {
             Self::Protocol(_) | Self::Undecodable | Self::WrongKind => false,
-            Self::ControlFlood | Self::RateLimited | Self::TooManyGroups => false,
+            Self::ControlFlood | Self::RateLimited | Self::TooManyGroups | Self::Replaced => false,
+            Self::NoFirstMessage | Self::Expired => false,
             Self::Peer { code, .. } => code.is_none_or(|code| code != CloseCode::NORMAL),
             Self::Application { code, .. } => code.should_reconnect(),
             _ => true,

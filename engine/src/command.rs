@@ -4,6 +4,8 @@
 //! how they are executed.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -18,6 +20,7 @@ use crate::handler::MakeHandler;
 use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::payload::Payload;
+use crate::presence::{Present, User};
 use crate::publication::Delivery;
 use crate::rate::SharedRateLimit;
 use crate::receipt::Ticket;
@@ -29,6 +32,13 @@ use crate::socket::Socket;
 pub(crate) enum Command {
     Adopt(Box<Adoption>),
     Ask(Box<Query>),
+    /// Something may have to be announced of a user in a group. From shard to shard.
+    Watch {
+        group: Arc<Group>,
+        user: Arc<str>,
+    },
+    /// There are more of these than are kept. From shard to shard.
+    WatchAll(Arc<Directory>),
     For {
         id: ConnectionId,
         /// An id of another namespace matches no connection here.
@@ -53,6 +63,13 @@ pub(crate) enum Answer {
     Metrics(Arc<dyn Fn(GroupMetrics) + Send + Sync>),
     /// Which of them are open.
     Members(Arc<dyn Fn(Vec<ConnectionId>) + Send + Sync>),
+    /// The users who are present in a group, by its name, or among everyone. The last shard to get there answers for
+    /// all.
+    Presence {
+        group: Option<Arc<str>>,
+        shards_left: Arc<AtomicUsize>,
+        on_presence: Arc<dyn Fn(Vec<Present>) + Send + Sync>,
+    },
 }
 
 impl std::fmt::Debug for Query {
@@ -78,9 +95,13 @@ pub(crate) enum Action {
     CloseAndListen {
         reason: CloseReason,
     },
+    /// Gives a user to a connection that is opening.
+    Identify(Box<(User, PendingJoin)>),
+    ExpireAt(Option<Instant>),
     /// A ping or a pong.
-    Control(ControlFrame),
+    Control(Box<ControlFrame>),
     Inspect(Box<dyn FnOnce(ConnectionMetrics) + Send>),
+    SetMetadata(Arc<[u8]>),
     ListGroups(Box<dyn FnOnce(Vec<Arc<str>>) + Send>),
     /// Called if the connection is open and belongs to everyone.
     IfMember(Box<dyn FnOnce() + Send>),
@@ -94,12 +115,25 @@ impl std::fmt::Debug for Action {
             Self::Leave(_) => "Leave",
             Self::Close { .. } => "Close",
             Self::CloseAndListen { .. } => "CloseAndListen",
+            Self::Identify(_) => "Identify",
+            Self::ExpireAt(_) => "ExpireAt",
             Self::Control(_) => "Control",
             Self::Inspect(_) => "Inspect",
+            Self::SetMetadata(_) => "SetMetadata",
             Self::ListGroups(_) => "ListGroups",
             Self::IfMember(_) => "IfMember",
         })
     }
+}
+
+/// How long, and in how many bytes, a client may say who it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FirstMessage {
+    /// The time for its first message, from the adoption. After it the connection ends (1008).
+    pub within: Duration,
+    /// The longest first message, in bytes; at most the connection's `max_message_bytes`. A longer one ends the
+    /// connection (1009) as soon as its header has arrived.
+    pub max_bytes: usize,
 }
 
 /// A socket that a shard adopts.
@@ -114,6 +148,9 @@ pub(crate) struct Adoption {
     pub(crate) permit: ConnectionPermit,
     pub(crate) join: PendingJoin,
     pub(crate) rate_limit: Option<SharedRateLimit>,
+    pub(crate) user: Option<(User, PendingJoin)>,
+    pub(crate) first_message: Option<FirstMessage>,
+    pub(crate) expires_at: Option<Instant>,
 }
 
 impl std::fmt::Debug for Adoption {

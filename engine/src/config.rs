@@ -226,6 +226,15 @@ pub struct ConnectionConfig {
     /// Groups that a connection may be in at a time: 1 to 1,048,576. Default: 10,000. A connection that joins
     /// one more is ended (1008).
     pub max_groups: usize,
+    /// Connections that one user may have at a time, and what happens to one more: [`UserLimit`], from 1 to 65,536, or
+    /// none. Default: none. Connections without a user are not limited.
+    pub max_connections_per_user: Option<UserLimit>,
+    /// How long a user whose last connection has left a group (or the namespace) still counts as present: 0 to 1 hour.
+    /// Default: 5 s. A user who is back by then was neither announced as having left nor as having joined; 0 announces
+    /// at once. The setting of the connection that left last counts. At most 65,536 users in groups are waited for at
+    /// the same time on one shard; beyond that, those that have waited longest are announced early.
+    #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::presence_grace"))]
+    pub presence_grace: Duration,
     /// Time for the closing handshake, including what remains to be sent: 10 ms to 1 hour. Default: 5 s.
     /// After half of it the messages that still wait are discarded, so that the Close frame gets through;
     /// after all of it the socket is closed.
@@ -257,6 +266,8 @@ impl Default for ConnectionConfig {
             message_timeout: None,
             max_connection_duration: None,
             max_groups: 10_000,
+            max_connections_per_user: None,
+            presence_grace: Duration::from_secs(5),
             close_timeout: Duration::from_secs(5),
             __non_exhaustive: (),
         }
@@ -292,6 +303,9 @@ impl ConnectionConfig {
         }
         within("close_timeout", self.close_timeout, SHORTEST, Duration::from_secs(3600))?;
         within("max_groups", self.max_groups, 1, 1 << 20)?;
+        let per_user = self.max_connections_per_user.map_or(1, UserLimit::max);
+        within("max_connections_per_user", per_user, 1, 1 << 16)?;
+        within("presence_grace", self.presence_grace, Duration::ZERO, Duration::from_secs(3600))?;
         if let Some(timeout) = self.stall_timeout {
             within("stall_timeout", timeout, SHORTEST, Duration::from_secs(3600))?;
         }
@@ -306,6 +320,34 @@ impl ConnectionConfig {
             within("max_connection_duration", duration, SHORTEST, YEAR)?;
         }
         Ok(())
+    }
+}
+
+/// How many connections a user may have, and which of them remain at the limit.
+///
+/// The limit is exact, whichever shards the connections are on, and applies to the connection that arrives: its own
+/// setting counts. A connection counts from its adoption until its end is decided.
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum UserLimit {
+    /// At most this many connections; one more is refused with
+    /// [`AdoptError::TooManyConnectionsOfUser`](crate::AdoptError) (`shardcast` sends a Close frame with 1008). A page
+    /// that is reloaded may be refused if its old connection's end has not been noticed yet.
+    OldestStays(u32),
+    /// At most this many connections; one more is accepted, and the user's oldest connection is closed with
+    /// [`CloseReason::Replaced`](crate::CloseReason::Replaced) (1008, which does not invite the client to return). The
+    /// oldest is of those that were adopted under this kind of limit.
+    NewestWins(u32),
+}
+
+impl UserLimit {
+    /// The number of connections.
+    #[must_use]
+    pub fn max(self) -> u32 {
+        match self {
+            Self::OldestStays(max) | Self::NewestWins(max) => max,
+        }
     }
 }
 

@@ -35,6 +35,7 @@ use crate::limiter::Limiter;
 use crate::metrics::{ConnectionMetrics, Counts};
 use crate::outbox::{Bounds, Outbox};
 use crate::position::Position;
+use crate::presence::User;
 use crate::rate::SharedRateLimit;
 use crate::receipt::Origin;
 use crate::rendition::Encoding;
@@ -135,7 +136,30 @@ pub(crate) struct Connection {
     /// Is counted as congested in its groups.
     is_congested: bool,
     encoding: Encoding,
+    /// None for most connections.
+    user: Option<Box<ConnectionUser>>,
     _permit: ConnectionPermit,
+}
+
+/// The user of a connection.
+#[derive(Debug)]
+pub(crate) struct ConnectionUser {
+    pub(crate) user: User,
+    /// Lists it with the user's others, where the oldest of them is replaced at a limit.
+    pub(crate) listed: Option<Listed>,
+}
+
+/// Held by a connection until its end is decided.
+#[derive(Debug)]
+pub(crate) struct Listed {
+    pub(crate) id: ConnectionId,
+    pub(crate) group: Arc<Group>,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.group.forget_connection(self.id);
+    }
 }
 
 /// The context in which a shard calls a handler.
@@ -168,8 +192,19 @@ pub(crate) struct Ending {
 #[derive(Debug)]
 pub(crate) struct Opening {
     pub(crate) everyone: PendingJoin,
+    /// Its user, if it has one.
+    pub(crate) user: Option<PendingJoin>,
     /// `on_open` is done, and joining everyone is in the shard's list, after what the handler has sent.
     pub(crate) is_done: bool,
+    /// The first message has not arrived that opens the connection instead of `on_open`.
+    pub(crate) awaits: Option<Awaited>,
+}
+
+/// A first message that has not arrived.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Awaited {
+    pub(crate) by: Duration,
+    pub(crate) max_bytes: usize,
 }
 
 impl Connection {
@@ -218,6 +253,7 @@ impl Connection {
             is_congested: false,
             config,
             encoding,
+            user: None,
             _permit: permit,
         }
     }
@@ -240,6 +276,26 @@ impl Connection {
 
     pub(crate) fn encoding(&self) -> Encoding {
         self.encoding
+    }
+
+    pub(crate) fn user(&self) -> Option<&User> {
+        self.user.as_deref().map(|user| &user.user)
+    }
+
+    /// What its groups must know when it leaves them.
+    pub(crate) fn presence(&self) -> Option<(Arc<str>, Duration)> {
+        self.user().map(|user| (user.name.clone(), self.config.presence_grace))
+    }
+
+    /// Sets its user, once, at its adoption.
+    pub(crate) fn set_user(&mut self, user: ConnectionUser) {
+        self.user = Some(Box::new(user));
+    }
+
+    pub(crate) fn set_metadata(&mut self, metadata: Arc<[u8]>) {
+        if let Some(user) = &mut self.user {
+            user.user.metadata = Some(metadata);
+        }
     }
 
     pub(crate) fn has_socket(&self) -> bool {
@@ -376,6 +432,9 @@ impl Connection {
     pub(crate) fn begin_closing(&mut self, keeps_held: bool, drains: bool) {
         self.phase = Phase::Closing;
         drop(self.take_opening());
+        if let Some(user) = &mut self.user {
+            user.listed = None;
+        }
         if drains && self.intake == Intake::Open && !self.is_input_over {
             self.intake = Intake::Draining;
         } else {
@@ -457,6 +516,31 @@ impl Connection {
         }
     }
 
+    /// The first message that it waits for.
+    pub(crate) fn awaits(&self) -> Option<Awaited> {
+        self.opening().and_then(|opening| opening.awaits)
+    }
+
+    /// Whether its handler has handled the first message, so that its opening is done.
+    pub(crate) fn is_opened_by_message(&self) -> bool {
+        self.is_idle() && self.opening().is_some_and(|opening| !opening.is_done && opening.awaits.is_none())
+    }
+
+    /// Whether it is opening and has no user.
+    pub(crate) fn is_anonymous_and_opening(&self) -> bool {
+        self.user.is_none() && self.opening().is_some()
+    }
+
+    /// Sets when it expires.
+    pub(crate) fn expire_at(&mut self, at: Option<Duration>) {
+        self.heartbeat.expire_at(at);
+    }
+
+    /// Whether it has expired and its handler was not asked yet.
+    pub(crate) fn take_expired(&mut self) -> bool {
+        self.heartbeat.take_expired()
+    }
+
     pub(crate) fn begin_opening(&mut self, opening: Opening) {
         self.passage = Some(Box::new(Passage::Opening(opening)));
     }
@@ -506,6 +590,6 @@ mod tests {
     #[allow(clippy::print_stdout, reason = "`cargo test -- --nocapture` prints the number")]
     fn a_connection_costs_a_known_amount_of_memory() {
         println!("the state of a connection: {} bytes", size_of::<Connection>());
-        assert!(size_of::<Connection>() <= 312, "{} bytes", size_of::<Connection>());
+        assert!(size_of::<Connection>() <= 320, "{} bytes", size_of::<Connection>());
     }
 }

@@ -1,33 +1,59 @@
-//! The directory: what all threads can see of groups.
+//! The directory: what all threads can see of groups and users.
 //!
-//! Group name → shared entry, and in the entry: which shards have members, how many members there are, how
-//! many of them are congested. Publishers read it, the members' shards update it. The lists of members are in
-//! the shards. Guards of the concurrent map never leave a function of this file.
+//! Name → shared entry, and in the entry: which shards have members, how many members there are, how many of
+//! them are congested, which users they belong to. Publishers read it, the members' shards update it. The lists of
+//! members are in the shards. A user's connections are a group of their own kind: a user and a group of the same name
+//! never meet. Guards of the concurrent maps never leave a function of this file.
 //!
-//! An entry lives from the first `enter` to the last `exit`. The race between the two is decided by the
-//! member count: 0 changes to `CLOSED` once, and a thread that finds an entry closed makes a new one. So no
-//! member can be in an entry that nobody finds.
+//! An entry lives from the first `enter` to the last `exit`, and longer while users who have left it still count as
+//! present. The race between `enter` and `exit` is decided by the member count: 0 changes to `CLOSED` once, and a
+//! thread that finds an entry closed makes a new one. So no member can be in an entry that nobody finds.
+//!
+//! Locks: an entry's attendance is locked by shards when a connection *with a user* joins or leaves, and by queries; a
+//! limited user's list of connections when one of them opens or ends. No message takes a lock.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicU32, AtomicU64};
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Instant;
 
-use crate::id::GroupKey;
+use crate::attendance::{Attendance, Verdict};
+use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::EndedTally;
+use crate::presence::{PresenceKind, PresenceObserver, Present};
 use crate::rendition::{ENCODINGS_MAX, Encoding};
 
 const CLOSED: u64 = u64::MAX;
+/// A bit of the member count: users are present, so the entry must stay although it may have no members.
+const ATTENDED: u64 = 1 << 62;
+
+/// Users in groups that the shard which announces changes was told of and has not looked at yet, for each namespace.
+/// Beyond it that shard looks at all of them.
+const NEWS_MAX: usize = 65_536;
+
+/// What a name is the name of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Group,
+    User,
+}
 
 /// The shared entry of one group.
 #[derive(Debug)]
 pub(crate) struct Group {
     pub(crate) key: GroupKey,
     /// None for everyone, which is in no map and never closed.
-    name: Option<Arc<str>>,
+    name: Option<(Kind, Arc<str>)>,
     /// The directory that contains it, to find the entry that replaces this one.
     directory: Weak<Directory>,
-    /// Members on all shards, including those whose join has not been executed yet; or `CLOSED`.
+    /// Members on all shards, including those whose join has not been executed yet, and `ATTENDED`; or `CLOSED`.
     members: AtomicU64,
+    /// Users who are present; the number of those in `attendance`.
+    users: AtomicU32,
+    /// The users of its members. Not for a user.
+    attendance: OnceLock<Box<Mutex<Attendance>>>,
+    /// A user's connections under a limit that ends the oldest, the oldest first.
+    limited: OnceLock<Box<Mutex<Vec<ConnectionId>>>>,
     /// Members whose outbox is more than a quarter full; and of these, those whose policy is `Block`.
     congested: AtomicU32,
     blocking: AtomicU32,
@@ -42,13 +68,16 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    fn new(key: GroupKey, name: Option<Arc<str>>, directory: Weak<Directory>, shards: usize) -> Self {
+    fn new(key: GroupKey, name: Option<(Kind, Arc<str>)>, directory: Weak<Directory>, shards: usize) -> Self {
         let interest = (0..shards.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self {
             key,
             name,
             directory,
             members: AtomicU64::new(0),
+            users: AtomicU32::new(0),
+            attendance: OnceLock::new(),
+            limited: OnceLock::new(),
             congested: AtomicU32::new(0),
             blocking: AtomicU32::new(0),
             arriving: AtomicU32::new(0),
@@ -56,21 +85,46 @@ impl Group {
         }
     }
 
-    /// None for everyone.
+    /// The name of a group; none for everyone and for a user.
     pub(crate) fn name(&self) -> Option<&Arc<str>> {
-        self.name.as_ref()
+        self.name.as_ref().filter(|(kind, _)| *kind == Kind::Group).map(|(_, name)| name)
     }
 
-    fn try_enter(&self) -> bool {
+    fn is_user(&self) -> bool {
+        matches!(self.name, Some((Kind::User, _)))
+    }
+
+    /// Counts one more member, unless the entry is closed or has `max` members.
+    fn try_enter(&self, max: u64) -> Result<(), Refusal> {
         // AcqRel/Acquire: later callers see the count; the partner is `exit`.
-        self.members.fetch_update(AcqRel, Acquire, |count| (count != CLOSED).then(|| count + 1)).is_ok()
+        let one_more = |count: u64| (count != CLOSED && count & !ATTENDED < max).then(|| count + 1);
+        match self.members.fetch_update(AcqRel, Acquire, one_more) {
+            Ok(before) => {
+                if before & !ATTENDED == 0 {
+                    self.count_occupied(1);
+                }
+                Ok(())
+            }
+            Err(CLOSED) => Err(Refusal::Closed),
+            Err(_) => Err(Refusal::Full),
+        }
+    }
+
+    /// Adds to the number of groups that have members.
+    fn count_occupied(&self, change: isize) {
+        if self.name().is_some()
+            && let Some(directory) = self.directory.upgrade()
+        {
+            directory.occupied.fetch_add(change as usize, Relaxed); // Relaxed: a counter; it wraps around to subtract
+        }
     }
 
     /// The entry of the same name that has replaced this closed one, if there is one. At most one entry of a
     /// name is not closed, and that entry has all members.
     #[cold]
     fn successor(&self) -> Option<Arc<Group>> {
-        self.directory.upgrade()?.find(self.name.as_deref()?)
+        let (kind, name) = self.name.as_ref()?;
+        self.directory.upgrade()?.find(*kind, name)
     }
 
     /// Whether this entry is closed. Members that have joined since are in another one.
@@ -84,14 +138,105 @@ impl Group {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        matches!(self.members.load(Acquire), 0 | CLOSED)
+        self.len() == 0
     }
 
     /// Members on all shards now.
     pub(crate) fn len(&self) -> usize {
         match self.members.load(Acquire) {
             CLOSED => 0,
-            count => count as usize,
+            count => (count & !ATTENDED) as usize,
+        }
+    }
+
+    /// The directory that contains it; none while the namespace is being dropped.
+    pub(crate) fn directory(&self) -> Option<Arc<Directory>> {
+        self.directory.upgrade()
+    }
+
+    /// Users who are present.
+    pub(crate) fn users(&self) -> usize {
+        self.users.load(Relaxed) as usize // Relaxed: a counter
+    }
+
+    /// Everyone who is present, at one moment. Joins and leaves of the group wait meanwhile.
+    pub(crate) fn present(&self) -> Vec<Present> {
+        self.attendance.get().map_or_else(Vec::new, |attendance| lock(attendance).list())
+    }
+
+    /// Changes the attendance, and what follows from its size.
+    fn attend<T>(&self, change: impl FnOnce(&mut Attendance) -> T) -> T {
+        let attendance = self.attendance.get_or_init(Box::default);
+        let mut attendance = lock(attendance);
+        let was_empty = attendance.is_empty();
+        let result = change(&mut attendance);
+        self.users.store(attendance.len() as u32, Relaxed); // Relaxed: a counter, written under the lock only
+        match (was_empty, attendance.is_empty()) {
+            // A member has been counted, so the entry is not closed.
+            (true, false) => self.members.fetch_or(ATTENDED, AcqRel),
+            (false, true) => self.members.fetch_and(!ATTENDED, AcqRel),
+            _ => return result,
+        };
+        drop(attendance);
+        if let Some(directory) = self.directory.upgrade() {
+            directory.close_if_empty(self);
+        }
+        result
+    }
+
+    /// A connection of the user has joined; true if the watcher must be told. Called after the join is counted.
+    pub(crate) fn user_joins(&self, user: &Arc<str>, metadata: Option<Arc<[u8]>>, now: Instant) -> bool {
+        if self.is_user() {
+            return false;
+        }
+        let is_observed = self.directory.upgrade().is_some_and(|directory| directory.observation().is_some());
+        self.attend(|attendance| attendance.join(user, metadata, now, is_observed))
+    }
+
+    /// A connection of the user has left; true if the watcher must be told. Called before the leave is counted.
+    pub(crate) fn user_leaves(&self, user: &str, until: Instant) -> bool {
+        !self.is_user() && self.attend(|attendance| attendance.leave(user, until))
+    }
+
+    /// The watcher could not be told.
+    pub(crate) fn unwatch(&self, user: &str) {
+        self.attend(|attendance| attendance.unwatch(user));
+    }
+
+    /// Decides what the watcher must do about a user. `announce` is called under the lock, and returns whether the
+    /// change was announced.
+    pub(crate) fn look(&self, user: &str, now: Instant, announce: impl FnOnce(Change) -> bool) -> Look {
+        self.attend(|attendance| match attendance.look(user, now) {
+            Verdict::Settled => Look::Settled,
+            Verdict::Wait(until) => Look::Wait(until),
+            Verdict::Announce { kind, since, metadata } => {
+                if !announce(Change { kind, since, metadata }) {
+                    return Look::NoRoom;
+                }
+                attendance.announced(user, kind);
+                Look::Announced
+            }
+        })
+    }
+
+    pub(crate) fn set_metadata(&self, user: &str, metadata: &Arc<[u8]>) {
+        if let Some(attendance) = self.attendance.get() {
+            lock(attendance).set_metadata(user, metadata);
+        }
+    }
+
+    /// Adds a connection of this user, and returns those that it replaces: the oldest beyond `max`.
+    pub(crate) fn replace_oldest(&self, id: ConnectionId, max: usize) -> Vec<ConnectionId> {
+        let mut ids = lock(self.limited.get_or_init(Box::default));
+        ids.push(id);
+        let beyond = ids.len().saturating_sub(max);
+        ids.drain(..beyond).collect()
+    }
+
+    /// The end of this user's connection is decided.
+    pub(crate) fn forget_connection(&self, id: ConnectionId) {
+        if let Some(ids) = self.limited.get() {
+            lock(ids).retain(|other| *other != id);
         }
     }
 
@@ -119,7 +264,7 @@ impl Group {
     #[cfg(feature = "audit")]
     pub(crate) fn audit_counts(&self) -> (u64, u64, u64) {
         let (congested, blocking) = (self.congested.load(Relaxed), self.blocking.load(Relaxed));
-        (self.members.load(Relaxed), congested.into(), blocking.into())
+        (self.len() as u64, congested.into(), blocking.into())
     }
 
     #[cfg(feature = "audit")]
@@ -156,13 +301,78 @@ impl Group {
     }
 }
 
-/// The groups of one namespace.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why a member was not counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    Closed,
+    Full,
+}
+
+/// A change of presence to announce.
+#[derive(Debug)]
+pub(crate) struct Change {
+    pub(crate) kind: PresenceKind,
+    pub(crate) since: Instant,
+    pub(crate) metadata: Option<Arc<[u8]>>,
+}
+
+/// The watcher's next step for a user in a group.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Look {
+    Settled,
+    Wait(Instant),
+    Announced,
+    /// The change was not announced.
+    NoRoom,
+}
+
+/// Who is told of changes of presence.
+#[derive(Debug)]
+pub(crate) struct Observation {
+    pub(crate) observer: Box<dyn PresenceObserver>,
+    /// Changes in the log that the observer has not been told of.
+    pub(crate) in_flight: AtomicUsize,
+    /// Users in groups that the watcher has not looked at yet.
+    news: AtomicUsize,
+    /// There were more.
+    has_overflowed: AtomicBool,
+}
+
+impl Observation {
+    /// Counts a user of whom the watcher is told; false if there are too many, and it must look at all.
+    pub(crate) fn add_news(&self) -> bool {
+        // Relaxed: a bound that need not be exact; the queue orders what it counts.
+        let has_room = self.news.load(Relaxed) < NEWS_MAX;
+        self.news.fetch_add(has_room.into(), Relaxed);
+        has_room
+    }
+
+    /// The watcher has taken one of them.
+    pub(crate) fn take_news(&self) {
+        self.news.fetch_sub(1, Relaxed); // Relaxed: as above
+    }
+
+    /// There were too many of them; true if the watcher must be told to look at all.
+    pub(crate) fn overflows(&self) -> bool {
+        !self.has_overflowed.swap(true, AcqRel) // pairs with `watch_all`
+    }
+}
+
+/// The groups and users of one namespace.
 #[derive(Debug)]
 pub(crate) struct Directory {
     /// The namespace's name, for log lines.
     name: Arc<str>,
     everyone: Arc<Group>,
     groups: papaya::HashMap<Arc<str>, Arc<Group>>,
+    users: papaya::HashMap<Arc<str>, Arc<Group>>,
+    /// Groups that have members.
+    occupied: AtomicUsize,
+    observation: OnceLock<Observation>,
     next_key: Arc<AtomicU64>,
     /// Frames in flight to single connections that did not fit into the window.
     oversized: AtomicU32,
@@ -174,18 +384,60 @@ pub(crate) struct Directory {
 
 impl Directory {
     /// `next_key` is shared by all directories of an engine, so that keys are unique there.
-    pub(crate) fn new(name: &str, shards: usize, next_key: Arc<AtomicU64>) -> Self {
-        let everyone = Arc::new(Group::new(new_key(&next_key), None, Weak::new(), shards));
-        let (ended, oversized) = ((0..shards).map(|_| EndedTally::default()).collect(), AtomicU32::new(0));
-        Self {
-            name: name.into(),
-            everyone,
-            groups: papaya::HashMap::new(),
-            next_key,
-            oversized,
-            ended,
-            encodings: Default::default(),
+    pub(crate) fn new(name: &str, shards: usize, next_key: Arc<AtomicU64>) -> Arc<Self> {
+        Arc::new_cyclic(|directory| {
+            let everyone = Arc::new(Group::new(new_key(&next_key), None, directory.clone(), shards));
+            let (ended, oversized) =
+                ((0..shards).map(|_| EndedTally::default()).collect(), AtomicU32::new(0));
+            Self {
+                name: name.into(),
+                everyone,
+                groups: papaya::HashMap::new(),
+                users: papaya::HashMap::new(),
+                occupied: AtomicUsize::new(0),
+                observation: OnceLock::new(),
+                next_key,
+                oversized,
+                ended,
+                encodings: Default::default(),
+            }
+        })
+    }
+
+    /// The shard that watches the presence of users and announces its changes.
+    pub(crate) fn watcher(&self) -> usize {
+        self.key().0 as usize % self.ended.len()
+    }
+
+    pub(crate) fn observation(&self) -> Option<&Observation> {
+        self.observation.get()
+    }
+
+    /// Sets who is told of changes of presence; false if it was set before.
+    pub(crate) fn observe(&self, observer: Box<dyn PresenceObserver>) -> bool {
+        let observation = Observation {
+            observer,
+            in_flight: AtomicUsize::new(0),
+            news: AtomicUsize::new(0),
+            has_overflowed: AtomicBool::new(false),
+        };
+        self.observation.set(observation).is_ok()
+    }
+
+    /// Watches all users of whom a change must be announced, and that are not watched; returns them.
+    pub(crate) fn watch_all(&self) -> Vec<(Arc<Group>, Arc<str>)> {
+        if let Some(observation) = self.observation() {
+            // Before looking: what is not seen now is told again. Pairs with `overflows`.
+            observation.has_overflowed.swap(false, AcqRel);
         }
+        let mut groups: Vec<Arc<Group>> = self.groups.pin().values().cloned().collect();
+        groups.push(self.everyone.clone());
+        let mut found = Vec::new();
+        for group in groups.into_iter().filter(|group| group.attendance.get().is_some()) {
+            let users = group.attend(Attendance::watch_all);
+            found.extend(users.into_iter().map(|user| (group.clone(), user)));
+        }
+        found
     }
 
     /// The group of all connections; its key also identifies the namespace.
@@ -228,61 +480,98 @@ impl Directory {
 
     /// Counts one more connection, on `shard`.
     pub(crate) fn enter_everyone(self: &Arc<Self>, shard: usize) -> PendingJoin {
-        self.everyone.try_enter();
+        let entered = self.everyone.try_enter(u64::MAX);
+        debug_assert_eq!(entered, Ok(()), "everyone is never closed");
         self.everyone.add_interest(shard);
         PendingJoin { directory: self.clone(), group: self.everyone.clone(), arrived: false }
     }
 
-    pub(crate) fn find(&self, name: &str) -> Option<Arc<Group>> {
-        self.groups.pin().get(name).cloned()
+    fn map(&self, kind: Kind) -> &papaya::HashMap<Arc<str>, Arc<Group>> {
+        match kind {
+            Kind::Group => &self.groups,
+            Kind::User => &self.users,
+        }
     }
 
+    pub(crate) fn find(&self, kind: Kind, name: &str) -> Option<Arc<Group>> {
+        self.map(kind).pin().get(name).cloned()
+    }
+
+    /// The number of groups that have members.
     pub(crate) fn len(&self) -> usize {
-        self.groups.len()
+        self.occupied.load(Relaxed) // Relaxed: a counter
     }
 
-    /// Each group's name and number of members.
-    pub(crate) fn list(&self) -> Vec<(Arc<str>, usize)> {
-        let groups = self.groups.pin();
-        let all = groups.iter().map(|(name, group)| (name.clone(), group.len()));
-        all.filter(|(_, members)| *members > 0).collect()
+    /// The number of users who have connections.
+    pub(crate) fn user_count(&self) -> usize {
+        self.users.len()
+    }
+
+    /// Each group's or user's name, with the number of members and of users among them.
+    pub(crate) fn list(&self, kind: Kind) -> Vec<(Arc<str>, usize, usize)> {
+        let groups = self.map(kind).pin();
+        let all = groups.iter().map(|(name, group)| (name.clone(), group.len(), group.users()));
+        all.filter(|(_, members, _)| *members > 0).collect()
     }
 
     /// Counts one more member of `name`, on `shard`; makes the entry if there is none.
     pub(crate) fn enter(self: &Arc<Self>, name: &str, shard: usize) -> PendingJoin {
-        let groups = self.groups.pin();
+        let joined = self.enter_below(Kind::Group, name, shard, u64::MAX);
+        joined.expect("a group has no limit on its members")
+    }
+
+    /// Counts one more connection of a user, on `shard`; none if the user has `max` connections.
+    pub(crate) fn enter_user(self: &Arc<Self>, name: &str, shard: usize, max: u64) -> Option<PendingJoin> {
+        self.enter_below(Kind::User, name, shard, max)
+    }
+
+    fn enter_below(self: &Arc<Self>, kind: Kind, name: &str, shard: usize, max: u64) -> Option<PendingJoin> {
+        let groups = self.map(kind).pin();
         loop {
             let group = match groups.get(name) {
                 Some(group) => group.clone(),
                 None => {
                     let name: Arc<str> = name.into();
                     let (key, shards) = (new_key(&self.next_key), self.ended.len());
-                    let fresh = Group::new(key, Some(name.clone()), Arc::downgrade(self), shards);
+                    let fresh = Group::new(key, Some((kind, name.clone())), Arc::downgrade(self), shards);
                     let fresh = Arc::new(fresh);
                     groups.get_or_insert(name, fresh).clone()
                 }
             };
-            if group.try_enter() {
-                group.arriving.fetch_add(1, Relaxed); // Relaxed: visible to every thread that sees the join's return
-                group.add_interest(shard);
-                return PendingJoin { directory: self.clone(), group, arrived: false };
+            match group.try_enter(max) {
+                Ok(()) => {
+                    group.arriving.fetch_add(1, Relaxed); // Relaxed: visible to every thread that sees the join's return
+                    group.add_interest(shard);
+                    return Some(PendingJoin { directory: self.clone(), group, arrived: false });
+                }
+                Err(Refusal::Full) => return None,
+                Err(Refusal::Closed) => self.forget(&group),
             }
-            self.forget(&group);
         }
     }
 
     /// Counts one member less.
     pub(crate) fn exit(&self, group: &Arc<Group>) {
         let left = group.members.fetch_sub(1, AcqRel) - 1; // the partner is `try_enter`
-        let last = left == 0 && group.name.is_some();
-        if last && group.members.compare_exchange(0, CLOSED, Release, Relaxed).is_ok() {
+        if left & !ATTENDED == 0 {
+            group.count_occupied(-1);
+        }
+        if left == 0 {
+            self.close_if_empty(group);
+        }
+    }
+
+    /// Closes the entry if it has neither members nor users who are present.
+    fn close_if_empty(&self, group: &Group) {
+        if group.name.is_some() && group.members.compare_exchange(0, CLOSED, Release, Relaxed).is_ok() {
             self.forget(group);
         }
     }
 
-    fn forget(&self, group: &Arc<Group>) {
-        if let Some(name) = &group.name {
-            let _ = self.groups.pin().remove_if(name, |_, found| Arc::ptr_eq(found, group));
+    fn forget(&self, group: &Group) {
+        if let Some((kind, name)) = &group.name {
+            let is_it = |_: &Arc<str>, found: &Arc<Group>| std::ptr::eq(&**found, group);
+            let _ = self.map(*kind).pin().remove_if(name, is_it);
         }
     }
 }
@@ -342,7 +631,7 @@ mod tests {
     use super::*;
 
     fn directory() -> Arc<Directory> {
-        Arc::new(Directory::new("test", 70, Arc::new(AtomicU64::new(0))))
+        Directory::new("test", 70, Arc::new(AtomicU64::new(0)))
     }
 
     #[test]
@@ -356,9 +645,9 @@ mod tests {
         first.group().interested(|shard| shards.push(shard));
         assert_eq!(shards, [3, 69]);
         drop(first);
-        assert_eq!(directory.find("room").map(|group| group.len()), Some(1));
+        assert_eq!(directory.find(Kind::Group, "room").map(|group| group.len()), Some(1));
         drop(again);
-        assert!(directory.find("room").is_none() && directory.len() == 0);
+        assert!(directory.find(Kind::Group, "room").is_none() && directory.len() == 0);
         assert_ne!(directory.enter("room", 0).group().key, key);
     }
 
@@ -371,7 +660,7 @@ mod tests {
                 scope.spawn(move || {
                     for _ in 0..10_000 {
                         let join = directory.enter("room", shard);
-                        let found = directory.find("room").expect("a member is in it");
+                        let found = directory.find(Kind::Group, "room").expect("a member is in it");
                         assert!(Arc::ptr_eq(&found, join.group()));
                     }
                 });

@@ -15,7 +15,7 @@ use crate::beacon::Beacons;
 use crate::close_code::CloseCode;
 use crate::command::Command;
 use crate::config::EngineConfig;
-use crate::directory::Group;
+use crate::directory::{Directory, Group};
 use crate::entry::{Entry, Named, Target};
 use crate::handler::ResumeQueue;
 use crate::id::ConnectionId;
@@ -120,13 +120,38 @@ impl EngineCore {
                 }
             }
         }
-        // A shard that sleeps because no publication concerns it holds back the log's gate: wake it before
-        // the log is full.
+        self.wake_before_full(position);
+        Ok(self.position(position + 1))
+    }
+
+    /// Puts an entry into the log that concerns the calling shard only. It has no payload.
+    pub(crate) fn try_announce(&self, entry: Entry) -> Result<(), Refused<()>> {
+        let position = self.log.try_push(entry).map_err(|refused| refused.map(drop))?;
+        self.wake_before_full(position);
+        Ok(())
+    }
+
+    /// A shard that sleeps because no publication concerns it holds back the log's gate: wakes it before the log
+    /// is full.
+    fn wake_before_full(&self, position: u64) {
         let distance = (self.log.capacity() / 4).clamp(1, LAG_MAX);
-        if position % distance == 0 {
+        if position.is_multiple_of(distance) {
             self.wake_laggards(distance);
         }
-        Ok(self.position(position + 1))
+    }
+
+    /// Tells the shard that watches presence to look at a user in a group.
+    pub(crate) fn watch(&self, directory: &Arc<Directory>, group: Arc<Group>, user: Arc<str>) {
+        let Some(observation) = directory.observation() else { return };
+        let watcher = &self.mailboxes[directory.watcher()];
+        if observation.add_news() {
+            watcher.push_internal(Command::Watch { group, user });
+        } else {
+            group.unwatch(&user);
+            if observation.overflows() {
+                watcher.push_internal(Command::WatchAll(directory.clone()));
+            }
+        }
     }
 
     /// Wakes the shards that may have members now. Sees every join that returned before the log position was claimed.

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::directory::{Directory, Group};
+use crate::directory::{Directory, Group, Kind};
 use crate::id::GroupKey;
 use crate::log::Weigh;
 use crate::payload::Payload;
@@ -38,6 +38,7 @@ pub(crate) enum Named {
     /// It had no members when the publisher looked, but may have some when the log accepts the publication.
     Absent {
         directory: Arc<Directory>,
+        kind: Kind,
         name: Arc<str>,
     },
 }
@@ -47,7 +48,7 @@ impl Named {
     pub(crate) fn find(&self) -> Option<Arc<Group>> {
         match self {
             Self::Group(group) => Some(group.clone()),
-            Self::Absent { directory, name } => directory.find(name),
+            Self::Absent { directory, kind, name } => directory.find(*kind, name),
         }
     }
 
@@ -73,7 +74,7 @@ pub(crate) fn weight(publication: &Publication, renditions: &Renditions) -> u64 
 }
 
 impl Entry {
-    /// The name of the group that it was published to, if it was a single one; none for everyone and for several.
+    /// The name of the group that it was published to, if it was a single one; none for everyone, users and several.
     pub(crate) fn group(&self) -> Option<&Arc<str>> {
         match &self.target {
             Target::One(group) => group.name(),

@@ -51,6 +51,15 @@ pub trait Handler {
         Poll::Ready(())
     }
 
+    /// The time has come that [`Namespace::expire_at`](crate::Namespace::expire_at) has set. By default the connection
+    /// ends with [`CloseReason::Expired`]; a handler may set another time instead. Not called while another call is
+    /// pending; if that takes longer than [`close_timeout`](crate::ConnectionConfig::close_timeout), the connection ends
+    /// without being asked.
+    fn on_expired(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        context.close(CloseReason::Expired);
+        Poll::Ready(())
+    }
+
     /// The policy dropped frames for this connection. Called once for each cause and group since the last
     /// calls; not while another call is pending, but before the next message and before the end.
     /// Frames that expire after the connection began to close are counted and not reported here; a handler that has

@@ -71,6 +71,10 @@ struct Special {
     opened: u64,
     /// When the last message arrived.
     message: u64,
+    /// When the connection expires.
+    expires: Option<u64>,
+    /// It has expired, and its handler was not asked yet.
+    has_expired: bool,
     /// The last round trips in microseconds, the oldest first.
     samples: VecDeque<u32>,
     samples_max: usize,
@@ -98,6 +102,10 @@ pub(crate) enum Beat {
     Unanswered,
     Idle,
     TooOld,
+    /// It has expired: the handler is to be asked.
+    Expired,
+    /// The handler could not be asked in time.
+    ExpiredUnasked,
 }
 
 impl Heartbeat {
@@ -112,7 +120,7 @@ impl Heartbeat {
         let jitter = duration.map_or(0, |max| micros(max.mul_f32(stagger * DURATION_JITTER)));
         let special = || {
             let (opened, samples_max) = (now.wrapping_sub(jitter), samples_max.unwrap_or(0));
-            Box::new(Special { opened, message: now, samples: VecDeque::new(), samples_max })
+            Box::new(Special { opened, message: now, samples_max, ..Special::default() })
         };
         Self {
             heard: now,
@@ -274,6 +282,24 @@ impl Heartbeat {
         Rtt { last: self.rtt_last.map(duration), average: self.rtt_average.map(duration) }
     }
 
+    /// Sets when the connection expires.
+    pub(crate) fn expire_at(&mut self, at: Option<Duration>) {
+        if at.is_some() || self.special.is_some() {
+            let special = self.special.get_or_insert_default();
+            (special.expires, special.has_expired) = (at.map(micros), false);
+        }
+    }
+
+    /// Whether the connection has expired since the last call.
+    pub(crate) fn take_expired(&mut self) -> bool {
+        self.special.as_mut().is_some_and(|special| {
+            if special.has_expired {
+                special.expires = None;
+            }
+            std::mem::take(&mut special.has_expired)
+        })
+    }
+
     /// What is due at `now`, when everything that had arrived by `listened` has been read. Calls `nonce` if a
     /// ping is due.
     pub(crate) fn beat(
@@ -285,7 +311,17 @@ impl Heartbeat {
     ) -> Beat {
         let since = |start: u64, wait: Duration| Duration::from_micros(start) + wait;
         let mut next = Duration::MAX;
-        if let Some(special) = &self.special {
+        if let Some(special) = &mut self.special {
+            match special.expires {
+                Some(expires) if micros(now) >= expires => {
+                    // The second time nobody is asked.
+                    special.expires = Some(micros(now + config.close_timeout));
+                    let was_expired = std::mem::replace(&mut special.has_expired, true);
+                    return if was_expired { Beat::ExpiredUnasked } else { Beat::Expired };
+                }
+                Some(expires) => next = next.min(Duration::from_micros(expires)),
+                None => {}
+            }
             if let Some(max) = config.max_connection_duration {
                 // Wrapping: the jitter may reach back before the shard's start.
                 let age = micros(now).wrapping_sub(special.opened);

@@ -56,6 +56,9 @@
 //!     encoding: Encoding::PLAIN,
 //!     permit: engine.admit(None).expect("below `max_connections`"),
 //!     rate_limit: None,
+//!     user: None,
+//!     first_message: None,
+//!     expires_at: None,
 //! };
 //! block_on(everyone.adopt(connection))?;
 //! shards[0].turn(Instant::now())?;
@@ -76,6 +79,7 @@
 compile_error!("shardcast does not support this system: build it for Linux, macOS, FreeBSD or Android");
 
 mod admission;
+mod attendance;
 mod batch;
 mod beacon;
 mod close_code;
@@ -114,6 +118,7 @@ mod payload;
 mod pinning;
 mod policy;
 mod position;
+mod presence;
 mod publication;
 mod publisher;
 mod rate;
@@ -132,7 +137,8 @@ mod wheel;
 pub use admission::{ConnectionPermit, TooManyUpgrades};
 pub use close_code::{CloseCode, InvalidCloseCode};
 pub use close_reason::CloseReason;
-pub use config::{ConfigError, ConnectionConfig, EngineConfig};
+pub use command::FirstMessage;
+pub use config::{ConfigError, ConnectionConfig, EngineConfig, UserLimit};
 pub use decoder::{Decoder, Event, Limits};
 pub use drop_notice::DropNotice;
 pub use engine::{Engine, StartError};
@@ -143,12 +149,14 @@ pub use heartbeat::Rtt;
 pub use id::{ConnectionId, InvalidConnectionId};
 pub use mask::unmask;
 pub use metrics::{ConnectionMetrics, GroupMetrics, Metrics};
-pub use namespace::{AdoptError, Namespace, NewConnection};
+pub use namespace::{AdoptError, GroupCount, Namespace, NewConnection};
 pub use payload::Payload;
 pub use policy::Policy;
 pub use position::{InvalidPosition, Position};
+pub use presence::{PresenceChange, PresenceKind, PresenceObserver, Present, User};
 pub use publication::{Address, Delivery, Publication};
-pub use publisher::{GROUP_NAME_BYTES_MAX, PublishError, TryPublishError};
+pub use publisher::{GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, USER_NAME_BYTES_MAX};
+pub use publisher::{PublishError, TryPublishError};
 pub use rate::{OverLimit, Rate, RateLimit, SharedRateLimit};
 pub use receipt::Receipt;
 pub use rendition::{Encoding, TooManyEncodings};

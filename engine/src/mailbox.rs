@@ -1,7 +1,8 @@
 //! The mailbox: commands and resumes for one shard, and the waker of the shard's poll.
 //!
 //! Shared by all threads that send to the shard. Commands are bounded; a sender that finds the mailbox full waits.
-//! Resumes are in a queue of their own: at most one for each connection, so they need no bound and never fail.
+//! Resumes are in a queue of their own: at most one for each connection, so they need no bound and never fail. So are
+//! commands from shard to shard: a shard cannot wait for room, and bounds what it sends.
 //! Does not know what a command does, nor the log: the position that a command comes after is just a number here.
 //!
 //! Sleeping. The shard announces that it is asleep and then looks once more for work; a sender queues its
@@ -44,6 +45,8 @@ pub(crate) struct Stamped<C> {
 pub(crate) struct Mailbox<C, B> {
     entries: ArrayQueue<Stamped<C>>,
     resumes: SegQueue<ConnectionId>,
+    /// Commands from other shards.
+    internal: SegQueue<C>,
     asleep: CachePadded<AtomicBool>,
     closed: AtomicBool,
     /// Bytes of the frames that are queued here or about to be pushed.
@@ -79,6 +82,7 @@ impl<C, B: Wake> Mailbox<C, B> {
         Self {
             entries: ArrayQueue::new(capacity),
             resumes: SegQueue::new(),
+            internal: SegQueue::new(),
             asleep: CachePadded::new(AtomicBool::new(false)),
             closed: AtomicBool::new(false),
             bytes: CachePadded::new(AtomicU64::new(0)),
@@ -121,6 +125,17 @@ impl<C, B: Wake> Mailbox<C, B> {
         self.wake();
     }
 
+    /// A command from a shard, which has bounded how many of them there can be. Not ordered with the log or with
+    /// other commands. Dropped if this shard has ended.
+    pub(crate) fn push_internal(&self, command: C) {
+        self.internal.push(command);
+        self.wake();
+        // After the fence in `wake`, as in `push`.
+        if self.closed.load(Relaxed) {
+            while self.pop_internal().is_some() {}
+        }
+    }
+
     /// Wakes the shard if it sleeps. Its work must be queued before this call.
     #[inline]
     pub(crate) fn wake(&self) {
@@ -135,7 +150,7 @@ impl<C, B: Wake> Mailbox<C, B> {
     pub(crate) fn fall_asleep(&self, is_idle: impl FnOnce() -> bool) -> bool {
         self.asleep.store(true, Relaxed);
         fence(SeqCst); // pairs with the fence in `wake`
-        let idle = self.entries.is_empty() && self.resumes.is_empty() && is_idle();
+        let idle = self.is_empty() && is_idle();
         if !idle {
             self.wake_up();
         }
@@ -158,19 +173,27 @@ impl<C, B: Wake> Mailbox<C, B> {
         self.resumes.pop()
     }
 
+    pub(crate) fn pop_internal(&self) -> Option<C> {
+        if self.internal.is_empty() {
+            return None; // as above
+        }
+        self.internal.pop()
+    }
+
     /// Commands that are queued now, including each one whose push has returned.
     pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.resumes.is_empty()
+        self.entries.is_empty() && self.resumes.is_empty() && self.internal.is_empty()
     }
 
     /// The shard has ended: drops the queued commands and refuses further ones.
     pub(crate) fn close(&self) {
         self.closed.store(true, Relaxed);
         fence(SeqCst); // pairs with the fence in `wake`, as `push` uses it
+        while self.pop_internal().is_some() {}
         while let Some(entry) = self.pop() {
             // A command may own values of the application, whose drop may panic.
             if catch_unwind(AssertUnwindSafe(|| drop(entry))).is_err() {
@@ -241,6 +264,19 @@ mod models {
             let sender = mailbox.clone();
             let sender = thread::spawn(move || sender.resume(ConnectionId::new(0, Slot::new(7), 1)));
             while mailbox.pop_resume().is_none() {
+                sleep(&mailbox, &poll_waker, || true);
+            }
+            sender.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_shard_never_sleeps_while_a_command_of_another_shard_is_queued() {
+        loom::model(|| {
+            let (mailbox, poll_waker) = mailbox(1);
+            let sender = mailbox.clone();
+            let sender = thread::spawn(move || sender.push_internal(7));
+            while mailbox.pop_internal().is_none() {
                 sleep(&mailbox, &poll_waker, || true);
             }
             sender.join().unwrap();

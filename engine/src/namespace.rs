@@ -6,6 +6,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -13,8 +14,9 @@ use smallvec::SmallVec;
 use crate::admission::ConnectionPermit;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Answer, Command, Query};
-use crate::config::{ConfigError, ConnectionConfig};
+use crate::command::{Action, Adoption, Answer, Command, FirstMessage, Query};
+use crate::config::{ConfigError, ConnectionConfig, UserLimit};
+use crate::directory::{Kind, PendingJoin};
 use crate::engine_core::EngineCore;
 use crate::entry::Named;
 use crate::frame::ControlFrame;
@@ -22,8 +24,12 @@ use crate::handler::{Control, MakeHandler};
 use crate::id::ConnectionId;
 use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::position::Position;
+use crate::presence::{PresenceObserver, Present, User};
 use crate::publication::{Address, Publication};
-use crate::publisher::{GROUP_NAME_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError, Wants};
+use crate::publisher::{
+    GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError,
+    USER_NAME_BYTES_MAX, Wants,
+};
 use crate::rate::SharedRateLimit;
 use crate::receipt::Receipt;
 use crate::rendition::Encoding;
@@ -136,7 +142,7 @@ impl Namespace {
     /// # Errors
     /// As for [`publish`](Self::publish).
     pub async fn leave_all(&self, id: ConnectionId, groups: &[&str]) -> Result<(), PublishError> {
-        let find = |group: &&str| self.publisher.directory().find(group);
+        let find = |group: &&str| self.publisher.directory().find(Kind::Group, group);
         let groups: SmallVec<_> = groups.iter().filter_map(find).collect();
         if groups.is_empty() {
             return Ok(());
@@ -155,7 +161,7 @@ impl Namespace {
             Control::Pong(payload) => ControlFrame::pong(payload),
             Control::Close(close) => return self.close_and_listen(id, close).await,
         };
-        self.publisher.command(id, Action::Control(frame)).await.map(drop)
+        self.publisher.command(id, Action::Control(Box::new(frame))).await.map(drop)
     }
 
     /// Ends the connection with a Close frame, after everything that was sent to it before, and goes on passing the
@@ -248,8 +254,10 @@ impl Namespace {
     fn groups_in(&self, to: &Address) -> Option<Arc<[Named]>> {
         match to {
             Address::Everyone => None,
-            Address::Group(name) => Some(self.publisher.named(std::slice::from_ref(name))),
-            Address::Groups(names) => Some(self.publisher.named(names)),
+            Address::Group(name) => Some(self.publisher.named(Kind::Group, std::slice::from_ref(name))),
+            Address::Groups(names) => Some(self.publisher.named(Kind::Group, names)),
+            Address::User(name) => Some(self.publisher.named(Kind::User, std::slice::from_ref(name))),
+            Address::Users(names) => Some(self.publisher.named(Kind::User, names)),
             Address::Connection(_) => Some(Arc::default()),
         }
     }
@@ -285,7 +293,34 @@ impl Namespace {
 
     /// The number of a group's members.
     pub fn group_len(&self, group: &str) -> usize {
-        self.publisher.directory().find(group).map_or(0, |group| group.len())
+        self.publisher.directory().find(Kind::Group, group).map_or(0, |group| group.len())
+    }
+
+    /// The number of users who are present in a group, or among everyone: those whom
+    /// [`collect_presence`](Self::collect_presence) would list now.
+    pub fn presence_len(&self, group: Option<&str>) -> usize {
+        let directory = self.publisher.directory();
+        match group {
+            None => directory.everyone().users(),
+            Some(group) => directory.find(Kind::Group, group).map_or(0, |group| group.users()),
+        }
+    }
+
+    /// The number of a user's connections, including those whose `on_open` is not done.
+    pub fn user_len(&self, user: &str) -> usize {
+        self.publisher.directory().find(Kind::User, user).map_or(0, |user| user.len())
+    }
+
+    /// The number of users who have connections.
+    pub fn user_count(&self) -> usize {
+        self.publisher.directory().user_count()
+    }
+
+    /// The names of all users who have connections, with the number of connections, in no particular order. Not a
+    /// snapshot, as for [`groups`](Self::groups).
+    pub fn users(&self) -> Vec<(Arc<str>, usize)> {
+        let all = self.publisher.directory().list(Kind::User).into_iter();
+        all.map(|(name, connections, _)| (name, connections)).collect()
     }
 
     /// The number of groups that have members.
@@ -293,10 +328,58 @@ impl Namespace {
         self.publisher.directory().len()
     }
 
-    /// The names of all groups that have members, with the number of members, in no particular order. Not a
-    /// snapshot: a group that is created or emptied meanwhile may be included or not.
-    pub fn groups(&self) -> Vec<(Arc<str>, usize)> {
-        self.publisher.directory().list()
+    /// All groups that have members, in no particular order. Not a snapshot: a group that is created or emptied
+    /// meanwhile may be included or not.
+    pub fn groups(&self) -> Vec<GroupCount> {
+        let all = self.publisher.directory().list(Kind::Group).into_iter();
+        all.map(|(name, connections, users)| GroupCount { name, connections, users }).collect()
+    }
+
+    /// Passes the users who are present in a group, or among everyone, to `on_presence`: at one moment after everything
+    /// that was published and every join and leave that was awaited before this call. Called once, on one of the shards,
+    /// or dropped without a call if the engine ends. Joins and leaves of the group wait while the list is made (some 50
+    /// ns for each user).
+    ///
+    /// The list and the changes that are announced agree: a user is in the list from before `Joined` is announced until
+    /// `Left` is. Applying the changes whose position is after that of this call to the list results in the current
+    /// state.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn collect_presence(
+        &self,
+        group: Option<&str>,
+        on_presence: impl Fn(Vec<Present>) + Send + Sync + 'static,
+    ) -> Result<(), PublishError> {
+        let answer = Answer::Presence {
+            group: group.map(Into::into),
+            shards_left: Arc::new(self.publisher.shards().into()),
+            on_presence: Arc::new(on_presence),
+        };
+        self.ask(None, &[], answer).await
+    }
+
+    /// Changes the metadata of a connection, which must have a user: from now on the groups that it is in, and those that it
+    /// joins, show it for the user. No effect for a connection that has none or has disconnected.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish), and [`PublishError::MetadataTooLong`].
+    pub async fn set_metadata(
+        &self,
+        id: ConnectionId,
+        metadata: impl Into<Arc<[u8]>>,
+    ) -> Result<(), PublishError> {
+        let metadata = metadata.into();
+        if metadata.len() > METADATA_BYTES_MAX {
+            return Err(PublishError::MetadataTooLong);
+        }
+        self.publisher.command(id, Action::SetMetadata(metadata)).await.map(drop)
+    }
+
+    /// Sets who is told when users join and leave groups; false if it was set before. To be set before the first
+    /// connection with a user is adopted: users who are present earlier are not announced.
+    pub fn observe_presence(&self, observer: impl PresenceObserver + 'static) -> bool {
+        self.publisher.directory().observe(Box::new(observer))
     }
 
     /// Passes a connection to the least loaded shard, which owns it from then on. The handshake must be
@@ -304,25 +387,118 @@ impl Namespace {
     ///
     /// # Errors
     /// [`AdoptError`]: a setting out of range, an encoding of another engine, a socket that cannot be
-    /// prepared, an engine that has ended, or too many publishers that wait for room in the shard's mailbox.
-    /// The socket is closed then.
+    /// prepared, a user with too many connections or too long a name, an engine that has ended, or too many publishers
+    /// that wait for room in the shard's mailbox. The socket is closed then.
     pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
-        let NewConnection { socket, received, handler, config, encoding, mut permit, rate_limit } =
-            connection;
+        let NewConnection {
+            socket,
+            received,
+            handler,
+            config,
+            encoding,
+            mut permit,
+            rate_limit,
+            user,
+            first_message,
+            expires_at,
+        } = connection;
         self.publisher.core().config.validate_with(&config)?;
         if !self.publisher.core().encodings.has(encoding) {
             return Err(AdoptError::UnknownEncoding);
         }
+        user.as_ref().map_or(Ok(()), check_user)?;
         socket.prepare()?;
         self.publisher.expect(&config);
         let shard = permit.choose_shard();
-        let join = self.publisher.directory().enter_everyone(shard);
         let directory = self.publisher.directory().clone();
-        let adoption =
-            Adoption { socket, received, handler, config, encoding, directory, permit, join, rate_limit };
+        let user = user.map(|user| self.enter_user(user, shard, &config)).transpose()?;
+        let join = directory.enter_everyone(shard);
+        let adoption = Adoption {
+            socket,
+            received,
+            handler,
+            config,
+            encoding,
+            directory,
+            permit,
+            join,
+            rate_limit,
+            user,
+            first_message,
+            expires_at,
+        };
         self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
         Ok(())
     }
+
+    /// Gives a user to a connection that has none and whose opening is not done: one that is
+    /// [opened by its first message](NewConnection::first_message), and whose user is known only by that. No effect for
+    /// any other. `config` is the connection's.
+    ///
+    /// # Errors
+    /// [`AdoptError`]: a user with too many connections or too long a name, and as for [`publish`](Self::publish).
+    pub async fn identify(
+        &self,
+        id: ConnectionId,
+        user: User,
+        config: &ConnectionConfig,
+    ) -> Result<(), AdoptError> {
+        check_user(&user)?;
+        if id.shard() < self.publisher.shards() {
+            let (user, join) = self.enter_user(user, id.shard(), config)?;
+            self.publisher.command(id, Action::Identify(Box::new((user, join)))).await?;
+        }
+        Ok(())
+    }
+
+    /// Sets when the connection expires: its handler is asked then ([`Handler::on_expired`](crate::Handler::on_expired)).
+    /// Replaces what was set before; none takes it back.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn expire_at(&self, id: ConnectionId, at: Option<Instant>) -> Result<(), PublishError> {
+        self.publisher.command(id, Action::ExpireAt(at)).await.map(drop)
+    }
+
+    fn enter_user(
+        &self,
+        user: User,
+        shard: usize,
+        config: &ConnectionConfig,
+    ) -> Result<(User, PendingJoin), AdoptError> {
+        let max = match config.max_connections_per_user {
+            Some(UserLimit::OldestStays(max)) => max.into(),
+            _ => u64::MAX,
+        };
+        match self.publisher.directory().enter_user(&user.name, shard, max) {
+            Some(join) => Ok((user, join)),
+            None => Err(AdoptError::TooManyConnectionsOfUser),
+        }
+    }
+}
+
+fn check_user(user: &User) -> Result<(), AdoptError> {
+    if user.name.len() > USER_NAME_BYTES_MAX {
+        return Err(AdoptError::UserNameTooLong);
+    }
+    if user.metadata.as_ref().is_some_and(|metadata| metadata.len() > METADATA_BYTES_MAX) {
+        return Err(AdoptError::MetadataTooLong);
+    }
+    Ok(())
+}
+
+/// A group, and how many are in it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct GroupCount {
+    /// The group's name.
+    pub name: Arc<str>,
+    /// Its members: connections, with or without a user.
+    pub connections: usize,
+    /// The users who are present in it. A user without connections counts while it may still come back
+    /// ([`presence_grace`](ConnectionConfig::presence_grace)).
+    pub users: usize,
 }
 
 /// A submission without a receipt.
@@ -354,6 +530,14 @@ pub struct NewConnection {
     /// A limit that the connection shares with others, in addition to its own; none for most. See
     /// [`SharedRateLimit`].
     pub rate_limit: Option<SharedRateLimit>,
+    /// The connection's user, if it has one.
+    pub user: Option<User>,
+    /// If set, the connection is opened by its first message instead of [`Handler::on_open`](crate::Handler::on_open),
+    /// which is not called: until the handler has handled that message the connection is not in everyone, as while
+    /// `on_open` is pending. For clients that say who they are by a message.
+    pub first_message: Option<FirstMessage>,
+    /// When it expires, as [`Namespace::expire_at`] sets it; none for never.
+    pub expires_at: Option<Instant>,
 }
 
 impl std::fmt::Debug for NewConnection {
@@ -372,6 +556,15 @@ pub enum AdoptError {
     /// The encoding was not registered with this engine.
     #[error("the encoding was not registered with this engine: call `register_encoding` on it first")]
     UnknownEncoding,
+    /// The user's name is longer than [`USER_NAME_BYTES_MAX`](crate::USER_NAME_BYTES_MAX).
+    #[error("the user's name is longer than {USER_NAME_BYTES_MAX} bytes: shorten it")]
+    UserNameTooLong,
+    /// The metadata is longer than [`METADATA_BYTES_MAX`](crate::METADATA_BYTES_MAX).
+    #[error("the metadata is longer than {METADATA_BYTES_MAX} bytes: keep less of it here")]
+    MetadataTooLong,
+    /// The user has as many connections as [`UserLimit::OldestStays`] allows.
+    #[error("the user has too many connections: close one, or raise `max_connections_per_user`")]
+    TooManyConnectionsOfUser,
     /// The socket could not be prepared.
     #[error("the socket could not be prepared")]
     Socket(#[from] std::io::Error),

@@ -14,6 +14,7 @@ use crate::config::ConfigError;
 use crate::id::ConnectionId;
 use crate::payload::Payload;
 use crate::policy::Policy;
+use crate::presence::PresenceChange;
 
 /// The connections that a publication addresses.
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
@@ -28,6 +29,11 @@ pub enum Address {
     Groups(Arc<[Arc<str>]>),
     /// One connection. If it has disconnected, no connection gets the publication.
     Connection(ConnectionId),
+    /// The connections of one user. A user without connections is not an error: no connection gets the publication. A
+    /// connection belongs to its user from when it is a member of everyone until its end.
+    User(Arc<str>),
+    /// The connections of several users, each connection once.
+    Users(Arc<[Arc<str>]>),
 }
 
 impl Address {
@@ -39,6 +45,16 @@ impl Address {
     /// The members of several groups, each connection once.
     pub fn groups<N: Into<Arc<str>>>(names: impl IntoIterator<Item = N>) -> Self {
         Self::Groups(names.into_iter().map(Into::into).collect())
+    }
+
+    /// The connections of one user.
+    pub fn user(name: impl Into<Arc<str>>) -> Self {
+        Self::User(name.into())
+    }
+
+    /// The connections of several users, each connection once.
+    pub fn users<N: Into<Arc<str>>>(names: impl IntoIterator<Item = N>) -> Self {
+        Self::Users(names.into_iter().map(Into::into).collect())
     }
 }
 
@@ -95,13 +111,16 @@ pub(crate) enum Content {
         code: CloseCode,
         text: Cow<'static, str>,
     },
+    /// Changes nothing for connections: it gives the change a position in the order. Made by shards only.
+    #[cfg_attr(feature = "serde", serde(skip))]
+    Presence(Arc<PresenceChange>),
 }
 
 impl Content {
     pub(crate) fn payload(&self) -> Option<&Payload> {
         match self {
             Self::Message(payload) => Some(payload),
-            Self::Close { .. } => None,
+            Self::Close { .. } | Self::Presence(_) => None,
         }
     }
 }
@@ -150,6 +169,11 @@ impl Publication {
             return Err(InvalidCloseCode(code));
         }
         Ok(Self::new(to.into(), Content::Close { code, text: text.into() }))
+    }
+
+    /// A change of presence, for the log. Its address is not used.
+    pub(crate) fn presence(change: PresenceChange) -> Self {
+        Self::new(Address::Everyone, Content::Presence(Arc::new(change)))
     }
 
     #[inline]

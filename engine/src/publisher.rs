@@ -23,7 +23,7 @@ use std::task::{Context, Poll, ready};
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Command};
 use crate::config::ConnectionConfig;
-use crate::directory::{Directory, Group, Oversized};
+use crate::directory::{Directory, Group, Kind, Oversized};
 use crate::engine_core::EngineCore;
 use crate::entry::{self, Entry, Named, Target};
 use crate::id::ConnectionId;
@@ -54,10 +54,19 @@ pub enum PublishError {
     /// The group's name is longer than [`GROUP_NAME_BYTES_MAX`].
     #[error("the group's name is longer than {GROUP_NAME_BYTES_MAX} bytes: shorten it")]
     GroupNameTooLong,
+    /// The metadata is longer than [`METADATA_BYTES_MAX`].
+    #[error("the metadata is longer than {METADATA_BYTES_MAX} bytes: keep less of it here")]
+    MetadataTooLong,
 }
 
 /// The longest name of a group, in bytes. A name is stored once, however many members the group has.
 pub const GROUP_NAME_BYTES_MAX: usize = 1024;
+
+/// The longest name of a user, in bytes.
+pub const USER_NAME_BYTES_MAX: usize = GROUP_NAME_BYTES_MAX;
+
+/// The longest metadata of a connection, in bytes.
+pub const METADATA_BYTES_MAX: usize = 16 << 10;
 
 /// A publication was not accepted, because it would have to wait or is impossible; the value is given back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -115,7 +124,7 @@ impl Publisher {
         let directory = Directory::new(name, core.mailboxes.len(), core.next_group.clone());
         core.beacons.name(directory.key(), directory.name());
         let window = Window { frames: AtomicU64::new(u64::MAX), bytes: AtomicU64::new(u64::MAX) };
-        Self { core, directory: Arc::new(directory), window: Arc::new(window) }
+        Self { core, directory, window: Arc::new(window) }
     }
 
     pub(crate) fn core(&self) -> &EngineCore {
@@ -198,6 +207,7 @@ impl Publisher {
                 let (ticket, awaited) = wants.ticket(has_room || !blocks);
                 (Action::Send { payload, delivery, ticket, oversized }, awaited)
             }
+            Content::Presence(_) => return Ok((self.core.tail(), None)), // made by shards, which do not come here
         };
         let command = Command::For { id, namespace: self.directory.key(), action };
         self.core.try_command(shard, command).map(|position| (position, awaited)).map_err(|refused| {
@@ -284,26 +294,30 @@ impl Publisher {
                 Destination::Log(Target::One(everyone.clone()))
             }
             Address::Group(name) => {
-                Destination::Log(Target::One(self.directory.find(name).filter(occupied)?))
+                Destination::Log(Target::One(self.directory.find(Kind::Group, name).filter(occupied)?))
             }
-            Address::Groups(names) => {
-                let groups = self.named(names);
-                if !groups.iter().any(|named| matches!(named, Named::Group(_))) {
-                    return None;
-                }
-                Destination::Log(Target::Several(groups))
+            Address::User(name) => {
+                Destination::Log(Target::One(self.directory.find(Kind::User, name).filter(occupied)?))
             }
+            Address::Groups(names) => self.several(Kind::Group, names)?,
+            Address::Users(names) => self.several(Kind::User, names)?,
         })
+    }
+
+    fn several(&self, kind: Kind, names: &[Arc<str>]) -> Option<Destination> {
+        let groups = self.named(kind, names);
+        let is_occupied = groups.iter().any(|named| matches!(named, Named::Group(_)));
+        is_occupied.then_some(Destination::Log(Target::Several(groups)))
     }
 
     /// Resolves these groups. An absent one may be created before a shard reads the publication: the shard
     /// looks it up.
-    pub(crate) fn named(&self, names: &[Arc<str>]) -> Arc<[Named]> {
-        // A longer name belongs to no group.
+    pub(crate) fn named(&self, kind: Kind, names: &[Arc<str>]) -> Arc<[Named]> {
+        // A longer name belongs to no group and no user.
         let names = names.iter().filter(|name| name.len() <= GROUP_NAME_BYTES_MAX);
-        let find = |name: &Arc<str>| match self.directory.find(name).filter(|group| !group.is_empty()) {
+        let find = |name: &Arc<str>| match self.directory.find(kind, name).filter(|group| !group.is_empty()) {
             Some(group) => Named::Group(group),
-            None => Named::Absent { directory: self.directory.clone(), name: name.clone() },
+            None => Named::Absent { directory: self.directory.clone(), kind, name: name.clone() },
         };
         names.map(find).collect()
     }

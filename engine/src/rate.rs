@@ -113,7 +113,8 @@ impl From<WrittenRate> for Rate {
 /// its payload. Both rates must be kept. A message that is longer than the burst of `bytes` is within the rate if no
 /// earlier message is still being paid for; the next one waits for all of it. Pings, pongs and Close frames are not
 /// counted; they have a limit of their own
-/// ([`control_frames_per_second`](crate::ConnectionConfig::control_frames_per_second)).
+/// ([`control_frames_per_second`](crate::ConnectionConfig::control_frames_per_second)). Nor is a first message that
+/// opens its connection ([`FirstMessage`](crate::FirstMessage)).
 ///
 /// ```
 /// # use shardcast_engine::{ConnectionConfig, OverLimit, Rate, RateLimit};

@@ -48,11 +48,13 @@ mod closing;
 mod commands;
 mod inbound;
 mod outbound;
+mod presence;
 mod publications;
 mod shutdown;
 mod timer;
 
 use self::outbound::Shedding;
+use self::presence::Watch;
 use self::shutdown::ShardShutdown;
 
 pub(crate) const WAKE_TOKEN: Token = Token(usize::MAX);
@@ -113,6 +115,8 @@ pub struct Shard {
     before: Duration,
     is_driven: bool,
     shutdown: Option<ShardShutdown>,
+    /// Users whose presence it watches.
+    watch: Watch,
     scratch: Scratch,
 }
 
@@ -223,6 +227,7 @@ impl Shard {
             ready: Vec::new(),
             offers_left: 0,
             shutdown: None,
+            watch: Watch::default(),
             scratch: Scratch { read, ..Scratch::default() },
         }
     }
@@ -245,6 +250,7 @@ impl Shard {
             || !self.ready.is_empty()
             || self.blocked_command.is_some()
             || !self.later.is_empty()
+            || self.watch.has_work()
             || !self.mailbox().is_empty()
             || !self.reader.is_at_tail()
     }
@@ -252,7 +258,7 @@ impl Shard {
     /// When the next timer is due, if one is set.
     pub fn next_due(&self) -> Option<Instant> {
         let timers = self.wheel.next().into_iter().chain(self.fanout.deadlines.next());
-        let due = timers.chain(self.fanout.flushes.due()).min();
+        let due = timers.chain(self.fanout.flushes.due()).chain(self.watch.next_due()).min();
         due.map(|due| self.started + due)
     }
 
@@ -354,6 +360,7 @@ impl Shard {
         if self.drain_mailbox() {
             self.run_log(tail);
         }
+        self.advance_presence();
         self.apply_verdicts();
         self.flush_dirty();
         self.expire_waiting();

@@ -64,6 +64,9 @@ fn with_sinks(count: usize) -> Rig {
             encoding: shardcast_engine::Encoding::PLAIN,
             permit: rig.engine.admit(None).unwrap(),
             rate_limit: None,
+            user: None,
+            first_message: None,
+            expires_at: None,
         };
         at_once(rig.everyone.adopt(new_connection)).unwrap();
         rig.settle();

@@ -51,7 +51,7 @@ fn groups_members_and_a_connection_s_groups_can_be_listed() {
     }
     rig.settle();
     let mut listed: Vec<_> =
-        rig.everyone.groups().into_iter().map(|(name, count)| (name.to_string(), count)).collect();
+        rig.everyone.groups().into_iter().map(|group| (group.name.to_string(), group.connections)).collect();
     listed.sort_unstable();
     assert_eq!(listed, [("x".to_owned(), 2), ("y".to_owned(), 2), ("z".to_owned(), 1)]);
     assert_eq!((rig.everyone.group_count(), other.groups().len()), (3, 0));

@@ -280,7 +280,9 @@ mod tests {
     #[test]
     fn a_text_compares_with_every_kind_of_text() {
         let text = Utf8Bytes::from_static("abc");
-        assert!(text == "abc" && text == "abc".to_owned() && text == std::borrow::Cow::from("abc"));
+        assert_eq!(text, "abc");
+        assert_eq!(text, "abc".to_owned());
+        assert_eq!(text, std::borrow::Cow::from("abc"));
         assert_eq!(format!("{text} {text:?} {:>4}", text), "abc \"abc\"  abc");
     }
 }

@@ -244,6 +244,11 @@ impl WebSocket {
         self.id
     }
 
+    /// A handle that can close the connection when the socket is in other hands.
+    pub(crate) fn closer(&self) -> Closer {
+        Closer { namespace: self.namespace.clone(), id: self.id }
+    }
+
     /// Why the connection has ended, once it has.
     pub fn close_reason(&self) -> Option<CloseReason> {
         self.link.inbox().end.clone()
@@ -258,23 +263,49 @@ impl WebSocket {
     }
 }
 
-/// Gives a message to the engine; ready when the connection has accepted it.
-async fn send(namespace: &Namespace, id: ConnectionId, message: Message) -> Result<(), Error> {
-    let payload = match message {
-        Message::Text(text) => Payload::text(&text),
-        Message::Binary(bytes) => Payload::binary(&bytes),
-        Message::Ping(payload) => return control(namespace.send_control(id, Control::Ping(&payload)).await),
-        Message::Pong(payload) => return control(namespace.send_control(id, Control::Pong(&payload)).await),
-        Message::Close(close) => {
-            let close = close.as_ref().map(|close| (CloseCode(close.code), close.reason.as_str()));
-            return control(namespace.close_and_listen(id, close).await);
-        }
-    };
-    control(namespace.publish(Publication::message(Address::Connection(id), payload)).await)
+/// Closes a connection.
+pub(crate) struct Closer {
+    namespace: Namespace,
+    id: ConnectionId,
 }
 
-fn control(sent: Result<(), shardcast_engine::PublishError>) -> Result<(), Error> {
-    sent.map_err(|error| Error::new(PublishError::from(error)))
+impl Closer {
+    pub(crate) fn id(&self) -> ConnectionId {
+        self.id
+    }
+
+    /// Closes it after what was sent before.
+    pub(crate) async fn close(&self, code: u16) {
+        if let Ok(close) = Publication::close(Address::Connection(self.id), CloseCode(code), "") {
+            let _ = self.namespace.publish(close).await; // the engine has ended: so has the connection
+        }
+    }
+}
+
+/// Gives a message to the engine; ready when the connection has accepted it.
+async fn send(namespace: &Namespace, id: ConnectionId, message: Message) -> Result<(), Error> {
+    let payload = match &message {
+        Message::Text(text) => Payload::text(text),
+        Message::Binary(bytes) => Payload::binary(bytes),
+        // Boxed, because a waiting task is as large as all that it may await.
+        _ => return Box::pin(send_control(namespace, id, message)).await,
+    };
+    drop(message);
+    namespace.publish(Publication::message(Address::Connection(id), payload)).await.map_err(error)
+}
+
+async fn send_control(namespace: &Namespace, id: ConnectionId, message: Message) -> Result<(), Error> {
+    let frame = match &message {
+        Message::Ping(payload) => Control::Ping(payload),
+        Message::Pong(payload) => Control::Pong(payload),
+        Message::Close(Some(close)) => Control::Close(Some((CloseCode(close.code), &close.reason))),
+        _ => Control::Close(None),
+    };
+    namespace.send_control(id, frame).await.map_err(error)
+}
+
+fn error(error: shardcast_engine::PublishError) -> Error {
+    Error::new(PublishError::from(error))
 }
 
 /// A message was to be sent after a Close frame.
@@ -382,5 +413,18 @@ impl fmt::Debug for WebSocket {
             .field("id", &self.id)
             .field("protocol", &self.protocol)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_waiting_socket_and_its_task_cost_a_known_amount_of_memory() {
+        fn size<'a, F>(_: impl Fn(&'a Namespace, ConnectionId, Message) -> F) -> usize {
+            size_of::<F>()
+        }
+        assert_eq!((size_of::<WebSocket>(), size_of::<Link>(), size(send)), (104, 120, 256));
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::Error;
@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 
 use super::socket::{Link, SocketHandler, WebSocket};
 use crate::default_engine::default_engine;
-use crate::engine::Engine;
+use crate::engine::{Engine, Sockets, socket_config};
 use crate::hub::{Hub, WsHub};
 use crate::serve::{Host, ServeError, refuse_config};
 use crate::upgrade::UpgradeRejection;
@@ -35,7 +35,8 @@ use crate::upgrade::UpgradeRejection;
 #[must_use = "the handshake goes unanswered unless the response made from it is returned"]
 pub struct WebSocketUpgrade<F = DefaultOnFailedUpgrade> {
     inner: crate::upgrade::WebSocketUpgrade,
-    config: ConnectionConfig,
+    /// None while nothing was changed: then the connection shares its engine's.
+    config: Option<Arc<ConnectionConfig>>,
     owner: Option<Owner>,
     on_failed_upgrade: F,
 }
@@ -44,22 +45,13 @@ pub struct WebSocketUpgrade<F = DefaultOnFailedUpgrade> {
 struct Owner {
     engine: shardcast_engine::Engine,
     namespace: Namespace,
+    config: Arc<ConnectionConfig>,
 }
 
 impl Owner {
     fn of_engine(engine: &Engine) -> Self {
-        Self { engine: engine.inner().clone(), namespace: engine.sockets().clone() }
-    }
-}
-
-/// Axum's defaults: 64 MiB in a message, 16 MiB in a frame, no pings.
-fn default_config() -> ConnectionConfig {
-    ConnectionConfig {
-        max_message_bytes: 64 << 20,
-        max_frame_bytes: 16 << 20,
-        max_fragments: 1 << 20,
-        heartbeat_interval: None,
-        ..ConnectionConfig::default()
+        let Sockets { namespace, config } = engine.sockets().clone();
+        Self { engine: engine.inner().clone(), namespace, config }
     }
 }
 
@@ -77,15 +69,25 @@ impl<F> WebSocketUpgrade<F> {
     /// message this client gets.
     pub fn client_of<H: WsHub>(self, hub: &Hub<H>) -> Self {
         let Host { engine, namespace, config } = hub.host();
-        let owner = Owner { engine: engine.clone(), namespace: namespace.clone() };
-        Self { owner: Some(owner), config: ConnectionConfig::clone(config), ..self }
+        let owner = Owner { engine: engine.clone(), namespace: namespace.clone(), config: config.clone() };
+        Self { owner: Some(owner), config: None, ..self }
     }
 
-    /// All settings of the connection: pings, timeouts, the outbox. They replace what other methods have set before.
+    /// All settings of the connection, as a [`WsHubConfig`](crate::WsHubConfig) or an `Arc` of one that several
+    /// connections share: pings, timeouts, the outbox. They replace what other methods have set before.
     ///
     /// A setting out of range is logged as an error, and the client gets a 500 that names it.
-    pub fn config(self, config: ConnectionConfig) -> Self {
-        Self { config, ..self }
+    pub fn config(self, config: impl Into<Arc<ConnectionConfig>>) -> Self {
+        Self { config: Some(config.into()), ..self }
+    }
+
+    /// The settings, to be changed.
+    fn config_mut(&mut self) -> &mut ConnectionConfig {
+        let owner = &self.owner;
+        let config = self.config.get_or_insert_with(|| {
+            owner.as_ref().map_or_else(|| Arc::new(socket_config()), |owner| owner.config.clone())
+        });
+        Arc::make_mut(config)
     }
 
     /// Does nothing: a shard reads all its connections into one buffer
@@ -104,25 +106,25 @@ impl<F> WebSocketUpgrade<F> {
     /// Bytes that may be queued for a client before [`send`](WebSocket::send) waits: at least 1 KiB, at most 1 GiB.
     /// Default: 1 MiB. Axum's sending fails at this limit.
     pub fn max_write_buffer_size(mut self, max: usize) -> Self {
-        self.config.outbox_bytes = max.clamp(1 << 10, 1 << 30);
+        self.config_mut().outbox_bytes = max.clamp(1 << 10, 1 << 30);
         self
     }
 
     /// The longest message, in bytes: at most 1 GiB. Default: 64 MiB. A longer one ends the connection (1009).
     pub fn max_message_size(mut self, max: usize) -> Self {
-        self.config.max_message_bytes = max.clamp(1, 1 << 30);
+        self.config_mut().max_message_bytes = max.clamp(1, 1 << 30);
         self
     }
 
     /// The longest frame of a message, in bytes: at most 1 GiB. Default: 16 MiB. A longer one ends the connection (1009).
     pub fn max_frame_size(mut self, max: usize) -> Self {
-        self.config.max_frame_bytes = max.clamp(1, 1 << 30);
+        self.config_mut().max_frame_bytes = max.clamp(1, 1 << 30);
         self
     }
 
     /// Accepts frames that are not masked. Default: false, as RFC 6455 demands.
     pub fn accept_unmasked_frames(mut self, accept: bool) -> Self {
-        self.config.accept_unmasked_frames = accept;
+        self.config_mut().accept_unmasked_frames = accept;
         self
     }
 
@@ -191,19 +193,29 @@ impl<F> WebSocketUpgrade<F> {
         Fut: Future<Output = ()> + Send + 'static,
         F: OnFailedUpgrade,
     {
+        self.on_upgrade_from(move |socket, _| callback(socket))
+    }
+
+    /// [`on_upgrade`](Self::on_upgrade) with the remote address of the client's socket, if it has one.
+    pub(crate) fn on_upgrade_from<C, Fut>(self, callback: C) -> Response
+    where
+        C: FnOnce(WebSocket, Option<SocketAddr>) -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+        F: OnFailedUpgrade,
+    {
         let Self { inner, config, owner, on_failed_upgrade } = self;
         let Some(owner) = owner.or_else(|| default_engine().map(Owner::of_engine)) else {
             return (StatusCode::INTERNAL_SERVER_ERROR, "the server could not start").into_response();
         };
+        let config = config.unwrap_or_else(|| owner.config.clone());
         if let Err(error) = owner.engine.check(&config) {
             return refuse_config(&error);
         }
-        let config = Arc::new(config);
         let permit = match (Host { engine: &owner.engine, namespace: &owner.namespace, config: &config })
             .admit(&inner)
         {
             Ok(permit) => permit,
-            Err(response) => return response,
+            Err(response) => return *response,
         };
         let (response, pending) = match inner.accept() {
             Ok(accepted) => accepted,
@@ -218,9 +230,10 @@ impl<F> WebSocketUpgrade<F> {
                 }
             };
             let host = Host { engine: &owner.engine, namespace: &owner.namespace, config: &config };
+            let address = socket.remote_address();
             match adopt(host, permit, socket).await {
                 // In a task of its own, which keeps nothing of the upgrade.
-                Ok(socket) => drop(tokio::spawn(callback(socket))),
+                Ok(socket) => drop(tokio::spawn(callback(socket, address))),
                 Err(error) => on_failed_upgrade.call(error),
             }
         });
@@ -242,7 +255,7 @@ async fn adopt(
         let _ = sender.send(id); // nobody waits for a socket whose task has been dropped
         Box::new(handler)
     });
-    if let Err(error) = host.adopt(socket, make_handler, permit, None).await {
+    if let Err(error) = host.adopt(socket, make_handler, permit).await {
         error.log();
         return Err(Error::new(error));
     }
@@ -275,7 +288,7 @@ impl OnFailedUpgrade for DefaultOnFailedUpgrade {
 
 impl WebSocketUpgrade {
     fn new(inner: crate::upgrade::WebSocketUpgrade) -> Self {
-        Self { inner, config: default_config(), owner: None, on_failed_upgrade: DefaultOnFailedUpgrade }
+        Self { inner, config: None, owner: None, on_failed_upgrade: DefaultOnFailedUpgrade }
     }
 }
 

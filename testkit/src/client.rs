@@ -88,6 +88,9 @@ pub(crate) fn connection_on(
         encoding: Encoding::PLAIN,
         permit: engine.admit(None).expect("a permit"),
         rate_limit: None,
+        user: None,
+        first_message: None,
+        expires_at: None,
     }
 }
 

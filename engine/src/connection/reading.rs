@@ -85,7 +85,10 @@ impl Connection {
     /// Whether the next message may be passed to the handler, as far as its rate allows it.
     fn is_taking(&self) -> bool {
         let takes_input = matches!(self.intake, Intake::Open | Intake::Draining);
-        self.is_receiving() && takes_input && self.is_idle() && self.opening().is_none()
+        self.is_receiving()
+            && takes_input
+            && self.is_idle()
+            && self.opening().is_none_or(|opening| opening.awaits.is_some())
     }
 
     /// Whether held messages may be passed to the handler, as far as their rate allows it. That is possible after
@@ -124,6 +127,8 @@ impl Connection {
     fn limits(&self) -> Limits {
         let ConnectionConfig { max_message_bytes, max_fragments, max_frame_bytes, .. } = *self.config;
         let accept_unmasked = self.config.accept_unmasked_frames;
+        let max_message_bytes =
+            self.awaits().map_or(max_message_bytes, |awaited| awaited.max_bytes.min(max_message_bytes));
         Limits { max_message_bytes, max_fragments, max_frame_bytes, accept_unmasked }
     }
 
@@ -276,7 +281,10 @@ impl Connection {
         now: Duration,
         site: &CallSite<'_>,
     ) -> Received {
-        let limit = self.limit_rate(message.payload.len(), is_caught_up, now);
+        let limit = match self.awaits() {
+            None => self.limit_rate(message.payload.len(), is_caught_up, now),
+            Some(_) => Arrived::Passes, // what opens a connection has limits of its own
+        };
         match limit {
             Arrived::Passes => self.pass(Input::Message(message), is_caught_up, site),
             Arrived::Waits => {
@@ -299,6 +307,9 @@ impl Connection {
         let is_handled = input.is_message();
         if is_handled {
             self.count_received();
+            if let Some(opening) = self.opening_mut() {
+                opening.awaits = None;
+            }
         }
         let (_, end) = self.call(site, |handler, context| input.pass_to(handler, context));
         Received { is_handled, end, ..Received::default() }

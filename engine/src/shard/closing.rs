@@ -7,6 +7,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Connection, Discarded, Ending};
@@ -143,8 +144,9 @@ impl Shard {
     pub(super) fn leave_groups(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let (directory, congestion) = (connection.directory().clone(), connection.take_congestion());
+        let user = connection.presence();
         while let Some((group, left)) = self.fanout.groups.leave_any(slot) {
-            self.has_left(&directory, &group, left, congestion);
+            self.has_left(&directory, &group, left, congestion, user.as_ref());
         }
     }
 
@@ -163,6 +165,7 @@ impl Shard {
         group: &Arc<Group>,
         left: Left,
         congestion: Option<bool>,
+        user: Option<&(Arc<str>, Duration)>,
     ) {
         if left == Left::WasNoMember {
             return;
@@ -172,6 +175,11 @@ impl Shard {
         }
         if let Some(blocks) = congestion {
             group.remove_congested(blocks);
+        }
+        if let Some((user, grace)) = user
+            && group.user_leaves(user, self.started + self.fanout.now + *grace)
+        {
+            self.tell_watcher(group.clone(), user.clone());
         }
         directory.exit(group);
     }
@@ -220,6 +228,15 @@ impl Shard {
         }
         let Some(messages) = notice else { return Poll::Ready(()) };
         self.call(slot, |handler, context| handler.on_rate_limited(messages, context))
+    }
+
+    /// Asks the handler of a connection that has expired. Returns whether it has finished with that.
+    pub(super) fn notify_expired(&mut self, slot: Slot) -> Poll<()> {
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return Poll::Ready(()) };
+        if !connection.is_open() || !connection.take_expired() {
+            return Poll::Ready(());
+        }
+        self.call(slot, |handler, context| handler.on_expired(context))
     }
 
     /// Notifies the handler of the end, as soon as it is not busy.

@@ -4,18 +4,21 @@
 //! shard itself must do after everything that a handler has sent. Does not write to sockets.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering::AcqRel;
 use std::task::Poll;
 
 use mio::Token;
 
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
-use crate::command::{Action, Adoption, Answer, Command, Query};
-use crate::connection::{Connection, Opening};
-use crate::directory::PendingJoin;
+use crate::command::{Action, Adoption, Answer, Command, FirstMessage, Query};
+use crate::config::UserLimit;
+use crate::connection::{Awaited, Connection, ConnectionUser, Listed, Opening};
+use crate::directory::{Kind, PendingJoin};
 use crate::engine_core::sent_by_this_thread;
 use crate::frame::ControlFrame;
 use crate::id::{ConnectionId, GroupKey, Slot};
+use crate::presence::User;
 use crate::socket::Socket;
 
 use super::{Later, Shard, Step};
@@ -59,6 +62,7 @@ impl Shard {
                     self.answer_query(&query);
                     drop_guarded(query);
                 }
+                command @ (Command::Watch { .. } | Command::WatchAll(_)) => self.execute_internal(command),
                 Command::For { id, namespace, action } => {
                     if let Action::Send { payload, .. } = &action {
                         bytes += payload.plain_frame().len() as u64;
@@ -88,6 +92,19 @@ impl Shard {
             Answer::Metrics(on_metrics) => {
                 let metrics = self.fanout.sum_metrics(query, self.index);
                 self.call_back(key, || on_metrics(metrics));
+            }
+            Answer::Presence { group, shards_left, on_presence } => {
+                // AcqRel: the last shard sees what the others have executed.
+                if shards_left.fetch_sub(1, AcqRel) == 1 {
+                    let present = match group {
+                        None => query.directory.everyone().present(),
+                        Some(name) => {
+                            let group = query.directory.find(Kind::Group, name);
+                            group.map_or_else(Vec::new, |group| group.present())
+                        }
+                    };
+                    self.call_back(key, || on_presence(present));
+                }
             }
             Answer::Members(on_members) => {
                 let members = self.fanout.members(query);
@@ -126,7 +143,7 @@ impl Shard {
         true
     }
 
-    fn act(&mut self, id: ConnectionId, action: Action) {
+    pub(super) fn act(&mut self, id: ConnectionId, action: Action) {
         let slot = id.slot();
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let is_open = connection.is_open();
@@ -138,12 +155,19 @@ impl Shard {
             Action::Join(joins) if is_open => {
                 joins.into_iter().for_each(|join| self.join(slot, join));
             }
+            Action::SetMetadata(metadata) if is_open => {
+                connection.set_metadata(metadata.clone());
+                if let Some(user) = connection.user().map(|user| user.name.clone()) {
+                    self.fanout.groups.groups_of(slot).for_each(|group| group.set_metadata(&user, &metadata));
+                }
+            }
             Action::Leave(groups) => {
+                let user = connection.presence();
                 let congestion = connection.congestion();
                 let directory = connection.directory().clone();
                 for group in groups {
                     let left = self.fanout.groups.leave(group.key, slot);
-                    self.has_left(&directory, &group, left, congestion);
+                    self.has_left(&directory, &group, left, congestion, user.as_ref());
                 }
             }
             Action::Close { reason, ticket } => {
@@ -151,6 +175,17 @@ impl Shard {
                     ticket.count(1, 0);
                 }
                 self.end(slot, reason);
+            }
+            Action::Identify(identity) if is_open && connection.is_anonymous_and_opening() => {
+                let (user, join) = *identity;
+                let join = self.set_user(slot, user, join);
+                if let Some(opening) = self.fanout.connections[slot].opening_mut() {
+                    opening.user = Some(join);
+                }
+            }
+            Action::ExpireAt(at) if is_open => {
+                connection.expire_at(at.map(|at| at.saturating_duration_since(self.started)));
+                self.beat(slot);
             }
             Action::CloseAndListen { reason } => self.end_and_drain(slot, reason),
             Action::Control(frame) if is_open => {
@@ -179,7 +214,11 @@ impl Shard {
     fn join(&mut self, slot: Slot, join: PendingJoin) {
         let open = self.fanout.connections.get_mut(slot).filter(|connection| connection.is_open());
         let Some(connection) = open else { return };
-        let max = connection.config().max_groups + usize::from(connection.opening().is_none()); // without everyone
+        // Without everyone and its user's group, which it joins together.
+        let own =
+            if connection.opening().is_some() { 0 } else { 1 + usize::from(connection.user().is_some()) };
+        let max = connection.config().max_groups + own;
+        let user = connection.user().cloned();
         let (group, congestion) = (join.group().clone(), connection.congestion());
         group.add_interest(self.index); // it may have been cleared since the join was sent
         if self.fanout.groups.join(group.key, group.clone(), slot) {
@@ -187,6 +226,11 @@ impl Shard {
                 group.add_congested(blocks);
             }
             join.commit();
+            if let Some(user) = user
+                && group.user_joins(&user.name, user.metadata, self.started + self.fanout.now)
+            {
+                self.tell_watcher(group, user.name);
+            }
         }
         if self.fanout.groups.count(slot) > max {
             self.end(slot, CloseReason::TooManyGroups);
@@ -209,14 +253,27 @@ impl Shard {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let Some(opening) = connection.take_opening() else { return };
         self.join(slot, opening.everyone);
+        opening.user.into_iter().for_each(|join| self.join(slot, join));
         if self.fanout.connections.get(slot).is_some_and(Connection::is_idle) {
             self.go_on(slot);
         }
     }
 
     fn adopt(&mut self, adoption: Adoption) {
-        let Adoption { mut socket, received, handler, config, encoding, directory, permit, join, rate_limit } =
-            adoption;
+        let Adoption {
+            mut socket,
+            received,
+            handler,
+            config,
+            encoding,
+            directory,
+            permit,
+            join,
+            rate_limit,
+            user,
+            first_message,
+            expires_at,
+        } = adoption;
         if self.shutdown.is_some() {
             drop_guarded(handler);
             return turn_away(&socket, CloseCode::GOING_AWAY);
@@ -251,18 +308,34 @@ impl Shard {
             Connection::open(id, socket, config, encoding, directory, handler, permit, rate_limit, now);
         connection.directory().add_encoding(encoding);
         self.fanout.connections.insert(connection);
+        let user = user.map(|(user, join)| self.set_user(slot, user, join));
+        if expires_at.is_some() {
+            let at = expires_at.map(|at| at.saturating_duration_since(self.started));
+            self.fanout.connections[slot].expire_at(at);
+        }
         self.fanout.metrics.adopted += 1;
         self.fanout.flushes.adopt_outbox(self.fanout.connections[slot].config().outbox_frames);
         self.beat(slot);
+        if let Some(FirstMessage { within, max_bytes }) = first_message {
+            let awaits = Some(Awaited { by: self.fanout.now + within, max_bytes });
+            let opening = Opening { everyone: join, user, is_done: false, awaits };
+            self.fanout.connections[slot].begin_opening(opening);
+            self.beat(slot);
+            if !received.is_empty() {
+                self.receive_early(slot, received);
+            }
+            return;
+        }
         let before = sent_by_this_thread();
         let flow = self.call(slot, |handler, context| handler.on_open(context));
         if flow == Poll::Ready(()) && sent_by_this_thread() == before {
             // Nothing was sent meanwhile that must not reach this connection.
             if !self.fanout.connections[slot].is_over() {
                 self.join(slot, join);
+                user.into_iter().for_each(|join| self.join(slot, join));
             }
         } else {
-            let opening = Opening { everyone: join, is_done: false };
+            let opening = Opening { everyone: join, user, is_done: false, awaits: None };
             self.fanout.connections[slot].begin_opening(opening);
             if flow == Poll::Ready(()) {
                 self.enter_in_order(slot);
@@ -271,6 +344,26 @@ impl Shard {
         if !received.is_empty() {
             self.receive_early(slot, received);
         }
+    }
+}
+
+impl Shard {
+    /// Sets the user of a new connection, and ends the user's connections that it replaces.
+    fn set_user(&mut self, slot: Slot, user: User, join: PendingJoin) -> PendingJoin {
+        let connection = &mut self.fanout.connections[slot];
+        let (id, namespace, mut listed) = (connection.id(), connection.directory().key(), None);
+        let mut replaced = Vec::new();
+        if let Some(UserLimit::NewestWins(max)) = connection.config().max_connections_per_user {
+            replaced = join.group().replace_oldest(id, max as usize);
+            listed = Some(Listed { id, group: join.group().clone() });
+        }
+        connection.set_user(ConnectionUser { user, listed });
+        for id in replaced {
+            // At most one for each connection: it is not in the list any more.
+            let action = Action::Close { reason: CloseReason::Replaced, ticket: None };
+            self.core.mailboxes[id.shard()].push_internal(Command::For { id, namespace, action });
+        }
+        join
     }
 }
 

@@ -238,6 +238,10 @@ impl Shard {
             self.fanout.metrics.tally.received += u64::from(received.is_handled);
             self.fanout.metrics.tally.rate_delayed += u64::from(received.limit == Arrived::Waits);
             self.fanout.metrics.tally.rate_dropped += u64::from(received.limit == Arrived::IsDropped);
+            let is_opened = received.is_handled && connection.is_opened_by_message();
+            if is_opened {
+                self.enter_in_order(slot);
+            }
             if received.is_answered {
                 self.fanout.mark_dirty(slot);
             }
@@ -332,6 +336,7 @@ impl Shard {
             return;
         }
         let is_idle = self.notify_drops(slot) == Poll::Ready(())
+            && self.notify_expired(slot) == Poll::Ready(())
             && self.notify_rate_limited(slot, false) == Poll::Ready(())
             && self.hand_held(slot);
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };

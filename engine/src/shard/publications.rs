@@ -18,6 +18,7 @@ use crate::receipt::Ticket;
 use crate::rendition::Encoding;
 
 use super::Shard;
+use super::presence::deliver;
 
 impl Shard {
     /// Runs the log into the outboxes, up to `limit`; false if it did not get there.
@@ -47,6 +48,15 @@ impl Shard {
                         }
                     }
                 }
+                (Content::Presence(change), Target::One(group)) => {
+                    if let Some(directory) = group.directory()
+                        && directory.watcher() == self.index
+                    {
+                        let position = self.core.position(self.reader.position() + 1);
+                        deliver(&self.core, self.index, &directory, change, position);
+                    }
+                    0
+                }
                 (content, target) => {
                     let mut slots = std::mem::take(&mut self.scratch.slots);
                     match target {
@@ -69,6 +79,7 @@ impl Shard {
                             let reason = CloseReason::Application { code: *code, text: text.clone() };
                             self.fanout.note_ends(&slots, &reason, first)
                         }
+                        Content::Presence(_) => 0, // its target is one group
                     };
                     self.scratch.slots = slots;
                     offers

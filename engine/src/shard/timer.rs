@@ -61,9 +61,13 @@ impl Shard {
             if let Some(reason) = connection.judge_stall(now, listened) {
                 return self.end(slot, reason);
             }
+            if connection.awaits().is_some_and(|awaited| listened >= awaited.by) && !connection.is_ready() {
+                return self.end(slot, CloseReason::NoFirstMessage);
+            }
             let end = match connection.beat(now, listened, || nonces.next()) {
                 Beat::Wait(due) => {
                     let due = connection.look_at_stall(now).map_or(due, |look| look.min(due));
+                    let due = connection.awaits().map_or(due, |awaited| awaited.by.min(due));
                     connection.remind_at(due, &mut self.wheel);
                     return;
                 }
@@ -88,6 +92,13 @@ impl Shard {
                 Beat::Unanswered => CloseReason::PongTimeout,
                 Beat::Idle => CloseReason::IdleTimeout,
                 Beat::TooOld => CloseReason::MaxDuration,
+                Beat::Expired => {
+                    if connection.is_idle() && connection.opening().is_none() {
+                        self.go_on(slot);
+                    }
+                    return self.beat(slot);
+                }
+                Beat::ExpiredUnasked => CloseReason::Expired,
             };
             return self.end(slot, end);
         }

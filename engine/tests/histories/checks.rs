@@ -5,20 +5,22 @@
 //! that nothing is left.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::Relaxed;
 
-use shardcast_engine::{CloseReason, ConnectionAudit, GroupMetrics, Policy, Receipt, Shard};
+use shardcast_engine::{CloseReason, ConnectionAudit, GroupMetrics, Policy, Receipt, Shard, UserLimit};
 use testkit::lock;
 use testkit::rig::is_readable;
 use testkit::time::ms;
 
 use super::handler::Record;
-use super::history::{History, SurveyOf, tell};
-use super::model::{Model, ModelClient};
+use super::history::{GRACE_MAX, History, SurveyOf, tell};
+use super::model::{GROUPS, Model, ModelClient, USERS};
 use super::peer::Peer;
 
 impl History {
     /// Lets all clients finish, checks, ends all connections, and checks again.
     pub(crate) fn finish(&mut self) {
+        self.room.store(usize::MAX, Relaxed); // otherwise changes are tried again for ever
         // What is in flight when some have ended may end others.
         for _ in 0..4 {
             self.settle();
@@ -37,6 +39,7 @@ impl History {
         self.check_receipts();
         self.check_surveys();
         self.check_books();
+        self.check_presence();
         self.end_all();
         self.check_end();
     }
@@ -77,6 +80,7 @@ impl History {
                 CloseReason::UnfinishedLimit => self.engine_config.unfinished_bytes_max == 1 << 20,
                 CloseReason::BacklogLimit => self.engine_config.backlog_bytes_max == 1 << 20,
                 CloseReason::TooManyGroups => config.max_groups == 1,
+                CloseReason::Replaced => self.is_replaced(client),
                 CloseReason::ControlFlood => config.control_frames_per_second < 1000,
                 CloseReason::HandlerPanicked => peer.asked_for_panic,
                 CloseReason::Application { text, .. } => {
@@ -224,6 +228,88 @@ impl History {
         }
     }
 
+    /// Whether the user of a client has had as many others as are allowed.
+    fn is_replaced(&self, client: usize) -> bool {
+        let Some(UserLimit::NewestWins(max)) = self.user_limit else { return false };
+        let model = lock(&self.model);
+        let replaced = &model.clients[client];
+        let others = model.clients.iter().enumerate().filter(|(number, other)| {
+            *number != client
+                && other.id.is_some()
+                && (other.namespace, other.user) == (replaced.namespace, replaced.user)
+        });
+        replaced.user.is_some() && others.count() >= max as usize
+    }
+
+    /// Who was announced is who is there, once everybody who may come back has had the time.
+    fn check_presence(&mut self) {
+        // Until no connection has ended for as long as its user may take to come back.
+        let ended =
+            |history: &Self| (0..history.records.len()).filter(|client| history.has_ended(*client)).count();
+        let mut quiet = 0;
+        while quiet < 6 {
+            let before = ended(self);
+            // In small steps: where the log was full, changes are tried again after a few milliseconds.
+            self.now += GRACE_MAX / 4;
+            self.settle();
+            quiet = if ended(self) == before { quiet + 1 } else { 0 };
+        }
+        if self.is_stopping {
+            return;
+        }
+        for (namespace, user) in [0, 1].into_iter().flat_map(|namespace| [(namespace, 0), (namespace, 1)]) {
+            let model = lock(&self.model);
+            let clients = model.clients.iter().enumerate().filter(|(number, client)| {
+                (client.namespace, client.user) == (namespace, Some(user))
+                    && client.id.is_some()
+                    && !self.has_ended(*number)
+            });
+            let clients: Vec<_> = clients.map(|(_, client)| client).collect();
+            let mut faults = Vec::new();
+            let mut check = |group: &str, members: usize| {
+                let is_shown = model.shown.contains(&(namespace, group.to_owned(), USERS[user].to_owned()));
+                if is_shown != (members > 0) {
+                    let user = USERS[user];
+                    faults.push(format!("{user} has {members} in {group} of {namespace}, shown: {is_shown}"));
+                }
+            };
+            check("everyone", clients.iter().filter(|client| client.has_entered).count());
+            for (index, group) in GROUPS.iter().enumerate() {
+                check(group, clients.iter().filter(|client| client.groups.contains(&index)).count());
+            }
+            let counted = self.namespaces[namespace].user_len(USERS[user]);
+            if counted != clients.len() {
+                faults.push(format!(
+                    "{} has {} connections, counted as {counted}",
+                    USERS[user],
+                    clients.len()
+                ));
+            }
+            if let Some(limit) = self.user_limit
+                && clients.len() > limit.max() as usize
+            {
+                faults.push(format!("{} has {} connections: {limit:?}", USERS[user], clients.len()));
+            }
+            drop(model);
+            lock(&self.model).faults.extend(faults);
+        }
+        for (number, namespace) in self.namespaces.iter().enumerate() {
+            for group in [None].into_iter().chain(GROUPS.map(Some)) {
+                let name = group.unwrap_or("everyone");
+                let model = lock(&self.model);
+                let shown =
+                    model.shown.iter().filter(|(its, group, _)| *its == number && group == name).count();
+                drop(model);
+                if namespace.presence_len(group) != shown {
+                    self.fault(format!(
+                        "{shown} are shown in {name}, counted as {}",
+                        namespace.presence_len(group)
+                    ));
+                }
+            }
+        }
+    }
+
     /// Ends all connections, in one way or the other.
     fn end_all(&mut self) {
         let is_by_shutdown = self.random.one_in(3);
@@ -292,7 +378,13 @@ impl History {
         if self.engine.connection_count() != self.jobs.len() {
             self.fault(format!("{} places are taken", self.engine.connection_count()));
         }
+        if !self.is_stopping && !lock(&self.model).shown.is_empty() {
+            self.fault(format!("shown when all have gone: {:?}", lock(&self.model).shown));
+        }
         for namespace in &self.namespaces {
+            if namespace.user_count() > 0 || !self.is_stopping && namespace.presence_len(None) > 0 {
+                self.fault(format!("{} users are left", namespace.user_count()));
+            }
             if (namespace.len(), namespace.group_count()) != (0, 0) {
                 self.fault(format!(
                     "{} members, {} groups are left",

@@ -11,7 +11,7 @@ use shardcast_engine::{
 use testkit::lock;
 
 use super::ON_PURPOSE;
-use super::model::{GROUPS, Model, Shared, Target};
+use super::model::{GROUPS, Model, Shared, Target, USERS};
 use super::peer::{number_in, numbered_frame};
 
 /// The actions that a message can ask of its handler.
@@ -101,6 +101,7 @@ impl Obedient {
         let (to, policy) = match target {
             Target::Everyone => (Address::Everyone, None),
             Target::Groups(groups) => (Address::group(GROUPS[groups[0]]), None),
+            Target::Users(users) => (Address::user(USERS[users[0]]), None),
             Target::Client(_) => (Address::Connection(id), Some(Policy::Block)),
         };
         let number = model.new_frame(policy);

@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,20 +15,22 @@ use bytes::Bytes;
 use shardcast_engine::{
     Address, AdoptError, Audit, CloseCode, ConnectionConfig, ConnectionId, Delivery, Encoding, Engine,
     EngineConfig, GroupMetrics, Namespace, NewConnection, Policy, Publication, PublishError, Rate, RateLimit,
-    Receipt, Shard, Shutdown, ShutdownReport,
+    Receipt, Shard, Shutdown, ShutdownReport, User, UserLimit,
 };
 use testkit::rig::is_readable;
 use testkit::time::ms;
 use testkit::{Task, lock};
 
 use super::handler::{Obedient, Record, action};
-use super::model::{GROUPS, Model, ModelClient, Shared, Target};
+use super::model::{GROUPS, Model, ModelClient, Observer, Shared, Target, USERS};
 use super::peer::{PREFIXES, Peer, numbered_frame, prefixed};
 use super::random::Random;
 
 /// Rounds of turns and actions after which a history that has not settled never will.
 const ROUNDS_MAX: usize = 3000;
 const CLIENTS_MAX: usize = 9;
+/// The longest time that a user may take to come back.
+pub(crate) const GRACE_MAX: Duration = ms(40);
 
 // ---- Publishers -------------------------------------------------------------------------------------------------
 
@@ -120,6 +124,10 @@ pub(crate) struct History {
     /// None for shards that are awake.
     pub(crate) asleep: Vec<Option<Sleep>>,
     pub(crate) namespaces: Vec<Namespace>,
+    /// Of all connections.
+    pub(crate) user_limit: Option<UserLimit>,
+    /// How many changes of presence the observers take.
+    pub(crate) room: Arc<AtomicUsize>,
     pub(crate) model: Shared<Model>,
     pub(crate) peers: Vec<Peer>,
     pub(crate) records: Vec<Shared<Record>>,
@@ -181,16 +189,29 @@ impl History {
         if is_told {
             println!("{engine_config:?}");
         }
+        let user_limit = match random.below(6) {
+            0 => Some(UserLimit::OldestStays(random.of(&[1, 2]))),
+            1 => Some(UserLimit::NewestWins(random.of(&[1, 2]))),
+            _ => None,
+        };
+        let namespaces = vec![engine.namespace(), engine.namespace()];
+        let (model, room) = (Shared::default(), Arc::new(AtomicUsize::new(usize::MAX)));
+        for (number, namespace) in namespaces.iter().enumerate() {
+            let (model, room) = (Arc::clone(&model), room.clone());
+            assert!(namespace.observe_presence(Observer { namespace: number, model, room }));
+        }
         Self {
             random,
-            namespaces: vec![engine.namespace(), engine.namespace()],
+            namespaces,
+            user_limit,
+            room,
             engine,
             encodings,
             engine_config,
             asleep: vec![None; shards.len()],
             open_at_stop: vec![None; shards.len()],
             shards: shards.into_iter().map(Some).collect(),
-            model: Shared::default(),
+            model,
             peers: Vec::new(),
             records: Vec::new(),
             configs: Vec::new(),
@@ -218,6 +239,7 @@ impl History {
         for step in 0..steps {
             self.step();
             self.good_peers_act();
+            self.check_users();
             if step % 16 == 0 {
                 self.check_groups();
             }
@@ -281,6 +303,11 @@ impl History {
                 tell!(self, "{millis} ms pass: {:?}", self.now - self.start);
             }
             99 if self.random.one_in(12) => self.shut_down(),
+            99 => {
+                let room = self.random.of(&[0, 1, usize::MAX]);
+                tell!(self, "room for {room} changes");
+                self.room.store(room, Relaxed);
+            }
             _ => {}
         }
     }
@@ -320,7 +347,9 @@ impl History {
     }
 
     fn target(&mut self) -> Option<(usize, Target)> {
-        Some(match self.random.below(10) {
+        Some(match self.random.below(12) {
+            10 => (self.any_namespace(), Target::Users(vec![self.random.below(2)])),
+            11 => (self.any_namespace(), Target::Users(vec![0, 1])),
             0..=3 => (self.any_namespace(), Target::Everyone),
             4 | 5 => (self.any_namespace(), Target::Groups(vec![self.random.below(3)])),
             6 => {
@@ -379,6 +408,8 @@ impl History {
             message_timeout: if is_calm { None } else { random.of(&[None, None, Some(ms(90))]) },
             stall_timeout: random.of(&[None, Some(ms(10_000)), Some(ms(50))]),
             max_groups: random.of(&[1, 10_000, 10_000, 10_000, 10_000]),
+            max_connections_per_user: self.user_limit,
+            presence_grace: random.of(&[ms(0), ms(0), ms(5), GRACE_MAX]),
             close_timeout: random.of(&[ms(10), ms(60), ms(5000)]),
             __non_exhaustive: (),
         });
@@ -405,12 +436,14 @@ impl History {
             received.push(action::NOTHING);
             peer.said = 1;
         }
+        let user = self.random.of(&[None, Some(0), Some(0), Some(1)]);
         tell!(
             self,
-            "adopt {client} in {namespace}: {config:?} send buffer {send_buffer} prefix {prefix_bytes}"
+            "adopt {client} in {namespace} of user {user:?}: {config:?} send buffer {send_buffer} prefix {prefix_bytes}"
         );
         lock(&self.model).clients.push(ModelClient {
             namespace,
+            user,
             config: config.clone(),
             has_entered: false,
             id: None,
@@ -431,6 +464,9 @@ impl History {
             encoding,
             permit,
             rate_limit: None,
+            user: user.map(|user| User::new(USERS[user])),
+            first_message: None,
+            expires_at: None,
         };
         let namespace = self.namespaces[namespace].clone();
         self.adoptions_under_way += 1;
@@ -710,6 +746,9 @@ impl History {
             None => {}
         }
         match (effect, outcome) {
+            (Effect::Adopt { client }, Outcome::Adopted(Err(AdoptError::TooManyConnectionsOfUser))) => {
+                self.check_refused(*client);
+            }
             (Effect::Adopt { .. }, Outcome::Adopted(Err(error))) => {
                 self.fault(format!("{effect:?}: {error}"))
             }
@@ -993,6 +1032,35 @@ impl History {
         }
     }
 
+    // ---- Users ----
+
+    /// No user has more connections than the limit that refuses them.
+    fn check_users(&self) {
+        let Some(UserLimit::OldestStays(max)) = self.user_limit else { return };
+        for (namespace, user) in
+            self.namespaces.iter().flat_map(|namespace| USERS.map(|user| (namespace, user)))
+        {
+            if namespace.user_len(user) > max as usize {
+                self.fault(format!("{user} has {} connections of {max}", namespace.user_len(user)));
+            }
+        }
+    }
+
+    /// Nobody is refused below the limit.
+    fn check_refused(&self, client: usize) {
+        let model = lock(&self.model);
+        let refused = &model.clients[client];
+        let others = model.clients.iter().enumerate().filter(|(other, one)| {
+            *other != client && one.namespace == refused.namespace && one.user == refused.user
+        });
+        let lives = others.filter(|(other, _)| !self.has_ended(*other)).count();
+        drop(model);
+        match self.user_limit {
+            Some(UserLimit::OldestStays(max)) if lives >= max as usize => {}
+            limit => self.fault(format!("{client} was refused beside {lives}: {limit:?}")),
+        }
+    }
+
     // ---- Addresses ----
 
     fn address(&self, target: &Target) -> Address {
@@ -1002,13 +1070,17 @@ impl History {
                 [group] => Address::group(GROUPS[group]),
                 _ => Address::groups(groups.iter().map(|group| GROUPS[*group])),
             },
+            Target::Users(users) => match users[..] {
+                [user] => Address::user(USERS[user]),
+                _ => Address::users(users.iter().map(|user| USERS[*user])),
+            },
             Target::Client(client) => Address::Connection(self.id_of(*client)),
         }
     }
 
     fn place_of(&self, target: &Target) -> Place {
         match target {
-            Target::Everyone | Target::Groups(_) => Place::Log,
+            Target::Everyone | Target::Groups(_) | Target::Users(_) => Place::Log,
             Target::Client(client) => Place::Mailbox(self.id_of(*client).shard()),
         }
     }

@@ -3,13 +3,21 @@
 //! Clients are identified by the order of their connections, frames by their number. Knows recipients and
 //! policies. Does not know the engine.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use shardcast_engine::{ConnectionConfig, ConnectionId, Policy, Receipt};
+use shardcast_engine::{
+    ConnectionConfig, ConnectionId, Policy, PresenceChange, PresenceKind, PresenceObserver, Receipt,
+};
+use testkit::lock;
 
 pub(crate) const GROUPS: [&str; 3] = ["a", "b", "c"];
+
+/// Names of groups, too: a user and a group of one name must not meet.
+pub(crate) const USERS: [&str; 2] = ["a", "b"];
 
 pub(crate) type Shared<T> = Arc<Mutex<T>>;
 
@@ -19,6 +27,8 @@ pub(crate) enum Target {
     Everyone,
     /// By their index in `GROUPS`.
     Groups(Vec<usize>),
+    /// By their index in `USERS`.
+    Users(Vec<usize>),
     Client(usize),
 }
 
@@ -26,6 +36,8 @@ pub(crate) enum Target {
 pub(crate) struct ModelClient {
     /// Which of the two namespaces it is in.
     pub(crate) namespace: usize,
+    /// Its index in `USERS`.
+    pub(crate) user: Option<usize>,
     pub(crate) config: Arc<ConnectionConfig>,
     /// It is a member of everyone: the engine has adopted it, and its `on_open` is done.
     pub(crate) has_entered: bool,
@@ -53,6 +65,10 @@ pub(crate) struct ModelFrame {
 pub(crate) struct Model {
     pub(crate) clients: Vec<ModelClient>,
     pub(crate) frames: Vec<ModelFrame>,
+    /// Who was announced as having joined and not as having left, by namespace, group and user.
+    pub(crate) shown: BTreeSet<(usize, String, String)>,
+    /// The number of announced changes.
+    pub(crate) changes: BTreeMap<PresenceKind, usize>,
     /// The faults found so far.
     pub(crate) faults: Vec<String>,
 }
@@ -64,6 +80,9 @@ impl Model {
                 && match target {
                     Target::Everyone => client.has_entered,
                     Target::Groups(groups) => groups.iter().any(|group| client.groups.contains(group)),
+                    Target::Users(users) => {
+                        client.has_entered && client.user.is_some_and(|user| users.contains(&user))
+                    }
                     Target::Client(one) => *one == number,
                 }
         };
@@ -135,6 +154,34 @@ impl Model {
     pub(crate) fn may_lose(&self, number: u32, client: usize) -> bool {
         let losses = self.losses(number, client);
         losses.by_timeout || losses.by_overflow
+    }
+}
+
+/// Notes in the model who joins and leaves, and that both alternate.
+#[derive(Debug)]
+pub(crate) struct Observer {
+    pub(crate) namespace: usize,
+    pub(crate) model: Shared<Model>,
+    pub(crate) room: Arc<AtomicUsize>,
+}
+
+impl PresenceObserver for Observer {
+    fn room(&self) -> usize {
+        self.room.load(Relaxed)
+    }
+
+    fn on_change(&self, change: PresenceChange) {
+        let mut model = lock(&self.model);
+        let group = change.group.as_deref().unwrap_or("everyone").to_owned();
+        let pair = (self.namespace, group, change.user.to_string());
+        *model.changes.entry(change.kind).or_default() += 1;
+        let is_right = match change.kind {
+            PresenceKind::Joined => model.shown.insert(pair),
+            PresenceKind::Left => model.shown.remove(&pair),
+        };
+        if !is_right {
+            model.faults.push(format!("announced twice: {change:?}"));
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::serve::Listener;
-use rustls::pki_types::{PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
@@ -18,6 +18,7 @@ pub use tokio_rustls::rustls;
 #[derive(Debug, Clone)]
 pub struct TlsPair {
     server: Arc<rustls::ServerConfig>,
+    certificate: CertificateDer<'static>,
     /// The client's.
     pub client: Arc<rustls::ClientConfig>,
 }
@@ -38,14 +39,32 @@ impl TlsPair {
             .expect("the key fits the certificate");
         server.alpn_protocols.clone_from(&alpn);
         let mut roots = rustls::RootCertStore::empty();
-        roots.add(certificate).expect("a certificate");
+        roots.add(certificate.clone()).expect("a certificate");
         let mut client = rustls::ClientConfig::builder_with_provider(ring())
             .with_safe_default_protocol_versions()
             .expect("ring has them")
             .with_root_certificates(roots)
             .with_no_client_auth();
         client.alpn_protocols = alpn;
-        Self { server: Arc::new(server), client: Arc::new(client) }
+        Self { server: Arc::new(server), certificate, client: Arc::new(client) }
+    }
+
+    /// The certificate as a file of root certificates has it.
+    pub fn certificate_pem(&self) -> String {
+        const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
+        for line in self.certificate.chunks(48) {
+            for bytes in line.chunks(3) {
+                let bits = bytes.iter().fold(0, |bits, byte| bits << 8 | usize::from(*byte))
+                    << (8 * (3 - bytes.len()));
+                for digit in 0..4 {
+                    let value = bits >> (18 - 6 * digit) & 63;
+                    pem.push(if digit <= bytes.len() { char::from(DIGITS[value]) } else { '=' });
+                }
+            }
+            pem.push('\n');
+        }
+        pem + "-----END CERTIFICATE-----\n"
     }
 
     /// Accepts TLS on the server's side.
