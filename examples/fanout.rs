@@ -3,6 +3,8 @@
 //! `fanout --port P --shards N --no-pin --coalesce MILLISECONDS --policy block`, all optional (port 9001, one shard for
 //! each CPU, pinned). Prints `ready` when it listens and logs nothing. On SIGTERM it shuts down gracefully: every
 //! accepted message is delivered, clients get a Close frame (1001), and it prints a report.
+//! `--rate-limit N` limits each client to N messages a second, and delays what exceeds that; `--over-limit drop` or
+//! `close` does that instead.
 //! Policies: `block`, `drop-message:100ms`, `drop-connection:100ms:5`, `drop-on-high-rtt:300ms:8`.
 //!
 //! - `/ws`: `{"t":u64,"p":string}`, decoded, encoded again and broadcast to all, including the sender
@@ -22,8 +24,8 @@ use axum::extract::{Path, State};
 use axum::routing::any;
 use serde::{Deserialize, Serialize};
 use shardcast::{
-    BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, RawCodec, RawMessage, Refusal,
-    WebSocketUpgrade, WsHub, WsHubConfig, ws,
+    BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, OverLimit, Rate, RawCodec, RawMessage,
+    Refusal, WebSocketUpgrade, WsHub, WsHubConfig, ws,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -112,8 +114,8 @@ struct Options {
     hub: WsHubConfig,
 }
 
-const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY], \
-     where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
+const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY] \
+     [--rate-limit N] [--over-limit delay|drop|close], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
 
 /// Time after SIGTERM to deliver all accepted messages.
 const SHUTDOWN_WITHIN: Duration = Duration::from_secs(20);
@@ -133,6 +135,18 @@ fn options() -> Result<Options, Box<dyn Error>> {
                 options.engine.coalesce = Duration::from_millis(value()?.parse().map_err(|_| USAGE)?);
             }
             "--policy" => options.hub.policy = policy(&value()?)?,
+            "--rate-limit" => {
+                options.hub.rate_limit.messages =
+                    Some(Rate::per_second(value()?.parse().map_err(|_| USAGE)?));
+            }
+            "--over-limit" => {
+                options.hub.rate_limit.over_limit = match value()?.as_str() {
+                    "delay" => OverLimit::Delay,
+                    "drop" => OverLimit::Drop,
+                    "close" => OverLimit::Close,
+                    _ => return Err(USAGE.into()),
+                };
+            }
             _ => return Err(USAGE.into()),
         }
     }

@@ -237,6 +237,19 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         }
     }
 
+    /// So many messages of this client, at least 1, were dropped since the last call, because it exceeded its
+    /// [rate limit](crate::WsHubConfig::rate_limit) with [`OverLimit::Drop`](crate::OverLimit::Drop), or closed while
+    /// messages were delayed. Called at the first one, then at most once a second while more are dropped, and before
+    /// [`on_disconnected`](Self::on_disconnected): a flood costs few calls. A hub may tell the client here, or count
+    /// and [disconnect](HubContext::disconnect) it.
+    ///
+    /// By default logs at debug level.
+    fn on_rate_limited(&self, context: HubContext<Self>, messages: u64) -> impl Future<Output = ()> + Send {
+        log_rate_limited(context.id(), messages);
+        drop(context);
+        async {}
+    }
+
     /// A user has joined or left a group, or the hub itself ([`PresenceChange::group`] is none): called once for each
     /// change, and not for each client. For clients that were served with a [user](crate::Serve::user).
     ///
@@ -315,6 +328,10 @@ pub(crate) fn log_undecodable(id: ConnectionId, error: &CodecError) {
     // Its source may quote the message, which the client chose.
     let text = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
     tracing::debug!(%id, error = ?Excerpt(text.as_bytes()), "a message could not be decoded");
+}
+
+pub(crate) fn log_rate_limited(id: ConnectionId, messages: u64) {
+    tracing::debug!(%id, messages, "messages were dropped: the client exceeded its rate limit");
 }
 
 /// Calls `on_presence` for one change after the other. Ends with the hub's namespace.

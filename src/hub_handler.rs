@@ -328,6 +328,16 @@ impl<H: WsHub> Handler for HubHandler<H> {
         self.begin(telling, context)
     }
 
+    fn on_rate_limited(&mut self, messages: u64, context: &mut Context<'_>) -> Poll<()> {
+        let Some(hub) = self.hub() else { return Poll::Ready(()) };
+        let call = self.context(context);
+        let telling = async move {
+            hub.on_rate_limited(call, messages).await;
+            Ok(())
+        };
+        self.begin(telling, context)
+    }
+
     fn on_expired(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let Some(hub) = self.hub() else { return Poll::Ready(()) };
         let call = self.context(context);

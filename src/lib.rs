@@ -57,8 +57,9 @@ pub use shardcast_engine::Policy as BroadcastPolicy;
 pub use shardcast_engine::{
     AdoptError, CloseCode, CloseReason, ConfigError, ConnectionId, ConnectionMetrics, DropCause, Drops,
     EngineConfig, EngineState, FrameError, GROUP_NAME_BYTES_MAX, GroupCount, GroupMetrics, InvalidCloseCode,
-    InvalidConnectionId, InvalidPosition, METADATA_BYTES_MAX, MessageKind, Metrics, Position, PresenceKind,
-    Receipt, Rtt, Shutdown, ShutdownReport, StartError, Tally, USER_NAME_BYTES_MAX, UserLimit, prepare_tcp,
+    InvalidConnectionId, InvalidPosition, METADATA_BYTES_MAX, MessageKind, Metrics, OverLimit, Position,
+    PresenceKind, Rate, RateLimit, Receipt, Rtt, SharedRateLimit, Shutdown, ShutdownReport, StartError,
+    Tally, USER_NAME_BYTES_MAX, UserLimit, prepare_tcp,
 };
 pub use stateful_hub::{Stateful, StatefulHub};
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

@@ -12,6 +12,8 @@ use std::{
 
 /// A connection was refused by a limit on connections.
 pub(crate) static CONNECTION_LIMIT: LogLimit = LogLimit::new();
+/// An address upgrades too often.
+pub(crate) static UPGRADE_RATE: LogLimit = LogLimit::new();
 /// A connection could not be adopted.
 pub(crate) static NOT_TAKEN_OVER: LogLimit = LogLimit::new();
 /// The answer to a handshake was not sent.

@@ -14,7 +14,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use shardcast_engine::{
     AdoptError, CloseCode, ConfigError, ConnectionConfig, ConnectionPermit, Encoding, FirstMessage,
-    MakeHandler, Namespace, NewConnection, PublishError, USER_NAME_BYTES_MAX, User,
+    MakeHandler, Namespace, NewConnection, PublishError, SharedRateLimit, USER_NAME_BYTES_MAX, User,
 };
 use tokio::runtime::Handle;
 
@@ -23,13 +23,16 @@ use crate::codec::RawMessage;
 use crate::first_message::{self, Accepted, check_of};
 use crate::hub::{Hub, Refusal, WsHub};
 use crate::hub_handler::{HubHandler, Instance};
-use crate::log_limit::{CONNECTION_LIMIT, INVALID_CONFIG, NOT_TAKEN_OVER};
+use crate::log_limit::{CONNECTION_LIMIT, INVALID_CONFIG, NOT_TAKEN_OVER, UPGRADE_RATE};
 use crate::presence::{Metadata, MetadataError};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
 /// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused
 /// together do not come back together.
 const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=10;
+
+/// What a client is told whose address upgrades too often.
+const TOO_MANY_UPGRADES: &str = "too many connections from this address in a short time";
 
 impl WebSocketUpgrade {
     /// The response that accepts the handshake and gives the connection to `hub`, with `instance` to handle it: the
@@ -87,6 +90,10 @@ impl WebSocketUpgrade {
 /// it is a 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn for each client. A connection counts from when
 /// the response is made, and no longer if it turns out that it was not sent.
 ///
+/// An address that upgrades more often than
+/// [`max_upgrades_per_address`](crate::EngineConfig::max_upgrades_per_address) allows gets a 429 instead, with a
+/// `Retry-After` that says when it may try again.
+///
 /// A limit for each address needs the [address](WebSocketUpgrade::peer_address). Without connect info it is known
 /// only after the 101, so a client above the limit gets a Close frame (1013) instead of a 503. Behind TLS and HTTP/2
 /// it is not known even then, and no client is counted. That is logged once for each engine, as an error.
@@ -115,6 +122,7 @@ pub struct Serve<H: WsHub> {
     hub: Hub<H>,
     instance: Instance<H>,
     config: Option<Arc<ConnectionConfig>>,
+    rate_limit: Option<SharedRateLimit>,
     user: Option<Arc<str>>,
     metadata: Option<Result<Metadata, MetadataError>>,
     first_message: Option<FirstMessage>,
@@ -129,7 +137,7 @@ impl<H: WsHub> Serve<H> {
         first_message: Option<FirstMessage>,
     ) -> Self {
         let (hub, config, user, metadata, expires_at) = (hub.clone(), None, None, None, None);
-        Self { upgrade, hub, instance, config, user, metadata, first_message, expires_at }
+        Self { upgrade, hub, instance, config, user, metadata, first_message, expires_at, rate_limit: None }
     }
 
     /// The time for the [first message](WebSocketUpgrade::serve_first_message), from when a shard has the connection.
@@ -165,6 +173,40 @@ impl<H: WsHub> Serve<H> {
     /// gets a 500 that names the field; check yours with [`Hub::check`].
     pub fn config(self, config: impl Into<Arc<ConnectionConfig>>) -> Self {
         Self { config: Some(config.into()), ..self }
+    }
+
+    /// Also counts this connection's messages in a limit that it shares with others: those of the same user, for
+    /// instance. The application keeps one for each user, as long as the user is connected. What happens above it is
+    /// [`rate_limit.over_limit`](crate::RateLimit::over_limit) of the connection's config.
+    ///
+    /// ```
+    /// # use std::collections::HashMap;
+    /// # use std::sync::Arc;
+    /// use axum::extract::State;
+    /// use shardcast::{Hub, Rate, Serve, SharedRateLimit, WebSocketUpgrade, WsHub};
+    /// # struct Chat;
+    /// # impl WsHub for Chat {
+    /// #     type Codec = shardcast::RawCodec; type InMessage = String; type OutMessage = String;
+    /// #     async fn on_message(&self, _: String, _: shardcast::HubContext<Self>) {}
+    /// # }
+    /// # #[derive(Clone)]
+    /// # struct Users(Arc<HashMap<String, SharedRateLimit>>);
+    /// # fn user() -> String { String::new() }
+    ///
+    /// /// 20 messages a second from all connections of a user together.
+    /// fn new_limit() -> Result<SharedRateLimit, shardcast::ConfigError> {
+    ///     SharedRateLimit::new(Some(Rate::per_second(20).with_burst(40)), None)
+    /// }
+    ///
+    /// async fn connect(
+    ///     ws: WebSocketUpgrade,
+    ///     State((chat, users)): State<(Hub<Chat>, Users)>,
+    /// ) -> Serve<Chat> {
+    ///     ws.serve(&chat, Chat).shared_rate_limit(&users.0[&user()])
+    /// }
+    /// ```
+    pub fn shared_rate_limit(self, limit: &SharedRateLimit) -> Self {
+        Self { rate_limit: Some(limit.clone()), ..self }
     }
 
     /// The user of this connection: a person or an account, by a name of at most
@@ -215,7 +257,8 @@ impl<H: WsHub> fmt::Debug for Serve<H> {
 
 impl<H: WsHub> IntoResponse for Serve<H> {
     fn into_response(self) -> Response {
-        let Self { upgrade, hub, instance, config, user, metadata, first_message, expires_at } = self;
+        let Self { upgrade, hub, instance, config, user, metadata, first_message, expires_at, rate_limit } =
+            self;
         if user.as_ref().is_some_and(|user| user.len() > USER_NAME_BYTES_MAX) {
             return (StatusCode::BAD_REQUEST, AdoptError::UserNameTooLong.to_string()).into_response();
         }
@@ -249,7 +292,7 @@ impl<H: WsHub> IntoResponse for Serve<H> {
                 Some(metadata) => User::new(user).with_metadata(metadata.into_bytes()),
                 None => User::new(user),
             });
-            let arrival = Arrival { user, first_message, expires_at: expires_at.map(instant_of) };
+            let arrival = Arrival { user, first_message, expires_at: expires_at.map(instant_of), rate_limit };
             if let Err(error) = hub.adopt(socket, handler, permit, arrival).await {
                 error.log();
             }
@@ -288,12 +331,17 @@ impl<H: WsHub> Hub<H> {
         instance: H,
         user: Option<Arc<str>>,
     ) -> Result<(), ServeError> {
+        if let Some(Err(_)) = socket.peer_address().map(|address| self.engine().count_upgrade(address)) {
+            log_upgrade_rate("1013");
+            ServeError::TooManyUpgrades.turn_away(socket);
+            return Err(ServeError::TooManyUpgrades);
+        }
         let Some(permit) = self.host().engine.admit(socket.peer_address()) else {
             return Err(self.host().refuse(socket));
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
-                "`max_connections_per_address` is set, but the address of a client is not known: behind TLS and HTTP/2 \
+                "connections or upgrades are limited for each address, but that of a client is not known: behind TLS and HTTP/2 \
                  it needs `app.into_make_service_with_connect_info::<SocketAddr>()`. Such clients are not counted"
             );
         }
@@ -332,24 +380,31 @@ pub(crate) struct Host<'a> {
 }
 
 impl Host<'_> {
-    /// A permit for one more connection, or the response that tells the client that there is none.
+    /// A permit for one more connection, or the response that tells the client why there is none.
     pub(crate) fn admit(&self, upgrade: &WebSocketUpgrade) -> Result<ConnectionPermit, Box<Response>> {
+        if let Some(Err(refused)) = upgrade.peer_address().map(|address| self.engine.count_upgrade(address)) {
+            log_upgrade_rate("429");
+            let seconds = refused.retry_after.as_secs_f64().ceil() as u64;
+            let retry = [(header::RETRY_AFTER, HeaderValue::from(seconds))];
+            return Err(Box::new((StatusCode::TOO_MANY_REQUESTS, retry, TOO_MANY_UPGRADES).into_response()));
+        }
         let Some(permit) = self.engine.admit(upgrade.peer_address()) else {
             self.log_connection_limit("503");
             return Err(Box::new(too_many_connections(self.refusal().farewell().1)));
         };
         if permit.lacks_address() && permit.is_first_to_lack_address() {
             tracing::error!(
-                "`max_connections_per_address` is set, but this router does not tell where its clients are: serve it \
+                "connections or upgrades are limited for each address, but this router does not tell where its clients \
+                 are: serve it \
                  with `axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())`, or give \
                  each `WebSocketUpgrade` its `set_peer_address`. Until then the limit holds only for plain TCP, after the \
-                 handshake (Close frame 1013 instead of 503), and not at all for TLS and HTTP/2"
+                 handshake (Close frame 1013 instead of 503 or 429), and not at all for TLS and HTTP/2"
             );
         }
         Ok(permit)
     }
 
-    /// Counts the connection for its address, if that is known only now. Above the limit the client is turned away.
+    /// Counts the connection for its address, if that is known only now. Above a limit the client is turned away.
     pub(crate) fn count_late(
         &self,
         permit: &mut ConnectionPermit,
@@ -357,11 +412,17 @@ impl Host<'_> {
     ) -> Result<WebSocket, ServeError> {
         if permit.lacks_address()
             && let Some(address) = socket.peer_address()
-            && !permit.count_for(address)
         {
-            self.log_connection_limit("1013");
-            ServeError::Full.turn_away(socket);
-            return Err(ServeError::Full);
+            if self.engine.count_upgrade(address).is_err() {
+                log_upgrade_rate("1013");
+                ServeError::TooManyUpgrades.turn_away(socket);
+                return Err(ServeError::TooManyUpgrades);
+            }
+            if !permit.count_for(address) {
+                self.log_connection_limit("1013");
+                ServeError::Full.turn_away(socket);
+                return Err(ServeError::Full);
+            }
         }
         Ok(socket)
     }
@@ -424,7 +485,7 @@ impl Host<'_> {
             RawSocket::Bridge(stream) => shardcast_engine::Socket::bridge(stream),
         };
         let encoding = Encoding::PLAIN;
-        let Arrival { user, first_message, expires_at } = arrival;
+        let Arrival { user, first_message, expires_at, rate_limit } = arrival;
         let connection = NewConnection {
             socket,
             received,
@@ -435,6 +496,7 @@ impl Host<'_> {
             user,
             first_message,
             expires_at,
+            rate_limit,
         };
         match self.namespace.adopt(connection).await {
             Ok(()) => {
@@ -460,6 +522,7 @@ struct Arrival {
     /// Set if its first message must say who it is.
     first_message: Option<FirstMessage>,
     expires_at: Option<Instant>,
+    rate_limit: Option<SharedRateLimit>,
 }
 
 /// A second descriptor of a socket that the engine may not adopt. Dropped with it, as a timeout around [`Hub::serve`] does
@@ -481,6 +544,9 @@ pub enum ServeError {
     /// The engine has `max_connections` connections, or `max_connections_per_address` from there. The client got 1013.
     #[error("a limit on connections is reached: try again later, or raise `max_connections`")]
     Full,
+    /// The client's address opens connections more often than `max_upgrades_per_address` allows. The client got 1013.
+    #[error("the client's address opens connections too often: it may try again later")]
+    TooManyUpgrades,
     /// The engine is stopping. The client got 1001.
     #[error("the engine is stopping")]
     Stopping,
@@ -495,6 +561,7 @@ impl ServeError {
     fn farewell(&self) -> (CloseCode, &'static str) {
         match self {
             Self::Full => (CloseCode::TRY_AGAIN_LATER, "connection limit reached"),
+            Self::TooManyUpgrades => (CloseCode::TRY_AGAIN_LATER, TOO_MANY_UPGRADES),
             Self::Adopt(AdoptError::Refused(PublishError::Overloaded)) => {
                 (CloseCode::TRY_AGAIN_LATER, "the server is overloaded")
             }
@@ -544,6 +611,17 @@ pub(crate) fn refuse_config(error: &ConfigError) -> Response {
         );
     }
     (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response()
+}
+
+/// Logs that a client was refused because its address upgrades too often, with a status or a close code.
+fn log_upgrade_rate(told: &'static str) {
+    if let Some(left_out) = UPGRADE_RATE.allows() {
+        tracing::warn!(
+            told,
+            left_out,
+            "a connection was refused: its address exceeds `max_upgrades_per_address`"
+        );
+    }
 }
 
 /// Each hasher has random keys, which suffices to spread clients.

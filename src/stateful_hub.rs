@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 
 use crate::clients::Clients;
 use crate::codec::{CodecError, Decode, Encode};
-use crate::hub::{Dropped, HubContext, JoinError, Refusal, RunOn, WsHub, log_undecodable};
+use crate::hub::{Dropped, HubContext, JoinError, Refusal, RunOn, WsHub, log_rate_limited, log_undecodable};
 use crate::presence::PresenceChange;
 
 /// An application's hub with its own state: a [`WsHub`] whose methods take `&mut self`, and which need not be `Sync`.
@@ -102,6 +102,18 @@ pub trait StatefulHub: Send + Sized + 'static {
         dropped: Dropped,
     ) -> impl Future<Output = ()> + Send {
         tracing::trace!(id = %context.id(), ?dropped, "messages were dropped");
+        drop(context);
+        async {}
+    }
+
+    /// Messages of this client were dropped because it exceeded its rate limit; see [`WsHub::on_rate_limited`]. By
+    /// default logs at debug level.
+    fn on_rate_limited(
+        &mut self,
+        context: HubContext<Stateful<Self>>,
+        messages: u64,
+    ) -> impl Future<Output = ()> + Send {
+        log_rate_limited(context.id(), messages);
         drop(context);
         async {}
     }
@@ -207,6 +219,10 @@ impl<H: StatefulHub> WsHub for Stateful<H> {
 
     async fn on_dropped(&self, context: HubContext<Self>, dropped: Dropped) {
         self.0.lock().await.on_dropped(context, dropped).await;
+    }
+
+    async fn on_rate_limited(&self, context: HubContext<Self>, messages: u64) {
+        self.0.lock().await.on_rate_limited(context, messages).await;
     }
 
     fn on_presence(

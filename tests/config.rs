@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error, MapDeserializer};
 use serde_json::json;
-use shardcast::{BroadcastPolicy, EngineConfig, UserLimit, WsHubConfig};
+use shardcast::{BroadcastPolicy, EngineConfig, OverLimit, Rate, RateLimit, UserLimit, WsHubConfig};
 
 /// No field has its default. A new field must be added here, because the literal names them all.
 fn engine_config() -> EngineConfig {
@@ -24,6 +24,7 @@ fn engine_config() -> EngineConfig {
         backlog_bytes_max: 5,
         unfinished_bytes_max: 6,
         max_connections_per_address: Some(7),
+        max_upgrades_per_address: Some(Rate::new(9, Duration::from_secs(60)).with_burst(10)),
         max_connections: 8,
         __non_exhaustive: (),
     }
@@ -43,6 +44,12 @@ fn hub_config(policy: BroadcastPolicy) -> WsHubConfig {
         accept_unmasked_frames: true,
         max_fragments: 6,
         control_frames_per_second: 7,
+        rate_limit: RateLimit {
+            messages: Some(Rate::per_second(11)),
+            bytes: Some(Rate::new(12, Duration::from_millis(1500)).with_burst(13)),
+            over_limit: OverLimit::Drop,
+            ..RateLimit::default()
+        },
         heartbeat_interval: Some(Duration::from_secs(90)),
         pong_timeout: Duration::from_millis(1500),
         idle_timeout: Some(Duration::from_secs(365 * 24 * 60 * 60)),
@@ -98,6 +105,14 @@ fn settings_are_written_as_people_write_them() {
     let written = serde_json::to_value(hub_config(policy)).unwrap();
     assert_eq!(written["policy"], json!({ "drop_message": { "timeout": "100ms" } }));
     assert_eq!(written["message_timeout"], json!("1h"));
+    assert_eq!(
+        written["rate_limit"],
+        json!({
+            "messages": { "count": 11, "period": "1s", "burst": 11 },
+            "bytes": { "count": 12, "period": "1s 500ms", "burst": 13 },
+            "over_limit": "drop",
+        })
+    );
     assert_eq!(serde_json::to_value(WsHubConfig::default()).unwrap()["policy"], json!("block"));
 }
 
@@ -105,6 +120,19 @@ fn settings_are_written_as_people_write_them() {
 fn a_setting_that_is_not_given_has_its_default() {
     assert_eq!(from_texts::<EngineConfig>(&[]).unwrap(), EngineConfig::default());
     assert_eq!(from_texts::<WsHubConfig>(&[]).unwrap(), WsHubConfig::default());
+}
+
+#[test]
+fn a_rate_without_a_period_is_per_second_and_its_burst_is_its_count() {
+    let read = |rate| serde_json::from_value::<Rate>(rate).unwrap();
+    assert_eq!(read(json!({ "count": 10 })), Rate::per_second(10));
+    assert_eq!(read(json!({ "count": 10, "period": "1m" })), Rate::new(10, Duration::from_secs(60)));
+    assert_eq!(read(json!({ "count": 10, "burst": 3 })), Rate::per_second(10).with_burst(3));
+    assert_refused::<Rate>(json!({ "period": "1s" }), &["`count`"]);
+    assert_refused::<Rate>(json!({ "count": 10, "brust": 3 }), &["`brust`"]);
+    assert_refused::<Rate>(json!({ "count": 10, "period": 1 }), &["`period`", "5ms"]);
+    let limit = json!({ "rate_limit": { "messages": { "count": 10 }, "over_limit": "queue" } });
+    assert_refused::<WsHubConfig>(limit, &["`queue`", "`delay`"]);
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod compare;
 mod cpu;
 mod dialect;
 mod duel;
+mod flood;
 mod frame;
 mod handshake;
 mod load;
@@ -44,6 +45,8 @@ enum Command {
     Compare(compare::Options),
     /// Runs several servers or builds at once, in turns of some milliseconds: their CPU, to one or two percent.
     Duel(duel::Options),
+    /// One client that sends at a steady rate whatever the server does.
+    Flood(flood::Options),
 }
 
 fn main() -> ExitCode {
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Load(options) => load::run(&options).map_err(boxed),
         Command::Compare(options) => compare::run(&options).map_err(boxed),
         Command::Duel(options) => duel::run(&options).map_err(boxed),
+        Command::Flood(options) => flood::run(&options).map(|()| true).map_err(boxed),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

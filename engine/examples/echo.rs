@@ -116,6 +116,7 @@ fn welcome(
         config,
         encoding: Encoding::PLAIN,
         permit,
+        rate_limit: None,
         user: None,
         first_message: None,
         expires_at: None,

@@ -79,6 +79,9 @@ pub enum CloseReason {
     /// The client sent too many control frames.
     #[error("too many control frames within a second")]
     ControlFlood,
+    /// The client exceeded its rate limit, and [`OverLimit::Close`](crate::OverLimit) is set.
+    #[error("the client exceeded its rate limit")]
+    RateLimited,
     /// The application closed the connection.
     #[error("closed by the application with {code}")]
     Application {
@@ -144,6 +147,7 @@ impl CloseReason {
             Self::NoFirstMessage => "no_first_message",
             Self::Expired => "expired",
             Self::ControlFlood => "control_flood",
+            Self::RateLimited => "rate_limited",
             Self::Application { .. } => "application",
             Self::RenderFailed => "render_failed",
             Self::HandlerPanicked => "handler_panicked",
@@ -174,6 +178,7 @@ impl CloseReason {
             Self::NoFirstMessage => (CloseCode::POLICY_VIOLATION, "no first message in time"),
             Self::Expired => (CloseCode::POLICY_VIOLATION, "expired"),
             Self::ControlFlood => (CloseCode::POLICY_VIOLATION, "too many control frames"),
+            Self::RateLimited => (CloseCode::POLICY_VIOLATION, "rate limit exceeded"),
             Self::Application { code, text } => (*code, &**text),
             Self::RenderFailed | Self::HandlerPanicked => (CloseCode::INTERNAL_ERROR, ""),
             Self::Shutdown { code } => (*code, ""),
@@ -186,7 +191,7 @@ impl CloseReason {
     pub fn should_reconnect(&self) -> bool {
         match self {
             Self::Protocol(_) | Self::Undecodable | Self::WrongKind => false,
-            Self::ControlFlood | Self::TooManyGroups | Self::Replaced => false,
+            Self::ControlFlood | Self::RateLimited | Self::TooManyGroups | Self::Replaced => false,
             Self::NoFirstMessage | Self::Expired => false,
             Self::Peer { code, .. } => code.is_none_or(|code| code != CloseCode::NORMAL),
             Self::Application { code, .. } => code.should_reconnect(),
@@ -206,6 +211,6 @@ impl CloseReason {
     /// Whether the end was caused by the client's input: the messages before it are still handled then.
     pub(crate) fn is_in_input(&self) -> bool {
         let has_left = matches!(self, Self::Peer { .. } | Self::Disconnected | Self::Transport(_));
-        has_left || matches!(self, Self::Protocol(_) | Self::ControlFlood)
+        has_left || matches!(self, Self::Protocol(_) | Self::ControlFlood | Self::RateLimited)
     }
 }

@@ -22,6 +22,7 @@ use crate::metrics::{ConnectionMetrics, GroupMetrics};
 use crate::payload::Payload;
 use crate::presence::{Present, User};
 use crate::publication::Delivery;
+use crate::rate::SharedRateLimit;
 use crate::receipt::Ticket;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
@@ -146,6 +147,7 @@ pub(crate) struct Adoption {
     pub(crate) directory: Arc<Directory>,
     pub(crate) permit: ConnectionPermit,
     pub(crate) join: PendingJoin,
+    pub(crate) rate_limit: Option<SharedRateLimit>,
     pub(crate) user: Option<(User, PendingJoin)>,
     pub(crate) first_message: Option<FirstMessage>,
     pub(crate) expires_at: Option<Instant>,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::id::SHARDS_MAX;
 use crate::policy::Policy;
+use crate::rate::{Rate, RateLimit, SharedRateLimit};
 
 /// The settings of an engine. All fields have defaults.
 ///
@@ -76,6 +77,10 @@ pub struct EngineConfig {
     /// with 503. IPv6 counts by its first 64 bits, and IPv4 in an IPv6 form (`::ffff:192.0.2.1`) as IPv4.
     /// Clients whose address is not known are not counted, which `shardcast` logs as an error.
     pub max_connections_per_address: Option<usize>,
+    /// Upgrades from one client address, counted as for `max_connections_per_address`: a [`Rate`], or none. Default:
+    /// none. Above it `shardcast` answers the upgrade with 429 and a `Retry-After`. At most 262,144 addresses that have
+    /// recently upgraded are remembered; above that, further ones are not counted.
+    pub max_upgrades_per_address: Option<Rate>,
     /// Connections in total: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are admitted:
     /// `shardcast` answers the upgrade with 503.
     pub max_connections: usize,
@@ -98,6 +103,7 @@ impl Default for EngineConfig {
             backlog_bytes_max: 1 << 30,
             unfinished_bytes_max: 1 << 30,
             max_connections_per_address: None,
+            max_upgrades_per_address: None,
             max_connections: 1 << 20,
             __non_exhaustive: (),
         }
@@ -125,7 +131,8 @@ impl EngineConfig {
         within("max_connections", self.max_connections, 1, 1 << 30)?;
         // A limit per address above the total limit would have no effect.
         let per_address = self.max_connections_per_address.unwrap_or(1);
-        within("max_connections_per_address", per_address, 1, self.max_connections)
+        within("max_connections_per_address", per_address, 1, self.max_connections)?;
+        self.max_upgrades_per_address.map_or(Ok(()), |rate| rate.validate())
     }
 
     /// Checks a connection's settings, also against these: the most that one connection may hold must not
@@ -190,6 +197,8 @@ pub struct ConnectionConfig {
     pub accept_unmasked_frames: bool,
     /// Control frames that a client may send in one second: 1 to 65,535. Default: 200. More end the connection (1008).
     pub control_frames_per_second: u16,
+    /// Messages and bytes that a client may send in a time, and what happens above that. Default: no limit.
+    pub rate_limit: RateLimit,
     /// Time between two pings: 10 ms to 1 day, or none for no pings. Default: 15 s. Without pings a client that has
     /// vanished is noticed only by a timeout or when something is sent to it, and round trips are not measured.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::heartbeat_interval"))]
@@ -250,6 +259,7 @@ impl Default for ConnectionConfig {
             max_frame_bytes: 1 << 30,
             accept_unmasked_frames: false,
             control_frames_per_second: 200,
+            rate_limit: RateLimit::default(),
             heartbeat_interval: Some(Duration::from_secs(15)),
             pong_timeout: Duration::from_secs(10),
             idle_timeout: None,
@@ -282,6 +292,7 @@ impl ConnectionConfig {
         within("max_frame_bytes", self.max_frame_bytes, 1, 1 << 30)?;
         within("control_frames_per_second", self.control_frames_per_second, 1, u16::MAX)?;
         self.policy.validate()?;
+        self.rate_limit.validate()?;
         if let Some(interval) = self.heartbeat_interval {
             within("heartbeat_interval", interval, SHORTEST, DAY)?;
         }
@@ -361,6 +372,48 @@ impl Policy {
     }
 }
 
+impl Rate {
+    /// Checks every field against its range.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for the first field that is out of range.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+        within("period", self.period, Duration::from_millis(1), DAY)?;
+        // More than one in a nanosecond could not be counted.
+        let nanos = u32::try_from(self.period.as_nanos()).unwrap_or(u32::MAX);
+        within("count", self.count, 1, nanos.min(1 << 30))?;
+        within("burst", self.burst, 1, 1 << 30)
+    }
+}
+
+impl RateLimit {
+    /// Checks every field against its range.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for the first field that is out of range.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        [self.messages, self.bytes].iter().flatten().try_for_each(Rate::validate)
+    }
+}
+
+impl SharedRateLimit {
+    /// A limit on the messages and on the bytes of all connections that are given a clone of it. Either may be none.
+    ///
+    /// ```
+    /// # use shardcast_engine::{Rate, SharedRateLimit};
+    /// let limit = SharedRateLimit::new(Some(Rate::per_second(20)), None)?;
+    /// # Ok::<(), shardcast_engine::ConfigError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ConfigError`] for the first field of a rate that is out of range.
+    pub fn new(messages: Option<Rate>, bytes: Option<Rate>) -> Result<Self, ConfigError> {
+        [messages, bytes].iter().flatten().try_for_each(Rate::validate)?;
+        Ok(Self::of(messages, bytes))
+    }
+}
+
 /// A setting is out of range. Names the field, its value and its range.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{field}` is {value}, but must be from {lowest} to {highest}")]
@@ -404,5 +457,15 @@ mod tests {
         assert_eq!(error.to_string(), "`shards` is 0, but must be from 1 to 4096");
         let config = ConnectionConfig { pong_timeout: Duration::ZERO, ..Default::default() };
         assert_eq!(config.validate().unwrap_err().field, "pong_timeout");
+        let engine =
+            EngineConfig { max_upgrades_per_address: Some(Rate::per_second(0)), ..Default::default() };
+        let error = engine.validate().unwrap_err();
+        assert_eq!(error.to_string(), "`count` is 0, but must be from 1 to 1000000000");
+        let messages = Some(Rate::new(1, Duration::from_secs(60)).with_burst(0));
+        let rate_limit = RateLimit { messages, ..RateLimit::default() };
+        let config = ConnectionConfig { rate_limit, ..Default::default() };
+        assert_eq!(config.validate().unwrap_err().field, "burst");
+        let endless = Rate::new(1, Duration::from_secs(1_000_000));
+        assert_eq!(SharedRateLimit::new(None, Some(endless)).unwrap_err().field, "period");
     }
 }

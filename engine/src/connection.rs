@@ -31,10 +31,12 @@ use crate::handler::{Context, Handler, Resume, ResumeQueue};
 use crate::heartbeat::{Beat, Heartbeat};
 use crate::held::Held;
 use crate::id::{ConnectionId, Slot};
+use crate::limiter::Limiter;
 use crate::metrics::{ConnectionMetrics, Counts};
 use crate::outbox::{Bounds, Outbox};
 use crate::position::Position;
 use crate::presence::User;
+use crate::rate::SharedRateLimit;
 use crate::receipt::Origin;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
@@ -43,9 +45,11 @@ use crate::wheel::{NO_TICK, Wheel};
 
 #[cfg(feature = "audit")]
 mod audit;
+mod limiting;
 mod reading;
 mod writing;
 
+pub(crate) use self::limiting::NextHeld;
 pub(crate) use self::reading::{Arrival, Read};
 pub(crate) use self::writing::{Discarded, Flushed, WRITE_BYTES_MAX};
 
@@ -94,8 +98,10 @@ pub(crate) struct Connection {
     /// None when it has been released.
     handler: Option<Box<dyn Handler>>,
     resume: Option<Arc<Resume>>,
-    /// Messages that arrived while the handler was busy.
+    /// Messages that arrived while the handler was busy, or that exceed the rate limit.
     held: Option<Box<Held>>,
+    /// None where no rate is limited.
+    limiter: Option<Box<Limiter>>,
     passage: Option<Box<Passage>>,
     heartbeat: Heartbeat,
     /// The wheel's tick at which its timer fires; other entries in the wheel are stale.
@@ -212,19 +218,20 @@ impl Connection {
         directory: Arc<Directory>,
         handler: Box<dyn Handler>,
         permit: ConnectionPermit,
+        rate_limit: Option<(SharedRateLimit, i64)>,
         now: Duration,
     ) -> Self {
         Self {
             id,
             socket: Some(socket),
             heartbeat: Heartbeat::new(now, id.slot().spread() as f32, &config),
-            config,
             directory,
             decoder: Decoder::default(),
             outbox: Outbox::new(),
             handler: Some(handler),
             resume: None,
             held: None,
+            limiter: Limiter::new(&config.rate_limit, rate_limit),
             passage: None,
             timer_tick: NO_TICK,
             refused_since: 0,
@@ -244,6 +251,7 @@ impl Connection {
             is_dirty: false,
             is_ready: false,
             is_congested: false,
+            config,
             encoding,
             user: None,
             _permit: permit,
@@ -329,7 +337,9 @@ impl Connection {
     pub(crate) fn is_reminded(&mut self, tick: u64) -> bool {
         let is_current = self.timer_tick == tick;
         if is_current {
-            self.timer_tick = NO_TICK;
+            // Another one may be in the wheel already, see `remind_of_rate`.
+            self.timer_tick =
+                self.limiter.as_mut().and_then(|limiter| limiter.take_later_tick(tick)).unwrap_or(NO_TICK);
         }
         is_current
     }
@@ -341,7 +351,8 @@ impl Connection {
 
     /// Its counters so far.
     pub(crate) fn tally(&self) -> Tally {
-        self.counts.tally()
+        let (rate_delayed, rate_dropped) = self.limiter.as_ref().map_or((0, 0), |limiter| limiter.counts());
+        Tally { rate_delayed, rate_dropped, ..self.counts.tally() }
     }
 
     /// Counts frames that address it.
@@ -413,6 +424,7 @@ impl Connection {
     /// Its handler is not notified of drops any more.
     pub(crate) fn stop_drop_notices(&mut self) {
         self.counts.lose().notices.stop();
+        self.limiter.iter_mut().for_each(|limiter| limiter.stop_notices());
     }
 
     /// Its end is decided. Nothing more is decoded unless it `drains`; messages that were read before are still
@@ -428,7 +440,7 @@ impl Connection {
         } else {
             self.decoder = Decoder::default();
             if !keeps_held {
-                self.held = None;
+                self.forget_held();
             }
         }
     }
@@ -556,7 +568,7 @@ impl Connection {
 
     pub(crate) fn metrics(&self) -> ConnectionMetrics {
         ConnectionMetrics {
-            tally: self.counts.tally(),
+            tally: self.tally(),
             pending_bytes: self.outbox.backlog_bytes() as u64,
             rtt: self.heartbeat.rtt(),
         }
@@ -578,6 +590,6 @@ mod tests {
     #[allow(clippy::print_stdout, reason = "`cargo test -- --nocapture` prints the number")]
     fn a_connection_costs_a_known_amount_of_memory() {
         println!("the state of a connection: {} bytes", size_of::<Connection>());
-        assert!(size_of::<Connection>() <= 312, "{} bytes", size_of::<Connection>());
+        assert!(size_of::<Connection>() <= 320, "{} bytes", size_of::<Connection>());
     }
 }

@@ -25,7 +25,7 @@ macro_rules! durations {
     )*};
 }
 
-durations! { Duration, read, humantime_text: coalesce pong_timeout close_timeout presence_grace timeout max_rtt }
+durations! { Duration, read, humantime_text: coalesce pong_timeout close_timeout presence_grace timeout max_rtt period }
 durations! {
     Option<Duration>, read_optional, optional_text:
     blocked_after stall_timeout heartbeat_interval idle_timeout message_timeout max_connection_duration

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use mio::{Poll, Waker};
 
-use crate::admission::ConnectionPermit;
+use crate::admission::{ConnectionPermit, TooManyUpgrades};
 use crate::beacon::Beacons;
 use crate::close_code::InvalidCloseCode;
 use crate::config::{ConfigError, ConnectionConfig, EngineConfig};
@@ -188,6 +188,15 @@ impl Engine {
     /// handshake is answered.
     pub fn admit(&self, address: Option<IpAddr>) -> Option<ConnectionPermit> {
         if self.owner.core.shutdown.is_asked() { None } else { self.owner.core.admission.admit(address) }
+    }
+
+    /// Counts an upgrade from this address, if [`max_upgrades_per_address`](EngineConfig::max_upgrades_per_address) is
+    /// set. Call it before [`admit`](Self::admit), for a client whose address is known.
+    ///
+    /// # Errors
+    /// [`TooManyUpgrades`] if the address is above the rate. The upgrade is not counted then.
+    pub fn count_upgrade(&self, address: IpAddr) -> Result<(), TooManyUpgrades> {
+        self.owner.core.admission.count_upgrade(address, Instant::now())
     }
 
     /// Shuts the engine down gracefully: admits no more connections, reads no more messages, lets handlers

@@ -72,7 +72,12 @@ impl EngineCore {
             epoch: RandomState::new().hash_one(0),
             log,
             metrics: (0..shards).map(|_| PublishedMetrics::default()).collect(),
-            admission: Admission::new(config.max_connections, config.max_connections_per_address, shards),
+            admission: Admission::new(
+                config.max_connections,
+                config.max_connections_per_address,
+                config.max_upgrades_per_address,
+                shards,
+            ),
             next_group: Arc::new(AtomicU64::new(0)),
             encodings: Encodings::default(),
             retained_bytes: AtomicUsize::new(0),

@@ -69,6 +69,15 @@ pub trait Handler {
         Poll::Ready(())
     }
 
+    /// So many messages from the client, at least 1, were dropped because it exceeded its rate limit
+    /// ([`OverLimit::Drop`](crate::OverLimit)), since the last call. Called at the first one, then at most once a
+    /// second while more are dropped, and before the end; not while another call is pending. A handler that has
+    /// panicked is not notified.
+    fn on_rate_limited(&mut self, messages: u64, context: &mut Context<'_>) -> Poll<()> {
+        let _ = (messages, context);
+        Poll::Ready(())
+    }
+
     /// A waker from the context was woken after a call that answered `Pending`.
     fn on_resume(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let _ = context;

@@ -1,7 +1,8 @@
-//! Messages, and the control frames between them, that were read while their handler was busy.
+//! Messages, and the control frames between them, that were read and must wait: their handler is busy, or a message
+//! exceeds a rate limit.
 //!
-//! Owned by one connection, and exists only while it is needed. Control frames must be answered whatever the
-//! handler does, so reading continues for a while, and messages wait here, one after the other in one buffer.
+//! Owned by one connection, and exists only while it is needed. Control frames must be answered meanwhile, so
+//! reading continues for a while, and messages wait here, one after the other in one buffer.
 //! Knows input. Does not bound itself: its owner stops reading (backpressure).
 
 use crate::close_code::CloseCode;
@@ -70,6 +71,12 @@ impl Held {
                 (code, std::str::from_utf8(text).unwrap_or_default()) // it was UTF-8 when it was pushed
             }))),
         })
+    }
+
+    /// Bytes of the first message; none if a control frame comes first, or nothing.
+    pub(crate) fn next_message_bytes(&self) -> Option<usize> {
+        let [kind, length @ ..] = *self.bytes[self.from..].first_chunk::<HEADER_BYTES>()?;
+        matches!(kind, TEXT | BINARY).then_some(u32::from_le_bytes(length) as usize)
     }
 
     pub(crate) fn is_empty(&self) -> bool {

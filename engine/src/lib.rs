@@ -55,6 +55,7 @@
 //!     config: Arc::new(ConnectionConfig::default()),
 //!     encoding: Encoding::PLAIN,
 //!     permit: engine.admit(None).expect("below `max_connections`"),
+//!     rate_limit: None,
 //!     user: None,
 //!     first_message: None,
 //!     expires_at: None,
@@ -105,6 +106,7 @@ mod handshake;
 mod heartbeat;
 mod held;
 mod id;
+mod limiter;
 mod log;
 mod mailbox;
 mod mask;
@@ -119,6 +121,7 @@ mod position;
 mod presence;
 mod publication;
 mod publisher;
+mod rate;
 mod receipt;
 mod rendition;
 mod shard;
@@ -131,7 +134,7 @@ mod wait_list;
 mod watchdog;
 mod wheel;
 
-pub use admission::ConnectionPermit;
+pub use admission::{ConnectionPermit, TooManyUpgrades};
 pub use close_code::{CloseCode, InvalidCloseCode};
 pub use close_reason::CloseReason;
 pub use command::FirstMessage;
@@ -154,6 +157,7 @@ pub use presence::{PresenceChange, PresenceKind, PresenceObserver, Present, User
 pub use publication::{Address, Delivery, Publication};
 pub use publisher::{GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, USER_NAME_BYTES_MAX};
 pub use publisher::{PublishError, TryPublishError};
+pub use rate::{OverLimit, Rate, RateLimit, SharedRateLimit};
 pub use receipt::Receipt;
 pub use rendition::{Encoding, TooManyEncodings};
 pub use shard::Shard;

@@ -32,6 +32,8 @@ counters! {
         /// Connections ended because the client was a slow consumer, or because their backlog or their
         /// unfinished messages took too much memory.
         ended_slow: u64,
+        /// Connections ended because the client exceeded its rate limit.
+        ended_rate_limited: u64,
         /// Connections ended because their handler, or the encoding of a message for them, panicked.
         ended_panic: u64,
         /// Outcomes of the frames that were offered to connections, including connections that have ended.
@@ -181,7 +183,7 @@ impl Counts {
         let Self { offered, written, received, .. } = *self;
         let (dropped, discarded) =
             self.losses.as_ref().map_or_else(Default::default, |losses| (losses.dropped, losses.discarded));
-        Tally { offered, written, dropped, discarded, received }
+        Tally { offered, written, dropped, discarded, received, ..Tally::default() }
     }
 
     #[cfg(feature = "audit")]

@@ -30,6 +30,7 @@ use crate::publisher::{
     GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError,
     USER_NAME_BYTES_MAX, Wants,
 };
+use crate::rate::SharedRateLimit;
 use crate::receipt::Receipt;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
@@ -396,6 +397,7 @@ impl Namespace {
             config,
             encoding,
             mut permit,
+            rate_limit,
             user,
             first_message,
             expires_at,
@@ -420,6 +422,7 @@ impl Namespace {
             directory,
             permit,
             join,
+            rate_limit,
             user,
             first_message,
             expires_at,
@@ -524,6 +527,9 @@ pub struct NewConnection {
     pub encoding: Encoding,
     /// The connection's permit, taken before the handshake was answered.
     pub permit: ConnectionPermit,
+    /// A limit that the connection shares with others, in addition to its own; none for most. See
+    /// [`SharedRateLimit`].
+    pub rate_limit: Option<SharedRateLimit>,
     /// The connection's user, if it has one.
     pub user: Option<User>,
     /// If set, the connection is opened by its first message instead of [`Handler::on_open`](crate::Handler::on_open),

@@ -107,6 +107,7 @@ pub struct Shard {
     shedding: Shedding,
     /// Ends that have not been logged for operators.
     untold: Untold,
+    rate_told: RateTold,
     /// When the last poll began, and the sweep that it is a part of.
     polled: Duration,
     sweep: Sweep,
@@ -147,7 +148,17 @@ struct Untold {
     since: Duration,
     slow: u64,
     flooding: u64,
+    /// Of those, for their rate limit.
+    over_rate: u64,
     undecodable: u64,
+}
+
+/// Messages that exceeded a rate limit, as of the last log line about them.
+#[derive(Debug, Default)]
+struct RateTold {
+    at: Duration,
+    delayed: u64,
+    dropped: u64,
 }
 
 /// The parts from which a shard is made on its own thread: it shares frames there by `Rc`.
@@ -201,6 +212,7 @@ impl Shard {
             refusals: 0,
             shedding: Shedding::default(),
             untold: Untold::default(),
+            rate_told: RateTold::default(),
             polled: Duration::ZERO,
             sweep: Sweep::default(),
             before: Duration::ZERO,

@@ -141,6 +141,10 @@ counters! {
         discarded: u64,
         /// Messages passed to the handler.
         received: u64,
+        /// Messages that had to wait because they exceeded a rate limit.
+        rate_delayed: u64,
+        /// Messages that were dropped, and not passed to the handler, because they exceeded a rate limit.
+        rate_dropped: u64,
     }
 }
 

@@ -10,7 +10,7 @@ const BUCKETS: u64 = 1024;
 const WORDS: usize = BUCKETS as usize / 64;
 /// How late a reminder may be. With the number of buckets it gives the horizon, 25 s: later times are
 /// reminded of at the horizon, and again.
-const TICK: Duration = Duration::from_millis(25);
+pub(crate) const TICK: Duration = Duration::from_millis(25);
 
 /// In place of a tick: not armed.
 pub(crate) const NO_TICK: u64 = u64::MAX;
@@ -48,7 +48,7 @@ impl<T> Wheel<T> {
         }
     }
 
-    fn tick(&self, due: Duration) -> u64 {
+    pub(crate) fn tick(&self, due: Duration) -> u64 {
         tick_after(due).clamp(self.next, self.next + BUCKETS - 1)
     }
 

@@ -63,6 +63,7 @@ fn with_sinks(count: usize) -> Rig {
             config: Arc::clone(&rig.config),
             encoding: shardcast_engine::Encoding::PLAIN,
             permit: rig.engine.admit(None).unwrap(),
+            rate_limit: None,
             user: None,
             first_message: None,
             expires_at: None,

@@ -87,6 +87,7 @@ pub(crate) fn connection_on(
         config: config.clone(),
         encoding: Encoding::PLAIN,
         permit: engine.admit(None).expect("a permit"),
+        rate_limit: None,
         user: None,
         first_message: None,
         expires_at: None,

@@ -26,7 +26,9 @@ pub struct Record {
     pub drops: Vec<u64>,
     /// What each `on_drop` reported, with cause and group.
     pub drop_notices: Vec<DropNotice>,
-    /// The calls in their order: a message's text, `drop`, `close`.
+    /// How many messages each `on_rate_limited` reported.
+    pub rate_limited: Vec<u64>,
+    /// The calls in their order: a message's text, `drop`, `rate limited`, `close`.
     pub calls: Vec<String>,
     /// Whether `on_open` must answer `Pending`.
     pub waits_at_open: bool,
@@ -85,6 +87,13 @@ impl Handler for Recorder {
             record.waker = Some(context.waker());
             return Poll::Pending;
         }
+        Poll::Ready(())
+    }
+
+    fn on_rate_limited(&mut self, messages: u64, _: &mut Context<'_>) -> Poll<()> {
+        let mut record = lock(&self.0);
+        record.rate_limited.push(messages);
+        record.calls.push("rate limited".into());
         Poll::Ready(())
     }
 

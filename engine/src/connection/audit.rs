@@ -1,5 +1,7 @@
 //! A connection's internal state. Only for the engine's own tests, behind the feature `audit`.
 
+use std::time::Duration;
+
 use crate::outbox::Outbox;
 use crate::receipt::Origin;
 use crate::tally::DropCause;
@@ -17,6 +19,8 @@ pub(crate) struct Inside<'a> {
     pub(crate) keeps_messages: bool,
     /// Drops that were not yet reported to the handler.
     pub(crate) untold: u64,
+    /// When a message that waits for its rate is due.
+    pub(crate) delayed_until: Option<Duration>,
     /// The tick of its timer.
     pub(crate) timer_tick: u64,
 }
@@ -31,6 +35,7 @@ impl Connection {
             close_frame_pending: self.close_frame_pending,
             keeps_messages: self.held.is_some() && self.is_listening(),
             untold: self.counts.losses().map_or(0, |losses| losses.notices.frames()),
+            delayed_until: self.rate_due(Duration::MAX).filter(|_| self.is_delayed()),
             timer_tick: self.timer_tick,
         }
     }

@@ -12,11 +12,12 @@ use crate::decoder::{Event, Limits};
 use crate::frame::ControlFrame;
 use crate::handler::{Control, Input, Message};
 use crate::held::Held;
+use crate::limiter::Arrived;
 
 use super::{CallSite, Connection, Intake, Phase};
 
-/// Bytes of messages that are held for a busy handler. At this limit nothing more is read until the handler
-/// is done: no pings and no Close either (backpressure).
+/// Bytes of messages that are held for a busy handler or for a rate limit. At this limit nothing more is read until
+/// some of them were handled: no pings and no Close either (backpressure).
 const HELD_BYTES_MAX: usize = 16 << 10;
 
 /// The result of a read.
@@ -38,6 +39,8 @@ pub(crate) struct Received {
     pub(crate) is_answered: bool,
     /// The connection must end.
     pub(crate) end: Option<CloseReason>,
+    /// Whether it was a message that exceeds a rate limit.
+    pub(crate) limit: Arrived,
 }
 
 /// A pong, and the reason if the connection must end.
@@ -76,6 +79,11 @@ impl ControlRate {
 impl Connection {
     /// Whether the next message may be passed to the handler.
     pub(crate) fn is_listening(&self) -> bool {
+        self.is_taking() && !self.is_delayed()
+    }
+
+    /// Whether the next message may be passed to the handler, as far as its rate allows it.
+    fn is_taking(&self) -> bool {
         let takes_input = matches!(self.intake, Intake::Open | Intake::Draining);
         self.is_receiving()
             && takes_input
@@ -83,15 +91,16 @@ impl Connection {
             && self.opening().is_none_or(|opening| opening.awaits.is_some())
     }
 
-    /// Whether held messages may be passed to the handler. That is possible after the end, too.
+    /// Whether held messages may be passed to the handler, as far as their rate allows it. That is possible after
+    /// the end, too.
     pub(crate) fn takes_held(&self) -> bool {
         let hands_held = !matches!(self.intake, Intake::Paused | Intake::Over { hands_held: false });
         let is_after_end = self.phase != Phase::Open && self.handler.is_some() && hands_held;
-        self.is_listening() || (is_after_end && self.is_idle())
+        self.is_taking() || (is_after_end && self.is_idle())
     }
 
-    /// How many bytes may be read now. While the handler is busy, that depends on what is held for it; after
-    /// the end, what is left in the kernel is read and discarded.
+    /// How many bytes may be read now. While the handler is busy or a message waits for its rate, that depends on
+    /// what is held; after the end, what is left in the kernel is read and discarded.
     pub(crate) fn read_limit(&self) -> usize {
         if !self.is_receiving() || self.is_listening() {
             return usize::MAX;
@@ -105,7 +114,7 @@ impl Connection {
         self.socket.is_some() && self.is_readable && !self.is_input_over && self.read_limit() > 0
     }
 
-    /// Whether input has arrived that is not read as long as the handler is busy.
+    /// Whether input has arrived that is not read as long as messages are held.
     pub(crate) fn has_unread(&self) -> bool {
         self.is_readable && self.read_limit() == 0
     }
@@ -205,17 +214,13 @@ impl Connection {
         self.is_listening() && self.held.is_none()
     }
 
-    /// The held messages, if the handler may be called with one. Must be given back.
-    pub(crate) fn take_held(&mut self) -> Option<Box<Held>> {
-        if self.takes_held() { self.held.take() } else { None }
-    }
-
     pub(crate) fn give_back_held(&mut self, held: Box<Held>) {
         self.held = Some(held).filter(|held| !held.is_empty());
     }
 
     pub(crate) fn forget_held(&mut self) {
         self.held = None;
+        self.limiter.iter_mut().for_each(|limiter| limiter.forget_held());
     }
 
     /// Counts a message that was passed to the handler.
@@ -238,7 +243,7 @@ impl Connection {
             Ok(Some(Event::Message { kind, payload })) => {
                 self.heartbeat.answered();
                 self.heartbeat.heard_message(at.now);
-                self.pass(Input::Message(Message { kind, payload }), is_caught_up, site)
+                self.receive_message(Message { kind, payload }, is_caught_up, at.now, site)
             }
             Ok(Some(Event::Ping(payload))) => {
                 let answered = self.receive_ping(payload, at.now);
@@ -266,6 +271,31 @@ impl Connection {
         decoder.release();
         self.decoder = decoder;
         received
+    }
+
+    /// Passes a message to the handler, or holds or drops it, as the rate limit says.
+    fn receive_message(
+        &mut self,
+        message: Message<'_>,
+        is_caught_up: bool,
+        now: Duration,
+        site: &CallSite<'_>,
+    ) -> Received {
+        let limit = match self.awaits() {
+            None => self.limit_rate(message.payload.len(), is_caught_up, now),
+            Some(_) => Arrived::Passes, // what opens a connection has limits of its own
+        };
+        match limit {
+            Arrived::Passes => self.pass(Input::Message(message), is_caught_up, site),
+            Arrived::Waits => {
+                self.held.get_or_insert_default().push(Input::Message(message));
+                Received { limit, ..Received::default() }
+            }
+            Arrived::IsDropped => Received { limit, ..Received::default() },
+            Arrived::EndsConnection => {
+                Received { end: Some(CloseReason::RateLimited), limit, ..Received::default() }
+            }
+        }
     }
 
     /// Passes the input to the handler, or holds it while the handler is busy.

@@ -20,6 +20,7 @@ pub struct ConnectionAudit {
     pub id: ConnectionId,
     pub is_open: bool,
     pub has_socket: bool,
+    pub is_delayed: bool,
     pub tally: Tally,
     pub pending: u64,
     /// Frames in the outbox, and those that wait for room.
@@ -144,6 +145,12 @@ impl Shard {
             if connection.has_socket() && !self.wheel.has(connection.id(), inside.timer_tick) {
                 wrong(format!("{} has a socket and nothing in the wheel", connection.id()));
             }
+            if let Some(due) = inside.delayed_until
+                && connection.takes_held()
+                && self.wheel.tick(due) < inside.timer_tick
+            {
+                wrong(format!("{} is delayed until {due:?} and is reminded later", connection.id()));
+            }
             if outbox.is_congested(&bounds) && !inside.is_congested && connection.is_open() {
                 wrong(format!("{} is congested and not counted", connection.id()));
             }
@@ -166,6 +173,7 @@ impl Shard {
             if !connection.is_open()
                 && connection.has_handler()
                 && connection.is_idle()
+                && !connection.is_delayed()
                 && !connection.drains()
             {
                 wrong(format!("{} has ended, its handler is idle and was not released", connection.id()));
@@ -175,6 +183,7 @@ impl Shard {
                 id: connection.id(),
                 is_open: connection.is_open(),
                 has_socket: connection.has_socket(),
+                is_delayed: connection.is_delayed(),
                 tally,
                 pending,
                 queued: outbox.queued().into(),

@@ -115,6 +115,11 @@ impl Shard {
                 metrics.ended_protocol += 1;
                 untold.flooding += 1;
             }
+            CloseReason::RateLimited => {
+                metrics.ended_rate_limited += 1;
+                untold.flooding += 1;
+                untold.over_rate += 1;
+            }
             CloseReason::Undecodable | CloseReason::WrongKind => {
                 metrics.ended_undecodable += 1;
                 untold.undecodable += 1;
@@ -209,6 +214,22 @@ impl Shard {
         Poll::Ready(())
     }
 
+    /// Tells the handler of messages that were dropped because they exceeded a rate limit, if that is due or
+    /// `is_last`. Returns whether it has finished with that.
+    pub(super) fn notify_rate_limited(&mut self, slot: Slot, is_last: bool) -> Poll<()> {
+        let now = self.fanout.now;
+        let Some(connection) = self.fanout.connections.get_mut(slot) else { return Poll::Ready(()) };
+        if !connection.exceeds_rate() {
+            return Poll::Ready(());
+        }
+        let notice = connection.take_rate_notice(now, is_last);
+        if let Some(due) = connection.rate_due(now) {
+            connection.remind_of_rate(due, &mut self.wheel);
+        }
+        let Some(messages) = notice else { return Poll::Ready(()) };
+        self.call(slot, |handler, context| handler.on_rate_limited(messages, context))
+    }
+
     /// Asks the handler of a connection that has expired. Returns whether it has finished with that.
     pub(super) fn notify_expired(&mut self, slot: Slot) -> Poll<()> {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return Poll::Ready(()) };
@@ -225,7 +246,10 @@ impl Shard {
             return;
         }
         if self.notify_drops(slot) == Poll::Pending || !self.hand_held(slot) {
-            return; // called again when the handler is done
+            return; // called again when the handler is done, or when the next held message is within its rate
+        }
+        if self.notify_rate_limited(slot, true) == Poll::Pending {
+            return;
         }
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let Some(reason) = connection.ending().map(|ending| ending.reason.clone()) else { return };

@@ -269,6 +269,7 @@ impl Shard {
             directory,
             permit,
             join,
+            rate_limit,
             user,
             first_message,
             expires_at,
@@ -298,8 +299,13 @@ impl Shard {
             }
         };
         drop(shown);
+        let rate_limit = rate_limit.map(|limit| {
+            let offset = limit.offset(self.started);
+            (limit, offset)
+        });
+        let now = self.fanout.now;
         let connection =
-            Connection::open(id, socket, config, encoding, directory, handler, permit, self.fanout.now);
+            Connection::open(id, socket, config, encoding, directory, handler, permit, rate_limit, now);
         connection.directory().add_encoding(encoding);
         self.fanout.connections.insert(connection);
         let user = user.map(|(user, join)| self.set_user(slot, user, join));

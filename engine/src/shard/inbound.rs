@@ -3,7 +3,7 @@
 //! A readable socket is read a few times a turn, in batches of sockets; what they brought is decoded. Control
 //! frames are answered at once. Messages are passed to the handler one by one; while it is busy they are held
 //! for it, and reading continues until enough is held (backpressure), so that pings are answered and a Close
-//! is seen while a handler is busy. Does not know the log, groups or the contents of outboxes.
+//! is seen while a handler is busy. Messages that exceed a rate limit are held in the same way. Does not know the log, groups or the contents of outboxes.
 
 use std::io::ErrorKind;
 use std::ops::Range;
@@ -14,9 +14,10 @@ use bytes::Bytes;
 use mio::Events;
 
 use crate::close_reason::CloseReason;
-use crate::connection::{Arrival, CallSite, Connection, Read};
+use crate::connection::{Arrival, CallSite, Connection, NextHeld, Read};
 use crate::handler::{Context, Handler};
 use crate::id::Slot;
+use crate::limiter::Arrived;
 
 use super::{EVENTS_PER_ANSWER, EVENTS_PER_TURN, Shard, WAKE_TOKEN};
 
@@ -187,6 +188,8 @@ impl Shard {
         } else if connection.is_open() && connection.is_caught_up() {
             // Before that a busy handler may still answer, and so may messages that are held for it.
             self.end_in_order(slot, CloseReason::Disconnected);
+        } else if connection.is_delayed() {
+            self.hand_held(slot); // for how long they may wait is known now
         }
     }
 
@@ -203,7 +206,11 @@ impl Shard {
         self.decode(slot, input);
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         connection.note_pause();
+        let exceeds_rate = connection.exceeds_rate();
         self.count_unfinished(slot, before);
+        if exceeds_rate {
+            let _ = self.notify_rate_limited(slot, false); // if it is pending, it continues when its handler resumes
+        }
     }
 
     /// Updates the sum of unfinished bytes for a connection that had `before`.
@@ -229,6 +236,8 @@ impl Shard {
             let received = connection.receive(&mut input[from..], &mut consumed, at, &site);
             drop(shown);
             self.fanout.metrics.tally.received += u64::from(received.is_handled);
+            self.fanout.metrics.tally.rate_delayed += u64::from(received.limit == Arrived::Waits);
+            self.fanout.metrics.tally.rate_dropped += u64::from(received.limit == Arrived::IsDropped);
             let is_opened = received.is_handled && connection.is_opened_by_message();
             if is_opened {
                 self.enter_in_order(slot);
@@ -242,12 +251,26 @@ impl Shard {
         }
     }
 
-    /// Passes held messages to the handler until it is busy. Returns whether it is idle then.
+    /// Passes held messages to the handler until it is busy or the next one exceeds a rate limit. Returns whether
+    /// neither is the case.
     pub(super) fn hand_held(&mut self, slot: Slot) -> bool {
         loop {
             let Some(connection) = self.fanout.connections.get_mut(slot) else { return false };
             let before = connection.unfinished_bytes();
-            let Some(mut held) = connection.take_held() else { return connection.is_idle() };
+            let mut held = match connection.take_held(self.fanout.now) {
+                NextHeld::None => return connection.is_idle(),
+                NextHeld::Messages(held) => held,
+                NextHeld::Later { due, is_new } => {
+                    connection.remind_of_rate(due, &mut self.wheel);
+                    self.fanout.metrics.tally.rate_delayed += u64::from(is_new);
+                    return false;
+                }
+                NextHeld::Dropped(messages) => {
+                    self.fanout.metrics.tally.rate_dropped += messages;
+                    self.count_unfinished(slot, before);
+                    continue;
+                }
+            };
             let input = held.pop();
             if input.is_some_and(|input| input.is_message()) {
                 connection.count_received();
@@ -312,14 +335,12 @@ impl Shard {
             self.notify_closed(slot);
             return;
         }
-        if self.notify_drops(slot) == Poll::Pending
-            || self.notify_expired(slot) == Poll::Pending
-            || !self.hand_held(slot)
-        {
-            return;
-        }
+        let is_idle = self.notify_drops(slot) == Poll::Ready(())
+            && self.notify_expired(slot) == Poll::Ready(())
+            && self.notify_rate_limited(slot, false) == Poll::Ready(())
+            && self.hand_held(slot);
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
-        if connection.is_input_over() {
+        if is_idle && connection.is_input_over() {
             self.end_of_input(slot);
         } else if connection.is_reading() {
             self.mark_ready(slot); // in the next turn: other connections come first

@@ -68,7 +68,12 @@ impl Shard {
                 self.forget_held(slot);
                 self.finish_draining(slot);
             }
-            self.fanout.connections.iter_mut().for_each(Connection::pause);
+            for connection in self.fanout.connections.iter_mut() {
+                connection.pause();
+                if connection.is_delayed() {
+                    connection.remind_at(now, &mut self.wheel); // nothing that is held is handled any more
+                }
+            }
         }
         let Some(stop) = &mut self.shutdown else { return };
         if stop.closings.is_none() {

@@ -10,7 +10,7 @@ use crate::close_reason::CloseReason;
 use crate::heartbeat::Beat;
 use crate::id::Slot;
 
-use super::{Shard, Untold};
+use super::{RateTold, Shard, Untold};
 
 impl Shard {
     /// Drops frames that have waited for as long as they may.
@@ -43,6 +43,10 @@ impl Shard {
     /// Does what is due for a connection and arms its next timer.
     pub(super) fn beat(&mut self, slot: Slot) {
         let (now, listened) = (self.fanout.now, self.fanout.listened);
+        let Some(connection) = self.fanout.connections.get(slot) else { return };
+        if connection.exceeds_rate() && connection.is_idle() && connection.opening().is_none() {
+            self.go_on(slot);
+        }
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if connection.ending().is_some() {
             return self.beat_ending(slot);
@@ -80,7 +84,8 @@ impl Shard {
                     return;
                 }
                 Beat::Unanswered if connection.prolongs_wait(now) => continue,
-                Beat::Idle if connection.has_unread() => {
+                // A client whose messages wait for us is not idle.
+                Beat::Idle if connection.has_unread() || connection.is_delayed() => {
                     connection.restart_silence(now);
                     continue;
                 }
@@ -136,17 +141,35 @@ impl Shard {
 
     /// Logs at intervals how many connections were ended because of their clients. Single ones are logged at `debug`.
     fn tell_operator(&mut self) {
-        let Untold { since, slow, flooding, undecodable } = self.untold;
+        let Untold { since, slow, flooding, over_rate, undecodable } = self.untold;
         let is_due = since.is_zero() || self.fanout.now >= since + TELL_INTERVAL;
         if slow + flooding + undecodable > 0 && is_due {
             tracing::info!(
                 shard = self.index,
                 slow,
                 flooding,
+                over_rate,
                 undecodable,
                 "clients were ended as slow or misbehaving; `debug` logs each"
             );
             self.untold = Untold { since: self.fanout.now, ..Untold::default() };
+        }
+        self.tell_of_dropped();
+    }
+
+    /// The same for messages that were dropped because they exceeded a rate limit.
+    fn tell_of_dropped(&mut self) {
+        let (now, tally) = (self.fanout.now, &self.fanout.metrics.tally);
+        let (delayed, dropped) = (tally.rate_delayed, tally.rate_dropped);
+        let RateTold { at, delayed: told_delayed, dropped: told_dropped } = self.rate_told;
+        if dropped > told_dropped && (at.is_zero() || now >= at + TELL_INTERVAL) {
+            tracing::info!(
+                shard = self.index,
+                dropped = dropped - told_dropped,
+                delayed = delayed - told_delayed,
+                "messages were dropped because their clients exceeded a rate limit"
+            );
+            self.rate_told = RateTold { at: now, delayed, dropped };
         }
     }
 }

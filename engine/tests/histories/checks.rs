@@ -25,6 +25,7 @@ impl History {
         for _ in 0..4 {
             self.settle();
         }
+        self.let_delayed_pass();
         self.check_groups();
         // All clients read and no handler is busy, so no job has to wait.
         for job in self.jobs.iter().filter(|job| !job.is_shutdown()) {
@@ -41,6 +42,19 @@ impl History {
         self.check_presence();
         self.end_all();
         self.check_end();
+    }
+
+    /// Lets time pass until no message waits for its rate.
+    fn let_delayed_pass(&mut self) {
+        for _ in 0..1000 {
+            let audits = self.shards.iter().flatten().flat_map(|shard| shard.audit().connections);
+            if self.is_stopping || !audits.into_iter().any(|audit| audit.is_delayed) {
+                return;
+            }
+            self.now += ms(25);
+            self.settle();
+        }
+        self.fault("a message waits for its rate for ever".into());
     }
 
     /// Every end has a reason that this history has caused.
@@ -549,7 +563,8 @@ impl ClientCheck<'_> {
                 fault(format!("ended by {reason:?} and heard {heard:?}, more than {before:?}"));
             }
         }
-        let has_all = record.messages.len() as u32 == peer.said || record.has_enough;
+        let handled = record.messages.len() as u64 + record.rate_limited;
+        let has_all = handled == u64::from(peer.said) || record.has_enough;
         if is_peer && !history.is_stopping && !has_all {
             fault(format!("said {} before it closed, handled {:?}", peer.said, record.messages));
         }

@@ -33,6 +33,8 @@ pub(crate) struct Record {
     pub(crate) messages: Vec<u32>,
     /// Frames whose drop was reported to it.
     pub(crate) drops: u64,
+    /// Messages that were dropped for their rate, as was reported to it.
+    pub(crate) rate_limited: u64,
     pub(crate) ends: Vec<CloseReason>,
     /// It has panicked or closed, and must get no more messages.
     pub(crate) has_enough: bool,
@@ -155,6 +157,12 @@ impl Handler for Obedient {
     fn on_drop(&mut self, notice: &DropNotice, context: &mut Context<'_>) -> Poll<()> {
         self.note_call("on_drop");
         lock(&self.record).drops += notice.frames;
+        self.wait_if(|record| record.waits_at_drop, context)
+    }
+
+    fn on_rate_limited(&mut self, messages: u64, context: &mut Context<'_>) -> Poll<()> {
+        self.note_call("on_rate_limited");
+        lock(&self.record).rate_limited += messages;
         self.wait_if(|record| record.waits_at_drop, context)
     }
 

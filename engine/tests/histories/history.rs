@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use shardcast_engine::{
     Address, AdoptError, Audit, CloseCode, ConnectionConfig, ConnectionId, Delivery, Encoding, Engine,
-    EngineConfig, GroupMetrics, Namespace, NewConnection, Policy, Publication, PublishError, Receipt, Shard,
-    Shutdown, ShutdownReport, User, UserLimit,
+    EngineConfig, GroupMetrics, Namespace, NewConnection, Policy, Publication, PublishError, Rate, RateLimit,
+    Receipt, Shard, Shutdown, ShutdownReport, User, UserLimit,
 };
 use testkit::rig::is_readable;
 use testkit::time::ms;
@@ -175,6 +175,7 @@ impl History {
             backlog_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),
             unfinished_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),
             max_connections_per_address: None,
+            max_upgrades_per_address: None,
             max_connections: random.of(&[4, 1 << 20, 1 << 20]),
             __non_exhaustive: (),
         };
@@ -381,6 +382,13 @@ impl History {
         let is_calm = self.random.one_in(2);
         let policy = self.policy();
         let random = &mut self.random;
+        let messages = Rate::per_second(random.of(&[40, 200, 1000])).with_burst(random.of(&[1, 3]));
+        let bytes = Rate::per_second(random.of(&[500, 20_000])).with_burst(random.of(&[20, 4000]));
+        let rate_limit = RateLimit {
+            messages: random.one_in(6).then_some(messages),
+            bytes: random.one_in(10).then_some(bytes),
+            ..RateLimit::default()
+        };
         let config = Arc::new(ConnectionConfig {
             outbox_frames: random.of(&[1, 2, 4, 16, 64, 1024]),
             outbox_bytes: random.of(&[1024, 4096, 30_000, 1 << 20]),
@@ -389,6 +397,7 @@ impl History {
             policy,
             max_message_bytes: random.of(&[200, 65_536]),
             max_fragments: random.of(&[3, 1024]),
+            rate_limit,
             max_frame_bytes: 1 << 30,
             accept_unmasked_frames: false,
             control_frames_per_second: if is_calm { 1000 } else { random.of(&[5, 200]) },
@@ -454,6 +463,7 @@ impl History {
             config,
             encoding,
             permit,
+            rate_limit: None,
             user: user.map(|user| User::new(USERS[user])),
             first_message: None,
             expires_at: None,
