@@ -200,6 +200,10 @@ fn a_user_who_is_known_by_the_first_message_is_addressed_and_limited_as_any_othe
     // One that is open keeps the user it has.
     at_once(rig.everyone.identify(id, User::new("eve"), &config)).unwrap();
     rig.settle();
+    let (_anonymous, shared) = connect(&mut rig, None);
+    let anonymous = lock(&shared).id.unwrap();
+    at_once(rig.everyone.identify(anonymous, User::new("eve"), &config)).unwrap();
+    rig.settle();
     assert_eq!((rig.everyone.user_len("ada"), rig.everyone.user_len("eve")), (1, 0));
 }
 
@@ -239,6 +243,8 @@ fn a_time_can_be_replaced_taken_back_and_prolonged_when_asked() {
     assert_eq!(calls(&shared).len(), 0);
     set(&mut rig, Some(0));
     assert_eq!(calls(&shared), ["expired"], "a time that has passed counts at once");
+    rig.pass(ms(20_000));
+    assert_eq!(calls(&shared).len(), 0, "and is asked about once");
 }
 
 #[test]
