@@ -6,7 +6,7 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use shardcast_engine::{ConnectionConfig, EngineConfig, FrameError};
+use shardcast_engine::{ConnectionConfig, EngineConfig, FrameError, OverLimit, Rate, RateLimit};
 use testkit::{Client, Rig, lock};
 use tracing::subscriber::DefaultGuard;
 
@@ -97,4 +97,38 @@ fn a_client_that_leaves_or_breaks_the_protocol_leaves_no_line() {
         "{ends:?}"
     );
     assert_eq!(log.lines(), <[&str; 0]>::default());
+}
+
+#[test]
+fn dropped_messages_of_many_clients_are_one_line_in_ten_seconds_with_their_number() {
+    let (log, _guard) = Log::listen();
+    let rate_limit = RateLimit {
+        messages: Some(Rate::per_second(1)),
+        over_limit: OverLimit::Drop,
+        ..RateLimit::default()
+    };
+    let mut rig = Rig::one(ConnectionConfig { rate_limit, ..ConnectionConfig::default() });
+    let mut clients = rig.connect_many(20);
+    rig.pass(Duration::from_secs(1));
+    let mut flood = |rig: &mut Rig| {
+        for client in &mut clients {
+            (0..6).for_each(|_| client.peer.text("x"));
+        }
+        rig.settle();
+    };
+    let lines = || {
+        let text = String::from_utf8_lossy(&lock(&log.0)).into_owned();
+        let about = text.lines().filter(|line| line.contains("messages were dropped"));
+        about.map(str::to_owned).collect::<Vec<_>>()
+    };
+    flood(&mut rig);
+    assert_eq!(lines().len(), 1, "{:#?}", lines());
+    assert!(lines()[0].contains(" INFO ") && lines()[0].contains("dropped=100"), "{:#?}", lines());
+    for _ in 0..3 {
+        rig.pass(Duration::from_secs(2));
+        flood(&mut rig);
+    }
+    assert_eq!(lines().len(), 1);
+    rig.pass(Duration::from_secs(5));
+    assert!(lines().len() == 2 && lines()[1].contains("dropped=300"), "{:#?}", lines());
 }
