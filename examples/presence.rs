@@ -52,6 +52,7 @@ impl WsHub for Room {
     type OutMessage = ToClient;
 
     async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
+        // First the join, then the list: so no change is missed. It may be listed and announced, which is one for a set.
         ctx.add_to_group("room").await;
         if let Ok(present) = ctx.clients().presence("room").await {
             let users = present.iter().map(|present| present.user.to_string()).collect();

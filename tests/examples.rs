@@ -196,8 +196,8 @@ async fn fanout_serves_its_four_routes() {
 
 #[tokio::test]
 async fn fanout_says_what_to_do_when_it_is_not_understood() {
-    let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY], \
-         where POLICY is block,";
+    let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY] \
+         [--rate-limit N] [--over-limit delay|drop|close], where POLICY is block,";
     for (arguments, says) in [
         (&["--policy", "nonsense"][..], "`nonsense` is not a policy"),
         (&["--policy"], usage),
@@ -205,6 +205,8 @@ async fn fanout_says_what_to_do_when_it_is_not_understood() {
         (&["--port", "many"], usage),
         (&["--shards", "-1"], usage),
         (&["--coalesce", "soon"], usage),
+        (&["--rate-limit", "many"], usage),
+        (&["--over-limit", "shrug"], usage),
     ] {
         let output = run("fanout", arguments).await;
         assert!(!output.status.success(), "{arguments:?}: {output:?}");
@@ -298,15 +300,26 @@ async fn presence_shows_each_user_once() {
     async fn recv(client: &mut Client) -> Value {
         serde_json::from_str(&client.recv_text().await).unwrap()
     }
+    // Whoever enters is listed and announced; which of the two comes first is not said.
+    async fn entered(client: &mut Client, user: &str, here: &[&str]) {
+        let (mut is_announced, mut is_listed) = (false, false);
+        while !(is_announced && is_listed) {
+            let message = recv(client).await;
+            if message["type"] == "here" {
+                let users = message["users"].as_array().unwrap().iter();
+                let users: std::collections::BTreeSet<_> = users.map(|user| user.as_str().unwrap()).collect();
+                assert!(!is_listed && users.iter().eq(here), "{users:?}");
+                is_listed = true;
+            } else {
+                assert_eq!((message, is_announced), (json!({ "type": "joined", "user": user }), false));
+                is_announced = true;
+            }
+        }
+    }
     let mut ada = connect("ada").await;
-    assert_eq!(recv(&mut ada).await, json!({ "type": "here", "users": ["ada"] }));
-    assert_eq!(recv(&mut ada).await, json!({ "type": "joined", "user": "ada" }));
+    entered(&mut ada, "ada", &["ada"]).await;
     let mut bob = connect("bob").await;
-    let here = recv(&mut bob).await;
-    let mut users: Vec<_> =
-        here["users"].as_array().unwrap().iter().map(|user| user.as_str().unwrap()).collect();
-    users.sort_unstable();
-    assert_eq!(users, ["ada", "bob"]);
+    entered(&mut bob, "bob", &["ada", "bob"]).await;
     assert_eq!(recv(&mut ada).await, json!({ "type": "joined", "user": "bob" }));
     let _second_tab = connect("bob").await;
     bob.send_text(r#"{"text":"hello"}"#).await;
@@ -315,6 +328,48 @@ async fn presence_shows_each_user_once() {
         json!({ "type": "said", "user": "bob", "text": "hello" }),
         "no second join"
     );
+}
+
+#[tokio::test]
+async fn admin_lists_sends_and_disconnects() {
+    let (_program, address) = listening("admin", &[]).await;
+    let url = format!("ws://{address}/ws?user=ada&room=red");
+    let mut devices = [Client::connect(url.clone()).await, Client::connect(url).await];
+    for device in &mut devices {
+        device.send_text("ready").await;
+    }
+    // Both have joined when each has the message of the later one.
+    assert_eq!(devices[1].recv_text().await, "ready");
+    let rooms: Value = serde_json::from_str(&http(&address, "GET", "/rooms").await).unwrap();
+    assert_eq!(rooms, json!([{ "name": "red", "connections": 2, "users": 1 }]));
+    let present: Value = serde_json::from_str(&http(&address, "GET", "/rooms/red").await).unwrap();
+    assert_eq!((&present[0]["user"], &present[0]["connections"]), (&json!("ada"), &json!(2)));
+    let users: Value = serde_json::from_str(&http(&address, "GET", "/users").await).unwrap();
+    assert_eq!(users, json!([["ada", 2]]));
+    assert_eq!(http(&address, "POST", "/users/ada").await, "accepted by 2 of 2 devices\n");
+    assert_eq!(http(&address, "POST", "/users/nobody").await, "accepted by 0 of 0 devices\n");
+    assert_eq!(http(&address, "DELETE", "/users/ada").await, "2 devices are disconnected\n");
+    for device in &mut devices {
+        let close = loop {
+            match device.recv().await {
+                Some(Message::Text(_)) => {}
+                close => break close,
+            }
+        };
+        assert!(
+            matches!(&close, Some(Message::Close(Some(frame))) if u16::from(frame.code) == 4001),
+            "{close:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn flexible_route_serves_a_page_and_its_socket() {
+    let (_program, address) = listening("flexible_route", &[]).await;
+    assert!(http(&address, "GET", "/").await.contains("new WebSocket"));
+    let mut client = Client::connect(format!("ws://{address}/")).await;
+    client.send_text("hello").await;
+    client.recv_texts(&["you said hello"]).await;
 }
 
 #[tokio::test]

@@ -203,7 +203,9 @@ fn a_user_who_is_known_by_the_first_message_is_addressed_and_limited_as_any_othe
     let (_anonymous, shared) = connect(&mut rig, None);
     let anonymous = lock(&shared).id.unwrap();
     at_once(rig.everyone.identify(anonymous, User::new("eve"), &config)).unwrap();
+    at_once(rig.everyone.join(anonymous, "room")).unwrap();
     rig.settle();
+    assert_eq!(rig.everyone.groups()[0].users, 0, "one that is open without a user has none");
     assert_eq!((rig.everyone.user_len("ada"), rig.everyone.user_len("eve")), (1, 0));
 }
 
@@ -223,7 +225,8 @@ fn a_connection_ends_when_it_expires() {
 
 #[test]
 fn a_time_can_be_replaced_taken_back_and_prolonged_when_asked() {
-    let mut rig = Rig::new(1);
+    // No pings, which the client would have to answer.
+    let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: None, ..ConnectionConfig::default() });
     let (_peer, shared) = connect(&mut rig, None);
     let id = lock(&shared).id.unwrap();
     lock(&shared).prolongs = true;
