@@ -66,12 +66,14 @@ impl Engine {
     pub fn start(config: EngineConfig) -> Result<Self, StartError> {
         let runtime = runtime::Handle::try_current().ok();
         let id = runtime.as_ref().map(runtime::Handle::id);
+        let mut sockets = socket_config();
+        sockets.max_message_bytes = sockets.max_message_bytes.min(config.unfinished_bytes_max);
         let inner = shardcast_engine::Engine::start_within(config, move |shard| {
             let _entered = runtime.as_ref().map(runtime::Handle::enter);
             shard();
         })?;
         let namespace = inner.namespace_named("shardcast::ws");
-        let sockets = Sockets { namespace, config: Arc::new(socket_config()) };
+        let sockets = Sockets { namespace, config: Arc::new(sockets) };
         Ok(Self { inner, runtime: id, sockets })
     }
 

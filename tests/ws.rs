@@ -422,6 +422,26 @@ async fn what_cannot_be_served_is_told_before_the_upgrade() {
 }
 
 #[tokio::test]
+async fn an_engine_with_little_memory_serves_sockets_too() {
+    let config = EngineConfig {
+        unfinished_bytes_max: 1 << 20,
+        shards: Some(1),
+        pin: false,
+        ..EngineConfig::default()
+    };
+    let engine = Engine::start(config).unwrap();
+    let for_route = engine.clone();
+    let connect = move |ws: WebSocketUpgrade| async move {
+        ws.engine(&for_route).on_upgrade(|mut socket| async move { while socket.recv().await.is_some() {} })
+    };
+    let server = Server::start(Router::new().route("/ws", any(connect))).await;
+    let mut client = RawClient::connect(server.address).await;
+    // The header of a message of 1 MiB and a byte.
+    client.send(&[&[0x82, 0xFF][..], &((1_u64 << 20) + 1).to_be_bytes(), &[0; 4]].concat()).await;
+    assert_eq!(client.close_code().await, Some(1009));
+}
+
+#[tokio::test]
 async fn subprotocols_and_the_optional_extractor() {
     async fn connect(ws: Option<WebSocketUpgrade>) -> Response {
         use axum::response::IntoResponse as _;

@@ -29,7 +29,8 @@ use crate::upgrade::UpgradeRejection;
 /// It supports what [`shardcast::WebSocketUpgrade`](crate::WebSocketUpgrade) does: HTTP/1.1 and HTTP/2, allowed origins,
 /// trusted proxies, subprotocols, and limits on connections, at which the response is a 503 with `Retry-After`.
 ///
-/// Without further calls a message may have 64 MiB and a frame 16 MiB, as with Axum; all other settings are those of
+/// Without further calls a message may have 64 MiB and a frame 16 MiB, as with Axum, and at most the engine's
+/// [`unfinished_bytes_max`](crate::EngineConfig::unfinished_bytes_max); all other settings are those of
 /// [`WsHubConfig`](crate::WsHubConfig), but there are no pings. A client that has vanished without a trace is noticed
 /// only when something is sent to it; see [`config`](Self::config).
 #[must_use = "the handshake goes unanswered unless the response made from it is returned"]
