@@ -1,4 +1,4 @@
-//! The server for all measurements: four hubs on one engine.
+//! The server for all measurements: four hubs and a socket on one engine.
 //!
 //! `fanout --port P --shards N --no-pin --coalesce MILLISECONDS --policy block`, all optional (port 9001, one shard for
 //! each CPU, pinned). Prints `ready` when it listens and logs nothing. On SIGTERM it shuts down gracefully: every

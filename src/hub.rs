@@ -146,15 +146,15 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async move { self.on_disconnect(DisconnectRequest { connection_id, id, reason }).await }
     }
 
-    /// The connection's time has come: what [`Serve::expires_at`](crate::Serve::expires_at),
-    /// [`MessageContext::expires_at`] or [`Clients::expire_at`] has set. `Break` ends it (1008, "expired"). `Continue`
-    /// goes on, without an end unless another time is set; a hub may ask the client for a new token first and set a time
-    /// for its answer.
+    /// The connection has reached its expiry time, which [`Serve::expires_at`](crate::Serve::expires_at),
+    /// [`MessageContext::expires_at`] or [`Clients::expire_at`] has set. `Break` ends the connection (1008, "expired").
+    /// `Continue` keeps it open, without an expiry time until a new one is set. To refresh a token, ask the client for a
+    /// new one, set a short expiry time for its answer, and return `Continue`.
     ///
-    /// Called between messages like every other method; if a method is pending for longer than
-    /// [`close_timeout`](crate::WsHubConfig::close_timeout), the connection ends without being asked.
+    /// Called between messages, like every other method. If another method is pending for longer than
+    /// [`close_timeout`](crate::WsHubConfig::close_timeout), the connection ends without this call.
     ///
-    /// By default breaks.
+    /// By default returns `Break`.
     fn on_expired(&self, context: HubContext<Self>) -> impl Future<Output = ControlFlow<()>> + Send {
         drop(context);
         async { ControlFlow::Break(()) }
@@ -253,9 +253,9 @@ pub trait WsHub: Send + Sync + Sized + 'static {
     /// A user has joined or left a group, or the hub itself ([`PresenceChange::group`] is none): called once for each
     /// change, and not for each client. For clients that were served with a [user](crate::Serve::user).
     ///
-    /// A user has joined when the first of its clients has, and left when the last one has and none has come back within
-    /// [`presence_grace`](crate::WsHubConfig::presence_grace) (5 s by default), so a page that is reloaded is not
-    /// announced. For one user and group, `Joined` and `Left` alternate. Each change has a position in the order of all
+    /// A user joins with its first client. It has left when its last client has left and the user has not rejoined within
+    /// [`presence_grace`](crate::WsHubConfig::presence_grace) (5 s by default), so that reloading a page announces
+    /// nothing. For one user and group, `Joined` and `Left` alternate. Each change has a position in the order of all
     /// messages, after the join or the leave, and changes are passed here one after the other in that order.
     ///
     /// ```

@@ -139,9 +139,9 @@ impl<H: WsHub> HubHandler<H> {
             let refuse = |refusal: Refusal| Box::new(refusal.into_close_reason());
             let Accepted { hub, user, metadata, expires_at } = check(first).await.map_err(refuse)?;
             let (hub, caller) = (Arc::new(hub), Arc::new(caller.with_user(user.clone())));
-            // Before the check's result is known to be whole: a hub that was made is told of the end.
-            let _ = made.set((hub.clone(), caller.clone()));
             identify(&caller, user, metadata, expires_at, &config).await.map_err(refuse)?;
+            // From here on the hub is notified of the end, because `on_connected` is called.
+            let _ = made.set((hub.clone(), caller.clone()));
             hub.on_connected(MessageContext::new(caller, position)).await.map_err(refuse)
         };
         self.begin(opening, context)

@@ -124,7 +124,7 @@ pub struct PresenceChange {
     /// The metadata that a connection of the user brought last.
     pub metadata: Option<Metadata>,
     /// Its position in the order of all published messages: after the join or the leave, and before everything that is
-    /// published by whoever has been told of it.
+    /// published by anyone who has received it.
     pub position: Position,
 }
 

@@ -118,7 +118,8 @@ pub trait StatefulHub: Send + Sized + 'static {
         async {}
     }
 
-    /// The connection's time has come; see [`WsHub::on_expired`]. By default breaks, which ends the connection.
+    /// The connection has reached its expiry time; see [`WsHub::on_expired`]. By default returns `Break`, which ends the
+    /// connection.
     fn on_expired(
         &mut self,
         context: HubContext<Stateful<Self>>,

@@ -247,7 +247,7 @@ async fn a_first_message_that_is_refused_ends_the_connection_and_runs_no_hook() 
 
 #[tokio::test]
 async fn a_user_who_is_known_by_the_first_message_counts_for_the_limit_per_user() {
-    let FirstMessage { server, hub, .. } =
+    let FirstMessage { server, hub, calls, .. } =
         first_message_server(Some(UserLimit::OldestStays(1)), Arc::default()).await;
     let mut first = RawClient::connect(server.address).await;
     first.send(&client_text("token-of-ada")).await;
@@ -255,7 +255,14 @@ async fn a_user_who_is_known_by_the_first_message_counts_for_the_limit_per_user(
     let mut second = RawClient::connect(server.address).await;
     second.send(&client_text("token-of-ada")).await;
     assert_eq!(second.close_code().await, Some(1008));
-    assert_eq!(hub.user_len("ada"), 1);
+    drop(second);
+    eventually(1, || hub.len()).await;
+    drop(first);
+    eventually(0, || hub.user_len("ada")).await;
+    eventually(vec!["connected ada".to_owned(), "disconnected ada".to_owned()], || {
+        calls.lock().unwrap().clone()
+    })
+    .await;
 }
 
 // ---- Expiry and joins -------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ async fn chat_serves_its_page_and_guests_of_one_room_talk() {
 // ---- fanout
 
 #[tokio::test]
-async fn fanout_serves_its_four_routes() {
+async fn fanout_serves_its_routes() {
     let (mut fanout, address) = fanout(&["--shards", "2", "--no-pin", "--policy", "block"]).await;
     let connect = async |path: &str| Client::connect(format!("ws://{address}{path}")).await;
     let tick = |t: u64| json!({ "t": t, "p": "padding" }).to_string();
@@ -182,12 +182,14 @@ async fn fanout_serves_its_four_routes() {
     blue.send_text(tick(5)).await;
     assert_eq!(heard(&mut blue).await, ticked(5), "and not what was said in red");
 
-    let mut raw = connect("/raw").await;
-    for message in
-        [Message::text("as it came"), Message::binary(vec![0xff; 3]), Message::binary(vec![7; 2 << 20])]
-    {
-        raw.send(message.clone()).await;
-        assert!(raw.recv().await == Some(message));
+    for path in ["/raw", "/socket"] {
+        let mut peer = connect(path).await;
+        for message in
+            [Message::text("as it came"), Message::binary(vec![0xff; 3]), Message::binary(vec![7; 2 << 20])]
+        {
+            peer.send(message.clone()).await;
+            assert!(peer.recv().await == Some(message));
+        }
     }
     assert_eq!(second.leave().await, Vec::<String>::new(), "nothing of echo, groups and raw");
     let more = tokio::time::timeout(std::time::Duration::ZERO, fanout.lines.next_line()).await;

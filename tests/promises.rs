@@ -171,8 +171,7 @@ impl WsHub for Actor {
     type OutMessage = String;
 
     async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
-        ctx.unicast(ctx.connection_id().to_string()).await;
-        Ok(())
+        CommandHub.on_connected(ctx).await
     }
 
     async fn on_message(&self, name: String, ctx: HubContext<Self>) {

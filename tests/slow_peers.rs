@@ -22,8 +22,8 @@ use testkit::sender::DROP_AT_ONCE;
 use testkit::time::{DAY, ms};
 use testkit_hub::recording_hub::{number_of, numbered};
 use testkit_hub::{
-    Client, HubFixture, OnRuntime, RawClient, Server, TEST_TIMEOUT, command_app, connect, engine, eventually,
-    within_timeout,
+    Client, CommandHub, HubFixture, OnRuntime, RawClient, Server, TEST_TIMEOUT, command_app, connect, engine,
+    eventually, within_timeout,
 };
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, Semaphore};
@@ -588,8 +588,7 @@ impl WsHub for Teller {
     type OutMessage = String;
 
     async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
-        ctx.unicast(ctx.connection_id().to_string()).await;
-        Ok(())
+        CommandHub.on_connected(ctx).await
     }
 
     async fn on_message(&self, message: String, ctx: HubContext<Self>) {
@@ -670,8 +669,7 @@ impl WsHub for DropRecorder {
 
     async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
         ctx.add_to_group("prices").await;
-        ctx.unicast(ctx.connection_id().to_string()).await;
-        Ok(())
+        CommandHub.on_connected(ctx).await
     }
 
     async fn on_message(&self, _: String, ctx: HubContext<Self>) {

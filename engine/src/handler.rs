@@ -51,10 +51,10 @@ pub trait Handler {
         Poll::Ready(())
     }
 
-    /// The time has come that [`Namespace::expire_at`](crate::Namespace::expire_at) has set. By default the connection
-    /// ends with [`CloseReason::Expired`]; a handler may set another time instead. Not called while another call is
-    /// pending; if that takes longer than [`close_timeout`](crate::ConnectionConfig::close_timeout), the connection ends
-    /// without being asked.
+    /// The connection has reached the expiry time set by [`Namespace::expire_at`](crate::Namespace::expire_at). By
+    /// default it ends with [`CloseReason::Expired`]; a handler may set a new time instead. Not called while another call
+    /// is pending; if that call takes longer than [`close_timeout`](crate::ConnectionConfig::close_timeout), the
+    /// connection ends without this call.
     fn on_expired(&mut self, context: &mut Context<'_>) -> Poll<()> {
         context.close(CloseReason::Expired);
         Poll::Ready(())

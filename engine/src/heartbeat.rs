@@ -102,7 +102,7 @@ pub(crate) enum Beat {
     Unanswered,
     Idle,
     TooOld,
-    /// It has expired: the handler is to be asked.
+    /// It has expired, and its handler decides whether it ends.
     Expired,
     /// The handler could not be asked in time.
     ExpiredUnasked,

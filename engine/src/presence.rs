@@ -1,6 +1,6 @@
 //! Presence: which users have connections in a group, as values.
 //!
-//! A user of a connection, a user who is present, and a change of that, with whoever is told of changes. Made by
+//! A user of a connection, a user who is present, and a change of that, and the trait that receives changes. Made by
 //! applications and shards. Does not know how presence is kept (`attendance.rs`), nor what metadata means.
 
 use std::fmt;
@@ -56,7 +56,7 @@ pub struct Present {
 pub enum PresenceKind {
     /// The user's first connection has joined.
     Joined,
-    /// The user's last connection has left, and none has come back within
+    /// The user's last connection has left, and the user has not rejoined within
     /// [`presence_grace`](crate::ConnectionConfig::presence_grace).
     Left,
 }
@@ -79,7 +79,7 @@ pub struct PresenceChange {
     /// The metadata that a connection of the user brought last.
     pub metadata: Option<Arc<[u8]>>,
     /// The change's position in the order of all publications: after the join, and before everything that is published
-    /// by whoever has been told of it.
+    /// by anyone who has received it.
     pub position: Position,
 }
 

@@ -171,8 +171,8 @@ pub enum OverLimit {
 
 /// A limit that several connections share, for instance all of one user, on whichever shards they are.
 ///
-/// The application keeps one for each user (or tenant, or API key) and passes a clone with every connection of it
-/// ([`NewConnection::rate_limit`](crate::NewConnection::rate_limit)). It is counted in addition to the connection's
+/// The application keeps one limit per user, tenant or API key, and gives a clone of it to each connection that the
+/// limit covers ([`NewConnection::rate_limit`](crate::NewConnection::rate_limit)). It is counted in addition to the connection's
 /// own [`RateLimit`], whose `over_limit` says what happens to a message that exceeds either. Under
 /// [`OverLimit::Delay`] the connections take turns in the order in which their messages arrive.
 ///
