@@ -255,7 +255,7 @@ impl<M> Clients<M> {
     /// # Errors
     /// An engine that has ended, too many publishers that wait for the client's shard.
     pub async fn expire_at(&self, id: ConnectionId, at: Option<SystemTime>) -> Result<(), PublishError> {
-        Ok(self.inner.namespace.expire_at(id, at.map(instant_of)).await?)
+        Ok(self.inner.namespace.expire_at(id, at.map(|at| instant_of(at, self.inner.namespace.now()))).await?)
     }
 
     /// Ends a connection, after what was sent to it before, with a Close frame that carries `code` and at most
@@ -614,12 +614,12 @@ impl<'a, M> Target<'a, M> {
     }
 }
 
-/// A time of the system's clock on the clock of the process.
-pub(crate) fn instant_of(time: SystemTime) -> Instant {
+/// A time of the system's clock on the engine's clock, by which it is `now`.
+pub(crate) fn instant_of(time: SystemTime, now: Instant) -> Instant {
     /// For a time that no clock can say.
     const YEARS: Duration = Duration::from_secs(30 * 366 * 24 * 60 * 60);
     let left = time.duration_since(SystemTime::now()).unwrap_or_default().min(YEARS);
-    Instant::now() + left
+    now + left
 }
 
 /// The future of a message, or the error of its codec. Written by hand, because a hub's method is as large as the futures

@@ -72,9 +72,26 @@ impl Engine {
             let _entered = runtime.as_ref().map(runtime::Handle::enter);
             shard();
         })?;
+        Ok(Self::new(inner, id, sockets))
+    }
+
+    /// An engine without threads, whose shards take their turns within the current runtime, and its shards.
+    #[cfg(feature = "testing")]
+    pub(crate) fn driven(
+        config: EngineConfig,
+        clock: fn() -> std::time::Instant,
+    ) -> Result<(Self, Vec<shardcast_engine::Shard>), StartError> {
+        let runtime = runtime::Handle::current().id();
+        let mut sockets = socket_config();
+        sockets.max_message_bytes = sockets.max_message_bytes.min(config.unfinished_bytes_max);
+        let (inner, shards) = shardcast_engine::Engine::driven_by(config, clock)?;
+        Ok((Self::new(inner, Some(runtime), sockets), shards))
+    }
+
+    fn new(inner: shardcast_engine::Engine, runtime: Option<runtime::Id>, sockets: ConnectionConfig) -> Self {
         let namespace = inner.namespace_named("shardcast::ws");
         let sockets = Sockets { namespace, config: Arc::new(sockets) };
-        Ok(Self { inner, runtime: id, sockets })
+        Self { inner, runtime, sockets }
     }
 
     /// A new hub, with clients and groups of its own. `config` is a [`WsHubConfig`](crate::WsHubConfig) for its

@@ -30,6 +30,8 @@ mod presence;
 mod serve;
 mod serve_hub;
 mod stateful_hub;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod turn_away;
 mod upgrade;
 mod verdict;

@@ -292,7 +292,8 @@ impl<H: WsHub> IntoResponse for Serve<H> {
                 Some(metadata) => User::new(user).with_metadata(metadata.into_bytes()),
                 None => User::new(user),
             });
-            let arrival = Arrival { user, first_message, expires_at: expires_at.map(instant_of), rate_limit };
+            let expires_at = expires_at.map(|at| instant_of(at, hub.clients().namespace().now()));
+            let arrival = Arrival { user, first_message, expires_at, rate_limit };
             if let Err(error) = hub.adopt(socket, handler, permit, arrival).await {
                 error.log();
             }

@@ -87,7 +87,7 @@ impl Engine {
         around: impl Fn(&mut dyn FnMut()) + Clone + Send + 'static,
     ) -> Result<Self, StartError> {
         let pin = config.pin;
-        let (core, parts) = prepare(config, Instant::now())?;
+        let (core, parts) = prepare(config, Instant::now(), Instant::now)?;
         let (threads, started) = mpsc::channel();
         let watchdog = Watchdog::new(core.clone(), started);
         let watchdog = thread::Builder::new().name("shard-watchdog".to_owned()).spawn(|| watchdog.run())?;
@@ -137,10 +137,33 @@ impl Engine {
     /// Creates an engine without threads: the caller drives the shards turn by turn and supplies the time.
     /// For tests, and for embedding the engine into another event loop.
     ///
+    /// Outside of turns the time is the system's: in [`shutdown`](Self::shutdown),
+    /// [`count_upgrade`](Self::count_upgrade) and [`Namespace::now`]. See [`driven_by`](Self::driven_by).
+    ///
     /// # Errors
     /// As for [`start`](Self::start).
     pub fn driven(config: EngineConfig, now: Instant) -> Result<(Self, Vec<Shard>), StartError> {
-        let (core, parts) = prepare(config, now)?;
+        Self::drive(config, now, Instant::now)
+    }
+
+    /// Like [`driven`](Self::driven), with a clock of the caller's own for the time outside of turns. It is
+    /// read from any thread, and must not go back.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub fn driven_by(
+        config: EngineConfig,
+        clock: fn() -> Instant,
+    ) -> Result<(Self, Vec<Shard>), StartError> {
+        Self::drive(config, clock(), clock)
+    }
+
+    fn drive(
+        config: EngineConfig,
+        now: Instant,
+        clock: fn() -> Instant,
+    ) -> Result<(Self, Vec<Shard>), StartError> {
+        let (core, parts) = prepare(config, now, clock)?;
         let owner = Owner { core, watchdog: None, shards: OnceLock::new() };
         let shards = parts.into_iter().map(|parts| Shard::new(parts, now)).collect();
         Ok((Self { owner: Arc::new(owner) }, shards))
@@ -196,7 +219,7 @@ impl Engine {
     /// # Errors
     /// [`TooManyUpgrades`] if the address is above the rate. The upgrade is not counted then.
     pub fn count_upgrade(&self, address: IpAddr) -> Result<(), TooManyUpgrades> {
-        self.owner.core.admission.count_upgrade(address, Instant::now())
+        self.owner.core.admission.count_upgrade(address, self.owner.core.now())
     }
 
     /// Shuts the engine down gracefully: admits no more connections, reads no more messages, lets handlers
@@ -215,7 +238,7 @@ impl Engine {
             return Err(InvalidCloseCode(shutdown.code));
         }
         let core = &self.owner.core;
-        core.shut_down(shutdown, Instant::now());
+        core.shut_down(shutdown, core.now());
         let mut registration = Registration::default();
         Ok(poll_fn(|context| core.shutdown.poll(&mut registration, context.waker())).await)
     }
@@ -276,7 +299,11 @@ impl Engine {
 }
 
 /// The state that an engine's threads share, and the parts from which each shard is made.
-fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<EngineCore>, Vec<Parts>), StartError> {
+fn prepare(
+    config: EngineConfig,
+    now: Instant,
+    clock: fn() -> Instant,
+) -> Result<(Arc<EngineCore>, Vec<Parts>), StartError> {
     config.validate()?;
     let count = match config.shards {
         Some(count) => count,
@@ -289,7 +316,7 @@ fn prepare(config: EngineConfig, now: Instant) -> Result<(Arc<EngineCore>, Vec<P
         Ok(Mailbox::new(config.mailbox_capacity, config.publishers_waiting_max, poll_waker))
     });
     let mailboxes = mailboxes.collect::<Result<Box<[_]>, std::io::Error>>()?;
-    let core = Arc::new(EngineCore::new(config, log, mailboxes, Beacons::new(count, now)));
+    let core = Arc::new(EngineCore::new(config, log, mailboxes, Beacons::new(count, now), clock));
     let parts = polls.into_iter().zip(readers).enumerate();
     let parts = parts.map(|(index, (poll, reader))| Parts { index, core: core.clone(), poll, reader });
     let parts = parts.collect();
@@ -313,7 +340,7 @@ impl Engine {
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        self.core.stop(STOP_GRACE, Instant::now());
+        self.core.stop(STOP_GRACE, self.core.now());
         let Some(watchdog) = self.watchdog.take() else { return };
         // The last handle may be dropped by a handler, on a shard, or by a task that the watchdog wakes. A
         // thread cannot join itself; the threads end on their own.

@@ -45,6 +45,7 @@ pub(crate) fn sent_by_this_thread() -> u64 {
 #[derive(Debug)]
 pub(crate) struct EngineCore {
     pub(crate) config: EngineConfig,
+    clock: fn() -> Instant,
     /// Identifies this run of the engine; random.
     epoch: u64,
     pub(crate) log: Arc<Log<Entry>>,
@@ -66,6 +67,7 @@ impl EngineCore {
         log: Arc<Log<Entry>>,
         mailboxes: Box<[Mailbox<Command, mio::Waker>]>,
         beacons: Beacons,
+        clock: fn() -> Instant,
     ) -> Self {
         let shards = mailboxes.len();
         Self {
@@ -86,7 +88,13 @@ impl EngineCore {
             beacons,
             mailboxes,
             config,
+            clock,
         }
+    }
+
+    /// The time, for what is not told by a shard.
+    pub(crate) fn now(&self) -> Instant {
+        (self.clock)()
     }
 
     /// The position after this number of publications.

@@ -281,6 +281,13 @@ impl Namespace {
         Ok(())
     }
 
+    /// The time by the engine's clock, to which [`expire_at`](Self::expire_at) and
+    /// [`NewConnection::expires_at`] refer: the system's, except for an engine that is
+    /// [driven by another](crate::Engine::driven_by).
+    pub fn now(&self) -> Instant {
+        self.publisher.core().now()
+    }
+
     /// The number of connections.
     pub fn len(&self) -> usize {
         self.publisher.directory().everyone().len()

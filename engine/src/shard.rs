@@ -309,7 +309,7 @@ impl Shard {
         if self.has_work() || !self.mailbox().fall_asleep(is_idle) {
             return Some(Duration::ZERO);
         }
-        let stop = self.shutdown.as_ref().map(|stop| self.started + stop.next_due());
+        let stop = self.next_stop_due();
         let due = self.next_due().into_iter().chain(stop).min();
         due.map(|due| due.saturating_duration_since(now))
     }

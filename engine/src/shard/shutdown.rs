@@ -113,7 +113,9 @@ impl Shard {
         }
     }
 
-    pub(super) fn has_stopped(&self) -> bool {
+    /// Whether the engine's shutdown is done in this shard, or its time is over. Who
+    /// [drives](crate::Engine::driven) the shard drops it then, which completes the shutdown.
+    pub fn has_stopped(&self) -> bool {
         self.shutdown.as_ref().is_some_and(|stop| {
             let is_over = stop.closings.is_some() && self.fanout.connections.is_empty();
             is_over || self.fanout.now >= stop.by
@@ -122,6 +124,12 @@ impl Shard {
 }
 
 impl Shard {
+    /// When the engine's shutdown takes its next step in this shard; none while there is no shutdown. Not a part of
+    /// [`next_due`](Self::next_due). May have passed, if the step waits for something else.
+    pub fn next_stop_due(&self) -> Option<Instant> {
+        self.shutdown.as_ref().map(|stop| self.started + stop.next_due())
+    }
+
     /// At the deadline: drops sockets with what is queued for them, and abandons handlers.
     fn abandon(&mut self, report: &mut ShutdownReport) {
         let slots: Vec<Slot> = self.fanout.connections.iter().map(Connection::slot).collect();
