@@ -14,6 +14,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::io::Write as _;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -302,19 +303,22 @@ impl Task {
 
 /// An event that arrives in the runtime's next sleep, and ends it.
 struct Bell {
-    rings: UnixStream,
+    /// Not tokio's, which writes only after an event has told it that it may.
+    rings: std::os::unix::net::UnixStream,
     hears: UnixStream,
 }
 
 impl Bell {
     fn new() -> std::io::Result<Self> {
-        let (rings, hears) = UnixStream::pair()?;
-        Ok(Self { rings, hears })
+        let (rings, hears) = std::os::unix::net::UnixStream::pair()?;
+        rings.set_nonblocking(true)?;
+        hears.set_nonblocking(true)?;
+        Ok(Self { rings, hears: UnixStream::from_std(hears)? })
     }
 
     /// Lets the runtime's thread sleep once, if it has nothing to do.
     async fn sleep(&self) {
-        let _ = self.rings.try_write(&[0]); // fails if it is full: then it rings all the same
+        let _ = (&self.rings).write(&[0]); // fails if it is full: then it rings all the same
         let _ = self.hears.readable().await;
         while self.hears.try_read(&mut [0; 64]).is_ok_and(|count| count > 0) {}
     }

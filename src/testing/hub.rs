@@ -53,7 +53,7 @@ pub type HubTestClient<H> =
 /// # */
 /// # #[tokio::main(flavor = "current_thread")] async fn main() { a_silent_client_is_given_up().await }
 /// async fn a_silent_client_is_given_up() {
-///     let chat = TestHub::in_memory(WsHubConfig::default(), || Chat).await;
+///     let chat = TestHub::<Chat>::in_memory(WsHubConfig::default(), || Chat).await;
 ///     let mut ada = chat.connect_as("ada").await;
 ///     let mut bob = chat.connect().await;
 ///     bob.send("hello");
