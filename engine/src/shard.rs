@@ -23,6 +23,7 @@
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -260,6 +261,20 @@ impl Shard {
         let timers = self.wheel.next().into_iter().chain(self.fanout.deadlines.next());
         let due = timers.chain(self.fanout.flushes.due()).chain(self.watch.next_due()).min();
         due.map(|due| self.started + due)
+    }
+
+    /// Falls asleep, as a shard's own thread does before it polls, until the next turn: whatever gives the shard
+    /// something to do makes [`poll_fd`](Self::poll_fd) readable from now on. Returns for how long at most the
+    /// caller may wait for that: zero means not at all, none without a limit.
+    pub fn doze(&self, now: Instant) -> Option<Duration> {
+        self.sleep_bound(now)
+    }
+
+    /// The descriptor of the shard's poll, for the event loop of the caller that drives the shard. It becomes
+    /// readable when a socket has something to read or, [asleep](Self::doze), when a publisher wakes the shard.
+    /// Open as long as the shard.
+    pub fn poll_fd(&self) -> RawFd {
+        self.poll.as_raw_fd()
     }
 
     /// Runs turns until the engine stops and the connections have ended.

@@ -231,7 +231,8 @@ impl<S, R, C> TestClient<S, R, C> {
     /// Nothing must have arrived that was not asserted yet, and the connection must be open.
     ///
     /// Deterministic: in memory all that can happen without time has happened then. Over sockets the client sends a ping
-    /// twice and waits for the answer, so everything has arrived that was published to it before this call (whose
+    /// twice and waits for the answer (which counts for
+    /// [`control_frames_per_second`](crate::WsHubConfig::control_frames_per_second)), so everything has arrived that was published to it before this call (whose
     /// `publish` had returned); what a hub's method has not sent yet at that time cannot be known.
     ///
     /// # Panics

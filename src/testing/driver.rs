@@ -6,23 +6,26 @@
 //!
 //! *Rest*: the driver gives turns, and yields to the runtime after each, until several in a row have changed nothing.
 //! Each yield runs every task that is ready and asks the kernel for events, so all that can happen without time has
-//! happened then. *Time*: tokio moves a paused clock to the next timer whenever its thread would sleep, even while an event
-//! has just arrived. So its thread never sleeps while there is something to do: the driver spins until rest, and then naps
-//! on a blocking thread, which keeps the clock where it is. Only when time is to pass the driver lets the thread sleep,
-//! at rest, once for each timer, with an event of its own (`Bell`) that ends the sleep.
+//! happened then. *Time*: tokio moves a paused clock to the next timer whenever its thread would sleep, in some versions
+//! even if an event has just arrived. So the thread must not sleep while there is something to do: the driver spins until
+//! rest, and then naps on a blocking thread, which keeps the clock where it is. Only when time is to pass the driver waits
+//! for the next timer of its shards, which lets the thread sleep and the clock move, and rests again after each timer and
+//! each event.
 //! Knows shards and tokio's clock. Does not know clients or hubs.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::io::Write as _;
-use std::pin::pin;
+use std::future::{pending, poll_fn};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::task::Poll;
 use std::time::Duration;
 
 use shardcast_engine::{EngineConfig, EngineState, Shard, StartError};
-use tokio::net::UnixStream;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinHandle, spawn_blocking, yield_now};
@@ -36,6 +39,8 @@ const QUIET_TURNS: u32 = 8;
 const TURNS_MAX: u32 = 2_000_000;
 /// How often a driver at rest looks whether another thread, or the test itself, has published something.
 const NAP: Duration = Duration::from_millis(1);
+/// The grain of tokio's clock.
+const TICK: Duration = Duration::from_millis(1);
 /// Naps in a row after which the test is considered to wait for a timer of its own.
 const NAPS_MAX: u32 = 250;
 
@@ -108,19 +113,25 @@ pub(super) fn start(
     let (engine, shards) = Engine::driven(config, || Instant::now().into_std())?;
     let (requests, received) = mpsc::unbounded_channel();
     let signals = Arc::<Signals>::default();
-    let bell = Bell::new().map_err(StartError::System)?;
+    let events = shards.iter().map(events_of).collect::<Result<_, _>>().map_err(StartError::System)?;
     let key = Arc::as_ptr(&signals) as usize;
     SHARDS.with_borrow_mut(|all| all.insert(key, shards));
     let task = Task {
+        events,
         signals: signals.clone(),
         shards: Shards { key },
         engine: engine.inner().clone(),
         requests: received,
-        bell,
         nap: None,
     };
     let task = runtime.spawn(tokio::task::unconstrained(task.run()));
     Ok((engine, Driver { signals, requests }, Driving(task.abort_handle())))
+}
+
+/// The events of a shard's poll, which must be dropped before the shard.
+#[allow(deprecated, reason = "what replaces it needs a descriptor with a lifetime, and a newer tokio")]
+fn events_of(shard: &Shard) -> std::io::Result<AsyncFd<RawFd>> {
+    AsyncFd::with_interest(shard.poll_fd(), Interest::READABLE)
 }
 
 /// Whether tokio's clock is paused: then it does not move while the system's does.
@@ -159,6 +170,7 @@ impl Driver {
     /// Begins a wait of the test kit.
     pub(super) fn wait(&self) -> Wait<'_> {
         self.signals.waits.fetch_add(1, Relaxed);
+        self.signals.kick.notify_one(); // no time passes any more
         Wait(&self.signals)
     }
 
@@ -169,11 +181,12 @@ impl Driver {
 }
 
 struct Task {
+    /// Of each shard's poll. Before the shards, which close them when they are dropped.
+    events: Vec<AsyncFd<RawFd>>,
     signals: Arc<Signals>,
     shards: Shards,
     engine: shardcast_engine::Engine,
     requests: mpsc::UnboundedReceiver<Request>,
-    bell: Bell,
     /// The nap, on a blocking thread. There is only one at a time, however often it is interrupted.
     nap: Option<JoinHandle<()>>,
 }
@@ -225,11 +238,14 @@ impl Task {
                     naps += 1;
                     if naps > NAPS_MAX && self.signals.waits.load(Relaxed) == 0 && is_paused() {
                         // The test waits for something that the test kit does not know: a timer, perhaps.
-                        self.sleep_once(None).await;
+                        tokio::select! {
+                            biased;
+                            request = self.requests.recv() => request,
+                            () = sleep_once(&self.signals, &self.shards, &self.events, None) => None,
+                        }
                     } else {
                         continue;
                     }
-                    None
                 }
             };
             naps = 0;
@@ -237,10 +253,10 @@ impl Task {
     }
 
     /// Gives turns until nothing happens any more.
-    async fn rest(&self) {
+    async fn rest(&mut self) {
         let (mut quiet, mut before) = (0, None);
         for _ in 0..TURNS_MAX {
-            let has_work = self.shards.with(|shards| self.turn(shards));
+            let has_work = self.turn();
             yield_now().await;
             let mut counted = self.engine.metrics();
             (counted.turns, counted.lag_micros) = (0, 0);
@@ -255,71 +271,73 @@ impl Task {
     }
 
     /// One turn of each shard; whether another has something to do. Shards that have stopped are dropped.
-    fn turn(&self, shards: &mut Vec<Shard>) -> bool {
+    fn turn(&mut self) -> bool {
         let now = Instant::now().into_std();
-        for shard in &mut *shards {
-            shard.turn(now).expect("the shard's sockets can be polled");
-        }
-        let has_work = shards.iter().any(Shard::has_work);
-        if self.engine.state() != EngineState::Running && shards.iter().all(Shard::has_stopped) {
-            shards.clear();
-        }
-        has_work
+        let is_stopping = self.engine.state() != EngineState::Running;
+        let events = &mut self.events;
+        self.shards.with(|shards| {
+            for shard in &mut *shards {
+                shard.turn(now).expect("the shard's sockets can be polled");
+            }
+            let has_work = shards.iter().any(Shard::has_work);
+            if is_stopping && shards.iter().all(Shard::has_stopped) {
+                events.clear();
+                shards.clear();
+            }
+            has_work
+        })
     }
 
     /// Lets time pass; at rest before and afterwards.
     async fn pass(&mut self, time: Duration) {
         let end = Instant::now() + time;
         while Instant::now() < end {
-            self.sleep_once(Some(end)).await;
+            sleep_once(&self.signals, &self.shards, &self.events, Some(end)).await;
             self.rest().await;
         }
     }
+}
 
-    /// Lets the clock move to the next timer, but not beyond that of a shard or `end`. Without an `end` it may not move.
-    async fn sleep_once(&mut self, end: Option<Instant>) {
-        let now = Instant::now();
-        let due = self.shards.with(|shards| {
-            shards.iter().flat_map(|shard| [shard.next_due(), shard.next_stop_due()]).flatten().min()
-        });
-        let due = due.map(|due| Instant::from_std(due).max(now + Duration::from_millis(1)));
-        let Some(until) = due.into_iter().chain(end).min() else {
-            return self.bell.sleep().await;
-        };
-        let mut timer = pin!(sleep_until(until));
-        // The clock does not move while a blocking task runs, nor if the test's own future was woken.
-        while Instant::now() == now {
-            tokio::select! {
-                biased;
-                () = &mut timer => {}
-                () = self.bell.sleep() => {}
-            }
-            if end.is_none() {
-                return;
+/// Lets the runtime's thread sleep, and thereby the clock move, until a timer of a shard, something happens, or `end`.
+async fn sleep_once(signals: &Signals, shards: &Shards, events: &[AsyncFd<RawFd>], end: Option<Instant>) {
+    let now = Instant::now();
+    let (has_work, due) = shards.with(|shards| {
+        // Whatever a task of the application does to a shard wakes the runtime from now on.
+        for shard in &*shards {
+            shard.doze(now.into_std());
+        }
+        let due = shards.iter().flat_map(|shard| [shard.next_due(), shard.next_stop_due()]).flatten().min();
+        (shards.iter().any(Shard::has_work), due)
+    });
+    if has_work {
+        return;
+    }
+    let due = due.map(|due| Instant::from_std(due).max(now + TICK));
+    let timer = async {
+        match due.into_iter().chain(end).min() {
+            Some(until) => sleep_until(until).await,
+            None => pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        () = timer => {}
+        () = signals.kick.notified() => {}
+        () = any_readable(events) => {}
+    }
+}
+
+/// Waits for an event of one of these polls.
+async fn any_readable(polls: &[AsyncFd<RawFd>]) {
+    poll_fn(|context| {
+        let mut readable = Poll::Pending;
+        for poll in polls {
+            if let Poll::Ready(Ok(mut guard)) = poll.poll_read_ready(context) {
+                guard.clear_ready(); // the shard's next turn takes its events
+                readable = Poll::Ready(());
             }
         }
-    }
-}
-
-/// An event that arrives in the runtime's next sleep, and ends it.
-struct Bell {
-    /// Not tokio's, which writes only after an event has told it that it may.
-    rings: std::os::unix::net::UnixStream,
-    hears: UnixStream,
-}
-
-impl Bell {
-    fn new() -> std::io::Result<Self> {
-        let (rings, hears) = std::os::unix::net::UnixStream::pair()?;
-        rings.set_nonblocking(true)?;
-        hears.set_nonblocking(true)?;
-        Ok(Self { rings, hears: UnixStream::from_std(hears)? })
-    }
-
-    /// Lets the runtime's thread sleep once, if it has nothing to do.
-    async fn sleep(&self) {
-        let _ = (&self.rings).write(&[0]); // fails if it is full: then it rings all the same
-        let _ = self.hears.readable().await;
-        while self.hears.try_read(&mut [0; 64]).is_ok_and(|count| count > 0) {}
-    }
+        readable
+    })
+    .await;
 }

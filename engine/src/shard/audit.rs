@@ -1,12 +1,8 @@
 //! A shard's internal state between two turns. Only for the engine's own tests.
 //!
-//! Behind the feature `audit`. Reads and changes nothing, except `doze`, which puts the shard to sleep as its
-//! thread does before it polls, and counters that a test sets. `Audit::errors` lists violated invariants,
+//! Behind the feature `audit`. Reads and changes nothing, except counters that a test sets. `Audit::errors` lists violated invariants,
 //! which must hold after every turn: the tallies, the lists of pending work, the timers, the counts of
 //! members and of congested ones. Does not know what was sent.
-
-use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
 
 use crate::id::ConnectionId;
 use crate::tally::{DropCause, Tally};
@@ -65,17 +61,6 @@ pub struct Audit {
 
 /// For tests that drive shards as their threads would.
 impl Shard {
-    /// Falls asleep as the thread does before it polls, and returns for how long at most: zero means not at
-    /// all, none means until something wakes it.
-    pub fn doze(&self, now: Instant) -> Option<Duration> {
-        self.sleep_bound(now)
-    }
-
-    /// The descriptor that becomes readable when a socket or a publisher wakes the shard.
-    pub fn poll_fd(&self) -> i32 {
-        self.poll.as_raw_fd()
-    }
-
     /// Whether its thread would end now.
     pub fn is_over(&self) -> bool {
         self.has_stopped()
