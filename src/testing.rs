@@ -93,6 +93,11 @@
 //!
 //! The guide has a chapter on testing, with slow clients, time, and unit tests.
 
+/// The programs of the guide's chapter compile and run.
+#[cfg(doctest)]
+#[doc = include_str!("guide/testing.md")]
+struct Chapter;
+
 mod client;
 mod context;
 mod driver;
