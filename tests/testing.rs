@@ -378,6 +378,7 @@ async fn a_stalled_client_makes_the_policy_drop_over_sockets() {
         tokio::task::yield_now().await;
     }
     assert!(matches!(dropped.await.unwrap(), Some(Seen::Dropped(1..))));
+    assert_eq!(slow.received().len(), 1, "it reads nothing");
     slow.resume().await;
     slow.send("still here");
     slow.expect_where(|text| text == "still here").await;
