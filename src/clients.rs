@@ -255,7 +255,9 @@ impl<M> Clients<M> {
     /// # Errors
     /// An engine that has ended, too many publishers that wait for the client's shard.
     pub async fn expire_at(&self, id: ConnectionId, at: Option<SystemTime>) -> Result<(), PublishError> {
-        Ok(self.inner.namespace.expire_at(id, at.map(|at| instant_of(at, self.inner.namespace.now()))).await?)
+        let namespace = &self.inner.namespace;
+        let at = at.map(|at| instant_of(at, namespace.now()));
+        Ok(namespace.expire_at(id, at).await?)
     }
 
     /// Ends a connection, after what was sent to it before, with a Close frame that carries `code` and at most
@@ -329,11 +331,11 @@ impl<M> Clients<M> {
     /// sent and every join and leave that was awaited before this call.
     ///
     /// A user is in the list from when the first of its clients has joined the group until
-    /// [`Left`](crate::PresenceKind::Left) is announced. So a client that gets this list and then every change that
-    /// [`on_presence`](crate::WsHub::on_presence) sends to the group is always up to date, if it ignores a `Joined` of a
-    /// user whom it knows already and a `Left` of one whom it does not know. The list of all users takes
-    /// about 50 ns for each, and joins of the group wait meanwhile; for the number alone, use
-    /// [`presence_len`](Self::presence_len).
+    /// [`Left`](crate::PresenceKind::Left) is announced. So a client that gets this list and every change that
+    /// [`on_presence`](crate::WsHub::on_presence) sends to the group is up to date, if it joins before it asks for the
+    /// list, applies changes that arrive before the list after it, and ignores a `Joined` of a user whom it knows
+    /// already and a `Left` of one whom it does not know. The list of all users takes about 50 ns for each, and joins of
+    /// the group wait meanwhile; for the number alone, use [`presence_len`](Self::presence_len).
     ///
     /// ```
     /// # use shardcast::{Clients, PublishError};

@@ -139,7 +139,11 @@ async fn uses_the_whole_application(server: TestServer) {
     let refused = server.client("/ws").try_connect().await.unwrap_err();
     assert_eq!(refused.status, 401);
     let refused = server.client("/ws").query("token", "wrong & long").try_connect().await.unwrap_err();
-    assert_eq!((refused.status.as_u16(), refused.body.contains("the token is wrong")), (401, true), "{refused}");
+    assert_eq!(
+        (refused.status.as_u16(), refused.body.contains("the token is wrong")),
+        (401, true),
+        "{refused}"
+    );
 
     let by_query = server.client("/ws").query("token", "right");
     let mut ada = by_query.protocol("chat.v1").protocol("chat.v0").connect().await;
@@ -173,7 +177,8 @@ async fn routes_extractors_and_authentication_are_the_applications_own_in_memory
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_router_with_an_engine_of_its_own_is_served_on_any_runtime() {
-    let engine = Engine::start(EngineConfig { shards: Some(2), pin: false, ..EngineConfig::default() }).unwrap();
+    let engine =
+        Engine::start(EngineConfig { shards: Some(2), pin: false, ..EngineConfig::default() }).unwrap();
     let server = TestServer::start_router(app(&engine)).await;
     let mut client = server.client("/ws").query("token", "right").connect().await;
     client.send("hello");
@@ -185,7 +190,8 @@ async fn a_connection_limit_refuses_the_upgrade_with_its_status() {
     let engine = EngineConfig { shards: Some(1), max_connections: 1, ..EngineConfig::default() };
     let (recorder, _seen) = Recorder::new();
     let server = TestServer::builder().engine(engine);
-    let hub = TestHub::<Recorder>::in_memory_on(server, WsHubConfig::default(), move || recorder.clone()).await;
+    let hub =
+        TestHub::<Recorder>::in_memory_on(server, WsHubConfig::default(), move || recorder.clone()).await;
     let _first = hub.connect().await;
     let refused = hub.client().try_connect().await.unwrap_err();
     assert_eq!(refused.status, 503);
@@ -253,10 +259,12 @@ async fn time_in_memory_is_that_of_timers_in_the_application_too() {
 #[tokio::test]
 async fn expiry_rates_of_upgrades_and_presence_obey_the_tests_time() {
     let rate = Rate::new(1, 60 * SECOND);
-    let engine = EngineConfig { shards: Some(1), max_upgrades_per_address: Some(rate), ..EngineConfig::default() };
+    let engine =
+        EngineConfig { shards: Some(1), max_upgrades_per_address: Some(rate), ..EngineConfig::default() };
     let (recorder, _seen) = Recorder::new();
     let server = TestServer::builder().engine(engine);
-    let hub = TestHub::<Recorder>::in_memory_on(server, WsHubConfig::default(), move || recorder.clone()).await;
+    let hub =
+        TestHub::<Recorder>::in_memory_on(server, WsHubConfig::default(), move || recorder.clone()).await;
     let mut watcher = hub.connect().await;
     assert_eq!(hub.client().try_connect().await.unwrap_err().status, 429);
     hub.advance(60 * SECOND).await;
@@ -494,7 +502,8 @@ async fn a_failed_assertion_says_where_it_stands_and_what_has_arrived() {
         assert!(text.contains(r#"1. text "one" (asserted before)"#), "{text}");
         assert!(text.contains(r#"2. text "two" (not yet asserted)"#), "{text}");
 
-        let (text, line) = (failure(async { drop(client.expect_where(|text| text == "four").await) }).await, line!());
+        let (text, line) =
+            (failure(async { drop(client.expect_where(|text| text == "four").await) }).await, line!());
         assert!(text.contains(&format!("tests/testing.rs:{line}")), "{text}");
         assert!(text.contains("for which the condition holds"), "{text}");
         assert!(text.contains(r#"3. text "three" (not yet asserted)"#), "{text}");
@@ -511,14 +520,17 @@ async fn a_failed_assertion_says_where_it_stands_and_what_has_arrived() {
 
         let (text, line) = (failure(hub.until("a third client", || hub.hub().len() == 3)).await, line!());
         assert!(text.contains(&format!("tests/testing.rs:{line}")), "{text}");
-        assert!(text.contains("a third client") && text.contains("client 1 (/) has received 4 messages"), "{text}");
+        assert!(
+            text.contains("a third client") && text.contains("client 1 (/) has received 4 messages"),
+            "{text}"
+        );
 
         client.send("end 4000 enough");
         let text = failure(async { drop(client.expect_closed(CloseCode::NORMAL).await) }).await;
         assert!(text.contains(r#"closed with 4000: "enough""#), "{text}");
         let text = failure(async {
-            drop(client.next().await);
-            drop(client.next().await);
+            drop(client.recv().await);
+            drop(client.recv().await);
         });
         assert!(text.await.contains("must arrive before the end"));
     }
@@ -591,15 +603,15 @@ async fn a_client_has_the_hubs_types_or_json_or_bytes() {
     client.send(say(1));
     client.expect(say(2)).await;
     client.send(say(2));
-    assert_eq!(client.next().await, say(3));
+    assert_eq!(client.recv().await, say(3));
     client.send_json(&json!({ "to": 3, "text": "hello" }));
     client.expect_json(&json!({ "text": "hello", "to": 4 })).await;
     client.send_text(r#"{"text":"hello","to":4}"#);
     client.expect_text(r#"{"text":"hello","to":5}"#).await;
     client.send(say(5));
-    assert_eq!(client.next_json::<Say>().await, say(6));
+    assert_eq!(client.recv_json::<Say>().await, say(6));
     client.send_binary(serde_json::to_vec(&say(6)).unwrap());
-    assert_eq!(client.next_raw().await, RawMessage::from(r#"{"text":"hello","to":7}"#));
+    assert_eq!(client.recv_raw().await, RawMessage::from(r#"{"text":"hello","to":7}"#));
     client.send_text("no JSON");
     client.expect_closed(CloseCode::INVALID_PAYLOAD).await;
 
@@ -612,7 +624,10 @@ async fn a_client_has_the_hubs_types_or_json_or_bytes() {
     typed.expect(say(8)).await;
     typed.send_json(&json!({ "text": "", "to": 9 }));
     let mut other = typed.typed_as::<String, u32, JsonCodec>();
-    let text = failure(async { let _: u32 = other.next().await; }).await;
+    let text = failure(async {
+        let _: u32 = other.recv().await;
+    })
+    .await;
     assert!(text.contains("JsonCodec") && text.contains(r#"3. text "{\"text\":\"\",\"to\":10}""#), "{text}");
 }
 

@@ -151,10 +151,7 @@ impl Engine {
     ///
     /// # Errors
     /// As for [`start`](Self::start).
-    pub fn driven_by(
-        config: EngineConfig,
-        clock: fn() -> Instant,
-    ) -> Result<(Self, Vec<Shard>), StartError> {
+    pub fn driven_by(config: EngineConfig, clock: fn() -> Instant) -> Result<(Self, Vec<Shard>), StartError> {
         Self::drive(config, clock(), clock)
     }
 

@@ -42,7 +42,7 @@ const READ_BUFFER_BYTES: usize = 4096;
 /// Its assertions wait for up to 10 s of the system's clock ([`timeout`](Self::timeout)). When one fails, it panics with
 /// the line of the test that called it, and with all messages that have arrived so far and how the connection ended.
 ///
-/// Messages are asserted in the order of their arrival, each once: [`next`](Self::next), [`expect`](Self::expect) and its
+/// Messages are asserted in the order of their arrival, each once: [`recv`](Self::recv), [`expect`](Self::expect) and its
 /// kin take the next one; [`expect_where`](Self::expect_where) takes all up to the one that it looks for.
 ///
 /// Dropping it ends the stream without a Close frame, as a process that is killed.
@@ -93,8 +93,7 @@ impl TestClient {
             .read_buffer_size(READ_BUFFER_BYTES)
             .max_message_size(None)
             .max_frame_size(None);
-        let socket =
-            WebSocketStream::from_partially_read(wire, received, Role::Client, Some(limits)).await;
+        let socket = WebSocketStream::from_partially_read(wire, received, Role::Client, Some(limits)).await;
         let (commands, received) = mpsc::unbounded_channel();
         tokio::spawn(Task {
             socket,
@@ -181,7 +180,7 @@ impl<S, R, C> TestClient<S, R, C> {
 
     /// The next message as it arrived. Panics if none arrives in time, or the connection has ended.
     #[track_caller]
-    pub fn next_raw(&mut self) -> impl Future<Output = RawMessage> {
+    pub fn recv_raw(&mut self) -> impl Future<Output = RawMessage> {
         self.next_of(Location::caller(), "a message".to_owned())
     }
 
@@ -217,7 +216,7 @@ impl<S, R, C> TestClient<S, R, C> {
 
     /// The next message, which must be JSON of this type.
     #[track_caller]
-    pub fn next_json<T: DeserializeOwned>(&mut self) -> impl Future<Output = T> {
+    pub fn recv_json<T: DeserializeOwned>(&mut self) -> impl Future<Output = T> {
         let caller = Location::caller();
         async move {
             let message = self.next_of(caller, "a JSON message".to_owned()).await;
@@ -394,7 +393,7 @@ impl<S, R, C: Encode<S>> TestClient<S, R, C> {
 impl<S, R, C: Decode<R>> TestClient<S, R, C> {
     /// The next message. Panics if none arrives in time, if the connection has ended, or if the codec cannot decode it.
     #[track_caller]
-    pub fn next(&mut self) -> impl Future<Output = R> {
+    pub fn recv(&mut self) -> impl Future<Output = R> {
         let caller = Location::caller();
         async move {
             let message = self.next_of(caller, "a message".to_owned()).await;

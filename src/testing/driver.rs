@@ -164,7 +164,10 @@ impl Driver {
 
     async fn ask(&self, request: Request, done: oneshot::Receiver<()>) {
         let is_done = self.requests.send(request).is_ok() && done.await.is_ok();
-        assert!(is_done, "the engine in memory has ended: its server was dropped, or it panicked (see above)");
+        assert!(
+            is_done,
+            "the engine in memory has ended: its server was dropped, or it panicked (see above)"
+        );
     }
 
     /// Begins a wait of the test kit.

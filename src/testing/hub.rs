@@ -6,9 +6,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use axum::response::IntoResponse as _;
 use axum::routing::any;
-use axum::Router;
 use http::{HeaderMap, HeaderName};
 use serde::Serialize;
 use shardcast_engine::{ConnectionConfig, ShutdownReport};

@@ -200,7 +200,11 @@ impl TestServerBuilder {
         let app = app(&engine);
         let waiting = Waiting { timeout: self.timeout, driver: Some(driver) };
         let inner = Inner::new(Place::Memory { app, ports: AtomicU16::new(40_000) }, waiting);
-        TestServer { inner: Arc::new(inner), engine: Some(engine), _tasks: Tasks::Driver { _driving: driving } }
+        TestServer {
+            inner: Arc::new(inner),
+            engine: Some(engine),
+            _tasks: Tasks::Driver { _driving: driving },
+        }
     }
 }
 
