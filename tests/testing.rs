@@ -20,7 +20,7 @@ use shardcast::auth::{Denied, Token};
 use shardcast::testing::{TestContext, TestHub, TestServer};
 use shardcast::{
     BroadcastPolicy, CloseCode, CloseReason, Dropped, Engine, EngineConfig, Hub, HubContext, JsonCodec,
-    PresenceChange, PresenceKind, Rate, RawCodec, RawMessage, Refusal, RunOn, Serve, WebSocketUpgrade, WsHub,
+    PresenceChange, PresenceKind, Rate, RawCodec, RawMessage, Refusal, RunOn, WebSocketUpgrade, WsHub,
     WsHubConfig,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -170,7 +170,8 @@ async fn routes_extractors_and_authentication_are_the_applications_own_over_sock
 
 #[tokio::test]
 async fn routes_extractors_and_authentication_are_the_applications_own_in_memory() {
-    let server = TestServer::in_memory(app).await;
+    let engine = EngineConfig { shards: Some(2), ..EngineConfig::default() };
+    let server = TestServer::builder().engine(engine).in_memory(app).await;
     assert_eq!(server.address(), None);
     uses_the_whole_application(server).await;
 }
@@ -692,9 +693,21 @@ async fn a_hub_has_users_with_metadata() {
     assert_eq!(metadata, json!({ "picture": "ä.png" }));
 }
 
-#[allow(dead_code, reason = "that a server can be moved to another task")]
-fn a_server_can_be_shared(server: TestServer) -> impl Send + Sync {
-    async fn serve(_: Serve<Recorder>) {}
-    let _ = serve;
-    server
+#[tokio::test]
+async fn a_server_that_is_dropped_ends_its_clients_and_leaves_no_wait_without_a_bound() {
+    let (hub, _seen) = in_memory(WsHubConfig::default()).await;
+    let (mut client, mut silent) = (hub.connect().await, hub.connect().await);
+    silent.stall().await;
+    drop(hub);
+    assert_eq!(client.closed().await.code, None);
+    silent.timeout(Duration::from_millis(50));
+    assert!(failure(async { drop(silent.closed().await) }).await.contains("the connection must end"));
+}
+
+#[test]
+fn a_server_and_its_clients_may_be_moved_to_other_threads() {
+    fn is_sent<T: Send + Sync>() {}
+    is_sent::<TestServer>();
+    is_sent::<TestHub<Recorder>>();
+    is_sent::<shardcast::testing::TestClient>();
 }

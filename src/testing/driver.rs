@@ -128,6 +128,11 @@ pub(super) fn start(
     Ok((engine, Driver { signals, requests }, Driving(task.abort_handle())))
 }
 
+/// A nap, on a blocking thread.
+fn doze() {
+    std::thread::park_timeout(NAP);
+}
+
 /// The events of a shard's poll, which must be dropped before the shard.
 #[allow(deprecated, reason = "what replaces it needs a descriptor with a lifetime, and a newer tokio")]
 fn events_of(shard: &Shard) -> std::io::Result<AsyncFd<RawFd>> {
@@ -179,7 +184,11 @@ impl Driver {
 
     /// Returns when nothing has happened for about a millisecond of the system's clock.
     pub(super) async fn nap(&self) {
-        self.signals.tick.notified().await;
+        tokio::select! {
+            biased;
+            () = self.requests.closed() => drop(spawn_blocking(doze).await), // its server was dropped
+            () = self.signals.tick.notified() => {}
+        }
     }
 }
 
@@ -230,7 +239,7 @@ impl Task {
                 }
                 None => {}
             }
-            let nap = self.nap.get_or_insert_with(|| spawn_blocking(|| std::thread::park_timeout(NAP)));
+            let nap = self.nap.get_or_insert_with(|| spawn_blocking(doze));
             asked = tokio::select! {
                 biased;
                 request = self.requests.recv() => request,
