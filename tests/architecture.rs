@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 const CRATES: [(&str, &str); 2] =
     [("engine/src", "### engine/src, from the ground up"), ("src", "### src, on top of it")];
 
-/// What is written for people. The guide is the documentation of the crate `shardcast`, too.
+/// What is written for people, besides the [chapters] of the guide.
 const DOCUMENTS: [&str; 8] = [
     "README.md",
     "ARCHITECTURE.md",
@@ -24,6 +24,12 @@ const DOCUMENTS: [&str; 8] = [
     "engine/README.md",
     "src/guide.md",
 ];
+
+/// The front page of the guide, which is also the documentation of the crate `shardcast`.
+const GUIDE: &str = "src/guide.md";
+
+/// The folder of the guide's chapters, which are also modules of the documentation.
+const CHAPTERS: &str = "src/guide";
 
 /// Module → its rank. A module imports only modules of a lower rank.
 type Ranks = BTreeMap<String, usize>;
@@ -227,8 +233,8 @@ fn the_tests_and_files_that_the_documents_name_exist() {
     let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src", "testkit"];
     let all: String = sources(&folders).iter().map(|path| read(path)).collect();
     let mut found = Vec::new();
-    for document in DOCUMENTS {
-        let text = read(&root().join(document));
+    for document in documents() {
+        let text = read(&root().join(&document));
         for name in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)) {
             let is_source = name.contains('/') && name.ends_with(".rs") && !name.contains(' ');
             let is_script = name.starts_with("ci/") || name.starts_with(".ci/");
@@ -249,8 +255,8 @@ fn the_tests_and_files_that_the_documents_name_exist() {
 #[test]
 fn links_between_the_documents_lead_to_files_and_headings_that_exist() {
     let mut found = Vec::new();
-    for document in DOCUMENTS {
-        let path = root().join(document);
+    for document in documents() {
+        let path = root().join(&document);
         let folder = path.parent().expect("a document is in a folder");
         let text = prose_of(&read(&path));
         for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
@@ -271,13 +277,50 @@ fn links_between_the_documents_lead_to_files_and_headings_that_exist() {
             }
         }
     }
-    let guide = headings(&read(&root().join("src/guide.md")));
-    for path in sources(&["src"]) {
-        for rest in read(&path).split("(crate#").skip(1) {
-            let heading = rest.split(')').next().unwrap_or_default();
-            if !guide.iter().any(|id| id == heading) {
-                found.push(format!("{} links to `{heading}`, which the guide does not have", name(&path)));
+    assert_none(&found);
+}
+
+#[test]
+fn links_to_a_heading_of_the_guide_lead_to_one_that_exists() {
+    // Rustdoc checks that the chapter exists, and does not look at what is behind the `#`.
+    let front = headings(&read(&root().join(GUIDE)));
+    let chapters: BTreeMap<String, Vec<String>> =
+        chapters().into_iter().map(|(module, path)| (module, headings(&read(&path)))).collect();
+    let texts = sources(&["src"]).into_iter().chain(documents().into_iter().map(|path| root().join(path)));
+    let mut found = Vec::new();
+    for path in texts {
+        // Not in code blocks of a document; in a source, the documentation is in comments.
+        let text = read(&path);
+        let text =
+            if path.extension().is_some_and(|extension| extension == "md") { prose_of(&text) } else { text };
+        for (target, heading) in links_with_a_heading(&text) {
+            let target = target.trim_start_matches("crate::").trim_start_matches("guide::");
+            let there = if target == "crate" { Some(&front) } else { chapters.get(target) };
+            if there.is_some_and(|there| !there.iter().any(|id| id == heading)) {
+                found.push(format!("{} links to `{target}#{heading}`, which does not exist", name(&path)));
             }
+        }
+    }
+    assert_none(&found);
+}
+
+#[test]
+fn the_guide_lists_every_chapter() {
+    let (front, modules) = (read(&root().join(GUIDE)), read(&root().join("src/guide.rs")));
+    let mut found = Vec::new();
+    for (module, path) in chapters() {
+        let file = name(&path);
+        if !modules.contains(&format!("(\"{}\")", file.trim_start_matches("src/"))) {
+            found.push(format!("src/guide.rs does not include {file}"));
+        }
+        // A page inside a chapter is listed by its chapter.
+        let parent = module.rsplit_once("::").map(|(parent, _)| parent.to_owned());
+        let (list, link) = match &parent {
+            None => (front.clone(), format!("(guide::{module})")),
+            Some(parent) => (read(&root().join(format!("{CHAPTERS}/{parent}.md"))), format!("({module})")),
+        };
+        if !list.contains(&link) {
+            found.push(format!("{file} is listed nowhere: `{link}` is missing"));
         }
     }
     assert_none(&found);
@@ -299,12 +342,12 @@ fn the_documents_use_the_words_of_the_field() {
         "are to be",
     ];
     let mut found = Vec::new();
-    for document in DOCUMENTS {
+    for document in documents() {
         // Not in what is quoted as code.
-        let text = prose_of(&read(&root().join(document))).replace('\n', " ");
+        let text = prose_of(&read(&root().join(&document))).replace('\n', " ");
         let prose: String = text.split('`').step_by(2).collect::<Vec<_>>().join("`").to_lowercase();
         let said = NEVER.iter().filter(|words| prose.contains(*words));
-        found.extend(said.map(|words| says(&root().join(document), words)));
+        found.extend(said.map(|words| says(&root().join(&document), words)));
     }
     assert_none(&found);
 }
@@ -402,8 +445,35 @@ fn assert_none(found: &[String]) {
     assert!(found.is_empty(), "\n  {}\n", found.join("\n  "));
 }
 
+/// [`DOCUMENTS`], and the chapters of the guide.
+fn documents() -> Vec<String> {
+    let chapters = chapters().into_values().map(|path| name(&path));
+    DOCUMENTS.into_iter().map(str::to_owned).chain(chapters).collect()
+}
+
+/// The modules of the guide's chapters, such as `users` and `coming_from::signalr`, and their files.
+fn chapters() -> BTreeMap<String, PathBuf> {
+    let folder = root().join(CHAPTERS);
+    let module = |path: &Path| {
+        let inside = path.strip_prefix(&folder).expect("a chapter is in its folder").with_extension("");
+        inside.components().map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("::")
+    };
+    files(&[CHAPTERS], "md").into_iter().map(|path| (module(&path), path)).collect()
+}
+
+/// The links `[text](target#heading)` of a text, except those within one document.
+fn links_with_a_heading(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    targets.filter_map(|target| target.split_once('#')).filter(|(target, _)| !target.is_empty())
+}
+
 /// All Rust files under the folders, those that exist.
 fn sources(folders: &[&str]) -> Vec<PathBuf> {
+    files(folders, "rs")
+}
+
+/// All files with the extension under the folders, those that exist.
+fn files(folders: &[&str], extension: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open: Vec<PathBuf> = folders.iter().map(|folder| root().join(folder)).collect();
     while let Some(folder) = open.pop() {
@@ -412,13 +482,13 @@ fn sources(folders: &[&str]) -> Vec<PathBuf> {
             let path = entry.expect("a folder can be listed").path();
             if path.is_dir() && !path.ends_with("target") {
                 open.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
+            } else if path.extension().is_some_and(|its| its == extension) {
                 found.push(path);
             }
         }
     }
     found.sort();
-    assert!(!found.is_empty(), "no sources in {folders:?}");
+    assert!(!found.is_empty(), "no .{extension} in {folders:?}");
     found
 }
 
