@@ -48,4 +48,21 @@ pub mod testing {}
 #[doc = include_str!("guide/troubleshooting.md")]
 pub mod troubleshooting {}
 #[doc = include_str!("guide/coming_from.md")]
-pub mod coming_from {}
+pub mod coming_from {
+    // Links in the pages below are resolved here.
+    #[allow(unused_imports)]
+    use crate::*;
+
+    #[doc = include_str!("guide/coming_from/axum_ws.md")]
+    pub mod axum_ws {}
+    #[doc = include_str!("guide/coming_from/axum_signal.md")]
+    pub mod axum_signal {}
+    #[doc = include_str!("guide/coming_from/websocket_builder.md")]
+    pub mod websocket_builder {}
+    #[doc = include_str!("guide/coming_from/tokio_broadcast.md")]
+    pub mod tokio_broadcast {}
+    #[doc = include_str!("guide/coming_from/socketioxide.md")]
+    pub mod socketioxide {}
+    #[doc = include_str!("guide/coming_from/signalr.md")]
+    pub mod signalr {}
+}

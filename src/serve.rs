@@ -28,8 +28,8 @@ use crate::presence::{Metadata, MetadataError};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
 /// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused
-/// together do not come back together.
-const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=10;
+/// together do not come back together. A `HubClient` adds up to 2 s, and so comes back within 10 s.
+const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=8;
 
 /// What a client is told whose address upgrades too often.
 const TOO_MANY_UPGRADES: &str = "too many connections from this address in a short time";
@@ -87,7 +87,7 @@ impl WebSocketUpgrade {
 ///
 /// At [`max_connections`](crate::EngineConfig::max_connections) or
 /// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address), or when the engine is stopping,
-/// it is a 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn for each client. A connection counts from when
+/// it is a 503 instead, with a `Retry-After` of 2 to 8 seconds, drawn for each client. A connection counts from when
 /// the response is made, and no longer if it turns out that it was not sent.
 ///
 /// An address that upgrades more often than
