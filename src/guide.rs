@@ -33,14 +33,20 @@ pub mod clients {}
 pub mod sockets {}
 #[doc = include_str!("guide/tls_and_proxies.md")]
 pub mod tls_and_proxies {}
+#[doc = include_str!("guide/deployment.md")]
+pub mod deployment {}
 #[doc = include_str!("guide/shards.md")]
 pub mod shards {}
 #[doc = include_str!("guide/metrics_and_logs.md")]
 pub mod metrics_and_logs {}
 #[doc = include_str!("guide/shutdown.md")]
 pub mod shutdown {}
+#[doc = include_str!("guide/close_codes.md")]
+pub mod close_codes {}
 #[doc = include_str!("guide/testing.md")]
 pub mod testing {}
+#[doc = include_str!("guide/troubleshooting.md")]
+pub mod troubleshooting {}
 #[doc = include_str!("guide/coming_from.md")]
 pub mod coming_from {
     // Links in the pages below are resolved here.

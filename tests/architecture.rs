@@ -327,6 +327,43 @@ fn the_guide_lists_every_chapter() {
 }
 
 #[test]
+fn the_guide_explains_every_reason_for_a_close() {
+    let reasons = read(&root().join("engine/src/close_reason.rs"));
+    let names = part_of(&reasons, "fn name(", "}\n    }");
+    let chapter = read(&root().join(CHAPTERS).join("close_codes.md"));
+    let found: Vec<String> = names
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Self::"))
+        .map(|line| line.chars().take_while(|letter| letter.is_alphanumeric()).collect::<String>())
+        .filter(|reason| !chapter.contains(&format!("CloseReason::{reason}")))
+        .map(|reason| format!("close_codes.md does not explain `CloseReason::{reason}`"))
+        .collect();
+    assert!(names.contains("Self::Peer"), "the names of the reasons were not found");
+    assert_none(&found);
+}
+
+#[test]
+fn a_log_line_that_the_guide_quotes_is_logged() {
+    let sources: String = sources(&["engine/src", "src"]).iter().map(|path| read(path)).collect();
+    // A string that continues on the next line.
+    let sources: String = sources
+        .split("\\\n")
+        .enumerate()
+        .map(|(at, part)| if at == 0 { part } else { part.trim_start() })
+        .collect();
+    let mut found = Vec::new();
+    for (_, path) in chapters() {
+        let text = read(&path);
+        for line in
+            lines_with_a_level(&text).filter(|line| !sources.contains(line.trim_end_matches(['…', ' '])))
+        {
+            found.push(format!("{} quotes the log line `{line}`, which is not in the sources", name(&path)));
+        }
+    }
+    assert_none(&found);
+}
+
+#[test]
 fn the_documents_use_the_words_of_the_field() {
     // "connected", "disconnected", "slow", "must" and "`shardcast`" are the words instead.
     const NEVER: [&str; 10] = [
@@ -400,6 +437,14 @@ fn a_heading_is_found_by_the_link_to_it_and_not_in_code() {
 }
 
 #[test]
+fn a_quoted_log_line_is_found_by_its_level() {
+    let text = "log `one two` (warn) and ``three `four` `` (error), `five` (six)\n";
+    let mut found: Vec<&str> = lines_with_a_level(text).collect();
+    found.sort();
+    assert_eq!(found, ["one two", "three `four`"]);
+}
+
+#[test]
 fn comments_and_strings_are_no_code() {
     let text = "a /* b /* c */ d */ e // f\n\"g \\\" h\" i r#\"j \" k\"# l 'm' '\\'' n<'o> b\"p\" /// q\nr";
     let code: Vec<String> = words(&code_of(text)).collect();
@@ -465,6 +510,26 @@ fn chapters() -> BTreeMap<String, PathBuf> {
 fn links_with_a_heading(text: &str) -> impl Iterator<Item = (&str, &str)> {
     let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
     targets.filter_map(|target| target.split_once('#')).filter(|(target, _)| !target.is_empty())
+}
+
+/// The part of a text from `start` to `end`.
+fn part_of<'a>(text: &'a str, start: &str, end: &str) -> &'a str {
+    text.split(start).nth(1).and_then(|rest| rest.split(end).next()).unwrap_or_default()
+}
+
+/// What is quoted as code before the level of a log line, as in "`text` (warn)".
+fn lines_with_a_level(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().flat_map(|line| {
+        ["(error)", "(warn)", "(info)", "(debug)"]
+            .into_iter()
+            .flat_map(|level| line.match_indices(level))
+            .filter_map(|(at, _)| {
+                let before = line[..at].trim_end();
+                let fence = if before.ends_with("``") { "``" } else { "`" };
+                let (_, quoted) = before.strip_suffix(fence)?.rsplit_once(fence)?;
+                Some(quoted.trim())
+            })
+    })
 }
 
 /// All Rust files under the folders, those that exist.
