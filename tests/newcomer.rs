@@ -1,22 +1,25 @@
-//! Three programs that users wrote by hand before the library had what they need, written with it, and used.
+//! Five programs that users wrote by hand before the library had what they need, written with it, and used.
 //!
 //! Each stands between two markers, as complete as its `main` would be; only what a real program takes from its
 //! configuration (listener, settings, key) is passed in. The users' versions had a registry of users, locks around the
-//! state of a connection, and a timer for each token; the last test holds that these have none, and are shorter. Their
-//! two other programs are the examples `ticker` and `game`.
+//! state of a connection, and a timer for each token; the last test holds that these have none, and are shorter. (The
+//! game has a clock, because it is one.)
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use jsonwebtoken::{EncodingKey, Header};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use shardcast::{EngineConfig, WsHubConfig};
-use testkit_hub::{Client, within_timeout};
+use shardcast::{BinaryCodec, Decode as _, Encode as _, EngineConfig, MessageKind, WsHubConfig};
+use testkit::frames::{BINARY, FIN, client_frame};
+use testkit_hub::{Client, RawClient, within_timeout};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
-use tokio_tungstenite::tungstenite::Error;
+use tokio_tungstenite::tungstenite::{Error, Message};
 
 /// A chat with JSON Web Tokens, in the query or as a subprotocol, and with presence.
 mod chat {
@@ -254,6 +257,186 @@ mod admin {
     // end: admin
 }
 
+/// Prices, as a feed brings them, each for the clients that have subscribed to its symbol. Nobody waits for a slow one.
+mod ticker {
+    // begin: ticker
+    use std::error::Error;
+    use std::time::Duration;
+
+    use axum::{Router, extract::State, routing::any};
+    use serde::{Deserialize, Serialize};
+    use shardcast::{BinaryCodec, BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, PublishError};
+    use shardcast::{Serve, WebSocketUpgrade, WsHub, WsHubConfig};
+    use tokio::{net::TcpListener, sync::mpsc::Receiver};
+
+    #[derive(Serialize, Deserialize)]
+    pub(crate) struct Update {
+        pub(crate) symbol: String,
+        pub(crate) price: u64,
+    }
+
+    struct Watcher;
+
+    impl WsHub for Watcher {
+        type Codec = BinaryCodec;
+        type InMessage = Vec<String>;
+        type OutMessage = Update;
+
+        async fn on_message(&self, symbols: Vec<String>, ctx: HubContext<Self>) {
+            let symbols: Vec<&str> = symbols.iter().map(String::as_str).collect();
+            let _ = ctx.clients().join_all(ctx.id(), &symbols).await; // fails for a name that is too long
+        }
+    }
+
+    async fn connect(ws: WebSocketUpgrade, State(hub): State<Hub<Watcher>>) -> Serve<Watcher> {
+        ws.serve(&hub, Watcher)
+    }
+
+    async fn publish(hub: Hub<Watcher>, mut feed: Receiver<Update>) -> Result<(), PublishError> {
+        while let Some(update) = feed.recv().await {
+            hub.to_group(&update.symbol).publish(&update).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn main(
+        listener: TcpListener,
+        engine: EngineConfig,
+        config: WsHubConfig,
+        feed: Receiver<Update>,
+    ) -> Result<(), Box<dyn Error>> {
+        let policy = BroadcastPolicy::DropMessage { timeout: Duration::ZERO };
+        let hub = Engine::start(engine)?.hub(WsHubConfig { policy, ..config })?;
+        let app = Router::new().route("/ws", any(connect)).with_state(hub.clone());
+        tokio::select! {
+            served = axum::serve(listener, app) => Ok(served?),
+            published = publish(hub, feed) => Ok(published?),
+        }
+    }
+    // end: ticker
+}
+
+/// A game: 30 boards a second for players and spectators. The first player is the owner, who may kick.
+mod game {
+    // begin: game
+    use std::error::Error;
+    use std::time::Duration;
+
+    use axum::extract::{Query, State};
+    use axum::{Router, routing::any};
+    use serde::{Deserialize, Serialize};
+    use shardcast::{BinaryCodec, BroadcastPolicy, CloseCode, CloseReason, Engine, EngineConfig, Hub};
+    use shardcast::{
+        HubContext, PublishError, Refusal, Serve, UserLimit, WebSocketUpgrade, WsHub, WsHubConfig,
+    };
+    use tokio::{net::TcpListener, sync::mpsc, time::interval};
+
+    const TICK: Duration = Duration::from_nanos(1_000_000_000 / 30);
+
+    #[derive(Serialize, Deserialize)]
+    pub(crate) enum FromClient {
+        Move(i8, i8),
+        Kick(String),
+    }
+
+    #[derive(Serialize, Deserialize, Default)]
+    pub(crate) struct Board {
+        pub(crate) tick: u64,
+        pub(crate) players: Vec<(String, i32, i32)>,
+    }
+
+    enum Act {
+        Enter,
+        Leave,
+        Message(FromClient),
+    }
+
+    type Acts = mpsc::Sender<(String, Act)>;
+
+    struct Seat {
+        name: String,
+        acts: Option<Acts>, // spectators have none
+    }
+
+    impl Seat {
+        async fn act(&self, act: Act) {
+            if let Some(acts) = &self.acts {
+                let _ = acts.send((self.name.clone(), act)).await; // fails when the game has ended
+            }
+        }
+    }
+
+    impl WsHub for Seat {
+        type Codec = BinaryCodec;
+        type InMessage = FromClient;
+        type OutMessage = Board;
+
+        async fn on_connected(&self, _: HubContext<Self>) -> Result<(), Refusal> {
+            self.act(Act::Enter).await;
+            Ok(())
+        }
+
+        async fn on_message(&self, message: FromClient, _: HubContext<Self>) {
+            self.act(Act::Message(message)).await;
+        }
+
+        async fn on_disconnected(&self, _: HubContext<Self>, _: CloseReason) {
+            self.act(Act::Leave).await;
+        }
+    }
+
+    async fn play(hub: Hub<Seat>, mut acts: mpsc::Receiver<(String, Act)>) -> Result<(), PublishError> {
+        let (mut board, mut ticks) = (Board::default(), interval(TICK));
+        loop {
+            ticks.tick().await;
+            while let Ok((name, act)) = acts.try_recv() {
+                let seat = board.players.iter().position(|player| player.0 == name);
+                match (act, seat) {
+                    (Act::Enter, None) => board.players.push((name, 0, 0)),
+                    (Act::Leave, Some(seat)) => drop(board.players.remove(seat)),
+                    (Act::Message(FromClient::Move(x, y)), Some(seat)) => {
+                        board.players[seat].1 += i32::from(x);
+                        board.players[seat].2 += i32::from(y);
+                    }
+                    (Act::Message(FromClient::Kick(player)), Some(0)) => {
+                        hub.to_user(&player).disconnect(CloseCode(4003), "kicked").await?;
+                    }
+                    _ => {}
+                }
+            }
+            board.tick += 1;
+            hub.to_all().publish(&board).await?;
+        }
+    }
+
+    #[derive(Deserialize)]
+    struct Who {
+        player: Option<String>,
+    }
+
+    type App = State<(Hub<Seat>, Acts)>;
+
+    async fn connect(ws: WebSocketUpgrade, Query(who): Query<Who>, State((hub, acts)): App) -> Serve<Seat> {
+        match who.player {
+            Some(name) => ws.serve(&hub, Seat { name: name.clone(), acts: Some(acts) }).user(name),
+            None => ws.serve(&hub, Seat { name: String::new(), acts: None }),
+        }
+    }
+
+    pub(crate) async fn main(listener: TcpListener, engine: EngineConfig) -> Result<(), Box<dyn Error>> {
+        let policy = BroadcastPolicy::DropMessage { timeout: Duration::ZERO };
+        let max_connections_per_user = Some(UserLimit::OldestStays(1));
+        let config = WsHubConfig { policy, max_connections_per_user, ..WsHubConfig::default() };
+        let (hub, (sender, acts)) = (Engine::start(engine)?.hub(config)?, mpsc::channel(1024));
+        let app = Router::new().route("/ws", any(connect)).with_state((hub.clone(), sender));
+        tokio::select! {
+            served = axum::serve(listener, app) => Ok(served?),
+            played = play(hub, acts) => Ok(played?),
+        }
+    }
+    // end: game
+}
+
 /// The handler of seed 001 as a hub: state of its own, headers and address of its client, an end with a reason.
 mod handler {
     // begin: handler
@@ -444,6 +627,148 @@ async fn the_chat_ends_a_connection_with_4401_when_its_token_expires() {
     panic!("no token lives long enough");
 }
 
+/// A message of a client in the binary codec.
+fn binary<T: Serialize>(value: &T) -> Vec<u8> {
+    let mut payload = Vec::new();
+    BinaryCodec::encode(value, &mut payload).unwrap();
+    payload
+}
+
+fn from_binary<T: DeserializeOwned>(payload: &[u8]) -> T {
+    BinaryCodec::decode(MessageKind::Binary, payload).unwrap()
+}
+
+/// The next message, which must be a binary one.
+async fn recv_binary<T: DeserializeOwned>(client: &mut Client) -> T {
+    match client.recv().await {
+        Some(Message::Binary(payload)) => from_binary(&payload),
+        other => panic!("no binary message but {other:?}"),
+    }
+}
+
+/// Whether something is ready soon. When it is not, it is asked again, so that a busy machine changes nothing.
+async fn soon<T>(ready: impl Future<Output = T>) -> Option<T> {
+    tokio::time::timeout(Duration::from_millis(10), ready).await.ok()
+}
+
+#[tokio::test]
+async fn the_ticker_sends_each_client_its_symbols_in_one_order_and_waits_for_nobody() {
+    const UPDATES: u64 = 8192;
+    const ROUND: u64 = 64;
+    let (listener, address) = listen().await;
+    let (feed, updates) = mpsc::channel(1);
+    // A publisher that waited for a client that reads nothing would wait forever.
+    let config = WsHubConfig { stall_timeout: None, ..WsHubConfig::default() };
+    tokio::spawn(async { ticker::main(listener, two_shards(), config, updates).await.unwrap() });
+    // A long name, so that few updates fill the buffers of a client that reads nothing.
+    let (long, short) = ("l".repeat(1000), "s".to_owned());
+    let update = async |symbol: &str, price| {
+        let update = ticker::Update { symbol: symbol.to_owned(), price };
+        assert!(within_timeout(feed.send(update)).await.is_ok());
+    };
+    let mut one = Client::connect(format!("ws://{address}/ws")).await;
+    let mut both = Client::connect(format!("ws://{address}/ws")).await;
+    let mut stalled = RawClient::connect_narrow(address.parse().unwrap()).await;
+    one.send(Message::binary(binary(&vec![&short]))).await;
+    both.send(Message::binary(binary(&vec![&long, &short]))).await;
+    stalled.send(&client_frame(FIN | BINARY, &binary(&vec![&long]))).await;
+    // Until each has its first price: its subscription has arrived.
+    within_timeout(async {
+        while soon(one.recv()).await.is_none() {
+            update(&short, 0).await;
+        }
+        while soon(both.recv()).await.is_none() {
+            update(&short, 0).await;
+        }
+        while soon(stalled.frame()).await.is_none() {
+            update(&long, 0).await;
+        }
+    })
+    .await;
+
+    for first in (1..=UPDATES).step_by(ROUND as usize) {
+        for price in first..first + ROUND {
+            update(&long, price).await;
+            update(&short, price).await;
+        }
+        for price in first..first + ROUND {
+            for symbol in [&long, &short] {
+                let mut seen: ticker::Update = recv_binary(&mut both).await;
+                while seen.price == 0 {
+                    seen = recv_binary(&mut both).await;
+                }
+                assert_eq!((&seen.symbol, seen.price), (symbol, price));
+            }
+            let mut seen: ticker::Update = recv_binary(&mut one).await;
+            while seen.price == 0 {
+                seen = recv_binary(&mut one).await;
+            }
+            assert_eq!((&seen.symbol, seen.price), (&short, price));
+        }
+    }
+
+    // The client that has read nothing has lost some, and when it reads again it gets the new ones, in order.
+    let mut prices = Vec::new();
+    within_timeout(async {
+        for price in UPDATES + 1.. {
+            update(&long, price).await;
+            while let Some(Some((_, payload))) = soon(stalled.frame()).await {
+                prices.push(from_binary::<ticker::Update>(&payload).price);
+            }
+            if prices.last() > Some(&UPDATES) {
+                return;
+            }
+        }
+    })
+    .await;
+    prices.retain(|price| (1..=UPDATES).contains(price));
+    assert!(prices.is_sorted_by(|earlier, later| earlier < later));
+    assert!((prices.len() as u64) < UPDATES, "its buffers hold everything");
+}
+
+/// The next board that is as wanted; none in between is lost.
+async fn board(client: &mut Client, mut is_wanted: impl FnMut(&game::Board) -> bool) -> game::Board {
+    let mut board: game::Board = recv_binary(client).await;
+    while !is_wanted(&board) {
+        let next: game::Board = recv_binary(client).await;
+        assert_eq!(next.tick, board.tick + 1);
+        board = next;
+    }
+    board
+}
+
+#[tokio::test]
+async fn the_game_moves_players_shows_spectators_ignores_them_and_lets_only_the_owner_kick() {
+    let (listener, address) = listen().await;
+    let begin = Instant::now();
+    tokio::spawn(async { game::main(listener, two_shards()).await.unwrap() });
+    let player = |name: &str| Client::connect(format!("ws://{address}/ws?player={name}"));
+    let act = |message: &game::FromClient| Message::binary(binary(message));
+    let names = |board: &game::Board| -> Vec<String> {
+        board.players.iter().map(|player| player.0.clone()).collect()
+    };
+    let mut ada = player("ada").await;
+    board(&mut ada, |board| names(board) == ["ada"]).await;
+    let mut bob = player("bob").await;
+    board(&mut bob, |board| names(board) == ["ada", "bob"]).await;
+    let mut eve = Client::connect(format!("ws://{address}/ws")).await;
+    let (code, why) = player("ada").await.rest().await.1.unwrap();
+    assert_eq!((code, why.as_str()), (1008, "too many connections of this user"));
+
+    eve.send(act(&game::FromClient::Move(100, 100))).await;
+    eve.send(act(&game::FromClient::Kick("ada".into()))).await;
+    bob.send(act(&game::FromClient::Kick("ada".into()))).await;
+    bob.send(act(&game::FromClient::Move(3, -2))).await;
+    let moved = board(&mut eve, |board| board.players[1].1 == 3).await;
+    assert_eq!(moved.players, [("ada".to_owned(), 0, 0), ("bob".to_owned(), 3, -2)]);
+
+    ada.send(act(&game::FromClient::Kick("bob".into()))).await;
+    assert_eq!(bob.rest().await.1, Some((4003, "kicked".into())));
+    let last = board(&mut eve, |board| names(board) == ["ada"]).await;
+    let ticks = begin.elapsed().as_secs_f64() * 30.0;
+    assert!(last.tick as f64 <= ticks + 1.0, "{} boards in the time of {ticks}", last.tick);
+}
+
 /// A request over a connection of its own: the status, and the body.
 async fn http(address: &str, method: &str, path: &str, body: &str) -> (u16, String) {
     let mut stream = within_timeout(TcpStream::connect(address)).await.unwrap();
@@ -561,23 +886,16 @@ fn lines_of(program: &str) -> Vec<&'static str> {
 
 #[test]
 fn the_programs_are_shorter_than_by_hand_and_have_no_registry_no_lock_and_no_timer() {
-    const BY_HAND: [&str; 10] = [
-        "Mutex",
-        "RwLock",
-        "DashMap",
-        "HashMap",
-        "BTreeMap",
-        "OnceLock",
-        "interval(",
-        "sleep(",
-        "timeout(",
-        "spawn(",
-    ];
-    for (program, lines_by_hand) in [("chat", 141), ("admin", 101), ("handler", 47)] {
+    const BY_HAND: [&str; 8] =
+        ["Mutex", "RwLock", "DashMap", "HashMap", "BTreeMap", "OnceLock", "sleep(", "spawn("];
+    for (program, lines_by_hand) in
+        [("chat", 141), ("ticker", 87), ("game", 122), ("admin", 101), ("handler", 47)]
+    {
         let lines = lines_of(program);
         assert!(lines.len() < lines_by_hand, "{program} has {} lines", lines.len());
         for line in lines {
-            assert!(!BY_HAND.iter().any(|word| line.contains(word)), "{program}: {line}");
+            let is_clock = line.contains("interval(") && program != "game";
+            assert!(!is_clock && !BY_HAND.iter().any(|word| line.contains(word)), "{program}: {line}");
         }
     }
 }
