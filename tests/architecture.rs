@@ -345,6 +345,24 @@ fn the_guide_explains_every_reason_for_a_close() {
 }
 
 #[test]
+fn what_the_guide_shows_of_the_configuration_for_nginx_is_in_the_file() {
+    let statements = |text: &str| -> BTreeSet<String> {
+        let lines = text.lines().filter(|line| !line.trim_start().starts_with('#'));
+        let text = lines.collect::<Vec<_>>().join(" ");
+        let each =
+            text.split([';', '{', '}']).map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
+        each.filter(|statement| !statement.is_empty()).collect()
+    };
+    let chapter = read(&root().join(CHAPTERS).join("deployment.md"));
+    let shown = statements(part_of(part_of(&chapter, "# nginx", "\n# "), "```text\n", "```"));
+    let file = statements(&read(&root().join("docs/deploy/nginx.conf")));
+    assert!(shown.len() > 10, "the chapter shows little: {shown:?}");
+    let found: Vec<String> =
+        shown.difference(&file).map(|statement| format!("nginx.conf lacks `{statement}`")).collect();
+    assert_none(&found);
+}
+
+#[test]
 fn a_log_line_that_the_guide_quotes_is_logged() {
     let sources: String = sources(&["engine/src", "src"]).iter().map(|path| read(path)).collect();
     // A string that continues on the next line.
