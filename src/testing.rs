@@ -91,12 +91,7 @@
 //! }
 //! ```
 //!
-//! The guide has a chapter on testing, with slow clients, time, and unit tests.
-
-/// The programs of the guide's chapter compile and run.
-#[cfg(doctest)]
-#[doc = include_str!("guide/testing.md")]
-struct Chapter;
+//! The guide has [a chapter](crate::guide::testing) on slow clients, time, and unit tests.
 
 mod client;
 mod context;
