@@ -37,8 +37,8 @@ async fn custom_codec_prints_what_came_back_in_message_pack() {
 }
 
 #[tokio::test]
-async fn echo_on_the_engine_alone_sends_every_message_back() {
-    let mut echo = Running::start("echo", &["--port", "0"]);
+async fn engine_echo_sends_every_message_back() {
+    let mut echo = Running::start("engine_echo", &["--port", "0"]);
     let url = echo.wait_for_line("listening on ").await;
     let (mut ada, mut bob) =
         (Client::connect(format!("{url}/")).await, Client::connect(format!("{url}/")).await);
@@ -49,9 +49,9 @@ async fn echo_on_the_engine_alone_sends_every_message_back() {
     bob.send_text("not Ada's").await;
     bob.recv_texts(&["not Ada's"]).await;
     assert_eq!(ada.leave().await, Vec::<String>::new());
-    let output = run("echo", &["--prot", "0"]).await;
+    let output = run("engine_echo", &["--prot", "0"]).await;
     assert!(!output.status.success());
-    assert!(text(&output.stderr).contains("usage: echo [--port P]"), "{output:?}");
+    assert!(text(&output.stderr).contains("usage: engine_echo [--port P]"), "{output:?}");
 }
 
 // ---- chat
