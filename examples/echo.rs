@@ -62,7 +62,6 @@ const PAGE: &str = r#"<!doctype html><meta charset="utf-8"><title>echo</title>
 async fn main() -> Result<(), Box<dyn Error>> {
     let engine = Engine::start(EngineConfig::default())?;
     let hub = engine.hub::<Echo>(WsHubConfig::default())?;
-    let app =
-        Router::new().route("/", get(async || Html(PAGE))).route("/ws", any(connect)).with_state(hub);
+    let app = Router::new().route("/", get(async || Html(PAGE))).route("/ws", any(connect)).with_state(hub);
     serve_until_signal(engine, app, port_or(3000)?).await
 }

@@ -95,8 +95,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let engine = Engine::start(EngineConfig::default())?;
     let hub = engine.hub(WsHubConfig::default())?;
     // `any`, because the handshake of HTTP/2 is a CONNECT.
-    let app =
-        Router::new().route("/", get(async || Html(PAGE))).route("/ws", any(connect)).with_state(hub);
+    let app = Router::new().route("/", get(async || Html(PAGE))).route("/ws", any(connect)).with_state(hub);
 
     let listener = TcpListener::bind(("127.0.0.1", port))?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);

@@ -21,9 +21,9 @@ use axum::{Json, Router};
 use serde::{Deserialize, Serialize};
 use serve_until_signal::{port_or, serve_until_signal};
 use shardcast::{
-    BroadcastPolicy, Clients, CloseCode, CodecError, Decode, Dropped, Encode, Engine, EngineConfig, GroupMetrics,
-    Hub, HubContext, JsonCodec, MessageKind, PublishError, Refusal, Serve, Stateful, StatefulHub,
-    WebSocketUpgrade, WsHubConfig,
+    BroadcastPolicy, Clients, CloseCode, CodecError, Decode, Dropped, Encode, Engine, EngineConfig,
+    GroupMetrics, Hub, HubContext, JsonCodec, MessageKind, PublishError, Refusal, Serve, Stateful,
+    StatefulHub, WebSocketUpgrade, WsHubConfig,
 };
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -43,12 +43,21 @@ enum FromClient {
 #[serde(tag = "type", rename_all = "lowercase")]
 enum ToClient {
     /// The names of all symbols; a symbol's number is its index.
-    Symbols { names: Names },
+    Symbols {
+        names: Names,
+    },
     /// Prices of these symbols follow, and of no others.
-    Subscribed { symbols: Vec<u16> },
-    Refused { why: String },
+    Subscribed {
+        symbols: Vec<u16>,
+    },
+    Refused {
+        why: String,
+    },
     /// Prices that were dropped, because the client was too slow.
-    Lost { symbol: Option<Arc<str>>, messages: u64 },
+    Lost {
+        symbol: Option<Arc<str>>,
+        messages: u64,
+    },
     #[serde(skip)]
     Price(Price),
 }
@@ -152,7 +161,8 @@ async fn publish_prices(clients: Clients<ToClient>, names: Names, rate: u64) {
             random ^= random << 13;
             random ^= random >> 7;
             random ^= random << 17;
-            let step = i64::from(price.cents) * (random % 401) as i64 / 100_000 - i64::from(price.cents) / 500;
+            let step =
+                i64::from(price.cents) * (random % 401) as i64 / 100_000 - i64::from(price.cents) / 500;
             price.cents = price.cents.saturating_add_signed(step as i32).clamp(100, 10_000_000);
             price.update += 1;
             let (symbol, cents, update) = (price.symbol, price.cents, price.update);
