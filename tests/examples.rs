@@ -1,6 +1,6 @@
 //! Every example, started as a program of its own and used once.
 //!
-//! What is shown to newcomers must work as shown. What `fanout` does on SIGTERM stands in `shutdown.rs`.
+//! What is shown to newcomers must work as shown. What `fanout` does on SIGTERM is in `shutdown.rs`.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
@@ -387,4 +387,175 @@ async fn coming_from_axum_ws_broadcasts_before_and_after() {
         ada.recv_texts(&["hello"]).await;
         bob.recv_texts(&["hello"]).await;
     }
+}
+
+// ---- Servers with a clock, TLS and signals of their own
+
+/// Sends a process this signal.
+async fn send_signal(program: &Running, signal: &str) {
+    let process = program.process.id().unwrap().to_string();
+    let told = tokio::process::Command::new("kill").args([signal, &process]).status().await.unwrap();
+    assert!(told.success());
+}
+
+#[tokio::test]
+async fn echo_sends_text_and_binary_back_and_ends_on_sigterm() {
+    let (mut program, address) = listening("echo", &[]).await;
+    assert!(http(&address, "GET", "/").await.contains("new WebSocket"));
+    let mut client = Client::connect(format!("ws://{address}/ws")).await;
+    for message in [Message::text("žluťoučký"), Message::binary(vec![0xff, 0])] {
+        client.send(message.clone()).await;
+        assert_eq!(client.recv().await, Some(message));
+    }
+    send_signal(&program, "-TERM").await;
+    assert_eq!(client.closed().await.0, 1001);
+    assert_eq!(program.wait_for_line("flushed ").await, "1, cut off 0, left over 0");
+    assert!(within_timeout(program.process.wait()).await.unwrap().success());
+}
+
+/// A message of the ticker, as its page reads it.
+#[derive(Debug, PartialEq)]
+enum Tick {
+    Symbols(Vec<String>),
+    Subscribed(Vec<u64>),
+    Price { symbol: u64, update: u64 },
+    Lost(u64),
+}
+
+impl Tick {
+    fn read(message: &[u8]) -> Self {
+        let mut bytes = message.iter().copied();
+        let tick = match Self::number(&mut bytes) {
+            0 => {
+                let names = (0..Self::number(&mut bytes)).map(|_| Self::text(&mut bytes)).collect();
+                Self::Symbols(names)
+            }
+            1 => Self::Subscribed((0..Self::number(&mut bytes)).map(|_| Self::number(&mut bytes)).collect()),
+            2 => {
+                let (symbol, cents) = (Self::number(&mut bytes), Self::number(&mut bytes));
+                assert!((100..=1_000_000).contains(&cents), "{cents}");
+                Self::Price { symbol, update: Self::number(&mut bytes) }
+            }
+            3 => {
+                assert_eq!(Self::number(&mut bytes), 1, "it is known of which symbol");
+                Self::text(&mut bytes);
+                Self::Lost(Self::number(&mut bytes))
+            }
+            other => panic!("variant {other}"),
+        };
+        assert_eq!(bytes.next(), None, "{tick:?}");
+        tick
+    }
+
+    fn number(bytes: &mut impl Iterator<Item = u8>) -> u64 {
+        let mut value = 0;
+        for shift in (0..).step_by(7) {
+            let byte = bytes.next().unwrap();
+            value |= u64::from(byte & 127) << shift;
+            if byte < 128 {
+                break;
+            }
+        }
+        value
+    }
+
+    fn text(bytes: &mut impl Iterator<Item = u8>) -> String {
+        let length = Self::number(bytes) as usize;
+        String::from_utf8(bytes.take(length).collect()).unwrap()
+    }
+}
+
+async fn tick(client: &mut Client) -> Tick {
+    match client.recv().await {
+        Some(Message::Binary(message)) => Tick::read(&message),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Sends a list of symbols, all below 2¹⁴.
+async fn subscribe(client: &mut Client, symbols: impl ExactSizeIterator<Item = u16>) {
+    let varint = |number: u16| [number as u8 | 128, (number >> 7) as u8];
+    let mut message = varint(symbols.len() as u16).to_vec();
+    message.extend(symbols.flat_map(varint));
+    client.send(Message::binary(message)).await;
+}
+
+#[tokio::test]
+async fn ticker_sends_prices_of_the_chosen_symbols_and_of_no_others() {
+    let (_program, address) = listening("ticker", &[]).await;
+    assert!(http(&address, "GET", "/").await.contains("new WebSocket"));
+    let mut client = Client::connect(format!("ws://{address}/ws")).await;
+    let Tick::Symbols(names) = tick(&mut client).await else { panic!("first the names") };
+    assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 500);
+    let mut subscribed: Vec<u64> = (0..20).collect();
+    let mut seen = std::collections::BTreeSet::new();
+    // A price may come before the list, but only one of its symbols.
+    while seen.len() < 20 {
+        match tick(&mut client).await {
+            Tick::Price { symbol, .. } => _ = seen.insert(symbol),
+            other => assert_eq!(other, Tick::Subscribed(subscribed.clone())),
+        }
+    }
+    assert!(seen.iter().eq(&subscribed), "{seen:?}");
+
+    subscribe(&mut client, [3, 100, 499].into_iter()).await;
+    subscribed = vec![3, 100, 499];
+    while tick(&mut client).await != Tick::Subscribed(subscribed.clone()) {}
+    seen.clear();
+    for _ in 0..30 {
+        match tick(&mut client).await {
+            Tick::Price { symbol, .. } => _ = seen.insert(symbol),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(seen.iter().eq(&subscribed), "{seen:?}");
+}
+
+#[tokio::test]
+async fn a_stalled_client_of_the_ticker_loses_prices_and_the_others_none() {
+    let (_program, address) = listening("ticker", &[]).await;
+    let mut reader = Client::connect(format!("ws://{address}/ws")).await;
+    subscribe(&mut reader, 0..500).await;
+    // The kernel takes little for it, so that the server notices soon.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let stream = socket.connect(address.parse().unwrap()).await.unwrap();
+    let (socket, _) =
+        within_timeout(tokio_tungstenite::client_async(format!("ws://{address}/ws"), stream)).await.unwrap();
+    let mut stalled = Client { socket };
+    subscribe(&mut stalled, 0..500).await;
+
+    // As much as the kernel takes for the stalled client, several times.
+    let mut newest = std::collections::HashMap::new();
+    let (mut count, mut bytes) = (0, 0);
+    while bytes < 100_000 {
+        let Some(Message::Binary(message)) = reader.recv().await else { panic!("disconnected") };
+        match Tick::read(&message) {
+            Tick::Price { symbol, update } => {
+                let before = newest.insert(symbol, update);
+                assert!(before.is_none_or(|before| before + 1 == update), "{symbol}: {before:?}, {update}");
+                count += 1;
+            }
+            Tick::Subscribed(symbols) if symbols.len() == 500 => newest.clear(), // those of before were left for a moment
+            Tick::Symbols(_) | Tick::Subscribed(_) => {}
+            Tick::Lost(prices) => panic!("{prices} were lost"),
+        }
+        bytes += message.len();
+    }
+    assert!(count > 10_000);
+
+    // Now it reads, and is told; or it was disconnected, since it had taken nothing for 10 s.
+    let mut received = 0;
+    loop {
+        match stalled.recv().await {
+            Some(Message::Binary(message)) => match Tick::read(&message) {
+                Tick::Price { .. } => received += 1,
+                Tick::Lost(prices) => break assert!(prices > 0),
+                Tick::Symbols(_) | Tick::Subscribed(_) => {}
+            },
+            Some(Message::Close(Some(close))) => break assert_eq!(u16::from(close.code), 1013),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(received < count, "{received} of {count}");
 }
