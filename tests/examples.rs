@@ -559,3 +559,182 @@ async fn a_stalled_client_of_the_ticker_loses_prices_and_the_others_none() {
     }
     assert!(received < count, "{received} of {count}");
 }
+
+/// A state of the game in which this is true.
+async fn state_where(client: &mut Client, mut is_so: impl FnMut(&Value) -> bool) -> Value {
+    loop {
+        let message: Value = serde_json::from_str(&client.recv_text().await).unwrap();
+        if message["type"] == "state" && is_so(&message) {
+            return message;
+        }
+    }
+}
+
+/// The answer to something that the game refuses.
+async fn refusal(client: &mut Client) -> String {
+    loop {
+        let message: Value = serde_json::from_str(&client.recv_text().await).unwrap();
+        if message["type"] == "refused" {
+            return message["why"].as_str().unwrap().to_owned();
+        }
+    }
+}
+
+/// The code and reason with which the game disconnects a client.
+async fn disconnected(client: &mut Client) -> (u16, String) {
+    loop {
+        match client.recv().await {
+            Some(Message::Text(_)) => {}
+            Some(Message::Close(Some(close))) => return (close.code.into(), close.reason.to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn names(state: &Value) -> Vec<&str> {
+    state["players"].as_array().unwrap().iter().map(|player| player[0].as_str().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn game_moves_players_shows_spectators_and_lets_the_owner_kick() {
+    let (_program, address) = listening("game", &[]).await;
+    assert!(http(&address, "GET", "/").await.contains("new WebSocket"));
+    let connect = async |query: &str| Client::connect(format!("ws://{address}/ws{query}")).await;
+    let mut ada = connect("?name=Ada").await;
+    state_where(&mut ada, |state| names(state) == ["Ada"]).await;
+    let mut bob = connect("?name=Bob").await;
+    let mut spectator = connect("").await;
+    for client in [&mut ada, &mut bob, &mut spectator] {
+        state_where(client, |state| names(state) == ["Ada", "Bob"] && state["spectators"] == 1).await;
+    }
+
+    ada.send_text(r#"{"type":"steer","dx":1,"dy":9}"#).await;
+    for client in [&mut ada, &mut bob, &mut spectator] {
+        let state = state_where(client, |state| state["players"][0][1]["x"].as_i64().unwrap() > 50).await;
+        let (ada, bob) = (&state["players"][0][1], &state["players"][1][1]);
+        assert_eq!(ada["x"], ada["y"], "as fast along both axes");
+        assert_eq!((&bob["x"], &bob["y"]), (&json!(0), &json!(0)), "he has not steered");
+    }
+    state_where(&mut spectator, |state| state["players"][0][1]["x"] == 1000).await;
+
+    spectator.send_text(r#"{"type":"steer","dx":1,"dy":0}"#).await;
+    assert_eq!(refusal(&mut spectator).await, "spectators may only watch");
+    spectator.send_text(r#"{"type":"kick","name":"Bob"}"#).await;
+    assert_eq!(refusal(&mut spectator).await, "spectators may only watch");
+    bob.send_text(r#"{"type":"kick","name":"Ada"}"#).await;
+    assert_eq!(refusal(&mut bob).await, "only the owner may kick");
+    ada.send_text(r#"{"type":"kick","name":"Bob"}"#).await;
+    assert_eq!(disconnected(&mut bob).await, (4003, "kicked by the owner".to_owned()));
+    for client in [&mut ada, &mut spectator] {
+        state_where(client, |state| names(state) == ["Ada"] && state["spectators"] == 1).await;
+    }
+
+    let mut second_tab = connect("?name=Ada").await;
+    assert_eq!(disconnected(&mut ada).await.0, 1008, "the newest connection is the player");
+    state_where(&mut second_tab, |state| names(state) == ["Ada"] && state["players"][0][1]["x"] == 1000)
+        .await;
+    let name = "x".repeat(17);
+    let refused = disconnected(&mut connect(&format!("?name={name}")).await).await;
+    assert_eq!(refused, (1008, "a name has 1 to 16 characters".to_owned()));
+}
+
+#[tokio::test]
+async fn tls_serves_websockets_over_http_1_and_http_2_with_a_certificate_of_its_own_or_a_given_one() {
+    use tokio_rustls::rustls::pki_types::{CertificateDer, pem::PemObject as _};
+    let files = std::env::temp_dir().join(format!("shardcast-example-tls-{}", std::process::id()));
+    std::fs::create_dir_all(&files).unwrap();
+    let [certificate, key] = ["certificate.pem", "key.pem"].map(|name| files.join(name));
+    let given = testkit_hub::tls::TlsPair::new(&[]);
+    std::fs::write(&certificate, given.certificate_pem()).unwrap();
+    std::fs::write(&key, given.key_pem()).unwrap();
+    let arguments = ["--cert", certificate.to_str().unwrap(), "--key", key.to_str().unwrap()];
+    for arguments in [&[][..], &arguments] {
+        let mut program = Running::start("tls", &[&["--port", "0"], arguments].concat());
+        let mut pem = if arguments.is_empty() { String::new() } else { given.certificate_pem() };
+        let address = loop {
+            let line = within_timeout(program.lines.next_line()).await.unwrap().unwrap();
+            if let Some(address) = line.strip_prefix("listening on https://") {
+                break address.to_owned();
+            }
+            assert!(arguments.is_empty(), "{line}");
+            pem = pem + &line + "\n";
+        };
+        let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+        let stream = async |protocol: &str| {
+            let client = testkit_hub::tls::client_that_trusts(certificate.clone(), &[protocol]);
+            let socket = TcpStream::connect(&address).await.unwrap();
+            let stream = within_timeout(testkit_hub::tls::connect(client, socket)).await.unwrap();
+            assert_eq!(stream.get_ref().1.alpn_protocol(), Some(protocol.as_bytes()));
+            stream
+        };
+        let socket = tokio_tungstenite::client_async("wss://localhost/ws", stream("http/1.1").await);
+        let mut one = Client { socket: within_timeout(socket).await.unwrap().0 };
+        one.recv_texts(&["connected by HTTP/1.1"]).await;
+        let mut connection = testkit_hub::http_2::http_2(stream("h2").await).await;
+        let mut two = testkit_hub::http_2::connect_by_http_2(&mut connection).await;
+        two.recv_texts(&["connected by HTTP/2.0"]).await;
+        one.send_text("hello").await;
+        one.recv_texts(&["hello"]).await;
+        two.send_text("hello").await;
+        two.recv_texts(&["hello"]).await;
+
+        send_signal(&program, "-TERM").await;
+        assert_eq!((one.closed().await.0, two.closed().await.0), (1001, 1001));
+        assert!(within_timeout(program.process.wait()).await.unwrap().success());
+    }
+    std::fs::remove_dir_all(&files).unwrap();
+    let output = run("tls", &["--cert", "only.pem"]).await;
+    assert!(text(&output.stderr).contains("--cert and --key belong together"), "{output:?}");
+}
+
+/// The status of a response.
+async fn status(address: &str, path: &str) -> u16 {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut response = String::new();
+    within_timeout(stream.read_to_string(&mut response)).await.unwrap();
+    response.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn graceful_shutdown_is_first_not_ready_and_serves_on_until_the_pause_is_over() {
+    let (mut program, address) = listening("graceful_shutdown", &["--pause", "3600"]).await;
+    let connect = async || Client::connect(format!("ws://{address}/ws")).await;
+    let mut ada = connect().await;
+    assert_eq!((status(&address, "/readyz").await, status(&address, "/healthz").await), (200, 200));
+    send_signal(&program, "-TERM").await;
+    program.wait_for_line("not ready any more").await;
+    assert_eq!((status(&address, "/readyz").await, status(&address, "/healthz").await), (503, 200));
+    let mut bob = connect().await;
+    for client in [&mut ada, &mut bob] {
+        client.send_text("still served").await;
+        client.recv_texts(&["still served"]).await;
+    }
+    send_signal(&program, "-INT").await;
+    program.wait_for_line("a second signal").await;
+    assert_eq!(within_timeout(program.process.wait()).await.unwrap().code(), Some(1));
+}
+
+#[tokio::test]
+async fn graceful_shutdown_closes_its_clients_for_a_restart_and_reports() {
+    let (mut program, address) = listening("graceful_shutdown", &["--pause", "0", "--spread", "0"]).await;
+    let mut clients = Vec::new();
+    for _ in 0..3 {
+        let mut client = Client::connect(format!("ws://{address}/ws")).await;
+        client.send_text("hello").await;
+        client.recv_texts(&["hello"]).await;
+        clients.push(client);
+    }
+    // Half a request, for which Axum alone would wait forever.
+    let mut half = TcpStream::connect(&address).await.unwrap();
+    half.write_all(b"GET /readyz HTTP/1.1\r\n").await.unwrap();
+    send_signal(&program, "-TERM").await;
+    for client in clients {
+        assert_eq!(client.closed().await.0, 1012);
+    }
+    assert_eq!(program.wait_for_line("flushed ").await, "3, cut off 0, left over 0");
+    assert_eq!(within_timeout(program.process.wait()).await.unwrap().code(), Some(0));
+    let output = run("graceful_shutdown", &["--pause", "soon"]).await;
+    assert!(!output.status.success() && text(&output.stderr).contains("--pause"), "{output:?}");
+}
