@@ -47,7 +47,8 @@ enum ToClient {
         cents: u32,
         update: u32,
     },
-    /// So many prices of a symbol were dropped, because this client was too slow.
+    /// So many prices of a symbol were dropped, because this client was too slow. Of which symbol is not kept for more
+    /// than 16 symbols at a time.
     Lost(Option<Arc<str>>, u64),
 }
 
