@@ -1,4 +1,4 @@
-//! A price ticker: 5,000 binary updates a second, of which each client gets those of the symbols that it wants.
+//! A price ticker: some 5,000 binary updates a second, of which each client gets those of the symbols that it wants.
 //!
 //! `cargo run --release --example ticker`, then open http://127.0.0.1:3000. `--port P` changes the port. Each symbol is a
 //! group; one task publishes, and there is no list of subscribers, no lock and no timer for a connection. Messages are
