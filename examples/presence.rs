@@ -52,7 +52,8 @@ impl WsHub for Room {
     type OutMessage = ToClient;
 
     async fn on_connected(&self, ctx: HubContext<Self>) -> Result<(), Refusal> {
-        // First the join, then the list: so no change is missed. It may be listed and announced, which is one for a set.
+        // First the join, then the list: so no change is missed. A change may arrive before the list; the page applies
+        // it after the list, and takes both as a set.
         ctx.add_to_group("room").await;
         if let Ok(present) = ctx.clients().presence("room").await {
             let users = present.iter().map(|present| present.user.to_string()).collect();
@@ -96,14 +97,22 @@ const PAGE: &str = r#"<!doctype html><meta charset="utf-8"><title>presence</titl
 <script>
   const user = new URLSearchParams(location.search).get("user") ?? "guest";
   const socket = new WebSocket(`ws://${location.host}/ws?user=${encodeURIComponent(user)}`);
-  const here = new Set();
+  let here = null; // unknown before the list
+  const early = []; // changes that came before the list: they are applied after it
   const show = (line) => document.querySelector("pre").append(line + "\n");
+  const apply = ({ type, user }) => {
+    if (type === "joined" && !here.has(user)) show(`${user} joined`);
+    if (type === "left" && here.has(user)) show(`${user} left`);
+    if (type === "joined") here.add(user); else here.delete(user);
+  };
   socket.onmessage = ({ data }) => {
     const message = JSON.parse(data);
-    if (message.type === "here") message.users.forEach((user) => here.add(user));
-    if (message.type === "joined") { here.add(message.user); show(`${message.user} joined`); }
-    if (message.type === "left") { here.delete(message.user); show(`${message.user} left`); }
-    if (message.type === "said") show(`${message.user}: ${message.text}`);
+    if (message.type === "said") return show(`${message.user}: ${message.text}`);
+    if (message.type === "here") {
+      here = new Set(message.users);
+      early.forEach(apply);
+    } else if (here) apply(message);
+    else return early.push(message);
     document.querySelector("p").textContent = "here: " + [...here].sort().join(", ");
   };
   document.querySelector("form").onsubmit = ({ target }) => {

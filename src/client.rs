@@ -126,7 +126,7 @@ use crate::codec::{CodecError, Decode, Encode, JsonCodec};
 /// # Dropping
 /// A dropped client writes its queued messages and sends a Close, in the background and only while the runtime exists.
 /// [`disconnect`](Self::disconnect) waits for that and for the server's Close.
-pub struct HubClient<S, R, C> {
+pub struct HubClient<S, R, C = JsonCodec> {
     core: Arc<Core<R>>,
     /// Until the application takes it.
     messages: Option<Messages<R>>,

@@ -329,11 +329,11 @@ impl<M> Clients<M> {
     /// sent and every join and leave that was awaited before this call.
     ///
     /// A user is in the list from when the first of its clients has joined the group until
-    /// [`Left`](crate::PresenceKind::Left) is announced. So a client that gets this list and then every change that
-    /// [`on_presence`](crate::WsHub::on_presence) sends to the group is always up to date, if it ignores a `Joined` of a
-    /// user whom it knows already and a `Left` of one whom it does not know. The list of all users takes
-    /// about 50 ns for each, and joins of the group wait meanwhile; for the number alone, use
-    /// [`presence_len`](Self::presence_len).
+    /// [`Left`](crate::PresenceKind::Left) is announced. So a client that gets this list and every change that
+    /// [`on_presence`](crate::WsHub::on_presence) sends to the group is up to date, if it joins before it asks for the
+    /// list, applies changes that arrive before the list after it, and ignores a `Joined` of a user whom it knows
+    /// already and a `Left` of one whom it does not know. The list of all users takes about 50 ns for each, and joins of
+    /// the group wait meanwhile; for the number alone, use [`presence_len`](Self::presence_len).
     ///
     /// ```
     /// # use shardcast::{Clients, PublishError};

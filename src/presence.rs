@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
+use futures_util::stream::{self, Stream};
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 use shardcast_engine::{METADATA_BYTES_MAX, Position, PresenceKind, PresenceObserver};
@@ -177,6 +178,11 @@ impl PresenceChanges {
             Err(broadcast::error::RecvError::Lagged(missed)) => Some(PresenceEvent::Gap { missed }),
             Err(broadcast::error::RecvError::Closed) => None,
         }
+    }
+
+    /// The same as a stream, which ends with the hub.
+    pub fn into_stream(self) -> impl Stream<Item = PresenceEvent> + Send + Unpin {
+        Box::pin(stream::unfold(self, async |mut changes| Some((changes.next().await?, changes))))
     }
 }
 

@@ -28,8 +28,8 @@ use crate::presence::{Metadata, MetadataError};
 use crate::upgrade::{RawSocket, WebSocket, WebSocketUpgrade};
 
 /// Seconds after which a refused client should try again. Drawn for each client, so that clients that were refused
-/// together do not come back together.
-const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=10;
+/// together do not come back together. A `HubClient` adds up to 2 s, and so comes back within 10 s.
+const RETRY_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 2..=8;
 
 /// What a client is told whose address upgrades too often.
 const TOO_MANY_UPGRADES: &str = "too many connections from this address in a short time";
@@ -87,7 +87,7 @@ impl WebSocketUpgrade {
 ///
 /// At [`max_connections`](crate::EngineConfig::max_connections) or
 /// [`max_connections_per_address`](crate::EngineConfig::max_connections_per_address), or when the engine is stopping,
-/// it is a 503 instead, with a `Retry-After` of 2 to 10 seconds, drawn for each client. A connection counts from when
+/// it is a 503 instead, with a `Retry-After` of 2 to 8 seconds, drawn for each client. A connection counts from when
 /// the response is made, and no longer if it turns out that it was not sent.
 ///
 /// An address that upgrades more often than
@@ -175,13 +175,12 @@ impl<H: WsHub> Serve<H> {
         Self { config: Some(config.into()), ..self }
     }
 
-    /// Also counts this connection's messages in a limit that it shares with others: those of the same user, for
-    /// instance. The application keeps one for each user, as long as the user is connected. What happens above it is
-    /// [`rate_limit.over_limit`](crate::RateLimit::over_limit) of the connection's config.
+    /// Also counts this connection's messages in a limit that it shares with others: those of one tenant or one API key,
+    /// for instance, for each of which the application keeps one. What happens above it is
+    /// [`rate_limit.over_limit`](crate::RateLimit::over_limit) of the connection's config. For all connections of a user,
+    /// there is [`rate_limit.user_messages`](crate::RateLimit::user_messages) instead.
     ///
     /// ```
-    /// # use std::collections::HashMap;
-    /// # use std::sync::Arc;
     /// use axum::extract::State;
     /// use shardcast::{Hub, Rate, Serve, SharedRateLimit, WebSocketUpgrade, WsHub};
     /// # struct Chat;
@@ -189,20 +188,17 @@ impl<H: WsHub> Serve<H> {
     /// #     type Codec = shardcast::RawCodec; type InMessage = String; type OutMessage = String;
     /// #     async fn on_message(&self, _: String, _: shardcast::HubContext<Self>) {}
     /// # }
-    /// # #[derive(Clone)]
-    /// # struct Users(Arc<HashMap<String, SharedRateLimit>>);
-    /// # fn user() -> String { String::new() }
     ///
-    /// /// 20 messages a second from all connections of a user together.
-    /// fn new_limit() -> Result<SharedRateLimit, shardcast::ConfigError> {
+    /// /// 20 messages a second from all guests together.
+    /// fn guests_limit() -> Result<SharedRateLimit, shardcast::ConfigError> {
     ///     SharedRateLimit::new(Some(Rate::per_second(20).with_burst(40)), None)
     /// }
     ///
-    /// async fn connect(
+    /// async fn connect_guest(
     ///     ws: WebSocketUpgrade,
-    ///     State((chat, users)): State<(Hub<Chat>, Users)>,
+    ///     State((chat, guests)): State<(Hub<Chat>, SharedRateLimit)>,
     /// ) -> Serve<Chat> {
-    ///     ws.serve(&chat, Chat).shared_rate_limit(&users.0[&user()])
+    ///     ws.serve(&chat, Chat).shared_rate_limit(&guests)
     /// }
     /// ```
     pub fn shared_rate_limit(self, limit: &SharedRateLimit) -> Self {
@@ -458,8 +454,10 @@ impl Host<'_> {
         socket: WebSocket,
         handler: MakeHandler,
         permit: ConnectionPermit,
+        user: Option<Arc<str>>,
     ) -> Result<(), ServeError> {
-        self.adopt_as(socket, handler, permit, Arrival::default()).await
+        let arrival = Arrival { user: user.map(User::new), ..Arrival::default() };
+        self.adopt_as(socket, handler, permit, arrival).await
     }
 
     /// The same for a connection of which more is known, or less.

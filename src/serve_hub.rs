@@ -58,7 +58,7 @@ pub async fn serve_hub<H: WsHub>(socket: WebSocket, hub: H, config: &ConnectionC
     };
     let (sender, done) = oneshot::channel();
     let handler = HubHandler::maker(&handle, Instance::Hub(hub), Handle::current(), Some(sender), None);
-    match host.adopt(socket, handler, permit).await {
+    match host.adopt(socket, handler, permit, None).await {
         Ok(()) => drop(done.await), // an error means that the handler was dropped, which is the end, too
         Err(error) => error.log(),
     }

@@ -1,11 +1,11 @@
-//! The chat page in a real browser: the README's first command, as a guest sees it.
+//! The chat page in a real browser: the README's first command, as a user sees it.
 //!
-//! Headless Chromium, driven over WebDriver. The rest of the suite speaks the protocol itself; only
-//! a browser shows that a browser agrees with us about upgrades, close codes and reconnects.
-//! Nothing here sleeps for luck: each step polls what the page shows until it is so, or fails with
-//! what was shown last. Where something must *not* happen, a later event that does proves it.
+//! Headless Chromium, driven over WebDriver. The rest of the suite speaks the protocol itself; only a browser shows that
+//! a browser agrees with us about upgrades, close codes and reconnects. No step sleeps for a time that should be long
+//! enough: each polls what the page shows until it is as expected, or fails with what was shown last. Where something
+//! must *not* happen, a later event that does proves it.
 //!
-//! Chromium that is not there is a failure, never a skip: `ci/install-browser` installs it.
+//! A missing Chromium is a failure, never a skip: `ci/install-browser` installs it.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -21,13 +21,20 @@ use fantoccini::{Client, ClientBuilder, Locator};
 use futures_util::{SinkExt, StreamExt};
 use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::{Value, json};
+#[cfg(feature = "client")]
+use shardcast::client::{ClientState, ReconnectPolicy};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStdout, Command};
-use tokio::sync::{Mutex, MutexGuard, mpsc, watch};
+use tokio::sync::{Mutex, MutexGuard, watch};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+
+/// Fails a test whose step does not come to an end.
+async fn within_timeout<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(TEST_TIMEOUT, future).await.expect("the step takes too long")
+}
 
 /// How long a step may take on a busy machine before it counts as never.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -38,11 +45,14 @@ const STATE: &str = "return document.querySelector('#status').dataset.state";
 const MEMBERS: &str = "return [...document.querySelectorAll('#members li')].map(m => m.dataset.name).sort()";
 const SAID: &str = "return [...document.querySelectorAll('#messages li[data-kind=said]')]
     .map(line => [line.dataset.name, line.querySelector('.text').textContent])";
+const MEMBER_COUNT: &str = "return document.querySelectorAll('#members li').length";
+const LAST_SAID: &str =
+    "return [...document.querySelectorAll('#messages li[data-kind=said] .text')].pop()?.textContent";
 const NOTICES: &str = "return [...document.querySelectorAll('#messages li[data-kind=notice] .text')]
     .map(text => text.textContent)";
 
 #[tokio::test]
-async fn two_tabs_in_one_room_talk_and_another_room_does_not_hear_them() {
+async fn two_tabs_in_one_room_talk_and_another_room_does_not_receive_it() {
     let server = Server::start(0).await;
     let browser = Browser::start().await;
     let ada = browser.tab(&server.url).await;
@@ -52,8 +62,8 @@ async fn two_tabs_in_one_room_talk_and_another_room_does_not_hear_them() {
     ada.enter("Ada", "lobby").await;
     cyd.enter("Cyd", "garden").await;
     bob.enter("Bob", "lobby").await;
-    for guest in [&ada, &bob] {
-        guest.shows(MEMBERS, json!(["Ada", "Bob"])).await;
+    for tab in [&ada, &bob] {
+        tab.shows(MEMBERS, json!(["Ada", "Bob"])).await;
     }
     ada.shows(NOTICES, json!(["You joined as Ada", "Bob joined"])).await;
     bob.shows(NOTICES, json!(["You joined as Bob"])).await;
@@ -62,8 +72,8 @@ async fn two_tabs_in_one_room_talk_and_another_room_does_not_hear_them() {
     ada.say("hello, Bob").await;
     bob.shows(SAID, json!([["Ada", "hello, Bob"]])).await;
     bob.say(markup).await;
-    for guest in [&ada, &bob] {
-        guest.shows(SAID, json!([["Ada", "hello, Bob"], ["Bob", markup]])).await;
+    for tab in [&ada, &bob] {
+        tab.shows(SAID, json!([["Ada", "hello, Bob"], ["Bob", markup]])).await;
     }
     let times = "return [...document.querySelectorAll('#messages time')]
         .every(time => /^\\d\\d:\\d\\d$/.test(time.textContent) && /\\d{4}/.test(time.title))";
@@ -73,7 +83,7 @@ async fn two_tabs_in_one_room_talk_and_another_room_does_not_hear_them() {
     ada.shows(MEMBERS, json!(["Ada"])).await;
     ada.shows(NOTICES, json!(["You joined as Ada", "Bob joined", "Bob left"])).await;
 
-    // Whatever had leaked into the garden would stand before this line.
+    // Whatever had leaked into the garden would be above this message.
     cyd.say("am I alone?").await;
     cyd.shows(SAID, json!([["Cyd", "am I alone?"]])).await;
     cyd.shows(NOTICES, json!(["You joined as Cyd"])).await;
@@ -81,7 +91,61 @@ async fn two_tabs_in_one_room_talk_and_another_room_does_not_hear_them() {
 }
 
 #[tokio::test]
-async fn the_page_comes_back_by_itself_when_the_server_restarts() {
+async fn whoever_enters_sees_the_last_messages_and_a_new_name_is_announced() {
+    let server = Server::start(0).await;
+    let browser = Browser::start().await;
+    let ada = browser.tab(&server.url).await;
+    ada.enter("Ada", "lobby").await;
+    ada.say("one").await;
+    ada.say("two").await;
+    ada.shows(SAID, json!([["Ada", "one"], ["Ada", "two"]])).await;
+
+    let bob = browser.tab(&server.url).await;
+    bob.enter("Bob", "lobby").await;
+    bob.shows(SAID, json!([["Ada", "one"], ["Ada", "two"]])).await;
+    bob.click("#start-rename").await;
+    bob.write("#new-name", &format!("Robert{}", char::from(Key::Enter))).await;
+    bob.shows(NOTICES, json!(["You joined as Bob", "You are Robert now"])).await;
+    ada.shows(NOTICES, json!(["You joined as Ada", "Bob joined", "Bob is Robert now"])).await;
+    for tab in [&ada, &bob] {
+        tab.shows(MEMBERS, json!(["Ada", "Robert"])).await;
+    }
+    bob.say("three").await;
+    ada.shows(SAID, json!([["Ada", "one"], ["Ada", "two"], ["Robert", "three"]])).await;
+
+    // A reload keeps the name, shows the messages, and is neither a leave nor a join.
+    bob.look().await;
+    browser.client.refresh().await.expect("the page loads again");
+    bob.shows(SAID, json!([["Ada", "one"], ["Ada", "two"], ["Robert", "three"]])).await;
+    bob.shows(NOTICES, json!(["You joined as Robert"])).await;
+    bob.say("four").await;
+    ada.shows(LAST_SAID, json!("four")).await;
+    ada.shows(NOTICES, json!(["You joined as Ada", "Bob joined", "Bob is Robert now"])).await;
+}
+
+#[tokio::test]
+async fn the_panel_shows_all_rooms_with_their_users_and_what_became_of_the_last_message() {
+    let server = Server::start(0).await;
+    let mut cyd = Raw::enter(&server, "name=Cyd&room=garden").await;
+    cyd.welcome().await;
+    let browser = Browser::start().await;
+    let bob = browser.tab(&server.url).await;
+    bob.enter("Bob", "lobby").await;
+    let ada = browser.tab(&server.url).await;
+    ada.enter("Ada", "lobby").await;
+    let rooms = "return [...document.querySelectorAll('#rooms a')]
+        .map(room => [room.dataset.room, room.querySelector('.hint')?.textContent])";
+    ada.shows(rooms, json!([["garden", "1"], ["lobby", "2"]])).await;
+    ada.say("hello").await;
+    ada.shows("return document.querySelector('#reached').textContent", json!("2 of 2")).await;
+    ada.shows("return document.querySelector('#dropped').textContent", json!("0")).await;
+    ada.shows("return document.querySelector('#connections').textContent", json!("3")).await;
+    let round_trip = "return /^[0-9.]+ ms$/.test(document.querySelector('#round-trip').textContent)";
+    ada.shows(round_trip, json!(true)).await;
+}
+
+#[tokio::test]
+async fn the_page_reconnects_by_itself_when_the_server_restarts() {
     let server = Server::start(0).await;
     let browser = Browser::start().await;
     let ada = browser.tab(&server.url).await;
@@ -95,15 +159,15 @@ async fn the_page_comes_back_by_itself_when_the_server_restarts() {
 
     let port = server.port();
     server.kill().await;
-    for guest in [&ada, &bob] {
-        guest.shows("return document.querySelector('#trouble').hidden", json!(false)).await;
+    for tab in [&ada, &bob] {
+        tab.shows("return document.querySelector('#problem').hidden", json!(false)).await;
     }
     ada.press("#text", "ended while away").await;
 
     let _server = Server::start(port).await;
-    for guest in [&ada, &bob] {
-        guest.shows(STATE, json!("connected")).await;
-        guest.shows(MEMBERS, json!(["Ada", "Bob"])).await;
+    for tab in [&ada, &bob] {
+        tab.shows(STATE, json!("connected")).await;
+        tab.shows(MEMBERS, json!(["Ada", "Bob"])).await;
     }
     ada.shows("return document.querySelector('#text').value", json!("begun before, ended while away")).await;
     ada.click("#send").await;
@@ -138,7 +202,7 @@ async fn a_refused_page_says_why_and_does_not_come_back_until_asked() {
     )
     .await;
     let plans = "return window.planned.size";
-    let why = "return document.querySelector('#trouble-why').textContent";
+    let why = "return document.querySelector('#problem-text').textContent";
 
     ada.ask_in("Ada", "lobby").await;
     ada.shows(STATE, json!("waiting")).await;
@@ -154,11 +218,11 @@ async fn a_refused_page_says_why_and_does_not_come_back_until_asked() {
 }
 
 #[tokio::test]
-async fn a_tab_whose_connection_was_cut_comes_back_as_itself_and_nobody_is_told() {
+async fn a_tab_whose_connection_failed_gets_what_was_said_meanwhile_and_nobody_sees_a_leave_and_a_join() {
     let server = Server::start(0).await;
-    let mut line = CutLine::to(server.port()).await;
+    let proxy = Proxy::to(server.port()).await;
     let browser = Browser::start().await;
-    let ada = browser.tab(&line.url).await;
+    let ada = browser.tab(&proxy.url).await;
     let bob = browser.tab(&server.url).await;
     ada.enter("Ada", "lobby").await;
     bob.enter("Bob", "lobby").await;
@@ -166,103 +230,170 @@ async fn a_tab_whose_connection_was_cut_comes_back_as_itself_and_nobody_is_told(
     ada.say("before").await;
     bob.shows(SAID, json!([["Ada", "before"]])).await;
 
-    // The tab sees its connection end, the server does not.
-    line.cut();
-    let welcomed =
-        json!(["You joined as Ada", "Bob joined", "You are back. What was said meanwhile is not shown."]);
-    ada.shows(NOTICES, welcomed.clone()).await;
-    ada.shows(STATE, json!("connected")).await;
-    ada.say("after").await;
-    bob.shows(SAID, json!([["Ada", "before"], ["Ada", "after"]])).await;
-    for guest in [&ada, &bob] {
-        guest.shows(MEMBERS, json!(["Ada", "Bob"])).await;
+    let mut said = vec![json!(["Ada", "before"])];
+    // First the server sees the end, then only the tab does: the old connection stays open at the server.
+    for (failure, number) in [(Failure::OnBothSides, 1), (Failure::AtTheBrowser, 2)] {
+        // The tab does not reconnect before it is told to.
+        ada.shows("window.later = setTimeout; window.setTimeout = () => 0; return true", json!(true)).await;
+        proxy.fail(failure);
+        ada.shows(STATE, json!("waiting")).await;
+        let meanwhile = format!("said meanwhile {number}");
+        bob.say(&meanwhile).await;
+        bob.shows(LAST_SAID, json!(meanwhile)).await;
+        ada.shows("window.setTimeout = later; dispatchEvent(new Event('online')); return true", json!(true))
+            .await;
+        ada.shows(STATE, json!("connected")).await;
+        let back = format!("I am back {number}");
+        ada.say(&back).await;
+        said.extend([json!(["Bob", meanwhile]), json!(["Ada", back])]);
+        for tab in [&ada, &bob] {
+            tab.shows(SAID, json!(said)).await;
+            tab.shows(MEMBERS, json!(["Ada", "Bob"])).await;
+        }
     }
+    ada.shows(NOTICES, json!(["You joined as Ada", "Bob joined", "You are back", "You are back"])).await;
     bob.shows(NOTICES, json!(["You joined as Bob"])).await;
-
-    // The server has ended the old connection, and even that tells nobody anything.
-    let ended = tokio::time::timeout(
-        TEST_TIMEOUT,
-        line.a_ghost_hears(
-            |bytes| matches!(bytes, [0x88, _, high, low] if u16::from_be_bytes([*high, *low]) == 4001),
-        ),
-    );
-    ended.await.expect("the server closes the old connection with 4001");
-    bob.say("so?").await;
-    ada.shows(SAID, json!([["Ada", "before"], ["Ada", "after"], ["Bob", "so?"]])).await;
-    ada.shows(NOTICES, welcomed).await;
-    bob.shows(NOTICES, json!(["You joined as Bob"])).await;
-    bob.shows(MEMBERS, json!(["Ada", "Bob"])).await;
 }
 
 #[tokio::test]
-async fn two_guests_of_one_name_keep_their_names_over_a_restart_and_a_reload() {
+async fn two_users_of_one_name_are_told_apart_and_stay_themselves_over_a_restart() {
     let server = Server::start(0).await;
     let browser = Browser::start().await;
     let first = browser.tab(&server.url).await;
     let second = browser.tab(&server.url).await;
     first.enter("Ada", "lobby").await;
     second.enter("Ada", "lobby").await;
-    second.shows(NOTICES, json!(["The name Ada is taken here; you joined as Ada (2)"])).await;
-    let is = "return document.querySelector('#members li[data-you]')?.dataset.name";
+    let own =
+        "return [...document.querySelectorAll('#messages li[data-own] .text')].map(text => text.textContent)";
+    let labels = "return new Set([...document.querySelectorAll('#members li > span:nth-child(2)')]
+        .map(label => label.textContent).filter(label => /^Ada ·[0-9a-f]{4}$/.test(label))).size";
+    for tab in [&first, &second] {
+        tab.shows(MEMBERS, json!(["Ada", "Ada"])).await;
+        tab.shows(labels, json!(2)).await;
+    }
+    first.say("I am the first").await;
+    second.shows(SAID, json!([["Ada", "I am the first"]])).await;
+    second.shows(own, json!([])).await;
 
     let port = server.port();
     server.kill().await;
-    for guest in [&first, &second] {
-        guest.shows(STATE, json!("waiting")).await;
-        // Neither comes back before it is told to.
-        guest.shows("window.setTimeout = () => 0; return true", json!(true)).await;
+    for tab in [&first, &second] {
+        tab.shows("return document.querySelector('#problem').hidden", json!(false)).await;
     }
-    // Whoever is still waiting for an earlier timer finds nobody, and plans no other.
-    for guest in [&first, &second] {
-        guest.shows("dispatchEvent(new Event('online')); return true", json!(true)).await;
-        guest.shows(STATE, json!("waiting")).await;
+    let _server = Server::start(port).await;
+    for tab in [&second, &first] {
+        tab.shows(STATE, json!("connected")).await;
+        tab.shows(MEMBERS, json!(["Ada", "Ada"])).await;
     }
-    let server = Server::start(port).await;
-    // In the other order: the second could have the first one's name now.
-    for (guest, name) in [(&second, "Ada (2)"), (&first, "Ada")] {
-        guest.shows("dispatchEvent(new Event('online')); return true", json!(true)).await;
-        guest.shows(STATE, json!("connected")).await;
-        guest.shows(is, json!(name)).await;
-    }
-    second.look().await;
-    browser.client.refresh().await.expect("the page loads again");
-    second.shows(STATE, json!("connected")).await;
-    second.shows(is, json!("Ada (2)")).await;
-
-    // Where the name is somebody else's by now, the page says so.
-    server.kill().await;
-    first.shows(STATE, json!("waiting")).await;
-    let server = Server::start(port).await;
-    let mut other = Raw::enter(&server, "name=Ada&room=lobby").await;
-    other.hears("Ada").await;
-    first.shows("dispatchEvent(new Event('online')); return true", json!(true)).await;
-    first.shows(STATE, json!("connected")).await;
-    let notices =
-        "return [...document.querySelectorAll('#messages li[data-kind=notice] .text')].pop().textContent
-        .replace(/\\(\\d\\)/g, '(n)')";
-    let now = "You are back as Ada (n): somebody else is Ada here now. What was said meanwhile is not shown.";
-    first.shows(notices, json!(now)).await;
+    second.say("I am the second").await;
+    first.say("and I the first").await;
+    first.shows(own, json!(["I am the first", "and I the first"])).await;
+    second.shows(own, json!(["I am the second"])).await;
 }
 
-#[tokio::test]
-async fn a_tab_that_was_taken_over_says_so_and_does_not_come_back_by_itself() {
-    let server = Server::start(0).await;
+/// One of the thousand: connected, until the server has sent it back what it sent while it was away.
+#[cfg(feature = "client")]
+struct Returner {
+    client: shardcast::HubClient<Value, Value>,
+    messages: shardcast::client::Messages<Value>,
+}
+
+#[cfg(feature = "client")]
+impl Returner {
+    async fn enter(url: &str, number: usize) -> Self {
+        let url = format!("{url}?room=room{}&name=client{number}&token=token{number}", number % 20);
+        let mut client = shardcast::HubClient::builder(url)
+            .with_in_message::<Value>()
+            .with_out_message::<Value>()
+            .with_reconnect(ReconnectPolicy::new())
+            .build();
+        client.connect().await.expect("the chat listens");
+        let mut messages = client.take_messages().expect("not taken yet");
+        welcome(&mut messages).await;
+        Self { client, messages }
+    }
+
+    /// Sends three messages while there is no server, and returns when they have come back.
+    async fn comes_back(mut self) -> (Self, Instant) {
+        let mut states = self.client.states();
+        let away = states.wait_for(|state| matches!(state, ClientState::Reconnecting { .. }));
+        within_timeout(away).await.expect("it reconnects");
+        for text in ["one", "two", "three"] {
+            self.client.send(json!({ "type": "say", "text": text })).expect("there is room in its queue");
+        }
+        let user = welcome(&mut self.messages).await["user"].clone();
+        let back = Instant::now();
+        let mut own = Vec::new();
+        let mut answers = 0;
+        while answers < 3 {
+            let message = within_timeout(self.messages.recv()).await.expect("open").expect("JSON");
+            if message["type"] == "said" && message["user"] == user {
+                own.push(message["text"].clone());
+            }
+            answers += usize::from(message["type"] == "sent");
+        }
+        assert_eq!(own, ["one", "two", "three"], "each once, and in order");
+        (self, back)
+    }
+}
+
+#[cfg(feature = "client")]
+async fn welcome(messages: &mut shardcast::client::Messages<Value>) -> Value {
+    loop {
+        let message = within_timeout(messages.recv()).await.expect("open").expect("JSON");
+        if message["type"] == "welcome" {
+            return message;
+        }
+    }
+}
+
+/// With `--nocapture` it prints when the clients were back.
+#[cfg(feature = "client")]
+#[allow(clippy::print_stdout)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_restart_a_thousand_clients_and_a_browser_are_back_in_their_rooms_with_what_they_queued() {
+    let mut server = Server::start(0).await;
     let browser = Browser::start().await;
     let ada = browser.tab(&server.url).await;
-    ada.enter("Ada", "lobby").await;
-    ada.shows("window.setTimeout = () => { document.title = 'planned' }; return true", json!(true)).await;
-    ada.look().await;
-    let token = ada.client.execute("return sessionStorage['shardcast-chat.token']", Vec::new()).await;
-    let token = token.expect("the script runs").as_str().expect("there is a token").replace('"', "");
-    let mut copy = Raw::enter(&server, &format!("name=Ada&room=lobby&token={token}")).await;
-    copy.hears("Ada").await;
-    ada.shows(STATE, json!("refused")).await;
-    let why = "return document.querySelector('#trouble-why').textContent";
-    ada.shows(why, json!("You are in this room on another page now.")).await;
-    ada.shows("return document.title.includes('planned')", json!(false)).await;
-    ada.click("#retry").await;
+    ada.enter("Ada", "room7").await;
+    let url = format!("{}/ws", server.url.replace("http:", "ws:"));
+    let mut clients = Vec::new();
+    for number in 0..1_000 {
+        clients.push(Returner::enter(&url, number).await);
+    }
+    ada.shows(MEMBER_COUNT, json!(51)).await;
+
+    let returns: Vec<_> = clients.into_iter().map(|client| tokio::spawn(client.comes_back())).collect();
+    let port = server.port();
+    server.terminate().await;
+    ada.shows("return document.querySelector('#problem').hidden", json!(false)).await;
+    let server = Server::start(port).await;
+    let listens = Instant::now();
+    let mut returned = Vec::new();
+    for back in returns {
+        returned.push(back.await.expect("it is back"));
+    }
     ada.shows(STATE, json!("connected")).await;
-    assert_eq!(copy.end().await, (4001, "you have connected again on another connection".to_owned()));
+    ada.shows(MEMBER_COUNT, json!(51)).await;
+
+    let mut raw = Raw::enter(&server, "name=Observer&room=empty").await;
+    raw.welcome().await;
+    raw.say(json!({ "type": "look" })).await;
+    let overview = loop {
+        let message = raw.next().await;
+        if message["type"] == "overview" {
+            break message;
+        }
+    };
+    assert_eq!(overview["connections"], 1_002);
+    let rooms = overview["rooms"].as_array().expect("a list");
+    let users: Vec<_> = rooms.iter().map(|room| room["users"].as_u64().unwrap_or_default()).collect();
+    assert_eq!(users, [&[51][..], &[50; 19]].concat(), "{rooms:?}");
+
+    let mut times: Vec<_> =
+        returned.iter().map(|(_, back)| back.saturating_duration_since(listens)).collect();
+    times.sort();
+    println!("back after {:?}, half of them after {:?}, all after {:?}", times[0], times[500], times[999]);
 }
 
 #[tokio::test]
@@ -275,75 +406,80 @@ async fn on_a_phone_what_is_touched_is_high_enough_and_a_room_s_name_follows_its
     ada.enter("Ada", "lobby").await;
     ada.click("#panel-toggle").await;
     let heights =
-        "return [...document.querySelectorAll('#rooms a, #switch input, #switch button, #doings button')]
+        "return [...document.querySelectorAll('#rooms a, #switch input, #switch button, #actions button')]
         .filter(touched => touched.offsetHeight < 40).map(touched => touched.outerHTML)";
     ada.shows(heights, json!([])).await;
-    ada.shows("return getComputedStyle(document.querySelector('#rooms a')).display", json!("block")).await;
+    ada.shows("return getComputedStyle(document.querySelector('#rooms a')).display", json!("flex")).await;
     // At the lower end of the panel, and not drawn up to the rooms.
-    ada.shows("return getComputedStyle(document.querySelector('#doings')).display", json!("flex")).await;
+    ada.shows("return getComputedStyle(document.querySelector('#actions')).display", json!("flex")).await;
 }
 
 // ---- without a browser
 
 #[tokio::test]
-async fn a_token_takes_over_its_own_connection_with_no_notice_and_only_its_own() {
+async fn a_token_makes_connections_one_user_and_nobody_learns_it() {
     let server = Server::start(0).await;
     let mut bob = Raw::enter(&server, "name=Bob&room=lobby").await;
-    bob.hears("Bob").await;
-    let mut ghost = Raw::enter(&server, "name=Ada&room=lobby&token=of-ada").await;
-    ghost.hears("Ada").await;
-    assert_eq!(bob.next().await["type"], "joined");
+    let welcome = bob.welcome().await;
+    assert_eq!(welcome["members"].as_array().map(Vec::len), Some(1));
+    let mut first = Raw::enter(&server, "name=Ada&room=lobby&token=of-ada").await;
+    let ada = first.welcome().await["user"].clone();
+    let joined = bob.next_but("joined", &welcome["user"]).await;
+    assert_eq!((&joined["type"], &joined["user"], &joined["name"]), (&json!("joined"), &ada, &json!("Ada")));
 
-    // No token is nobody's, another token is somebody else's, and the same token in another room too.
+    // The same token is the same user, under whichever name; none is a user of its own.
+    let mut second = Raw::enter(&server, "name=Eve&room=lobby&token=of-ada").await;
+    assert_eq!(second.welcome().await["user"], ada);
     let mut nobody = Raw::enter(&server, "name=Ada&room=lobby").await;
-    nobody.hears("Ada (2)").await;
-    let mut namesake = Raw::enter(&server, "name=Ada&room=lobby&token=of-another").await;
-    namesake.hears("Ada (3)").await;
-    let mut elsewhere = Raw::enter(&server, "name=Ada&room=garden&token=of-ada").await;
-    elsewhere.hears("Ada").await;
-    for _ in 0..2 {
-        assert_eq!(bob.next().await["type"], "joined");
-    }
+    assert_ne!(nobody.welcome().await["user"], ada);
+    let joined = bob.next().await;
+    assert_eq!(joined["type"], "joined");
+    assert_ne!(joined["user"], ada, "it was there already");
 
-    // Under whichever name it comes back.
-    for wished in ["Ada", "Eve"] {
-        let mut back = Raw::enter(&server, &format!("name={wished}&room=lobby&token=of-ada")).await;
-        let welcome = back.next().await;
-        assert_eq!(welcome["you"], "Ada");
-        assert_eq!(welcome["members"], json!(["Bob", "Ada", "Ada (2)", "Ada (3)"]));
-        assert_eq!(ghost.end().await, (4001, "you have connected again on another connection".to_owned()));
-        // It can talk, and is heard under its name; nothing was said of coming or going before.
-        back.say(json!({ "type": "say", "text": wished })).await;
-        let said = bob.next().await;
-        assert_eq!([&said["type"], &said["name"], &said["text"]], ["said", "Ada", wished]);
-        back.say(json!({ "type": "who" })).await;
-        while back.next().await["type"] != "members" {}
-        ghost = back;
-    }
-    // When it leaves at last, that is said once.
-    ghost.leave().await;
-    let left = bob.next().await;
-    assert_eq!([&left["type"], &left["name"]], ["left", "Ada"]);
-    assert_eq!(left["members"], json!(["Bob", "Ada (2)", "Ada (3)"]));
-
-    let mut long = Raw::enter(&server, &format!("name=Ada&room=lobby&token={}", "x".repeat(65))).await;
-    assert_eq!(long.end().await, (1008, "a token must have at most 64 bytes".to_owned()));
+    first.leave().await;
+    second.say(json!({ "type": "say", "text": "still here" })).await;
+    let said = bob.next().await;
+    assert_eq!((&said["type"], &said["user"], &said["text"]), (&json!("said"), &ada, &json!("still here")));
+    assert!(!said.to_string().contains("of-ada") && !joined.to_string().contains("of-ada"));
 }
 
 #[tokio::test]
-async fn the_name_that_was_given_may_be_wished_for_again() {
+async fn the_history_ends_where_the_messages_begin_and_has_the_last_fifty() {
     let server = Server::start(0).await;
-    let longest = "x".repeat(32);
-    let mut first = Raw::enter(&server, &format!("name={longest}&room=lobby")).await;
-    first.hears(&longest).await;
-    let mut second = Raw::enter(&server, &format!("name={longest}&room=lobby")).await;
-    let given = format!("{} (2)", "x".repeat(28));
-    second.hears(&given).await;
-    second.leave().await;
-    assert_eq!(first.next().await["type"], "joined");
-    assert_eq!(first.next().await["type"], "left");
-    let mut again = Raw::enter(&server, &format!("name={}&room=lobby", given.replace(' ', "%20"))).await;
-    again.hears(&given).await;
+    let mut ada = Raw::enter(&server, "name=Ada&room=lobby").await;
+    ada.welcome().await;
+    let speak = tokio::spawn(async move {
+        // At most ten a second after a burst of twenty: the server reads the others later.
+        for number in 0..60 {
+            ada.say(json!({ "type": "say", "text": number.to_string() })).await;
+        }
+        ada
+    });
+    let mut members = Vec::new();
+    for number in 0..10 {
+        let mut member = Raw::enter(&server, &format!("name=Member{number}&room=lobby")).await;
+        let welcome = member.welcome().await;
+        let history = welcome["history"].as_array().expect("a list").clone();
+        members.push((member, history, welcome["is_cut"] == json!(true)));
+    }
+    let number_of = |said: &Value| said["text"].as_str().and_then(|text| text.parse::<u64>().ok());
+    for (mut member, history, _) in members {
+        let mut numbers: Vec<_> = history.iter().filter_map(number_of).collect();
+        while numbers.last() != Some(&59) {
+            let message = member.next().await;
+            if message["type"] == "said" {
+                numbers.extend(number_of(&message));
+            }
+        }
+        assert!(numbers.iter().copied().eq(0..60), "each once and in order: {numbers:?}");
+    }
+    let _ada = speak.await.expect("it has spoken");
+    let mut late = Raw::enter(&server, "name=Late&room=lobby").await;
+    let welcome = late.welcome().await;
+    let numbers: Vec<_> =
+        welcome["history"].as_array().expect("a list").iter().filter_map(number_of).collect();
+    assert!(numbers.iter().copied().eq(10..60), "the last fifty: {numbers:?}");
+    assert_eq!(welcome["is_cut"], true);
 }
 
 #[tokio::test]
@@ -352,18 +488,14 @@ async fn sigterm_ends_the_chat_with_a_close_frame_although_a_request_is_half_sen
     let mut half = TcpStream::connect(("127.0.0.1", server.port())).await.expect("it listens");
     half.write_all(b"GET /ws?name=Eve HTT").await.expect("it reads");
     let mut ada = Raw::enter(&server, "name=Ada&room=lobby").await;
-    ada.hears("Ada").await;
-    let process = server.process.id().expect("it runs").to_string();
-    let told = Command::new("kill").args(["-TERM", &process]).status().await.expect("there is a kill");
-    assert!(told.success());
-    assert_eq!(ada.end().await, (1001, String::new()));
-    let ended =
-        tokio::time::timeout(TEST_TIMEOUT, server.process.wait()).await.expect("it does not wait for ever");
-    assert!(ended.expect("it was started").success());
+    ada.welcome().await;
+    let terminated = server.terminate();
+    let ((), close) = tokio::join!(terminated, ada.end());
+    assert_eq!(close, (1001, String::new()));
     drop(half);
 }
 
-/// A guest without a page: a socket and JSON.
+/// A client without a page: a socket and JSON.
 struct Raw(WebSocketStream<TcpStream>);
 
 impl Raw {
@@ -393,10 +525,25 @@ impl Raw {
         serde_json::from_str(message.to_text().expect("all is text")).expect("and JSON")
     }
 
-    /// The welcome, under this name.
-    async fn hears(&mut self, name: &str) {
-        let welcome = self.next().await;
-        assert_eq!([&welcome["type"], &welcome["you"]], ["welcome", name]);
+    /// The welcome, which is the first message but for changes of presence.
+    async fn welcome(&mut self) -> Value {
+        loop {
+            let message = self.next().await;
+            if message["type"] == "welcome" {
+                return message;
+            }
+            assert!(["joined", "left"].contains(&message["type"].as_str().expect("a type")), "{message}");
+        }
+    }
+
+    /// The next message that is not of this type about this user.
+    async fn next_but(&mut self, kind: &str, user: &Value) -> Value {
+        loop {
+            let message = self.next().await;
+            if message["type"] != kind || message["user"] != *user {
+                return message;
+            }
+        }
     }
 
     /// Reads on to the Close.
@@ -415,58 +562,50 @@ impl Raw {
     }
 }
 
-/// A line between a browser and the server that can be cut on the browser's side alone, as when a network dies.
-struct CutLine {
-    url: String,
-    cut: watch::Sender<()>,
-    /// Connections that the server still believes in.
-    ghosts: mpsc::UnboundedReceiver<TcpStream>,
+/// What happens to the connections of a [`Proxy`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Failure {
+    /// Both sides see the end.
+    OnBothSides,
+    /// The browser sees the end; the server does not, as when a network fails.
+    AtTheBrowser,
 }
 
-impl CutLine {
+/// A proxy between a browser and the server, whose connections fail when a test says so.
+struct Proxy {
+    url: String,
+    failure: watch::Sender<Failure>,
+}
+
+impl Proxy {
     async fn to(port: u16) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
         let url = format!("http://{}", listener.local_addr().expect("it is bound"));
-        let (cut, is_cut) = watch::channel(());
-        let (ghost, ghosts) = mpsc::unbounded_channel();
+        let (failure, failures) = watch::channel(Failure::OnBothSides);
         tokio::spawn(async move {
+            let mut kept_open = Vec::new();
             loop {
                 let (mut browser, _) = listener.accept().await.expect("the browser can be accepted");
                 let server = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await;
                 let mut server = server.expect("the chat listens");
-                let (mut is_cut, ghost) = (is_cut.clone(), ghost.clone());
-                is_cut.mark_unchanged(); // whoever comes after a cut is on a new line
-                tokio::spawn(async move {
+                let mut failures = failures.clone();
+                failures.mark_unchanged(); // a connection after a failure is not concerned
+                kept_open.push(tokio::spawn(async move {
                     tokio::select! {
-                        _ = tokio::io::copy_bidirectional(&mut browser, &mut server) => {}
-                        Ok(()) = is_cut.changed() => drop(ghost.send(server)),
+                        _ = tokio::io::copy_bidirectional(&mut browser, &mut server) => None,
+                        Ok(()) = failures.changed() => {
+                            (*failures.borrow() == Failure::AtTheBrowser).then_some(server)
+                        }
                     }
-                });
+                }));
             }
         });
-        Self { url, cut, ghosts }
+        Self { url, failure }
     }
 
-    /// Cuts every connection that is there now.
-    fn cut(&self) {
-        self.cut.send_replace(());
-    }
-
-    /// Waits until four bytes that the server sends to one that was cut are what `is_it` looks for.
-    async fn a_ghost_hears(&mut self, is_it: impl Fn(&[u8]) -> bool) {
-        let mut ghosts = Vec::new();
-        loop {
-            while let Ok(server) = self.ghosts.try_recv() {
-                ghosts.push((server, Vec::new()));
-            }
-            for (server, heard) in &mut ghosts {
-                let _ = tokio::time::timeout(POLL_EVERY, server.read_buf(heard)).await;
-                if heard.windows(4).any(&is_it) {
-                    return;
-                }
-            }
-            tokio::time::sleep(POLL_EVERY).await;
-        }
+    /// Ends every connection that is open now.
+    fn fail(&self, failure: Failure) {
+        self.failure.send_replace(failure);
     }
 }
 
@@ -505,7 +644,16 @@ impl Server {
         port.trim_end_matches('/').parse().expect("the port is a number")
     }
 
-    /// Returns when the process is gone, and with it its hold on the port.
+    /// Asks the process to shut down; returns when it has ended.
+    async fn terminate(&mut self) {
+        let process = self.process.id().expect("it runs").to_string();
+        let sent = Command::new("kill").args(["-TERM", &process]).status().await.expect("there is a kill");
+        assert!(sent.success());
+        let ended = within_timeout(self.process.wait()).await;
+        assert!(ended.expect("it was started").success());
+    }
+
+    /// Returns when the process has ended, and no longer holds the port.
     async fn kill(mut self) {
         self.process.kill().await.expect("the chat example can be killed");
     }

@@ -58,94 +58,112 @@ async fn engine_echo_sends_every_message_back() {
 
 // ---- chat
 
-/// A guest, whose times and numbers of changes are checked and taken away.
-struct Guest {
-    peer: Client,
-    change: u64,
+/// A member of a room, who has received the welcome.
+struct Member {
+    client: Client,
+    user: Value,
+    welcome: Value,
 }
 
-impl Guest {
+impl Member {
     async fn enter(url: &str, name: &str, room: &str) -> Self {
-        Self { peer: Client::connect(format!("{url}/ws?name={name}&room={room}")).await, change: 0 }
+        let client = Client::connect(format!("{url}/ws?name={name}&room={room}")).await;
+        let mut member = Self { client, user: Value::Null, welcome: Value::Null };
+        // Its own join is announced to it, too, before the welcome or after it.
+        let mut joined = Value::Null;
+        while member.welcome.is_null() || joined.is_null() {
+            let message: Value = serde_json::from_str(&member.client.recv_text().await).unwrap();
+            let is_welcome = message["type"] == "welcome";
+            *(if is_welcome { &mut member.welcome } else { &mut joined }) = message;
+        }
+        member.user = member.welcome["user"].clone();
+        assert_eq!([&joined["type"], &joined["user"]], [&json!("joined"), &member.user]);
+        member
     }
 
-    async fn send(&mut self, text: &str) {
-        self.peer.send_text(json!({ "type": "say", "text": text }).to_string()).await;
+    async fn say(&mut self, text: &str) {
+        self.client.send_text(json!({ "type": "say", "text": text }).to_string()).await;
     }
 
-    async fn recv(&mut self, expected: Value) {
-        let mut heard: Value = serde_json::from_str(&self.peer.recv_text().await).unwrap();
-        if let Some(at) = heard.as_object_mut().unwrap().remove("at") {
+    /// The next message, which must be of this type; without its type, and its time, which is checked.
+    async fn recv(&mut self, kind: &str) -> Value {
+        let mut message: Value = serde_json::from_str(&self.client.recv_text().await).unwrap();
+        let fields = message.as_object_mut().unwrap();
+        assert_eq!(fields.remove("type").unwrap(), kind, "{fields:?}");
+        if let Some(at) = fields.remove("at") {
             assert!(at.as_u64().unwrap() > 1_600_000_000_000, "milliseconds since 1970: {at}");
         }
-        if let Some(change) = heard.as_object_mut().unwrap().remove("change") {
-            assert!(heard["members"].is_array(), "a list of members is numbered, and nothing else: {heard}");
-            assert!(change.as_u64().unwrap() > self.change, "each change comes once here, in order");
-            self.change = change.as_u64().unwrap();
-        }
-        assert_eq!(heard, expected);
+        message
     }
 }
 
 #[tokio::test]
-async fn chat_serves_its_page_and_guests_of_one_room_talk() {
-    let mut chat = Running::start("chat", &["--port", "0"]);
-    let url = chat.wait_for_line("listening on http://").await;
+async fn chat_serves_its_page_and_members_of_one_room_talk() {
+    let (_program, address) = listening("chat", &[]).await;
+    assert_eq!(http(&address, "GET", "/").await, include_str!("../examples/chat/page.html"));
 
-    let mut page = String::new();
-    let mut stream = TcpStream::connect(&url).await.unwrap();
-    let request = format!("GET / HTTP/1.1\r\nhost: {url}\r\nconnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
-    within_timeout(stream.read_to_string(&mut page)).await.unwrap();
-    assert!(page.starts_with("HTTP/1.1 200 ") && page.contains("text/html"), "{page}");
-    assert!(page.ends_with(include_str!("../examples/chat/page.html")));
-
-    let url = format!("ws://{url}");
-    let mut ada = Guest::enter(&url, "Ada", "lobby").await;
-    ada.recv(json!({ "type": "welcome", "you": "Ada", "room": "lobby", "members": ["Ada"] })).await;
-    let mut bob = Guest::enter(&url, "Bob", "lobby").await;
-    bob.recv(json!({ "type": "welcome", "you": "Bob", "room": "lobby", "members": ["Ada", "Bob"] })).await;
-    ada.recv(json!({ "type": "joined", "name": "Bob", "members": ["Ada", "Bob"] })).await;
-    let mut elsewhere = Guest::enter(&url, "Ada", "garden").await;
-    elsewhere.recv(json!({ "type": "welcome", "you": "Ada", "room": "garden", "members": ["Ada"] })).await;
-    let mut namesake = Guest::enter(&url, "Ada", "lobby").await;
-    let three = ["Ada", "Bob", "Ada (2)"];
-    namesake.recv(json!({ "type": "welcome", "you": "Ada (2)", "room": "lobby", "members": three })).await;
-    for guest in [&mut ada, &mut bob] {
-        guest.recv(json!({ "type": "joined", "name": "Ada (2)", "members": three })).await;
-    }
+    let url = format!("ws://{address}");
+    let mut ada = Member::enter(&url, "Ada", "lobby").await;
+    assert_eq!(
+        (&ada.welcome["history"], &ada.welcome["is_cut"], &ada.welcome["members"][0]["metadata"]),
+        (&json!([]), &json!(false), &json!({ "name": "Ada" }))
+    );
+    let mut bob = Member::enter(&url, "Bob", "lobby").await;
+    assert_eq!(bob.welcome["members"].as_array().unwrap().len(), 2);
+    assert_eq!(ada.recv("joined").await, json!({ "user": bob.user, "name": "Bob" }));
+    let mut elsewhere = Member::enter(&url, "Ada", "garden").await;
+    assert_eq!(elsewhere.welcome["members"].as_array().unwrap().len(), 1);
+    assert_ne!(elsewhere.user, ada.user);
 
     // Refused to Bob alone, who may go on.
     for refused in ["", " \n ", &"x".repeat(2001)] {
-        bob.send(refused).await;
-        bob.recv(json!({ "type": "refused", "why": "a message must have 1 to 2000 characters" })).await;
+        bob.say(refused).await;
+        assert_eq!(bob.recv("refused").await, json!({ "why": "a message must have 1 to 2000 characters" }));
     }
     let longest = "ž".repeat(2000);
-    for said in ["hello", &longest] {
-        bob.send(said).await;
-        for guest in [&mut ada, &mut bob, &mut namesake] {
-            guest.recv(json!({ "type": "said", "name": "Bob", "text": said })).await;
+    for text in ["hello", &longest] {
+        bob.say(text).await;
+        for member in [&mut ada, &mut bob] {
+            let said = member.recv("said").await;
+            assert_eq!([&said["name"], &said["text"]], ["Bob", text]);
         }
+        assert_eq!(bob.recv("sent").await, json!({ "reached": 2, "dropped": 0 }));
     }
-    namesake.peer.leave().await;
-    for guest in [&mut ada, &mut bob] {
-        guest.recv(json!({ "type": "left", "name": "Ada (2)", "members": ["Ada", "Bob"] })).await;
+    bob.client.send_text(r#"{"type":"rename","name":" Robert "}"#.to_owned()).await;
+    for member in [&mut ada, &mut bob] {
+        let renamed = member.recv("renamed").await;
+        assert_eq!([&renamed["was"], &renamed["name"]], ["Bob", "Robert"]);
     }
-    drop(bob);
-    ada.recv(json!({ "type": "left", "name": "Bob", "members": ["Ada"] })).await;
+    bob.client.send_text(json!({ "type": "rename", "name": "x".repeat(33) }).to_string()).await;
+    let why = "the names of user and room must have 1 to 32 characters";
+    assert_eq!(bob.recv("refused").await, json!({ "why": why }));
+
+    bob.client.send_text(r#"{"type":"look"}"#.to_owned()).await;
+    let overview = bob.recv("overview").await;
+    assert_eq!((&overview["connections"], &overview["dropped"]), (&json!(3), &json!(0)));
+    let rooms = json!([
+        { "name": "lobby", "connections": 2, "users": 2 },
+        { "name": "garden", "connections": 1, "users": 1 },
+    ]);
+    assert_eq!(overview["rooms"], rooms, "the largest first");
+
+    // Under the name of now: presence has it, too.
+    let late = Member::enter(&url, "Late", "lobby").await;
+    let names = late.welcome["members"].as_array().unwrap().iter().map(|member| &member["metadata"]["name"]);
+    assert!(names.clone().any(|name| name == "Robert") && !names.clone().any(|name| name == "Bob"));
+    let history = late.welcome["history"].as_array().unwrap().iter().map(|said| &said["text"]);
+    assert!(history.eq(["hello", &longest]), "{}", late.welcome);
+
+    drop(bob.client);
+    assert_eq!(ada.recv("joined").await, json!({ "user": late.user, "name": "Late" }));
+    assert_eq!(ada.recv("left").await, json!({ "user": bob.user, "name": "Robert" }));
 
     for (name, room) in [("", "lobby"), ("Ada", ""), (&*"x".repeat(33), "lobby"), ("%20", "lobby")] {
-        let nobody = Guest::enter(&url, name, room).await;
-        let (code, reason) = nobody.peer.closed().await;
-        assert_eq!(
-            (code, reason.as_str()),
-            (1008, "the names of user and room must have 1 to 32 characters")
-        );
+        let refused = Client::connect(format!("{url}/ws?name={name}&room={room}")).await;
+        assert_eq!(refused.closed().await, (1008, why.to_owned()));
     }
-    elsewhere.send("alone").await;
-    elsewhere.recv(json!({ "type": "said", "name": "Ada", "text": "alone" })).await;
-    ada.send("alone, too").await;
-    ada.recv(json!({ "type": "said", "name": "Ada", "text": "alone, too" })).await;
+    elsewhere.say("alone").await;
+    assert_eq!(elsewhere.recv("said").await["text"], "alone");
 }
 
 // ---- fanout

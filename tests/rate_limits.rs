@@ -91,16 +91,34 @@ async fn a_hub_is_told_how_many_messages_of_its_client_were_dropped() {
 }
 
 #[tokio::test]
-async fn connections_of_a_user_share_a_limit_on_whichever_shards_they_are() {
+async fn connections_of_a_user_have_one_limit_on_whichever_shards_they_are() {
+    let mut config = limited(Rate::per_second(1_000_000), OverLimit::Drop);
+    config.rate_limit.user_messages = Some(Rate::new(10, HOUR));
     let engine = engine(2);
-    let config = limited(Rate::per_second(1_000_000), OverLimit::Drop);
     let hub = engine.hub::<Stateful<Counter>>(config).unwrap();
+    ten_for_each_user(move |ws, user, counter| ws.serve(&hub, counter).user(user)).await;
+}
+
+#[tokio::test]
+async fn connections_that_are_given_one_limit_share_it() {
+    let engine = engine(2);
+    let hub = engine.hub::<Stateful<Counter>>(limited(Rate::per_second(1_000_000), OverLimit::Drop)).unwrap();
     let limits =
         ["ada", "bob"].map(|user| (user, SharedRateLimit::new(Some(Rate::new(10, HOUR)), None).unwrap()));
+    ten_for_each_user(move |ws, user, counter| {
+        let (_, limit) = limits.iter().find(|(name, _)| *name == user).unwrap();
+        ws.serve(&hub, counter).shared_rate_limit(limit)
+    })
+    .await;
+}
+
+/// Four connections of each of two users send a hundred messages, of which ten are handled.
+async fn ten_for_each_user(
+    serve: impl Fn(WebSocketUpgrade, String, Counter) -> Serve<Stateful<Counter>> + Clone + Send + Sync + 'static,
+) {
     let (report, mut reports) = mpsc::unbounded_channel();
     let serve = async move |ws: WebSocketUpgrade, Path(user): Path<String>| -> Serve<Stateful<Counter>> {
-        let (_, limit) = limits.iter().find(|(name, _)| *name == user).unwrap();
-        ws.serve(&hub, Counter { handled: 0, dropped: 0, report: report.clone() }).shared_rate_limit(limit)
+        serve(ws, user, Counter { handled: 0, dropped: 0, report: report.clone() })
     };
     let server = Server::start(Router::new().route("/ws/{user}", any(serve))).await;
     let mut totals = Vec::new();

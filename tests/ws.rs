@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::Path;
 use axum::response::Response;
 use axum::routing::any;
 use bytes::Bytes;
@@ -17,11 +18,13 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use http::HeaderValue;
 use shardcast::ws::{CloseFrame, Message, OnFailedUpgrade, WebSocket, WebSocketUpgrade, close_code};
 use shardcast::{
-    BroadcastPolicy, CloseReason, Engine, EngineConfig, Hub, HubContext, RawCodec, WsHub, WsHubConfig,
+    BroadcastPolicy, CloseReason, Engine, EngineConfig, Hub, HubContext, PresenceEvent, PresenceKind,
+    RawCodec, WsHub, WsHubConfig,
 };
 use testkit::frames::{BINARY, CLOSE, FIN, PING, PONG, TEXT, client_frame, client_text};
-use testkit_hub::{RawClient, Server, engine, eventually, within_timeout};
+use testkit_hub::{Client, RawClient, Server, engine, eventually, within_timeout};
 use tokio::sync::{mpsc, oneshot};
+use tokio_tungstenite::tungstenite::Error;
 
 /// Serves each connection by `serve`, on an engine of its own.
 async fn serve<F, Fut>(serve: F) -> (Server, Engine)
@@ -370,6 +373,33 @@ async fn a_socket_can_be_a_client_of_a_hub() {
     assert_eq!(recv(&mut socket_of_ada).await, Some(Ok(Message::text("to the task"))), "and not to the hub");
     drop((socket_of_ada, socket_of_bob));
     assert_eq!((ada.close_code().await, bob.close_code().await), (Some(1000), Some(1000)));
+}
+
+#[tokio::test]
+async fn a_socket_of_a_user_is_reached_and_shown_as_the_hubs_other_clients_are() {
+    let engine = engine(2);
+    let hub: Hub<Chat> = engine.hub(WsHubConfig::default()).unwrap();
+    let (sender, mut sockets) = mpsc::unbounded_channel();
+    let for_route = hub.clone();
+    let connect = move |ws: WebSocketUpgrade, Path(user): Path<String>| async move {
+        ws.user(user)
+            .client_of(&for_route)
+            .on_upgrade(move |socket| async move { sender.send(socket).unwrap() })
+    };
+    let server = Server::start(Router::new().route("/ws/{user}", any(connect))).await;
+    let mut changes = hub.presence_changes().into_stream();
+    let mut ada = Client::connect(server.url("/ws/ada")).await;
+    let socket = within_timeout(sockets.recv()).await.unwrap();
+    let Some(PresenceEvent::Change(change)) = within_timeout(changes.next()).await else {
+        panic!("no change")
+    };
+    assert_eq!((&*change.user, change.kind, change.group), ("ada", PresenceKind::Joined, None));
+    assert_eq!(hub.to_user("ada").members().await.unwrap(), [socket.id()]);
+    hub.to_user("ada").publish(&"to Ada".to_owned()).await.unwrap();
+    assert_eq!(ada.recv_text().await, "to Ada");
+    let long = server.url(&format!("/ws/{}", "x".repeat(1025)));
+    let refused = within_timeout(Client::try_connect(long, &[])).await.unwrap_err();
+    assert!(matches!(&refused, Error::Http(response) if response.status() == 400), "{refused}");
 }
 
 #[tokio::test]

@@ -393,7 +393,10 @@ impl RateLimit {
     /// # Errors
     /// [`ConfigError`] for the first field that is out of range.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        [self.messages, self.bytes].iter().flatten().try_for_each(Rate::validate)
+        [self.messages, self.bytes, self.user_messages, self.user_bytes]
+            .iter()
+            .flatten()
+            .try_for_each(Rate::validate)
     }
 }
 
@@ -463,6 +466,8 @@ mod tests {
         assert_eq!(error.to_string(), "`count` is 0, but must be from 1 to 1000000000");
         let messages = Some(Rate::new(1, Duration::from_secs(60)).with_burst(0));
         let rate_limit = RateLimit { messages, ..RateLimit::default() };
+        let user_rate_limit = RateLimit { user_bytes: messages, ..RateLimit::default() };
+        assert_eq!(user_rate_limit.validate(), rate_limit.validate());
         let config = ConnectionConfig { rate_limit, ..Default::default() };
         assert_eq!(config.validate().unwrap_err().field, "burst");
         let endless = Rate::new(1, Duration::from_secs(1_000_000));

@@ -36,7 +36,6 @@ use crate::metrics::{ConnectionMetrics, Counts};
 use crate::outbox::{Bounds, Outbox};
 use crate::position::Position;
 use crate::presence::User;
-use crate::rate::SharedRateLimit;
 use crate::receipt::Origin;
 use crate::rendition::Encoding;
 use crate::socket::Socket;
@@ -218,7 +217,6 @@ impl Connection {
         directory: Arc<Directory>,
         handler: Box<dyn Handler>,
         permit: ConnectionPermit,
-        rate_limit: Option<(SharedRateLimit, i64)>,
         now: Duration,
     ) -> Self {
         Self {
@@ -231,7 +229,7 @@ impl Connection {
             handler: Some(handler),
             resume: None,
             held: None,
-            limiter: Limiter::new(&config.rate_limit, rate_limit),
+            limiter: Limiter::new(&config.rate_limit),
             passage: None,
             timer_tick: NO_TICK,
             refused_since: 0,

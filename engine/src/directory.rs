@@ -22,6 +22,7 @@ use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::EndedTally;
 use crate::presence::{PresenceKind, PresenceObserver, Present};
 use crate::rendition::{ENCODINGS_MAX, Encoding};
+use crate::user_limits::UserLimits;
 
 const CLOSED: u64 = u64::MAX;
 /// A bit of the member count: users are present, so the entry must stay although it may have no members.
@@ -370,6 +371,8 @@ pub(crate) struct Directory {
     everyone: Arc<Group>,
     groups: papaya::HashMap<Arc<str>, Arc<Group>>,
     users: papaya::HashMap<Arc<str>, Arc<Group>>,
+    /// The rate limits of users.
+    user_limits: UserLimits,
     /// Groups that have members.
     occupied: AtomicUsize,
     observation: OnceLock<Observation>,
@@ -394,6 +397,7 @@ impl Directory {
                 everyone,
                 groups: papaya::HashMap::new(),
                 users: papaya::HashMap::new(),
+                user_limits: UserLimits::default(),
                 occupied: AtomicUsize::new(0),
                 observation: OnceLock::new(),
                 next_key,
@@ -402,6 +406,10 @@ impl Directory {
                 encodings: Default::default(),
             }
         })
+    }
+
+    pub(crate) fn user_limits(&self) -> &UserLimits {
+        &self.user_limits
     }
 
     /// The shard that watches the presence of users and announces its changes.

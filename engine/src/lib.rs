@@ -129,6 +129,7 @@ mod shutdown;
 mod socket;
 mod sync;
 mod tally;
+mod user_limits;
 mod utf8;
 mod wait_list;
 mod watchdog;

@@ -15,12 +15,12 @@ pub(crate) const SLACK: Duration = Duration::from_millis(25);
 /// Time between two reports of dropped messages to a handler, so that a flood does not cost a call for each of them.
 const NOTICE_INTERVAL: Duration = Duration::from_secs(1);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Limiter {
     messages: u64,
     bytes: u64,
-    /// A limit that other connections count in, too, and what must be added to our time to get its time.
-    shared: Option<(SharedRateLimit, i64)>,
+    /// Limits that other connections count in, too, each with what must be added to our time to get its time.
+    shared: Box<[(SharedRateLimit, i64)]>,
     /// None while the client has kept to its limits.
     excess: Option<Box<Excess>>,
 }
@@ -74,9 +74,14 @@ pub(crate) enum Turn {
 
 impl Limiter {
     /// None if nothing is limited.
-    pub(crate) fn new(limit: &RateLimit, shared: Option<(SharedRateLimit, i64)>) -> Option<Box<Self>> {
-        let is_limited = limit.messages.is_some() || limit.bytes.is_some() || shared.is_some();
-        is_limited.then(|| Box::new(Self { messages: 0, bytes: 0, shared, excess: None }))
+    pub(crate) fn new(limit: &RateLimit) -> Option<Box<Self>> {
+        (limit.messages.is_some() || limit.bytes.is_some()).then(Box::default)
+    }
+
+    /// Counts in a limit that other connections share, too. `offset` is what must be added to our time to get its time.
+    pub(crate) fn share(&mut self, limit: SharedRateLimit, offset: i64) {
+        let before = std::mem::take(&mut self.shared);
+        self.shared = before.into_iter().chain([(limit, offset)]).collect();
     }
 
     /// Whether a held message waits for the rate.
@@ -218,7 +223,7 @@ impl Limiter {
             *word = next;
             ready = ready.max(from);
         }
-        if let Some((shared, offset)) = &self.shared {
+        for (shared, offset) in &self.shared {
             let from = shared.reserve(bytes, nanos.saturating_add_signed(*offset), slack);
             ready = ready.max(from.saturating_add_signed(-offset));
         }
@@ -235,10 +240,15 @@ impl Limiter {
         let (bytes, nanos) = (bytes as u64, as_nanos(now));
         let is_within =
             self.words(bytes, limit).all(|(rate, word, units)| rate.count(*word, units, nanos, 0).1 <= nanos);
-        let takes = |(shared, offset): &(SharedRateLimit, i64)| {
+        if !is_within {
+            return false;
+        }
+        let takes = |(shared, offset): &&(SharedRateLimit, i64)| {
             shared.take(bytes, nanos.saturating_add_signed(*offset))
         };
-        if !is_within || !self.shared.as_ref().is_none_or(takes) {
+        let taken = self.shared.iter().take_while(takes).count();
+        if taken < self.shared.len() {
+            self.shared[..taken].iter().for_each(|(shared, _)| shared.give_back(bytes));
             return false;
         }
         for (rate, word, units) in self.words(bytes, limit) {
@@ -274,15 +284,13 @@ mod tests {
     }
 
     fn limiter(limit: &RateLimit) -> Limiter {
-        *Limiter::new(limit, None).expect("something is limited")
+        *Limiter::new(limit).expect("something is limited")
     }
 
     #[test]
     fn without_a_limit_there_is_no_limiter() {
-        assert!(Limiter::new(&RateLimit::default(), None).is_none());
-        assert!(
-            Limiter::new(&RateLimit { over_limit: OverLimit::Drop, ..RateLimit::default() }, None).is_none()
-        );
+        assert!(Limiter::new(&RateLimit::default()).is_none());
+        assert!(Limiter::new(&RateLimit { over_limit: OverLimit::Drop, ..RateLimit::default() }).is_none());
     }
 
     #[test]

@@ -138,7 +138,14 @@ pub struct RateLimit {
     pub messages: Option<Rate>,
     /// Bytes of payload of one connection's messages. Default: none, which means no limit.
     pub bytes: Option<Rate>,
-    /// What happens above a limit, the connection's own or a [shared](SharedRateLimit) one. Default:
+    /// Messages of all connections of one user together, in one namespace. Default: none, which means no limit. A
+    /// connection without a user is not counted. The rates of a user are those of the first connection that it opens,
+    /// and what was counted is kept when it reconnects.
+    pub user_messages: Option<Rate>,
+    /// Bytes of payload of the messages of all connections of one user together, as
+    /// [`user_messages`](Self::user_messages). Default: none, which means no limit.
+    pub user_bytes: Option<Rate>,
+    /// What happens above a limit: the connection's own, its user's or a [shared](SharedRateLimit) one. Default:
     /// [`OverLimit::Delay`].
     pub over_limit: OverLimit,
     #[doc(hidden)]
@@ -169,11 +176,12 @@ pub enum OverLimit {
     Close,
 }
 
-/// A limit that several connections share, for instance all of one user, on whichever shards they are.
+/// A limit that several connections share, for instance all of one tenant, on whichever shards they are. For those of one
+/// user there is [`RateLimit::user_messages`].
 ///
-/// The application keeps one limit per user, tenant or API key, and gives a clone of it to each connection that the
-/// limit covers ([`NewConnection::rate_limit`](crate::NewConnection::rate_limit)). It is counted in addition to the connection's
-/// own [`RateLimit`], whose `over_limit` says what happens to a message that exceeds either. Under
+/// The application keeps one limit per tenant or API key, and gives a clone of it to each connection that the limit
+/// covers ([`NewConnection::rate_limit`](crate::NewConnection::rate_limit)). It is counted in addition to the
+/// connection's own [`RateLimit`], whose `over_limit` says what happens to a message that exceeds either. Under
 /// [`OverLimit::Delay`] the connections take turns in the order in which their messages arrive.
 ///
 /// Two words that all clones share, without a lock. Connections on different shards are counted by their shards' own
@@ -236,11 +244,32 @@ impl SharedRateLimit {
         if taken == self.words(bytes).count() {
             return true;
         }
-        for (rate, word, units) in self.words(bytes).take(taken) {
+        self.give_back_words(bytes, taken);
+        false
+    }
+
+    /// Takes back what [`take`](Self::take) has counted.
+    pub(crate) fn give_back(&self, bytes: u64) {
+        self.give_back_words(bytes, usize::MAX);
+    }
+
+    fn give_back_words(&self, bytes: u64, words: usize) {
+        for (rate, word, units) in self.words(bytes).take(words) {
             let cost = rate.cost(units);
             let _ = word.fetch_update(Relaxed, Relaxed, |word| Some(word.saturating_sub(cost)));
         }
-        false
+    }
+
+    /// Whether somebody else has it, too.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
+    /// Whether everything that was counted has arrived at the rate: it is as good as a new one.
+    pub(crate) fn is_paid(&self, now: Instant) -> bool {
+        let Some(epoch) = self.0.epoch.get() else { return true };
+        let now = u64::try_from(now.saturating_duration_since(*epoch).as_nanos()).unwrap_or(u64::MAX);
+        self.words(0).all(|(_, word, _)| word.load(Relaxed) <= now) // Relaxed: as above
     }
 
     /// Each rate with its word, and how many units of it a message of this length is.

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shardcast_engine::{
-    CloseReason, ConnectionConfig, Engine, EngineConfig, Metrics, OverLimit, Rate, RateLimit, SharedRateLimit,
+    CloseReason, ConnectionConfig, Engine, EngineConfig, Metrics, OverLimit, Rate, RateLimit,
+    SharedRateLimit, User,
 };
 use testkit::client::new_connection;
 use testkit::frames::{client_frame, client_text};
@@ -532,6 +533,84 @@ fn a_shared_limit_counts_in_addition_to_the_connections_own() {
     let dropped: Vec<u64> =
         flooders.iter().map(|flooder| flooder.client.record().rate_limited.iter().sum()).collect();
     assert_eq!(dropped, [20, 25]);
+}
+
+/// A client of a user, which sends messages of `length` bytes.
+fn connect_as(rig: &mut Rig, user: &str, length: usize, shared: Option<&SharedRateLimit>) -> Flooder {
+    let (mut new_connection, client) = new_connection(&rig.engine, &rig.config, rig.send_buffer);
+    new_connection.user = Some(User::new(user));
+    new_connection.rate_limit = shared.cloned();
+    at_once(rig.everyone.adopt(new_connection)).unwrap();
+    rig.settle();
+    Flooder::new(client, length)
+}
+
+fn send(rig: &mut Rig, flooder: &mut Flooder, count: usize) {
+    for _ in 0..count {
+        let text = flooder.text(flooder.sent);
+        flooder.client.peer.text(&text);
+        flooder.sent += 1;
+    }
+    rig.settle();
+}
+
+#[test]
+fn all_connections_of_a_user_have_one_limit_and_reconnecting_does_not_renew_it() {
+    let hour = Duration::from_secs(3600);
+    for over_limit in [OverLimit::Drop, OverLimit::Delay] {
+        let rate = Rate::new(60, hour).with_burst(10);
+        let limit = RateLimit { user_messages: Some(rate), over_limit, ..RateLimit::default() };
+        let engine = EngineConfig { shards: Some(2), ..EngineConfig::default() };
+        let mut rig = Rig::with(engine, limited(limit));
+        let mut tabs: Vec<_> = (0..3).map(|_| connect_as(&mut rig, "ada", 10, None)).collect();
+        let mut bob = connect_as(&mut rig, "bob", 10, None);
+        let mut nobody = Flooder::new(rig.connect(), 10);
+        for flooder in tabs.iter_mut().chain([&mut bob, &mut nobody]) {
+            send(&mut rig, flooder, 6);
+        }
+        let handled: Vec<_> = tabs.iter().map(Flooder::handled).collect();
+        assert_eq!(handled, [6, 4, 0], "ten of Ada, {over_limit:?}");
+        assert_eq!((bob.handled(), nobody.handled()), (6, 6), "a user of its own, and no user");
+
+        // Ada has no connection any more, and comes back.
+        tabs.iter_mut().for_each(|tab| tab.client.peer.close(1000));
+        rig.pass(Duration::from_secs(60));
+        let mut again = connect_as(&mut rig, "ada", 10, None);
+        send(&mut rig, &mut again, 6);
+        assert!(again.handled() < 6, "{} handled, {over_limit:?}", again.handled());
+        again.client.peer.close(1000);
+        rig.pass(hour);
+        let mut rested = connect_as(&mut rig, "ada", 10, None);
+        send(&mut rig, &mut rested, 12);
+        assert_eq!(rested.handled(), 10, "{over_limit:?}");
+    }
+}
+
+#[test]
+fn a_message_that_one_limit_refuses_is_counted_in_none() {
+    let rate = |count| Some(Rate::new(count, Duration::from_secs(3600)));
+    let limit = RateLimit {
+        messages: rate(7),
+        user_messages: rate(9),
+        user_bytes: rate(500),
+        over_limit: OverLimit::Drop,
+        ..RateLimit::default()
+    };
+    let mut rig = Rig::one(limited(limit));
+    let shared = SharedRateLimit::new(rate(12), None).unwrap();
+    // Ada: 7 by the first connection's own limit, 2 more by hers. Bob: 3 by what is left of the shared one.
+    for (user, sent, handled) in [("ada", 20, 7), ("ada", 20, 2), ("bob", 20, 3), ("carol", 20, 0)] {
+        let mut flooder = connect_as(&mut rig, user, 10, Some(&shared));
+        send(&mut rig, &mut flooder, sent);
+        assert_eq!(flooder.handled(), handled, "{user}");
+    }
+    // Bytes: two of 200, and not a third; a shorter one is within what is left.
+    let mut dave = connect_as(&mut rig, "dave", 200, None);
+    send(&mut rig, &mut dave, 5);
+    assert_eq!(dave.handled(), 2);
+    dave.length = 100;
+    send(&mut rig, &mut dave, 2);
+    assert_eq!(dave.handled(), 3);
 }
 
 #[test]

@@ -15,7 +15,8 @@ use std::{
 use super::error::ClientClose;
 
 const INITIAL_DELAY: Duration = Duration::from_secs(2);
-const DELAY_MAX: Duration = Duration::from_secs(30);
+/// When a server can be reached again after a long time, all of its clients are back within this, spread over it.
+const DELAY_MAX: Duration = Duration::from_secs(10);
 const RESET_AFTER: Duration = Duration::from_secs(10);
 
 type Condition = Arc<dyn Fn(&ClientClose) -> bool + Send + Sync>;
@@ -24,15 +25,18 @@ type Condition = Arc<dyn Fn(&ClientClose) -> bool + Send + Sync>;
 /// [`with_reconnect`](super::HubClientBuilder::with_reconnect).
 ///
 /// The delay before attempt *n* (1, 2, …) is drawn uniformly from zero to *initial delay* × 2^(*n* − 1), but at most the
-/// *maximum delay* ("full jitter"). With the defaults that is up to 2 s, 4 s, 8 s, 16 s and then 30 s, without a limit on
-/// attempts. A `Retry-After` of the server is waited for in addition.
+/// *maximum delay* ("full jitter"). With the defaults that is up to 2 s, 4 s, 8 s and then 10 s, without a limit on
+/// attempts: however long a server was away, its clients are back within 10 s.
+///
+/// A `Retry-After` of the server is waited for first, and the random delay is added to it. It is then at most what is
+/// left of the maximum delay, or the initial delay if that is more.
 ///
 /// ```
 /// use std::time::Duration;
 /// use shardcast::client::{ClientClose, ReconnectPolicy};
 ///
 /// let policy = ReconnectPolicy::new()
-///     .with_delay_max(Duration::from_secs(10))
+///     .with_delay_max(Duration::from_secs(60))
 ///     .with_attempts_max(20)
 ///     .with_first_connect(true)
 ///     // Also after 4000, which this application's server sends before maintenance.
@@ -52,7 +56,7 @@ pub struct ReconnectPolicy {
 }
 
 impl ReconnectPolicy {
-    /// The defaults: delays from 2 s to 30 s, any number of attempts, not for the first connect.
+    /// The defaults: delays up to 2 s, growing to 10 s, any number of attempts, not for the first connect.
     pub fn new() -> Self {
         Self {
             initial_delay: INITIAL_DELAY,
@@ -71,7 +75,7 @@ impl ReconnectPolicy {
         self
     }
 
-    /// The longest delay before any attempt: 30 s by default. It is also the limit for the initial delay, and zero makes
+    /// The longest delay before any attempt: 10 s by default. It is also the limit for the initial delay, and zero makes
     /// [`connect`](super::HubClient::connect) fail.
     pub fn with_delay_max(mut self, delay: Duration) -> Self {
         self.delay_max = delay;
@@ -202,12 +206,13 @@ impl Attempts {
             return None;
         }
         self.made = self.made.saturating_add(1);
-        let jitter = fraction(policy.ceiling(self.made), random);
-        // The jitter is added: a date, or the same number of seconds, is told to many clients.
         let least = match close {
             ClientClose::ConnectFailed { error, .. } => error.retry_after().unwrap_or_default(),
             _ => Duration::ZERO,
         };
+        // The jitter is added: a date, or the same number of seconds, is told to many clients.
+        let left = policy.delay_max.saturating_sub(least).max(policy.ceiling(1));
+        let jitter = fraction(policy.ceiling(self.made).min(left), random);
         Some(Attempt { number: self.made, delay: least.saturating_add(jitter) })
     }
 }
@@ -247,8 +252,8 @@ mod tests {
     fn delays_double_up_to_their_limit_and_are_anything_from_zero() {
         let mut attempts = Attempts::new(Some(ReconnectPolicy::new()));
         let longest: Vec<_> = (0..7).map(|_| millis(attempts.next_with(&lost(), LONGEST)).unwrap()).collect();
-        assert_eq!(longest, [2000, 4000, 8000, 16000, 30000, 30000, 30000]);
-        for (random, expected) in [(0, 0), (1 << 62, 7500), (1 << 63, 15000)] {
+        assert_eq!(longest, [2000, 4000, 8000, 10000, 10000, 10000, 10000]);
+        for (random, expected) in [(0, 0), (1 << 62, 2500), (1 << 63, 5000)] {
             assert_eq!(millis(attempts.next_with(&lost(), random)), Some(expected));
         }
     }
@@ -278,10 +283,16 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_waited_for_at_least_and_the_jitter_is_added() {
+    fn retry_after_is_waited_for_at_least_and_the_jitter_is_added_within_the_longest_delay() {
         let mut attempts = Attempts::new(Some(ReconnectPolicy::new()));
         assert_eq!(millis(attempts.next_with(&refused("7"), 0)), Some(7000));
-        assert_eq!(millis(attempts.next_with(&refused("7"), LONGEST)), Some(11000));
+        assert_eq!(millis(attempts.next_with(&refused("3"), LONGEST)), Some(7000), "up to 4 s");
+        assert_eq!(
+            millis(attempts.next_with(&refused("7"), LONGEST)),
+            Some(10000),
+            "up to 3 s instead of 8 s"
+        );
+        assert_eq!(millis(attempts.next_with(&refused("60"), LONGEST)), Some(62000), "never less than 2 s");
         assert_eq!(millis(attempts.next_with(&refused("tomorrow"), 0)), Some(0));
     }
 

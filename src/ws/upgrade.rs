@@ -13,7 +13,7 @@ use axum::extract::{FromRequestParts, OptionalFromRequestParts};
 use axum::response::{IntoResponse, Response};
 use http::request::Parts;
 use http::{HeaderValue, StatusCode};
-use shardcast_engine::{ConnectionConfig, ConnectionId, Namespace};
+use shardcast_engine::{AdoptError, ConnectionConfig, ConnectionId, Namespace, USER_NAME_BYTES_MAX};
 use tokio::sync::oneshot;
 
 use super::socket::{Link, SocketHandler, WebSocket};
@@ -39,6 +39,7 @@ pub struct WebSocketUpgrade<F = DefaultOnFailedUpgrade> {
     /// None while nothing was changed: then the connection shares its engine's.
     config: Option<Arc<ConnectionConfig>>,
     owner: Option<Owner>,
+    user: Option<Arc<str>>,
     on_failed_upgrade: F,
 }
 
@@ -69,9 +70,18 @@ impl<F> WebSocketUpgrade<F> {
     /// The hub's settings hold from here on, without pings if they are turned off there; its codec decides which kind of
     /// message this client gets.
     pub fn client_of<H: WsHub>(self, hub: &Hub<H>) -> Self {
+        hub.observe_presence();
         let Host { engine, namespace, config } = hub.host();
         let owner = Owner { engine: engine.clone(), namespace: namespace.clone(), config: config.clone() };
         Self { owner: Some(owner), config: None, ..self }
+    }
+
+    /// The user of this connection, by a name of at most [`USER_NAME_BYTES_MAX`](crate::USER_NAME_BYTES_MAX) bytes
+    /// (1,024); a longer one is answered with 400. As a [client of a hub](Self::client_of) it is reached by
+    /// [`to_user`](crate::Clients::to_user) and shown by [`presence`](crate::Clients::presence) as the hub's other
+    /// clients are: see [`Serve::user`](crate::Serve::user). The settings for users hold without a hub, too.
+    pub fn user(self, name: impl Into<Arc<str>>) -> Self {
+        Self { user: Some(name.into()), ..self }
     }
 
     /// All settings of the connection, as a [`WsHubConfig`](crate::WsHubConfig) or an `Arc` of one that several
@@ -178,15 +188,15 @@ impl<F> WebSocketUpgrade<F> {
     /// Calls `callback` if the handshake was accepted and there is no WebSocket all the same, because the client has
     /// disconnected or the response was not sent. By default nothing is called.
     pub fn on_failed_upgrade<C: OnFailedUpgrade>(self, callback: C) -> WebSocketUpgrade<C> {
-        let Self { inner, config, owner, .. } = self;
-        WebSocketUpgrade { inner, config, owner, on_failed_upgrade: callback }
+        let Self { inner, config, owner, user, .. } = self;
+        WebSocketUpgrade { inner, config, owner, user, on_failed_upgrade: callback }
     }
 
     /// Accepts the handshake, and runs `callback` with the WebSocket in a task of its own once a shard has the
     /// connection.
     ///
     /// At a limit on connections and while the engine is stopping the response is a 503 with a `Retry-After` of 2 to
-    /// 10 seconds, and for a setting out of range a 500.
+    /// 8 seconds, and for a setting out of range a 500.
     #[must_use = "the handshake goes unanswered unless this response is returned"]
     pub fn on_upgrade<C, Fut>(self, callback: C) -> Response
     where
@@ -204,7 +214,10 @@ impl<F> WebSocketUpgrade<F> {
         Fut: Future<Output = ()> + Send + 'static,
         F: OnFailedUpgrade,
     {
-        let Self { inner, config, owner, on_failed_upgrade } = self;
+        let Self { inner, config, owner, user, on_failed_upgrade } = self;
+        if user.as_ref().is_some_and(|user| user.len() > USER_NAME_BYTES_MAX) {
+            return (StatusCode::BAD_REQUEST, AdoptError::UserNameTooLong.to_string()).into_response();
+        }
         let Some(owner) = owner.or_else(|| default_engine().map(Owner::of_engine)) else {
             return (StatusCode::INTERNAL_SERVER_ERROR, "the server could not start").into_response();
         };
@@ -232,7 +245,7 @@ impl<F> WebSocketUpgrade<F> {
             };
             let host = Host { engine: &owner.engine, namespace: &owner.namespace, config: &config };
             let address = socket.remote_address();
-            match adopt(host, permit, socket).await {
+            match adopt(host, permit, socket, user).await {
                 // In a task of its own, which keeps nothing of the upgrade.
                 Ok(socket) => drop(tokio::spawn(callback(socket, address))),
                 Err(error) => on_failed_upgrade.call(error),
@@ -247,6 +260,7 @@ async fn adopt(
     host: Host<'_>,
     mut permit: shardcast_engine::ConnectionPermit,
     socket: crate::upgrade::WebSocket,
+    user: Option<Arc<str>>,
 ) -> Result<WebSocket, Error> {
     let socket = host.count_late(&mut permit, socket).map_err(Error::new)?;
     let (link, protocol) = (Arc::<Link>::default(), socket.protocol().cloned());
@@ -256,7 +270,7 @@ async fn adopt(
         let _ = sender.send(id); // nobody waits for a socket whose task has been dropped
         Box::new(handler)
     });
-    if let Err(error) = host.adopt(socket, make_handler, permit).await {
+    if let Err(error) = host.adopt(socket, make_handler, permit, user).await {
         error.log();
         return Err(Error::new(error));
     }
@@ -289,7 +303,7 @@ impl OnFailedUpgrade for DefaultOnFailedUpgrade {
 
 impl WebSocketUpgrade {
     fn new(inner: crate::upgrade::WebSocketUpgrade) -> Self {
-        Self { inner, config: None, owner: None, on_failed_upgrade: DefaultOnFailedUpgrade }
+        Self { inner, config: None, owner: None, user: None, on_failed_upgrade: DefaultOnFailedUpgrade }
     }
 }
 

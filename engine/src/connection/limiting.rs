@@ -3,11 +3,12 @@
 //! The limiter decides; here its verdicts meet the held messages, the heartbeat and the timer. A connection without
 //! limits has no limiter, and pays one comparison for each message. Does not know when it is this connection's turn.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::held::Held;
 use crate::id::ConnectionId;
 use crate::limiter::{Arrived, SLACK, Turn};
+use crate::rate::SharedRateLimit;
 use crate::wheel::{NO_TICK, TICK, Wheel};
 
 use super::Connection;
@@ -28,6 +29,12 @@ pub(crate) enum NextHeld {
 }
 
 impl Connection {
+    /// Counts this connection's messages in a limit that it shares. `started` is when the shard's time began.
+    pub(crate) fn share_rate_limit(&mut self, limit: SharedRateLimit, started: Instant) {
+        let offset = limit.offset(started);
+        self.limiter.get_or_insert_default().share(limit, offset);
+    }
+
     /// Whether a held message waits for its rate.
     pub(crate) fn is_delayed(&self) -> bool {
         self.limiter.as_ref().is_some_and(|limiter| limiter.is_delayed())

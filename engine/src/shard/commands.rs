@@ -299,13 +299,11 @@ impl Shard {
             }
         };
         drop(shown);
-        let rate_limit = rate_limit.map(|limit| {
-            let offset = limit.offset(self.started);
-            (limit, offset)
-        });
         let now = self.fanout.now;
-        let connection =
-            Connection::open(id, socket, config, encoding, directory, handler, permit, rate_limit, now);
+        let mut connection = Connection::open(id, socket, config, encoding, directory, handler, permit, now);
+        if let Some(limit) = rate_limit {
+            connection.share_rate_limit(limit, self.started);
+        }
         connection.directory().add_encoding(encoding);
         self.fanout.connections.insert(connection);
         let user = user.map(|(user, join)| self.set_user(slot, user, join));
@@ -351,6 +349,11 @@ impl Shard {
     /// Sets the user of a new connection, and ends the user's connections that it replaces.
     fn set_user(&mut self, slot: Slot, user: User, join: PendingJoin) -> PendingJoin {
         let connection = &mut self.fanout.connections[slot];
+        let now = self.started + self.fanout.now;
+        let rates = &connection.config().rate_limit;
+        if let Some(limit) = connection.directory().user_limits().of(&user.name, rates, now) {
+            connection.share_rate_limit(limit, self.started);
+        }
         let (id, namespace, mut listed) = (connection.id(), connection.directory().key(), None);
         let mut replaced = Vec::new();
         if let Some(UserLimit::NewestWins(max)) = connection.config().max_connections_per_user {
