@@ -86,10 +86,11 @@ impl Signals {
 }
 
 /// The seconds after an argument, or `default`.
-fn seconds(name: &str, default: u64) -> Result<Duration, Box<dyn Error>> {
+fn seconds(name: &str, default: u16) -> Result<Duration, Box<dyn Error>> {
     let value = std::env::args().skip_while(|argument| argument != name).nth(1);
     let seconds = value.map_or(Ok(default), |value| value.parse());
-    Ok(Duration::from_secs(seconds.map_err(|error| format!("{name}: {error}"))?))
+    let seconds = seconds.map_err(|error| format!("{name} takes whole seconds: {error}"))?;
+    Ok(Duration::from_secs(seconds.into()))
 }
 
 #[tokio::main]
