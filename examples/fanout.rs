@@ -5,6 +5,7 @@
 //! accepted message is delivered, clients get a Close frame (1001), and it prints a report.
 //! `--rate-limit N` limits each client to N messages a second, and delays what exceeds that; `--over-limit drop` or
 //! `close` does that instead.
+//! `--outbox N` sets how many messages each client's outbox holds.
 //! Policies: `block`, `drop-message:100ms`, `drop-connection:100ms:5`, `drop-on-high-rtt:300ms:8`.
 //!
 //! - `/ws`: `{"t":u64,"p":string}`, decoded, encoded again and broadcast to all, including the sender
@@ -115,7 +116,7 @@ struct Options {
 }
 
 const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY] \
-     [--rate-limit N] [--over-limit delay|drop|close], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
+     [--outbox N] [--rate-limit N] [--over-limit delay|drop|close], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
 
 /// Time after SIGTERM to deliver all accepted messages.
 const SHUTDOWN_WITHIN: Duration = Duration::from_secs(20);
@@ -135,6 +136,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
                 options.engine.coalesce = Duration::from_millis(value()?.parse().map_err(|_| USAGE)?);
             }
             "--policy" => options.hub.policy = policy(&value()?)?,
+            "--outbox" => options.hub.outbox_frames = value()?.parse().map_err(|_| USAGE)?,
             "--rate-limit" => {
                 options.hub.rate_limit.messages =
                     Some(Rate::per_second(value()?.parse().map_err(|_| USAGE)?));

@@ -104,7 +104,7 @@ impl Engine {
     /// second. The shard's thread keeps running until the method returns, or the process ends.
     ///
     /// End the engine first, then axum within a bound: axum does not know upgraded sockets, and its graceful shutdown
-    /// waits for ever for a request that was half sent. [The guide](crate#shutdown) has the program.
+    /// waits for ever for a request that was half sent. [The guide](crate::guide::shutdown) has the program.
     pub async fn shutdown(&self, within: Duration) -> ShutdownReport {
         self.inner.shutdown(Shutdown::within(within)).await.expect("1001 may be sent")
     }

@@ -19,6 +19,8 @@ mod context;
 mod default_engine;
 mod engine;
 mod first_message;
+#[cfg(any(doc, doctest))]
+pub mod guide;
 pub mod handler;
 mod handshake;
 mod hub;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 const CRATES: [(&str, &str); 2] =
     [("engine/src", "### engine/src, from the ground up"), ("src", "### src, on top of it")];
 
-/// What is written for people. The guide is the documentation of the crate `shardcast`, too.
+/// What is written for people, besides the [chapters] of the guide.
 const DOCUMENTS: [&str; 8] = [
     "README.md",
     "ARCHITECTURE.md",
@@ -24,6 +24,12 @@ const DOCUMENTS: [&str; 8] = [
     "engine/README.md",
     "src/guide.md",
 ];
+
+/// The front page of the guide, which is also the documentation of the crate `shardcast`.
+const GUIDE: &str = "src/guide.md";
+
+/// The folder of the guide's chapters, which are also modules of the documentation.
+const CHAPTERS: &str = "src/guide";
 
 /// Module → its rank. A module imports only modules of a lower rank.
 type Ranks = BTreeMap<String, usize>;
@@ -229,8 +235,8 @@ fn the_tests_and_files_that_the_documents_name_exist() {
     let folders = ["engine", "src", "examples", "tests", "benches", "benchmarks/src", "testkit"];
     let all: String = sources(&folders).iter().map(|path| read(path)).collect();
     let mut found = Vec::new();
-    for document in DOCUMENTS {
-        let text = read(&root().join(document));
+    for document in documents() {
+        let text = read(&root().join(&document));
         for name in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)) {
             let is_source = name.contains('/') && name.ends_with(".rs") && !name.contains(' ');
             let is_script = name.starts_with("ci/") || name.starts_with(".ci/");
@@ -251,8 +257,8 @@ fn the_tests_and_files_that_the_documents_name_exist() {
 #[test]
 fn links_between_the_documents_lead_to_files_and_headings_that_exist() {
     let mut found = Vec::new();
-    for document in DOCUMENTS {
-        let path = root().join(document);
+    for document in documents() {
+        let path = root().join(&document);
         let folder = path.parent().expect("a document is in a folder");
         let text = prose_of(&read(&path));
         for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
@@ -273,13 +279,105 @@ fn links_between_the_documents_lead_to_files_and_headings_that_exist() {
             }
         }
     }
-    let guide = headings(&read(&root().join("src/guide.md")));
-    for path in sources(&["src"]) {
-        for rest in read(&path).split("(crate#").skip(1) {
-            let heading = rest.split(')').next().unwrap_or_default();
-            if !guide.iter().any(|id| id == heading) {
-                found.push(format!("{} links to `{heading}`, which the guide does not have", name(&path)));
+    assert_none(&found);
+}
+
+#[test]
+fn links_to_a_heading_of_the_guide_lead_to_one_that_exists() {
+    // Rustdoc checks that the chapter exists, and does not look at what is behind the `#`.
+    let front = headings(&read(&root().join(GUIDE)));
+    let chapters: BTreeMap<String, Vec<String>> =
+        chapters().into_iter().map(|(module, path)| (module, headings(&read(&path)))).collect();
+    let texts = sources(&["src"]).into_iter().chain(documents().into_iter().map(|path| root().join(path)));
+    let mut found = Vec::new();
+    for path in texts {
+        // Not in code blocks of a document; in a source, the documentation is in comments.
+        let text = read(&path);
+        let text =
+            if path.extension().is_some_and(|extension| extension == "md") { prose_of(&text) } else { text };
+        for (target, heading) in links_with_a_heading(&text) {
+            let target = target.trim_start_matches("crate::").trim_start_matches("guide::");
+            let there = if target == "crate" { Some(&front) } else { chapters.get(target) };
+            if there.is_some_and(|there| !there.iter().any(|id| id == heading)) {
+                found.push(format!("{} links to `{target}#{heading}`, which does not exist", name(&path)));
             }
+        }
+    }
+    assert_none(&found);
+}
+
+#[test]
+fn the_guide_lists_every_chapter() {
+    let (front, modules) = (read(&root().join(GUIDE)), read(&root().join("src/guide.rs")));
+    let mut found = Vec::new();
+    for (module, path) in chapters() {
+        let file = name(&path);
+        if !modules.contains(&format!("(\"{}\")", file.trim_start_matches("src/"))) {
+            found.push(format!("src/guide.rs does not include {file}"));
+        }
+        // A page inside a chapter is listed by its chapter.
+        let parent = module.rsplit_once("::").map(|(parent, _)| parent.to_owned());
+        let (list, link) = match &parent {
+            None => (front.clone(), format!("(guide::{module})")),
+            Some(parent) => (read(&root().join(format!("{CHAPTERS}/{parent}.md"))), format!("({module})")),
+        };
+        if !list.contains(&link) {
+            found.push(format!("{file} is listed nowhere: `{link}` is missing"));
+        }
+    }
+    assert_none(&found);
+}
+
+#[test]
+fn the_guide_explains_every_reason_for_a_close() {
+    let reasons = read(&root().join("engine/src/close_reason.rs"));
+    let names = part_of(&reasons, "fn name(", "}\n    }");
+    let chapter = read(&root().join(CHAPTERS).join("close_codes.md"));
+    let found: Vec<String> = names
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Self::"))
+        .map(|line| line.chars().take_while(|letter| letter.is_alphanumeric()).collect::<String>())
+        .filter(|reason| !chapter.contains(&format!("CloseReason::{reason}")))
+        .map(|reason| format!("close_codes.md does not explain `CloseReason::{reason}`"))
+        .collect();
+    assert!(names.contains("Self::Peer"), "the names of the reasons were not found");
+    assert_none(&found);
+}
+
+#[test]
+fn what_the_guide_shows_of_the_configuration_for_nginx_is_in_the_file() {
+    let statements = |text: &str| -> BTreeSet<String> {
+        let lines = text.lines().filter(|line| !line.trim_start().starts_with('#'));
+        let text = lines.collect::<Vec<_>>().join(" ");
+        let each =
+            text.split([';', '{', '}']).map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
+        each.filter(|statement| !statement.is_empty()).collect()
+    };
+    let chapter = read(&root().join(CHAPTERS).join("deployment.md"));
+    let shown = statements(part_of(part_of(&chapter, "# nginx", "\n# "), "```text\n", "```"));
+    let file = statements(&read(&root().join("docs/deploy/nginx.conf")));
+    assert!(shown.len() > 10, "the chapter shows little: {shown:?}");
+    let found: Vec<String> =
+        shown.difference(&file).map(|statement| format!("nginx.conf lacks `{statement}`")).collect();
+    assert_none(&found);
+}
+
+#[test]
+fn a_log_line_that_the_guide_quotes_is_logged() {
+    let sources: String = sources(&["engine/src", "src"]).iter().map(|path| read(path)).collect();
+    // A string that continues on the next line.
+    let sources: String = sources
+        .split("\\\n")
+        .enumerate()
+        .map(|(at, part)| if at == 0 { part } else { part.trim_start() })
+        .collect();
+    let mut found = Vec::new();
+    for (_, path) in chapters() {
+        let text = read(&path);
+        for line in
+            lines_with_a_level(&text).filter(|line| !sources.contains(line.trim_end_matches(['…', ' '])))
+        {
+            found.push(format!("{} quotes the log line `{line}`, which is not in the sources", name(&path)));
         }
     }
     assert_none(&found);
@@ -301,12 +399,12 @@ fn the_documents_use_the_words_of_the_field() {
         "are to be",
     ];
     let mut found = Vec::new();
-    for document in DOCUMENTS {
+    for document in documents() {
         // Not in what is quoted as code.
-        let text = prose_of(&read(&root().join(document))).replace('\n', " ");
+        let text = prose_of(&read(&root().join(&document))).replace('\n', " ");
         let prose: String = text.split('`').step_by(2).collect::<Vec<_>>().join("`").to_lowercase();
         let said = NEVER.iter().filter(|words| prose.contains(*words));
-        found.extend(said.map(|words| says(&root().join(document), words)));
+        found.extend(said.map(|words| says(&root().join(&document), words)));
     }
     assert_none(&found);
 }
@@ -359,6 +457,14 @@ fn a_heading_is_found_by_the_link_to_it_and_not_in_code() {
 }
 
 #[test]
+fn a_quoted_log_line_is_found_by_its_level() {
+    let text = "log `one two` (warn) and ``three `four` `` (error), `five` (six)\n";
+    let mut found: Vec<&str> = lines_with_a_level(text).collect();
+    found.sort();
+    assert_eq!(found, ["one two", "three `four`"]);
+}
+
+#[test]
 fn comments_and_strings_are_no_code() {
     let text = "a /* b /* c */ d */ e // f\n\"g \\\" h\" i r#\"j \" k\"# l 'm' '\\'' n<'o> b\"p\" /// q\nr";
     let code: Vec<String> = words(&code_of(text)).collect();
@@ -404,8 +510,55 @@ fn assert_none(found: &[String]) {
     assert!(found.is_empty(), "\n  {}\n", found.join("\n  "));
 }
 
+/// [`DOCUMENTS`], and the chapters of the guide.
+fn documents() -> Vec<String> {
+    let chapters = chapters().into_values().map(|path| name(&path));
+    DOCUMENTS.into_iter().map(str::to_owned).chain(chapters).collect()
+}
+
+/// The modules of the guide's chapters, such as `users` and `coming_from::signalr`, and their files.
+fn chapters() -> BTreeMap<String, PathBuf> {
+    let folder = root().join(CHAPTERS);
+    let module = |path: &Path| {
+        let inside = path.strip_prefix(&folder).expect("a chapter is in its folder").with_extension("");
+        inside.components().map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("::")
+    };
+    files(&[CHAPTERS], "md").into_iter().map(|path| (module(&path), path)).collect()
+}
+
+/// The links `[text](target#heading)` of a text, except those within one document.
+fn links_with_a_heading(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    targets.filter_map(|target| target.split_once('#')).filter(|(target, _)| !target.is_empty())
+}
+
+/// The part of a text from `start` to `end`.
+fn part_of<'a>(text: &'a str, start: &str, end: &str) -> &'a str {
+    text.split(start).nth(1).and_then(|rest| rest.split(end).next()).unwrap_or_default()
+}
+
+/// What is quoted as code before the level of a log line, as in "`text` (warn)".
+fn lines_with_a_level(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().flat_map(|line| {
+        ["(error)", "(warn)", "(info)", "(debug)"]
+            .into_iter()
+            .flat_map(|level| line.match_indices(level))
+            .filter_map(|(at, _)| {
+                let before = line[..at].trim_end();
+                let fence = if before.ends_with("``") { "``" } else { "`" };
+                let (_, quoted) = before.strip_suffix(fence)?.rsplit_once(fence)?;
+                Some(quoted.trim())
+            })
+    })
+}
+
 /// All Rust files under the folders, those that exist.
 fn sources(folders: &[&str]) -> Vec<PathBuf> {
+    files(folders, "rs")
+}
+
+/// All files with the extension under the folders, those that exist.
+fn files(folders: &[&str], extension: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open: Vec<PathBuf> = folders.iter().map(|folder| root().join(folder)).collect();
     while let Some(folder) = open.pop() {
@@ -414,13 +567,13 @@ fn sources(folders: &[&str]) -> Vec<PathBuf> {
             let path = entry.expect("a folder can be listed").path();
             if path.is_dir() && !path.ends_with("target") {
                 open.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
+            } else if path.extension().is_some_and(|its| its == extension) {
                 found.push(path);
             }
         }
     }
     found.sort();
-    assert!(!found.is_empty(), "no sources in {folders:?}");
+    assert!(!found.is_empty(), "no .{extension} in {folders:?}");
     found
 }
 

@@ -219,7 +219,7 @@ async fn fanout_serves_its_routes() {
 #[tokio::test]
 async fn fanout_says_what_to_do_when_it_is_not_understood() {
     let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY] \
-         [--rate-limit N] [--over-limit delay|drop|close], where POLICY is block,";
+         [--outbox N] [--rate-limit N] [--over-limit delay|drop|close], where POLICY is block,";
     for (arguments, says) in [
         (&["--policy", "nonsense"][..], "`nonsense` is not a policy"),
         (&["--policy"], usage),
@@ -227,6 +227,7 @@ async fn fanout_says_what_to_do_when_it_is_not_understood() {
         (&["--port", "many"], usage),
         (&["--shards", "-1"], usage),
         (&["--coalesce", "soon"], usage),
+        (&["--outbox", "none"], usage),
         (&["--rate-limit", "many"], usage),
         (&["--over-limit", "shrug"], usage),
     ] {
