@@ -1,12 +1,14 @@
 //! Every example, started as a program of its own and used once.
 //!
-//! What is shown to newcomers must work as shown. What `fanout` does on SIGTERM stands in `shutdown.rs`.
+//! What is shown to newcomers must work as shown. What `fanout` does on SIGTERM is in `shutdown.rs`.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
+use std::collections::{BTreeSet, HashMap};
 use std::process::Output;
 
 use serde_json::{Value, json};
+use testkit::frames::{BINARY, FIN, client_frame};
 use testkit_hub::program::{Running, fanout, program};
 use testkit_hub::{Client, within_timeout};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -37,8 +39,8 @@ async fn custom_codec_prints_what_came_back_in_message_pack() {
 }
 
 #[tokio::test]
-async fn echo_on_the_engine_alone_sends_every_message_back() {
-    let mut echo = Running::start("echo", &["--port", "0"]);
+async fn engine_echo_sends_every_message_back() {
+    let mut echo = Running::start("engine_echo", &["--port", "0"]);
     let url = echo.wait_for_line("listening on ").await;
     let (mut ada, mut bob) =
         (Client::connect(format!("{url}/")).await, Client::connect(format!("{url}/")).await);
@@ -49,9 +51,9 @@ async fn echo_on_the_engine_alone_sends_every_message_back() {
     bob.send_text("not Ada's").await;
     bob.recv_texts(&["not Ada's"]).await;
     assert_eq!(ada.leave().await, Vec::<String>::new());
-    let output = run("echo", &["--prot", "0"]).await;
+    let output = run("engine_echo", &["--prot", "0"]).await;
     assert!(!output.status.success());
-    assert!(text(&output.stderr).contains("usage: echo [--port P]"), "{output:?}");
+    assert!(text(&output.stderr).contains("usage: engine_echo [--port P]"), "{output:?}");
 }
 
 // ---- chat
@@ -328,7 +330,7 @@ async fn presence_shows_each_user_once() {
             let message = recv(client).await;
             if message["type"] == "here" {
                 let users = message["users"].as_array().unwrap().iter();
-                let users: std::collections::BTreeSet<_> = users.map(|user| user.as_str().unwrap()).collect();
+                let users: BTreeSet<_> = users.map(|user| user.as_str().unwrap()).collect();
                 assert!(!is_listed && users.iter().eq(here), "{users:?}");
                 is_listed = true;
             } else {
@@ -406,4 +408,365 @@ async fn coming_from_axum_ws_broadcasts_before_and_after() {
         ada.recv_texts(&["hello"]).await;
         bob.recv_texts(&["hello"]).await;
     }
+}
+
+// ---- Servers with a clock, TLS and signals of their own
+
+/// Sends a process this signal.
+async fn send_signal(program: &Running, signal: &str) {
+    let process = program.process.id().unwrap().to_string();
+    let told = tokio::process::Command::new("kill").args([signal, &process]).status().await.unwrap();
+    assert!(told.success());
+}
+
+#[tokio::test]
+async fn echo_sends_text_and_binary_back_and_ends_on_sigterm() {
+    let (mut program, address) = listening("echo", &[]).await;
+    assert!(http(&address, "GET", "/").await.contains("new WebSocket"));
+    let mut client = Client::connect(format!("ws://{address}/ws")).await;
+    for message in [Message::text("žluťoučký"), Message::binary(vec![0xff, 0])] {
+        client.send(message.clone()).await;
+        assert_eq!(client.recv().await, Some(message));
+    }
+    send_signal(&program, "-TERM").await;
+    assert_eq!(client.closed().await.0, 1001);
+    assert_eq!(program.wait_for_line("flushed ").await, "1, cut off 0, left over 0");
+    assert!(within_timeout(program.process.wait()).await.unwrap().success());
+}
+
+/// A message of the ticker, as its page reads it.
+#[derive(Debug, PartialEq)]
+enum Tick {
+    Symbols(Vec<String>),
+    Subscribed(Vec<u64>),
+    Price { symbol: u64, update: u64 },
+    Lost(u64),
+}
+
+impl Tick {
+    fn read(message: &[u8]) -> Self {
+        let mut bytes = message.iter().copied();
+        let tick = match Self::number(&mut bytes) {
+            0 => {
+                let names = (0..Self::number(&mut bytes)).map(|_| Self::text(&mut bytes)).collect();
+                Self::Symbols(names)
+            }
+            1 => Self::Subscribed((0..Self::number(&mut bytes)).map(|_| Self::number(&mut bytes)).collect()),
+            2 => {
+                let (symbol, cents) = (Self::number(&mut bytes), Self::number(&mut bytes));
+                assert!((100..=1_000_000).contains(&cents), "{cents}");
+                Self::Price { symbol, update: Self::number(&mut bytes) }
+            }
+            3 => {
+                // Of which symbol; not known when many were dropped.
+                if Self::number(&mut bytes) == 1 {
+                    Self::text(&mut bytes);
+                }
+                Self::Lost(Self::number(&mut bytes))
+            }
+            other => panic!("variant {other}"),
+        };
+        assert_eq!(bytes.next(), None, "{tick:?}");
+        tick
+    }
+
+    fn number(bytes: &mut impl Iterator<Item = u8>) -> u64 {
+        let mut value = 0;
+        for shift in (0..).step_by(7) {
+            let byte = bytes.next().unwrap();
+            value |= u64::from(byte & 127) << shift;
+            if byte < 128 {
+                break;
+            }
+        }
+        value
+    }
+
+    fn text(bytes: &mut impl Iterator<Item = u8>) -> String {
+        let length = Self::number(bytes) as usize;
+        String::from_utf8(bytes.take(length).collect()).unwrap()
+    }
+}
+
+async fn tick(client: &mut Client) -> Tick {
+    match client.recv().await {
+        Some(Message::Binary(message)) => Tick::read(&message),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The list of symbols, all below 2¹⁴, that a client of the ticker sends.
+fn subscription(symbols: impl ExactSizeIterator<Item = u16>) -> Vec<u8> {
+    let varint = |number: u16| [number as u8 | 128, (number >> 7) as u8];
+    let mut message = varint(symbols.len() as u16).to_vec();
+    message.extend(symbols.flat_map(varint));
+    message
+}
+
+#[tokio::test]
+async fn ticker_sends_prices_of_the_chosen_symbols_and_of_no_others() {
+    let (_program, address) = listening("ticker", &[]).await;
+    assert!(http(&address, "GET", "/").await.contains("new WebSocket"));
+    let mut client = Client::connect(format!("ws://{address}/ws")).await;
+    let Tick::Symbols(names) = tick(&mut client).await else { panic!("first the names") };
+    assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), 500);
+    let mut subscribed: Vec<u64> = (0..20).collect();
+    let mut seen = BTreeSet::new();
+    // A price may come before the list, but only one of its symbols.
+    while seen.len() < 20 {
+        match tick(&mut client).await {
+            Tick::Price { symbol, .. } => _ = seen.insert(symbol),
+            other => assert_eq!(other, Tick::Subscribed(subscribed.clone())),
+        }
+    }
+    assert!(seen.iter().eq(&subscribed), "{seen:?}");
+
+    client.send(Message::binary(subscription([3, 100, 499].into_iter()))).await;
+    subscribed = vec![3, 100, 499];
+    while tick(&mut client).await != Tick::Subscribed(subscribed.clone()) {}
+    seen.clear();
+    for _ in 0..30 {
+        match tick(&mut client).await {
+            Tick::Price { symbol, .. } => _ = seen.insert(symbol),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(seen.iter().eq(&subscribed), "{seen:?}");
+}
+
+#[tokio::test]
+async fn a_slow_client_of_the_ticker_loses_prices_and_is_told_and_the_others_lose_none() {
+    let (_program, address) = listening("ticker", &[]).await;
+    let mut fast = Client::connect(format!("ws://{address}/ws")).await;
+    fast.send(Message::binary(subscription(0..500))).await;
+    let mut slow = testkit_hub::RawClient::connect_narrow(address.parse().unwrap()).await;
+    slow.send(&client_frame(FIN | BINARY, &subscription(0..500))).await;
+
+    // Several times what the kernel takes for the slow one, which reads a fifth of what it is sent. So a publisher that
+    // waited for it would make this wait, too, until it is disconnected.
+    let mut newest = HashMap::new();
+    let (mut prices, mut bytes) = (0, 0);
+    while bytes < 100_000 {
+        let Some(Message::Binary(message)) = fast.recv().await else { panic!("disconnected") };
+        bytes += message.len();
+        match Tick::read(&message) {
+            Tick::Price { symbol, update } => {
+                let before = newest.insert(symbol, update);
+                assert!(before.is_none_or(|before| before + 1 == update), "{symbol}: {before:?}, {update}");
+                prices += 1;
+                if prices % 100 == 0 {
+                    slow.read_at_most(200);
+                }
+            }
+            // Those of before were left for a moment.
+            Tick::Subscribed(symbols) if symbols.len() == 500 => newest.clear(),
+            Tick::Symbols(_) | Tick::Subscribed(_) => {}
+            Tick::Lost(prices) => panic!("{prices} were lost"),
+        }
+    }
+
+    // Now it reads: it has gaps, and is told of losses.
+    let (mut newest, mut missed, mut lost) = (HashMap::new(), 0, 0);
+    while lost == 0 || missed == 0 {
+        let (opcode, message) = slow.recv().await;
+        assert_eq!(opcode, BINARY, "it is not disconnected");
+        match Tick::read(&message) {
+            Tick::Price { symbol, update } => {
+                missed += newest.insert(symbol, update).map_or(0, |before| update - before - 1);
+            }
+            Tick::Lost(prices) => lost += prices,
+            Tick::Symbols(_) | Tick::Subscribed(_) => newest.clear(),
+        }
+    }
+}
+
+/// A state of the game in which this is true.
+async fn state_where(client: &mut Client, mut is_so: impl FnMut(&Value) -> bool) -> Value {
+    within_timeout(async {
+        loop {
+            let message: Value = serde_json::from_str(&client.recv_text().await).unwrap();
+            if message["type"] == "state" && is_so(&message) {
+                return message;
+            }
+        }
+    })
+    .await
+}
+
+/// The answer to something that the game refuses.
+async fn refusal(client: &mut Client) -> String {
+    within_timeout(async {
+        loop {
+            let message: Value = serde_json::from_str(&client.recv_text().await).unwrap();
+            if message["type"] == "refused" {
+                return message["why"].as_str().unwrap().to_owned();
+            }
+        }
+    })
+    .await
+}
+
+/// The code and reason with which the game disconnects a client.
+async fn disconnected(client: &mut Client) -> (u16, String) {
+    within_timeout(async {
+        loop {
+            match client.recv().await {
+                Some(Message::Text(_)) => {}
+                Some(Message::Close(Some(close))) => return (close.code.into(), close.reason.to_string()),
+                other => panic!("{other:?}"),
+            }
+        }
+    })
+    .await
+}
+
+fn names(state: &Value) -> Vec<&str> {
+    state["players"].as_array().unwrap().iter().map(|player| player[0].as_str().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn game_moves_players_shows_spectators_and_lets_the_owner_kick() {
+    let (_program, address) = listening("game", &[]).await;
+    assert!(http(&address, "GET", "/").await.contains("new WebSocket"));
+    let connect = async |query: &str| Client::connect(format!("ws://{address}/ws{query}")).await;
+    let mut ada = connect("?name=Ada").await;
+    state_where(&mut ada, |state| names(state) == ["Ada"]).await;
+    let mut bob = connect("?name=Bob").await;
+    let mut spectator = connect("").await;
+    for client in [&mut ada, &mut bob, &mut spectator] {
+        state_where(client, |state| names(state) == ["Ada", "Bob"] && state["spectators"] == 1).await;
+    }
+
+    ada.send_text(r#"{"type":"steer","dx":1,"dy":9}"#).await;
+    for client in [&mut ada, &mut bob, &mut spectator] {
+        let state = state_where(client, |state| state["players"][0][1]["x"].as_i64().unwrap() > 50).await;
+        let (ada, bob) = (&state["players"][0][1], &state["players"][1][1]);
+        assert_eq!(ada["x"], ada["y"], "as fast along both axes");
+        assert_eq!((&bob["x"], &bob["y"]), (&json!(0), &json!(0)), "he has not steered");
+    }
+    state_where(&mut spectator, |state| state["players"][0][1]["x"] == 1000).await;
+
+    spectator.send_text(r#"{"type":"steer","dx":1,"dy":0}"#).await;
+    assert_eq!(refusal(&mut spectator).await, "spectators may only watch");
+    spectator.send_text(r#"{"type":"kick","name":"Bob"}"#).await;
+    assert_eq!(refusal(&mut spectator).await, "spectators may only watch");
+    bob.send_text(r#"{"type":"kick","name":"Ada"}"#).await;
+    assert_eq!(refusal(&mut bob).await, "only the owner may kick");
+    ada.send_text(r#"{"type":"kick","name":"Bob"}"#).await;
+    assert_eq!(disconnected(&mut bob).await, (4003, "kicked by the owner".to_owned()));
+    let mut states = 0..;
+    let second = state_where(&mut connect("").await, |_| states.next() == Some(1)).await;
+    assert_eq!(names(&second), ["Ada"], "at once, not only after the time in which he could come back");
+    for client in [&mut ada, &mut spectator] {
+        state_where(client, |state| names(state) == ["Ada"] && state["spectators"] == 1).await;
+    }
+
+    let mut second_tab = connect("?name=Ada").await;
+    assert_eq!(disconnected(&mut ada).await.0, 1008, "the newest connection is the player");
+    state_where(&mut second_tab, |state| names(state) == ["Ada"] && state["players"][0][1]["x"] == 1000)
+        .await;
+    let name = "x".repeat(17);
+    let refused = disconnected(&mut connect(&format!("?name={name}")).await).await;
+    assert_eq!(refused, (1008, "a name has 1 to 16 characters".to_owned()));
+}
+
+#[tokio::test]
+async fn tls_serves_websockets_over_http_1_and_http_2_with_a_certificate_of_its_own_or_a_given_one() {
+    use tokio_rustls::rustls::pki_types::{CertificateDer, pem::PemObject as _};
+    let files = std::env::temp_dir().join(format!("shardcast-example-tls-{}", std::process::id()));
+    std::fs::create_dir_all(&files).unwrap();
+    let [certificate, key] = ["certificate.pem", "key.pem"].map(|name| files.join(name));
+    let given = testkit_hub::tls::TlsPair::new(&[]);
+    std::fs::write(&certificate, given.certificate_pem()).unwrap();
+    std::fs::write(&key, given.key_pem()).unwrap();
+    let arguments = ["--cert", certificate.to_str().unwrap(), "--key", key.to_str().unwrap()];
+    for arguments in [&[][..], &arguments] {
+        let mut program = Running::start("tls", &[&["--port", "0"], arguments].concat());
+        let mut pem = if arguments.is_empty() { String::new() } else { given.certificate_pem() };
+        let address = loop {
+            let line = within_timeout(program.lines.next_line()).await.unwrap().unwrap();
+            if let Some(address) = line.strip_prefix("listening on https://") {
+                break address.to_owned();
+            }
+            assert!(arguments.is_empty(), "{line}");
+            pem = pem + &line + "\n";
+        };
+        let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+        let stream = async |protocol: &str| {
+            let client = testkit_hub::tls::client_that_trusts(certificate.clone(), &[protocol]);
+            let socket = TcpStream::connect(&address).await.unwrap();
+            let stream = within_timeout(testkit_hub::tls::connect(client, socket)).await.unwrap();
+            assert_eq!(stream.get_ref().1.alpn_protocol(), Some(protocol.as_bytes()));
+            stream
+        };
+        let socket = tokio_tungstenite::client_async("wss://localhost/ws", stream("http/1.1").await);
+        let mut one = Client { socket: within_timeout(socket).await.unwrap().0 };
+        one.recv_texts(&["connected by HTTP/1.1"]).await;
+        let mut connection = testkit_hub::http_2::http_2(stream("h2").await).await;
+        let mut two = testkit_hub::http_2::connect_by_http_2(&mut connection).await;
+        two.recv_texts(&["connected by HTTP/2.0"]).await;
+        one.send_text("hello").await;
+        one.recv_texts(&["hello"]).await;
+        two.send_text("hello").await;
+        two.recv_texts(&["hello"]).await;
+
+        send_signal(&program, "-TERM").await;
+        assert_eq!((one.closed().await.0, two.closed().await.0), (1001, 1001));
+        assert!(within_timeout(program.process.wait()).await.unwrap().success());
+    }
+    std::fs::remove_dir_all(&files).unwrap();
+    let output = run("tls", &["--cert", "only.pem"]).await;
+    assert!(text(&output.stderr).contains("--cert and --key belong together"), "{output:?}");
+}
+
+/// The status of a response.
+async fn status(address: &str, path: &str) -> u16 {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut response = String::new();
+    within_timeout(stream.read_to_string(&mut response)).await.unwrap();
+    response.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn graceful_shutdown_is_first_not_ready_and_serves_on_until_the_pause_is_over() {
+    let (mut program, address) = listening("graceful_shutdown", &["--pause", "3600"]).await;
+    let connect = async || Client::connect(format!("ws://{address}/ws")).await;
+    let mut ada = connect().await;
+    assert_eq!((status(&address, "/readyz").await, status(&address, "/healthz").await), (200, 200));
+    send_signal(&program, "-TERM").await;
+    program.wait_for_line("not ready any more").await;
+    assert_eq!((status(&address, "/readyz").await, status(&address, "/healthz").await), (503, 200));
+    let mut bob = connect().await;
+    for client in [&mut ada, &mut bob] {
+        client.send_text("still served").await;
+        client.recv_texts(&["still served"]).await;
+    }
+    send_signal(&program, "-INT").await;
+    program.wait_for_line("a second signal").await;
+    assert_eq!(within_timeout(program.process.wait()).await.unwrap().code(), Some(1));
+}
+
+#[tokio::test]
+async fn graceful_shutdown_closes_its_clients_for_a_restart_and_reports() {
+    let (mut program, address) = listening("graceful_shutdown", &["--pause", "0", "--spread", "0"]).await;
+    let mut clients = Vec::new();
+    for _ in 0..3 {
+        let mut client = Client::connect(format!("ws://{address}/ws")).await;
+        client.send_text("hello").await;
+        client.recv_texts(&["hello"]).await;
+        clients.push(client);
+    }
+    // Half a request, for which Axum alone would wait forever.
+    let mut half = TcpStream::connect(&address).await.unwrap();
+    half.write_all(b"GET /readyz HTTP/1.1\r\n").await.unwrap();
+    send_signal(&program, "-TERM").await;
+    for client in clients {
+        assert_eq!(client.closed().await.0, 1012);
+    }
+    assert_eq!(program.wait_for_line("flushed ").await, "3, cut off 0, left over 0");
+    assert_eq!(within_timeout(program.process.wait()).await.unwrap().code(), Some(0));
+    let output = run("graceful_shutdown", &["--pause", "soon"]).await;
+    assert!(!output.status.success() && text(&output.stderr).contains("--pause"), "{output:?}");
 }

@@ -9,8 +9,6 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::Request;
-use axum::http::{Method, StatusCode, Version};
 use axum::serve::Listener;
 use hyper::client::conn::http2;
 use hyper::upgrade::Upgraded;
@@ -18,6 +16,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use shardcast::{CloseCode, Hub, Shutdown, WsHubConfig};
+use testkit_hub::http_2::http_2;
 use testkit_hub::tls::{TlsListener, TlsPair};
 use testkit_hub::{Client, CommandHub, Server, command_app, engine, eventually, within_timeout};
 use tokio::net::{TcpListener, TcpStream};
@@ -84,40 +83,11 @@ impl TlsServer {
     }
 }
 
-/// An HTTP/2 connection that knows the server to offer extended `CONNECT`.
-async fn http_2<S>(stream: S) -> http2::SendRequest<Body>
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-{
-    let (client, connection) =
-        within_timeout(http2::handshake(TokioExecutor::new(), TokioIo::new(stream))).await.unwrap();
-    // hyper has a task of its own for this, which wakes nobody when the server's settings arrive.
-    within_timeout(async {
-        while !connection.is_extended_connect_protocol_enabled() {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
-    tokio::spawn(connection);
-    client
-}
-
 /// A client on a stream of an HTTP/2 connection, and its id.
 async fn connect_by_http_2(
-    client: &mut http2::SendRequest<Body>,
+    connection: &mut http2::SendRequest<Body>,
 ) -> (Client<TokioIo<Upgraded>>, shardcast::ConnectionId) {
-    let request = Request::builder()
-        .method(Method::CONNECT)
-        .version(Version::HTTP_2)
-        .uri("https://localhost/ws")
-        .extension(hyper::ext::Protocol::from_static("websocket"))
-        .header("sec-websocket-version", "13")
-        .body(Body::empty())
-        .unwrap();
-    let mut response = within_timeout(client.send_request(request)).await.unwrap();
-    assert_eq!(response.status(), StatusCode::OK, "not 101: the stream is the connection");
-    let stream = within_timeout(hyper::upgrade::on(&mut response)).await.unwrap();
-    let mut peer = Client::upgraded(TokioIo::new(stream)).await;
+    let mut peer = testkit_hub::http_2::connect_by_http_2(connection).await;
     let id = peer.recv_text().await.parse().unwrap();
     (peer, id)
 }

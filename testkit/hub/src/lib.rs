@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod command_hub;
+pub mod http_2;
 pub mod program;
 pub mod raw_client;
 pub mod recording_hub;

@@ -19,6 +19,7 @@ pub use tokio_rustls::rustls;
 pub struct TlsPair {
     server: Arc<rustls::ServerConfig>,
     certificate: CertificateDer<'static>,
+    key: Vec<u8>,
     /// The client's.
     pub client: Arc<rustls::ClientConfig>,
 }
@@ -26,45 +27,29 @@ pub struct TlsPair {
 impl TlsPair {
     /// Both sides offer these protocols by ALPN, or none if there are none.
     pub fn new(alpn: &[&str]) -> Self {
-        let ring = || Arc::new(rustls::crypto::ring::default_provider());
-        let alpn: Vec<_> = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
         let certificate = made.cert.der().clone();
-        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).expect("a private key");
+        let key = made.signing_key.serialize_der();
+        let private_key = PrivateKeyDer::try_from(key.clone()).expect("a private key");
         let mut server = rustls::ServerConfig::builder_with_provider(ring())
             .with_safe_default_protocol_versions()
             .expect("ring has them")
             .with_no_client_auth()
-            .with_single_cert(vec![certificate.clone()], key)
+            .with_single_cert(vec![certificate.clone()], private_key)
             .expect("the key fits the certificate");
-        server.alpn_protocols.clone_from(&alpn);
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(certificate.clone()).expect("a certificate");
-        let mut client = rustls::ClientConfig::builder_with_provider(ring())
-            .with_safe_default_protocol_versions()
-            .expect("ring has them")
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        client.alpn_protocols = alpn;
-        Self { server: Arc::new(server), certificate, client: Arc::new(client) }
+        server.alpn_protocols = protocols(alpn);
+        let client = client_that_trusts(certificate.clone(), alpn);
+        Self { server: Arc::new(server), certificate, key, client }
     }
 
     /// The certificate as a file of root certificates has it.
     pub fn certificate_pem(&self) -> String {
-        const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-        let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
-        for line in self.certificate.chunks(48) {
-            for bytes in line.chunks(3) {
-                let bits = bytes.iter().fold(0, |bits, byte| bits << 8 | usize::from(*byte))
-                    << (8 * (3 - bytes.len()));
-                for digit in 0..4 {
-                    let value = bits >> (18 - 6 * digit) & 63;
-                    pem.push(if digit <= bytes.len() { char::from(DIGITS[value]) } else { '=' });
-                }
-            }
-            pem.push('\n');
-        }
-        pem + "-----END CERTIFICATE-----\n"
+        pem("CERTIFICATE", &self.certificate)
+    }
+
+    /// The server's private key as a file.
+    pub fn key_pem(&self) -> String {
+        pem("PRIVATE KEY", &self.key)
     }
 
     /// Accepts TLS on the server's side.
@@ -74,9 +59,55 @@ impl TlsPair {
 
     /// Connects a client by TLS.
     pub async fn connect(&self, socket: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
-        let name = ServerName::try_from("localhost").expect("a host name");
-        TlsConnector::from(self.client.clone()).connect(name, socket).await
+        connect(self.client.clone(), socket).await
     }
+}
+
+fn ring() -> Arc<rustls::crypto::CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn protocols(alpn: &[&str]) -> Vec<Vec<u8>> {
+    alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect()
+}
+
+/// The configuration of clients that trust this certificate alone and offer these protocols.
+pub fn client_that_trusts(certificate: CertificateDer<'static>, alpn: &[&str]) -> Arc<rustls::ClientConfig> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificate).expect("a certificate");
+    let mut client = rustls::ClientConfig::builder_with_provider(ring())
+        .with_safe_default_protocol_versions()
+        .expect("ring has them")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    client.alpn_protocols = protocols(alpn);
+    Arc::new(client)
+}
+
+/// Connects a client to `localhost` by TLS.
+pub async fn connect(
+    client: Arc<rustls::ClientConfig>,
+    socket: TcpStream,
+) -> io::Result<client::TlsStream<TcpStream>> {
+    let name = ServerName::try_from("localhost").expect("a host name");
+    TlsConnector::from(client).connect(name, socket).await
+}
+
+fn pem(label: &str, bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut pem = format!("-----BEGIN {label}-----\n");
+    for line in bytes.chunks(48) {
+        for bytes in line.chunks(3) {
+            let bits =
+                bytes.iter().fold(0, |bits, byte| bits << 8 | usize::from(*byte)) << (8 * (3 - bytes.len()));
+            for digit in 0..4 {
+                let value = bits >> (18 - 6 * digit) & 63;
+                pem.push(if digit <= bytes.len() { char::from(DIGITS[value]) } else { '=' });
+            }
+        }
+        pem.push('\n');
+    }
+    pem + &format!("-----END {label}-----\n")
 }
 
 /// Accepts TLS connections for `axum::serve`, one after the other: enough for a test. Drops a client whose handshake fails.

@@ -1,7 +1,7 @@
 //! An echo server on the engine alone: no Axum, no async, no runtime.
 //!
 //! A thread accepts connections and does the HTTP handshake; from then on a shard owns
-//! the socket. `cargo run -p shardcast-engine --example echo`, then talk to
+//! the socket. `cargo run -p shardcast-engine --example engine_echo`, then talk to
 //! `ws://127.0.0.1:3001/` with any WebSocket client. `--port P` takes another port (0: any).
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let port = match (arguments.next().as_deref(), arguments.next()) {
         (None, _) => 3001,
         (Some("--port"), Some(port)) => port.parse()?,
-        _ => return Err("usage: echo [--port P]".into()),
+        _ => return Err("usage: engine_echo [--port P]".into()),
     };
     let engine = Engine::start(EngineConfig::default())?;
     let everyone = engine.namespace();
