@@ -47,6 +47,8 @@ fn hub_config(policy: BroadcastPolicy) -> WsHubConfig {
         rate_limit: RateLimit {
             messages: Some(Rate::per_second(11)),
             bytes: Some(Rate::new(12, Duration::from_millis(1500)).with_burst(13)),
+            user_messages: Some(Rate::per_second(14)),
+            user_bytes: Some(Rate::per_second(15)),
             over_limit: OverLimit::Drop,
             ..RateLimit::default()
         },
@@ -110,6 +112,8 @@ fn settings_are_written_as_people_write_them() {
         json!({
             "messages": { "count": 11, "period": "1s", "burst": 11 },
             "bytes": { "count": 12, "period": "1s 500ms", "burst": 13 },
+            "user_messages": { "count": 14, "period": "1s", "burst": 14 },
+            "user_bytes": { "count": 15, "period": "1s", "burst": 15 },
             "over_limit": "drop",
         })
     );
