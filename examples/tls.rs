@@ -1,18 +1,14 @@
 //! `wss://` and HTTP/2 in the same process, without a proxy.
 //!
 //! `cargo run --release --example tls --features tls`, then open the address that it prints. `--cert FILE --key FILE`
-//! take a certificate chain and its key (PEM); without them a certificate for `localhost` is made that signs itself, and
-//! printed, so that a client can be told to trust it: `curl --cacert`. `--port P` changes the port.
-//!
-//! A shard owns plain sockets; what comes by TLS or HTTP/2 reaches it by a task and a socket pair for each connection.
-//! The guide says what that costs, and when a proxy that terminates TLS is the better place.
+//! take a certificate chain and its key (PEM); SIGHUP reads the files again, for certificates that are renewed. Without
+//! them a certificate for `localhost` is made that signs itself, and printed, so that a client can be told to trust it:
+//! `curl --cacert`. `--port P` changes the port.
 
 #![allow(clippy::print_stdout)]
 
 use std::error::Error;
-use std::future::{Ready, ready};
-use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::future::IntoFuture;
 use std::time::Duration;
 
 use axum::Router;
@@ -20,13 +16,12 @@ use axum::extract::State;
 use axum::http::Version;
 use axum::response::Html;
 use axum::routing::{any, get};
-use axum_server::accept::Accept;
-use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
+use shardcast::tls::{PeerAddr, TlsConfig, TlsListener};
 use shardcast::{
     Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, Serve, WebSocketUpgrade, WsHub, WsHubConfig,
 };
-use tokio::net::TcpStream;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 struct Echo {
     version: Version,
@@ -51,21 +46,6 @@ async fn connect(version: Version, ws: WebSocketUpgrade, State(hub): State<Hub<E
     ws.serve(&hub, Echo { version })
 }
 
-/// The options of a socket that TLS is put on: the engine cannot set them, since it never sees this socket. Without them
-/// the kernel takes up to 4 MB for a client that has stopped reading, before any policy notices.
-#[derive(Clone)]
-struct PrepareTcp;
-
-impl<S> Accept<TcpStream, S> for PrepareTcp {
-    type Stream = TcpStream;
-    type Service = S;
-    type Future = Ready<io::Result<(TcpStream, S)>>;
-
-    fn accept(&self, socket: TcpStream, service: S) -> Self::Future {
-        ready(shardcast::prepare_tcp(&socket).map(|()| (socket, service)))
-    }
-}
-
 fn argument(name: &str) -> Option<String> {
     std::env::args().skip_while(|argument| argument != name).nth(1)
 }
@@ -85,40 +65,50 @@ fn certificate() -> Result<(Vec<u8>, Vec<u8>), Box<dyn Error>> {
     }
 }
 
+/// Reads the files again whenever SIGHUP arrives. Open connections go on.
+async fn renew(config: TlsConfig, mut hang_up: Signal) {
+    while hang_up.recv().await.is_some() {
+        let renewed = certificate().and_then(|(chain, key)| Ok(config.replace_pem(&chain, &key)?));
+        match renewed {
+            Ok(()) => println!("new certificates are in use"),
+            Err(error) => println!("the old certificates remain in use: {error}"),
+        }
+    }
+}
+
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let port = argument("--port").map_or(Ok(3443), |port| port.parse::<u16>())?;
-    // Other crates of a program may have brought a second one, so that rustls could not choose.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let (certificate, key) = certificate()?;
-    let config = RustlsConfig::from_pem(certificate, key).await?; // offers h2 and http/1.1
+    let (chain, key) = certificate()?;
+    let config = TlsConfig::from_pem(&chain, &key)?; // offers h2 and http/1.1
     let engine = Engine::start(EngineConfig::default())?;
     let hub = engine.hub(WsHubConfig::default())?;
     // `any`, because the handshake of HTTP/2 is a CONNECT.
     let app = Router::new().route("/", get(async || Html(PAGE))).route("/ws", any(connect)).with_state(hub);
 
-    let listener = TcpListener::bind(("127.0.0.1", port))?;
+    let listener = TcpListener::bind(("127.0.0.1", port)).await?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     println!("listening on https://localhost:{}", listener.local_addr()?.port());
-    let handle = axum_server::Handle::new();
-    let mut server = axum_server::from_tcp(listener)?
-        .acceptor(RustlsAcceptor::new(config).acceptor(PrepareTcp))
-        .handle(handle.clone());
-    // Without it browsers open a second connection, by HTTP/1.1, for each WebSocket (RFC 8441).
-    server.http_builder().http2().enable_connect_protocol();
-    // With connect info, so that the limits for each address hold behind TLS, too.
-    let app = app.into_make_service_with_connect_info::<SocketAddr>();
-    let mut serving = tokio::spawn(server.serve(app));
+    let listener = TlsListener::new(listener, config.clone());
+    tokio::spawn(renew(config, signal(SignalKind::hangup())?));
+    // With connect info, so that limits for each address hold before the upgrade.
+    let app = app.into_make_service_with_connect_info::<PeerAddr>();
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let serving = axum::serve(listener, app).with_graceful_shutdown(async {
+        let _ = ended.await; // never sent, only dropped
+    });
+    let mut serving = tokio::spawn(serving.into_future());
     tokio::select! {
         served = &mut serving => return Ok(served??),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    // First the engine, because the HTTP server does not know upgraded connections; then the server, within a bound.
+    // First the engine, because Axum does not know upgraded connections; then Axum, within a bound.
     let report = engine.shutdown(Duration::from_secs(5)).await;
     println!("flushed {}, cut off {}, left over {}", report.flushed, report.cut_off, report.left_over);
-    handle.graceful_shutdown(Some(Duration::from_secs(1)));
-    Ok(serving.await??)
+    drop(end);
+    let _ = tokio::time::timeout(Duration::from_secs(1), serving).await;
+    Ok(())
 }
 
 const PAGE: &str = r#"<!doctype html><meta charset="utf-8"><title>tls</title>

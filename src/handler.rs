@@ -63,7 +63,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{ConnectInfo, FromRequestParts, Request};
+use axum::extract::{FromRequestParts, Request};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use futures_util::StreamExt;
@@ -76,6 +76,7 @@ use tokio::time::Instant;
 use crate::engine::socket_config;
 use crate::log_limit::{CONNECTION_LIMIT, HANDLER_FAILED};
 use crate::serve::too_many_connections;
+use crate::upgrade::connect_info;
 use crate::ws::{CloseFrame, Message, WebSocket, close_code};
 
 pub use crate::ws::{Utf8Bytes, WebSocketUpgrade};
@@ -203,7 +204,7 @@ impl<F: HandlerFactory> Route<F> {
                 Err(_) => return refuse(),
             },
         };
-        let told = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0);
+        let told = connect_info(&parts.extensions);
         let handler = self.factory.create(&parts.headers);
         upgrade.config(self.settings.clone()).on_upgrade_from(move |socket, address| async move {
             let addr = told.or(address).unwrap_or(UNKNOWN_ADDRESS);

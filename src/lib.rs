@@ -34,6 +34,8 @@ mod serve_hub;
 mod stateful_hub;
 #[cfg(feature = "testing")]
 pub mod testing;
+#[cfg(feature = "tls")]
+pub mod tls;
 mod turn_away;
 mod upgrade;
 mod verdict;

@@ -476,13 +476,9 @@ impl Host<'_> {
         let parts = socket.into_parts();
         // The engine drops a socket that it does not adopt. Without a descriptor for this copy the client gets no
         // Close frame.
-        let mut spare = Spare(parts.socket.duplicate().ok());
-        let (received, config) = (parts.read_ahead, self.config.clone());
-        let socket = match parts.socket {
-            RawSocket::Tcp(stream) => stream.into(),
-            RawSocket::Unix(stream) => stream.into(),
-            RawSocket::Bridge(stream) => shardcast_engine::Socket::bridge(stream),
-        };
+        let mut spare = Spare(parts.socket.duplicate().ok().flatten());
+        let config = self.config.clone();
+        let (socket, received) = parts.socket.into_socket(parts.read_ahead).map_err(AdoptError::from)?;
         let encoding = Encoding::PLAIN;
         let Arrival { user, first_message, expires_at, rate_limit } = arrival;
         let connection = NewConnection {
@@ -561,19 +557,8 @@ impl ServeError {
         match self {
             Self::Full => (CloseCode::TRY_AGAIN_LATER, "connection limit reached"),
             Self::TooManyUpgrades => (CloseCode::TRY_AGAIN_LATER, TOO_MANY_UPGRADES),
-            Self::Adopt(AdoptError::Refused(PublishError::Overloaded)) => {
-                (CloseCode::TRY_AGAIN_LATER, "the server is overloaded")
-            }
-            Self::Stopping | Self::Adopt(AdoptError::Refused(PublishError::Closed)) => {
-                (CloseCode::GOING_AWAY, "the server is stopping")
-            }
-            Self::Adopt(AdoptError::TooManyConnectionsOfUser) => {
-                (CloseCode::POLICY_VIOLATION, "too many connections of this user")
-            }
-            Self::Adopt(AdoptError::UserNameTooLong) => {
-                (CloseCode::POLICY_VIOLATION, "the user's name is too long")
-            }
-            Self::Adopt(_) => (CloseCode::INTERNAL_ERROR, "the connection could not be taken over"),
+            Self::Stopping => AdoptError::Refused(PublishError::Closed).farewell(),
+            Self::Adopt(error) => error.farewell(),
         }
     }
 

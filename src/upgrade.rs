@@ -334,7 +334,7 @@ impl WebSocketUpgrade {
             Answer::SwitchingProtocols { .. } => UpgradeRejection::NotUpgradable,
             Answer::Http2Ok => UpgradeRejection::NotUpgradableOverHttp2,
         })?;
-        let socket = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
+        let socket = connect_info(&parts.extensions).map(|address| address.ip());
         Ok(Self {
             answer,
             on_upgrade,
@@ -468,11 +468,27 @@ pub(crate) struct WebSocketParts {
     pub(crate) read_ahead: Bytes,
 }
 
-/// A non-blocking socket that is registered with no runtime.
+/// The remote address, if the router is served with connect info.
+pub(crate) fn connect_info(extensions: &http::Extensions) -> Option<SocketAddr> {
+    #[cfg(feature = "tls")]
+    if let Some(ConnectInfo(crate::tls::PeerAddr(address))) = extensions.get() {
+        return Some(*address);
+    }
+    extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0)
+}
+
+/// What a TLS server over TCP reads and writes.
+#[cfg(feature = "tls")]
+type TlsStream = tokio_rustls::server::TlsStream<TcpStream>;
+
+/// A non-blocking socket, registered with no runtime but for TLS.
 #[derive(Debug)]
 pub(crate) enum RawSocket {
     /// The client's own socket.
     Tcp(std::net::TcpStream),
+    /// The client's own socket with its TLS session.
+    #[cfg(feature = "tls")]
+    Tls(Box<TlsStream>),
     /// The client's own socket, if the server listens on a Unix socket.
     Unix(unix::net::UnixStream),
     /// Our end of a bridge.
@@ -480,13 +496,31 @@ pub(crate) enum RawSocket {
 }
 
 impl RawSocket {
-    /// A second descriptor of the same socket.
-    pub(crate) fn duplicate(&self) -> io::Result<Self> {
-        match self {
-            Self::Tcp(stream) => stream.try_clone().map(Self::Tcp),
-            Self::Unix(stream) => stream.try_clone().map(Self::Unix),
-            Self::Bridge(stream) => stream.try_clone().map(Self::Bridge),
-        }
+    /// A second descriptor of the same socket; none for a TLS session, of which there is only one.
+    pub(crate) fn duplicate(&self) -> io::Result<Option<Self>> {
+        Ok(Some(match self {
+            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
+            #[cfg(feature = "tls")]
+            Self::Tls(_) => return Ok(None),
+            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
+            Self::Bridge(stream) => Self::Bridge(stream.try_clone()?),
+        }))
+    }
+
+    /// The socket for an engine, and what the client has sent before what is read from it.
+    pub(crate) fn into_socket(self, read_ahead: Bytes) -> io::Result<(shardcast_engine::Socket, Bytes)> {
+        Ok(match self {
+            Self::Tcp(stream) => (stream.into(), read_ahead),
+            #[cfg(feature = "tls")]
+            Self::Tls(stream) => {
+                let (stream, mut session) = stream.into_inner();
+                let mut received = read_ahead.to_vec();
+                read_decrypted(&mut session, &mut received);
+                (shardcast_engine::Socket::tls(stream.into_std()?, session), received.into())
+            }
+            Self::Unix(stream) => (stream.into(), read_ahead),
+            Self::Bridge(stream) => (shardcast_engine::Socket::bridge(stream), read_ahead),
+        })
     }
 
     /// Closes the socket with a Close frame: in a task that waits for the client, or without waiting if there is no
@@ -498,12 +532,24 @@ impl RawSocket {
     fn turn_away_within(self, limit: &'static turn_away::Limit, code: CloseCode, reason: &'static str) {
         let waiting = Handle::try_current().ok().and_then(|runtime| Some((runtime, permit(limit)?)));
         let Some((runtime, permit)) = waiting else {
-            match &self {
+            match self {
                 Self::Tcp(stream) => {
-                    turn_socket_away_at_once(stream, |stream| stream.shutdown(Shutdown::Write), code, reason);
+                    turn_socket_away_at_once(
+                        &stream,
+                        |stream| stream.shutdown(Shutdown::Write),
+                        code,
+                        reason,
+                    );
                 }
+                #[cfg(feature = "tls")]
+                Self::Tls(stream) => turn_away_at_once(*stream, code, reason),
                 Self::Unix(stream) | Self::Bridge(stream) => {
-                    turn_socket_away_at_once(stream, |stream| stream.shutdown(Shutdown::Write), code, reason);
+                    turn_socket_away_at_once(
+                        &stream,
+                        |stream| stream.shutdown(Shutdown::Write),
+                        code,
+                        reason,
+                    );
                 }
             }
             return;
@@ -515,6 +561,8 @@ impl RawSocket {
                         turn_away(stream, code, reason).await;
                     }
                 }
+                #[cfg(feature = "tls")]
+                Self::Tls(stream) => turn_away(*stream, code, reason).await,
                 Self::Unix(stream) | Self::Bridge(stream) => {
                     if let Ok(stream) = UnixStream::from_std(stream) {
                         turn_away(stream, code, reason).await;
@@ -529,6 +577,8 @@ impl RawSocket {
     fn remote_address(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(stream) => stream.peer_addr().ok(),
+            #[cfg(feature = "tls")]
+            Self::Tls(stream) => stream.get_ref().0.peer_addr().ok(),
             Self::Unix(_) | Self::Bridge(_) => None,
         }
     }
@@ -538,6 +588,8 @@ impl RawSocket {
         let mut byte = [std::mem::MaybeUninit::uninit()];
         let peeked = match self {
             Self::Tcp(stream) => SockRef::from(stream).peek(&mut byte),
+            #[cfg(feature = "tls")]
+            Self::Tls(stream) => SockRef::from(stream.get_ref().0).peek(&mut byte),
             Self::Unix(stream) | Self::Bridge(stream) => SockRef::from(stream).peek(&mut byte),
         };
         peeked.is_ok_and(|count| count == 0)
@@ -677,10 +729,25 @@ fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
         Ok((stream, read_ahead)) => return Ok((RawSocket::Unix(stream.into_std()?), read_ahead)),
         Err(upgraded) => upgraded,
     };
+    #[cfg(feature = "tls")]
+    let upgraded = match take::<TlsStream>(upgraded) {
+        Ok((stream, read_ahead)) => return Ok((RawSocket::Tls(Box::new(stream)), read_ahead)),
+        Err(upgraded) => upgraded,
+    };
     // The bridge reads hyper's read-ahead from the stream, like all other bytes.
     match bridge(TokioIo::new(upgraded)) {
         Ok(socket) => Ok((RawSocket::Bridge(socket), Bytes::new())),
         Err((error, upgraded)) => Err(Undetachable { error, upgraded: Some(upgraded.into_inner()) }),
+    }
+}
+
+/// Takes out what a TLS session has decrypted already: the client may have sent it together with its handshake.
+#[cfg(feature = "tls")]
+fn read_decrypted(session: &mut tokio_rustls::rustls::ServerConnection, to: &mut Vec<u8>) {
+    let mut piece = [0; 4096];
+    // An end of the session is seen by the shard again.
+    while let Ok(count @ 1..) = io::Read::read(&mut session.reader(), &mut piece) {
+        to.extend_from_slice(&piece[..count]);
     }
 }
 

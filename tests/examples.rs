@@ -675,11 +675,11 @@ async fn tls_serves_websockets_over_http_1_and_http_2_with_a_certificate_of_its_
     use tokio_rustls::rustls::pki_types::{CertificateDer, pem::PemObject as _};
     let files = std::env::temp_dir().join(format!("shardcast-example-tls-{}", std::process::id()));
     std::fs::create_dir_all(&files).unwrap();
-    let [certificate, key] = ["certificate.pem", "key.pem"].map(|name| files.join(name));
+    let [certificate_file, key] = ["certificate.pem", "key.pem"].map(|name| files.join(name));
     let given = testkit_hub::tls::TlsPair::new(&[]);
-    std::fs::write(&certificate, given.certificate_pem()).unwrap();
+    std::fs::write(&certificate_file, given.certificate_pem()).unwrap();
     std::fs::write(&key, given.key_pem()).unwrap();
-    let arguments = ["--cert", certificate.to_str().unwrap(), "--key", key.to_str().unwrap()];
+    let arguments = ["--cert", certificate_file.to_str().unwrap(), "--key", key.to_str().unwrap()];
     for arguments in [&[][..], &arguments] {
         let mut program = Running::start("tls", &[&["--port", "0"], arguments].concat());
         let mut pem = if arguments.is_empty() { String::new() } else { given.certificate_pem() };
@@ -710,6 +710,19 @@ async fn tls_serves_websockets_over_http_1_and_http_2_with_a_certificate_of_its_
         two.send_text("hello").await;
         two.recv_texts(&["hello"]).await;
 
+        if !arguments.is_empty() {
+            std::fs::write(&certificate_file, "no certificate").unwrap();
+            send_signal(&program, "-HUP").await;
+            program.wait_for_line("the old certificates remain in use").await;
+            let renewed = testkit_hub::tls::TlsPair::new(&[]);
+            std::fs::write(&certificate_file, renewed.certificate_pem()).unwrap();
+            std::fs::write(&key, renewed.key_pem()).unwrap();
+            send_signal(&program, "-HUP").await;
+            program.wait_for_line("new certificates are in use").await;
+            within_timeout(renewed.connect(TcpStream::connect(&address).await.unwrap())).await.unwrap();
+            one.send_text("still here").await;
+            one.recv_texts(&["still here"]).await;
+        }
         send_signal(&program, "-TERM").await;
         assert_eq!((one.closed().await.0, two.closed().await.0), (1001, 1001));
         assert!(within_timeout(program.process.wait()).await.unwrap().success());

@@ -1,13 +1,14 @@
 //! A process without file descriptors: alone in its file, because the limit is the whole process's.
 //!
-//! Behind TLS a connection needs two descriptors more than its socket, and finds out that there are none only after the
-//! 101. Does not know what else a client can be refused for.
+//! A stream that is not a socket, here a TLS stream in a buffer, needs two descriptors more for a shard to have it, and
+//! finds out that there are none only after the 101. Does not know what else a client can be refused for.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 #![cfg(target_os = "linux")]
 
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{self, Write as _};
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;
 use std::process::{Child, Command, Stdio};
 
@@ -15,7 +16,9 @@ use axum::serve::Listener;
 use shardcast::WsHubConfig;
 use testkit_hub::tls::{TlsListener, TlsPair};
 use testkit_hub::{Client, CommandHub, command_app, engine, within_timeout};
+use tokio::io::BufStream;
 use tokio::net::TcpStream;
+use tokio_rustls::server;
 
 /// Takes all free descriptors from this process, until it is told otherwise: by one that has its own.
 struct Famine {
@@ -41,11 +44,28 @@ impl Famine {
     }
 }
 
+/// Streams that no shard can own, because they are not the listener's own.
+struct Buffered(TlsListener);
+
+impl Listener for Buffered {
+    type Io = BufStream<server::TlsStream<TcpStream>>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
+        let (stream, address) = self.0.accept().await;
+        (BufStream::new(stream), address)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+}
+
 #[tokio::test]
 async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() {
     let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let tls = TlsPair::new(&[]);
-    let server = TlsListener::bind(&tls, |_| Ok(())).await.unwrap();
+    let server = Buffered(TlsListener::bind(&tls, |_| Ok(())).await.unwrap());
     let address = server.local_addr().unwrap();
     let app = command_app(hub.clone());
     tokio::spawn(async move { axum::serve(server, app).await.unwrap() });

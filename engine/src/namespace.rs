@@ -395,10 +395,12 @@ impl Namespace {
     /// # Errors
     /// [`AdoptError`]: a setting out of range, an encoding of another engine, a socket that cannot be
     /// prepared, a user with too many connections or too long a name, an engine that has ended, or too many publishers
-    /// that wait for room in the shard's mailbox. The socket is closed then.
+    /// that wait for room in the shard's mailbox. The socket is closed then, without a Close frame: an application that
+    /// wants to send one keeps a second descriptor of the socket. A TLS session cannot be kept, so its client is sent
+    /// the Close frame that [`AdoptError::farewell`] names.
     pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
         let NewConnection {
-            socket,
+            mut socket,
             received,
             handler,
             config,
@@ -409,16 +411,22 @@ impl Namespace {
             first_message,
             expires_at,
         } = connection;
-        self.publisher.core().config.validate_with(&config)?;
-        if !self.publisher.core().encodings.has(encoding) {
-            return Err(AdoptError::UnknownEncoding);
-        }
-        user.as_ref().map_or(Ok(()), check_user)?;
-        socket.prepare()?;
-        self.publisher.expect(&config);
-        let shard = permit.choose_shard();
+        let core = self.publisher.core();
+        let entered = core.config.validate_with(&config).map_err(AdoptError::from).and_then(|()| {
+            if !core.encodings.has(encoding) {
+                return Err(AdoptError::UnknownEncoding);
+            }
+            user.as_ref().map_or(Ok(()), check_user)?;
+            socket.prepare()?;
+            self.publisher.expect(&config);
+            let shard = permit.choose_shard();
+            Ok((shard, user.map(|user| self.enter_user(user, shard, &config)).transpose()?))
+        });
+        let (shard, user) = entered.inspect_err(|error| {
+            let (code, reason) = error.farewell();
+            socket.refuse(code, reason);
+        })?;
         let directory = self.publisher.directory().clone();
-        let user = user.map(|user| self.enter_user(user, shard, &config)).transpose()?;
         let join = directory.enter_everyone(shard);
         let adoption = Adoption {
             socket,
@@ -480,6 +488,24 @@ impl Namespace {
         match self.publisher.directory().enter_user(&user.name, shard, max) {
             Some(join) => Ok((user, join)),
             None => Err(AdoptError::TooManyConnectionsOfUser),
+        }
+    }
+}
+
+impl AdoptError {
+    /// The close code and the reason that a client should get.
+    #[must_use]
+    pub fn farewell(&self) -> (CloseCode, &'static str) {
+        match self {
+            Self::Refused(PublishError::Overloaded) => {
+                (CloseCode::TRY_AGAIN_LATER, "the server is overloaded")
+            }
+            Self::Refused(PublishError::Closed) => (CloseCode::GOING_AWAY, "the server is stopping"),
+            Self::TooManyConnectionsOfUser => {
+                (CloseCode::POLICY_VIOLATION, "too many connections of this user")
+            }
+            Self::UserNameTooLong => (CloseCode::POLICY_VIOLATION, "the user's name is too long"),
+            _ => (CloseCode::INTERNAL_ERROR, "the connection could not be taken over"),
         }
     }
 }

@@ -1,7 +1,10 @@
-//! The socket of a connection: TCP, the near end of a bridge, or none at all.
+//! The socket of a connection: TCP, TCP with a TLS session, the near end of a bridge, or none at all.
 //!
 //! Owned by one shard. Non-blocking; sends small messages at once and leaves little unsent data to the kernel,
 //! so that a backlog stays in the outbox, where the policy applies to it. Knows bytes. Does not know frames.
+
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::io;
 use std::net::Shutdown;
@@ -11,7 +14,10 @@ use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use rustix::net::{RecvFlags, SendFlags};
 
+use crate::close_code::CloseCode;
 use crate::outq;
+#[cfg(feature = "tls")]
+use tls::Tls;
 
 /// Unsent bytes above which the kernel refuses more: a client that stops reading costs the kernel some 36 KB
 /// instead of 4 MB.
@@ -25,18 +31,36 @@ const NO_SIGNAL: SendFlags = SendFlags::NOSIGNAL;
 #[cfg(target_vendor = "apple")]
 const NO_SIGNAL: SendFlags = SendFlags::empty();
 
-/// A connected stream socket that an engine can own: TCP, or a Unix socket whose other end forwards the bytes
-/// (TLS, HTTP/2). For measurements also a [sink](Self::sink).
+/// A connected stream socket that an engine can own: TCP, TCP with a TLS session (feature `tls`), or a Unix socket whose
+/// other end forwards the bytes (HTTP/2, other TLS). For measurements also a [sink](Self::sink).
 #[derive(Debug)]
 pub struct Socket(Kind);
 
 #[derive(Debug)]
 enum Kind {
     Tcp(mio::net::TcpStream),
+    #[cfg(feature = "tls")]
+    Tls(Box<Tls>),
     Unix(mio::net::UnixStream),
     /// The other end is a task that forwards the bytes.
     Bridge(mio::net::UnixStream),
     Sink,
+}
+
+/// What a write has done.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Bytes that were written.
+    pub(crate) taken: usize,
+    /// What they have become for the client's kernel: more than that if they were encrypted.
+    pub(crate) sent: usize,
+}
+
+impl Written {
+    fn plain(count: usize) -> Self {
+        Self { taken: count, sent: count }
+    }
 }
 
 impl From<std::net::TcpStream> for Socket {
@@ -52,6 +76,15 @@ impl From<std::os::unix::net::UnixStream> for Socket {
 }
 
 impl Socket {
+    /// TCP with a TLS session whose handshake is over. What the session has decrypted already must be taken out of it
+    /// before, and given to the engine as [`received`](crate::NewConnection::received).
+    ///
+    /// If no shard takes the connection, its client gets a Close frame (1013).
+    #[cfg(feature = "tls")]
+    pub fn tls(stream: std::net::TcpStream, session: rustls::ServerConnection) -> Self {
+        Self(Kind::Tls(Box::new(Tls::new(stream, session))))
+    }
+
     /// The near end of a bridge: a task at the other end forwards the bytes to and from the client. What was
     /// written here counts as delivered only when the other end has ended the stream.
     pub fn bridge(stream: std::os::unix::net::UnixStream) -> Self {
@@ -65,12 +98,27 @@ impl Socket {
         Self(Kind::Sink)
     }
 
+    /// Tells the client of a TLS session, which nobody else can tell, why no shard takes its connection.
+    pub(crate) fn refuse(&mut self, code: CloseCode, reason: &'static str) {
+        #[cfg(feature = "tls")]
+        if let Kind::Tls(tls) = &mut self.0 {
+            tls.refuse(code, reason);
+        }
+        #[cfg(not(feature = "tls"))]
+        let _ = (code, reason);
+    }
+
     /// Sets the options that the engine relies on.
     pub(crate) fn prepare(&self) -> io::Result<()> {
         match &self.0 {
             Kind::Tcp(stream) => {
                 socket2::SockRef::from(stream).set_nonblocking(true)?;
                 prepare_tcp(stream)
+            }
+            #[cfg(feature = "tls")]
+            Kind::Tls(tls) => {
+                socket2::SockRef::from(&tls.stream).set_nonblocking(true)?;
+                prepare_tcp(&tls.stream)
             }
             Kind::Unix(stream) | Kind::Bridge(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
             Kind::Sink => Ok(()),
@@ -82,33 +130,76 @@ impl Socket {
         let interest = Interest::READABLE | Interest::WRITABLE;
         match &mut self.0 {
             Kind::Tcp(stream) => stream.register(registry, token, interest),
+            #[cfg(feature = "tls")]
+            Kind::Tls(tls) => {
+                tls.adopted();
+                tls.stream.register(registry, token, interest)
+            }
             Kind::Unix(stream) | Kind::Bridge(stream) => stream.register(registry, token, interest),
             Kind::Sink => Ok(()),
         }
     }
 
     #[inline]
-    pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match &self.0 {
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.0 {
             Kind::Tcp(stream) => receive(stream, buffer),
+            #[cfg(feature = "tls")]
+            Kind::Tls(tls) => tls.read(buffer),
             Kind::Unix(stream) | Kind::Bridge(stream) => receive(stream, buffer),
             Kind::Sink => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
     #[inline]
-    pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        match &self.0 {
-            Kind::Tcp(stream) => send(stream, bytes),
-            Kind::Unix(stream) | Kind::Bridge(stream) => send(stream, bytes),
-            Kind::Sink => Ok(bytes.len()),
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<Written> {
+        match &mut self.0 {
+            Kind::Tcp(stream) => send(stream, bytes).map(Written::plain),
+            #[cfg(feature = "tls")]
+            Kind::Tls(tls) => tls.write(bytes),
+            Kind::Unix(stream) | Kind::Bridge(stream) => send(stream, bytes).map(Written::plain),
+            Kind::Sink => Ok(Written::plain(bytes.len())),
         }
     }
 
-    /// Bytes passed to the kernel that the client has not taken. None where the system does not report it.
+    /// Whether there may be more to read after a read of `count` bytes into a buffer of `room` bytes.
+    #[inline]
+    pub(crate) fn has_more(&self, count: usize, room: usize) -> bool {
+        match &self.0 {
+            #[cfg(feature = "tls")]
+            Kind::Tls(tls) => tls.has_more(),
+            // Edge-triggered: a short read means that the kernel's buffer is empty.
+            _ => count == room,
+        }
+    }
+
+    /// Whether the kernel has refused bytes that were written, so that nothing more can be written before
+    /// [`send_refused`](Self::send_refused).
+    #[inline]
+    pub(crate) fn has_refused(&self) -> bool {
+        match &self.0 {
+            #[cfg(feature = "tls")]
+            Kind::Tls(tls) => tls.refused_bytes() > 0,
+            _ => false,
+        }
+    }
+
+    /// Sends the bytes that were refused; `WouldBlock` if some are left.
+    pub(crate) fn send_refused(&mut self) -> io::Result<()> {
+        match &mut self.0 {
+            #[cfg(feature = "tls")]
+            Kind::Tls(tls) => tls.send_refused(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Bytes that were [sent](Written::sent) and that the client has not taken. None where the system does not report it.
     pub(crate) fn unacknowledged(&self) -> Option<u32> {
         match &self.0 {
             Kind::Tcp(stream) => outq::unacknowledged(stream),
+            #[cfg(feature = "tls")]
+            Kind::Tls(tls) => outq::unacknowledged(&tls.stream)
+                .map(|bytes| bytes.saturating_add(tls.refused_bytes() as u32)),
             Kind::Unix(stream) | Kind::Bridge(stream) => outq::unacknowledged(stream),
             Kind::Sink => Some(0),
         }
@@ -119,14 +210,18 @@ impl Socket {
         !matches!(self.0, Kind::Bridge(_))
     }
 
-    /// Ends the stream: nothing more will be written, and the client can read what was.
-    pub(crate) fn finish(&self) {
+    /// Ends the stream: nothing more will be written, and the client can read what was. False if that cannot be done
+    /// yet, because the kernel has [refused](Self::has_refused) what must be sent before.
+    pub(crate) fn finish(&mut self) -> bool {
         // Fails only if the client has disconnected, which the next read reports.
-        let _ = match &self.0 {
+        let _ = match &mut self.0 {
             Kind::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            #[cfg(feature = "tls")]
+            Kind::Tls(tls) => return tls.finish(),
             Kind::Unix(stream) | Kind::Bridge(stream) => stream.shutdown(Shutdown::Write),
             Kind::Sink => Ok(()),
         };
+        true
     }
 }
 

@@ -51,6 +51,8 @@ fn echo_app() -> (Router, mpsc::UnboundedReceiver<Seen>) {
                     // Fails if a runtime still had it.
                     echo(TcpStream::from_std(socket).unwrap(), read_ahead).await;
                 }
+                #[cfg(feature = "tls")]
+                RawSocket::Tls(_) => panic!("no test of these uses TLS"),
                 RawSocket::Unix(socket) | RawSocket::Bridge(socket) => {
                     seen.send(Seen { kind: "unix", read_ahead: read_ahead.clone(), protocol }).unwrap();
                     echo(UnixStream::from_std(socket).unwrap(), read_ahead).await;

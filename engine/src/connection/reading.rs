@@ -13,6 +13,7 @@ use crate::frame::ControlFrame;
 use crate::handler::{Control, Input, Message};
 use crate::held::Held;
 use crate::limiter::Arrived;
+use crate::socket::Socket;
 
 use super::{CallSite, Connection, Intake, Phase};
 
@@ -135,25 +136,29 @@ impl Connection {
     /// Reads once, at most what may be read.
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Read {
         let max = self.read_limit().min(buffer.len());
-        let (Some(socket), buffer) = (&self.socket, &mut buffer[..max]) else { return Read::Nothing };
+        let (Some(socket), buffer) = (&mut self.socket, &mut buffer[..max]) else { return Read::Nothing };
         loop {
             match socket.read(buffer) {
                 Ok(0) => return Read::End,
                 Ok(count) => {
-                    // Edge-triggered: a short read means that the kernel's buffer is empty.
-                    self.is_readable = count == buffer.len() || self.is_read_closed;
+                    self.is_readable = socket.has_more(count, buffer.len()) || self.is_read_closed;
                     return Read::Bytes(count);
                 }
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
                     ErrorKind::WouldBlock => {
-                        self.is_readable = false;
+                        self.is_readable = socket.has_more(0, buffer.len());
                         return Read::Nothing;
                     }
                     kind => return Read::Failed(kind),
                 },
             }
         }
+    }
+
+    /// Whether bytes that were written wait for the kernel, such as a TLS session's answer to what was read.
+    pub(crate) fn has_refused(&self) -> bool {
+        self.socket.as_ref().is_some_and(Socket::has_refused)
     }
 
     /// The kernel may have bytes to read, and announces the end of the stream if `is_closed`.

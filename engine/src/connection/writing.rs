@@ -13,7 +13,7 @@ use crate::frame::ControlFrame;
 use crate::metrics::Metrics;
 use crate::outbox::{Chunk, Dropped, Enqueued, Expiry, Gather, Next};
 use crate::receipt::Origin;
-use crate::socket::Socket;
+use crate::socket::{Socket, Written};
 use crate::tally::DropCause;
 
 use super::{Connection, Phase};
@@ -358,7 +358,13 @@ impl Connection {
             if !self.is_writable || self.phase == Phase::Lingering {
                 return Flushed::Rests;
             }
-            let Some(socket) = &self.socket else { return Flushed::Rests };
+            let Some(socket) = &mut self.socket else { return Flushed::Rests };
+            if socket.has_refused()
+                && let Err(error) = socket.send_refused()
+            {
+                return self.write_failed(error.kind(), now);
+            }
+            let Some(socket) = &mut self.socket else { return Flushed::Rests };
             let (bytes, is_control) = match self.outbox.next() {
                 Next::Data(bytes) => (bytes, false),
                 Next::Pieces => (gather.gather(&self.outbox, WRITE_BYTES_MAX), false),
@@ -370,22 +376,24 @@ impl Connection {
                     continue;
                 }
                 Next::Nothing if self.phase == Phase::Closing => {
-                    socket.finish();
+                    if !socket.finish() {
+                        return self.write_failed(ErrorKind::WouldBlock, now);
+                    }
                     self.phase = Phase::Lingering;
                     return Flushed::Finished;
                 }
                 Next::Nothing => return Flushed::Rests,
             };
             match socket.write(bytes) {
-                Ok(count) => {
+                Ok(Written { taken, sent }) => {
                     totals.writes += 1;
-                    totals.bytes_written += count as u64;
-                    self.written = self.written.wrapping_add(count as u32); // only compared
+                    totals.bytes_written += sent as u64;
+                    self.written = self.written.wrapping_add(sent as u32); // only compared
                     if is_control {
-                        self.outbox.wrote_control(count);
+                        self.outbox.wrote_control(taken);
                     } else {
                         let (waiting, bounds) = (self.outbox.waiting(), self.bounds());
-                        let frames = u64::from(self.outbox.wrote(count, &bounds));
+                        let frames = u64::from(self.outbox.wrote(taken, &bounds));
                         if self.outbox.waiting() < waiting {
                             self.counts.took(); // a frame that had waited was accepted
                         }
@@ -393,16 +401,11 @@ impl Connection {
                         totals.tally.written += frames;
                     }
                 }
-                Err(error) => match error.kind() {
-                    ErrorKind::Interrupted => {}
-                    ErrorKind::WouldBlock => {
-                        self.is_writable = false;
-                        self.refused_since = (now.as_micros() as u64).max(1);
-                        let _ = self.makes_progress(now);
-                        return Flushed::Refused;
-                    }
-                    kind => return Flushed::Failed(kind),
-                },
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return self.write_failed(error.kind(), now),
+            }
+            if self.has_refused() {
+                return self.write_failed(ErrorKind::WouldBlock, now);
             }
             // The usual case needs no further check.
             if self.phase == Phase::Open && self.outbox.is_empty() {
@@ -410,5 +413,16 @@ impl Connection {
             }
         }
         Flushed::HasMore
+    }
+
+    /// The kernel has refused a write, or the socket has failed.
+    fn write_failed(&mut self, kind: ErrorKind, now: Duration) -> Flushed {
+        if kind != ErrorKind::WouldBlock {
+            return Flushed::Failed(kind);
+        }
+        self.is_writable = false;
+        self.refused_since = (now.as_micros() as u64).max(1);
+        let _ = self.makes_progress(now);
+        Flushed::Refused
     }
 }

@@ -276,26 +276,26 @@ impl Shard {
         } = adoption;
         if self.shutdown.is_some() {
             drop_guarded(handler);
-            return turn_away(&socket, CloseCode::GOING_AWAY);
+            return turn_away(&mut socket, CloseCode::GOING_AWAY);
         }
         let Some(slot) = self.fanout.connections.vacant() else {
             tracing::warn!(shard = self.index, "the shard is full: a connection was refused");
             drop_guarded(handler);
-            return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
+            return turn_away(&mut socket, CloseCode::TRY_AGAIN_LATER);
         };
         self.generations += 1;
         let id = ConnectionId::new(self.index, slot, self.generations);
         if let Err(error) = socket.register(self.poll.registry(), Token(slot.index())) {
             tracing::warn!(shard = self.index, %error, "a socket could not be registered: its connection was refused");
             drop_guarded(handler);
-            return turn_away(&socket, CloseCode::TRY_AGAIN_LATER);
+            return turn_away(&mut socket, CloseCode::TRY_AGAIN_LATER);
         }
         let shown = self.core.beacons.call(self.index, directory.key());
         let handler = match catch_unwind(AssertUnwindSafe(|| handler(id))) {
             Ok(handler) => handler,
             Err(_) => {
                 tracing::error!(%id, "a handler panicked when it was made: its connection was refused");
-                return turn_away(&socket, CloseCode::INTERNAL_ERROR);
+                return turn_away(&mut socket, CloseCode::INTERNAL_ERROR);
             }
         };
         drop(shown);
@@ -378,7 +378,7 @@ fn drop_guarded<T>(value: T) {
 }
 
 /// Sends a Close frame to a client whose connection is refused. One attempt: an unused socket has room for it.
-fn turn_away(socket: &Socket, code: CloseCode) {
+fn turn_away(socket: &mut Socket, code: CloseCode) {
     let _ = socket.write(ControlFrame::close(code, "").as_bytes());
     socket.finish();
     // Dropping a socket with unread bytes resets it, and the Close frame is lost.

@@ -165,6 +165,9 @@ impl Shard {
                 }
             }
             has_more |= connection.is_reading();
+            if connection.has_refused() {
+                self.fanout.mark_dirty(*slot);
+            }
         }
         self.hand_over(&mut arrivals, &mut buffer);
         self.scratch.read = buffer;

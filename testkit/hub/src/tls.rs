@@ -52,6 +52,11 @@ impl TlsPair {
         pem("PRIVATE KEY", &self.key)
     }
 
+    /// The server's configuration.
+    pub fn server_config(&self) -> Arc<rustls::ServerConfig> {
+        self.server.clone()
+    }
+
     /// Accepts TLS on the server's side.
     pub fn acceptor(&self) -> TlsAcceptor {
         self.server.clone().into()
