@@ -18,13 +18,12 @@
 use std::error::Error;
 
 use axum::extract::{Path, Query, State};
-use axum::http::StatusCode;
 use axum::routing::{any, get, post};
 use axum::{Json, Router};
 use serde::Deserialize;
 use shardcast::{
-    CloseCode, Engine, EngineConfig, GroupCount, Hub, HubContext, Present, RawCodec, Refusal, Serve,
-    WebSocketUpgrade, WsHub, WsHubConfig,
+    CloseCode, Engine, EngineConfig, GroupCount, Hub, HubContext, Present, PublishError, RawCodec, Refusal,
+    Serve, WebSocketUpgrade, WsHub, WsHubConfig,
 };
 
 struct Device {
@@ -60,11 +59,6 @@ async fn connect(
     ws.serve(&hub, Device { room: who.room }).user(who.user)
 }
 
-/// The hub's error as a response.
-fn unavailable(error: impl Error) -> (StatusCode, String) {
-    (StatusCode::SERVICE_UNAVAILABLE, error.to_string())
-}
-
 async fn rooms(State(hub): State<Hub<Device>>) -> Json<Vec<GroupCount>> {
     Json(hub.groups())
 }
@@ -72,8 +66,8 @@ async fn rooms(State(hub): State<Hub<Device>>) -> Json<Vec<GroupCount>> {
 async fn room(
     Path(name): Path<String>,
     State(hub): State<Hub<Device>>,
-) -> Result<Json<Vec<Present>>, (StatusCode, String)> {
-    hub.presence(&name).await.map(Json).map_err(unavailable)
+) -> Result<Json<Vec<Present>>, PublishError> {
+    hub.presence(&name).await.map(Json)
 }
 
 async fn users(State(hub): State<Hub<Device>>) -> Json<Vec<(String, usize)>> {
@@ -84,17 +78,17 @@ async fn send(
     Path(user): Path<String>,
     State(hub): State<Hub<Device>>,
     text: String,
-) -> Result<String, (StatusCode, String)> {
-    let receipt = hub.to_user(&user).deliver(&text).await.map_err(unavailable)?;
+) -> Result<String, PublishError> {
+    let receipt = hub.to_user(&user).deliver(&text).await?;
     Ok(format!("accepted by {} of {} devices\n", receipt.accepted(), receipt.recipients))
 }
 
 async fn disconnect(
     Path(user): Path<String>,
     State(hub): State<Hub<Device>>,
-) -> Result<String, (StatusCode, String)> {
+) -> Result<String, PublishError> {
     let devices = hub.user_len(&user);
-    hub.to_user(&user).disconnect(CloseCode(4001), "by an administrator").await.map_err(unavailable)?;
+    hub.to_user(&user).disconnect(CloseCode(4001), "by an administrator").await?;
     Ok(format!("{devices} devices are disconnected\n"))
 }
 

@@ -16,6 +16,8 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
 use shardcast_engine::{
     Address, CloseCode, ConfigError, ConnectionId, ConnectionMetrics, Delivery, GroupCount, GroupMetrics,
     InvalidCloseCode, MessageKind, Namespace, Payload, Policy as BroadcastPolicy, Position, Publication,
@@ -698,6 +700,19 @@ pub enum PublishError {
     /// The close code may not be in a Close frame. Nobody was disconnected.
     #[error(transparent)]
     InvalidCloseCode(#[from] InvalidCloseCode),
+}
+
+/// With the error's text: 503 where the engine has ended or has no room, 400 for the name of a group that is too long, 500
+/// for what else is wrong with the message.
+impl IntoResponse for PublishError {
+    fn into_response(self) -> Response {
+        let status = match self {
+            Self::Closed | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            Self::GroupNameTooLong => StatusCode::BAD_REQUEST,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        (status, self.to_string()).into_response()
+    }
 }
 
 impl From<EngineError> for PublishError {

@@ -6,24 +6,23 @@
 
 use std::borrow::Cow;
 use std::future::{Future, poll_fn};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Deref};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 
 use shardcast_engine::{
-    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, ConnectionMetrics, DropCause,
-    GroupCount, GroupMetrics, Position,
+    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, DropCause, Position,
 };
 use tokio::runtime;
 use tokio::sync::mpsc;
 
-use crate::clients::{Clients, Prepared, PublishError, Target, WeakClients};
+use crate::clients::{Clients, PublishError, WeakClients};
 use crate::codec::{CodecError, Decode, Encode};
 use crate::context::MessageContext;
 use crate::log_limit::Excerpt;
-use crate::presence::{PresenceChange, PresenceChanges, Present};
+use crate::presence::PresenceChange;
 
 /// Calls of `on_message_drop` before the shard's other connections have their turn.
 const DROPS_PER_TURN: u64 = 1000;
@@ -450,7 +449,8 @@ pub struct DisconnectRequest {
 }
 
 /// A handle to a running hub: serves connections, and reaches their clients from anywhere. Cloneable; keeps its engine
-/// alive. A handle that does not is [`clients`](Self::clients).
+/// alive. A handle that does not is [`clients`](Self::clients), whose methods can be called on the hub, too:
+/// `hub.to_all()`, `hub.join(id, "lobby")`.
 pub struct Hub<H: WsHub> {
     engine: shardcast_engine::Engine,
     /// The runtime that the shards' threads have entered.
@@ -469,6 +469,14 @@ impl<H: WsHub> Clone for Hub<H> {
 impl<H: WsHub> std::fmt::Debug for Hub<H> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Hub").field("clients", &self.clients).finish_non_exhaustive()
+    }
+}
+
+impl<H: WsHub> Deref for Hub<H> {
+    type Target = Clients<H::OutMessage>;
+
+    fn deref(&self) -> &Clients<H::OutMessage> {
+        &self.clients
     }
 }
 
@@ -502,179 +510,11 @@ impl<H: WsHub> Hub<H> {
         &self.clients
     }
 
-    /// See [`Clients::to_all`].
-    pub fn to_all(&self) -> Target<'_, H::OutMessage> {
-        self.clients.to_all()
-    }
-
-    /// See [`Clients::to_group`].
-    pub fn to_group(&self, group: &str) -> Target<'_, H::OutMessage> {
-        self.clients.to_group(group)
-    }
-
-    /// See [`Clients::to_groups`].
-    pub fn to_groups(&self, groups: &[&str]) -> Target<'_, H::OutMessage> {
-        self.clients.to_groups(groups)
-    }
-
-    /// See [`Clients::to_user`].
-    pub fn to_user(&self, user: &str) -> Target<'_, H::OutMessage> {
-        self.clients.to_user(user)
-    }
-
-    /// See [`Clients::to_users`].
-    pub fn to_users(&self, users: &[&str]) -> Target<'_, H::OutMessage> {
-        self.clients.to_users(users)
-    }
-
-    /// See [`Clients::to`].
-    pub fn to(&self, id: ConnectionId) -> Target<'_, H::OutMessage> {
-        self.clients.to(id)
-    }
-
-    /// See [`Clients::prepare`].
-    ///
-    /// # Errors
-    /// A message that cannot be encoded.
-    pub fn prepare(&self, message: &H::OutMessage) -> Result<Prepared<H::OutMessage>, CodecError> {
-        self.clients.prepare(message)
-    }
-
-    /// See [`Clients::join`].
-    ///
-    /// # Errors
-    /// As for [`Clients::join`].
-    pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
-        self.clients.join(id, group).await
-    }
-
-    /// See [`Clients::leave`].
-    ///
-    /// # Errors
-    /// As for [`Clients::leave`].
-    pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), PublishError> {
-        self.clients.leave(id, group).await
-    }
-
-    /// See [`Clients::join_all`].
-    ///
-    /// # Errors
-    /// As for [`Clients::join_all`].
-    pub async fn join_all(&self, id: ConnectionId, groups: &[&str]) -> Result<Position, PublishError> {
-        self.clients.join_all(id, groups).await
-    }
-
-    /// See [`Clients::leave_all`].
-    ///
-    /// # Errors
-    /// As for [`Clients::leave_all`].
-    pub async fn leave_all(&self, id: ConnectionId, groups: &[&str]) -> Result<(), PublishError> {
-        self.clients.leave_all(id, groups).await
-    }
-
-    /// See [`Clients::groups_of`].
-    ///
-    /// # Errors
-    /// As for [`Clients::groups_of`].
-    pub async fn groups_of(&self, id: ConnectionId) -> Result<Option<Vec<Arc<str>>>, PublishError> {
-        self.clients.groups_of(id).await
-    }
-
-    /// See [`Clients::disconnect`].
-    ///
-    /// # Errors
-    /// As for [`Clients::disconnect`].
-    pub async fn disconnect(
-        &self,
-        id: ConnectionId,
-        code: CloseCode,
-        reason: impl Into<Cow<'static, str>>,
-    ) -> Result<(), PublishError> {
-        self.clients.disconnect(id, code, reason).await
-    }
-
-    /// See [`Clients::connection_metrics`].
-    ///
-    /// # Errors
-    /// As for [`Clients::connection_metrics`].
-    pub async fn connection_metrics(
-        &self,
-        id: ConnectionId,
-    ) -> Result<Option<ConnectionMetrics>, PublishError> {
-        self.clients.connection_metrics(id).await
-    }
-
-    /// See [`Clients::metrics`].
-    ///
-    /// # Errors
-    /// As for [`Clients::metrics`].
-    pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
-        self.clients.metrics().await
-    }
-
-    /// See [`Clients::len`].
-    pub fn len(&self) -> usize {
-        self.clients.len()
-    }
-
-    /// See [`Clients::is_empty`].
-    pub fn is_empty(&self) -> bool {
-        self.clients.is_empty()
-    }
-
-    /// See [`Clients::group_len`].
-    pub fn group_len(&self, group: &str) -> usize {
-        self.clients.group_len(group)
-    }
-
-    /// See [`Clients::groups`].
-    pub fn groups(&self) -> Vec<GroupCount> {
-        self.clients.groups()
-    }
-
-    /// See [`Clients::group_count`].
-    pub fn group_count(&self) -> usize {
-        self.clients.group_count()
-    }
-
-    /// See [`Clients::presence`].
-    ///
-    /// # Errors
-    /// As for [`Clients::presence`].
-    pub async fn presence(&self, group: &str) -> Result<Vec<Present>, PublishError> {
-        self.clients.presence(group).await
-    }
-
-    /// See [`Clients::presence_len`].
-    pub fn presence_len(&self, group: &str) -> usize {
-        self.clients.presence_len(group)
-    }
-
-    /// See [`Clients::presence_changes`].
-    pub fn presence_changes(&self) -> PresenceChanges {
-        self.clients.presence_changes()
-    }
-
-    /// See [`Clients::user_len`].
-    pub fn user_len(&self, user: &str) -> usize {
-        self.clients.user_len(user)
-    }
-
-    /// See [`Clients::users`].
-    pub fn users(&self) -> Vec<(Arc<str>, usize)> {
-        self.clients.users()
-    }
-
     /// A client with a user is about to be served: from now on the hub is told of changes of presence.
     pub(crate) fn observe_presence(&self) {
         self.clients.observe_presence(|clients, changes| {
             tokio::spawn(pass_on_presence::<H>(clients, changes));
         });
-    }
-
-    /// See [`Clients::encode_failures`].
-    pub fn encode_failures(&self) -> u64 {
-        self.clients.encode_failures()
     }
 
     pub(crate) fn config(&self) -> &Arc<ConnectionConfig> {

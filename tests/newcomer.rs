@@ -144,7 +144,6 @@ mod admin {
     use std::sync::Arc;
 
     use axum::extract::{Path, Query, State};
-    use axum::http::StatusCode;
     use axum::routing::{any, get, post};
     use axum::{Json, Router};
     use serde::Deserialize;
@@ -187,40 +186,36 @@ mod admin {
         ws.serve(&hub, Device { room: who.room }).user(who.user).metadata(&address)
     }
 
-    type Reply<T> = Result<T, (StatusCode, String)>;
-
-    fn unavailable(error: PublishError) -> (StatusCode, String) {
-        (StatusCode::SERVICE_UNAVAILABLE, error.to_string())
-    }
+    type Reply<T> = Result<T, PublishError>;
 
     async fn rooms(State((_, hub)): App) -> Json<Vec<GroupCount>> {
         Json(hub.groups())
     }
 
     async fn room(Path(name): Path<String>, State((_, hub)): App) -> Reply<Json<Vec<Present>>> {
-        hub.presence(&name).await.map(Json).map_err(unavailable)
+        hub.presence(&name).await.map(Json)
     }
 
     type Connection = (ConnectionId, Option<Vec<Arc<str>>>, Option<ConnectionMetrics>);
 
     async fn user(Path(user): Path<String>, State((_, hub)): App) -> Reply<Json<Vec<Connection>>> {
         let mut connections = Vec::new();
-        for id in hub.to_user(&user).members().await.map_err(unavailable)? {
-            let rooms = hub.groups_of(id).await.map_err(unavailable)?;
-            let metrics = hub.connection_metrics(id).await.map_err(unavailable)?;
+        for id in hub.to_user(&user).members().await? {
+            let rooms = hub.groups_of(id).await?;
+            let metrics = hub.connection_metrics(id).await?;
             connections.push((id, rooms, metrics));
         }
         Ok(Json(connections))
     }
 
     async fn send(Path(user): Path<String>, State((_, hub)): App, text: String) -> Reply<String> {
-        let receipt = hub.to_user(&user).deliver(&text).await.map_err(unavailable)?;
+        let receipt = hub.to_user(&user).deliver(&text).await?;
         Ok(format!("accepted by {} of {} devices", receipt.accepted(), receipt.recipients))
     }
 
     async fn disconnect(Path(user): Path<String>, State((_, hub)): App) -> Reply<()> {
         let user = hub.to_user(&user);
-        user.disconnect(CloseCode(4001), "by an administrator").await.map_err(unavailable)
+        user.disconnect(CloseCode(4001), "by an administrator").await
     }
 
     async fn metrics(State((engine, _)): App) -> String {
