@@ -15,7 +15,9 @@
 //! use serde::{Deserialize, Serialize};
 //! use serde_json::json;
 //! use shardcast::testing::TestServer;
-//! use shardcast::{Engine, Hub, HubContext, JsonCodec, Refusal, Serve, WebSocketUpgrade, WsHub, WsHubConfig};
+//! use shardcast::{
+//!     Engine, Hub, HubContext, JsonCodec, PublishError, Refusal, Serve, WebSocketUpgrade, WsHub, WsHubConfig,
+//! };
 //!
 //! #[derive(Deserialize)]
 //! #[serde(tag = "type", rename_all = "lowercase")]
@@ -56,11 +58,9 @@
 //!     ws.serve(&chat, Chat)
 //! }
 //!
-//! async fn notice(State(chat): State<Hub<Chat>>, text: String) -> String {
-//!     match chat.to_all().deliver(&ToClient::Notice { text }).await {
-//!         Ok(receipt) => format!("accepted for {} of {} clients\n", receipt.accepted(), receipt.recipients),
-//!         Err(error) => format!("{error}\n"),
-//!     }
+//! async fn notice(State(chat): State<Hub<Chat>>, text: String) -> Result<String, PublishError> {
+//!     let receipt = chat.to_all().deliver(&ToClient::Notice { text }).await?;
+//!     Ok(format!("accepted for {} of {} clients\n", receipt.accepted(), receipt.recipients))
 //! }
 //!
 //! fn app(engine: &Engine) -> Router {
