@@ -7,18 +7,15 @@
 #![cfg(target_os = "linux")]
 
 use std::fs::File;
-use std::io::{self, Write as _};
-use std::net::SocketAddr;
+use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
 use std::process::{Child, Command, Stdio};
 
 use axum::serve::Listener;
 use shardcast::WsHubConfig;
-use testkit_hub::tls::{TlsListener, TlsPair};
+use testkit_hub::tls::{Buffered, TlsListener, TlsPair};
 use testkit_hub::{Client, CommandHub, command_app, engine, within_timeout};
-use tokio::io::BufStream;
 use tokio::net::TcpStream;
-use tokio_rustls::server;
 
 /// Takes all free descriptors from this process, until it is told otherwise: by one that has its own.
 struct Famine {
@@ -41,23 +38,6 @@ impl Famine {
     fn end(mut self) {
         self.helper.stdin.take().unwrap().write_all(b"\n").unwrap();
         assert!(self.helper.wait().unwrap().success());
-    }
-}
-
-/// Streams that no shard can own, because they are not the listener's own.
-struct Buffered(TlsListener);
-
-impl Listener for Buffered {
-    type Io = BufStream<server::TlsStream<TcpStream>>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
-        let (stream, address) = self.0.accept().await;
-        (BufStream::new(stream), address)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.local_addr()
     }
 }
 

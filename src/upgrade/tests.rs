@@ -13,7 +13,7 @@ use hyper_util::{
     server::conn::auto,
     service::TowerToHyperService,
 };
-use testkit_hub::tls::{TlsListener, TlsPair};
+use testkit_hub::tls::{Buffered, TlsListener, TlsPair};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, UnixListener},
@@ -292,9 +292,9 @@ async fn a_server_on_a_unix_socket_needs_no_bridge() {
 }
 
 #[tokio::test]
-async fn a_tls_connection_is_bridged_with_its_early_frames_and_its_ends() {
+async fn a_stream_that_is_no_socket_is_bridged_with_its_early_frames_and_its_ends() {
     let tls = TlsPair::new(&[]);
-    let listener = TlsListener::bind(&tls, |_| Ok(())).await.unwrap();
+    let listener = Buffered(TlsListener::bind(&tls, |_| Ok(())).await.unwrap());
     let address = listener.local_addr().unwrap();
     let (app, mut seen) = echo_app();
     let server = tokio::spawn(serve(listener, app));

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use axum::serve::Listener;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio::io::BufStream;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
@@ -151,5 +152,23 @@ impl Listener for TlsListener {
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
+    }
+}
+
+/// The same streams in a buffer: none that a shard can own, so they are bridged.
+#[allow(missing_debug_implementations, reason = "a TlsAcceptor cannot be shown")]
+pub struct Buffered(pub TlsListener);
+
+impl Listener for Buffered {
+    type Io = BufStream<server::TlsStream<TcpStream>>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
+        let (stream, address) = self.0.accept().await;
+        (BufStream::new(stream), address)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
     }
 }
