@@ -184,6 +184,7 @@ impl Fanout {
         }
         if connection.take_first(chunk) {
             self.backlog_bytes += chunk.bytes();
+            self.flushes.reached(frames);
             return false;
         }
         self.enqueue_or_wait(slot, chunk, terms)
@@ -197,6 +198,9 @@ impl Fanout {
         let expiry = Expiry { until, max_drops: policy.max_drops() };
         let (enqueued, bytes) = connection.enqueue(chunk, self.now, expiry, || terms.origin(policy));
         self.backlog_bytes += bytes;
+        if let Some(frames) = connection.frames_to_write() {
+            self.flushes.reached(frames);
+        }
         if let Some(blocks) = connection.becomes_congested() {
             connection.provisional_group().into_iter().for_each(|group| group.add_congested(blocks));
             self.groups.groups_of(slot).for_each(|group| group.add_congested(blocks));

@@ -78,6 +78,11 @@ impl Connection {
         if self.is_writable { 0 } else { self.outbox.held_bytes() }
     }
 
+    /// Frames that can be written; none while the socket accepts no more.
+    pub(crate) fn frames_to_write(&self) -> Option<u64> {
+        self.is_writable.then(|| self.outbox.queued().into())
+    }
+
     pub(crate) fn has_backlog(&self) -> bool {
         !self.outbox.is_empty()
     }
