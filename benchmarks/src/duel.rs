@@ -32,6 +32,10 @@ pub(crate) struct Options {
     /// Messages in flight: by default one for each connection in echo, and one in fan-out.
     #[arg(long)]
     in_flight: Option<usize>,
+    /// Groups in fan-out: connection i is in group i % N, and a message goes to the members of its sender's group. Needs
+    /// servers with groups: shardcast and its builds.
+    #[arg(long, default_value_t = 1)]
+    groups: usize,
     /// Bytes of a whole JSON message.
     #[arg(long, default_value_t = 64)]
     payload: usize,
@@ -54,8 +58,12 @@ pub(crate) struct Options {
 pub(crate) enum DuelError {
     #[error("a duel needs messages: pass --mode echo or --mode fanout")]
     Mode,
-    #[error("rounds and slice-millis must be at least 1")]
+    #[error("rounds, slice-millis and groups must be at least 1")]
     Extent,
+    #[error(
+        "groups need --mode fanout, and no server but shardcast and its builds: pass --servers shardcast"
+    )]
+    Groups,
     #[error(transparent)]
     Harness(#[from] HarnessError),
     #[error("{name} has no result")]
@@ -117,11 +125,17 @@ pub(crate) fn run(options: &Options) -> Result<bool, DuelError> {
 impl Options {
     /// The load on each server.
     fn load(&self) -> Result<Load, DuelError> {
-        if self.rounds == 0 || self.slice_millis == 0 {
+        if self.rounds == 0 || self.slice_millis == 0 || self.groups == 0 {
             return Err(DuelError::Extent);
+        }
+        let has_groups =
+            self.mode == Mode::Fanout && self.servers.iter().all(|server| *server == Subject::Shardcast);
+        if self.groups > 1 && !has_groups {
+            return Err(DuelError::Groups);
         }
         let (path, mode, in_flight) = match self.mode {
             Mode::Echo => ("/echo", "echo", self.connections),
+            Mode::Fanout if self.groups > 1 => ("/group/{group}", "fanout", self.groups),
             Mode::Fanout => ("/ws", "fanout", 1),
             Mode::Idle => return Err(DuelError::Mode),
         };
@@ -130,6 +144,7 @@ impl Options {
             ("--connections", self.connections.to_string()),
             ("--in-flight", self.in_flight.unwrap_or(in_flight).to_string()),
             ("--payload", self.payload.to_string()),
+            ("--groups", self.groups.to_string()),
         ];
         Ok(Load { path, flags })
     }
