@@ -339,6 +339,21 @@ async fn a_client_whose_stream_ends_without_the_end_of_its_session_is_disconnect
     assert_eq!(server.ended().await, CloseReason::Disconnected);
 }
 
+#[cfg(target_os = "linux")] // only there a socket can be corked
+#[tokio::test]
+async fn a_client_whose_stream_ends_within_a_record_is_disconnected() {
+    let mut server = Server::start().await;
+    let mut client = server.connect().await;
+    client.send("hello").await;
+    assert_eq!(client.recv().await, "hello");
+    // The beginning of a record and the end of the stream, which arrive together.
+    let socket = socket2::SockRef::from(client.stream.get_ref().0);
+    socket.set_tcp_cork(true).unwrap();
+    std::io::Write::write_all(&mut &*socket, &[0x17, 3, 3, 0, 100, 1, 2, 3]).unwrap();
+    socket.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(server.ended().await, CloseReason::Disconnected);
+}
+
 #[tokio::test]
 async fn a_client_that_breaks_a_record_gets_an_alert_and_nobody_else_notices() {
     let mut server = Server::start().await;

@@ -102,7 +102,11 @@ impl Tls {
         let plaintext = self.decrypt(buffer, received)?;
         self.send_records()?; // answers of the session itself: a key update, an alert
         match plaintext {
-            0 if self.end.is_none() => Err(ErrorKind::WouldBlock.into()),
+            0 if self.end.is_none() => {
+                // A part of a record. An end of the stream that has arrived with it is announced only once.
+                self.has_more = true;
+                Err(ErrorKind::WouldBlock.into())
+            }
             0 => self.read(&mut []),
             count => Ok(count),
         }
