@@ -492,3 +492,53 @@ fn settings_that_contradict_each_other_are_refused_by_name() {
     assert_eq!((error.field, &*error.highest), ("max_message_bytes", "1048576"));
     assert_eq!(rig.engine.connection_count(), 0, "its permit is released");
 }
+
+/// Waits in its first message, closes in the second, and must get no third one.
+struct ClosesInItsSecondMessage(Arc<Mutex<Vec<String>>>, Arc<Mutex<Option<Waker>>>);
+
+impl Handler for ClosesInItsSecondMessage {
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
+        let mut messages = lock(&self.0);
+        messages.push(String::from_utf8_lossy(message.payload).into_owned());
+        match messages.len() {
+            1 => {
+                *lock(&self.1) = Some(context.waker());
+                return Poll::Pending;
+            }
+            2 => context.close(CloseReason::Application { code: CloseCode(4000), text: "enough".into() }),
+            _ => {}
+        }
+        Poll::Ready(())
+    }
+
+    fn on_resume(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+}
+
+#[test]
+fn a_handler_that_has_closed_gets_no_message_even_if_the_socket_fails_before_the_end() {
+    // So small an outbox that the log is run one publication a turn, and the end must wait for them.
+    let policy = Policy::DropMessage { timeout: Duration::from_secs(1) };
+    let mut rig = Rig::one(ConnectionConfig { outbox_frames: 4, policy, ..ConnectionConfig::default() });
+    let (messages, waker) = (Arc::default(), Arc::default());
+    let handler = ClosesInItsSecondMessage(Arc::clone(&messages), Arc::clone(&waker));
+    let mut peer = rig.connect_handler(Box::new(|_| Box::new(handler)));
+    for text in ["wait", "close", "too late"] {
+        peer.text(text);
+    }
+    rig.settle();
+    let publication = || Publication::message(Address::Everyone, Payload::text("x"));
+    let mut published = 0;
+    while rig.everyone.try_publish(publication()).is_ok() {
+        published += 1;
+    }
+    assert!(published > 1);
+    lock(&waker).take().unwrap().wake();
+    while lock(&messages).len() < 2 {
+        rig.turn();
+    }
+    drop(peer);
+    rig.settle();
+    assert_eq!(*lock(&messages), ["wait", "close"]);
+}

@@ -381,10 +381,9 @@ impl Shard {
     /// The handler has panicked or closes the connection: it gets no more messages, not even those that
     /// arrived before the end. One that has panicked is not notified of drops either.
     pub(super) fn end_by_handler(&mut self, slot: Slot, reason: CloseReason) {
-        let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
-        if connection.is_over() || connection.drains() {
-            self.forget_held(slot);
-        }
+        // Now, although the end follows later: until then another end may be decided, after which held messages are
+        // handled.
+        self.forget_held(slot);
         self.end_in_order(slot, reason);
     }
 
