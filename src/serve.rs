@@ -175,10 +175,10 @@ impl<H: WsHub> Serve<H> {
         Self { config: Some(config.into()), ..self }
     }
 
-    /// Also counts this connection's messages in a limit that it shares with others: those of one tenant or one API key,
-    /// for instance, for each of which the application keeps one. What happens above it is
-    /// [`rate_limit.over_limit`](crate::RateLimit::over_limit) of the connection's config. For all connections of a user,
-    /// there is [`rate_limit.user_messages`](crate::RateLimit::user_messages) instead.
+    /// Also counts this connection's messages in a limit that it shares with other connections, for instance with all
+    /// that use the same API key. The application keeps one limit per key. What happens above it is
+    /// [`rate_limit.over_limit`](crate::RateLimit::over_limit) of the connection's config. For the connections of one
+    /// user, set [`rate_limit.user_messages`](crate::RateLimit::user_messages) instead.
     ///
     /// ```
     /// use axum::extract::State;

@@ -291,15 +291,15 @@ async fn two_users_of_one_name_are_told_apart_and_stay_themselves_over_a_restart
     second.shows(own, json!(["I am the second"])).await;
 }
 
-/// One of the thousand: connected, until the server has sent it back what it sent while it was away.
+/// One of the thousand clients, in one of twenty rooms.
 #[cfg(feature = "client")]
-struct Returner {
+struct RoomClient {
     client: shardcast::HubClient<Value, Value>,
     messages: shardcast::client::Messages<Value>,
 }
 
 #[cfg(feature = "client")]
-impl Returner {
+impl RoomClient {
     async fn enter(url: &str, number: usize) -> Self {
         let url = format!("{url}?room=room{}&name=client{number}&token=token{number}", number % 20);
         let mut client = shardcast::HubClient::builder(url)
@@ -313,8 +313,8 @@ impl Returner {
         Self { client, messages }
     }
 
-    /// Sends three messages while there is no server, and returns when they have come back.
-    async fn comes_back(mut self) -> (Self, Instant) {
+    /// Sends three messages while there is no server, and returns when the new server has answered them.
+    async fn reconnect(mut self) -> (Self, Instant) {
         let mut states = self.client.states();
         let away = states.wait_for(|state| matches!(state, ClientState::Reconnecting { .. }));
         within_timeout(away).await.expect("it reconnects");
@@ -359,11 +359,11 @@ async fn after_a_restart_a_thousand_clients_and_a_browser_are_back_in_their_room
     let url = format!("{}/ws", server.url.replace("http:", "ws:"));
     let mut clients = Vec::new();
     for number in 0..1_000 {
-        clients.push(Returner::enter(&url, number).await);
+        clients.push(RoomClient::enter(&url, number).await);
     }
     ada.shows(MEMBER_COUNT, json!(51)).await;
 
-    let returns: Vec<_> = clients.into_iter().map(|client| tokio::spawn(client.comes_back())).collect();
+    let returns: Vec<_> = clients.into_iter().map(|client| tokio::spawn(client.reconnect())).collect();
     let port = server.port();
     server.terminate().await;
     ada.shows("return document.querySelector('#problem').hidden", json!(false)).await;

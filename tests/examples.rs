@@ -1,6 +1,6 @@
 //! Every example, started as a program of its own and used once.
 //!
-//! What is shown to newcomers must work as shown. What `fanout` does on SIGTERM is in `shutdown.rs`.
+//! What the documents show must work as shown. What `fanout` does on SIGTERM is in `shutdown.rs`.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 

@@ -139,7 +139,7 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
 }
 
 #[tokio::test]
-async fn a_shutdown_waits_for_a_busy_handler_refuses_newcomers_and_reads_no_more() {
+async fn a_shutdown_waits_for_a_busy_handler_refuses_new_clients_and_reads_no_more() {
     let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
     let (mut busy, busy_id) = fixture.connect().await;
     let (mut other, other_id) = fixture.connect().await;

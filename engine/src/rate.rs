@@ -176,11 +176,11 @@ pub enum OverLimit {
     Close,
 }
 
-/// A limit that several connections share, for instance all of one tenant, on whichever shards they are. For those of one
-/// user there is [`RateLimit::user_messages`].
+/// A limit that several connections share, whichever shards they are on: for instance, all connections that use one API
+/// key. For the connections of one user, use [`RateLimit::user_messages`].
 ///
-/// The application keeps one limit per tenant or API key, and gives a clone of it to each connection that the limit
-/// covers ([`NewConnection::rate_limit`](crate::NewConnection::rate_limit)). It is counted in addition to the
+/// The application keeps one limit per API key, and gives a clone of it to each connection that the limit covers
+/// ([`NewConnection::rate_limit`](crate::NewConnection::rate_limit)). It is counted in addition to the
 /// connection's own [`RateLimit`], whose `over_limit` says what happens to a message that exceeds either. Under
 /// [`OverLimit::Delay`] the connections take turns in the order in which their messages arrive.
 ///

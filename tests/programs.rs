@@ -1,6 +1,6 @@
 //! Five programs that users wrote by hand before the library had what they need, written with it, and used.
 //!
-//! Each stands between two markers, as complete as its `main` would be; only what a real program takes from its
+//! Each is between two markers, as complete as its `main` would be; only what a real program takes from its
 //! configuration (listener, settings, key) is passed in. The users' versions had a registry of users, locks around the
 //! state of a connection, and a timer for each token; the last test holds that these have none, and are shorter. (The
 //! game has a clock, because it is one.)
@@ -873,7 +873,7 @@ async fn the_handler_greets_counts_its_own_echoes_and_is_told_once_how_its_clien
 
 /// The lines of a program that are not empty.
 fn lines_of(program: &str) -> Vec<&'static str> {
-    let source = include_str!("newcomer.rs");
+    let source = include_str!("programs.rs");
     let (begin, end) = (format!("// begin: {program}\n"), format!("// end: {program}\n"));
     let program = source.split_once(&begin).unwrap().1.split_once(&end).unwrap().0;
     program.lines().map(str::trim).filter(|line| !line.is_empty()).collect()
