@@ -125,6 +125,7 @@ mod rate;
 mod receipt;
 mod rendition;
 mod shard;
+mod shard_set;
 mod shutdown;
 mod socket;
 mod sync;
