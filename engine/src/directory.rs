@@ -13,7 +13,6 @@
 //! limited user's list of connections when one of them opens or ends. No message takes a lock.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
@@ -22,6 +21,7 @@ use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::EndedTally;
 use crate::presence::{PresenceKind, PresenceObserver, Present};
 use crate::rendition::{ENCODINGS_MAX, Encoding};
+use crate::sync::plain::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
 use crate::user_limits::UserLimits;
 
 const CLOSED: u64 = u64::MAX;

@@ -7,7 +7,6 @@
 use std::cell::Cell;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use crate::admission::Admission;
@@ -26,6 +25,7 @@ use crate::position::Position;
 use crate::rendition::Encodings;
 use crate::shard_set::ShardSet;
 use crate::shutdown::{Shutdown, ShutdownState};
+use crate::sync::plain::{AtomicU64, AtomicUsize};
 use crate::wait_list::Refused;
 
 /// Number of publications after which a shard that has no members for them is woken all the same, to pass them.

@@ -20,7 +20,6 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
 
@@ -39,6 +38,7 @@ use crate::position::Position;
 use crate::publication::{Address, Content, Publication};
 use crate::receipt::{self, Awaited, Receipt, ShardTickets, Ticket};
 use crate::rendition::Renditions;
+use crate::sync::plain::AtomicU64;
 use crate::wait_list::{Refused, Registration, WaitList};
 
 /// A publication or command was not accepted.

@@ -6,7 +6,6 @@
 //! on the fast path there is none. Does not know the log, outboxes or connections.
 
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
-use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
 
@@ -14,6 +13,7 @@ use smallvec::SmallVec;
 
 use crate::position::Position;
 use crate::shard_set::ShardSet;
+use crate::sync::plain::{AtomicU64, AtomicUsize};
 use crate::tally::{Counter, DropCause, Drops, SharedDrops};
 
 /// The outcome of one publication.
