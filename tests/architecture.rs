@@ -163,7 +163,7 @@ fn what_is_dangerous_stands_in_few_places() {
             ],
         ),
         // Nothing is global but the default engine, what `serve_hub` shares, the times of the last lines in the log, how many clients that are
-        // turned away are waited for, and a thread's own count.
+        // turned away are waited for, and a thread's own count, turn and buffer.
         (
             "static ",
             &[
