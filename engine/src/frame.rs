@@ -33,8 +33,11 @@ const SERVER_HEADER_BYTES_MAX: usize = 10;
 /// room it would need a second allocation that records the room, which costs more than a short copy.
 const COPIED_BYTES_MAX: usize = 1024;
 
+/// The largest buffer that a thread keeps for the next frame, in bytes.
+const KEPT_BYTES_MAX: usize = 4 * COPIED_BYTES_MAX;
+
 thread_local! {
-    /// Where frames up to that length are built.
+    /// Where short frames are built.
     static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
@@ -284,7 +287,8 @@ impl Frame {
     ) -> Result<Self, E> {
         // The header's length depends on the payload's, so room for the longest is kept in front, and the
         // header ends where the payload begins.
-        let mut buffer = BUFFER.take();
+        // A thread that ends may still build frames when its buffer is gone.
+        let mut buffer = BUFFER.try_with(Cell::take).unwrap_or_default();
         buffer.clear();
         buffer.reserve(SERVER_HEADER_BYTES_MAX.saturating_add(payload_bytes_hint));
         buffer.extend_from_slice(&[0; SERVER_HEADER_BYTES_MAX]);
@@ -297,7 +301,9 @@ impl Frame {
 
         if buffer.len() <= COPIED_BYTES_MAX {
             let bytes = Bytes::copy_from_slice(&buffer[start..]);
-            BUFFER.set(buffer);
+            if buffer.capacity() <= KEPT_BYTES_MAX {
+                let _ = BUFFER.try_with(|kept| kept.set(buffer));
+            }
             return Ok(Self { bytes });
         }
         // Outboxes count a frame by its length; a bad guess must not make it cost more than twice that.
