@@ -166,6 +166,6 @@ pub use shard::Shard;
 #[doc(hidden)]
 pub use shard::audit::{Audit, ConnectionAudit, GroupAudit};
 pub use shutdown::{EngineState, Shutdown, ShutdownReport};
-pub use socket::{Socket, prepare_tcp};
+pub use socket::{BridgeProgress, Socket, prepare_tcp};
 pub use tally::{DropCause, Drops, Tally};
 pub use utf8::{InvalidUtf8, Utf8Checker};

@@ -390,7 +390,7 @@ fn on_a_bridge_only_a_client_that_ends_the_stream_has_everything() {
         .map(|_| {
             let (mut new_connection, mut client) = new_connection(&rig.engine, &rig.config, 4096);
             let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-            new_connection.socket = Socket::bridge(ours);
+            new_connection.socket = Socket::bridge(ours, BridgeProgress::default());
             client.peer = testkit::RawClient::new(theirs);
             at_once(rig.everyone.adopt(new_connection)).unwrap();
             client
