@@ -191,11 +191,8 @@ impl Shard {
     fn end_of_input(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         if connection.is_lingering() && connection.is_bridged() {
-            self.fanout.settle(slot);
-            match self.fanout.connections[slot].is_at_end() {
-                true => self.drop_socket(slot),
-                false => self.arm_ending(slot),
-            }
+            self.drop_socket_if_over(slot);
+            self.arm_ending(slot);
         } else if connection.is_lingering() {
             self.drop_socket(slot);
         } else if connection.drains() && connection.is_caught_up() {

@@ -135,7 +135,7 @@ impl Shard {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let Some(ending) = connection.ending() else { return };
         let mut due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
-        if connection.awaits_acknowledgement() {
+        if connection.awaits_acknowledgement() && !connection.is_bridged() {
             due = due.min(self.fanout.now + LOOK_INTERVAL); // no event announces that it has taken everything
         }
         connection.remind_at(due, &mut self.wheel);
