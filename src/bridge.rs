@@ -232,7 +232,12 @@ impl Outbound {
     }
 
     /// Reads the bytes at the front of the pair and leaves them there; returns their number, 0 at the end.
-    fn poll_peek(&self, cx: &mut Context<'_>, shard: &UnixStream, scratch: &mut [u8]) -> Poll<io::Result<usize>> {
+    fn poll_peek(
+        &self,
+        cx: &mut Context<'_>,
+        shard: &UnixStream,
+        scratch: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
         if self.peeked > 0 {
             return Poll::Ready(receive(shard, scratch, RecvFlags::PEEK));
         }

@@ -519,7 +519,9 @@ impl RawSocket {
                 (shardcast_engine::Socket::tls(stream.into_std()?, session), received.into())
             }
             Self::Unix(stream) => (stream.into(), read_ahead),
-            Self::Bridge(stream, progress) => (shardcast_engine::Socket::bridge(stream, progress), read_ahead),
+            Self::Bridge(stream, progress) => {
+                (shardcast_engine::Socket::bridge(stream, progress), read_ahead)
+            }
         })
     }
 

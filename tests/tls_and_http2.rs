@@ -259,7 +259,11 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
 const MESSAGE_BYTES: usize = 2000;
 
 /// Publishes until nothing more leaves the bridge of the only client, which does not read; returns its counters.
-async fn publish_until_stalled(hub: &Hub<CommandHub>, client: shardcast::ConnectionId, bytes: usize) -> Tally {
+async fn publish_until_stalled(
+    hub: &Hub<CommandHub>,
+    client: shardcast::ConnectionId,
+    bytes: usize,
+) -> Tally {
     let message = "x".repeat(bytes);
     let (mut before, mut quiet) = (0, 0);
     while quiet < 100 {

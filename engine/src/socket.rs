@@ -17,9 +17,9 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use crate::close_code::CloseCode;
 use crate::outq;
+use bridge::Bridge;
 pub use bridge::BridgeProgress;
 pub(crate) use bridge::InTransit;
-use bridge::Bridge;
 #[cfg(feature = "tls")]
 use tls::Tls;
 

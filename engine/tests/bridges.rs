@@ -63,7 +63,8 @@ impl Bridge {
     }
 
     fn send_close(&mut self) {
-        std::io::Write::write_all(&mut self.stream, &client_frame(FIN | CLOSE, &1000_u16.to_be_bytes())).unwrap();
+        std::io::Write::write_all(&mut self.stream, &client_frame(FIN | CLOSE, &1000_u16.to_be_bytes()))
+            .unwrap();
     }
 
     fn ends(&self) -> Vec<CloseReason> {
@@ -146,11 +147,8 @@ fn a_client_behind_a_bridge_is_stalled_if_and_only_if_the_bridge_passes_nothing_
 
 #[test]
 fn a_ping_in_a_bridge_need_not_be_answered_while_what_is_before_it_is_passed_on() {
-    let config = ConnectionConfig {
-        heartbeat_interval: Some(seconds(10)),
-        pong_timeout: seconds(10),
-        ..quiet()
-    };
+    let config =
+        ConnectionConfig { heartbeat_interval: Some(seconds(10)), pong_timeout: seconds(10), ..quiet() };
     let mut rig = Rig::one(config);
     let (mut slow, stalled) = (Bridge::open(&mut rig), Bridge::open(&mut rig));
     publish(&mut rig, 8000);

@@ -117,7 +117,8 @@ impl Shard {
             return self.drop_socket(slot);
         }
         self.drop_socket_if_over(slot);
-        let Some(connection) = self.fanout.connections.get_mut(slot).filter(|found| found.has_socket()) else {
+        let Some(connection) = self.fanout.connections.get_mut(slot).filter(|found| found.has_socket())
+        else {
             return;
         };
         let Some(ending) = connection.ending_mut() else { return };

@@ -22,10 +22,7 @@ where
 }
 
 /// The same with the client's own settings.
-pub async fn http_2_by<S>(
-    client: &http2::Builder<TokioExecutor>,
-    stream: S,
-) -> http2::SendRequest<Body>
+pub async fn http_2_by<S>(client: &http2::Builder<TokioExecutor>, stream: S) -> http2::SendRequest<Body>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
