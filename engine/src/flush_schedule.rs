@@ -6,7 +6,8 @@
 //! when all items that waited at its beginning have been flushed. In a round the log may run until an outbox
 //! holds a quarter of what the smallest one takes. So an outbox holds at most those of two rounds, and a client that
 //! keeps up never finds it full because its flush is late. Publications to small groups fill outboxes slowly: more of
-//! them are run than of those to all, or their frames would be written one by one. Does not know outboxes or sockets.
+//! them are run than of those to all, or their frames would be written one by one. A round takes several turns, so that
+//! sockets are read meanwhile. Does not know outboxes or sockets.
 
 use std::collections::VecDeque;
 use std::time::Duration;
