@@ -9,7 +9,7 @@
 //! sleeps. A `SeqCst` fence between the two steps on both sides makes at least one of them see the other.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU64, fence};
+use std::sync::atomic::fence;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use crossbeam_utils::CachePadded;
 
 use crate::id::GroupKey;
+use crate::sync::plain::{AtomicBool, AtomicU64};
 
 #[derive(Debug)]
 pub(crate) struct Beacons {

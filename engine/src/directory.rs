@@ -13,7 +13,6 @@
 //! limited user's list of connections when one of them opens or ends. No message takes a lock.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
@@ -22,6 +21,7 @@ use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::EndedTally;
 use crate::presence::{PresenceKind, PresenceObserver, Present};
 use crate::rendition::{ENCODINGS_MAX, Encoding};
+use crate::sync::plain::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
 use crate::user_limits::UserLimits;
 
 const CLOSED: u64 = u64::MAX;
@@ -58,13 +58,12 @@ pub(crate) struct Group {
     /// Members whose outbox is more than a quarter full; and of these, those whose policy is `Block`.
     congested: AtomicU32,
     blocking: AtomicU32,
-    /// Members whose join has not been executed yet: they may be congested and are not counted as such. Not
-    /// used for everyone: a connection that is opening is counted there, or it joins with an empty outbox.
+    /// Members whose join has not been executed yet.
     arriving: AtomicU32,
     /// One bit per shard: set before a join returns, cleared only by the shard itself.
     ///
-    /// A shard may clear the bit while a join is in its mailbox. That is safe, because it is awake then, and
-    /// before it sleeps it looks at its mailbox and at the log.
+    /// A shard may clear the bit while a join is in its mailbox. It need not be woken then, because it is awake, and
+    /// before it sleeps it looks at its mailbox and at the log. Who must know it nevertheless asks `has_arriving` first.
     interest: Box<[AtomicU64]>,
 }
 
@@ -251,12 +250,12 @@ impl Group {
         self.interest[shard / 64].fetch_and(!(1 << (shard % 64)), SeqCst);
     }
 
-    /// Calls `wake` for each shard that may have members.
-    pub(crate) fn interested(&self, mut wake: impl FnMut(usize)) {
+    /// Calls `each` for each shard that may have members.
+    pub(crate) fn interested(&self, mut each: impl FnMut(usize)) {
         for (word, bits) in self.interest.iter().enumerate() {
             let mut bits = bits.load(SeqCst);
             while bits != 0 {
-                wake(word * 64 + bits.trailing_zeros() as usize);
+                each(word * 64 + bits.trailing_zeros() as usize);
                 bits &= bits - 1;
             }
         }
@@ -276,19 +275,30 @@ impl Group {
     /// Whether some member is congested.
     pub(crate) fn is_congested(&self) -> bool {
         // Relaxed: ordered by the log's cursors, see `Log::in_flight`.
-        self.congested.load(Relaxed) > 0 || self.arriving.load(Acquire) > 0
+        self.congested.load(Relaxed) > 0 || self.may_grow_congested()
     }
 
     /// Whether some member is congested for which publishers must wait.
     pub(crate) fn is_blocking(&self) -> bool {
-        self.blocking.load(Relaxed) > 0 || self.arriving.load(Acquire) > 0 // Relaxed: as above
+        self.blocking.load(Relaxed) > 0 || self.may_grow_congested() // Relaxed: as above
     }
 
-    /// A join has been executed, so the member is counted if it is congested; or the join was dropped before.
+    /// Whether a member that joins may be congested: it is not counted as such before the join has been executed. Not
+    /// in everyone: a connection that is opening is counted there, or it joins with an empty outbox.
+    fn may_grow_congested(&self) -> bool {
+        self.name.is_some() && self.has_arriving()
+    }
+
+    /// Whether joins have not been executed yet. If not, every join that has returned is in `interest` and in
+    /// `congested`.
+    pub(crate) fn has_arriving(&self) -> bool {
+        self.arriving.load(Acquire) > 0 // pairs with `has_arrived`
+    }
+
+    /// A join has been executed: its shard is in `interest`, and the member is counted if it is congested. Or the join
+    /// was dropped before.
     fn has_arrived(&self) {
-        if self.name.is_some() {
-            self.arriving.fetch_sub(1, Release); // pairs with the loads above
-        }
+        self.arriving.fetch_sub(1, Release); // pairs with the load above
     }
 
     pub(crate) fn add_congested(&self, blocks: bool) {
@@ -490,6 +500,7 @@ impl Directory {
     pub(crate) fn enter_everyone(self: &Arc<Self>, shard: usize) -> PendingJoin {
         let entered = self.everyone.try_enter(u64::MAX);
         debug_assert_eq!(entered, Ok(()), "everyone is never closed");
+        self.everyone.arriving.fetch_add(1, Relaxed); // Relaxed: as in `enter_below`
         self.everyone.add_interest(shard);
         PendingJoin { directory: self.clone(), group: self.everyone.clone(), arrived: false }
     }

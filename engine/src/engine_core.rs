@@ -7,7 +7,6 @@
 use std::cell::Cell;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use crate::admission::Admission;
@@ -16,7 +15,7 @@ use crate::close_code::CloseCode;
 use crate::command::Command;
 use crate::config::EngineConfig;
 use crate::directory::{Directory, Group};
-use crate::entry::{Entry, Named, Target};
+use crate::entry::{Entry, Target};
 use crate::handler::ResumeQueue;
 use crate::id::ConnectionId;
 use crate::log::Log;
@@ -24,7 +23,9 @@ use crate::mailbox::Mailbox;
 use crate::metrics::PublishedMetrics;
 use crate::position::Position;
 use crate::rendition::Encodings;
+use crate::shard_set::ShardSet;
 use crate::shutdown::{Shutdown, ShutdownState};
+use crate::sync::plain::{AtomicU64, AtomicUsize};
 use crate::wait_list::Refused;
 
 /// Number of publications after which a shard that has no members for them is woken all the same, to pass them.
@@ -112,21 +113,13 @@ impl EngineCore {
     /// rare and the value is large.
     pub(crate) fn try_publish(&self, entry: Entry) -> Result<Position, Refused<Box<Entry>>> {
         SENT.set(SENT.get() + 1);
-        let waited_for = entry.ticket.is_some();
-        let concerned = entry.target.clone();
+        let target = entry.target.clone();
+        let waited_for = entry.tickets.as_ref().map(|tickets| tickets.shards().clone());
         let position = self.log.try_push(entry).map_err(|refused| refused.map(Box::new))?;
-        if waited_for {
-            // The last copy of the ticket is dropped when every shard has passed the entry, also shards
-            // without members.
-            self.mailboxes.iter().for_each(Mailbox::wake);
-            self.log.reclaim(); // in case all shards have just ended
-        } else {
-            match &concerned {
-                Target::One(group) => self.wake_members(group),
-                Target::Several(groups) => {
-                    groups.iter().filter_map(Named::find).for_each(|group| self.wake_members(&group));
-                }
-            }
+        target.for_each_group(|group| self.wake_members(group));
+        if let Some(shards) = waited_for {
+            // Such a shard may have lost its last member meanwhile, but it has the ticket.
+            shards.iter().for_each(|shard| self.mailboxes[shard].wake());
         }
         self.wake_before_full(position);
         Ok(self.position(position + 1))
@@ -166,12 +159,27 @@ impl EngineCore {
     fn wake_members(&self, group: &Group) {
         if group.is_closed() {
             // Members that have joined since are in a new entry, which the shards look up.
-            self.mailboxes.iter().for_each(Mailbox::wake);
+            self.wake_all();
         } else {
             group.interested(|shard| self.mailboxes[shard].wake());
         }
     }
 
+    /// The shards that may have members of the target, including each whose join has returned before the call.
+    pub(crate) fn shards_of(&self, target: &Target) -> ShardSet {
+        let mut shards = ShardSet::default();
+        target.for_each_group(|group| {
+            if group.is_closed() || group.has_arriving() {
+                // The shard of a join that has not been executed may have cleared its interest.
+                (0..self.mailboxes.len()).for_each(|shard| shards.insert(shard));
+            } else {
+                group.interested(|shard| shards.insert(shard));
+            }
+        });
+        shards
+    }
+
+    /// Wakes the shards that lag by at least `distance` publications.
     pub(crate) fn wake_laggards(&self, distance: u64) {
         for shard in self.log.laggards(distance) {
             self.mailboxes[shard].wake();

@@ -1,7 +1,7 @@
 //! The entry: a publication as the log carries it to the shards.
 //!
 //! The publication, the groups to which its address was resolved when it was published, the renditions that
-//! its publisher has made, and the ticket of a publisher that waits. Read in place by every shard. Does not
+//! its publisher has made, and the tickets of a publisher that waits. Read in place by every shard. Does not
 //! know outboxes or connections.
 
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::id::GroupKey;
 use crate::log::Weigh;
 use crate::payload::Payload;
 use crate::publication::{Content, Publication};
-use crate::receipt::Ticket;
+use crate::receipt::ShardTickets;
 use crate::rendition::Renditions;
 
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub(crate) struct Entry {
     pub(crate) target: Target,
     pub(crate) renditions: Renditions,
     /// Set if the publisher waits.
-    pub(crate) ticket: Option<Ticket>,
+    pub(crate) tickets: Option<Box<ShardTickets>>,
 }
 
 /// The groups to which an address was resolved.
@@ -29,6 +29,16 @@ pub(crate) enum Target {
     One(Arc<Group>),
     /// Each connection once.
     Several(Arc<[Named]>),
+}
+
+impl Target {
+    /// Calls `each` for each of the groups that exist now. One may be closed.
+    pub(crate) fn for_each_group(&self, mut each: impl FnMut(&Group)) {
+        match self {
+            Self::One(group) => each(group),
+            Self::Several(groups) => groups.iter().filter_map(Named::find).for_each(|group| each(&group)),
+        }
+    }
 }
 
 /// One of several groups.
@@ -87,12 +97,12 @@ impl Entry {
     }
 
     /// Whether it may share a chunk with its neighbours in the log (a batch): messages for the same
-    /// connections, delivered in the same way, and without a ticket.
+    /// connections, delivered in the same way, and without tickets.
     pub(crate) fn joins(&self, first: &Self) -> bool {
         let is_simple = |entry: &Self| {
             matches!(entry.publication.content, Content::Message(_))
                 && entry.publication.except.is_empty()
-                && entry.ticket.is_none()
+                && entry.tickets.is_none()
                 && entry.publication.delivery.policy().is_none()
         };
         match (&self.target, &first.target) {

@@ -38,9 +38,9 @@ pub(crate) struct Terms<'a> {
 }
 
 impl<'a> Terms<'a> {
-    fn of(entry: &'a Entry) -> Self {
-        let policy = entry.publication.delivery.policy();
-        Self { policy, ticket: entry.ticket.as_ref(), group: entry.group() }
+    /// `ticket`: this shard's, if it has one.
+    pub(crate) fn of(entry: &'a Entry, ticket: Option<&'a Ticket>) -> Self {
+        Self { policy: entry.publication.delivery.policy(), ticket, group: entry.group() }
     }
 
     /// The state that a frame keeps if it must wait under this policy.
@@ -102,22 +102,34 @@ impl Fanout {
     }
 
     /// Offers the batch to each member of a group; returns their number. `entry` is the batch's first.
-    pub(crate) fn fan_out(&mut self, group: LocalKey, batch: &mut Batch<'_>, entry: &Entry) -> u64 {
-        let (mut recipients, mut delayed) = (0, 0);
+    pub(crate) fn fan_out(
+        &mut self,
+        group: LocalKey,
+        batch: &mut Batch<'_>,
+        entry: &Entry,
+        ticket: Option<&Ticket>,
+    ) -> u64 {
+        let (terms, mut counts) = (Terms::of(entry, ticket), Counts::default());
         for index in 0..self.groups.len(group) {
             let slot = self.groups.member(group, index);
-            self.offer_unless(slot, batch, entry, &mut recipients, &mut delayed);
+            self.offer_unless(slot, batch, entry, terms, &mut counts);
         }
-        count(entry, recipients, delayed)
+        counts.report(ticket)
     }
 
     /// Offers the batch to each slot; returns their number.
-    pub(crate) fn fan_out_to(&mut self, slots: &[Slot], batch: &mut Batch<'_>, entry: &Entry) -> u64 {
-        let (mut recipients, mut delayed) = (0, 0);
+    pub(crate) fn fan_out_to(
+        &mut self,
+        slots: &[Slot],
+        batch: &mut Batch<'_>,
+        entry: &Entry,
+        ticket: Option<&Ticket>,
+    ) -> u64 {
+        let (terms, mut counts) = (Terms::of(entry, ticket), Counts::default());
         for slot in slots {
-            self.offer_unless(*slot, batch, entry, &mut recipients, &mut delayed);
+            self.offer_unless(*slot, batch, entry, terms, &mut counts);
         }
-        count(entry, recipients, delayed)
+        counts.report(ticket)
     }
 
     #[inline]
@@ -126,20 +138,20 @@ impl Fanout {
         slot: Slot,
         batch: &mut Batch<'_>,
         entry: &Entry,
-        recipients: &mut u64,
-        delayed: &mut u64,
+        terms: Terms<'_>,
+        counts: &mut Counts,
     ) {
         let Some(connection) = self.connections.get(slot) else { return };
         if entry.publication.except.contains(&connection.id()) {
             return;
         }
-        *recipients += 1;
+        counts.recipients += 1;
         let (chunk, missing) = batch.chunk(connection.encoding());
         if let Some(chunk) = chunk {
-            *delayed += u64::from(self.offer(slot, chunk, Terms::of(entry)));
+            counts.delayed += u64::from(self.offer(slot, chunk, terms));
         }
         if missing > 0 {
-            self.cannot_render(slot, missing, entry.ticket.as_ref());
+            self.cannot_render(slot, missing, terms.ticket);
         }
     }
 
@@ -159,12 +171,18 @@ impl Fanout {
     }
 
     /// Notes that the connection of each slot must end; returns their number.
-    pub(crate) fn note_ends(&mut self, slots: &[Slot], reason: &CloseReason, entry: &Entry) -> u64 {
+    pub(crate) fn note_ends(
+        &mut self,
+        slots: &[Slot],
+        reason: &CloseReason,
+        entry: &Entry,
+        ticket: Option<&Ticket>,
+    ) -> u64 {
         let ids = slots.iter().filter_map(|slot| self.connections.get(*slot)).map(Connection::id);
         let ids = ids.filter(|id| !entry.publication.except.contains(id));
         let before = self.pending_ends.len();
         self.pending_ends.extend(ids.map(|id| (id, reason.clone())));
-        count(entry, (self.pending_ends.len() - before) as u64, 0)
+        Counts { recipients: (self.pending_ends.len() - before) as u64, delayed: 0 }.report(ticket)
     }
 
     /// Puts the chunk into one outbox; true if a part of it did not fit.
@@ -385,9 +403,20 @@ fn settle(connection: &mut Connection, metrics: &mut Metrics, backlog_bytes: &mu
     }
 }
 
-fn count(entry: &Entry, recipients: u64, delayed: u64) -> u64 {
-    if let Some(ticket) = &entry.ticket {
-        ticket.count(recipients, delayed);
+/// The outcome of one fan-out.
+#[derive(Debug, Default)]
+struct Counts {
+    recipients: u64,
+    /// Those whose outbox had no room.
+    delayed: u64,
+}
+
+impl Counts {
+    /// Reports it to the publisher, and returns the number of recipients.
+    fn report(self, ticket: Option<&Ticket>) -> u64 {
+        if let Some(ticket) = ticket {
+            ticket.count(self.recipients, self.delayed);
+        }
+        self.recipients
     }
-    recipients
 }

@@ -43,6 +43,9 @@ struct Member {
     own: u32,
 }
 
+#[cfg(feature = "audit")]
+pub(crate) const MEMBER_BYTES: usize = size_of::<Member>();
+
 #[derive(Debug, Default)]
 struct SlotGroups {
     own: SmallVec<[Membership; 1]>,

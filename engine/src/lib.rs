@@ -125,6 +125,7 @@ mod rate;
 mod receipt;
 mod rendition;
 mod shard;
+mod shard_set;
 mod shutdown;
 mod socket;
 mod sync;
@@ -164,8 +165,11 @@ pub use rendition::{Encoding, TooManyEncodings};
 pub use shard::Shard;
 #[cfg(feature = "audit")]
 #[doc(hidden)]
-pub use shard::audit::{Audit, ConnectionAudit, GroupAudit};
+pub use shard::audit::{Audit, ConnectionAudit, Footprint, GroupAudit, footprint};
 pub use shutdown::{EngineState, Shutdown, ShutdownReport};
 pub use socket::{BridgeProgress, Socket, prepare_tcp};
+#[cfg(all(feature = "audit", not(loom)))]
+#[doc(hidden)]
+pub use sync::counted::{AtomicUse, record};
 pub use tally::{DropCause, Drops, Tally};
 pub use utf8::{InvalidUtf8, Utf8Checker};

@@ -11,12 +11,12 @@
 //! system call and happens at most once per sleep.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
 
 use crossbeam_utils::CachePadded;
 
 use crate::id::ConnectionId;
+use crate::sync::plain::AtomicU64;
 use crate::sync::{ArrayQueue, AtomicBool, SegQueue, fence};
 use crate::wait_list::{Refused, WaitList};
 

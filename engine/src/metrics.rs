@@ -52,6 +52,9 @@ counters! {
         publications: u64,
         /// Turns of the loop.
         turns: u64,
+        /// Times that another thread woke the shard from its sleep, for a publication, a command or a handler that
+        /// was resumed. Each costs both threads a system call.
+        wakes: u64,
         /// Loop lag in microseconds: the duration of the longest recent turn, less an eighth for each turn
         /// since, or the duration of the current turn so far, if that is more. A gauge; the sum over shards
         /// says little. Stays 0 where the caller drives the shards.

@@ -12,11 +12,14 @@
 //! recipient has accepted it or has disconnected. A publisher reserves its bytes before it looks at the window, so
 //! that two concurrent publishers do not both take the last of it. It does not see what others push in the same
 //! instant, between that look and its own push: its frame may then wait although the call has returned.
+//!
+//! A publication with a ticket is waited for on the shards that had members when it was published; only these are
+//! woken. A connection that joins on another shard during the call gets the message, but is not waited for and is not
+//! in the receipt: the publisher cannot tell whether it joined before or after.
 
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
 
@@ -33,8 +36,9 @@ use crate::payload::Payload;
 use crate::policy::Policy;
 use crate::position::Position;
 use crate::publication::{Address, Content, Publication};
-use crate::receipt::{self, Awaited, Receipt, Ticket};
+use crate::receipt::{self, Awaited, Receipt, ShardTickets, Ticket};
 use crate::rendition::Renditions;
+use crate::sync::plain::AtomicU64;
 use crate::wait_list::{Refused, Registration, WaitList};
 
 /// A publication or command was not accepted.
@@ -242,23 +246,28 @@ impl Publisher {
         let bytes = entry::weight(&publication, &renditions);
         log.reserve(bytes);
         let policy = publication.delivery.policy();
-        let has_room = || {
-            self.window.holds(2, log.in_flight() + 1, log.bytes_in_flight())
-                && !self.directory.has_oversized()
-                && !self.must_be_waited_for(&target, policy)
-        };
         // A close does not wait for room.
         let is_message = publication.payload().is_some();
-        let blocks = is_message && policy.is_none_or(|policy| policy.blocks());
-        let (ticket, awaited) = wants.ticket(!blocks || wants == Wants::Room && has_room());
-        let entry = Entry { publication, target, renditions, ticket };
-        self.core.try_publish(entry).map(|position| (position, awaited)).map_err(|refused| {
+        let needs_room = wants == Wants::Room && is_message && policy.is_none_or(|policy| policy.blocks());
+        let is_within = !needs_room || self.window.holds(2, log.in_flight() + 1, log.bytes_in_flight());
+        let has_room = !needs_room
+            || is_within && !self.directory.has_oversized() && !self.must_be_waited_for(&target, policy);
+        let (ticket, awaited) = wants.ticket(has_room);
+        let tickets = ticket.map(|ticket| ShardTickets::new(ticket, self.core.shards_of(&target)));
+        let entry = Entry { publication, target, renditions, tickets };
+        let position = self.core.try_publish(entry).map_err(|refused| {
             log.unreserve(bytes);
             refused.map(|entry| {
                 let Entry { publication, renditions, .. } = *entry;
                 Box::new(Draft { publication, renditions: Some(renditions) })
             })
-        })
+        })?;
+        if !is_within {
+            // Sleeping shards may be all that keeps publications in flight. Only those that lag by half of the
+            // window's content are woken, so that a wake is shared by many publications.
+            self.core.wake_laggards((log.in_flight() / 2).max(1));
+        }
+        Ok((position, awaited))
     }
 
     /// The renditions for the encodings in use, besides the plain one.

@@ -8,13 +8,13 @@
 //! that fails takes the same steps and reports that it failed. Does not know connections, and reads no clock.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Poll, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::close_code::CloseCode;
+use crate::sync::plain::{AtomicBool, AtomicU8, AtomicUsize};
 use crate::wait_list::{Registration, WaitList};
 
 const RUNNING: u8 = 0;

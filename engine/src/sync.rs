@@ -2,18 +2,31 @@
 //!
 //! In the log, the mailbox and the wait list threads meet in an order that matters. These take their atomics,
 //! cells, queues and locks from here, so that loom can substitute its own and try every interleaving. Other
-//! shared state consists of counters and maps, each correct by itself.
+//! shared state consists of counters and maps, each correct by itself: its atomics are in [`plain`], which loom leaves
+//! alone. With the feature `audit` all of them can be counted.
+
+#[cfg(all(feature = "audit", not(loom)))]
+pub(crate) mod counted;
 
 #[cfg(loom)]
 pub(crate) use self::modelled::*;
 #[cfg(not(loom))]
 pub(crate) use self::real::*;
 
+pub(crate) mod plain {
+    #[cfg(all(feature = "audit", not(loom)))]
+    pub(crate) use super::counted::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize};
+    #[cfg(any(not(feature = "audit"), loom))]
+    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize};
+}
+
 #[cfg(not(loom))]
 mod real {
     pub(crate) use crossbeam_queue::{ArrayQueue, SegQueue};
     pub(crate) use std::sync::Mutex;
-    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
+    pub(crate) use std::sync::atomic::fence;
+
+    pub(crate) use super::plain::{AtomicBool, AtomicU32, AtomicU64};
 
     /// `std`'s cell with loom's closure interface.
     #[derive(Debug)]

@@ -5,8 +5,9 @@
 //! counters add up: offered = written + dropped + discarded + pending. Does not know who counts, nor when.
 
 use std::ops::{AddAssign, Index, IndexMut};
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+
+use crate::sync::plain::AtomicU64;
 
 /// A counter that one thread writes and others read.
 pub(crate) trait Counter: Copy {

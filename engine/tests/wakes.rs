@@ -169,3 +169,134 @@ fn a_handlers_close_at_the_end_of_a_turn_keeps_its_shard_awake() {
     rig.settle(); // the drop is reported after sockets and mailbox have been processed
     assert_eq!(rig.everyone.len(), 0, "it has closed");
 }
+
+/// Shards of the engine that have read a publication or were woken since the last call.
+fn busy_shards(rig: &Rig, before: &mut Vec<(u64, u64)>) -> Vec<usize> {
+    let now: Vec<_> =
+        rig.engine.shard_metrics().iter().map(|metrics| (metrics.publications, metrics.wakes)).collect();
+    let busy = (0..now.len()).filter(|shard| before.get(*shard) != Some(&now[*shard])).collect();
+    *before = now;
+    busy
+}
+
+#[test]
+fn a_receipt_wakes_only_the_shards_with_members_and_waits_only_for_them() {
+    let mut rig = asleep(16);
+    let mut clients = rig.connect_many(16);
+    for client in clients.iter().filter(|client| [3, 9].contains(&client.id().shard())) {
+        at_once(rig.everyone.join(client.id(), "a")).unwrap();
+    }
+    rig.settle();
+    let mut seen = Vec::new();
+    busy_shards(&rig, &mut seen);
+    let everyone = rig.everyone.clone();
+    for to in [Address::group("a"), Address::groups(["a", "b"])] {
+        let publication = Publication::message(&to, Payload::text("to two"));
+        let mut sending = Task::new(everyone.deliver(publication));
+        assert!(sending.poll().is_none());
+        rig.settle();
+        let receipt = sending.poll().expect("both shards have passed it").unwrap();
+        assert_eq!((receipt.recipients, receipt.accepted()), (2, 2));
+        assert_eq!(busy_shards(&rig, &mut seen), [3, 9], "{to:?}");
+    }
+    let received: usize = clients.iter_mut().map(|client| client.peer.receive_data().len()).sum();
+    assert_eq!(received, 4);
+}
+
+#[test]
+fn a_publisher_that_waits_for_a_congested_member_wakes_only_the_shards_with_members() {
+    let engine = EngineConfig { shards: Some(16), ..EngineConfig::default() };
+    let config = ConnectionConfig { outbox_frames: 64, ..ConnectionConfig::default() };
+    let mut rig = Rig::with(engine, config).sleepy();
+    let mut clients = rig.connect_many(16);
+    let slow = clients.iter().position(|client| client.id().shard() == 5).unwrap();
+    at_once(rig.everyone.join(clients[slow].id(), "a")).unwrap();
+    rig.settle();
+    let everyone = rig.everyone.clone();
+    let publish = |text: &str| {
+        Task::new(everyone.publish(Publication::message(Address::group("a"), Payload::text(text))))
+    };
+    // More than the kernel accepts, then a quarter of the outbox.
+    assert!(publish(&"x".repeat(100_000)).poll().is_some());
+    for _ in 0..16 {
+        rig.settle();
+        assert!(publish("y").poll().is_some());
+    }
+    rig.settle();
+    let mut seen = Vec::new();
+    busy_shards(&rig, &mut seen);
+    for _ in 0..4 {
+        let mut waiting = publish("z");
+        assert!(waiting.poll().is_none(), "the member is congested");
+        rig.settle();
+        assert_eq!(busy_shards(&rig, &mut seen), [5]);
+        assert!(waiting.poll().is_some(), "the outbox has room");
+    }
+    let mut received = Vec::new();
+    for _ in 0..21 {
+        received.extend(clients[slow].peer.receive_data());
+        rig.settle();
+    }
+    assert_eq!(received.len(), 21);
+}
+
+#[test]
+fn a_receipt_arrives_although_its_last_member_leaves_before_the_shard_reads_the_publication() {
+    let mut rig = asleep(2);
+    let clients = clients_of_one_shard(&mut rig, 1);
+    at_once(rig.everyone.join(clients[0].id(), "a")).unwrap();
+    rig.settle();
+    at_once(rig.everyone.leave(clients[0].id(), "a")).unwrap();
+    at_once(rig.everyone.join(clients[0].id(), "a")).unwrap();
+    at_once(rig.everyone.leave(clients[0].id(), "a")).unwrap();
+    let everyone = rig.everyone.clone();
+    let mut sending =
+        Task::new(everyone.deliver(Publication::message(Address::group("a"), Payload::text("too late"))));
+    assert!(sending.poll().is_none(), "the leaves have not been executed");
+    rig.settle();
+    assert_eq!(sending.poll().map(|receipt| receipt.unwrap().recipients), Some(0));
+}
+
+#[test]
+fn a_receipt_counts_a_join_that_has_returned_although_a_leave_was_executed_after_it() {
+    // With so small an outbox the shard runs one publication a turn.
+    let config = ConnectionConfig { outbox_frames: 1, ..ConnectionConfig::default() };
+    let engine = EngineConfig { shards: Some(2), ..EngineConfig::default() };
+    let mut rig = Rig::with(engine, config).sleepy();
+    let clients = clients_of_one_shard(&mut rig, 2);
+    at_once(rig.everyone.join(clients[0].id(), "a")).unwrap();
+    rig.settle();
+    at_once(rig.everyone.leave(clients[0].id(), "a")).unwrap();
+    publish(&rig, Address::Everyone, "one");
+    publish(&rig, Address::Everyone, "two");
+    at_once(rig.everyone.join(clients[1].id(), "a")).unwrap();
+    rig.turn(); // the shard has no members now, and the join waits for "two"
+    let everyone = rig.everyone.clone();
+    let mut sending =
+        Task::new(everyone.deliver(Publication::message(Address::group("a"), Payload::text("three"))));
+    assert!(sending.poll().is_none());
+    rig.settle();
+    assert_eq!(sending.poll().map(|receipt| receipt.unwrap().recipients), Some(1));
+}
+
+#[test]
+fn shards_without_members_do_not_keep_publishers_waiting_for_room() {
+    let engine = EngineConfig { shards: Some(4), ..EngineConfig::default() };
+    // The window is two publications.
+    let config = ConnectionConfig { outbox_frames: 4, ..ConnectionConfig::default() };
+    let mut rig = Rig::with(engine, config).sleepy();
+    let mut clients = rig.connect_many(4);
+    at_once(rig.everyone.join(clients[0].id(), "a")).unwrap();
+    rig.settle();
+    let everyone = rig.everyone.clone();
+    let mut at_once = 0;
+    for _ in 0..100 {
+        let publication = Publication::message(Address::group("a"), Payload::text("on"));
+        let mut publishing = Task::new(everyone.publish(publication));
+        at_once += usize::from(publishing.poll().is_some());
+        rig.settle();
+        publishing.poll();
+        assert_eq!(clients[0].peer.receive_data(), ["on"]);
+    }
+    assert!(at_once >= 50, "{at_once} of 100 found room, although the only member reads everything");
+}

@@ -117,7 +117,7 @@ impl Rig {
     }
 
     /// Whether a turn of this shard would have something to do.
-    fn would_work(&self, index: usize) -> bool {
+    pub fn would_work(&self, index: usize) -> bool {
         #[cfg(feature = "audit")]
         if self.asleep.is_some() {
             return !self.is_asleep(index);

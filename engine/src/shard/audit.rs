@@ -4,10 +4,28 @@
 //! which must hold after every turn: the tallies, the lists of pending work, the timers, the counts of
 //! members and of congested ones. Does not know what was sent.
 
+use crate::connection::Connection;
+use crate::entry::Entry;
+use crate::group::MEMBER_BYTES;
 use crate::id::ConnectionId;
+use crate::log::Log;
 use crate::tally::{DropCause, Tally};
 
 use super::Shard;
+
+/// Sizes in bytes of what a publication touches.
+#[derive(Debug, Clone, Copy)]
+pub struct Footprint {
+    /// A place in the log, which every shard reads.
+    pub log_slot: usize,
+    /// A connection and its entry in a group's list of members.
+    pub member: usize,
+}
+
+/// What a publication touches besides its own bytes.
+pub fn footprint() -> Footprint {
+    Footprint { log_slot: Log::<Entry>::SLOT_BYTES, member: size_of::<Connection>() + MEMBER_BYTES }
+}
 
 /// One connection.
 #[derive(Debug, Clone)]

@@ -77,6 +77,7 @@ impl Shard {
         let events = std::mem::replace(&mut self.events, Events::with_capacity(0));
         for event in &events {
             if event.token() == WAKE_TOKEN {
+                self.fanout.metrics.wakes += 1;
                 continue;
             }
             let slot = Slot::new(event.token().0);

@@ -3,12 +3,12 @@
 //! One write for each connection with something queued, a bounded number of connections per turn. Does not
 //! know where frames come from.
 
-use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Connection, Flushed};
 use crate::id::Slot;
+use crate::sync::plain::AtomicUsize;
 
 use super::Shard;
 

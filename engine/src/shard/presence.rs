@@ -138,7 +138,7 @@ impl Shard {
                         publication: Publication::presence(change),
                         target: Target::One(group.clone()),
                         renditions: Renditions::default(),
-                        ticket: None,
+                        tickets: None,
                     };
                     failure = self.core.try_announce(entry).err();
                     failure.is_none()

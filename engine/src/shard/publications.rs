@@ -28,6 +28,7 @@ impl Shard {
                 return false;
             }
             let Some(first) = self.reader.get(0) else { return false };
+            let ticket = first.tickets.as_ref().and_then(|tickets| tickets.take(self.index));
             let mut count = 1;
             let offers = match (&first.publication.content, &first.target) {
                 (Content::Message(payload), Target::One(group)) => {
@@ -44,7 +45,7 @@ impl Shard {
                             let mut batch =
                                 Batch::new(&self.reader, (first, payload), joined, encodings, retained);
                             count = batch.len();
-                            self.fanout.fan_out(group, &mut batch, first)
+                            self.fanout.fan_out(group, &mut batch, first, ticket.as_ref())
                         }
                     }
                 }
@@ -73,11 +74,11 @@ impl Shard {
                             let (encodings, retained) = (&self.core.encodings, &self.fanout.retained);
                             let mut batch =
                                 Batch::new(&self.reader, (first, payload), None, encodings, retained);
-                            self.fanout.fan_out_to(&slots, &mut batch, first)
+                            self.fanout.fan_out_to(&slots, &mut batch, first, ticket.as_ref())
                         }
                         Content::Close { code, text } => {
                             let reason = CloseReason::Application { code: *code, text: text.clone() };
-                            self.fanout.note_ends(&slots, &reason, first)
+                            self.fanout.note_ends(&slots, &reason, first, ticket.as_ref())
                         }
                         Content::Presence(_) => 0, // its target is one group
                     };
@@ -89,6 +90,7 @@ impl Shard {
             self.fanout.metrics.publications += count;
             self.fanout.flushes.ran(count);
             self.reader.advance(count);
+            drop(ticket); // after the advance: its publisher's next look at the log does not count what has been read
             self.apply_verdicts();
         }
         true

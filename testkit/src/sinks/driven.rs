@@ -28,6 +28,18 @@ impl Driven {
         Self { rig: Rig::new(shards), ids: channel() }
     }
 
+    /// From now on a shard takes a turn only if its thread would.
+    #[cfg(feature = "audit")]
+    #[must_use]
+    pub fn sleepy(self) -> Self {
+        Self { rig: self.rig.sleepy(), ..self }
+    }
+
+    /// The engine and its shards.
+    pub fn rig(&mut self) -> &mut Rig {
+        &mut self.rig
+    }
+
     /// The namespace of all connections.
     pub fn everyone(&self) -> &Namespace {
         &self.rig.everyone
@@ -84,7 +96,7 @@ impl Driven {
 
     /// Gives the shards turns until nothing is left to do.
     pub fn settle(&mut self) {
-        while self.rig.shards.iter().any(Shard::has_work) {
+        while (0..self.rig.shards.len()).any(|index| self.rig.would_work(index)) {
             self.rig.turn();
         }
     }
