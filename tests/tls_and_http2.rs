@@ -297,7 +297,6 @@ async fn what_counts_as_written_over_a_bridge_arrives_although_the_bridge_breaks
     let (arrived, written) = (1 + heard.len() as u64, tally.written);
     assert!(arrived < tally.offered, "a test of something: {tally:?}");
     assert!(written <= arrived, "{written} messages count as written, and {arrived} have arrived");
-    assert!(arrived <= written + 10, "{arrived} messages have arrived, and {written} count as written");
 }
 
 #[tokio::test]
