@@ -81,7 +81,9 @@ impl TlsSocket {
                     is_empty = tap.is_empty;
                     match received {
                         Ok(0) => return Ok(filled),
-                        Ok(_) => drop(self.session.process_new_packets().map_err(io::Error::other)?),
+                        Ok(_) => {
+                            self.session.process_new_packets().map_err(io::Error::other)?;
+                        }
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => is_empty = true,
                         Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                         Err(error) => return Err(error),
