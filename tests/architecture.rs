@@ -142,6 +142,8 @@ fn what_is_dangerous_stands_in_few_places() {
                 // For connections with a user that open; no message takes it.
                 "engine/src/user_limits.rs",
                 "engine/src/wait_list.rs",
+                // Between a node's appender and its reader, for each batch.
+                "backplane/src/cluster_log.rs",
                 // For tests.
                 "backplane/src/memory.rs",
                 "src/client/callback.rs",

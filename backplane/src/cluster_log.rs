@@ -68,7 +68,7 @@ pub enum Event {
     },
     /// Entries have been lost for this reader. None that follow have been read before.
     Gap(Gap),
-    /// Batches of a node are missing although nothing was lost: the broker does not keep its promises.
+    /// Batches of a node are missing although there was no gap: the broker does not keep its promises.
     Missing {
         /// The node whose batches they are.
         node: NodeId,
@@ -226,8 +226,9 @@ impl ClusterLog {
         };
         tokio::spawn(async move {
             tokio::select! {
-                () = appender.run() => {}
+                biased;
                 _ = is_closed => {}
+                () = appender.run() => {}
             }
         });
         let entries = Entries {
@@ -235,7 +236,7 @@ impl ClusterLog {
             reader,
             outstanding,
             last: HashMap::new(),
-            gaps: 0,
+            has_gap: false,
             ready: VecDeque::new(),
             taken: None,
             _closed: closed,
@@ -342,22 +343,15 @@ impl<B: Backplane> Appender<B> {
     }
 }
 
-/// The last batch of a node that was read, and the number of gaps before it.
-#[derive(Debug)]
-struct Last {
-    number: u64,
-    gaps: u64,
-}
-
 /// Reads a log: every entry of every node, once.
 #[derive(Debug)]
 pub struct Entries<R> {
     node: NodeId,
     reader: R,
     outstanding: Arc<Outstanding>,
-    /// Of the other nodes.
-    last: HashMap<NodeId, Last>,
-    gaps: u64,
+    /// The last batch of each other node.
+    last: HashMap<NodeId, u64>,
+    has_gap: bool,
     ready: VecDeque<(Event, Option<Waiter>)>,
     /// Who waits for the entry that was handed out last.
     taken: Option<(EntryPosition, Waiter)>,
@@ -390,7 +384,7 @@ impl<R: Reader> Entries<R> {
                     }
                 },
                 Err(gap) => {
-                    self.gaps += 1;
+                    self.has_gap = true;
                     self.outstanding.doubt();
                     return Ok(Event::Gap(gap));
                 }
@@ -407,17 +401,17 @@ impl<R: Reader> Entries<R> {
             }
             return;
         }
-        if let Some(last) = self.last.get(&node) {
-            if number <= last.number {
+        if let Some(last) = self.last.get(&node).copied() {
+            if number <= last {
                 return; // it was appended again
             }
-            // After a gap it is not known which was the last.
-            let missing = if last.gaps == self.gaps { number - last.number - 1 } else { 0 };
+            // After a gap some may be missing at any time: one that is appended again may come before one that is not.
+            let missing = if self.has_gap { 0 } else { number - last - 1 };
             if missing > 0 {
                 self.ready.push_back((Event::Missing { node, batches: missing }, None));
             }
         }
-        self.last.insert(node, Last { number, gaps: self.gaps });
+        self.last.insert(node, number);
         self.hand_out(position, node, entries, Vec::new());
     }
 
