@@ -199,8 +199,10 @@ pub struct ConnectionConfig {
     pub control_frames_per_second: u16,
     /// Messages and bytes that a client may send in a time, and what happens above that. Default: no limit.
     pub rate_limit: RateLimit,
-    /// Time between two pings: 10 ms to 1 day, or none for no pings. Default: 15 s. Without pings a client that has
-    /// vanished is noticed only by a timeout or when something is sent to it, and round trips are not measured.
+    /// Time between two pings: 10 ms to 1 day, or none for no pings. Default: 15 s. A ping is never early and at most
+    /// 1/64 of this time late, but no more than 100 ms, or 25 ms if that is more: so those of many connections share a
+    /// wake of their shard. Without pings a client that has vanished is noticed only by a timeout or when something is
+    /// sent to it, and round trips are not measured.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::heartbeat_interval"))]
     pub heartbeat_interval: Option<Duration>,
     /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s.
