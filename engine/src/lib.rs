@@ -151,7 +151,7 @@ pub use heartbeat::Rtt;
 pub use id::{ConnectionId, InvalidConnectionId};
 pub use mask::unmask;
 pub use metrics::{ConnectionMetrics, GroupMetrics, Metrics};
-pub use namespace::{AdoptError, GroupCount, Namespace, NewConnection};
+pub use namespace::{AdoptError, GroupCount, Namespace, NewConnection, PendingWake};
 pub use payload::Payload;
 pub use policy::Policy;
 pub use position::{InvalidPosition, Position};
