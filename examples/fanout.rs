@@ -5,6 +5,7 @@
 //! accepted message is delivered, clients get a Close frame (1001), and it prints a report.
 //! `--rate-limit N` limits each client to N messages a second, and delays what exceeds that; `--over-limit drop` or
 //! `close` does that instead.
+//! `--trim` returns free memory to the system after many handshakes (`EngineConfig::trim_heap`).
 //! `--outbox N` sets how many messages each client's outbox holds.
 //! Policies: `block`, `drop-message:100ms`, `drop-connection:100ms:5`, `drop-on-high-rtt:300ms:8`.
 //!
@@ -115,7 +116,7 @@ struct Options {
     hub: WsHubConfig,
 }
 
-const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY] \
+const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--trim] [--coalesce MILLISECONDS] [--policy POLICY] \
      [--outbox N] [--rate-limit N] [--over-limit delay|drop|close], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
 
 /// Time after SIGTERM to deliver all accepted messages.
@@ -132,6 +133,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--port" => options.port = value()?.parse().map_err(|_| USAGE)?,
             "--shards" => options.engine.shards = Some(value()?.parse().map_err(|_| USAGE)?),
             "--no-pin" => options.engine.pin = false,
+            "--trim" => options.engine.trim_heap = true,
             "--coalesce" => {
                 options.engine.coalesce = Duration::from_millis(value()?.parse().map_err(|_| USAGE)?);
             }

@@ -84,6 +84,14 @@ pub struct EngineConfig {
     /// Connections in total: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are admitted:
     /// `shardcast` answers the upgrade with 503.
     pub max_connections: usize,
+    /// Whether free memory of the heap is returned to the system after many connections have opened or ended: some 25
+    /// KB that each handshake needed, in HTTP's buffers, which glibc otherwise keeps for the next storm. Default: false,
+    /// because it concerns the whole process: `malloc_trim(0)`, on the engine's watchdog, when at least 256 connections
+    /// have opened or ended since the last time and none has for 2 s, at most every 10 s. It takes some milliseconds
+    /// for 100 MB of free memory; in a program whose heap is large and fragmented more (0.3 s for a gigabyte in pieces of
+    /// 9 KB), and meanwhile other threads may wait for the allocator. Linux with glibc's allocator only; elsewhere it has
+    /// no effect.
+    pub trim_heap: bool,
     #[doc(hidden)]
     #[cfg_attr(feature = "serde", serde(skip))]
     pub __non_exhaustive: (),
@@ -105,6 +113,7 @@ impl Default for EngineConfig {
             max_connections_per_address: None,
             max_upgrades_per_address: None,
             max_connections: 1 << 20,
+            trim_heap: false,
             __non_exhaustive: (),
         }
     }

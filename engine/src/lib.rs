@@ -130,6 +130,7 @@ mod shutdown;
 mod socket;
 mod sync;
 mod tally;
+mod trim;
 mod user_limits;
 mod utf8;
 mod wait_list;
