@@ -218,7 +218,7 @@ async fn serve() -> Result<(), Box<dyn Error>> {
         .route("/raw", any(raw))
         .route("/socket", any(socket))
         .with_state(hubs);
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = shardcast::listen(("127.0.0.1", port)).await?;
     println!("ready");
     let mut terminated = signal(SignalKind::terminate())?;
     let (end, ended) = tokio::sync::oneshot::channel::<()>();

@@ -74,7 +74,10 @@ mod tests {
         let start = Instant::now();
         let mut trimmer = Trimmer::new(start);
         let mut look = |changes, millis: u32| trimmer.look(changes, start + millis * MS);
-        assert!(!look(0, 5000) && !look(CHANGES_MIN - 1, 10_000) && !look(CHANGES_MIN - 1, 60_000), "too few");
+        assert!(
+            !look(0, 5000) && !look(CHANGES_MIN - 1, 10_000) && !look(CHANGES_MIN - 1, 60_000),
+            "too few"
+        );
         assert!(!look(1000, 61_000) && !look(2000, 62_900), "it goes on");
         assert!(!look(2000, 64_899) && look(2000, 64_900), "two seconds later");
         assert!(!look(2000, 64_901) && !look(2000, 100_000), "once");

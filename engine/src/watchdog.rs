@@ -111,7 +111,8 @@ impl Watchdog {
 
 /// Trims the heap if it is time for it; whether that will be so soon.
 fn trim(core: &EngineCore, trimmer: &mut Trimmer, now: Instant) -> bool {
-    let changes = core.metrics.iter().map(|metrics| metrics.read()).map(|read| read.adopted + read.ended).sum();
+    let changes =
+        core.metrics.iter().map(|metrics| metrics.read()).map(|read| read.adopted + read.ended).sum();
     if trimmer.look(changes, now) {
         let begun = Instant::now();
         let is_trimmed = trim_heaps();
