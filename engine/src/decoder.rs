@@ -76,7 +76,8 @@ pub enum Event<'a> {
 /// Takes bytes that are cut anywhere; the same bytes give the same events and the same error however they are cut.
 ///
 /// An idle decoder keeps nothing on the heap. A decoder with something incomplete keeps about 250 bytes and
-/// the part of the message that has arrived, in a buffer that grows by doubling but not beyond the limit.
+/// the part of the message that has arrived, in a buffer that grows by doubling but not beyond the limit. One that is
+/// finished, by a Close or an error, keeps the 250 bytes until it is dropped.
 /// Memory is never taken for a length that was only claimed.
 ///
 /// ```
@@ -706,7 +707,7 @@ mod tests {
             assert_eq!(last(&mut decoder, &frame(FIN | 0x3, b"", None)), Err(FrameError::ReservedOpcode(3)));
             assert_eq!(last(&mut decoder, &frame(FIN | 0x2, b"", None)), Err(FrameError::ReservedOpcode(3)));
         }
-        assert_eq!(decoder.heap_bytes(), 0);
+        assert_eq!(decoder.heap_bytes(), size_of::<State>(), "nothing of a message");
     }
 
     #[test]
@@ -722,7 +723,7 @@ mod tests {
                 assert_eq!(seen, Ok(Some((Opcode::Close, b"bye".to_vec()))));
             }
             assert_eq!(last(&mut decoder, &behind), Ok(None));
-            assert_eq!(decoder.heap_bytes(), 0);
+            assert_eq!(decoder.heap_bytes(), size_of::<State>(), "nothing of a message");
         }
     }
 
