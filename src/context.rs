@@ -217,14 +217,3 @@ fn report(result: Result<(), PublishError>) {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_caller_costs_a_known_amount_of_memory() {
-        // With the two counts of its `Arc` and the allocator's word: 48 bytes.
-        assert!(size_of::<Caller<()>>() <= 24, "{} bytes", size_of::<Caller<()>>());
-    }
-}

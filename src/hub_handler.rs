@@ -416,9 +416,17 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_connection_costs_80_bytes_here_and_its_hub() {
+    fn an_idle_connection_costs_64_bytes_here_and_its_hub() {
         assert_eq!(size_of::<HubHandler<Silent>>(), 40);
-        assert_eq!(size_of::<Caller<String>>(), 40);
+        assert_eq!(size_of::<Caller<String>>(), 24);
         assert_eq!(size_of::<Task>() + size_of::<Outcome>(), 24, "a method's outcome is one word");
+    }
+
+    #[test]
+    fn connections_of_a_hub_without_fields_share_its_value_on_a_shard() {
+        let (one, other) = (share(Silent), share(Silent));
+        assert!(Arc::ptr_eq(&one, &other));
+        let elsewhere = std::thread::spawn(|| share(Silent)).join().expect("it does not panic");
+        assert!(!Arc::ptr_eq(&one, &elsewhere), "shards must not contend for one count");
     }
 }

@@ -102,7 +102,6 @@ pub struct Decoder {
     state: Option<Box<State>>,
 }
 
-#[expect(clippy::large_enum_variant, reason = "it is boxed, and the others are its end")]
 enum State {
     Partial(Partial),
     /// The client has sent Close. RFC 6455, 1.4: what it sends afterwards is discarded.
