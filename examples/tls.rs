@@ -15,6 +15,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::Version;
 use axum::response::Html;
+use axum::serve::Listener as _;
 use axum::routing::{any, get};
 use shardcast::tls::{PeerAddr, TlsConfig, TlsListener};
 use shardcast::{
