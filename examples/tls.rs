@@ -15,8 +15,8 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::Version;
 use axum::response::Html;
-use axum::serve::Listener as _;
 use axum::routing::{any, get};
+use axum::serve::Listener as _;
 use shardcast::tls::{PeerAddr, TlsConfig, TlsListener};
 use shardcast::{
     Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, Serve, WebSocketUpgrade, WsHub, WsHubConfig,
