@@ -24,8 +24,8 @@ use tls::Tls;
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const NOTSENT_LOWAT_BYTES: u32 = 16 << 10;
 
-/// No call waits, whatever mode the descriptor is in: setting the mode would be a system call for each adoption. And a
-/// write to a closed connection must be an error, not a signal; on systems without that flag, Rust's programs ignore
+/// No call waits, whatever mode the descriptor is in: setting the mode would be a system call for each adoption (only a TLS
+/// session, which writes by itself, needs it). And a write to a closed connection must be an error, not a signal; on systems without that flag, Rust's programs ignore
 /// the signal.
 #[cfg(not(target_vendor = "apple"))]
 const SEND_FLAGS: SendFlags = SendFlags::NOSIGNAL.union(SendFlags::DONTWAIT);
@@ -113,8 +113,12 @@ impl Socket {
     pub(crate) fn prepare(&self) -> io::Result<()> {
         match &self.0 {
             Kind::Tcp(stream) => prepare_tcp(stream),
+            // The session writes to the stream itself.
             #[cfg(feature = "tls")]
-            Kind::Tls(tls) => prepare_tcp(&tls.stream),
+            Kind::Tls(tls) => {
+                socket2::SockRef::from(&tls.stream).set_nonblocking(true)?;
+                prepare_tcp(&tls.stream)
+            }
             Kind::Unix(_) | Kind::Bridge(_) | Kind::Sink => Ok(()),
         }
     }
