@@ -24,9 +24,9 @@ use tls::Tls;
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const NOTSENT_LOWAT_BYTES: u32 = 16 << 10;
 
-/// No call waits, whatever mode the descriptor is in: setting the mode would be a system call for each adoption (only a TLS
-/// session, which writes by itself, needs it). And a write to a closed connection must be an error, not a signal; on systems without that flag, Rust's programs ignore
-/// the signal.
+/// No call waits, whatever mode the descriptor is in: setting the mode would be a system call for each adoption (only
+/// a TLS session, which writes by itself, needs it). And a write to a closed connection must be an error, not a signal;
+/// on systems without that flag, Rust's programs ignore the signal.
 #[cfg(not(target_vendor = "apple"))]
 const SEND_FLAGS: SendFlags = SendFlags::NOSIGNAL.union(SendFlags::DONTWAIT);
 #[cfg(target_vendor = "apple")]
