@@ -18,6 +18,8 @@
 //! - **Outages are waited out.** A reader reconnects by itself, for ever, and continues. An append fails within
 //!   [`APPEND_TIMEOUT`].
 //!
+//! [`cluster_log`] makes *exactly once* of it: batches of entries with numbers, repeated until they are read back.
+//!
 //! It is a live bus with a short history, not a database: how much survives a crash of the broker depends on its storage.
 //!
 //! ```
@@ -37,6 +39,8 @@
 
 #![forbid(unsafe_code)]
 
+mod batch;
+pub mod cluster_log;
 mod error;
 pub mod memory;
 #[cfg(feature = "nats")]
@@ -51,6 +55,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::watch;
 
+pub use cluster_log::{ClusterLog, ClusterLogConfig, Entries, EntryError, EntryPosition, Event};
 pub use error::Error;
 pub use node::{InvalidNodeId, NodeId};
 pub use position::Position;

@@ -1,0 +1,431 @@
+//! A log in which every node's entries appear exactly once, although appends are repeated.
+//!
+//! On top of a [`Backplane`], which may append a record twice when the outcome of an attempt is not known. A node's
+//! entries go to the log in numbered batches, one after the other: while one is on its way, the next is gathered. A
+//! batch is repeated until it is known to be stored; readers leave out what they have had. All nodes read the same
+//! records, so all of them leave out the same ones. That the next batch is not sent before keeps their order whatever
+//! fails, and costs little, because a batch takes what has come together in one round trip.
+//!
+//! A batch is kept until this node has read it back. If this node's reader has a [gap](Event::Gap), what it has not
+//! read back is appended again, from the oldest on: so an entry whose append has returned was read by its own node, once,
+//! also if the broker has lost records that it had acknowledged.
+//!
+//! Owned by who publishes ([`ClusterLog`], any number of handles) and the one who reads ([`Entries`]). Does not know what
+//! entries contain, nor which nodes there are.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::sleep;
+
+use crate::batch::{self, Batch};
+use crate::{Backplane, Error, Gap, NodeId, Position, Reader, Start};
+
+/// Entries that wait to be appended, besides the limit on their bytes.
+const QUEUE_MAX: usize = 65_536;
+
+/// After a failed attempt to append.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// How much a node keeps and sends at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClusterLogConfig {
+    /// Bytes of entries in one record; a longer entry has a record of its own. Default: 64 KiB.
+    pub batch_bytes_max: usize,
+    /// Bytes of entries that wait to be appended or read back. Above it [`ClusterLog::append`] waits. Default: 16 MiB.
+    pub queue_bytes_max: usize,
+}
+
+impl Default for ClusterLogConfig {
+    fn default() -> Self {
+        Self { batch_bytes_max: 64 << 10, queue_bytes_max: 16 << 20 }
+    }
+}
+
+/// Where an entry is in the order of all entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EntryPosition {
+    /// The record that contains it.
+    pub record: Position,
+    /// Its number in the record, from 0.
+    pub index: u32,
+}
+
+/// What a reader gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// An entry, once.
+    Entry {
+        /// Where it is.
+        position: EntryPosition,
+        /// The node that has appended it.
+        node: NodeId,
+        /// Its bytes.
+        payload: Bytes,
+    },
+    /// Entries have been lost for this reader. None that follow have been read before.
+    Gap(Gap),
+    /// Batches of a node are missing although nothing was lost: the broker does not keep its promises.
+    Missing {
+        /// The node whose batches they are.
+        node: NodeId,
+        /// How many.
+        batches: u64,
+    },
+}
+
+/// An entry was not appended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EntryError {
+    /// The entry is longer than what the broker takes.
+    #[error(
+        "an entry of {len} bytes is longer than {max}, which is what the broker takes: publish it in parts, or raise its limit"
+    )]
+    TooLong {
+        /// Its length in bytes.
+        len: usize,
+        /// The longest entry, in bytes.
+        max: usize,
+    },
+    /// The broker refuses it.
+    #[error(transparent)]
+    Refused(Arc<Error>),
+    /// [`Entries`] has been dropped: this node reads no more.
+    #[error("this node has left the log")]
+    Closed,
+}
+
+/// Appends entries to a log. A clone is another handle.
+#[derive(Debug, Clone)]
+pub struct ClusterLog {
+    node: NodeId,
+    queue: mpsc::Sender<Queued>,
+    room: Arc<Semaphore>,
+    entry_bytes_max: usize,
+    queue_bytes_max: usize,
+}
+
+/// An entry that waits to be appended.
+#[derive(Debug)]
+struct Queued {
+    payload: Bytes,
+    waiter: Waiter,
+}
+
+/// Who waits for an entry, and its part of the queue's bytes.
+#[derive(Debug)]
+struct Waiter {
+    told: oneshot::Sender<Result<EntryPosition, EntryError>>,
+    _room: OwnedSemaphorePermit,
+}
+
+/// Batches of this node that it has not read back, the oldest first.
+#[derive(Debug, Default)]
+struct Outstanding {
+    batches: Mutex<Batches>,
+    /// There is something to append again.
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Batches {
+    sent: VecDeque<Sent>,
+    /// How often it was no longer known what is stored: an acknowledgement of an append that began before says nothing.
+    doubts: u64,
+}
+
+#[derive(Debug)]
+struct Sent {
+    number: u64,
+    record: Bytes,
+    is_stored: bool,
+    waiters: Vec<Waiter>,
+}
+
+impl Outstanding {
+    fn lock(&self) -> MutexGuard<'_, Batches> {
+        self.batches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The oldest batch that is not known to be stored, and the number of doubts.
+    fn next(&self) -> Option<(u64, Bytes, u64)> {
+        let batches = self.lock();
+        let next = batches.sent.iter().find(|sent| !sent.is_stored);
+        next.map(|sent| (sent.number, sent.record.clone(), batches.doubts))
+    }
+
+    fn stored(&self, number: u64, doubts: u64) {
+        let mut batches = self.lock();
+        if batches.doubts == doubts
+            && let Some(sent) = batches.sent.iter_mut().find(|sent| sent.number == number)
+        {
+            sent.is_stored = true;
+        }
+    }
+
+    /// The batch, if it is the oldest: then it is read back, and its entries are returned with those who wait for them.
+    fn read_back(&self, number: u64) -> Option<Vec<Waiter>> {
+        let mut batches = self.lock();
+        let is_next = batches.sent.front().is_some_and(|sent| sent.number == number);
+        is_next.then(|| batches.sent.pop_front()).flatten().map(|sent| sent.waiters)
+    }
+
+    /// Removes a batch that cannot be appended.
+    fn refuse(&self, number: u64) -> Vec<Waiter> {
+        let mut batches = self.lock();
+        let at = batches.sent.iter().position(|sent| sent.number == number);
+        at.and_then(|at| batches.sent.remove(at)).map_or_else(Vec::new, |sent| sent.waiters)
+    }
+
+    /// Whether they were stored is no longer known.
+    fn doubt(&self) {
+        let mut batches = self.lock();
+        batches.doubts += 1;
+        batches.sent.iter_mut().for_each(|sent| sent.is_stored = false);
+        drop(batches);
+        self.changed.notify_one();
+    }
+}
+
+impl ClusterLog {
+    /// Joins a log as the node `node`, and reads it from `start` on. Appends on the runtime from which it is called,
+    /// until the last handle and [`Entries`] have been dropped.
+    ///
+    /// # Errors
+    /// As for [`Backplane::read`].
+    pub async fn join<B: Backplane>(
+        backplane: B,
+        node: NodeId,
+        start: Start,
+        config: ClusterLogConfig,
+    ) -> Result<(Self, Entries<B::Reader>), Error> {
+        let reader = backplane.read(start).await?;
+        let (queue, queued) = mpsc::channel(QUEUE_MAX);
+        let queue_bytes_max = config.queue_bytes_max.clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
+        let outstanding = Arc::new(Outstanding::default());
+        let log = Self {
+            node,
+            queue,
+            room: Arc::new(Semaphore::new(queue_bytes_max)),
+            entry_bytes_max: backplane.record_bytes_max().saturating_sub(batch::bytes_of(std::iter::once(0))),
+            queue_bytes_max,
+        };
+        let (closed, is_closed) = oneshot::channel();
+        let appender = Appender {
+            backplane,
+            node,
+            batch_bytes_max: config.batch_bytes_max,
+            queued,
+            outstanding: outstanding.clone(),
+            next_number: 1,
+            left_over: None,
+        };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = appender.run() => {}
+                _ = is_closed => {}
+            }
+        });
+        let entries = Entries {
+            node,
+            reader,
+            outstanding,
+            last: HashMap::new(),
+            gaps: 0,
+            ready: VecDeque::new(),
+            taken: None,
+            _closed: closed,
+        };
+        Ok((log, entries))
+    }
+
+    /// This node's name.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Appends an entry, and returns where it is as soon as this node's [`Entries`] has handed it out and been asked for
+    /// the next event. Waits as long as the broker cannot be reached. If the call is dropped, the entry may be appended
+    /// or not.
+    ///
+    /// # Errors
+    /// [`EntryError`].
+    pub async fn append(&self, payload: Bytes) -> Result<EntryPosition, EntryError> {
+        let (len, max) = (payload.len(), self.entry_bytes_max);
+        if len > max {
+            return Err(EntryError::TooLong { len, max });
+        }
+        let bytes = batch::entry_bytes(len).min(self.queue_bytes_max) as u32; // at most `u32::MAX`, see `join`
+        let room = self.room.clone().acquire_many_owned(bytes).await.map_err(|_| EntryError::Closed)?;
+        let (told, outcome) = oneshot::channel();
+        let queued = Queued { payload, waiter: Waiter { told, _room: room } };
+        self.queue.send(queued).await.map_err(|_| EntryError::Closed)?;
+        outcome.await.unwrap_or(Err(EntryError::Closed))
+    }
+}
+
+/// Appends what is queued, one batch after the other.
+struct Appender<B> {
+    backplane: B,
+    node: NodeId,
+    batch_bytes_max: usize,
+    queued: mpsc::Receiver<Queued>,
+    outstanding: Arc<Outstanding>,
+    next_number: u64,
+    /// An entry that no longer fitted into a batch.
+    left_over: Option<Queued>,
+}
+
+impl<B: Backplane> Appender<B> {
+    /// Is ended with [`Entries`].
+    async fn run(mut self) {
+        let outstanding = self.outstanding.clone();
+        loop {
+            if let Some((number, record, doubts)) = outstanding.next() {
+                self.append(number, record, doubts).await;
+                continue;
+            }
+            tokio::select! {
+                biased;
+                () = outstanding.changed.notified() => {}
+                has_more = self.gather() => if !has_more {
+                    outstanding.changed.notified().await; // what has been appended may have to be again
+                },
+            }
+        }
+    }
+
+    /// Makes a batch of what is queued; false if nothing will be queued any more. Loses nothing if it is dropped.
+    async fn gather(&mut self) -> bool {
+        if self.left_over.is_none() {
+            self.left_over = self.queued.recv().await;
+        }
+        let Some(first) = self.left_over.take() else { return false };
+        let mut bytes = batch::bytes_of(std::iter::once(first.payload.len()));
+        let mut entries = vec![first];
+        while let Ok(next) = self.queued.try_recv() {
+            let more = batch::entry_bytes(next.payload.len());
+            if bytes + more > self.batch_bytes_max {
+                self.left_over = Some(next);
+                break;
+            }
+            bytes += more;
+            entries.push(next);
+        }
+        let number = self.next_number;
+        self.next_number += 1;
+        let record = Batch::encode(self.node, number, entries.iter().map(|queued| &queued.payload));
+        let waiters = entries.into_iter().map(|queued| queued.waiter).collect();
+        self.outstanding.lock().sent.push_back(Sent { number, record, is_stored: false, waiters });
+        true
+    }
+
+    async fn append(&mut self, number: u64, record: Bytes, doubts: u64) {
+        match self.backplane.append(record).await {
+            Ok(()) => self.outstanding.stored(number, doubts),
+            Err(failure) if failure.is_retryable() => {
+                tracing::debug!(%failure, number, "a batch was not appended: trying again");
+                sleep(RETRY).await;
+            }
+            Err(failure) => {
+                tracing::error!(%failure, "the broker refuses a batch: its entries are not published");
+                let failure = Arc::new(failure);
+                for waiter in self.outstanding.refuse(number) {
+                    let _ = waiter.told.send(Err(EntryError::Refused(failure.clone()))); // nobody may wait any more
+                }
+            }
+        }
+    }
+}
+
+/// The last batch of a node that was read, and the number of gaps before it.
+#[derive(Debug)]
+struct Last {
+    number: u64,
+    gaps: u64,
+}
+
+/// Reads a log: every entry of every node, once.
+#[derive(Debug)]
+pub struct Entries<R> {
+    node: NodeId,
+    reader: R,
+    outstanding: Arc<Outstanding>,
+    /// Of the other nodes.
+    last: HashMap<NodeId, Last>,
+    gaps: u64,
+    ready: VecDeque<(Event, Option<Waiter>)>,
+    /// Who waits for the entry that was handed out last.
+    taken: Option<(EntryPosition, Waiter)>,
+    /// Ends the appender.
+    _closed: oneshot::Sender<()>,
+}
+
+impl<R: Reader> Entries<R> {
+    /// The next event, as soon as there is one. With this call the one before it counts as ingested. May be dropped
+    /// before it has completed, without losing an event.
+    ///
+    /// # Errors
+    /// As for [`Reader::next`].
+    pub async fn next(&mut self) -> Result<Event, Error> {
+        if let Some((position, waiter)) = self.taken.take() {
+            let _ = waiter.told.send(Ok(position)); // nobody may wait any more
+        }
+        loop {
+            if let Some((event, waiter)) = self.ready.pop_front() {
+                if let (Event::Entry { position, .. }, Some(waiter)) = (&event, waiter) {
+                    self.taken = Some((*position, waiter));
+                }
+                return Ok(event);
+            }
+            match self.reader.next().await? {
+                Ok(record) => match Batch::decode(record.payload) {
+                    Ok(batch) => self.take(record.position, batch),
+                    Err(failure) => {
+                        tracing::error!(position = %record.position, %failure, "a record of the log cannot be read: it is left out");
+                    }
+                },
+                Err(gap) => {
+                    self.gaps += 1;
+                    self.outstanding.doubt();
+                    return Ok(Event::Gap(gap));
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, position: Position, batch: Batch) {
+        let Batch { node, number, entries } = batch;
+        if node == self.node {
+            // One that is not the oldest comes after a gap, and will be appended again after those before it.
+            if let Some(waiters) = self.outstanding.read_back(number) {
+                self.hand_out(position, node, entries, waiters);
+            }
+            return;
+        }
+        if let Some(last) = self.last.get(&node) {
+            if number <= last.number {
+                return; // it was appended again
+            }
+            // After a gap it is not known which was the last.
+            let missing = if last.gaps == self.gaps { number - last.number - 1 } else { 0 };
+            if missing > 0 {
+                self.ready.push_back((Event::Missing { node, batches: missing }, None));
+            }
+        }
+        self.last.insert(node, Last { number, gaps: self.gaps });
+        self.hand_out(position, node, entries, Vec::new());
+    }
+
+    fn hand_out(&mut self, position: Position, node: NodeId, entries: Vec<Bytes>, waiters: Vec<Waiter>) {
+        let waiters = waiters.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+        for ((index, payload), waiter) in (0..).zip(entries).zip(waiters) {
+            let position = EntryPosition { record: position, index };
+            self.ready.push_back((Event::Entry { position, node, payload }, waiter));
+        }
+    }
+}
