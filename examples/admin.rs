@@ -105,7 +105,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .route("/users", get(users))
         .route("/users/{name}", post(send).delete(disconnect))
         .with_state(hub);
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = shardcast::listen(("127.0.0.1", port)).await?;
     println!("listening on http://{}", listener.local_addr()?);
     axum::serve(listener, app).await?;
     Ok(())

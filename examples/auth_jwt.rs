@@ -191,7 +191,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .route("/login", post(log_in))
         .route("/ws", any(connect))
         .with_state(App { hub, tokens });
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", argument("--port", 3000)? as u16)).await?;
+    let listener = shardcast::listen(("127.0.0.1", argument("--port", 3000)? as u16)).await?;
     println!("listening on http://{}", listener.local_addr()?);
     axum::serve(listener, app).await?;
     Ok(())

@@ -76,7 +76,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let engine = Engine::start(EngineConfig::default())?;
     let app = App { sender: broadcast::channel(1000).0, hub: engine.hub(WsHubConfig::default())? };
     let app = Router::new().route("/before", any(before)).route("/after", any(after)).with_state(app);
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = shardcast::listen(("127.0.0.1", port)).await?;
     println!("listening on ws://{}", listener.local_addr()?);
     axum::serve(listener, app).await?;
     Ok(())

@@ -61,7 +61,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let sensors = engine.hub::<Sensors>(WsHubConfig::default())?;
     let serve = async |ws: WebSocketUpgrade, State(sensors): State<Hub<Sensors>>| ws.serve(&sensors, Sensors);
     let app = Router::new().route("/ws", get(serve)).with_state(sensors);
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let listener = shardcast::listen("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move { axum::serve(listener, app).await });
 

@@ -5,6 +5,7 @@
 //! accepted message is delivered, clients get a Close frame (1001), and it prints a report.
 //! `--rate-limit N` limits each client to N messages a second, and delays what exceeds that; `--over-limit drop` or
 //! `close` does that instead.
+//! `--trim` returns free memory to the system after many handshakes (`EngineConfig::trim_heap`).
 //! `--outbox N` sets how many messages each client's outbox holds.
 //! `--tls FILE`, with the feature `tls`, serves over TLS, with the certificate and the private key in this PEM file; `--bridge`
 //! hides the TLS streams from the shards, so that they are bridged.
@@ -122,7 +123,7 @@ struct Options {
     hub: WsHubConfig,
 }
 
-const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY] \
+const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--trim] [--coalesce MILLISECONDS] [--policy POLICY] \
      [--outbox N] [--rate-limit N] [--over-limit delay|drop|close] [--tls FILE [--bridge]], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
 
 /// The server's task.
@@ -148,6 +149,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--port" => options.port = value()?.parse().map_err(|_| USAGE)?,
             "--shards" => options.engine.shards = Some(value()?.parse().map_err(|_| USAGE)?),
             "--no-pin" => options.engine.pin = false,
+            "--trim" => options.engine.trim_heap = true,
             "--coalesce" => {
                 options.engine.coalesce = Duration::from_millis(value()?.parse().map_err(|_| USAGE)?);
             }
@@ -237,7 +239,7 @@ async fn serve() -> Result<(), Box<dyn Error>> {
         .route("/raw", any(raw))
         .route("/socket", any(socket))
         .with_state(hubs);
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = shardcast::listen(("127.0.0.1", port)).await?;
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let ended = async {
         let _ = ended.await; // never sent, only dropped

@@ -67,7 +67,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let engine = Engine::start(EngineConfig::default())?;
     let chat = engine.hub::<Chat>(WsHubConfig::default())?;
     let app = Router::new().route("/ws", any(connect)).with_state(chat);
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = shardcast::listen(("127.0.0.1", port)).await?;
     println!("listening on ws://{}/ws", listener.local_addr()?);
     axum::serve(listener, app).await?;
     Ok(())

@@ -50,7 +50,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let engine = Engine::start(EngineConfig::default())?;
     let hub = engine.hub::<Echo>(WsHubConfig::default())?;
     let app = Router::new().route("/", any(page_or_socket)).with_state(hub);
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = shardcast::listen(("127.0.0.1", port)).await?;
     println!("listening on http://{}", listener.local_addr()?);
     axum::serve(listener, app).await?;
     Ok(())

@@ -107,7 +107,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .route("/readyz", get(ready))
         .route("/healthz", get(healthy))
         .with_state(app);
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = shardcast::listen(("127.0.0.1", port)).await?;
     let mut signals = Signals(signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     println!("listening on http://{}", listener.local_addr()?);
 

@@ -62,7 +62,7 @@ fn hello_router() -> Router<AppState> {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let listener = shardcast::listen("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let app = hello_router().with_state(AppState { greeting: "hello" });
     tokio::spawn(async move { axum::serve(listener, app).await });

@@ -130,7 +130,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let room = engine.hub::<Room>(WsHubConfig::default())?;
     let app =
         Router::new().route("/", get(|| async { Html(PAGE) })).route("/ws", any(connect)).with_state(room);
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = shardcast::listen(("127.0.0.1", port)).await?;
     println!("listening on http://{}", listener.local_addr()?);
     axum::serve(listener, app).await?;
     Ok(())

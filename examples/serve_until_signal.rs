@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use axum::Router;
 use shardcast::Engine;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The port after `--port`, or `default`. 0 takes any free port.
@@ -20,7 +19,7 @@ pub(crate) fn port_or(default: u16) -> Result<u16, Box<dyn Error>> {
 
 /// Serves on 127.0.0.1 until a signal arrives; then ends the engine within 5 s and Axum within 1 s.
 pub(crate) async fn serve_until_signal(engine: Engine, app: Router, port: u16) -> Result<(), Box<dyn Error>> {
-    let listener = TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = shardcast::listen(("127.0.0.1", port)).await?;
     // Before the line that says that the server is ready: a signal after it must not end the process at once.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     println!("listening on http://{}", listener.local_addr()?);

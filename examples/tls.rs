@@ -16,11 +16,11 @@ use axum::extract::State;
 use axum::http::Version;
 use axum::response::Html;
 use axum::routing::{any, get};
+use axum::serve::Listener as _;
 use shardcast::tls::{PeerAddr, TlsConfig, TlsListener};
 use shardcast::{
     Engine, EngineConfig, Hub, HubContext, RawCodec, Refusal, Serve, WebSocketUpgrade, WsHub, WsHubConfig,
 };
-use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 struct Echo {
@@ -86,10 +86,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // `any`, because the handshake of HTTP/2 is a CONNECT.
     let app = Router::new().route("/", get(async || Html(PAGE))).route("/ws", any(connect)).with_state(hub);
 
-    let listener = TcpListener::bind(("127.0.0.1", port)).await?;
+    let listener = TlsListener::bind(("127.0.0.1", port), config.clone()).await?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     println!("listening on https://localhost:{}", listener.local_addr()?.port());
-    let listener = TlsListener::new(listener, config.clone());
     tokio::spawn(renew(config, signal(SignalKind::hangup())?));
     // With connect info, so that limits for each address hold before the upgrade.
     let app = app.into_make_service_with_connect_info::<PeerAddr>();

@@ -8,6 +8,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
+use once_cell::race::OnceBox;
 use shardcast_engine::{CloseCode, ConnectionId, Position};
 
 use crate::clients::{Clients, PublishError, Target};
@@ -28,15 +29,22 @@ pub struct MessageContext<M, C> {
 pub(crate) struct Caller<M> {
     clients: Clients<M>,
     id: ConnectionId,
-    /// Boxed, because most connections have none.
-    user: Option<Box<Arc<str>>>,
-    /// Made when it is first asked for, and boxed: many hubs never do.
-    connection_id: OnceLock<Box<Arc<str>>>,
+    /// Made when it is first needed: many hubs never do. One word and not two, because there is a caller for each
+    /// connection.
+    names: OnceBox<Names>,
+}
+
+/// What a connection is called.
+#[derive(Default)]
+struct Names {
+    user: Option<Arc<str>>,
+    connection_id: OnceLock<Arc<str>>,
 }
 
 impl<M> Caller<M> {
     pub(crate) fn new(clients: Clients<M>, id: ConnectionId, user: Option<Arc<str>>) -> Self {
-        Self { clients, id, user: user.map(Box::new), connection_id: OnceLock::new() }
+        let names = user.map(|user| Box::new(Names { user: Some(user), ..Names::default() }));
+        Self { clients, id, names: names.map_or_else(OnceBox::new, OnceBox::with_value) }
     }
 
     /// The same caller, now that its user is known.
@@ -53,7 +61,8 @@ impl<M> Caller<M> {
     }
 
     pub(crate) fn connection_id(&self) -> &Arc<str> {
-        self.connection_id.get_or_init(|| Box::new(self.id.to_string().into()))
+        let names = self.names.get_or_init(Box::default);
+        names.connection_id.get_or_init(|| self.id.to_string().into())
     }
 }
 
@@ -92,7 +101,7 @@ impl<M, C> MessageContext<M, C> {
 
     /// The user of this connection, if it was [served](crate::Serve::user) with one.
     pub fn user(&self) -> Option<&Arc<str>> {
-        self.caller.user.as_deref()
+        self.caller.names.get()?.user.as_ref()
     }
 
     /// All clients of the hub, for everything that has no short form here.

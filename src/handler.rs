@@ -48,7 +48,7 @@
 //!
 //! # async fn example() -> std::io::Result<()> {
 //! let app = websocket_route("/ws", EchoFactory);
-//! axum::serve(tokio::net::TcpListener::bind("127.0.0.1:3000").await?, app).await
+//! axum::serve(shardcast::listen("127.0.0.1:3000").await?, app).await
 //! # }
 //! ```
 //!

@@ -6,7 +6,10 @@
 //! end follows everything that the method has sent. Knows hubs, codecs and the engine's handler
 //! trait. Does not know sockets or frames.
 
+use std::any::{Any, TypeId};
 use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::future::Future;
 use std::hint::black_box;
 use std::ops::ControlFlow;
@@ -87,6 +90,23 @@ struct AllocationPad {
     _bytes: [u64; 10],
 }
 
+thread_local! {
+    /// One value of each stateless hub on this shard.
+    static STATELESS: RefCell<HashMap<TypeId, Arc<dyn Any + Send + Sync>>> = RefCell::default();
+}
+
+/// The hub as its methods borrow it. Of a type without fields all connections of a shard share a value: they could not
+/// tell theirs from another, and each would cost 32 bytes. Not all connections of the engine, because shards would
+/// contend for its count.
+fn share<H: WsHub>(hub: H) -> Arc<H> {
+    if size_of::<H>() > 0 || std::mem::needs_drop::<H>() {
+        return Arc::new(hub);
+    }
+    let shared = STATELESS
+        .with_borrow_mut(|hubs| hubs.entry(TypeId::of::<H>()).or_insert_with(|| Arc::new(hub)).clone());
+    shared.downcast().expect("it is filed under its type")
+}
+
 impl<H: WsHub> HubHandler<H> {
     /// Makes the handler when the connection has an id. `done` is dropped when `on_disconnected` has returned.
     pub(crate) fn maker(
@@ -112,7 +132,7 @@ impl<H: WsHub> HubHandler<H> {
         let pad = AllocationPad::default();
         Box::new(move |id| {
             let _pad = pad;
-            let (hub, caller) = (hub.map(Arc::new), Arc::new(Caller::new(clients, id, user)));
+            let (hub, caller) = (hub.map(share), Arc::new(Caller::new(clients, id, user)));
             Box::new(Self { hub, caller, task: None, overrides })
         })
     }
@@ -402,9 +422,17 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_connection_costs_80_bytes_here_and_its_hub() {
+    fn an_idle_connection_costs_64_bytes_here_and_its_hub() {
         assert_eq!(size_of::<HubHandler<Silent>>(), 40);
-        assert_eq!(size_of::<Caller<String>>(), 40);
+        assert_eq!(size_of::<Caller<String>>(), 24);
         assert_eq!(size_of::<Task>() + size_of::<Outcome>(), 24, "a method's outcome is one word");
+    }
+
+    #[test]
+    fn connections_of_a_hub_without_fields_share_its_value_on_a_shard() {
+        let (one, other) = (share(Silent), share(Silent));
+        assert!(Arc::ptr_eq(&one, &other));
+        let elsewhere = std::thread::spawn(|| share(Silent)).join().expect("it does not panic");
+        assert!(!Arc::ptr_eq(&one, &elsewhere), "shards must not contend for one count");
     }
 }

@@ -25,6 +25,7 @@ pub mod handler;
 mod handshake;
 mod hub;
 mod hub_handler;
+mod listen;
 mod log_limit;
 mod origin;
 mod peer_address;
@@ -53,6 +54,7 @@ pub use first_message::Accepted;
 pub use hub::{
     ConnectionRequest, DisconnectRequest, Dropped, Hub, HubContext, JoinError, Refusal, RunOn, WsHub,
 };
+pub use listen::listen;
 pub use origin::{AllowedOrigins, InvalidOrigin};
 pub use peer_address::{InvalidNetwork, TrustedProxies};
 pub use presence::{Metadata, MetadataError, PresenceChange, PresenceChanges, PresenceEvent, Present};

@@ -493,9 +493,12 @@ impl Host<'_> {
             expires_at,
             rate_limit,
         };
-        match self.namespace.adopt(connection).await {
-            Ok(()) => {
+        match self.namespace.adopt_without_wake(connection).await {
+            Ok(wake) => {
                 spare.0 = None;
+                // Others that have been accepted in this tick of the runtime come first: one wake for all.
+                tokio::task::yield_now().await;
+                drop(wake);
                 Ok(())
             }
             Err(error) => {

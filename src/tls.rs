@@ -15,12 +15,14 @@ use axum::serve::{IncomingStream, Listener};
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+
+use crate::listen::listen;
 
 /// How long a client may take for its handshake, unless [`TlsListener::handshake_timeout`] says otherwise.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -114,8 +116,7 @@ pub enum TlsError {
 /// # async fn serve(app: axum::Router, chain: &[u8], key: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
 /// use shardcast::tls::{PeerAddr, TlsConfig, TlsListener};
 ///
-/// let listener = tokio::net::TcpListener::bind("[::]:443").await?;
-/// let listener = TlsListener::new(listener, TlsConfig::from_pem(chain, key)?);
+/// let listener = TlsListener::bind("[::]:443", TlsConfig::from_pem(chain, key)?).await?;
 /// axum::serve(listener, app.into_make_service_with_connect_info::<PeerAddr>()).await?;
 /// # Ok(()) }
 /// ```
@@ -126,12 +127,23 @@ pub struct TlsListener {
     handshakes: JoinSet<Option<(TlsStream<TcpStream>, SocketAddr)>>,
     timeout: Duration,
     handshakes_max: usize,
+    /// Connections have the socket options of the listener, which has those that an engine relies on.
+    inherits: bool,
 }
 
 impl TlsListener {
+    /// Listens on an address, with room for many clients that connect at once: see [`listen`](crate::listen()).
+    ///
+    /// # Errors
+    /// As for `listen`.
+    pub async fn bind(address: impl ToSocketAddrs, config: impl Into<TlsConfig>) -> io::Result<Self> {
+        Ok(Self::new(listen(address).await?, config))
+    }
+
     /// Accepts the connections of `listener`.
     pub fn new(listener: TcpListener, config: impl Into<TlsConfig>) -> Self {
         Self {
+            inherits: cfg!(target_os = "linux") && shardcast_engine::prepare_tcp(&listener).is_ok(),
             listener,
             config: config.into().0.subscribe(),
             handshakes: JoinSet::new(),
@@ -146,17 +158,18 @@ impl TlsListener {
     }
 
     /// How many handshakes are made at once: 1,024 by default, at least 1. Above it further connections wait in the
-    /// kernel's queue, whose length is that of the `TcpListener`.
+    /// kernel's queue, whose length is that of the `TcpListener`: 4,096 with [`bind`](Self::bind).
     pub fn max_handshakes(self, max: usize) -> Self {
         Self { handshakes_max: max.max(1), ..self }
     }
 
     fn shake_hands(&mut self, stream: TcpStream, address: SocketAddr) {
         let acceptor = TlsAcceptor::from(self.config.borrow().clone());
-        let limit = self.timeout;
+        let (limit, inherits) = (self.timeout, self.inherits);
         self.handshakes.spawn(async move {
             // Before the handshake, which would wait for delayed acknowledgements without it.
-            let shaken = match shardcast_engine::prepare_tcp(&stream) {
+            let prepared = if inherits { Ok(()) } else { shardcast_engine::prepare_tcp(&stream) };
+            let shaken = match prepared {
                 Ok(()) => {
                     timeout(limit, acceptor.accept(stream)).await.unwrap_or_else(|late| Err(late.into()))
                 }

@@ -410,7 +410,7 @@ pub struct WebSocket {
     /// `None` once the parts have been taken.
     parts: Option<WebSocketParts>,
     protocol: Option<HeaderValue>,
-    peer_address: Option<IpAddr>,
+    peer_address: PeerAddress,
 }
 
 impl WebSocket {
@@ -420,9 +420,13 @@ impl WebSocket {
     }
 
     /// The client's address: [`WebSocketUpgrade::peer_address`], or else the remote address of the socket. `None` with
-    /// TLS and HTTP/2 without connect info, and on Unix sockets.
+    /// TLS and HTTP/2 without connect info, on Unix sockets, and if it is the socket's and the client has disconnected.
     pub fn peer_address(&self) -> Option<IpAddr> {
-        self.peer_address
+        // The socket is asked only when somebody wants to know: that is a system call.
+        self.peer_address.known().or_else(|| {
+            let socket = self.remote_address()?;
+            self.peer_address.with_socket(Some(socket.ip()))
+        })
     }
 
     /// The remote address of the socket, if it is a TCP connection.
@@ -455,7 +459,7 @@ impl fmt::Debug for WebSocket {
         formatter
             .debug_struct("WebSocket")
             .field("protocol", &self.protocol)
-            .field("peer_address", &self.peer_address)
+            .field("peer_address", &self.peer_address())
             .finish_non_exhaustive()
     }
 }
@@ -669,9 +673,8 @@ impl PendingSocket {
         if verdict == Verdict::Unclear && read_ahead.is_empty() && socket.is_at_end() {
             return Err(UpgradeError::NotSent);
         }
-        let peer_address = self.peer_address.with_socket(socket.remote_address().map(|address| address.ip()));
         let parts = Some(WebSocketParts { socket, read_ahead });
-        Ok(WebSocket { parts, protocol: self.protocol, peer_address })
+        Ok(WebSocket { parts, protocol: self.protocol, peer_address: self.peer_address })
     }
 }
 

@@ -26,6 +26,7 @@ fn engine_config() -> EngineConfig {
         max_connections_per_address: Some(7),
         max_upgrades_per_address: Some(Rate::new(9, Duration::from_secs(60)).with_burst(10)),
         max_connections: 8,
+        trim_heap: true,
         __non_exhaustive: (),
     }
 }

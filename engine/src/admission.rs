@@ -62,8 +62,11 @@ impl Admission {
         let one_more = |taken| (taken < self.max).then_some(taken + 1);
         self.taken.fetch_update(Relaxed, Relaxed, one_more).ok()?;
         // From here on, dropping the permit releases what it counts.
-        let mut permit =
-            ConnectionPermit { admission: self.clone(), shard: None, address: None, is_address_known: false };
+        let mut permit = ConnectionPermit {
+            counted: Counted { admission: self.clone(), address: None },
+            chosen: None,
+            is_address_known: false,
+        };
         match address {
             Some(address) if !permit.count_for(address) => None,
             _ => Some(permit),
@@ -140,23 +143,48 @@ pub struct TooManyUpgrades {
 /// Permission for one more connection. Dropping it releases it.
 #[derive(Debug)]
 pub struct ConnectionPermit {
+    counted: Counted,
+    chosen: Option<Chosen>,
+    is_address_known: bool,
+}
+
+/// What a connection counts for besides its shard, until it is dropped. Two words, because every connection has one.
+#[derive(Debug)]
+struct Counted {
     admission: Arc<Admission>,
-    shard: Option<u16>,
     /// The address for which it is counted.
     address: Option<Box<IpAddr>>,
-    is_address_known: bool,
+}
+
+/// A connection is counted for the shard, if any, until this is dropped.
+#[derive(Debug)]
+struct Chosen {
+    admission: Arc<Admission>,
+    shard: Option<u16>,
+}
+
+/// The permit of a connection that a shard has, without what the connection's id says. To be released with that.
+#[derive(Debug)]
+pub(crate) struct Seat(Counted);
+
+impl Seat {
+    /// The connection, which was on this shard, has ended. The rest is released when this is dropped.
+    pub(crate) fn leave(&self, shard: usize) {
+        self.0.admission.seats[shard].fetch_sub(1, Relaxed); // Relaxed: a counter
+    }
 }
 
 impl ConnectionPermit {
     /// Whether connections or upgrades are counted by their addresses, and this one's is not known.
     pub fn lacks_address(&self) -> bool {
-        !self.is_address_known && (self.admission.addresses.is_some() || self.admission.upgrades.is_some())
+        !self.is_address_known
+            && (self.counted.admission.addresses.is_some() || self.counted.admission.upgrades.is_some())
     }
 
     /// True the first time that this is called for any permit of the engine, so that a missing address is
     /// logged once.
     pub fn is_first_to_lack_address(&self) -> bool {
-        !self.admission.address_was_lacking.swap(true, Relaxed) // Relaxed: nothing else depends on it
+        !self.counted.admission.address_was_lacking.swap(true, Relaxed) // Relaxed: nothing else depends on it
     }
 
     /// Counts the connection for its address; false if that address is at its limit. A connection is counted
@@ -166,7 +194,7 @@ impl ConnectionPermit {
             return true;
         }
         self.is_address_known = true;
-        let Some((max, counts)) = &self.admission.addresses else { return true };
+        let Some((max, counts)) = &self.counted.admission.addresses else { return true };
         let address = counted_as(address);
         let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(address).or_default();
@@ -175,17 +203,27 @@ impl ConnectionPermit {
             return false;
         }
         *count += 1;
-        self.address = Some(Box::new(address));
+        self.counted.address = Some(Box::new(address));
         true
     }
 
     /// Picks the shard with the fewest connections and counts this one there.
     pub(crate) fn choose_shard(&mut self) -> usize {
         let load = |(_, seats): &(usize, &CachePadded<AtomicUsize>)| seats.load(Relaxed);
-        let shard = self.admission.seats.iter().enumerate().min_by_key(load).map_or(0, |(shard, _)| shard);
-        self.admission.seats[shard].fetch_add(1, Relaxed);
-        self.shard = Some(shard as u16); // at most 4096
+        let shard =
+            self.counted.admission.seats.iter().enumerate().min_by_key(load).map_or(0, |(shard, _)| shard);
+        self.counted.admission.seats[shard].fetch_add(1, Relaxed);
+        let admission = self.counted.admission.clone();
+        self.chosen = Some(Chosen { admission, shard: Some(shard as u16) }); // at most 4096
         shard
+    }
+
+    /// For the shard that was chosen, which has the connection now.
+    pub(crate) fn into_seat(mut self) -> Seat {
+        if let Some(chosen) = &mut self.chosen {
+            chosen.shard = None; // counted until `Seat::leave`
+        }
+        Seat(self.counted)
     }
 }
 
@@ -197,12 +235,18 @@ fn counted_as(address: IpAddr) -> IpAddr {
     }
 }
 
-impl Drop for ConnectionPermit {
+impl Drop for Chosen {
     fn drop(&mut self) {
-        self.admission.taken.fetch_sub(1, Relaxed);
+        // Relaxed, here and below: counters.
         if let Some(shard) = self.shard {
             self.admission.seats[usize::from(shard)].fetch_sub(1, Relaxed);
         }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.admission.taken.fetch_sub(1, Relaxed);
         if let (Some((_, counts)), Some(address)) = (&self.admission.addresses, &self.address) {
             let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(count) = counts.get_mut(address) {
@@ -227,8 +271,15 @@ mod tests {
         assert!(admission.admit(None).is_none());
         assert_ne!(first.choose_shard(), second.choose_shard());
         drop(first);
-        assert_eq!(admission.admit(None).unwrap().choose_shard(), 0);
+        let mut third = admission.admit(None).unwrap();
+        assert_eq!(third.choose_shard(), 0);
+        let third = third.into_seat();
         drop(second);
+        let other = admission.admit(None).map(|mut permit| permit.choose_shard());
+        assert_eq!(other, Some(1), "the first shard is taken as long as its connection is there");
+        third.leave(0);
+        drop(third);
+        assert_eq!(admission.admit(None).unwrap().choose_shard(), 0);
         assert_eq!(admission.taken(), 0);
     }
 

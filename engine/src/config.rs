@@ -85,6 +85,14 @@ pub struct EngineConfig {
     /// Connections in total: 1 to 1,073,741,824. Default: 1,048,576. At the limit no more are admitted:
     /// `shardcast` answers the upgrade with 503.
     pub max_connections: usize,
+    /// Whether free memory of the heap is returned to the system after many connections have opened or ended: some 25
+    /// KB that each handshake needed, in HTTP's buffers, which glibc otherwise keeps for the next storm. Default: false,
+    /// because it concerns the whole process: `malloc_trim(0)`, on the engine's watchdog, when at least 256 connections
+    /// have opened or ended since the last time and none has for 2 s, at most every 10 s. It takes some milliseconds
+    /// for 100 MB of free memory; in a program whose heap is large and fragmented more (0.3 s for a gigabyte in pieces of
+    /// 9 KB), and meanwhile other threads may wait for the allocator. Linux with glibc's allocator only; elsewhere it has
+    /// no effect.
+    pub trim_heap: bool,
     #[doc(hidden)]
     #[cfg_attr(feature = "serde", serde(skip))]
     pub __non_exhaustive: (),
@@ -106,6 +114,7 @@ impl Default for EngineConfig {
             max_connections_per_address: None,
             max_upgrades_per_address: None,
             max_connections: 1 << 20,
+            trim_heap: false,
             __non_exhaustive: (),
         }
     }
@@ -200,8 +209,10 @@ pub struct ConnectionConfig {
     pub control_frames_per_second: u16,
     /// Messages and bytes that a client may send in a time, and what happens above that. Default: no limit.
     pub rate_limit: RateLimit,
-    /// Time between two pings: 10 ms to 1 day, or none for no pings. Default: 15 s. Without pings a client that has
-    /// vanished is noticed only by a timeout or when something is sent to it, and round trips are not measured.
+    /// Time between two pings: 10 ms to 1 day, or none for no pings. Default: 15 s. A ping is never early and at most
+    /// 1/64 of this time late, but no more than 100 ms, or 25 ms if that is more: so those of many connections share a
+    /// wake of their shard. Without pings a client that has vanished is noticed only by a timeout or when something is
+    /// sent to it, and round trips are not measured.
     #[cfg_attr(feature = "serde", serde(with = "crate::duration_text::heartbeat_interval"))]
     pub heartbeat_interval: Option<Duration>,
     /// Time within which a ping must be answered, from when it was written: 10 ms to 1 day. Default: 10 s.

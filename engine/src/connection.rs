@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::admission::ConnectionPermit;
+use crate::admission::{ConnectionPermit, Seat};
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::config::ConnectionConfig;
@@ -138,7 +138,13 @@ pub(crate) struct Connection {
     encoding: Encoding,
     /// None for most connections.
     user: Option<Box<ConnectionUser>>,
-    _permit: ConnectionPermit,
+    seat: Seat,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.seat.leave(self.id.shard());
+    }
 }
 
 /// The user of a connection.
@@ -253,7 +259,7 @@ impl Connection {
             config,
             encoding,
             user: None,
-            _permit: permit,
+            seat: permit.into_seat(),
         }
     }
 
@@ -328,8 +334,8 @@ impl Connection {
     }
 
     /// Sets its timer to `due`, unless it fires earlier already.
-    pub(crate) fn remind_at(&mut self, due: Duration, wheel: &mut Wheel<ConnectionId>) {
-        wheel.arm_earlier(self.id, due, &mut self.timer_tick);
+    pub(crate) fn remind_at(&mut self, due: Duration, wheel: &mut Wheel<Slot>) {
+        wheel.arm_earlier(self.slot(), due, &mut self.timer_tick);
     }
 
     /// A timer has fired; false if it was replaced by another one.
@@ -607,6 +613,6 @@ mod tests {
     #[allow(clippy::print_stdout, reason = "`cargo test -- --nocapture` prints the number")]
     fn a_connection_costs_a_known_amount_of_memory() {
         println!("the state of a connection: {} bytes", size_of::<Connection>());
-        assert!(size_of::<Connection>() <= 320, "{} bytes", size_of::<Connection>());
+        assert!(size_of::<Connection>() <= 304, "{} bytes", size_of::<Connection>());
     }
 }

@@ -76,7 +76,8 @@ pub enum Event<'a> {
 /// Takes bytes that are cut anywhere; the same bytes give the same events and the same error however they are cut.
 ///
 /// An idle decoder keeps nothing on the heap. A decoder with something incomplete keeps about 250 bytes and
-/// the part of the message that has arrived, in a buffer that grows by doubling but not beyond the limit.
+/// the part of the message that has arrived, in a buffer that grows by doubling but not beyond the limit. One that is
+/// finished, by a Close or an error, keeps the 250 bytes until it is dropped.
 /// Memory is never taken for a length that was only claimed.
 ///
 /// ```
@@ -97,15 +98,12 @@ pub enum Event<'a> {
 /// ```
 #[derive(Default)]
 pub struct Decoder {
-    state: State,
+    /// None between frames, outside a message, while nothing is lent. One word, because every connection has one.
+    state: Option<Box<State>>,
 }
 
-#[derive(Default)]
 enum State {
-    /// Between frames, outside a message, nothing lent.
-    #[default]
-    Idle,
-    Partial(Box<Partial>),
+    Partial(Partial),
     /// The client has sent Close. RFC 6455, 1.4: what it sends afterwards is discarded.
     Closed,
     Failed(FrameError),
@@ -170,7 +168,7 @@ impl Decoder {
     /// Creates a decoder at the start of a connection, after the handshake.
     #[must_use]
     pub const fn new() -> Self {
-        Self { state: State::Idle }
+        Self { state: None }
     }
 
     /// Takes bytes off the front of `input` until one event is complete or the input is used up, and adds
@@ -194,13 +192,13 @@ impl Decoder {
         limits: &Limits,
     ) -> Result<Option<Event<'a>>, FrameError> {
         self.release();
-        match self.state {
-            State::Failed(error) => return Err(error),
-            State::Closed => {
+        match self.state.as_deref() {
+            Some(State::Failed(error)) => return Err(*error),
+            Some(State::Closed) => {
                 *consumed += input.len();
                 return Ok(None);
             }
-            State::Idle | State::Partial(_) => {}
+            None | Some(State::Partial(_)) => {}
         }
         let mut at = 0;
         match self.advance(input, &mut at, limits) {
@@ -209,7 +207,7 @@ impl Decoder {
                 Ok(ready.map(|ready| self.event(ready, input)))
             }
             Err(error) => {
-                self.state = State::Failed(error);
+                self.state = Some(Box::new(State::Failed(error)));
                 Err(error)
             }
         }
@@ -218,33 +216,33 @@ impl Decoder {
     /// Frees the memory of the last event. Worth a call when the event has been handled and the next
     /// [`decode`](Self::decode) may be much later, as when reading pauses.
     pub fn release(&mut self) {
-        let State::Partial(partial) = &mut self.state else { return };
+        let Some(State::Partial(partial)) = self.state.as_deref_mut() else { return };
         let is_over = match std::mem::replace(&mut partial.lent, Lent::Nothing) {
             Lent::Nothing => false,
             Lent::Message => true,
             Lent::Control => partial.fragments == 0,
             Lent::Close => {
-                self.state = State::Closed;
+                self.state = Some(Box::new(State::Closed));
                 return;
             }
         };
         if is_over {
-            self.state = State::Idle;
+            self.state = None;
         }
     }
 
     /// Whether the decoder is between messages with nothing kept; false also after a Close or an error.
     #[must_use]
     pub const fn is_idle(&self) -> bool {
-        matches!(self.state, State::Idle)
+        self.state.is_none()
     }
 
-    /// Bytes that the decoder has on the heap. Bounded: about 250, and at most twice what has arrived of the
-    /// incomplete message, never more than [`Limits::max_message_bytes`] of it.
+    /// Bytes that the decoder has on the heap for something incomplete. Bounded: about 250, and at most twice what has
+    /// arrived of the incomplete message, never more than [`Limits::max_message_bytes`] of it.
     #[must_use]
     pub fn heap_bytes(&self) -> usize {
-        match &self.state {
-            State::Partial(partial) => size_of::<Partial>() + partial.message.capacity(),
+        match self.state.as_deref() {
+            Some(State::Partial(partial)) => size_of::<State>() + partial.message.capacity(),
             _ => 0,
         }
     }
@@ -288,8 +286,8 @@ impl Decoder {
         accept_unmasked: bool,
     ) -> Result<Option<Header>, FrameError> {
         let rest = &input[*at..];
-        let kept = match &self.state {
-            State::Partial(partial) => usize::from(partial.header_len),
+        let kept = match self.state.as_deref() {
+            Some(State::Partial(partial)) => usize::from(partial.header_len),
             _ => 0,
         };
         if kept == 0 {
@@ -321,8 +319,8 @@ impl Decoder {
         if header.opcode.is_control() {
             return Ok(());
         }
-        let (fragments, arrived) = match &self.state {
-            State::Partial(partial) => (partial.fragments, partial.message.len()),
+        let (fragments, arrived) = match self.state.as_deref() {
+            Some(State::Partial(partial)) => (partial.fragments, partial.message.len()),
             _ => (0, 0),
         };
         match (header.opcode, fragments) {
@@ -359,18 +357,18 @@ impl Decoder {
             Opcode::Close => EventKind::Close(close_code_of(payload)?),
         };
         if let EventKind::Close(_) = event_kind {
-            self.state = State::Closed;
-        } else if matches!(&self.state, State::Partial(partial) if partial.fragments == 0) {
+            self.state = Some(Box::new(State::Closed));
+        } else if matches!(self.state.as_deref(), Some(State::Partial(partial)) if partial.fragments == 0) {
             // Only this frame's header had been kept.
-            self.state = State::Idle;
+            self.state = None;
         }
         Ok(event_kind)
     }
 
     fn event<'a>(&'a self, ready: Ready, input: &'a [u8]) -> Event<'a> {
-        let payload = match (ready.at, &self.state) {
+        let payload = match (ready.at, self.state.as_deref()) {
             (Location::Input(range), _) => &input[range],
-            (Location::Kept, State::Partial(partial)) => partial.lent_bytes(),
+            (Location::Kept, Some(State::Partial(partial))) => partial.lent_bytes(),
             (Location::Kept, _) => unreachable!("an event that was kept is kept in a partial"),
         };
         match ready.event_kind {
@@ -386,16 +384,16 @@ impl Decoder {
     }
 
     fn has_open_frame(&self) -> bool {
-        matches!(&self.state, State::Partial(partial) if partial.open.is_some())
+        matches!(self.state.as_deref(), Some(State::Partial(partial)) if partial.open.is_some())
     }
 
     /// The partial state; makes it if there is none.
     fn partial(&mut self) -> &mut Partial {
-        if !matches!(self.state, State::Partial(_)) {
-            self.state = State::Partial(Box::new(Partial::new()));
+        if !matches!(self.state.as_deref(), Some(State::Partial(_))) {
+            self.state = Some(Box::new(State::Partial(Partial::new())));
         }
-        match &mut self.state {
-            State::Partial(partial) => partial,
+        match self.state.as_deref_mut() {
+            Some(State::Partial(partial)) => partial,
             _ => unreachable!("it was made above"),
         }
     }
@@ -405,13 +403,13 @@ impl fmt::Debug for Decoder {
     /// The state only: what a client sends does not belong in the log.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut out = f.debug_struct("Decoder");
-        match &self.state {
-            State::Idle => out.field("state", &"idle"),
-            State::Partial(partial) => {
+        match self.state.as_deref() {
+            None => out.field("state", &"idle"),
+            Some(State::Partial(partial)) => {
                 out.field("state", &"partial").field("message_bytes", &partial.message.len())
             }
-            State::Closed => out.field("state", &"closed"),
-            State::Failed(error) => out.field("state", error),
+            Some(State::Closed) => out.field("state", &"closed"),
+            Some(State::Failed(error)) => out.field("state", error),
         }
         .finish()
     }

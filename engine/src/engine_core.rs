@@ -247,6 +247,17 @@ impl EngineCore {
         Ok(self.tail())
     }
 
+    /// The same for a command that may wait until the caller wakes the shard.
+    pub(crate) fn try_command_without_wake(
+        &self,
+        shard: usize,
+        command: Command,
+    ) -> Result<(), Refused<Command>> {
+        SENT.set(SENT.get() + 1);
+        let Some(mailbox) = self.mailboxes.get(shard) else { return Err(Refused::Closed(command)) };
+        mailbox.push_without_wake(self.log.tail(), command)
+    }
+
     /// Asks all shards to shut down gracefully.
     pub(crate) fn shut_down(&self, shutdown: Shutdown, now: Instant) {
         self.shutdown.ask(shutdown, now);

@@ -22,6 +22,8 @@ pub(crate) struct GroupIndex<G> {
     /// in few groups, and an entry here for each would take more memory than the rest of their membership.
     indexes: FxHashMap<(u32, Slot), u32>,
     slots: Vec<SlotGroups>,
+    /// The last union that counted each slot. As long as the slots that unions have met.
+    marks: Vec<u32>,
     epoch: u32,
 }
 
@@ -49,8 +51,6 @@ pub(crate) const MEMBER_BYTES: usize = size_of::<Member>();
 #[derive(Debug, Default)]
 struct SlotGroups {
     own: SmallVec<[Membership; 1]>,
-    /// The last union that counted this slot.
-    mark: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +66,7 @@ impl<G> GroupIndex<G> {
             by_key: FxHashMap::default(),
             indexes: FxHashMap::default(),
             slots: Vec::new(),
+            marks: Vec::new(),
             epoch: 0,
         }
     }
@@ -151,14 +152,15 @@ impl<G> GroupIndex<G> {
     pub(crate) fn union(&mut self, keys: impl Iterator<Item = GroupKey>, slots: &mut Vec<Slot>) {
         self.epoch = self.epoch.wrapping_add(1);
         if self.epoch == 0 {
-            self.slots.iter_mut().for_each(|slot| slot.mark = 0);
+            self.marks.fill(0);
             self.epoch = 1;
         }
         slots.clear();
+        self.marks.resize(self.slots.len(), 0);
         for key in keys {
             let Some(group) = self.by_key.get(&key) else { continue };
             for member in &self.groups[*group as usize].members {
-                let mark = &mut self.slots[member.slot.index()].mark;
+                let mark = &mut self.marks[member.slot.index()];
                 if *mark != self.epoch {
                     *mark = self.epoch;
                     slots.push(member.slot);

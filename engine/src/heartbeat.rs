@@ -12,6 +12,7 @@ use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
 
 use crate::config::ConnectionConfig;
+use crate::wheel::TICK;
 
 /// How often in a row the wait for an answer is extended at most: with the default timeout, for some 40 minutes.
 const EXTENSIONS_MAX: u8 = 250;
@@ -20,6 +21,10 @@ const EXTENSIONS_MAX: u8 = 250;
 const EXTENSION_BYTES: u32 = 256;
 /// The part of `max_connection_duration` over which connections of the same age are ended.
 const DURATION_JITTER: f32 = 0.1;
+/// Pings are delayed by at most this part of the interval and by at most `GRAIN_MAX`, to share wakes. A longer time
+/// would make rounds of pings on a shard with 100,000 connections so long that messages wait for them.
+const GRAINS_MIN: u32 = 64;
+const GRAIN_MAX: Duration = Duration::from_millis(100);
 
 /// Times are measured from the shard's start, and kept in microseconds: there is one of these per connection.
 #[derive(Debug)]
@@ -347,7 +352,8 @@ impl Heartbeat {
             next = next.min(end);
         }
         let due = config.heartbeat_interval.map_or(Duration::MAX, |interval| {
-            Duration::from_micros(self.pinged.wrapping_add(micros(interval)))
+            let due = self.pinged.wrapping_add(micros(interval));
+            Duration::from_micros(due.checked_next_multiple_of(grain(interval)).unwrap_or(due))
         });
         match self.ping {
             Ping::Over => Beat::Wait(next),
@@ -373,6 +379,13 @@ impl Heartbeat {
             }
         }
     }
+}
+
+/// Pings are due at multiples of this time, in microseconds, so that those of many connections share a wake of their
+/// shard and a round of writes. A multiple of the wheel's tick, or one where the wheel rounds more than this.
+fn grain(interval: Duration) -> u64 {
+    let ticks = (interval / GRAINS_MIN).min(GRAIN_MAX).as_nanos() / TICK.as_nanos();
+    (micros(TICK) * ticks as u64).max(1) // at most `GRAIN_MAX`
 }
 
 fn micros(time: Duration) -> u64 {
@@ -401,6 +414,24 @@ mod tests {
         assert_eq!(beat(&mut beats, now), Beat::Ping(7u64.to_be_bytes()));
         beats.sent(MS(now));
         beats
+    }
+
+    #[test]
+    fn pings_of_connections_that_opened_apart_are_due_together_and_never_early() {
+        let config = ConnectionConfig { heartbeat_interval: Some(MS(15_000)), ..config() };
+        let mut dues = std::collections::BTreeSet::new();
+        for opened in 0..1000 {
+            let mut beats = Heartbeat::new(MS(opened), 0.0, &config);
+            let Beat::Wait(due) = beats.beat(MS(opened), MS(opened), &config, || 7) else {
+                panic!("no ping is due when a connection opens");
+            };
+            let late = due.checked_sub(MS(opened + 15_000)).expect("never before the interval is over");
+            assert!(late < GRAIN_MAX, "{late:?} late");
+            assert!(matches!(beats.beat(due, due, &config, || 7), Beat::Ping(_)));
+            dues.insert(due);
+        }
+        assert_eq!(dues.len(), 11, "a second of connections at a hundred milliseconds each: {dues:?}");
+        assert_eq!(grain(MS(1000)), 1, "short intervals are as exact as the wheel");
     }
 
     #[test]

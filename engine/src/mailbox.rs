@@ -134,6 +134,19 @@ impl<C, B: Wake> Mailbox<C, B> {
         Ok(())
     }
 
+    /// Like `push`, but the shard need not wake before the caller calls `wake`, which it must.
+    pub(crate) fn push_without_wake(&self, after: u64, command: C) -> Result<(), Refused<C>> {
+        if self.closed.load(Relaxed) {
+            return Err(Refused::Closed(command)); // Relaxed: as in `push`
+        }
+        self.entries.push(Stamped { after, command }).map_err(|entry| Refused::Full(entry.command))?;
+        fence(SeqCst); // pairs with the fence in `close`: as in `push`
+        if self.closed.load(Relaxed) {
+            while self.pop().is_some() {}
+        }
+        Ok(())
+    }
+
     /// Whether there is no room now. Never once it is closed.
     pub(crate) fn is_full(&self) -> bool {
         self.entries.len() >= self.entries.capacity() && !self.closed.load(Relaxed) // Relaxed: as in `push`
@@ -211,7 +224,7 @@ impl<C, B: Wake> Mailbox<C, B> {
     /// The shard has ended: drops the queued commands and refuses further ones.
     pub(crate) fn close(&self) {
         self.closed.store(true, Relaxed);
-        fence(SeqCst); // pairs with the fence in `wake`, as `push` uses it
+        fence(SeqCst); // pairs with the fence in `wake`, as `push` uses it, and in `push_without_wake`
         while self.pop_internal().is_some() {}
         while let Some(entry) = self.pop() {
             // A command may own values of the application, whose drop may panic.

@@ -399,6 +399,16 @@ impl Namespace {
     /// wants to send one keeps a second descriptor of the socket. A TLS session cannot be kept, so its client is sent
     /// the Close frame that [`AdoptError::farewell`] names.
     pub async fn adopt(&self, connection: NewConnection) -> Result<(), AdoptError> {
+        self.adopt_without_wake(connection).await.map(drop)
+    }
+
+    /// Like [`adopt`](Self::adopt), but a shard that sleeps is woken only when the result is dropped. A task that lets
+    /// other tasks run in between saves wakes when many connections arrive at once: waking a thread is a system call,
+    /// and one for all of them is enough.
+    ///
+    /// # Errors
+    /// As for `adopt`.
+    pub async fn adopt_without_wake(&self, connection: NewConnection) -> Result<PendingWake<'_>, AdoptError> {
         let NewConnection {
             mut socket,
             received,
@@ -442,8 +452,10 @@ impl Namespace {
             first_message,
             expires_at,
         };
-        self.publisher.submit_command(shard, Command::Adopt(Box::new(adoption))).await?;
-        Ok(())
+        // Before the push, so that the shard is woken even if this future is dropped while it waits for room.
+        let wake = PendingWake { core, shard };
+        self.publisher.submit_without_wake(shard, Command::Adopt(Box::new(adoption))).await?;
+        Ok(wake)
     }
 
     /// Gives a user to a connection that has none and whose opening is not done: one that is
@@ -576,6 +588,25 @@ pub struct NewConnection {
 impl std::fmt::Debug for NewConnection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("NewConnection").field("socket", &self.socket).finish_non_exhaustive()
+    }
+}
+
+/// Wakes the shard that has been given a connection, when it is dropped.
+#[must_use = "dropping it at once is what `adopt` does"]
+pub struct PendingWake<'a> {
+    core: &'a EngineCore,
+    shard: usize,
+}
+
+impl std::fmt::Debug for PendingWake<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PendingWake").field("shard", &self.shard).finish_non_exhaustive()
+    }
+}
+
+impl Drop for PendingWake<'_> {
+    fn drop(&mut self) {
+        self.core.mailboxes[self.shard].wake();
     }
 }
 

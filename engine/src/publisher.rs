@@ -346,14 +346,32 @@ impl Publisher {
         shard: usize,
         command: Command,
     ) -> Result<Position, PublishError> {
+        self.submit_by(shard, command, |command| self.core.try_command(shard, command)).await
+    }
+
+    /// The same, but the shard need not wake before the caller wakes it.
+    pub(crate) async fn submit_without_wake(
+        &self,
+        shard: usize,
+        command: Command,
+    ) -> Result<(), PublishError> {
+        self.submit_by(shard, command, |command| self.core.try_command_without_wake(shard, command)).await
+    }
+
+    async fn submit_by<T: Send>(
+        &self,
+        shard: usize,
+        command: Command,
+        push: impl Fn(Command) -> Result<T, Refused<Command>> + Send,
+    ) -> Result<T, PublishError> {
         let attempt = move |command| {
             if self.core.shutdown.is_closed() {
                 return Err(Refused::Closed(command));
             }
-            self.core.try_command(shard, command)
+            push(command)
         };
         match attempt(command) {
-            Ok(position) => Ok(position),
+            Ok(done) => Ok(done),
             Err(Refused::Closed(_)) => Err(PublishError::Closed),
             Err(Refused::Full(command)) => {
                 let mailbox = &self.core.mailboxes[shard];

@@ -87,7 +87,7 @@ pub struct Shard {
     other_events: Events,
     reader: Reader<Entry>,
     fanout: Fanout,
-    wheel: Wheel<ConnectionId>,
+    wheel: Wheel<Slot>,
     gather: Gather,
     started: Instant,
     /// Adoptions so far; distinguishes the generations of a slot.
@@ -183,7 +183,7 @@ struct Scratch {
     ready: Vec<Slot>,
     resumes: Vec<ConnectionId>,
     slots: Vec<Slot>,
-    due: Vec<(ConnectionId, u64)>,
+    due: Vec<(Slot, u64)>,
     late: Vec<ConnectionId>,
 }
 

@@ -1,6 +1,6 @@
 //! The socket of a connection: TCP, TCP with a TLS session, the near end of a bridge, or none at all.
 //!
-//! Owned by one shard. Non-blocking; sends small messages at once and leaves little unsent data to the kernel,
+//! Owned by one shard. No call waits; sends small messages at once and leaves little unsent data to the kernel,
 //! so that a backlog stays in the outbox, where the policy applies to it. Knows bytes. Does not know frames.
 
 mod bridge;
@@ -28,12 +28,13 @@ use tls::Tls;
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const NOTSENT_LOWAT_BYTES: u32 = 16 << 10;
 
-/// A write to a closed connection must be an error, not a signal. On systems without this flag, Rust's
-/// programs ignore the signal.
+/// No call waits, whatever mode the descriptor is in: setting the mode would be a system call for each adoption (only
+/// a TLS session, which writes by itself, needs it). And a write to a closed connection must be an error, not a signal;
+/// on systems without that flag, Rust's programs ignore the signal.
 #[cfg(not(target_vendor = "apple"))]
-const NO_SIGNAL: SendFlags = SendFlags::NOSIGNAL;
+const SEND_FLAGS: SendFlags = SendFlags::NOSIGNAL.union(SendFlags::DONTWAIT);
 #[cfg(target_vendor = "apple")]
-const NO_SIGNAL: SendFlags = SendFlags::empty();
+const SEND_FLAGS: SendFlags = SendFlags::DONTWAIT;
 
 /// A connected stream socket that an engine can own: TCP, TCP with a TLS session (feature `tls`), or a Unix socket whose
 /// other end forwards the bytes (HTTP/2, other TLS). For measurements also a [sink](Self::sink).
@@ -124,18 +125,14 @@ impl Socket {
     /// Sets the options that the engine relies on.
     pub(crate) fn prepare(&self) -> io::Result<()> {
         match &self.0 {
-            Kind::Tcp(stream) => {
-                socket2::SockRef::from(stream).set_nonblocking(true)?;
-                prepare_tcp(stream)
-            }
+            Kind::Tcp(stream) => prepare_tcp(stream),
+            // The session writes to the stream itself.
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => {
                 socket2::SockRef::from(&tls.stream).set_nonblocking(true)?;
                 prepare_tcp(&tls.stream)
             }
-            Kind::Unix(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
-            Kind::Bridge(bridge) => socket2::SockRef::from(&bridge.stream).set_nonblocking(true),
-            Kind::Sink => Ok(()),
+            Kind::Unix(_) | Kind::Bridge(_) | Kind::Sink => Ok(()),
         }
     }
 
@@ -299,11 +296,11 @@ pub fn prepare_tcp(socket: impl AsFd) -> io::Result<()> {
 /// happens here, at a cost that is visible beside a send.
 #[inline]
 fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
-    Ok(rustix::net::send(socket, bytes, NO_SIGNAL)?)
+    Ok(rustix::net::send(socket, bytes, SEND_FLAGS)?)
 }
 
 #[inline]
 fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
-    let (_, count) = rustix::net::recv(socket, buffer, RecvFlags::empty())?;
+    let (_, count) = rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT)?;
     Ok(count)
 }

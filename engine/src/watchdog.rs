@@ -3,7 +3,7 @@
 //! One thread for each engine that has threads, not pinned. It reads the shards' beacons twice in each
 //! `blocked_after`, logs and counts calls that block their shard for longer, and sleeps when all shards have
 //! slept for a while. It keeps a shutdown's deadline: it joins the shards' threads, abandons those that are
-//! stuck, and completes the report. No shard waits for it. Does not know connections, nor what a handler does.
+//! stuck, and completes the report. It returns free memory to the system, where that is wanted. No shard waits for it. Does not know connections, nor what a handler does.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use crate::beacon::Beacons;
 use crate::engine_core::EngineCore;
 use crate::id::GroupKey;
 use crate::shutdown::ShutdownState;
+use crate::trim::{Trimmer, trim_heaps};
 
 /// How long after a shutdown's deadline a shard that is still in a turn from before it counts as stuck.
 const STUCK_AFTER: Duration = Duration::from_millis(200);
@@ -27,6 +28,8 @@ const LAST_LOOKS: Duration = Duration::from_millis(50);
 const QUIET_LOOKS: u32 = 10;
 /// The same namespace is not logged again for this time.
 const SILENCE: Duration = Duration::from_secs(60);
+/// The interval of looks at the number of connections, where the heap is trimmed.
+const TRIM_LOOKS: Duration = Duration::from_millis(500);
 /// A look that is late by more than this means that the whole process was suspended.
 const OVERSLEPT: Duration = Duration::from_millis(100);
 
@@ -35,6 +38,7 @@ pub(crate) struct Watchdog {
     /// The shards' threads.
     threads: Receiver<(usize, JoinHandle<()>)>,
     sampler: Option<Sampler>,
+    trimmer: Option<Trimmer>,
 }
 
 /// The next step.
@@ -48,7 +52,8 @@ impl Watchdog {
     pub(crate) fn new(core: Arc<EngineCore>, threads: Receiver<(usize, JoinHandle<()>)>) -> Self {
         let shards = core.mailboxes.len();
         let sampler = core.config.blocked_after.map(|after| Sampler::new(after, shards));
-        Self { core, threads, sampler }
+        let trimmer = core.config.trim_heap.then(|| Trimmer::new(Instant::now()));
+        Self { core, threads, sampler, trimmer }
     }
 
     /// Watches until the engine is over.
@@ -61,15 +66,16 @@ impl Watchdog {
                 sampler.sample(beacons, now);
                 sampler.period()
             });
+            let trims_soon = self.trimmer.as_mut().map(|trimmer| trim(&self.core, trimmer, now));
             let wait = match verdict(shutdown, beacons, now) {
                 Next::Conclude => break,
                 Next::Sleep(wait) => wait,
             };
             quiet_looks = if beacons.all_sleep() { quiet_looks + 1 } else { 0 };
-            let is_quiet = quiet_looks >= QUIET_LOOKS && beacons.fall_asleep();
+            let is_quiet = quiet_looks >= QUIET_LOOKS && trims_soon != Some(true) && beacons.fall_asleep();
             quiet_looks = if is_quiet { 0 } else { quiet_looks };
-            let sample = sample.filter(|_| !is_quiet);
-            match wait.into_iter().chain(sample).min() {
+            let looks = sample.into_iter().chain(trims_soon.map(|_| TRIM_LOOKS)).min().filter(|_| !is_quiet);
+            match wait.into_iter().chain(looks).min() {
                 Some(wait) => thread::park_timeout(wait),
                 None => thread::park(),
             }
@@ -101,6 +107,18 @@ impl Watchdog {
             );
         }
     }
+}
+
+/// Trims the heap if it is time for it; whether that will be so soon.
+fn trim(core: &EngineCore, trimmer: &mut Trimmer, now: Instant) -> bool {
+    let changes =
+        core.metrics.iter().map(|metrics| metrics.read()).map(|read| read.adopted + read.ended).sum();
+    if trimmer.look(changes, now) {
+        let begun = Instant::now();
+        let is_trimmed = trim_heaps();
+        tracing::debug!(is_trimmed, took = ?begun.elapsed(), "the heap's free memory was returned to the system");
+    }
+    trimmer.due().is_some()
 }
 
 /// Whether the engine's shutdown is over, or when to look again.

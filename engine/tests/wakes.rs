@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use shardcast_engine::{Address, ConnectionConfig, EngineConfig, Payload, Policy, Publication};
+use testkit::client::new_connection;
 use testkit::handler::ClosesAtDrop;
 use testkit::{Client, Rig, Task, at_once};
 
@@ -46,6 +47,47 @@ fn a_publication_wakes_a_shard_as_long_as_one_member_stays() {
         rig.settle();
         assert_eq!(clients[0].peer.receive_data(), ["to the others"], "{left} stay");
     }
+}
+
+#[test]
+fn connections_that_arrive_together_share_a_wake_and_none_is_forgotten() {
+    let mut rig = asleep(1);
+    let wakes = |rig: &Rig| rig.engine.metrics().wakes;
+    let before = wakes(&rig);
+    let (everyone, mut clients) = (rig.everyone.clone(), Vec::new());
+    let mut pending = Vec::new();
+    for _ in 0..3 {
+        let (connection, client) = new_connection(&rig.engine, &rig.config, rig.send_buffer);
+        pending.push(at_once(everyone.adopt_without_wake(connection)).unwrap());
+        clients.push(client);
+    }
+    rig.settle();
+    assert_eq!((rig.engine.metrics().connections, wakes(&rig) - before), (0, 0), "the shard sleeps");
+    drop(pending);
+    rig.settle();
+    assert_eq!((rig.engine.metrics().connections, wakes(&rig) - before), (3, 1));
+    publish(&rig, Address::Everyone, "to all");
+    rig.settle();
+    for client in &mut clients {
+        assert_eq!(client.peer.receive_data(), ["to all"]);
+    }
+}
+
+#[test]
+fn a_shard_is_woken_for_a_connection_whose_task_is_dropped() {
+    let mut rig = asleep(1);
+    let (connection, _client) = new_connection(&rig.engine, &rig.config, rig.send_buffer);
+    let everyone = rig.everyone.clone();
+    let mut task = Task::new(async move {
+        let _wake = everyone.adopt_without_wake(connection).await.unwrap();
+        std::future::pending::<()>().await;
+    });
+    assert_eq!(task.poll(), None);
+    rig.settle();
+    assert_eq!(rig.engine.metrics().connections, 0);
+    drop(task);
+    rig.settle();
+    assert_eq!(rig.engine.metrics().connections, 1);
 }
 
 #[test]

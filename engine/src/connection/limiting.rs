@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use crate::held::Held;
-use crate::id::ConnectionId;
+use crate::id::Slot;
 use crate::limiter::{Arrived, SLACK, Turn};
 use crate::rate::SharedRateLimit;
 use crate::wheel::{NO_TICK, TICK, Wheel};
@@ -102,9 +102,9 @@ impl Connection {
     /// Sets its timer to `due` for its rate limit, unless it fires earlier already. The reminder that this precedes
     /// remains in the wheel and is used again: a client that is delayed all the time would otherwise leave one behind
     /// each time.
-    pub(crate) fn remind_of_rate(&mut self, due: Duration, wheel: &mut Wheel<ConnectionId>) {
+    pub(crate) fn remind_of_rate(&mut self, due: Duration, wheel: &mut Wheel<Slot>) {
         let before = self.timer_tick;
-        wheel.arm_earlier(self.id, due, &mut self.timer_tick);
+        wheel.arm_earlier(self.slot(), due, &mut self.timer_tick);
         if let Some(limiter) = &mut self.limiter
             && before != NO_TICK
             && before != self.timer_tick

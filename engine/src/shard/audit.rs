@@ -145,7 +145,7 @@ impl Shard {
             {
                 wrong(format!("{} has a frame until {until:?} and no timer", connection.id()));
             }
-            if connection.has_socket() && !self.wheel.has(connection.id(), inside.timer_tick) {
+            if connection.has_socket() && !self.wheel.has(connection.slot(), inside.timer_tick) {
                 wrong(format!("{} has a socket and nothing in the wheel", connection.id()));
             }
             if let Some(due) = inside.delayed_until

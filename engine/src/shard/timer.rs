@@ -27,10 +27,9 @@ impl Shard {
     pub(super) fn fire_timers(&mut self) {
         let mut due = std::mem::take(&mut self.scratch.due);
         self.wheel.expire(self.fanout.now, &mut due);
-        for (id, tick) in due.drain(..) {
-            let slot = id.slot();
+        for (slot, tick) in due.drain(..) {
+            // An entry of a slot's former connection has another tick, or comes when one of this connection does.
             if let Some(connection) = self.fanout.connections.get_mut(slot)
-                && connection.id() == id
                 && connection.is_reminded(tick)
             {
                 self.beat(slot);

@@ -176,6 +176,7 @@ impl History {
             unfinished_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),
             max_connections_per_address: None,
             max_upgrades_per_address: None,
+            trim_heap: false,
             max_connections: random.of(&[4, 1 << 20, 1 << 20]),
             __non_exhaustive: (),
         };
