@@ -130,6 +130,8 @@ mod shutdown;
 mod socket;
 mod sync;
 mod tally;
+#[cfg(feature = "tls")]
+mod tls_session;
 mod user_limits;
 mod utf8;
 mod wait_list;
@@ -172,4 +174,6 @@ pub use socket::{Socket, prepare_tcp};
 #[doc(hidden)]
 pub use sync::counted::{AtomicUse, record};
 pub use tally::{DropCause, Drops, Tally};
+#[cfg(feature = "tls")]
+pub use tls_session::{TlsEnd, TlsSession};
 pub use utf8::{InvalidUtf8, Utf8Checker};
