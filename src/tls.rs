@@ -168,9 +168,9 @@ impl TlsListener {
         self.handshakes.spawn(async move {
             // Before the handshake, which would wait for delayed acknowledgements without it.
             let shaken = match shardcast_engine::prepare_tcp(&stream) {
-                Ok(()) => {
-                    timeout(limit, TlsStream::accept(stream, config)).await.unwrap_or_else(|late| Err(late.into()))
-                }
+                Ok(()) => timeout(limit, TlsStream::accept(stream, config))
+                    .await
+                    .unwrap_or_else(|late| Err(late.into())),
                 Err(error) => Err(error),
             };
             match shaken {

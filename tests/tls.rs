@@ -19,6 +19,7 @@ use shardcast::{
     CloseReason, Engine, EngineConfig, Hub, HubContext, RawCodec, UserLimit, WebSocketUpgrade, WsHub,
     WsHubConfig,
 };
+use shardcast_engine::TlsSession;
 use testkit::frames::{CLOSE, FrameReader, TEXT, client_text, close_code};
 use testkit_hub::tls::TlsPair;
 use testkit_hub::{eventually, within_timeout};
@@ -27,6 +28,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::ClientConnection;
 
 const HANDSHAKE: &str = "GET /ws HTTP/1.1\r\nhost: localhost\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
     sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
@@ -312,6 +314,119 @@ async fn keys_are_updated_by_either_side() {
         let text = format!("under new keys {round}");
         client.send(&text).await;
         assert_eq!(client.recv().await, text);
+    }
+}
+
+/// Adds the records of a text to `records`.
+fn encrypt(session: &mut ClientConnection, text: &str, records: &mut Vec<u8>) {
+    std::io::Write::write_all(&mut session.writer(), &client_text(text)).unwrap();
+    while session.wants_write() {
+        session.write_tls(records).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn records_that_are_longer_than_a_read_are_received_and_keys_may_change_within_a_burst() {
+    // No record of 16 KiB arrives in one read, and many reads end within a record.
+    let engine = EngineConfig { read_buffer_bytes: 1024, ..EngineConfig::default() };
+    let config = WsHubConfig { max_message_bytes: 1 << 20, ..WsHubConfig::default() };
+    let server = Server::with(engine, config, |listener| listener).await;
+    let mut client = server.connect().await;
+    let lengths = [20_000, 1, 999, 1_000, 1_001, 40_000, 0, 3_000, 16_300];
+    let texts: Vec<_> = lengths
+        .iter()
+        .cycle()
+        .take(30)
+        .enumerate()
+        .map(|(n, length)| format!("{n} {:x<length$}", ""))
+        .collect();
+    let mut records = Vec::new();
+    let session = client.stream.get_mut().1;
+    for (number, text) in texts.iter().enumerate() {
+        if number % 7 == 3 {
+            session.refresh_traffic_keys().unwrap(); // and asks the server for the same
+        }
+        encrypt(session, text, &mut records);
+    }
+    let (mut reading, mut writing) = tokio::io::split(client.stream.get_mut().0);
+    // The client's session is not needed for what is encrypted already, so the answers can be read meanwhile.
+    let (mut answers, mut received) = (Vec::new(), vec![0; 64 << 10]);
+    let send = async { writing.write_all(&records).await.unwrap() };
+    let receive = async {
+        let all: usize = texts.iter().map(String::len).sum();
+        while answers.len() < all {
+            let count = within_timeout(reading.read(&mut received)).await.unwrap();
+            assert_ne!(count, 0, "the server has ended the stream");
+            answers.extend_from_slice(&received[..count]);
+        }
+    };
+    tokio::join!(send, receive);
+    let session = client.stream.get_mut().1;
+    let mut unread = &answers[..];
+    while !unread.is_empty() {
+        session.read_tls(&mut unread).unwrap();
+        session.process_new_packets().unwrap();
+        let mut decrypted = Vec::new();
+        while let Ok(count @ 1..) = std::io::Read::read(&mut session.reader(), &mut received) {
+            decrypted.extend_from_slice(&received[..count]);
+        }
+        client.reader.feed(&decrypted);
+    }
+    for text in texts {
+        assert_eq!(client.recv().await, text);
+    }
+    client.send("after all").await;
+    assert_eq!(client.recv().await, "after all");
+}
+
+#[test]
+fn a_session_keeps_nothing_but_the_beginning_of_a_record() {
+    let pair = TlsPair::new(&["http/1.1"]);
+    let mut server = TlsSession::new(pair.server_config()).unwrap();
+    let name = "localhost".try_into().unwrap();
+    let mut client = ClientConnection::new(pair.client.clone(), name).unwrap();
+    let none = |_: &[u8]| panic!("nothing was sent");
+    while client.is_handshaking() || server.is_handshaking() {
+        let (mut flight, mut answer) = (Vec::new(), Vec::new());
+        while client.wants_write() {
+            client.write_tls(&mut flight).unwrap();
+        }
+        for piece in flight.chunks_mut(100) {
+            server.decrypt(piece, &mut answer, none);
+        }
+        let mut answer = &answer[..];
+        while !answer.is_empty() {
+            client.read_tls(&mut answer).unwrap();
+            client.process_new_packets().unwrap();
+        }
+    }
+    assert_eq!(server.partial_bytes(), 0);
+    for cut in [1, 4, 5, 6, 500, 1_000] {
+        let mut records = Vec::new();
+        encrypt(&mut client, &"x".repeat(1_000), &mut records);
+        client.refresh_traffic_keys().unwrap();
+        encrypt(&mut client, "under new keys", &mut records);
+        let whole = records.len();
+        let (mut texts, mut answer) = (Vec::new(), Vec::new());
+        let (begin, rest) = records.split_at_mut(cut);
+        server.decrypt(begin, &mut answer, none);
+        assert_eq!(server.partial_bytes(), cut);
+        // It may write meanwhile.
+        server.encrypt(b"hello", &mut answer).unwrap();
+        server.decrypt(rest, &mut answer, |piece| texts.extend_from_slice(piece));
+        assert_eq!(server.partial_bytes(), 0, "of {whole} bytes");
+        assert_eq!(texts.len(), client_text(&"x".repeat(1_000)).len() + client_text("under new keys").len());
+        server.encrypt(b"world", &mut answer).unwrap();
+        let (mut answer, mut received) = (&answer[..], [0; 100]);
+        let mut decrypted = Vec::new();
+        while !answer.is_empty() {
+            client.read_tls(&mut answer).unwrap();
+            client.process_new_packets().unwrap();
+            while let Ok(count @ 1..) = std::io::Read::read(&mut client.reader(), &mut received) {
+                decrypted.extend_from_slice(&received[..count]);
+            }
+        }
+        assert_eq!(decrypted, b"helloworld");
     }
 }
 

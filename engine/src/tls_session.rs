@@ -2,7 +2,7 @@
 //!
 //! Owned by who owns the socket: by the stream that makes the handshake, then by a [`Socket`](crate::Socket). rustls'
 //! `ServerConnection` keeps 4 KB for what it reads as long as the connection lives; its unbuffered interface works in
-//! memory of the caller, and so many connections share one buffer. Kept here is only the beginning of a record whose
+//! memory of the caller, which a shard's connections share or free at once. Kept here is only the beginning of a record whose
 //! rest has not arrived. Does not know sockets.
 
 use std::fmt;

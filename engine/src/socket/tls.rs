@@ -3,10 +3,9 @@
 //! Owned by a [`Socket`](super::Socket). The handshake is over: somebody else has made it. The session encrypts what one
 //! write has gathered into as few records as possible, and they go out in one system call. What the kernel refuses of
 //! them is kept here, because it cannot be encrypted again; nothing more is encrypted until it has been sent, so a
-//! backlog stays in the outbox. A [`TlsSession`] works in memory that all connections of a thread share; rustls'
-//! `ServerConnection`, which other servers make the handshake with, has 4 KB of its own. Does not know frames.
+//! backlog stays in the outbox. A [`TlsSession`] has no memory of its own for reads and writes; rustls'
+//! `ServerConnection`, which other servers make the handshake with, keeps 4 KB. Does not know frames.
 
-use std::cell::RefCell;
 use std::io::{self, ErrorKind, IoSlice, Read as _, Write};
 use std::net::Shutdown;
 
@@ -20,19 +19,6 @@ use crate::tls_session::{TlsEnd, TlsSession};
 
 /// Bytes that are encrypted for one write, so that a long message is not in memory twice.
 const WRITE_BYTES_MAX: usize = 64 << 10;
-
-/// Bytes that are read from the kernel at once.
-const READ_BYTES_MAX: usize = 64 << 10;
-
-/// Memory of a shard that no connection needs between two calls.
-struct Scratch {
-    received: Vec<u8>,
-    to_send: Vec<u8>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { received: Vec::new(), to_send: Vec::new() }) };
-}
 
 #[derive(Debug)]
 pub(super) struct Tls {
@@ -74,12 +60,7 @@ impl Tls {
         Self::new(stream, Session::Buffered(Box::new(session)), Vec::new(), None)
     }
 
-    fn new(
-        stream: std::net::TcpStream,
-        session: Session,
-        refused: Vec<u8>,
-        end: Option<TlsEnd>,
-    ) -> Self {
+    fn new(stream: std::net::TcpStream, session: Session, refused: Vec<u8>, end: Option<TlsEnd>) -> Self {
         Self {
             stream: TcpStream::from_std(stream),
             session,
@@ -171,31 +152,23 @@ impl Tls {
     /// stream.
     fn receive_and_decrypt(&mut self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         let Session::Unbuffered { session, plaintext } = &mut self.session else { return Ok(None) };
-        SCRATCH.with_borrow_mut(|Scratch { received, to_send }| {
-            let max = buffer.len().min(READ_BYTES_MAX);
-            if received.len() < max {
-                received.resize(max, 0);
-            }
-            let count = receive(&self.stream, &mut received[..max])?;
-            if count == 0 {
-                return Ok(None);
-            }
-            self.has_more = count == max;
-            to_send.clear();
-            let mut decrypted = 0;
-            session.decrypt(&mut received[..count], to_send, |piece| {
-                let (fits, rest) = piece.split_at(piece.len().min(buffer.len() - decrypted));
-                buffer[decrypted..decrypted + fits.len()].copy_from_slice(fits);
-                decrypted += fits.len();
-                plaintext.extend_from_slice(rest);
-            });
-            self.has_plaintext = !plaintext.is_empty();
-            self.end = session.end();
-            if !to_send.is_empty() {
-                send_records(&self.stream, &mut self.refused, to_send)?; // answers of the session itself
-            }
-            Ok(Some(decrypted))
-        })
+        let received = receive(&self.stream, buffer)?;
+        if received == 0 {
+            return Ok(None);
+        }
+        self.has_more = received == buffer.len();
+        let mut decrypted = Vec::with_capacity(received);
+        let mut answer = Vec::new();
+        session.decrypt(&mut buffer[..received], &mut answer, |piece| decrypted.extend_from_slice(piece));
+        let fits = decrypted.len().min(buffer.len());
+        buffer[..fits].copy_from_slice(&decrypted[..fits]);
+        plaintext.extend_from_slice(&decrypted[fits..]);
+        self.has_plaintext = !plaintext.is_empty();
+        self.end = session.end();
+        if !answer.is_empty() {
+            send_records(&self.stream, &mut self.refused, &answer)?;
+        }
+        Ok(Some(fits))
     }
 
     /// The same within the buffer.
@@ -243,19 +216,17 @@ impl Tls {
         Ok(plaintext)
     }
 
-    /// Encrypts and sends the first bytes, at most [`WRITE_BYTES_MAX`]; called only while nothing is refused.
+    /// Encrypts and sends the first bytes, at most [`WRITE_BYTES_MAX`]; none while something is refused.
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<Written> {
-        SCRATCH.with_borrow_mut(|scratch| self.write_in(&mut scratch.to_send, bytes))
-    }
-
-    fn write_in(&mut self, to_send: &mut Vec<u8>, bytes: &[u8]) -> io::Result<Written> {
-        debug_assert!(self.refused.is_empty(), "what was refused goes out first");
+        if !self.refused.is_empty() {
+            return Err(ErrorKind::WouldBlock.into()); // what was refused goes out first
+        }
         let bytes = &bytes[..bytes.len().min(WRITE_BYTES_MAX)];
         match &mut self.session {
             Session::Unbuffered { session, .. } => {
-                to_send.clear();
-                session.encrypt(bytes, to_send)?;
-                send_records(&self.stream, &mut self.refused, to_send)?;
+                let mut to_send = Vec::new();
+                session.encrypt(bytes, &mut to_send)?;
+                send_records(&self.stream, &mut self.refused, &to_send)?;
                 Ok(Written { taken: bytes.len(), sent: to_send.len() })
             }
             Session::Buffered(session) => {
@@ -287,8 +258,8 @@ impl Tls {
     /// Sends a Close frame, as far as the kernel takes it at once, and ends the session and the stream.
     pub(super) fn refuse(&mut self, code: CloseCode, reason: &str) {
         if !self.is_finished {
-            // Not always in a thread of an engine, so without memory that would be kept there.
-            let _ = self.write_in(&mut Vec::new(), ControlFrame::close(code, reason).as_bytes());
+            let _ = self.send_refused();
+            let _ = self.write(ControlFrame::close(code, reason).as_bytes());
             self.finish();
         }
     }
