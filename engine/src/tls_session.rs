@@ -82,8 +82,9 @@ impl TlsSession {
             all.extend_from_slice(received);
             let consumed = self.process(&mut all, answer, &mut take);
             if self.end.is_none() && consumed < all.len() {
-                // A vector of its own: `all` has room for a whole read.
-                self.partial = all[consumed..].to_vec();
+                // As it is while a record arrives in small pieces, but without the room of a whole read.
+                let is_tight = all.capacity() <= 2 * all.len();
+                self.partial = if consumed == 0 && is_tight { all } else { all[consumed..].to_vec() };
             }
         }
         if self.partial.len() > PARTIAL_BYTES_MAX {
