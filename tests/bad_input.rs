@@ -13,9 +13,10 @@ use shardcast::{
     JsonCodec, Metrics, WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use testkit::frames::{BINARY, CLOSE, FIN, PING, TEXT, client_frame};
-use testkit_hub::{Client, RawClient, Server, engine, eventually, within_timeout};
+use testkit_hub::{
+    Client, RawClient, Server, Transport, engine, eventually, on_each_transport, within_timeout,
+};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 #[derive(Serialize, Deserialize)]
@@ -49,7 +50,7 @@ struct Scene {
 }
 
 impl Scene {
-    async fn set<C: Encode<Note> + Decode<Note>>(config: WsHubConfig) -> Self {
+    async fn set<C: Encode<Note> + Decode<Note>>(transport: Transport, config: WsHubConfig) -> Self {
         let engine = engine(1);
         let notes = engine.hub::<Notes<C>>(config.clone()).unwrap();
         let json = engine.hub::<Notes<JsonCodec>>(config).unwrap();
@@ -63,18 +64,18 @@ impl Scene {
             ws.serve(&json, hub)
         };
         let app = Router::new().route("/ws", any(serve)).route("/by", any(stand_by)).with_state(notes);
-        let server = Server::start(app).await;
+        let server = Server::start_over(transport, app).await;
         let mut scene = Self { bystander: Client::connect(server.url("/by")).await, engine, server, ended };
         scene.bystander_goes_on().await;
         scene
     }
 
-    async fn json() -> Self {
-        Self::set::<JsonCodec>(WsHubConfig::default()).await
+    async fn json(transport: Transport) -> Self {
+        Self::set::<JsonCodec>(transport, WsHubConfig::default()).await
     }
 
     async fn wrongdoer(&self) -> RawClient {
-        RawClient::connect(self.server.address).await
+        RawClient::connect(&self.server).await
     }
 
     async fn bystander_goes_on(&mut self) {
@@ -99,9 +100,9 @@ impl Scene {
     }
 }
 
-#[tokio::test]
-async fn frames_that_break_the_protocol_end_with_1002() {
-    let mut scene = Scene::json().await;
+on_each_transport!(frames_that_break_the_protocol_end_with_1002);
+async fn frames_that_break_the_protocol_end_with_1002(transport: Transport) {
+    let mut scene = Scene::json(transport).await;
     let broken: [(&str, Vec<u8>); 10] = [
         ("an unmasked frame", b"\x81\x02hi".to_vec()),
         ("a reserved bit", client_frame(FIN | 0x40 | TEXT, b"{}")),
@@ -119,9 +120,9 @@ async fn frames_that_break_the_protocol_end_with_1002() {
     }
 }
 
-#[tokio::test]
-async fn text_that_is_not_utf_8_ends_with_1007_wherever_it_is_cut() {
-    let mut scene = Scene::json().await;
+on_each_transport!(text_that_is_not_utf_8_ends_with_1007_wherever_it_is_cut);
+async fn text_that_is_not_utf_8_ends_with_1007_wherever_it_is_cut(transport: Transport) {
+    let mut scene = Scene::json(transport).await;
     let cut = [client_frame(TEXT, b"\"\xc5"), client_frame(FIN, b"\x20\"")].concat();
     for (what, frames) in [
         ("a text", client_frame(FIN | TEXT, b"\xff\xfe")),
@@ -134,10 +135,10 @@ async fn text_that_is_not_utf_8_ends_with_1007_wherever_it_is_cut() {
     }
 }
 
-#[tokio::test]
-async fn a_message_that_is_too_long_ends_with_1009_as_soon_as_it_claims_to_be() {
+on_each_transport!(a_message_that_is_too_long_ends_with_1009_as_soon_as_it_claims_to_be);
+async fn a_message_that_is_too_long_ends_with_1009_as_soon_as_it_claims_to_be(transport: Transport) {
     let config = WsHubConfig { max_message_bytes: 100, ..WsHubConfig::default() };
-    let mut scene = Scene::set::<JsonCodec>(config).await;
+    let mut scene = Scene::set::<JsonCodec>(transport, config).await;
     let long = [b"{\"text\":\"".as_slice(), &[b'x'; 89], b"\"}"].concat();
     let (fits, too_long) =
         (client_frame(FIN | TEXT, &[&long[..98], b"\"}"].concat()), client_frame(FIN | TEXT, &[b'x'; 101]));
@@ -154,10 +155,10 @@ async fn a_message_that_is_too_long_ends_with_1009_as_soon_as_it_claims_to_be() 
     }
 }
 
-#[tokio::test]
-async fn a_flood_of_fragments_ends_with_1008() {
+on_each_transport!(a_flood_of_fragments_ends_with_1008);
+async fn a_flood_of_fragments_ends_with_1008(transport: Transport) {
     let config = WsHubConfig { max_fragments: 16, ..WsHubConfig::default() };
-    let mut scene = Scene::set::<JsonCodec>(config).await;
+    let mut scene = Scene::set::<JsonCodec>(transport, config).await;
     let sixteen: Vec<u8> = [client_frame(TEXT, b"{\"text\""), client_frame(0, b":"), client_frame(0, b"\"x")]
         .into_iter()
         .chain((0..12).map(|_| client_frame(0, b"")))
@@ -175,9 +176,9 @@ async fn a_flood_of_fragments_ends_with_1008() {
     scene.ends_with("seventeen fragments", &flood, 1008, |metrics| metrics.ended_protocol).await;
 }
 
-#[tokio::test]
-async fn a_message_that_the_codec_cannot_decode_ends_with_1007() {
-    let mut scene = Scene::json().await;
+on_each_transport!(a_message_that_the_codec_cannot_decode_ends_with_1007);
+async fn a_message_that_the_codec_cannot_decode_ends_with_1007(transport: Transport) {
+    let mut scene = Scene::json(transport).await;
     for (what, text) in [
         ("no JSON", "not JSON at all".as_bytes()),
         ("nothing", b""),
@@ -191,9 +192,9 @@ async fn a_message_that_the_codec_cannot_decode_ends_with_1007() {
     assert_eq!(scene.engine.metrics().ended_protocol, 0);
 }
 
-#[tokio::test]
-async fn a_text_for_a_binary_hub_ends_with_1003_and_postcard_that_is_none_with_1007() {
-    let mut scene = Scene::set::<BinaryCodec>(WsHubConfig::default()).await;
+on_each_transport!(a_text_for_a_binary_hub_ends_with_1003_and_postcard_that_is_none_with_1007);
+async fn a_text_for_a_binary_hub_ends_with_1003_and_postcard_that_is_none_with_1007(transport: Transport) {
+    let mut scene = Scene::set::<BinaryCodec>(transport, WsHubConfig::default()).await;
     for (what, frames, code) in [
         ("text", client_frame(FIN | TEXT, b"\x01x"), 1003),
         ("a length that lies", client_frame(FIN | BINARY, b"\xff\xff\xff\xff\x0fx"), 1007),
@@ -213,9 +214,9 @@ async fn a_text_for_a_binary_hub_ends_with_1003_and_postcard_that_is_none_with_1
     }
 }
 
-#[tokio::test]
-async fn what_comes_behind_the_offence_is_not_handled() {
-    let mut scene = Scene::json().await;
+on_each_transport!(what_comes_behind_the_offence_is_not_handled);
+async fn what_comes_behind_the_offence_is_not_handled(transport: Transport) {
+    let mut scene = Scene::json(transport).await;
     let mut wrongdoer = scene.wrongdoer().await;
     let good = client_frame(FIN | TEXT, b"{\"text\":\"x\"}");
     wrongdoer.send(&[good.clone(), client_frame(FIN | TEXT, b"bad"), good.clone(), good].concat()).await;
@@ -227,9 +228,9 @@ async fn what_comes_behind_the_offence_is_not_handled() {
     eventually(4, || scene.engine.metrics().tally.received).await;
 }
 
-#[tokio::test]
-async fn a_stream_that_ends_within_a_frame_is_a_peer_that_disconnected() {
-    let mut scene = Scene::json().await;
+on_each_transport!(a_stream_that_ends_within_a_frame_is_a_peer_that_disconnected);
+async fn a_stream_that_ends_within_a_frame_is_a_peer_that_disconnected(transport: Transport) {
+    let mut scene = Scene::json(transport).await;
     for cut in [1, 3, 7] {
         let mut wrongdoer = scene.wrongdoer().await;
         wrongdoer.send(&client_frame(FIN | TEXT, b"{\"text\":\"x\"}")[..cut]).await;
@@ -243,9 +244,9 @@ async fn a_stream_that_ends_within_a_frame_is_a_peer_that_disconnected() {
     assert_eq!(scene.engine.metrics().ended_protocol, 0);
 }
 
-#[tokio::test]
-async fn a_handshake_that_is_none_says_why_and_takes_no_connection() {
-    let mut scene = Scene::json().await;
+on_each_transport!(a_handshake_that_is_none_says_why_and_takes_no_connection);
+async fn a_handshake_that_is_none_says_why_and_takes_no_connection(transport: Transport) {
+    let mut scene = Scene::json(transport).await;
     let key = "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
     let (upgrade, version) =
         ("connection: Upgrade\r\nupgrade: websocket\r\n", "sec-websocket-version: 13\r\n");
@@ -259,12 +260,17 @@ async fn a_handshake_that_is_none_says_why_and_takes_no_connection() {
         ("POST", format!("{upgrade}{version}{key}"), 400, "GET"),
     ];
     for (method, headers, status, reason) in cases {
-        let mut stream = TcpStream::connect(scene.server.address).await.unwrap();
+        let mut stream = transport.connect(scene.server.address).await.unwrap();
         let request = format!("{method} /ws HTTP/1.1\r\nhost: x\r\n{headers}\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
-        stream.shutdown().await.unwrap();
+        stream.flush().await.unwrap();
+        // The client's end follows the answer: hyper does not answer a client whose end it has read already, which over
+        // TLS comes with the request.
         let mut answer = String::new();
-        within_timeout(stream.read_to_string(&mut answer)).await.unwrap();
+        while !is_whole(&answer) {
+            answer.push(within_timeout(stream.read_u8()).await.unwrap().into());
+        }
+        stream.shutdown().await.unwrap();
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{headers}: {answer}");
         let (_, body) = answer.split_once("\r\n\r\n").unwrap();
         assert!(body.contains(reason), "{headers}: {answer}");
@@ -273,6 +279,13 @@ async fn a_handshake_that_is_none_says_why_and_takes_no_connection() {
     scene.bystander_goes_on().await;
     eventually(1, || scene.engine.metrics().adopted).await;
     assert_eq!(scene.engine.connection_count(), 1);
+}
+
+/// Whether an answer has as many bytes behind its head as that says.
+fn is_whole(answer: &str) -> bool {
+    let Some((head, body)) = answer.split_once("\r\n\r\n") else { return false };
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
+    body.len() == length.parse::<usize>().unwrap()
 }
 
 #[test]

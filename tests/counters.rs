@@ -5,17 +5,17 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 
 use shardcast::{CloseReason, ConnectionId, GroupMetrics, Position, PublishError, WsHubConfig};
-use testkit_hub::{HubFixture, eventually, within_timeout};
+use testkit_hub::{HubFixture, Transport, eventually, on_each_transport, within_timeout};
 
 /// Whether frames are pending exactly where bytes are, which are counted in the outboxes.
 fn is_balanced(metrics: GroupMetrics) -> bool {
     (metrics.tally.pending() > 0) == (metrics.pending_bytes > 0)
 }
 
-#[tokio::test]
-async fn a_hub_counts_all_clients_since_its_start_and_a_group_its_present_members() {
+on_each_transport!(a_hub_counts_all_clients_since_its_start_and_a_group_its_present_members);
+async fn a_hub_counts_all_clients_since_its_start_and_a_group_its_present_members(transport: Transport) {
     const MESSAGES: u64 = 20;
-    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
+    let mut fixture = HubFixture::open(transport, 2, WsHubConfig::default()).await;
     let (first, first_id) = fixture.connect().await;
     let (_second, second_id) = fixture.connect().await;
     let (_third, _) = fixture.connect().await;
@@ -44,9 +44,9 @@ async fn a_hub_counts_all_clients_since_its_start_and_a_group_its_present_member
     assert_eq!((room.connections, room.tally.offered), (1, 1 + MESSAGES));
 }
 
-#[tokio::test]
-async fn what_is_counted_and_reported_serializes_for_dashboards() {
-    let fixture = HubFixture::open(1, WsHubConfig::default()).await;
+on_each_transport!(what_is_counted_and_reported_serializes_for_dashboards);
+async fn what_is_counted_and_reported_serializes_for_dashboards(transport: Transport) {
+    let fixture = HubFixture::open(transport, 1, WsHubConfig::default()).await;
     let (_client, id) = fixture.connect().await;
     let receipt = within_timeout(fixture.hub.to_all().deliver(&"news".to_owned())).await.unwrap();
     let json = serde_json::to_value(receipt).unwrap();
@@ -66,9 +66,9 @@ async fn what_is_counted_and_reported_serializes_for_dashboards() {
     assert_eq!((&reason["name"], &reason["code"]), (&"slow_consumer".into(), &1013.into()));
 }
 
-#[tokio::test]
-async fn the_counters_of_an_engine_that_has_ended_are_an_error_and_no_zero() {
-    let fixture = HubFixture::open(1, WsHubConfig::default()).await;
+on_each_transport!(the_counters_of_an_engine_that_has_ended_are_an_error_and_no_zero);
+async fn the_counters_of_an_engine_that_has_ended_are_an_error_and_no_zero(transport: Transport) {
+    let fixture = HubFixture::open(transport, 1, WsHubConfig::default()).await;
     within_timeout(fixture.engine.shutdown(std::time::Duration::from_secs(1))).await;
     assert!(matches!(within_timeout(fixture.hub.metrics()).await, Err(PublishError::Closed)));
 }

@@ -11,10 +11,13 @@ use shardcast::{
     BroadcastPolicy, CloseCode, CloseReason, ConnectionId, Engine, EngineConfig, FrameError, PublishError,
     Shutdown, ShutdownReport, WsHubConfig,
 };
-use testkit::frames::{BINARY, CLOSE, FIN, PING, PONG, client_frame, client_text};
+use testkit::frames::{BINARY, CLOSE, FIN, PING, PONG, TEXT, client_frame, client_text, close_code};
 use testkit::time::{DAY, ms};
 use testkit_hub::recording_hub::numbered;
-use testkit_hub::{Client, HubFixture, Server, command_app, connect, eventually, within_timeout};
+use testkit_hub::{
+    Client, HubFixture, Server, Transport, command_app, connect, eventually, on_each_transport,
+    within_timeout,
+};
 use tokio::io::AsyncWriteExt as _;
 use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite;
@@ -105,11 +108,11 @@ fn config(way: Way) -> WsHubConfig {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_back() {
+on_each_transport!(workers = 2, each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_back);
+async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_back(transport: Transport) {
     for (way, expected, expected_code, should_reconnect) in ends() {
         let engine = EngineConfig { shards: Some(1), backlog_bytes_max: 1 << 20, ..EngineConfig::default() };
-        let mut fixture = HubFixture::open_on(engine, config(way)).await;
+        let mut fixture = HubFixture::open_on(transport, engine, config(way)).await;
         let (mut raw, id) = fixture.connect_raw().await;
         let mut shutdown: Option<JoinHandle<ShutdownReport>> = None;
         match way {
@@ -175,11 +178,11 @@ async fn each_way_to_end_has_its_reason_its_close_code_and_its_word_on_coming_ba
     }
 }
 
-#[tokio::test]
-async fn pongs_are_signs_of_life_for_the_idle_timeout() {
+on_each_transport!(pongs_are_signs_of_life_for_the_idle_timeout);
+async fn pongs_are_signs_of_life_for_the_idle_timeout(transport: Transport) {
     let (idle, longer) = (ms(1500), ms(2000));
     let config = WsHubConfig { heartbeat_interval: None, idle_timeout: Some(idle), ..WsHubConfig::default() };
-    let mut fixture = HubFixture::open(1, config).await;
+    let mut fixture = HubFixture::open(transport, 1, config).await;
     let (mut raw, id) = fixture.connect_raw().await;
     let began = Instant::now();
     while began.elapsed() < longer {
@@ -193,10 +196,11 @@ async fn pongs_are_signs_of_life_for_the_idle_timeout() {
 
 // ---- clients that end while a method is pending, or end only their side
 
-#[tokio::test]
-async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
+on_each_transport!(a_pending_method_keeps_neither_pong_nor_close_from_its_client);
+async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client(transport: Transport) {
     let mut fixture =
-        HubFixture::open(1, WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() }).await;
+        HubFixture::open(transport, 1, WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() })
+            .await;
     let (mut raw, id) = fixture.connect_raw().await;
     raw.send(&[client_text("wait"), client_frame(FIN | PING, b"x")].concat()).await;
     assert_eq!(raw.recv().await, (PONG, b"x".to_vec()));
@@ -211,9 +215,37 @@ async fn a_pending_method_keeps_neither_pong_nor_close_from_its_client() {
     assert_eq!(fixture.ended().await, (id, peer(Some(1000))));
 }
 
-#[tokio::test]
-async fn the_answer_arrives_though_the_client_has_ended_its_side() {
-    let mut fixture = HubFixture::open(1, WsHubConfig::default()).await;
+on_each_transport!(the_close_of_a_slow_client_is_answered_in_time_whatever_its_backlog);
+async fn the_close_of_a_slow_client_is_answered_in_time_whatever_its_backlog(transport: Transport) {
+    const MESSAGES: usize = 32;
+    const BYTES: usize = 256 << 10;
+    let config = WsHubConfig { heartbeat_interval: None, outbox_bytes: 16 << 20, ..WsHubConfig::default() };
+    let mut fixture = HubFixture::open(transport, 1, config).await;
+    let (mut raw, id) = fixture.connect_raw().await;
+    for _ in 0..MESSAGES {
+        fixture.hub.to(id).try_publish(&"x".repeat(BYTES)).unwrap();
+    }
+    raw.send(&client_frame(FIN | CLOSE, &1000u16.to_be_bytes())).await;
+    assert_eq!(fixture.ended().await, (id, peer(Some(1000))));
+    let mut heard = 0;
+    let reading = async {
+        loop {
+            raw.read_at_most(8 << 10);
+            match raw.frame_if_any() {
+                Some((TEXT, text)) if text.len() == BYTES => heard += 1,
+                Some((CLOSE, payload)) => break close_code(&payload),
+                Some(other) => panic!("{other:?}"),
+                None => tokio::time::sleep(ms(5)).await,
+            }
+        }
+    };
+    assert_eq!(within_timeout(reading).await, Some(1000));
+    assert!(heard < MESSAGES, "the rest is not waited for");
+}
+
+on_each_transport!(the_answer_arrives_though_the_client_has_ended_its_side);
+async fn the_answer_arrives_though_the_client_has_ended_its_side(transport: Transport) {
+    let mut fixture = HubFixture::open(transport, 1, WsHubConfig::default()).await;
     for (said, heard) in [("hello", "hello"), ("wait", "waited")] {
         let (mut raw, id) = fixture.connect_raw().await;
         raw.send(&client_text(said)).await;
@@ -226,9 +258,9 @@ async fn the_answer_arrives_though_the_client_has_ended_its_side() {
 
 // ---- ends by the application
 
-#[tokio::test]
-async fn a_close_code_that_cannot_be_sent_is_an_error_and_ends_nobody() {
-    let mut fixture = HubFixture::open(1, WsHubConfig::default()).await;
+on_each_transport!(a_close_code_that_cannot_be_sent_is_an_error_and_ends_nobody);
+async fn a_close_code_that_cannot_be_sent_is_an_error_and_ends_nobody(transport: Transport) {
+    let mut fixture = HubFixture::open(transport, 1, WsHubConfig::default()).await;
     let (mut peer, id) = fixture.connect().await;
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map(CloseCode) {
         let refused = fixture.hub.disconnect(id, code, "upstream gone").await;
@@ -248,9 +280,9 @@ async fn recv_texts_then_close(peer: Client, texts: &[&str], code: u16, reason: 
     );
 }
 
-#[tokio::test]
-async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobody_else() {
-    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
+on_each_transport!(whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobody_else);
+async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobody_else(transport: Transport) {
+    let mut fixture = HubFixture::open(transport, 2, WsHubConfig::default()).await;
     let mut peers = Vec::new();
     let mut ids: Vec<ConnectionId> = Vec::new();
     for number in 0..8 {
@@ -325,8 +357,10 @@ async fn whoever_is_meant_is_disconnected_with_exactly_code_and_reason_and_nobod
 
 // ---- the door
 
-#[tokio::test]
-async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_does_it_after_a_leave() {
+on_each_transport!(an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_does_it_after_a_leave);
+async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_does_it_after_a_leave(
+    transport: Transport,
+) {
     let (here, there) = (Ipv4Addr::new(127, 0, 0, 1), Ipv4Addr::new(127, 0, 0, 2));
     let config = EngineConfig {
         shards: Some(2),
@@ -335,11 +369,15 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
         ..EngineConfig::default()
     };
     let engine = Engine::start(config).unwrap();
-    let server = Server::start_with_addresses(command_app(engine.hub(WsHubConfig::default()).unwrap())).await;
+    let server = Server::start_with_addresses_over(
+        transport,
+        command_app(engine.hub(WsHubConfig::default()).unwrap()),
+    )
+    .await;
     let (first, _) = connect(&server.url("/ws")).await;
     let (mut second, _) = connect(&server.url("/ws")).await;
     let refused = async |from| {
-        let error = within_timeout(Client::try_connect_from(from, server.address)).await.err().unwrap();
+        let error = within_timeout(Client::try_connect_from(from, &server)).await.err().unwrap();
         let tungstenite::Error::Http(response) = error else { panic!("{error:?}") };
         assert_eq!(response.status(), 503);
         let retry_after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
@@ -351,7 +389,7 @@ async fn an_address_with_all_its_places_taken_gets_503_others_come_in_and_so_doe
     };
     refused(here).await;
     refused(here).await;
-    let (mut stranger, _) = within_timeout(Client::try_connect_from(there, server.address)).await.unwrap();
+    let (mut stranger, _) = within_timeout(Client::try_connect_from(there, &server)).await.unwrap();
     stranger.recv_text().await;
     assert_eq!(engine.connection_count(), 3);
     first.leave().await;

@@ -539,7 +539,8 @@ async fn a_slow_client_of_the_ticker_loses_prices_and_is_told_and_the_others_los
     let (_program, address) = listening("ticker", &[]).await;
     let mut fast = Client::connect(format!("ws://{address}/ws")).await;
     fast.send(Message::binary(subscription(0..500))).await;
-    let mut slow = testkit_hub::RawClient::connect_narrow(address.parse().unwrap()).await;
+    let mut slow =
+        testkit_hub::RawClient::connect_narrow(address.parse::<std::net::SocketAddr>().unwrap()).await;
     slow.send(&client_frame(FIN | BINARY, &subscription(0..500))).await;
 
     // Several times what the kernel takes for the slow one, which reads a fifth of what it is sent. So a publisher that

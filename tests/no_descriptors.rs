@@ -1,37 +1,49 @@
-//! A process without file descriptors: alone in its file, because the limit is the whole process's.
+//! A process without file descriptors. One test at a time, in a file of their own: the limit is the whole process's.
 //!
-//! A stream that is not a socket, here a TLS stream in a buffer, needs two descriptors more for a shard to have it, and
-//! finds out that there are none only after the 101. Does not know what else a client can be refused for.
+//! A client takes one descriptor, over TLS, too, and while there is none for the next one, that one waits. A stream that is
+//! neither a socket nor a TLS session on one, here a TLS stream in a buffer, needs two descriptors more for a shard to have
+//! it, and finds out that there are none only after the 101. Does not know what else a client can be refused for.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 #![cfg(target_os = "linux")]
 
-use std::fs::File;
+use std::fs::{File, symlink_metadata};
 use std::io::Write as _;
-use std::os::fd::AsRawFd as _;
 use std::process::{Child, Command, Stdio};
 
 use axum::serve::Listener;
 use shardcast::WsHubConfig;
+use testkit::time::ms;
 use testkit_hub::tls::{Buffered, TlsListener, TlsPair};
-use testkit_hub::{Client, CommandHub, command_app, engine, within_timeout};
+use testkit_hub::{
+    Client, CommandHub, Server, Transport, command_app, connect, engine, eventually, logged,
+    on_each_transport, within_timeout,
+};
 use tokio::net::TcpStream;
+use tokio::sync::Mutex;
+use tokio::time::timeout;
 
-/// Takes all free descriptors from this process, until it is told otherwise: by one that has its own.
+static ALONE: Mutex<()> = Mutex::const_new(());
+
+/// Takes the free descriptors from this process, until it is told otherwise: by one that has its own.
 struct Famine {
     helper: Child,
 }
 
 impl Famine {
-    fn begin() -> Self {
+    /// All but so many.
+    fn begin(left: usize) -> Self {
         let process = std::process::id();
         let end = format!("read line; prlimit --pid {process} --nofile=1024:");
         let helper = Command::new("sh").args(["-c", &end]).stdin(Stdio::piped()).spawn().unwrap();
-        let lowest_free = File::open("/dev/null").unwrap().as_raw_fd();
-        let (process, limit) = (process.to_string(), format!("--nofile={lowest_free}:"));
+        let is_free = |number: &usize| symlink_metadata(format!("/proc/self/fd/{number}")).is_err();
+        let limit = (0..).filter(is_free).nth(left).unwrap();
+        let (process, limit) = (process.to_string(), format!("--nofile={limit}:"));
         let begun = Command::new("prlimit").args(["--pid", &process, &limit]).status().unwrap();
         assert!(begun.success());
+        let all: Vec<_> = (0..left).map(|_| File::open("/dev/null").unwrap()).collect();
         assert!(File::open("/dev/null").is_err());
+        drop(all);
         Self { helper }
     }
 
@@ -41,8 +53,42 @@ impl Famine {
     }
 }
 
+on_each_transport!(each_client_takes_one_descriptor_and_one_without_waits_until_another_leaves);
+async fn each_client_takes_one_descriptor_and_one_without_waits_until_another_leaves(transport: Transport) {
+    const CLIENTS: usize = 8;
+    let _alone = ALONE.lock().await;
+    let (_guard, logged) = logged();
+    let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
+    let server = Server::start_over(transport, command_app(hub.clone())).await;
+    let url = server.url("/ws");
+    let (first, _) = connect(&url).await;
+
+    // One at either end of each connection, and that of one more client.
+    let famine = Famine::begin(2 * CLIENTS + 1);
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        clients.push(connect(&url).await.0);
+    }
+    let mut late = Box::pin(connect(&url));
+    assert!(timeout(ms(100), &mut late).await.is_err(), "it is neither admitted nor refused");
+    assert_eq!(hub.len(), CLIENTS + 1);
+    if transport == Transport::Tls {
+        assert_eq!(logged("ERROR"), 1, "axum's own listener logs the same, with its feature `tracing`");
+        assert_eq!(logged("no connection can be accepted"), 1);
+    }
+    for client in &mut clients {
+        client.send_text("still served").await;
+        client.recv_texts(&["still served"]).await;
+    }
+    first.leave().await;
+    late.await.0.leave().await;
+    famine.end();
+    eventually(CLIENTS, || hub.len()).await;
+}
+
 #[tokio::test]
 async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() {
+    let _alone = ALONE.lock().await;
     let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let tls = TlsPair::new(&[]);
     let server = Buffered(TlsListener::bind(&tls, |_| Ok(())).await.unwrap());
@@ -62,7 +108,7 @@ async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() 
 
     // Connected; what comes now needs a pair of sockets.
     let first = connect().await;
-    let famine = Famine::begin();
+    let famine = Famine::begin(0);
     assert_eq!(shake_hands(first).await.closed().await.0, 1013);
     famine.end();
 

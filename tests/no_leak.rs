@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures_util::poll;
 use shardcast::{Engine, EngineConfig, Shutdown, WsHubConfig};
 use testkit_hub::recording_hub::Recorder;
-use testkit_hub::{HubFixture, RawClient, eventually, within_timeout};
+use testkit_hub::{HubFixture, RawClient, Transport, eventually, within_timeout};
 
 const ENGINES: usize = 50;
 
@@ -27,7 +27,8 @@ async fn one_engine(round: usize) -> Weak<Recorder> {
     // Pinned shards hold a claim on their CPUs.
     let pinned = Engine::start(EngineConfig { shards: Some(3), ..EngineConfig::default() }).unwrap();
     within_timeout(tokio::task::spawn_blocking(move || drop(pinned))).await.unwrap();
-    let fixture = HubFixture::open(2, WsHubConfig::default()).await;
+    let transport = if (round / 2).is_multiple_of(2) { Transport::Plain } else { Transport::Tls };
+    let fixture = HubFixture::open(transport, 2, WsHubConfig::default()).await;
     let mut peers = Vec::new();
     let mut raws: Vec<RawClient> = Vec::new();
     for number in 0..3 {

@@ -11,7 +11,7 @@ use axum::extract::Query;
 use axum::routing::any;
 use serde::Deserialize;
 use shardcast::{CloseCode, Hub, HubContext, RawCodec, Refusal, WebSocketUpgrade, WsHub, WsHubConfig};
-use testkit_hub::{Client, OnRuntime, Server, engine, within_timeout};
+use testkit_hub::{Client, OnRuntime, Server, Transport, engine, on_each_transport, within_timeout};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -59,7 +59,7 @@ impl<H> Door<H>
 where
     H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Doorman>,
 {
-    async fn open() -> Self {
+    async fn open(transport: Transport) -> Self {
         let hub = engine(2).hub::<H>(WsHubConfig::default()).unwrap();
         let (opening, is_opening) = unbounded_channel();
         let looked_up = Arc::new(Semaphore::new(0));
@@ -67,7 +67,7 @@ where
         let serve = async move |ws: WebSocketUpgrade, Query(Asked { turns_away }): Query<Asked>| {
             ws.serve(&served, Doorman { turns_away, opening: opening.clone(), looked_up: semaphore.clone() })
         };
-        let server = Server::start(Router::new().route("/ws", any(serve))).await;
+        let server = Server::start_over(transport, Router::new().route("/ws", any(serve))).await;
         Self { hub, server, opening: is_opening, looked_up }
     }
 
@@ -83,16 +83,18 @@ where
     }
 }
 
-#[tokio::test]
-async fn nothing_that_is_for_all_reaches_a_client_before_its_on_connected_has_returned() {
-    nothing_comes_early::<Doorman>().await;
-    nothing_comes_early::<OnRuntime<Doorman>>().await;
+on_each_transport!(nothing_that_is_for_all_reaches_a_client_before_its_on_connected_has_returned);
+async fn nothing_that_is_for_all_reaches_a_client_before_its_on_connected_has_returned(transport: Transport) {
+    nothing_comes_early::<Doorman>(transport).await;
+    nothing_comes_early::<OnRuntime<Doorman>>(transport).await;
 }
 
 async fn nothing_comes_early<
     H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Doorman>,
->() {
-    let mut door = Door::<H>::open().await;
+>(
+    transport: Transport,
+) {
+    let mut door = Door::<H>::open(transport).await;
     let mut ada = door.connect(false).await;
     assert_eq!(door.tell("a secret").await, 0);
     // It is a member of what it has joined.
@@ -111,16 +113,18 @@ async fn nothing_comes_early<
     ada.recv_texts(&["only for Ada", "hello Ada"]).await;
 }
 
-#[tokio::test]
-async fn a_client_that_on_connected_refuses_receives_its_close_and_nothing_else() {
-    a_refused_client_receives_its_close::<Doorman>().await;
-    a_refused_client_receives_its_close::<OnRuntime<Doorman>>().await;
+on_each_transport!(a_client_that_on_connected_refuses_receives_its_close_and_nothing_else);
+async fn a_client_that_on_connected_refuses_receives_its_close_and_nothing_else(transport: Transport) {
+    a_refused_client_receives_its_close::<Doorman>(transport).await;
+    a_refused_client_receives_its_close::<OnRuntime<Doorman>>(transport).await;
 }
 
 async fn a_refused_client_receives_its_close<
     H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Doorman>,
->() {
-    let mut door = Door::<H>::open().await;
+>(
+    transport: Transport,
+) {
+    let mut door = Door::<H>::open(transport).await;
     let eve = door.connect(true).await;
     assert_eq!(door.tell("a secret").await, 0);
     door.looked_up.add_permits(1);
@@ -152,18 +156,20 @@ impl WsHub for Crier {
     }
 }
 
-#[tokio::test]
-async fn what_on_connected_has_others_tell_all_does_not_reach_its_own_client() {
-    what_others_tell_all_is_not_received::<Crier>().await;
-    what_others_tell_all_is_not_received::<OnRuntime<Crier>>().await;
+on_each_transport!(what_on_connected_has_others_tell_all_does_not_reach_its_own_client);
+async fn what_on_connected_has_others_tell_all_does_not_reach_its_own_client(transport: Transport) {
+    what_others_tell_all_is_not_received::<Crier>(transport).await;
+    what_others_tell_all_is_not_received::<OnRuntime<Crier>>(transport).await;
 }
 
 async fn what_others_tell_all_is_not_received<
     H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Crier>,
->() {
+>(
+    transport: Transport,
+) {
     let hub = engine(1).hub::<H>(WsHubConfig::default()).unwrap();
     let serve = async move |ws: WebSocketUpgrade| ws.serve(&hub, Crier);
-    let server = Server::start(Router::new().route("/ws", any(serve))).await;
+    let server = Server::start_over(transport, Router::new().route("/ws", any(serve))).await;
     let mut ada = Client::connect(server.url("/ws")).await;
     ada.send_text("hello").await;
     ada.recv_texts(&["hello"]).await;

@@ -663,7 +663,7 @@ async fn the_ticker_sends_each_client_its_symbols_in_one_order_and_waits_for_nob
     };
     let mut one = Client::connect(format!("ws://{address}/ws")).await;
     let mut both = Client::connect(format!("ws://{address}/ws")).await;
-    let mut stalled = RawClient::connect_narrow(address.parse().unwrap()).await;
+    let mut stalled = RawClient::connect_narrow(address.parse::<std::net::SocketAddr>().unwrap()).await;
     one.send(Message::binary(binary(&vec![&short]))).await;
     both.send(Message::binary(binary(&vec![&long, &short]))).await;
     stalled.send(&client_frame(FIN | BINARY, &binary(&vec![&long]))).await;

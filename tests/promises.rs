@@ -19,8 +19,8 @@ use shardcast::{
     WebSocketUpgrade, WsHub, WsHubConfig,
 };
 use testkit_hub::{
-    Client, CommandHub, OnRuntime, Server, command_app, connect, connect_amid, engine, eventually,
-    within_timeout, yield_twice,
+    Client, CommandHub, OnRuntime, Server, Transport, command_app, connect, connect_amid, engine, eventually,
+    on_each_transport, within_timeout, yield_twice,
 };
 use tokio::io::AsyncWriteExt as _;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -56,11 +56,11 @@ fn is_subsequence(part: &[String], whole: &[String]) -> bool {
     part.iter().all(|text| whole.any(|other| other == text))
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on() {
+on_each_transport!(workers = 2, promise_1_all_connections_see_one_order_whichever_shards_they_are_on);
+async fn promise_1_all_connections_see_one_order_whichever_shards_they_are_on(transport: Transport) {
     const EACH: usize = 150;
     let hub = command_hub(SHARDS);
-    let server = Server::start(command_app(hub.clone())).await;
+    let server = Server::start_over(transport, command_app(hub.clone())).await;
     let url = server.url("/ws");
     // Everybody is in "all"; a third each in "red", "blue" and both.
     let mut readers = Vec::new();
@@ -187,8 +187,8 @@ impl WsHub for Actor {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_sequence() {
+on_each_transport!(workers = 2, promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_sequence);
+async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_sequence(transport: Transport) {
     const ROUNDS: usize = 100;
     let engine = engine(SHARDS);
     let hub = engine.hub::<Actor>(WsHubConfig::default()).unwrap();
@@ -196,7 +196,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
         let hub = hub.clone();
         async move |ws: WebSocketUpgrade| ws.serve(&hub, Actor)
     };
-    let server = Server::start(Router::new().route("/ws", any(serve))).await;
+    let server = Server::start_over(transport, Router::new().route("/ws", any(serve))).await;
     let mut audience = Vec::new();
     for _ in 0..6 {
         let (peer, id) = connect(&server.url("/ws")).await;
@@ -265,11 +265,16 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones_do_not() {
+on_each_transport!(
+    workers = 2,
+    promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones_do_not
+);
+async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones_do_not(
+    transport: Transport,
+) {
     const ROUNDS: usize = 200;
     let hub = command_hub(SHARDS);
-    let server = Server::start(command_app(hub.clone())).await;
+    let server = Server::start_over(transport, command_app(hub.clone())).await;
     let (other, other_id) = connect(&server.url("/ws")).await;
     hub.join(other_id, "room").await.unwrap();
     let other = until(other, "done");
@@ -327,13 +332,13 @@ async fn promise_3_the_next_publication_after_a_join_reaches_it_and_earlier_ones
     assert_eq!(heard.iter().filter(|text| *text != "noise").count(), 4 * 3 * ROUNDS);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
+on_each_transport!(workers = 2, promise_4_a_stalled_client_delays_only_who_publishes_to_it);
+async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it(transport: Transport) {
     // One shard, so that they share everything.
     let engine = engine(1);
     let config = WsHubConfig { outbox_frames: 8, outbox_bytes: 64 << 10, ..WsHubConfig::default() };
     let hub = engine.hub::<CommandHub>(config).unwrap();
-    let server = Server::start(command_app(hub.clone())).await;
+    let server = Server::start_over(transport, command_app(hub.clone())).await;
     let (stalled, stalled_id) = connect(&server.url("/ws")).await;
     let (mut ada, ada_id) = connect(&server.url("/ws")).await;
     let (mut bob, bob_id) = connect(&server.url("/ws")).await;
@@ -341,7 +346,7 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
         hub.join(id, "others").await.unwrap();
     }
     // It does not read; whoever publishes to it waits in the end.
-    let big = "x".repeat(32 << 10);
+    let big = "x".repeat(8 << 10);
     let publish = {
         let (hub, big) = (hub.clone(), big.clone());
         async move {
@@ -377,11 +382,16 @@ async fn promise_4_a_stalled_client_delays_only_who_publishes_to_it() {
     eventually(2, || hub.len()).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_those_written_arrive() {
+on_each_transport!(
+    workers = 2,
+    promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_those_written_arrive
+);
+async fn promise_5_every_frame_offered_is_written_or_discarded_or_pending_and_those_written_arrive(
+    transport: Transport,
+) {
     let engine = engine(SHARDS);
     let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
-    let server = Server::start(command_app(hub.clone())).await;
+    let server = Server::start_over(transport, command_app(hub.clone())).await;
     let url = server.url("/ws");
 
     // Those who read to the end have received what was written to them.
@@ -481,14 +491,14 @@ impl WsHub for Slow {
     }
 }
 
-async fn one_connections_messages_are_handled_in_order<H: WsHub + From<Slow>>() {
+async fn one_connections_messages_are_handled_in_order<H: WsHub + From<Slow>>(transport: Transport) {
     const MESSAGES: usize = 300;
     let engine = engine(2);
     let hub = engine.hub::<H>(WsHubConfig::default()).unwrap();
     let serve = async move |ws: WebSocketUpgrade| {
         ws.serve(&hub, Slow { busy: AtomicBool::new(false), handled: Mutex::default() })
     };
-    let server = Server::start(Router::new().route("/ws", any(serve))).await;
+    let server = Server::start_over(transport, Router::new().route("/ws", any(serve))).await;
     let mut clients = JoinSet::new();
     for _ in 0..12 {
         let url = server.url("/ws");
@@ -510,14 +520,14 @@ async fn one_connections_messages_are_handled_in_order<H: WsHub + From<Slow>>() 
     assert_eq!(engine.metrics().ended_panic, 0);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promise_7_messages_are_handled_one_after_the_other_on_the_shard() {
-    one_connections_messages_are_handled_in_order::<Slow>().await;
+on_each_transport!(workers = 2, promise_7_messages_are_handled_one_after_the_other_on_the_shard);
+async fn promise_7_messages_are_handled_one_after_the_other_on_the_shard(transport: Transport) {
+    one_connections_messages_are_handled_in_order::<Slow>(transport).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promise_7_messages_are_handled_one_after_the_other_on_the_runtime() {
-    one_connections_messages_are_handled_in_order::<OnRuntime<Slow>>().await;
+on_each_transport!(workers = 2, promise_7_messages_are_handled_one_after_the_other_on_the_runtime);
+async fn promise_7_messages_are_handled_one_after_the_other_on_the_runtime(transport: Transport) {
+    one_connections_messages_are_handled_in_order::<OnRuntime<Slow>>(transport).await;
 }
 
 /// Handles a message for each permit.
@@ -536,8 +546,8 @@ impl WsHub for Gate {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it() {
+on_each_transport!(workers = 2, promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it);
+async fn promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it(transport: Transport) {
     const MESSAGES: usize = 2000;
     const BYTES: usize = 50_000; // in all 100 MB, far beyond what kernels keep
     let engine = engine(1);
@@ -547,7 +557,7 @@ async fn promise_7_a_pending_handler_stops_the_reading_and_the_sender_feels_it()
         let gate = (permits.clone(), handled.clone());
         async move |ws: WebSocketUpgrade| ws.serve(&hub, Gate { permits: gate.0, handled: gate.1 })
     };
-    let server = Server::start(Router::new().route("/ws", any(serve))).await;
+    let server = Server::start_over(transport, Router::new().route("/ws", any(serve))).await;
     let peer = Client::connect(server.url("/ws")).await;
     let sent = Arc::new(AtomicUsize::new(0));
     let sending = {
@@ -612,8 +622,11 @@ impl WsHub for Mortal {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_behind() {
+on_each_transport!(
+    workers = 2,
+    promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_behind
+);
+async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_behind(transport: Transport) {
     const WAYS: [&str; 7] = ["goodbye", "vanish", "panic", "end", "outside", "protocol", "busy"];
     const EACH: usize = 6;
     let engine = engine(SHARDS);
@@ -623,7 +636,7 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
         let hub = hub.clone();
         async move |ws: WebSocketUpgrade, Path(_): Path<String>| ws.serve(&hub, Mortal { ends })
     };
-    let server = Server::start(Router::new().route("/{way}", any(serve))).await;
+    let server = Server::start_over(transport, Router::new().route("/{way}", any(serve))).await;
 
     // Something is on its way to them at all times.
     let stop = Arc::new(AtomicBool::new(false));
@@ -673,7 +686,9 @@ async fn promise_8_each_connection_ends_once_with_one_reason_and_leaves_nothing_
                 }
                 "protocol" => {
                     // An unmasked frame, past tungstenite.
-                    within_timeout(peer.socket.get_mut().write_all(b"\x81\x01x")).await.unwrap();
+                    let stream = peer.socket.get_mut();
+                    within_timeout(stream.write_all(b"\x81\x01x")).await.unwrap();
+                    within_timeout(stream.flush()).await.unwrap();
                     peer.rest().await.1
                 }
                 "busy" => {

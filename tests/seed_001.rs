@@ -346,7 +346,7 @@ async fn a_connection_ends_at_its_maximum_duration_whatever_it_sends() {
         shardcast::handler::ConnectionConfig { max_connection_duration: duration, ..Default::default() };
     let (server, mut calls) = recorder(config).await;
     let client = RawClient::connect(server.address).await;
-    let (mut reader, mut writer) = client.stream.into_split();
+    let (mut reader, mut writer) = client.stream.into_tcp().into_split();
     let writing = tokio::spawn(async move {
         use tokio::io::AsyncWriteExt as _;
         while writer.write_all(&client_text("more")).await.is_ok() {

@@ -15,11 +15,12 @@ use shardcast::{
     CloseCode, CloseReason, EngineState, HubContext, PublishError, RawCodec, RunOn, Shutdown, ShutdownReport,
     TryPublishError, WebSocketUpgrade, WsHub, WsHubConfig,
 };
-use testkit::time::DAY;
+use testkit::time::{DAY, ms};
 use testkit_hub::program::{Running, fanout};
 use testkit_hub::recording_hub::{number_of, numbered};
 use testkit_hub::{
-    Client, CommandHub, HubFixture, RawClient, command_app, connect, engine, eventually, within_timeout,
+    Client, CommandHub, HubFixture, RawClient, Transport, command_app, connect, engine, eventually,
+    on_each_transport, within_timeout,
 };
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -54,12 +55,15 @@ fn gone() -> CloseReason {
     CloseReason::Shutdown { code: CloseCode::GOING_AWAY }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_adds_up() {
+on_each_transport!(
+    workers = 2,
+    what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_adds_up
+);
+async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_adds_up(transport: Transport) {
     const CLIENTS: usize = 12;
     const PUBLISHERS: usize = 3;
     const EACH: usize = 500;
-    let mut fixture = HubFixture::open(3, WsHubConfig::default()).await;
+    let mut fixture = HubFixture::open(transport, 3, WsHubConfig::default()).await;
     let mut readers = Vec::new();
     for _ in 0..CLIENTS {
         readers.push(reads_to_the_end(fixture.connect().await.0));
@@ -102,13 +106,13 @@ async fn what_was_accepted_before_a_shutdown_arrives_everywhere_and_the_report_a
     assert_eq!(within_timeout(fixture.engine.shutdown(LONG)).await, report);
 }
 
+on_each_transport!(workers = 2, what_is_accepted_while_a_shutdown_begins_arrives_everywhere);
 /// Whenever the end comes between the calls of those who publish: what they are told `Ok` for is heard by all.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
+async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere(transport: Transport) {
     const ROUNDS: u64 = 20;
     const PUBLISHERS: usize = 8;
     for round in 0..ROUNDS {
-        let fixture = HubFixture::open(2, WsHubConfig::default()).await;
+        let fixture = HubFixture::open(transport, 2, WsHubConfig::default()).await;
         let mut readers = Vec::new();
         for _ in 0..4 {
             readers.push(reads_to_the_end(fixture.connect().await.0));
@@ -138,9 +142,9 @@ async fn what_is_accepted_while_a_shutdown_begins_arrives_everywhere() {
     }
 }
 
-#[tokio::test]
-async fn a_shutdown_waits_for_a_busy_handler_refuses_new_clients_and_reads_no_more() {
-    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
+on_each_transport!(a_shutdown_waits_for_a_busy_handler_refuses_new_clients_and_reads_no_more);
+async fn a_shutdown_waits_for_a_busy_handler_refuses_new_clients_and_reads_no_more(transport: Transport) {
+    let mut fixture = HubFixture::open(transport, 2, WsHubConfig::default()).await;
     let (mut busy, busy_id) = fixture.connect().await;
     let (mut other, other_id) = fixture.connect().await;
     busy.send_text("wait").await;
@@ -180,9 +184,9 @@ async fn a_shutdown_waits_for_a_busy_handler_refuses_new_clients_and_reads_no_mo
     assert_eq!((fixture.engine.metrics().tally.received, fixture.engine.connection_count()), (1, 0));
 }
 
-#[tokio::test]
-async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over() {
-    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
+on_each_transport!(a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over);
+async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over(transport: Transport) {
+    let mut fixture = HubFixture::open(transport, 2, WsHubConfig::default()).await;
     let (mut busy, _) = fixture.connect().await;
     let (other, other_id) = fixture.connect().await;
     busy.send_text("wait").await;
@@ -201,9 +205,13 @@ async fn a_handler_that_is_busy_for_longer_than_a_shutdown_may_take_is_left_over
 }
 
 /// Somebody who does not read, somebody who does, and many messages for both.
-async fn stalled_and_reading(messages: usize) -> (HubFixture, RawClient, JoinHandle<Heard>) {
+async fn stalled_and_reading(
+    transport: Transport,
+    messages: usize,
+) -> (HubFixture, RawClient, JoinHandle<Heard>) {
     let fixture =
-        HubFixture::open(1, WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() }).await;
+        HubFixture::open(transport, 1, WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() })
+            .await;
     let (stalled, _) = fixture.connect_raw().await;
     let reader = reads_to_the_end(fixture.connect().await.0);
     for number in 0..messages {
@@ -212,32 +220,87 @@ async fn stalled_and_reading(messages: usize) -> (HubFixture, RawClient, JoinHan
     (fixture, stalled, reader)
 }
 
-#[tokio::test]
-async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_else() {
+on_each_transport!(a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_else);
+async fn a_stalled_client_is_cut_off_when_the_time_is_over_and_holds_up_nobody_else(transport: Transport) {
     const MESSAGES: usize = 200;
-    let (mut fixture, mut stalled, reader) = stalled_and_reading(MESSAGES).await;
+    let (mut fixture, mut stalled, reader) = stalled_and_reading(transport, MESSAGES).await;
     let report = within_timeout(fixture.engine.shutdown(SHORT)).await;
     assert_eq!(counts(&report), [1, 1, 0]);
     let (heard, close) = within_timeout(reader).await.unwrap();
     assert!(heard.iter().map(|text| number_of(text)).eq(0..MESSAGES));
     assert_eq!(close, Some((1001, String::new())));
     // What its kernel had is in one piece, and there is no Close behind what is missing.
-    let mut heard = 0;
-    while let Some(text) = stalled.next_whole_text().await {
-        assert_eq!(number_of(&text), heard);
-        heard += 1;
-    }
-    assert!(heard < MESSAGES);
+    let (heard, code) = stalled.rest_if_cut_off().await;
+    assert!(heard.len() < MESSAGES && heard.iter().map(|text| number_of(text)).eq(0..heard.len()));
+    assert_eq!(code, None);
     for _ in 0..2 {
         assert_eq!(fixture.ended().await.1, gone(), "for the hub both have ended in order");
     }
     assert_eq!(fixture.engine.connection_count(), 0);
 }
 
-#[tokio::test]
-async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
+on_each_transport!(
+    workers = 2,
+    as_many_clients_as_a_shutdown_reports_flushed_have_got_everything_and_their_close
+);
+async fn as_many_clients_as_a_shutdown_reports_flushed_have_got_everything_and_their_close(
+    transport: Transport,
+) {
+    const EACH: usize = 8;
+    const MESSAGES: usize = 20;
+    const BYTES: usize = 4096; // in all twice what the kernels keep
+    // On a runtime that ends with the engine, as that of a process does.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let config = WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() };
+    let fixture = runtime.spawn(async move { HubFixture::open(transport, 1, config).await });
+    let fixture = within_timeout(fixture).await.unwrap();
+    let (mut readers, mut slow, mut stalled) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..EACH {
+        for clients in [&mut readers, &mut slow, &mut stalled] {
+            clients.push(fixture.connect_raw().await.0);
+        }
+    }
+    for number in 0..MESSAGES {
+        fixture.hub.to_all().try_publish(&numbered(number, BYTES)).unwrap();
+    }
+    for reader in &mut readers {
+        for number in 0..MESSAGES {
+            assert_eq!(number_of(&reader.recv_text().await), number);
+        }
+    }
+    let engine = fixture.engine.clone();
+    let shutdown = tokio::spawn(async move { engine.shutdown(ms(2000)).await });
+    let mut ends: Vec<JoinHandle<bool>> = readers
+        .into_iter()
+        .map(|mut reader| tokio::spawn(async move { reader.rest().await == (vec![], Some(1001)) }))
+        .collect();
+    // From 10 to 80 KiB/s: some get all of it within the time.
+    while !shutdown.is_finished() {
+        slow.iter_mut().zip(1..).for_each(|(client, number)| client.read_at_most(250 * number));
+        tokio::time::sleep(ms(25)).await;
+    }
+    let report = within_timeout(shutdown).await.unwrap();
+    runtime.shutdown_background();
+    for mut client in slow.into_iter().chain(stalled) {
+        ends.push(tokio::spawn(async move {
+            let (heard, code) = client.rest_if_cut_off().await;
+            heard.len() == MESSAGES && code == Some(1001)
+        }));
+    }
+    let mut complete = 0;
+    for end in ends {
+        complete += u64::from(within_timeout(end).await.unwrap());
+    }
+    assert_eq!((report.flushed + report.cut_off, report.left_over), (3 * EACH as u64, 0));
+    assert!(report.cut_off >= EACH as u64, "who has not read is not flushed: {report:?}");
+    assert!(report.flushed >= EACH as u64, "who has read is: {report:?}");
+    assert!(report.flushed <= complete, "{complete} have got everything: {report:?}");
+}
+
+on_each_transport!(who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters);
+async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters(transport: Transport) {
     let config = WsHubConfig { heartbeat_interval: None, outbox_frames: 8, ..WsHubConfig::default() };
-    let fixture = HubFixture::open(1, config).await;
+    let fixture = HubFixture::open(transport, 1, config).await;
     let (_stalled, id) = fixture.connect_raw().await;
     fixture.hub.join(id, "room").await.unwrap();
     for number in 0..100 {
@@ -260,10 +323,10 @@ async fn who_is_cut_off_by_a_shutdown_is_counted_by_receipts_and_counters() {
     assert_eq!((fixture.hub.len(), fixture.hub.group_count()), (0, 0));
 }
 
-#[tokio::test]
-async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything() {
+on_each_transport!(a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything);
+async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything(transport: Transport) {
     const MESSAGES: usize = 200;
-    let (fixture, mut slow, reader) = stalled_and_reading(MESSAGES).await;
+    let (fixture, mut slow, reader) = stalled_and_reading(transport, MESSAGES).await;
     let engine = fixture.engine.clone();
     let shutdown = tokio::spawn(async move { counts(&engine.shutdown_with(at_once(LONG)).await.unwrap()) });
     // The other one's end does not wait for it.
@@ -275,9 +338,9 @@ async fn a_slow_client_that_reads_within_the_time_of_a_shutdown_gets_everything(
     assert_eq!(within_timeout(shutdown).await.unwrap(), [2, 0, 0]);
 }
 
-#[tokio::test]
-async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its_time() {
-    let fixture = HubFixture::open(2, WsHubConfig::default()).await;
+on_each_transport!(a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its_time);
+async fn a_method_that_holds_its_shard_is_left_behind_and_the_shutdown_keeps_its_time(transport: Transport) {
+    let fixture = HubFixture::open(transport, 2, WsHubConfig::default()).await;
     let (mut stuck, id) = fixture.connect().await;
     let reader = reads_to_the_end(fixture.connect().await.0);
     stuck.send_text("hold").await;
@@ -330,7 +393,7 @@ async fn a_child_of_these_tests() {
     axum::serve(listener, app).with_graceful_shutdown(signal).await.unwrap();
 }
 
-#[tokio::test]
+#[tokio::test] // over TCP alone: threads that are held do not know what their clients talk over
 async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
     let mut child = Command::new(std::env::current_exe().unwrap());
     let child = child.args(["--exact", "--nocapture", "a_child_of_these_tests"]).env(CHILD, "1");
@@ -351,9 +414,9 @@ async fn a_process_whose_methods_hold_all_shards_ends_on_sigterm() {
     assert!(within_timeout(child.process.wait()).await.unwrap().success());
 }
 
-#[tokio::test]
-async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears_of_it() {
-    let fixture = HubFixture::open(1, WsHubConfig::default()).await;
+on_each_transport!(a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears_of_it);
+async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears_of_it(transport: Transport) {
+    let fixture = HubFixture::open(transport, 1, WsHubConfig::default()).await;
     let (mut peer, _) = fixture.connect().await;
     for code in [0, 1005, 1006, 5000].map(CloseCode) {
         let error = within_timeout(fixture.engine.shutdown_with(Shutdown { code, ..at_once(LONG) }))
@@ -367,7 +430,7 @@ async fn a_shutdown_with_a_code_that_may_not_be_sent_is_refused_and_nobody_hears
 }
 
 /// What is told to a client whose hub's runtime was shut down, when it says something or is waiting for an answer.
-async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
+async fn told_without_a_runtime(transport: Transport, waits: bool) -> Option<(u16, String)> {
     struct Pending;
     impl WsHub for Pending {
         type Codec = RawCodec;
@@ -387,10 +450,12 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
     let address = runtime.spawn(async move {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(async move { axum::serve(listener, app).await });
+        tokio::spawn(transport.serve(listener, app, std::future::pending()));
         address
     });
-    let mut peer = Client::connect(format!("ws://{}/ws", within_timeout(address).await.unwrap())).await;
+    let mut peer =
+        Client::connect(format!("{}://{}/ws", transport.scheme(), within_timeout(address).await.unwrap()))
+            .await;
     // A client is among all when `on_connected` has returned, which takes some time on a runtime.
     while within_timeout(hub.to_all().deliver(&"welcome".to_owned())).await.unwrap().recipients == 0 {
         tokio::task::yield_now().await;
@@ -410,16 +475,16 @@ async fn told_without_a_runtime(waits: bool) -> Option<(u16, String)> {
     close
 }
 
-#[tokio::test]
-async fn a_client_whose_hub_has_lost_its_runtime_is_told_1011() {
+on_each_transport!(a_client_whose_hub_has_lost_its_runtime_is_told_1011);
+async fn a_client_whose_hub_has_lost_its_runtime_is_told_1011(transport: Transport) {
     for waits in [false, true] {
-        let told = told_without_a_runtime(waits).await;
+        let told = told_without_a_runtime(transport, waits).await;
         assert_eq!(told, Some((1011, "the server's runtime has ended".to_owned())), "waits: {waits}");
     }
 }
 
-#[tokio::test]
-async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() {
+on_each_transport!(within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns);
+async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns(transport: Transport) {
     let engine = engine(2);
     let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -432,11 +497,11 @@ async fn within_axums_graceful_shutdown_it_ends_the_clients_and_serve_returns() 
             stopped.await.unwrap();
             tell.send(ending.shutdown(Duration::from_secs(4)).await).unwrap();
         };
-        axum::serve(listener, app).with_graceful_shutdown(signal).await.unwrap();
+        transport.serve(listener, app, signal).await;
     });
     let mut readers = Vec::new();
     for _ in 0..5 {
-        readers.push(reads_to_the_end(connect(&format!("ws://{address}/ws")).await.0));
+        readers.push(reads_to_the_end(connect(&format!("{}://{address}/ws", transport.scheme())).await.0));
     }
     hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     stop.send(()).unwrap();
@@ -487,6 +552,7 @@ async fn talk(
     }
 }
 
+// Over TCP alone: the program has no TLS, and the same without a process is tested above over both.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fanout_ends_in_order_on_sigterm_with_a_report_and_all_that_was_accepted_arrives() {
     const CLIENTS: usize = 50;

@@ -1,4 +1,4 @@
-//! Slow, dead and hostile peers over real sockets: what they get, what the hub is told, what the others notice.
+//! Slow, dead and hostile peers over real sockets, plain and TLS: what they get, what the hub is told, what the others notice.
 //!
 //! Each policy is shown on a peer that has stopped reading and on one that reads in sips. What time has to do with it
 //! is decided in `engine/tests/slow_clients.rs`, where time can be driven; here a time only has to pass, never in time.
@@ -22,8 +22,8 @@ use testkit::sender::DROP_AT_ONCE;
 use testkit::time::{DAY, ms};
 use testkit_hub::recording_hub::{number_of, numbered};
 use testkit_hub::{
-    Client, CommandHub, HubFixture, OnRuntime, RawClient, Server, TEST_TIMEOUT, command_app, connect, engine,
-    eventually, within_timeout,
+    Client, CommandHub, HubFixture, OnRuntime, RawClient, Server, TEST_TIMEOUT, Transport, command_app,
+    connect, engine, eventually, on_each_transport, within_timeout,
 };
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, Semaphore};
@@ -53,10 +53,10 @@ fn beating(policy: BroadcastPolicy) -> WsHubConfig {
 
 /// A slow peer and three that read, on two shards; each message reaches the three before the next is sent. The slow one
 /// reads at most `bytes` bytes from its kernel for each message. In the end it reads everything that is left.
-async fn a_slow_peer_among_others(policy: BroadcastPolicy, bytes: usize) {
+async fn a_slow_peer_among_others(transport: Transport, policy: BroadcastPolicy, bytes: usize) {
     const ROUNDS: usize = 120;
     const OTHERS: usize = 3;
-    let mut fixture = HubFixture::open(2, narrow(policy)).await;
+    let mut fixture = HubFixture::open(transport, 2, narrow(policy)).await;
     let (mut slow, slow_id) = fixture.connect_raw().await;
     let mut others = Vec::new();
     for _ in 0..OTHERS {
@@ -150,41 +150,54 @@ async fn all_hear(peers: &mut [Client], text: &str) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_block_who_reads_gets_all_at_once_and_a_stalled_peer_all_in_the_end() {
-    a_slow_peer_among_others(BroadcastPolicy::Block, 0).await;
+on_each_transport!(workers = 2, under_block_who_reads_gets_all_at_once_and_a_stalled_peer_all_in_the_end);
+async fn under_block_who_reads_gets_all_at_once_and_a_stalled_peer_all_in_the_end(transport: Transport) {
+    a_slow_peer_among_others(transport, BroadcastPolicy::Block, 0).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_drop_message_who_reads_gets_all_and_each_loss_of_a_stalled_peer_is_told() {
-    a_slow_peer_among_others(DROP, 0).await;
-    a_slow_peer_among_others(DROP_AT_ONCE, 0).await;
+on_each_transport!(
+    workers = 2,
+    under_drop_message_who_reads_gets_all_and_each_loss_of_a_stalled_peer_is_told
+);
+async fn under_drop_message_who_reads_gets_all_and_each_loss_of_a_stalled_peer_is_told(transport: Transport) {
+    a_slow_peer_among_others(transport, DROP, 0).await;
+    a_slow_peer_among_others(transport, DROP_AT_ONCE, 0).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_drop_connection_who_reads_gets_all_and_each_loss_of_a_stalled_peer_is_told() {
-    a_slow_peer_among_others(DROP_LONG, 0).await;
+on_each_transport!(
+    workers = 2,
+    under_drop_connection_who_reads_gets_all_and_each_loss_of_a_stalled_peer_is_told
+);
+async fn under_drop_connection_who_reads_gets_all_and_each_loss_of_a_stalled_peer_is_told(
+    transport: Transport,
+) {
+    a_slow_peer_among_others(transport, DROP_LONG, 0).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_drop_on_high_rtt_who_reads_gets_all_at_once_and_a_stalled_peer_all_in_the_end() {
-    a_slow_peer_among_others(HIGH_RTT, 0).await;
+on_each_transport!(
+    workers = 2,
+    under_drop_on_high_rtt_who_reads_gets_all_at_once_and_a_stalled_peer_all_in_the_end
+);
+async fn under_drop_on_high_rtt_who_reads_gets_all_at_once_and_a_stalled_peer_all_in_the_end(
+    transport: Transport,
+) {
+    a_slow_peer_among_others(transport, HIGH_RTT, 0).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_peer_that_reads_in_sips_gets_whole_frames_in_order_under_each_policy() {
+on_each_transport!(workers = 2, a_peer_that_reads_in_sips_gets_whole_frames_in_order_under_each_policy);
+async fn a_peer_that_reads_in_sips_gets_whole_frames_in_order_under_each_policy(transport: Transport) {
     // Odd, so that it stops in the middle of frames and of headers.
     for policy in [BroadcastPolicy::Block, DROP, DROP_AT_ONCE, DROP_LONG, HIGH_RTT] {
-        a_slow_peer_among_others(policy, 701).await;
+        a_slow_peer_among_others(transport, policy, 701).await;
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody_else() {
+on_each_transport!(workers = 2, under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody_else);
+async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody_else(transport: Transport) {
     const MAX_DROPS: u32 = 5;
     for timeout in [Duration::ZERO, ms(1)] {
         let policy = BroadcastPolicy::DropConnection { timeout, max_drops: MAX_DROPS };
-        let mut fixture = HubFixture::open(2, narrow(policy)).await;
+        let mut fixture = HubFixture::open(transport, 2, narrow(policy)).await;
         let (mut stalled, stalled_id) = fixture.connect_raw().await;
         let (mut other, other_id) = fixture.connect().await;
         for id in [stalled_id, other_id] {
@@ -230,9 +243,14 @@ async fn under_drop_connection_too_many_drops_end_a_stalled_peer_once_and_nobody
 
 // ---- round trips and silence
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_answers_is_not() {
-    let mut fixture = HubFixture::open(1, beating(HIGH_RTT)).await;
+on_each_transport!(
+    workers = 2,
+    under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_answers_is_not
+);
+async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_answers_is_not(
+    transport: Transport,
+) {
+    let mut fixture = HubFixture::open(transport, 1, beating(HIGH_RTT)).await;
     let (mut prompt, prompt_id) = fixture.connect_raw().await;
     let (mut late, late_id) = fixture.connect_raw().await;
     let nonce = prompt.is_pinged().await;
@@ -253,22 +271,23 @@ async fn under_drop_on_high_rtt_a_peer_that_answers_late_is_ended_and_one_that_a
 }
 
 /// A hub whose peers must answer within_timeout, and a neighbour of theirs on the same shard, at another hub that is patient.
-async fn impatient(pong_timeout: Duration) -> (HubFixture, Server, Client) {
+async fn impatient(transport: Transport, pong_timeout: Duration) -> (HubFixture, Server, Client) {
     let config = WsHubConfig {
         pong_timeout,
         close_timeout: ms(100),
         outbox_frames: OUTBOX_FRAMES,
         ..beating(BroadcastPolicy::Block)
     };
-    let fixture = HubFixture::open(1, config).await;
-    let neighbours = Server::start(command_app(fixture.engine.hub(WsHubConfig::default()).unwrap())).await;
+    let fixture = HubFixture::open(transport, 1, config).await;
+    let neighbours =
+        Server::start_over(transport, command_app(fixture.engine.hub(WsHubConfig::default()).unwrap())).await;
     let (neighbour, _) = connect(&neighbours.url("/ws")).await;
     (fixture, neighbours, neighbour)
 }
 
-#[tokio::test]
-async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
-    let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
+on_each_transport!(a_peer_that_has_fallen_silent_is_noticed_and_told_1011);
+async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011(transport: Transport) {
+    let (mut fixture, _neighbours, mut neighbour) = impatient(transport, ms(100)).await;
     let (mut silent, id) = fixture.connect_raw().await;
     assert_eq!(fixture.ended().await, (id, CloseReason::PongTimeout));
     assert_eq!((fixture.hub.len(), fixture.hub.group_count()), (0, 0));
@@ -284,9 +303,9 @@ async fn a_peer_that_has_fallen_silent_is_noticed_and_told_1011() {
     assert_eq!(fixture.others_ended(), []);
 }
 
-#[tokio::test]
-async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy() {
-    let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
+on_each_transport!(a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy);
+async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy(transport: Transport) {
+    let (mut fixture, _neighbours, mut neighbour) = impatient(transport, ms(100)).await;
     let (mut silent, id) = fixture.connect_raw().await;
     silent.send(&client_text("wait")).await;
     // It leaves the hub, though its handler is still at it and is told later.
@@ -302,9 +321,9 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_handler_is_busy()
     assert_eq!(fixture.others_ended(), []);
 }
 
-#[tokio::test]
-async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() {
-    let (mut fixture, _neighbours, mut neighbour) = impatient(ms(100)).await;
+on_each_transport!(a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full);
+async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full(transport: Transport) {
+    let (mut fixture, _neighbours, mut neighbour) = impatient(transport, ms(100)).await;
     let (_silent, id) = fixture.connect_raw().await;
     for round in 0..60 {
         fixture.hub.to_all().try_publish(&numbered(round, MESSAGE_BYTES)).unwrap();
@@ -332,8 +351,8 @@ async fn a_peer_that_has_fallen_silent_is_noticed_although_its_outbox_is_full() 
     assert_eq!(fixture.others_ended(), []);
 }
 
-#[tokio::test]
-async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on() {
+on_each_transport!(a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on);
+async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(transport: Transport) {
     let config = WsHubConfig {
         outbox_frames: 1,
         outbox_bytes: 1024,
@@ -341,16 +360,16 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
         pong_timeout: ms(1000),
         ..WsHubConfig::default()
     };
-    let mut fixture = HubFixture::open(1, config).await;
+    let mut fixture = HubFixture::open(transport, 1, config).await;
     // Its pings are answered where nobody listens to it meanwhile.
     let (mut neighbour, _) = fixture.connect().await;
-    let (flooder, id) = fixture.connect_raw().await;
+    let (mut flooder, id) = fixture.connect_raw().await;
     let flood = client_text(&format!("all {}", "x".repeat(1000))).repeat(100);
     let flooding = tokio::spawn(async move {
         let mut at = 0;
         loop {
             // Whatever it sends, and for as long as it is taken.
-            match flooder.stream.try_write(&flood[at..]) {
+            match flooder.stream.try_send(&flood[at..]) {
                 Ok(count) => at = (at + count) % flood.len(),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => tokio::time::sleep(ms(5)).await,
                 Err(_) => return,
@@ -372,10 +391,10 @@ async fn a_peer_that_sends_and_never_reads_is_given_up_and_its_neighbours_go_on(
     listening.abort();
 }
 
-#[tokio::test]
-async fn pongs_that_answer_nothing_keep_no_peer_alive() {
+on_each_transport!(pongs_that_answer_nothing_keep_no_peer_alive);
+async fn pongs_that_answer_nothing_keep_no_peer_alive(transport: Transport) {
     // Such that no pause of a busy machine is as long: it is the wrong words that must not count.
-    let (mut fixture, _neighbours, _neighbour) = impatient(ms(1000)).await;
+    let (mut fixture, _neighbours, _neighbour) = impatient(transport, ms(1000)).await;
     let (mut liar, id) = fixture.connect_raw().await;
     let mut nonce = liar.is_pinged().await;
     nonce[0] ^= 1;
@@ -383,7 +402,7 @@ async fn pongs_that_answer_nothing_keep_no_peer_alive() {
     let began = Instant::now();
     while fixture.hub.len() == 1 {
         for payload in [&nonce[..], b"", &[0; 8], &[0xff; 8], &nonce[..7]] {
-            let _ = liar.stream.try_write(&client_frame(FIN | PONG, payload)); // its end may have come
+            let _ = liar.stream.try_send(&client_frame(FIN | PONG, payload)); // its end may have come
         }
         assert!(began.elapsed() < TEST_TIMEOUT, "it lives on lies");
         tokio::time::sleep(ms(50)).await;
@@ -392,9 +411,9 @@ async fn pongs_that_answer_nothing_keep_no_peer_alive() {
     assert_eq!(liar.close_code().await, Some(1011));
 }
 
-#[tokio::test]
-async fn pongs_that_answer_nothing_count_for_no_round_trip() {
-    let fixture = HubFixture::open(1, beating(BroadcastPolicy::Block)).await;
+on_each_transport!(pongs_that_answer_nothing_count_for_no_round_trip);
+async fn pongs_that_answer_nothing_count_for_no_round_trip(transport: Transport) {
+    let fixture = HubFixture::open(transport, 1, beating(BroadcastPolicy::Block)).await;
     let (mut raw, id) = fixture.connect_raw().await;
     let echo = async |raw: &mut RawClient| {
         raw.send(&client_text("so far")).await;
@@ -432,11 +451,11 @@ fn until_number(mut peer: Client, last: usize) -> JoinHandle<(Vec<usize>, Client
     })
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobody() {
+on_each_transport!(workers = 2, peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobody);
+async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobody(transport: Transport) {
     const RUDE: usize = 8;
     const LAST: usize = usize::MAX;
-    let mut fixture = HubFixture::open(2, WsHubConfig::default()).await;
+    let mut fixture = HubFixture::open(transport, 2, WsHubConfig::default()).await;
     let mut readers = Vec::new();
     for _ in 0..4 {
         let (peer, id) = fixture.connect().await;
@@ -489,15 +508,15 @@ async fn peers_that_reset_in_the_middle_of_a_broadcast_end_once_and_disturb_nobo
 
 // ---- floods
 
-#[tokio::test]
-async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
+on_each_transport!(a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008);
+async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008(transport: Transport) {
     const LIMIT: usize = 20;
     let config = WsHubConfig {
         control_frames_per_second: LIMIT as u16,
         heartbeat_interval: None,
         ..WsHubConfig::default()
     };
-    let mut fixture = HubFixture::open(1, config).await;
+    let mut fixture = HubFixture::open(transport, 1, config).await;
     let (mut other, _) = fixture.connect().await;
     let (mut modest, _) = fixture.connect_raw().await;
     modest.send(&client_frame(FIN | PING, b"ping").repeat(LIMIT)).await;
@@ -522,21 +541,22 @@ async fn a_flood_of_pings_is_answered_up_to_the_limit_and_ends_with_1008() {
     assert_eq!(fixture.others_ended(), []);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is_busy() {
+on_each_transport!(workers = 2, a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is_busy);
+async fn a_flood_of_messages_waits_in_the_floods_own_kernel_while_its_handler_is_busy(transport: Transport) {
     const ATTEMPTS_IN_VAIN: usize = 50;
     let mut fixture =
-        HubFixture::open(1, WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() }).await;
+        HubFixture::open(transport, 1, WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() })
+            .await;
     let (mut other, _) = fixture.connect().await;
-    let mut flooder = RawClient::connect(fixture.server.address).await;
+    let mut flooder = RawClient::connect(&fixture.server).await;
     let id: ConnectionId = flooder.recv_text().await.parse().unwrap();
-    SockRef::from(&flooder.stream).set_send_buffer_size(16 << 10).unwrap();
+    SockRef::from(flooder.stream.tcp()).set_send_buffer_size(16 << 10).unwrap();
     flooder.send(&client_text("wait")).await;
     // Until nothing more goes out, although its shard has had turn after turn, as the other one shows.
     let batch = client_text("me 12345678").repeat(1000);
     let (mut sent, mut in_vain) = (0, 0);
     while in_vain < ATTEMPTS_IN_VAIN {
-        match flooder.stream.try_write(&batch[sent % batch.len()..]) {
+        match flooder.stream.try_send(&batch[sent % batch.len()..]) {
             Ok(count) => (sent, in_vain) = (sent + count, 0),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 in_vain += 1;
@@ -608,15 +628,19 @@ impl WsHub for Teller {
     }
 }
 
-#[tokio::test]
-async fn however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_meanwhile() {
-    others_have_their_turn_between_drops::<Teller>().await;
-    others_have_their_turn_between_drops::<OnRuntime<Teller>>().await;
+on_each_transport!(however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_meanwhile);
+async fn however_many_drops_a_hub_is_told_of_the_shard_s_others_have_their_turn_meanwhile(
+    transport: Transport,
+) {
+    others_have_their_turn_between_drops::<Teller>(transport).await;
+    others_have_their_turn_between_drops::<OnRuntime<Teller>>(transport).await;
 }
 
 async fn others_have_their_turn_between_drops<
     H: WsHub<Codec = RawCodec, InMessage = String, OutMessage = String> + From<Teller>,
->() {
+>(
+    transport: Transport,
+) {
     const DROPS: u64 = 10_000;
     let engine = engine(1);
     let hub = engine.hub::<H>(narrow(DROP_AT_ONCE)).unwrap();
@@ -630,9 +654,9 @@ async fn others_have_their_turn_between_drops<
         let (hub, told) = (hub.clone(), told.clone());
         any(async move |ws: WebSocketUpgrade| ws.serve(&hub, Teller(told.clone())))
     };
-    let server = Server::start(Router::new().route("/ws", route)).await;
+    let server = Server::start_over(transport, Router::new().route("/ws", route)).await;
     let (mut watcher, _) = connect(&server.url("/ws")).await;
-    let mut stalled = RawClient::connect_narrow(server.address).await;
+    let mut stalled = RawClient::connect_narrow(&server).await;
     let id: ConnectionId = stalled.recv_text().await.parse().unwrap();
     // It is told of no drop until its method is over.
     stalled.send(&client_text("wait")).await;
@@ -682,8 +706,10 @@ impl WsHub for DropRecorder {
     }
 }
 
-#[tokio::test]
-async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_returned() {
+on_each_transport!(a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_returned);
+async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_returned(
+    transport: Transport,
+) {
     let hub = engine(1).hub::<DropRecorder>(narrow(DROP_AT_ONCE)).unwrap();
     let (dropped, mut told) = unbounded_channel();
     let permits = Arc::new(Semaphore::new(0));
@@ -692,8 +718,8 @@ async fn a_hub_is_told_what_was_dropped_by_cause_and_group_when_its_method_has_r
         let instance = move || DropRecorder { dropped: dropped.clone(), permits: permits.clone() };
         any(async move |ws: WebSocketUpgrade| ws.serve(&hub, instance()))
     };
-    let server = Server::start(Router::new().route("/ws", route)).await;
-    let mut stalled = RawClient::connect_narrow(server.address).await;
+    let server = Server::start_over(transport, Router::new().route("/ws", route)).await;
+    let mut stalled = RawClient::connect_narrow(&server).await;
     let id: ConnectionId = stalled.recv_text().await.parse().unwrap();
     stalled.send(&client_text("wait")).await;
     assert_eq!(stalled.recv_text().await, "waiting");

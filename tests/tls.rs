@@ -2,7 +2,7 @@
 //!
 //! Real clients of rustls over real sockets, which do what a browser does not: they end the session without ending the
 //! stream and the other way round, change keys, break records, say nothing. That hubs work over TLS as they do without is
-//! in `tls_and_http2.rs`.
+//! in the suites that take a `Transport`, and in `tls_and_http2.rs`.
 #![cfg(feature = "tls")]
 #![allow(clippy::unwrap_used, reason = "a test")]
 

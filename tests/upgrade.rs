@@ -1,5 +1,7 @@
 //! The handshake as a client sees it: what is refused with which status and reason, and what is a page view.
 //! Raw requests over real sockets, because an HTTP client would not send most of them.
+//! Over TCP alone, because what is refused is read in a request that HTTP has taken apart; that a handshake is refused over
+//! TLS, too, is in `bad_input.rs` and `refusals.rs`.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 

@@ -253,7 +253,7 @@ async fn a_split_socket_reads_and_writes_in_two_tasks() {
 #[tokio::test]
 async fn a_task_that_reads_nothing_makes_its_client_wait() {
     let (mut socket, client, _server, _engine) = socket().await;
-    let (reader, mut writer) = client.stream.into_split();
+    let (reader, mut writer) = client.stream.into_tcp().into_split();
     let sent = Arc::new(Mutex::new(0_usize));
     let counted = sent.clone();
     let writing = tokio::spawn(async move {

@@ -50,7 +50,8 @@ pub struct EngineConfig {
     /// of two. Default: 4096. At the limit publishers wait for the slowest shard.
     pub log_capacity: usize,
     /// Commands (adoptions, unicasts, joins, leaves, closes) that one shard's mailbox holds: 1 to 1,048,576.
-    /// Default: 4096. At the limit their senders wait for the shard.
+    /// Default: 4096. At the limit their senders wait for the shard. What the shard's own handlers send to it during
+    /// their calls does not count, up to 128 commands.
     pub mailbox_capacity: usize,
     /// Publishers that may wait for room in the log, and in each mailbox: 1 to 16,777,216. Default: 65,536.
     /// At the limit a publisher gets the error `Overloaded` instead of waiting.

@@ -14,6 +14,7 @@
 //! An open connection is first *opening*, until its handler's `on_open` is done. Until then it gets only what
 //! is sent to it alone or to groups that the handler has joined.
 
+use std::hint::black_box;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::Poll;
@@ -345,6 +346,24 @@ impl Connection {
     /// What its heartbeat requires now.
     pub(crate) fn beat(&mut self, now: Duration, listened: Duration, nonce: impl FnOnce() -> u64) -> Beat {
         self.heartbeat.beat(now, listened, &self.config, nonce)
+    }
+
+    /// Reads a little of what a message needs here, see [`Handler::prefetch`].
+    pub(crate) fn prefetch(&self) {
+        black_box((
+            self.socket.is_some(),
+            self.heartbeat.awaits_answer(),
+            self.decoder.heap_bytes(),
+            self.id,
+        ));
+        black_box((self.outbox.queued(), self.held.is_some(), self.counts.received, self.phase));
+    }
+
+    /// Does the same for its handler.
+    pub(crate) fn prefetch_handler(&self) {
+        if let Some(handler) = &self.handler {
+            handler.prefetch();
+        }
     }
 
     /// Its counters so far.

@@ -4,8 +4,9 @@
 //! is full, the caller gets the value back. Knows the log, the mailboxes and the directory. Does not know
 //! sockets or connections, nor how publishers wait.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::hash::{BuildHasher, RandomState};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,9 @@ use crate::directory::{Directory, Group};
 use crate::entry::{Entry, Target};
 use crate::handler::ResumeQueue;
 use crate::id::ConnectionId;
+use crate::local_queue::LocalQueue;
 use crate::log::Log;
-use crate::mailbox::Mailbox;
+use crate::mailbox::{Mailbox, Stamped};
 use crate::metrics::PublishedMetrics;
 use crate::position::Position;
 use crate::rendition::Encodings;
@@ -36,6 +38,31 @@ thread_local! {
     /// compares it before and after a handler's call to see whether the handler sent something; what other
     /// threads send meanwhile does not count.
     static SENT: Cell<u64> = const { Cell::new(0) };
+
+    /// The shard whose turn this thread is running.
+    static RUNNING: RefCell<Option<Running>> = const { RefCell::new(None) };
+}
+
+#[derive(Debug)]
+struct Running {
+    /// Only compared.
+    core: *const EngineCore,
+    shard: usize,
+    queue: Rc<LocalQueue<Command>>,
+}
+
+/// A turn of a shard, until this is dropped: commands that its thread sends to it go into its local queue.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct Turn {
+    /// That of a turn in which this one takes place, as a handler may drive another engine.
+    outer: Option<Running>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        RUNNING.set(self.outer.take());
+    }
 }
 
 /// Grows by one with each publication or command that the calling thread tries to send.
@@ -186,12 +213,36 @@ impl EngineCore {
         }
     }
 
-    /// Puts a command into a shard's mailbox. It is executed after everything that was published before this
-    /// call. Returns a position that the command precedes.
+    /// A turn of this shard begins on this thread.
+    pub(crate) fn begin_turn(&self, shard: usize, queue: &Rc<LocalQueue<Command>>) -> Turn {
+        Turn { outer: RUNNING.replace(Some(Running { core: self, shard, queue: queue.clone() })) }
+    }
+
+    /// The shard's local queue, if this thread is running the shard's turn.
+    fn local_queue(&self, shard: usize) -> Option<Rc<LocalQueue<Command>>> {
+        let queue = |running: &RefCell<Option<Running>>| {
+            let running = running.borrow();
+            let here =
+                running.as_ref().filter(|here| here.shard == shard && std::ptr::eq(here.core, self))?;
+            Some(here.queue.clone())
+        };
+        // An application may send while its thread ends, when the thread's own values are gone.
+        RUNNING.try_with(queue).ok().flatten()
+    }
+
+    /// Puts a command into a shard's mailbox, or into its local queue. It is executed after everything that was
+    /// published before this call. Returns a position that the command precedes.
     pub(crate) fn try_command(&self, shard: usize, command: Command) -> Result<Position, Refused<Command>> {
         SENT.set(SENT.get() + 1);
         let Some(mailbox) = self.mailboxes.get(shard) else { return Err(Refused::Closed(command)) };
-        mailbox.push(self.log.tail(), command)?;
+        let after = self.log.tail(); // before the command gets its place, see `local_queue.rs`
+        match self.local_queue(shard).filter(|queue| !queue.is_full()) {
+            Some(queue) => {
+                queue.push(Stamped { after, command }, mailbox.len());
+                mailbox.tell_local(queue.len());
+            }
+            None => mailbox.push(after, command)?,
+        }
         // Read again: a shard may run some of what was published meanwhile before it takes the command.
         Ok(self.tail())
     }

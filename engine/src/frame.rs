@@ -5,6 +5,7 @@
 //! or close: at most 127 bytes, on the stack, owned by the connection that sends it. [`Header`] is the beginning
 //! of a client's frame, and [`FrameError`] a fault of such a frame. Does not know sockets, or earlier frames.
 
+use std::cell::Cell;
 use std::fmt;
 
 use bytes::{Buf, Bytes};
@@ -31,6 +32,14 @@ const SERVER_HEADER_BYTES_MAX: usize = 10;
 /// The longest frame that is moved into a buffer of its own size when it has been built, in bytes. With spare
 /// room it would need a second allocation that records the room, which costs more than a short copy.
 const COPIED_BYTES_MAX: usize = 1024;
+
+/// The largest buffer that a thread keeps for the next frame, in bytes.
+const KEPT_BYTES_MAX: usize = 4 * COPIED_BYTES_MAX;
+
+thread_local! {
+    /// Where short frames are built.
+    static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
 
 /// Whether a message is text (valid UTF-8) or plain bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -278,8 +287,11 @@ impl Frame {
     ) -> Result<Self, E> {
         // The header's length depends on the payload's, so room for the longest is kept in front, and the
         // header ends where the payload begins.
-        let mut buffer = Vec::with_capacity(SERVER_HEADER_BYTES_MAX.saturating_add(payload_bytes_hint));
-        buffer.resize(SERVER_HEADER_BYTES_MAX, 0);
+        // A thread that ends may still build frames when its buffer is gone.
+        let mut buffer = BUFFER.try_with(Cell::take).unwrap_or_default();
+        buffer.clear();
+        buffer.reserve(SERVER_HEADER_BYTES_MAX.saturating_add(payload_bytes_hint));
+        buffer.extend_from_slice(&[0; SERVER_HEADER_BYTES_MAX]);
         let kind = write(&mut buffer)?;
         assert!(buffer.len() >= SERVER_HEADER_BYTES_MAX, "`write` may only append to the frame's buffer");
 
@@ -288,7 +300,11 @@ impl Frame {
         buffer[start..SERVER_HEADER_BYTES_MAX].copy_from_slice(&header[..header_bytes]);
 
         if buffer.len() <= COPIED_BYTES_MAX {
-            return Ok(Self { bytes: Bytes::copy_from_slice(&buffer[start..]) });
+            let bytes = Bytes::copy_from_slice(&buffer[start..]);
+            if buffer.capacity() <= KEPT_BYTES_MAX {
+                let _ = BUFFER.try_with(|kept| kept.set(buffer));
+            }
+            return Ok(Self { bytes });
         }
         // Outboxes count a frame by its length; a bad guess must not make it cost more than twice that.
         if buffer.capacity() > 2 * buffer.len() {

@@ -35,6 +35,11 @@ pub trait Handler {
         Poll::Ready(())
     }
 
+    /// Messages may have arrived for several handlers, this one among them. Called before any of them gets its own, for
+    /// a handler that reads something of each piece of memory that it will need, as a hint to the CPU: it then fetches
+    /// the memory of all of them at the same time, and not of one after the other. Must have no effect.
+    fn prefetch(&self) {}
+
     /// A whole message has arrived. A text message's payload is valid UTF-8.
     fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()>;
 

@@ -107,6 +107,7 @@ mod heartbeat;
 mod held;
 mod id;
 mod limiter;
+mod local_queue;
 mod log;
 mod mailbox;
 mod mask;

@@ -11,12 +11,12 @@
 //! system call and happens at most once per sleep.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 
 use crossbeam_utils::CachePadded;
 
 use crate::id::ConnectionId;
-use crate::sync::plain::AtomicU64;
+use crate::sync::plain::{AtomicU64, AtomicUsize};
 use crate::sync::{ArrayQueue, AtomicBool, SegQueue, fence};
 use crate::wait_list::{Refused, WaitList};
 
@@ -49,10 +49,18 @@ pub(crate) struct Mailbox<C, B> {
     internal: SegQueue<C>,
     asleep: CachePadded<AtomicBool>,
     closed: AtomicBool,
-    /// Bytes of the frames that are queued here or about to be pushed.
-    bytes: CachePadded<AtomicU64>,
+    in_flight: CachePadded<InFlight>,
     poll_waker: B,
     pub(crate) waiting: WaitList,
+}
+
+/// What is on its way to the shard's outboxes.
+#[derive(Debug, Default)]
+struct InFlight {
+    /// Bytes of the frames that are queued here or in the shard's local queue, or about to be.
+    bytes: AtomicU64,
+    /// Commands in the local queue. Written by the shard alone.
+    local: AtomicUsize,
 }
 
 /// Whether the resume of one connection is queued, so that it is queued once.
@@ -85,7 +93,7 @@ impl<C, B: Wake> Mailbox<C, B> {
             internal: SegQueue::new(),
             asleep: CachePadded::new(AtomicBool::new(false)),
             closed: AtomicBool::new(false),
-            bytes: CachePadded::new(AtomicU64::new(0)),
+            in_flight: CachePadded::default(),
             poll_waker,
             waiting: WaitList::new(waiting_max),
         }
@@ -94,12 +102,23 @@ impl<C, B: Wake> Mailbox<C, B> {
     /// Announces a frame of this many bytes, and returns the sum including it (never too low). Undone by
     /// `release` if the frame is not pushed, or when its outbox has accepted it.
     pub(crate) fn reserve(&self, bytes: u64) -> u64 {
-        self.bytes.fetch_add(bytes, AcqRel) + bytes // pairs with `release`; of two callers, one sees the other
+        self.in_flight.bytes.fetch_add(bytes, AcqRel) + bytes // pairs with `release`; of two callers, one sees the other
     }
 
     /// These bytes have left the mailbox, and outboxes that they have congested are counted as such.
     pub(crate) fn release(&self, bytes: u64) {
-        self.bytes.fetch_sub(bytes, AcqRel); // pairs with `reserve`
+        self.in_flight.bytes.fetch_sub(bytes, AcqRel); // pairs with `reserve`
+    }
+
+    /// The shard's local queue holds so many commands.
+    pub(crate) fn tell_local(&self, commands: usize) {
+        self.in_flight.local.store(commands, Release); // pairs with `commands_in_flight`
+    }
+
+    /// Commands that are queued here or in the shard's local queue.
+    pub(crate) fn commands_in_flight(&self) -> usize {
+        // Acquire: congestion that was counted before a command left the local queue is visible now.
+        self.len() + self.in_flight.local.load(Acquire)
     }
 
     pub(crate) fn push(&self, after: u64, command: C) -> Result<(), Refused<C>> {

@@ -52,6 +52,14 @@ impl Chunk {
         Self { bytes, ends, retained: retained.clone() }
     }
 
+    /// Puts one frame in the place of what it held.
+    fn refill(&mut self, frame: Bytes) {
+        self.retained.0.set(self.retained.0.get() - self.bytes.len() + frame.len());
+        self.ends.clear();
+        self.ends.push(frame.len() as u32);
+        self.bytes = frame;
+    }
+
     pub(crate) fn joined<'a>(
         frames: impl Iterator<Item = &'a [u8]>,
         bytes: usize,
@@ -492,9 +500,12 @@ impl<T> Outbox<T> {
 
     /// `count` bytes of data were written; returns how many frames that completed.
     #[inline]
-    pub(crate) fn wrote(&mut self, count: usize, bounds: &Bounds) -> u32 {
+    pub(crate) fn wrote(&mut self, count: usize, bounds: &Bounds, spares: &mut Spares) -> u32 {
         if self.more.is_none() && count == self.bytes {
-            (self.front, self.bytes) = (None, 0);
+            if let Some(front) = self.front.take() {
+                spares.keep(front.chunk);
+            }
+            self.bytes = 0;
             return std::mem::take(&mut self.frames);
         }
         self.wrote_some(count, bounds)
@@ -602,11 +613,44 @@ fn control_frame_end(control: &[u8], position: usize) -> usize {
     end
 }
 
+/// Chunks of one frame whose last connection has written it, for the next ones. Of the replies to what was read
+/// together, all are made before the first is written, and that many exceed what allocators keep at hand.
+#[derive(Debug, Default)]
+pub(crate) struct Spares(Vec<Rc<Chunk>>);
+
+/// Some 100 bytes each.
+const SPARES_MAX: usize = 64;
+
+impl Spares {
+    /// A chunk of this frame alone.
+    pub(crate) fn single(&mut self, frame: Bytes, retained: &Retained) -> Rc<Chunk> {
+        if let Some(mut chunk) = self.0.pop()
+            && let Some(spare) = Rc::get_mut(&mut chunk)
+        {
+            spare.refill(frame);
+            return chunk;
+        }
+        Rc::new(Chunk::single(frame, retained))
+    }
+
+    #[inline]
+    fn keep(&mut self, mut chunk: Rc<Chunk>) {
+        if let Some(spare) = Rc::get_mut(&mut chunk)
+            && spare.frames() == 1
+            && self.0.len() < SPARES_MAX
+        {
+            spare.refill(Bytes::new());
+            self.0.push(chunk);
+        }
+    }
+}
+
 /// The last segments that were gathered into one buffer, for the next connection with the same segments.
 #[derive(Debug, Default)]
 pub(crate) struct Gather {
     segments: Vec<Segment>,
     bytes: Vec<u8>,
+    pub(crate) spares: Spares,
 }
 
 impl Gather {
@@ -704,6 +748,15 @@ mod tests {
         }
     }
 
+    impl<T> Outbox<T> {
+        fn next_bytes(&self) -> &[u8] {
+            match self.next() {
+                Next::Data(bytes) => bytes,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
     /// Writes once, at most `bytes`, as a connection does; false if there was nothing to write.
     fn write<T>(outbox: &mut Outbox<T>, gather: &mut Gather, peer: &mut Peer, bytes: usize) -> bool {
         let before = peer.data.len();
@@ -718,7 +771,7 @@ mod tests {
         if is_control {
             outbox.wrote_control(count);
         } else {
-            assert_eq!(outbox.wrote(count, &BOUNDS) as usize, peer.data.len() - before);
+            assert_eq!(outbox.wrote(count, &BOUNDS, &mut gather.spares) as usize, peer.data.len() - before);
         }
         true
     }
@@ -750,6 +803,7 @@ mod tests {
             steps in prop::collection::vec(step(), 1..60)
         ) {
             let (mut outbox, mut gather, mut peer) = (Outbox::new(), Gather::default(), Peer::default());
+            let retained = Retained::default();
             // For each pending frame its number, its length, and its offer.
             let mut pending: VecDeque<(u32, usize, usize)> = VecDeque::new();
             let mut tickets: Vec<Rc<()>> = Vec::new();
@@ -765,7 +819,11 @@ mod tests {
                         offered += frames.len() as u32;
                         let ticket = Rc::new(());
                         tickets.push(ticket.clone());
-                        let (chunk, was_empty) = (chunk(&frames), outbox.is_empty());
+                        let chunk = match &frames[..] {
+                            [frame] => gather.spares.single(frame.clone().into(), &retained),
+                            frames => chunk(frames),
+                        };
+                        let was_empty = outbox.is_empty();
                         // Every second offer tries the fast path.
                         let offer = if tickets.len().is_multiple_of(2) && outbox.push_if_empty(&chunk, &BOUNDS) {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
@@ -843,26 +901,66 @@ mod tests {
             while write(&mut outbox, &mut gather, &mut peer, 7) {}
             prop_assert!(outbox.is_empty() && peer.begun.is_empty() && peer.controls == controls);
             prop_assert!(tickets.iter().all(|ticket| Rc::strong_count(ticket) == 1));
+            gather.clear();
+            prop_assert_eq!(retained.bytes(), 0);
         }
     }
 
     #[test]
     fn a_single_chunk_allocates_nothing() {
-        let mut outbox: Outbox<()> = Outbox::new();
+        let (mut outbox, mut spares): (Outbox<()>, _) = (Outbox::new(), Spares::default());
         let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
         assert_eq!(
             outbox.enqueue(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
             Enqueued::Queued
         );
         assert!(outbox.more.is_none() && !outbox.is_empty());
-        assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (1, 2));
-        assert_eq!((outbox.wrote(15, &BOUNDS), outbox.pending()), (2, 0));
+        assert_eq!((outbox.wrote(15, &BOUNDS, &mut spares), outbox.pending()), (1, 2));
+        assert_eq!((outbox.wrote(15, &BOUNDS, &mut spares), outbox.pending()), (2, 0));
         assert!(outbox.more.is_none() && outbox.is_empty());
     }
 
     #[test]
+    fn a_chunk_is_used_again_when_its_last_outbox_has_written_it() {
+        let (retained, mut spares) = (Retained::default(), Spares::default());
+        let mut outboxes: [Outbox<()>; 2] = [Outbox::new(), Outbox::new()];
+        let first = spares.single(frame(0, 10).into(), &retained);
+        assert!(outboxes.iter_mut().all(|outbox| outbox.push_if_empty(&first, &BOUNDS)));
+        let memory = Rc::as_ptr(&first);
+        drop(first);
+        assert_eq!(outboxes[0].wrote(10, &BOUNDS, &mut spares), 1);
+        assert_eq!(retained.bytes(), 10, "the other outbox holds it");
+        let other = spares.single(frame(1, 15).into(), &retained);
+        assert_ne!(Rc::as_ptr(&other), memory);
+        assert_eq!((retained.bytes(), outboxes[1].next_bytes()), (25, &frame(0, 10)[..]));
+        assert_eq!(outboxes[1].wrote(10, &BOUNDS, &mut spares), 1);
+        assert_eq!(retained.bytes(), 15, "what is kept for the next frame holds none");
+        let next = spares.single(frame(2, 12).into(), &retained);
+        assert_eq!((Rc::as_ptr(&next), retained.bytes()), (memory, 27));
+        assert!(outboxes[1].push_if_empty(&next, &BOUNDS));
+        assert_eq!(outboxes[1].next_bytes(), frame(2, 12));
+        drop((outboxes, other, next, spares));
+        assert_eq!(retained.bytes(), 0);
+    }
+
+    #[test]
+    fn few_chunks_are_kept_for_the_next_frames_and_only_those_of_one_frame() {
+        let mut spares = Spares::default();
+        let mut write = |chunk: Rc<Chunk>| {
+            let (mut outbox, bytes) = (Outbox::<()>::new(), chunk.bytes());
+            assert!(outbox.push_if_empty(&chunk, &Bounds { frames: 100, bytes: 1000, ..BOUNDS }));
+            drop(chunk);
+            outbox.wrote(bytes, &BOUNDS, &mut spares);
+            spares.0.len()
+        };
+        assert_eq!(write(chunk(&[frame(0, 10), frame(1, 10), frame(2, 10)])), 0);
+        let kept = (0..2 * SPARES_MAX).map(|_| write(chunk(&[frame(0, 10)])));
+        assert_eq!(kept.last(), Some(SPARES_MAX));
+    }
+
+    #[test]
     fn a_frame_larger_than_the_bound_passes_alone() {
-        let mut outbox: Outbox<()> = Outbox::new();
+        let (mut outbox, mut spares): (Outbox<()>, _) = (Outbox::new(), Spares::default());
         assert_eq!(
             outbox.enqueue(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
             Enqueued::Queued
@@ -872,7 +970,7 @@ mod tests {
             Enqueued::Waits
         );
         assert_eq!((outbox.frames, outbox.pending()), (1, 2));
-        assert_eq!((outbox.wrote(100, &BOUNDS), outbox.frames, outbox.pending()), (1, 1, 1));
+        assert_eq!((outbox.wrote(100, &BOUNDS, &mut spares), outbox.frames, outbox.pending()), (1, 1, 1));
     }
 
     #[test]

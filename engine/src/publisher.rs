@@ -201,9 +201,10 @@ impl Publisher {
             Content::Message(payload) => {
                 // What the shard renders for another encoding may be longer: nobody knows yet whether it fits.
                 let is_plain = self.directory.encodings_in_use().next().is_none();
-                let is_within = self.window.holds(4, mailbox.len() as u64 + 1, mailbox.reserve(bytes))
-                    && is_plain
-                    && self.window.holds(2, self.core.log.in_flight(), self.core.log.bytes_in_flight());
+                let is_within =
+                    self.window.holds(4, mailbox.commands_in_flight() as u64 + 1, mailbox.reserve(bytes))
+                        && is_plain
+                        && self.window.holds(2, self.core.log.in_flight(), self.core.log.bytes_in_flight());
                 let oversized = (!is_within).then(|| Oversized::new(self.directory.clone()));
                 // A message to one connection blocks by default, whatever the connection's own policy is.
                 let blocks = delivery.policy().unwrap_or_default().blocks();

@@ -24,6 +24,7 @@ use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,7 @@ use crate::entry::Entry;
 use crate::fanout::Fanout;
 use crate::handler::ResumeQueue;
 use crate::id::{ConnectionId, Slot};
+use crate::local_queue::LocalQueue;
 use crate::log::Reader;
 use crate::mailbox::{Mailbox, Stamped};
 use crate::outbox::Gather;
@@ -93,7 +95,9 @@ pub struct Shard {
     nonces: timer::Nonces,
     /// A command whose log position has not been reached yet.
     blocked_command: Option<Stamped<Command>>,
-    /// Commands taken out of the mailbox so far.
+    /// Commands that this shard's thread has sent to it.
+    local: Rc<LocalQueue<Command>>,
+    /// Commands taken out of the mailbox and the local queue so far.
     commands: u64,
     /// Steps that must follow everything that handlers have sent.
     later: VecDeque<Later>,
@@ -223,6 +227,7 @@ impl Shard {
             generations: 0,
             nonces: timer::Nonces::default(),
             blocked_command: None,
+            local: Rc::new(LocalQueue::new()),
             commands: 0,
             later: VecDeque::new(),
             ready: Vec::new(),
@@ -252,6 +257,7 @@ impl Shard {
             || self.blocked_command.is_some()
             || !self.later.is_empty()
             || self.watch.has_work()
+            || !self.local.is_empty()
             || !self.mailbox().is_empty()
             || !self.reader.is_at_tail()
     }
@@ -367,6 +373,7 @@ impl Shard {
     }
 
     fn work(&mut self, now: Instant) -> std::io::Result<()> {
+        let _turn = self.core.begin_turn(self.index, &self.local);
         self.fanout.now = self.fanout.now.max(now.saturating_duration_since(self.started));
         self.offers_left = OFFERS_PER_TURN;
         self.read_sockets()?;
@@ -391,7 +398,7 @@ impl Shard {
     /// of it goes to single connections and no coalescing was configured: otherwise a larger batch per write is
     /// worth more. `waiting` is the number of connections that were to be flushed before; they keep their turn.
     fn answer(&mut self, waiting: usize) -> bool {
-        let is_little = self.mailbox().len() <= COMMANDS_PER_ANSWER;
+        let is_little = self.mailbox().len() + self.local.len() <= COMMANDS_PER_ANSWER;
         let is_alone = self.core.config.coalesce.is_zero() && self.reader.is_at_tail();
         let answers = is_little && is_alone && self.drain_mailbox();
         if answers {

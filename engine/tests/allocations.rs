@@ -1,30 +1,34 @@
-//! What a delivery allocates: nothing, however many connections a publication reaches.
+//! What a delivery allocates: nothing, however many connections a publication reaches; and what a reply allocates: its
+//! payload.
 //!
-//! A counting allocator and an engine that is driven by hand, in a process of their own. The clients are
-//! sinks, so nothing ever stays queued.
+//! A counting allocator and an engine that is driven by hand, in a process of their own. Where nothing is sent by a client,
+//! the clients are sinks, so nothing ever stays queued.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test, which tells its numbers")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering::Relaxed;
 use std::task::Poll;
 
 use shardcast_engine::{
-    Address, ConnectionConfig, Context, Handler, Message, NewConnection, Payload, Publication, Socket,
+    Address, ConnectionConfig, Context, Handler, Message, MessageKind, Namespace, NewConnection, Payload,
+    Publication, Socket,
 };
 use testkit::time::DAY;
 use testkit::{Rig, at_once};
 
 struct Counting;
 
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+thread_local! {
+    /// Each test has a thread of its own.
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
 
 // SAFETY: everything is handed on to the system's allocator; counting does not allocate.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Relaxed);
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
         // SAFETY: the caller keeps the contract of `GlobalAlloc`.
         unsafe { System.alloc(layout) }
     }
@@ -88,9 +92,9 @@ fn allocations(rig: &mut Rig, at_a_time: usize) -> usize {
         }
     };
     publish(rig);
-    let before = ALLOCATIONS.load(Relaxed);
+    let before = ALLOCATIONS.get();
     publish(rig);
-    ALLOCATIONS.load(Relaxed) - before
+    ALLOCATIONS.get() - before
 }
 
 #[test]
@@ -109,4 +113,43 @@ fn a_delivery_allocates_nothing_while_nothing_is_queued() {
         (books.tally.offered, books.tally.written),
         (4000 * PUBLICATIONS as u64, 4000 * PUBLICATIONS as u64)
     );
+}
+
+/// Returns what it receives.
+struct Echo(Namespace);
+
+impl Handler for Echo {
+    fn on_message(&mut self, message: Message<'_>, context: &mut Context<'_>) -> Poll<()> {
+        let payload = Payload::build(message.payload.len(), |bytes| {
+            bytes.extend_from_slice(message.payload);
+            Ok::<_, std::convert::Infallible>(MessageKind::Text)
+        });
+        let Ok(payload) = payload;
+        self.0.try_publish(Publication::message(context.id(), payload)).unwrap();
+        Poll::Ready(())
+    }
+}
+
+#[test]
+fn a_reply_allocates_its_payload_and_nothing_else() {
+    const CLIENTS: usize = 40;
+    let mut rig = Rig::new(1);
+    let mut clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let echo = Echo(rig.everyone.clone());
+            rig.connect_handler(Box::new(|_| Box::new(echo)))
+        })
+        .collect();
+    let mut allocated = 0;
+    for round in 0..4 {
+        clients.iter_mut().for_each(|client| client.text("what comes back"));
+        let before = ALLOCATIONS.get();
+        rig.turn();
+        rig.turn();
+        allocated = ALLOCATIONS.get() - before;
+        println!("round {round}: {allocated} allocations for {CLIENTS} replies");
+        assert!(clients.iter_mut().all(|client| client.receive_data() == ["what comes back"]));
+    }
+    // In the first round buffers get their size.
+    assert_eq!(allocated, CLIENTS);
 }

@@ -10,7 +10,7 @@ use shardcast_engine::{
     Address, ConnectionConfig, Context, EngineConfig, Handler, Message, Namespace, Payload, Publication,
 };
 use testkit::client::new_connection_with;
-use testkit::{RawClient, Rig, at_once};
+use testkit::{RawClient, Rig, at_once, on_each_transport};
 
 /// Answers messages: `all…` to everyone, `both…` to everyone and then `you both…` to its client, anything
 /// else to its client.
@@ -54,7 +54,7 @@ fn rig_reading(peers: usize, read_buffer_bytes: usize) -> (Rig, Vec<RawClient>) 
     (rig, peers)
 }
 
-#[test]
+on_each_transport!(one_turn_answers_every_client_that_it_reads);
 fn one_turn_answers_every_client_that_it_reads() {
     // More than a fan-out would flush in one turn.
     let (mut rig, mut peers) = rig(1000);
@@ -63,7 +63,7 @@ fn one_turn_answers_every_client_that_it_reads() {
     assert!(peers.iter_mut().all(|peer| peer.receive_data() == ["me"]));
 }
 
-#[test]
+on_each_transport!(broadcasts_of_one_turn_are_written_in_one_write_per_connection);
 fn broadcasts_of_one_turn_are_written_in_one_write_per_connection() {
     let (mut rig, mut peers) = rig(100);
     for (number, peer) in peers.iter_mut().enumerate() {
@@ -78,7 +78,7 @@ fn broadcasts_of_one_turn_are_written_in_one_write_per_connection() {
     assert!(peers[1..].iter_mut().all(|peer| peer.receive_data() == received));
 }
 
-#[test]
+on_each_transport!(an_answer_follows_the_broadcasts_before_it);
 fn an_answer_follows_the_broadcasts_before_it() {
     let (mut rig, mut peers) = rig(100);
     for (number, peer) in peers.iter_mut().enumerate() {
@@ -96,7 +96,7 @@ fn an_answer_follows_the_broadcasts_before_it() {
     }
 }
 
-#[test]
+on_each_transport!(many_questions_at_once_are_all_answered_in_order);
 fn many_questions_at_once_are_all_answered_in_order() {
     let (mut rig, mut peers) = rig(100);
     for peer in &mut peers {
@@ -107,7 +107,7 @@ fn many_questions_at_once_are_all_answered_in_order() {
     assert!(peers.iter_mut().all(|peer| peer.receive_data() == expected));
 }
 
-#[test]
+on_each_transport!(many_messages_at_once_arrive_whole_with_a_small_read_buffer);
 fn many_messages_at_once_arrive_whole_with_a_small_read_buffer() {
     let (mut rig, mut peers) = rig_reading(100, 1024);
     // From a few bytes to several buffers.

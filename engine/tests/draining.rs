@@ -14,7 +14,7 @@ use shardcast_engine::{
     Payload, Publication, Shutdown,
 };
 use testkit::time::ms;
-use testkit::{RawClient, Received, Rig, Task, at_once, lock};
+use testkit::{RawClient, Received, Rig, Task, at_once, lock, on_each_transport};
 
 #[derive(Default)]
 struct Shared {
@@ -93,7 +93,7 @@ fn close_and_listen(rig: &mut Rig, shared: &Mutex<Shared>) {
 const OURS: CloseReason =
     CloseReason::Application { code: CloseCode::NORMAL, text: std::borrow::Cow::Borrowed("bye") };
 
-#[test]
+on_each_transport!(control_frames_reach_a_handler_that_wants_them_in_their_place_among_the_messages);
 fn control_frames_reach_a_handler_that_wants_them_in_their_place_among_the_messages() {
     let mut rig = Rig::new(1);
     let (mut peer, shared) = connect(&mut rig);
@@ -114,7 +114,7 @@ fn control_frames_reach_a_handler_that_wants_them_in_their_place_among_the_messa
     assert_eq!(seen(&shared), ["ping c"]);
 }
 
-#[test]
+on_each_transport!(the_pong_of_the_engines_own_ping_is_not_passed_on);
 fn the_pong_of_the_engines_own_ping_is_not_passed_on() {
     let mut rig =
         Rig::one(ConnectionConfig { heartbeat_interval: Some(ms(100)), ..ConnectionConfig::default() });
@@ -135,7 +135,7 @@ fn the_pong_of_the_engines_own_ping_is_not_passed_on() {
     assert_eq!(seen(&shared), Vec::<String>::new());
 }
 
-#[test]
+on_each_transport!(pings_and_pongs_can_be_sent_and_only_so_many_wait);
 fn pings_and_pongs_can_be_sent_and_only_so_many_wait() {
     let mut rig = Rig::new(1);
     let (mut peer, shared) = connect(&mut rig);
@@ -156,7 +156,7 @@ fn pings_and_pongs_can_be_sent_and_only_so_many_wait() {
     assert!((10..=10 * 16).contains(&received), "{received} pings of 127 bytes for bursts of 1000");
 }
 
-#[test]
+on_each_transport!(messages_that_arrive_after_our_close_frame_are_handled_until_the_client_closes);
 fn messages_that_arrive_after_our_close_frame_are_handled_until_the_client_closes() {
     for is_slow in [false, true] {
         let mut rig = Rig::new(1);
@@ -192,7 +192,7 @@ fn messages_that_arrive_after_our_close_frame_are_handled_until_the_client_close
     }
 }
 
-#[test]
+on_each_transport!(a_client_that_never_answers_our_close_frame_is_given_up_in_time);
 fn a_client_that_never_answers_our_close_frame_is_given_up_in_time() {
     let mut rig = Rig::one(ConnectionConfig { close_timeout: ms(500), ..ConnectionConfig::default() });
     let (mut peer, shared) = connect(&mut rig);
@@ -207,7 +207,7 @@ fn a_client_that_never_answers_our_close_frame_is_given_up_in_time() {
     assert_eq!(rig.engine.connection_count(), 0);
 }
 
-#[test]
+on_each_transport!(an_end_of_the_stream_or_a_fault_ends_the_listening);
 fn an_end_of_the_stream_or_a_fault_ends_the_listening() {
     let faults: [&[u8]; 3] = [b"", b"\x83\x80\0\0\0\0", b"\x81\x81\0\0\0\0\xFF"]; // none, a reserved opcode, no UTF-8
     for fault in faults {
@@ -226,7 +226,7 @@ fn an_end_of_the_stream_or_a_fault_ends_the_listening() {
     }
 }
 
-#[test]
+on_each_transport!(a_handler_that_closes_while_it_listens_gets_nothing_more);
 fn a_handler_that_closes_while_it_listens_gets_nothing_more() {
     let mut rig = Rig::new(1);
     let (mut peer, shared) = connect(&mut rig);
@@ -246,10 +246,10 @@ fn a_handler_that_closes_while_it_listens_gets_nothing_more() {
     );
 }
 
-#[test]
+on_each_transport!(a_client_that_sends_no_more_is_not_listened_to_although_it_has_not_read_our_close_frame);
 fn a_client_that_sends_no_more_is_not_listened_to_although_it_has_not_read_our_close_frame() {
     let mut rig = Rig::new(1);
-    let (peer, shared) = connect(&mut rig);
+    let (mut peer, shared) = connect(&mut rig);
     let big = Payload::text(&"x".repeat(4 << 20));
     rig.everyone.try_publish(Publication::message(Address::Everyone, big)).unwrap();
     close_and_listen(&mut rig, &shared);
@@ -259,7 +259,7 @@ fn a_client_that_sends_no_more_is_not_listened_to_although_it_has_not_read_our_c
     assert_eq!(lock(&shared).ends, [OURS]);
 }
 
-#[test]
+#[test] // not over TLS: a TCP connection keeps more than what is sent
 fn a_client_cannot_make_a_listening_connection_hold_more_than_an_open_one() {
     let mut rig = Rig::new(1);
     let (mut peer, shared) = connect(&mut rig);
@@ -273,7 +273,7 @@ fn a_client_cannot_make_a_listening_connection_hold_more_than_an_open_one() {
     assert!(sent < 1 << 20, "{sent} bytes were accepted while the handler was busy");
 }
 
-#[test]
+on_each_transport!(a_shutdown_ends_the_listening);
 fn a_shutdown_ends_the_listening() {
     let mut rig = Rig::new(1);
     let (mut peer, shared) = connect(&mut rig);
@@ -290,7 +290,7 @@ fn a_shutdown_ends_the_listening() {
     assert_eq!((seen(&shared), lock(&shared).ends.clone()), (vec!["one".to_owned()], vec![OURS]));
 }
 
-#[test]
+on_each_transport!(unmasked_frames_are_accepted_only_where_they_are_allowed);
 fn unmasked_frames_are_accepted_only_where_they_are_allowed() {
     for (accept_unmasked_frames, is_open) in [(false, false), (true, true)] {
         let mut rig = Rig::one(ConnectionConfig { accept_unmasked_frames, ..ConnectionConfig::default() });
@@ -307,7 +307,7 @@ fn unmasked_frames_are_accepted_only_where_they_are_allowed() {
     }
 }
 
-#[test]
+on_each_transport!(a_frame_longer_than_its_limit_ends_the_connection_and_a_message_of_several_may_be_longer);
 fn a_frame_longer_than_its_limit_ends_the_connection_and_a_message_of_several_may_be_longer() {
     let mut rig = Rig::one(ConnectionConfig { max_frame_bytes: 10, ..ConnectionConfig::default() });
     let (mut peer, shared) = connect(&mut rig);

@@ -21,7 +21,7 @@ use testkit::client::new_connection;
 use testkit::frames::client_frame;
 use testkit::handler::SlowToPart;
 use testkit::time::ms;
-use testkit::{Client, Received, Rig, Task, at_once, lock};
+use testkit::{Client, Received, Rig, Task, at_once, lock, on_each_transport};
 
 fn data(text: &str) -> Received {
     Received::Data(text.into())
@@ -51,7 +51,7 @@ fn report(rig: &mut Rig, mut end: Task<'static, ShutdownReport>) -> ShutdownRepo
     end.poll().expect("all shards have ended")
 }
 
-#[test]
+on_each_transport!(a_connection_that_fails_while_its_handler_is_busy_is_reported_once);
 fn a_connection_that_fails_while_its_handler_is_busy_is_reported_once() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
@@ -66,7 +66,7 @@ fn a_connection_that_fails_while_its_handler_is_busy_is_reported_once() {
     assert_eq!(report.flushed + report.cut_off, 1, "{report:?}");
 }
 
-#[test]
+#[test] // not over TLS: what TCP acknowledges the client has not read
 fn a_client_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everything() {
     for takes_it in [true, false] {
         let mut rig = Rig::new(1);
@@ -88,7 +88,7 @@ fn a_client_that_has_ended_its_side_counts_as_flushed_when_it_has_taken_everythi
     }
 }
 
-#[test]
+on_each_transport!(a_client_that_is_refused_while_it_sends_gets_the_close_frame);
 fn a_client_that_is_refused_while_it_sends_gets_the_close_frame() {
     let mut rig = Rig::new(1);
     let (new_connection, mut client) = new_connection(&rig.engine, &rig.config, 4096);
@@ -106,12 +106,12 @@ fn a_client_that_is_refused_while_it_sends_gets_the_close_frame() {
     assert_eq!(received, [0x88, 2, 0x03, 0xE9]);
 }
 
-#[test]
+on_each_transport!(a_connection_whose_handler_closes_slowly_is_reported_once);
 fn a_connection_whose_handler_closes_slowly_is_reported_once() {
     let mut rig = Rig::new(1);
     let waker = Arc::new(Mutex::new(None));
     let handed = waker.clone();
-    let peer = rig.connect_handler(Box::new(|_| Box::new(SlowToPart(handed))));
+    let mut peer = rig.connect_handler(Box::new(|_| Box::new(SlowToPart(handed))));
     let mut busy = rig.connect(); // keeps the engine draining
     busy.peer.text("wait");
     rig.settle();
@@ -128,7 +128,7 @@ fn a_connection_whose_handler_closes_slowly_is_reported_once() {
 
 // ---- The client's own Close -------------------------------------------------------------------------------------
 
-#[test]
+on_each_transport!(a_busy_handler_delays_neither_pong_nor_close);
 fn a_busy_handler_delays_neither_pong_nor_close() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
@@ -157,7 +157,7 @@ fn a_busy_handler_delays_neither_pong_nor_close() {
     assert_eq!(client.record().calls, ["wait", "two", "three", "close"], "its messages are handled first");
 }
 
-#[test]
+on_each_transport!(messages_before_a_close_are_handled_in_order_even_if_each_takes_time);
 fn messages_before_a_close_are_handled_in_order_even_if_each_takes_time() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
@@ -176,7 +176,7 @@ fn messages_before_a_close_are_handled_in_order_even_if_each_takes_time() {
     assert_eq!(client.record().calls, ["wait 1", "wait 2", "wait 3", "close"]);
 }
 
-#[test]
+on_each_transport!(a_client_that_closes_and_still_reads_gets_what_was_queued_and_its_close);
 fn a_client_that_closes_and_still_reads_gets_what_was_queued_and_its_close() {
     for coalesce in [ms(0), ms(3)] {
         let engine = EngineConfig { shards: Some(1), coalesce, ..EngineConfig::default() };
@@ -196,7 +196,7 @@ fn a_client_that_closes_and_still_reads_gets_what_was_queued_and_its_close() {
     }
 }
 
-#[test]
+#[test] // not over TLS: a TCP connection keeps all of this backlog
 fn a_close_gets_through_despite_a_backlog() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
@@ -232,7 +232,7 @@ fn a_close_gets_through_despite_a_backlog() {
     );
 }
 
-#[test]
+on_each_transport!(a_close_without_a_code_is_answered_without_one);
 fn a_close_without_a_code_is_answered_without_one() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
@@ -244,7 +244,7 @@ fn a_close_without_a_code_is_answered_without_one() {
     assert_eq!(client.record().ends, [reason]);
 }
 
-#[test]
+on_each_transport!(the_reason_in_a_clients_close_reaches_its_handler);
 fn the_reason_in_a_clients_close_reaches_its_handler() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
@@ -257,7 +257,7 @@ fn the_reason_in_a_clients_close_reaches_its_handler() {
 
 // ---- A client that ends its side --------------------------------------------------------------------------------
 
-#[test]
+on_each_transport!(the_answer_to_a_last_message_arrives_after_the_client_has_ended_its_side);
 fn the_answer_to_a_last_message_arrives_after_the_client_has_ended_its_side() {
     for is_busy in [false, true] {
         let mut rig = Rig::new(1);
@@ -284,7 +284,7 @@ fn the_answer_to_a_last_message_arrives_after_the_client_has_ended_its_side() {
 
 // ---- Simultaneous ends ------------------------------------------------------------------------------------------
 
-#[test]
+on_each_transport!(a_client_that_has_ended_its_side_is_not_pinged_while_its_answer_is_prepared);
 fn a_client_that_has_ended_its_side_is_not_pinged_while_its_answer_is_prepared() {
     let timeout = Some(ms(100));
     let config = ConnectionConfig {
@@ -331,7 +331,7 @@ impl Handler for EndsWhenResumed {
     }
 }
 
-#[test]
+on_each_transport!(a_handler_that_panics_or_closes_when_it_is_resumed_gets_no_message_that_is_held_for_it);
 fn a_handler_that_panics_or_closes_when_it_is_resumed_gets_no_message_that_is_held_for_it() {
     for panics in [true, false] {
         let mut rig = Rig::new(1);
@@ -350,7 +350,7 @@ fn a_handler_that_panics_or_closes_when_it_is_resumed_gets_no_message_that_is_he
     }
 }
 
-#[test]
+on_each_transport!(a_handler_that_panics_or_closes_gets_no_more_messages_from_before_the_end);
 fn a_handler_that_panics_or_closes_gets_no_more_messages_from_before_the_end() {
     for last in ["panic", "close"] {
         let mut rig = Rig::new(1);
@@ -369,7 +369,7 @@ fn a_handler_that_panics_or_closes_gets_no_more_messages_from_before_the_end() {
     }
 }
 
-#[test]
+on_each_transport!(of_two_simultaneous_ends_the_first_is_recorded_and_reported);
 fn of_two_simultaneous_ends_the_first_is_recorded_and_reported() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect();
@@ -399,7 +399,7 @@ fn told_after(bytes: &[u8], config: ConnectionConfig) -> (CloseReason, u16, Stri
     (client.record().ends[0].clone(), code, client.peer.close_text.clone())
 }
 
-#[test]
+on_each_transport!(a_protocol_error_is_explained_in_the_close_frame);
 fn a_protocol_error_is_explained_in_the_close_frame() {
     let config = ConnectionConfig { max_message_bytes: 100, ..ConnectionConfig::default() };
     let (reason, code, text) = told_after(&client_frame(0x81, &[b'x'; 101]), config.clone());
@@ -410,7 +410,7 @@ fn a_protocol_error_is_explained_in_the_close_frame() {
     assert_eq!((code, text), (1002, error.to_string()));
 }
 
-#[test]
+on_each_transport!(a_close_code_that_may_not_be_sent_is_refused_and_ends_no_connection);
 fn a_close_code_that_may_not_be_sent_is_refused_and_ends_no_connection() {
     let mut rig = Rig::new(1);
     let mut clients = rig.connect_many(2);
@@ -429,7 +429,7 @@ fn a_close_code_that_may_not_be_sent_is_refused_and_ends_no_connection() {
 
 // ---- Limits that end a connection -------------------------------------------------------------------------------
 
-#[test]
+on_each_transport!(a_connection_that_joins_too_many_groups_is_ended_with_1008);
 fn a_connection_that_joins_too_many_groups_is_ended_with_1008() {
     let mut rig = Rig::one(ConnectionConfig { max_groups: 3, ..ConnectionConfig::default() });
     let mut client = rig.connect();
@@ -448,7 +448,7 @@ fn a_connection_that_joins_too_many_groups_is_ended_with_1008() {
     assert_eq!(rig.everyone.group_count(), 0);
 }
 
-#[test]
+on_each_transport!(a_group_name_that_is_too_long_is_refused_and_makes_no_group);
 fn a_group_name_that_is_too_long_is_refused_and_makes_no_group() {
     let mut rig = Rig::new(1);
     let client = rig.connect();
@@ -463,7 +463,7 @@ fn a_group_name_that_is_too_long_is_refused_and_makes_no_group() {
 
 // ---- Contradicting settings -------------------------------------------------------------------------------------
 
-#[test]
+on_each_transport!(settings_that_contradict_each_other_are_refused_by_name);
 fn settings_that_contradict_each_other_are_refused_by_name() {
     let connection = ConnectionConfig {
         pong_timeout: ms(500),
@@ -516,7 +516,7 @@ impl Handler for ClosesInItsSecondMessage {
     }
 }
 
-#[test]
+on_each_transport!(a_handler_that_has_closed_gets_no_message_even_if_the_socket_fails_before_the_end);
 fn a_handler_that_has_closed_gets_no_message_even_if_the_socket_fails_before_the_end() {
     // So small an outbox that the log is run one publication a turn, and the end must wait for them.
     let policy = Policy::DropMessage { timeout: Duration::from_secs(1) };

@@ -14,7 +14,7 @@ use shardcast_engine::{
 };
 use testkit::client::new_connection_with;
 use testkit::time::ms;
-use testkit::{RawClient, Received, Rig, at_once, lock};
+use testkit::{RawClient, Received, Rig, at_once, lock, on_each_transport};
 
 #[derive(Default)]
 struct Shared {
@@ -91,7 +91,7 @@ fn resume(rig: &mut Rig, shared: &Record) {
     rig.settle();
 }
 
-#[test]
+on_each_transport!(a_client_gets_nothing_before_its_first_message_was_handled_and_everything_after);
 fn a_client_gets_nothing_before_its_first_message_was_handled_and_everything_after() {
     for is_slow in [false, true] {
         let mut rig = Rig::new(2);
@@ -117,7 +117,7 @@ fn a_client_gets_nothing_before_its_first_message_was_handled_and_everything_aft
     }
 }
 
-#[test]
+on_each_transport!(a_client_that_says_nothing_is_closed_at_its_deadline);
 fn a_client_that_says_nothing_is_closed_at_its_deadline() {
     let mut rig = Rig::new(1);
     let (mut silent, silent_calls) = connect(&mut rig, FIRST);
@@ -137,7 +137,7 @@ fn a_client_that_says_nothing_is_closed_at_its_deadline() {
     }
 }
 
-#[test]
+on_each_transport!(a_handler_that_checks_the_first_message_for_longer_is_waited_for);
 fn a_handler_that_checks_the_first_message_for_longer_is_waited_for() {
     let mut rig = Rig::new(1);
     let (mut peer, shared) = connect(&mut rig, FIRST);
@@ -150,7 +150,7 @@ fn a_handler_that_checks_the_first_message_for_longer_is_waited_for() {
     assert!(peer.receive().contains(&Received::Data("hello".into())));
 }
 
-#[test]
+on_each_transport!(a_first_message_that_is_too_long_is_refused_at_its_header_and_later_ones_may_be_longer);
 fn a_first_message_that_is_too_long_is_refused_at_its_header_and_later_ones_may_be_longer() {
     let mut rig = Rig::new(1);
     let (mut peer, shared) = connect(&mut rig, FIRST);
@@ -165,7 +165,7 @@ fn a_first_message_that_is_too_long_is_refused_at_its_header_and_later_ones_may_
     assert_eq!(calls(&shared), ["0123456789", "0123456789 and more"]);
 }
 
-#[test]
+on_each_transport!(a_client_that_leaves_before_its_first_message_leaves_nothing_behind);
 fn a_client_that_leaves_before_its_first_message_leaves_nothing_behind() {
     let mut rig = Rig::new(1);
     let (peer, shared) = connect(&mut rig, FIRST);
@@ -175,7 +175,7 @@ fn a_client_that_leaves_before_its_first_message_leaves_nothing_behind() {
     assert_eq!((rig.everyone.len(), rig.engine.connection_count()), (0, 0));
 }
 
-#[test]
+on_each_transport!(a_user_who_is_known_by_the_first_message_is_addressed_and_limited_as_any_other);
 fn a_user_who_is_known_by_the_first_message_is_addressed_and_limited_as_any_other() {
     let limit = Some(UserLimit::OldestStays(1));
     let mut rig =
@@ -209,7 +209,7 @@ fn a_user_who_is_known_by_the_first_message_is_addressed_and_limited_as_any_othe
     assert_eq!((rig.everyone.user_len("ada"), rig.everyone.user_len("eve")), (1, 0));
 }
 
-#[test]
+on_each_transport!(a_connection_ends_when_it_expires);
 fn a_connection_ends_when_it_expires() {
     let mut rig = Rig::new(1);
     let (mut peer, shared) = connect(&mut rig, None);
@@ -223,7 +223,7 @@ fn a_connection_ends_when_it_expires() {
     assert!(peer.receive().contains(&Received::Close(Some(1008))));
 }
 
-#[test]
+on_each_transport!(a_time_can_be_replaced_taken_back_and_prolonged_when_asked);
 fn a_time_can_be_replaced_taken_back_and_prolonged_when_asked() {
     // No pings, which the client would have to answer.
     let mut rig = Rig::one(ConnectionConfig { heartbeat_interval: None, ..ConnectionConfig::default() });
@@ -250,7 +250,7 @@ fn a_time_can_be_replaced_taken_back_and_prolonged_when_asked() {
     assert_eq!(calls(&shared).len(), 0, "and is asked about once");
 }
 
-#[test]
+on_each_transport!(a_busy_handler_is_asked_afterwards_but_not_for_longer_than_a_close_takes);
 fn a_busy_handler_is_asked_afterwards_but_not_for_longer_than_a_close_takes() {
     let mut rig = Rig::one(ConnectionConfig { close_timeout: ms(300), ..ConnectionConfig::default() });
     for (busy, expected) in [(200, "expired"), (400, "close expired")] {

@@ -12,7 +12,7 @@ use shardcast_engine::{
     Address, CloseCode, CloseReason, Context, Handler, Message, Namespace, Payload, Publication,
 };
 use testkit::client::new_connection_with;
-use testkit::{Client, Received, Rig, Task, at_once};
+use testkit::{Client, Received, Rig, Task, at_once, on_each_transport};
 
 fn publish(rig: &Rig, to: impl Into<Address>, text: &str) {
     rig.everyone.try_publish(Publication::message(to, Payload::text(text))).unwrap();
@@ -23,7 +23,7 @@ fn finish_opening(rig: &mut Rig, client: &Client) {
     rig.settle();
 }
 
-#[test]
+on_each_transport!(before_on_open_is_done_a_client_gets_only_messages_to_it_alone);
 fn before_on_open_is_done_a_client_gets_only_messages_to_it_alone() {
     let mut rig = Rig::new(2);
     let mut witness = rig.connect();
@@ -41,7 +41,7 @@ fn before_on_open_is_done_a_client_gets_only_messages_to_it_alone() {
     assert_eq!(witness.peer.receive_data(), ["a secret", "another secret", "hello all"]);
 }
 
-#[test]
+on_each_transport!(publications_during_the_end_of_on_open_arrive_in_order_from_some_position_on);
 fn publications_during_the_end_of_on_open_arrive_in_order_from_some_position_on() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect_opening();
@@ -59,7 +59,7 @@ fn publications_during_the_end_of_on_open_arrive_in_order_from_some_position_on(
     assert!(["0", "1", "2"].map(String::from).ends_with(&received[1..]), "{received:?}");
 }
 
-#[test]
+on_each_transport!(a_group_that_is_joined_in_on_open_counts_at_once);
 fn a_group_that_is_joined_in_on_open_counts_at_once() {
     let mut rig = Rig::new(2);
     let mut client = rig.connect_opening();
@@ -71,7 +71,7 @@ fn a_group_that_is_joined_in_on_open_counts_at_once() {
     assert_eq!(client.peer.receive_data(), ["to the group", "to two groups"]);
 }
 
-#[test]
+on_each_transport!(a_client_that_is_refused_in_on_open_gets_its_close_and_nothing_else);
 fn a_client_that_is_refused_in_on_open_gets_its_close_and_nothing_else() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect_opening();
@@ -115,7 +115,7 @@ impl Handler for Announcer {
     }
 }
 
-#[test]
+on_each_transport!(broadcasts_of_a_handler_in_on_open_do_not_reach_its_own_client);
 fn broadcasts_of_a_handler_in_on_open_do_not_reach_its_own_client() {
     for turns_away in [false, true] {
         let mut rig = Rig::new(2);
@@ -150,7 +150,7 @@ impl Handler for Interrupted {
     }
 }
 
-#[test]
+on_each_transport!(messages_of_others_during_on_open_do_not_delay_the_opening);
 fn messages_of_others_during_on_open_do_not_delay_the_opening() {
     let mut rig = Rig::new(1);
     let everyone = rig.everyone.clone();
@@ -163,7 +163,7 @@ fn messages_of_others_during_on_open_do_not_delay_the_opening() {
     assert_eq!(peer.receive_data(), ["next", "meanwhile"]);
 }
 
-#[test]
+on_each_transport!(messages_that_arrived_with_the_handshake_are_handled_after_on_open);
 fn messages_that_arrived_with_the_handshake_are_handled_after_on_open() {
     let mut rig = Rig::new(1);
     let mut client = rig.connect_opening();
@@ -174,7 +174,7 @@ fn messages_that_arrived_with_the_handshake_are_handled_after_on_open() {
     assert_eq!(client.record().messages, ["early"]);
 }
 
-#[test]
+on_each_transport!(a_publisher_to_everyone_does_not_wait_for_a_client_that_is_opening);
 fn a_publisher_to_everyone_does_not_wait_for_a_client_that_is_opening() {
     let mut rig = Rig::new(1);
     let client = rig.connect_opening();

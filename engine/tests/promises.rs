@@ -838,7 +838,7 @@ fn messages_before_a_close_are_handled_even_if_the_handler_was_busy() {
     client.peer.text("and then");
     client.peer.close(1000);
     let (stream, _keep) = std::os::unix::net::UnixStream::pair().unwrap();
-    drop(std::mem::replace(&mut client.peer.stream, stream));
+    drop(std::mem::replace(&mut client.peer.stream, stream.into()));
     rig.settle();
     client.release();
     rig.settle();
@@ -1037,7 +1037,10 @@ fn ends_once(
     let expected: Vec<_> = close.into_iter().chain([Received::End]).collect();
     assert_eq!(received, expected, "{name}");
     // The client's socket is dropped as well, and with it the last memory of the connection.
-    drop(std::mem::replace(&mut client.peer.stream, std::os::unix::net::UnixStream::pair().unwrap().0));
+    drop(std::mem::replace(
+        &mut client.peer.stream,
+        std::os::unix::net::UnixStream::pair().unwrap().0.into(),
+    ));
     for _ in 0..10 {
         rig.turn();
     }

@@ -17,6 +17,7 @@ use shardcast_engine::{
     PublishError, Receipt,
 };
 use testkit::sender::DROP_AT_ONCE;
+use testkit::stream::{Transport, over};
 use testkit::time::{DAY, ms};
 use testkit::{Client, Received, Rig, Sender, Task, at_once, lock};
 
@@ -1199,7 +1200,7 @@ fn live_through(history: &[Happens], own: Policy, shards: usize, all_awaited: bo
     }
     assert_balance(&mut rig, &clients);
     // At the end all disconnect, and nothing of them is left.
-    for client in &clients {
+    for client in &mut clients {
         let _ = client.peer.stream.shutdown(std::net::Shutdown::Both);
     }
     // A handler may be notified of several events that it takes its time over.
@@ -1303,5 +1304,56 @@ fn a_handler_that_panics_is_not_notified_of_drops_again_but_one_that_closes_is_n
         rig.pass(MS20);
         let notified = lock(&told).len();
         assert_eq!(notified, if panics { 1 } else { 2 }, "panics: {panics}");
+    }
+}
+
+// ---- Clients that keep up ---------------------------------------------------------------------------------------
+
+/// Publishes bursts to groups of several sizes, each without a turn between. The clients read all of it before the next one,
+/// and the kernel keeps more than one. Nothing may be lost, although the outboxes are short and what does not fit is dropped.
+fn keep_up(outbox_frames: usize, bursts: &[Vec<(usize, usize)>]) {
+    const CLIENTS: usize = 12;
+    let mut rig = rig(2, ConnectionConfig { outbox_frames, overflow_frames: 0, ..narrow(DROP_AT_ONCE) });
+    rig.send_buffer = 1 << 18;
+    let mut clients = rig.connect_many(CLIENTS);
+    let is_member = |client: usize, group: usize| group == 0 || client.is_multiple_of(group + 1);
+    for (number, client) in clients.iter().enumerate() {
+        for group in (1..CLIENTS).filter(|group| is_member(number, *group)) {
+            at_once(rig.everyone.join(client.id(), &group.to_string())).unwrap();
+        }
+    }
+    for (round, burst) in bursts.iter().enumerate() {
+        let mut expected = vec![Vec::new(); CLIENTS];
+        for (part, (group, count)) in burst.iter().enumerate() {
+            let to = if *group == 0 { EVERYONE } else { Address::group(group.to_string()) };
+            for number in 0..*count {
+                let text = format!("{round} {part} {number}");
+                rig.everyone.try_publish(Publication::message(to.clone(), Payload::text(&text))).unwrap();
+                for (_, expected) in
+                    expected.iter_mut().enumerate().filter(|(client, _)| is_member(*client, *group))
+                {
+                    expected.push(text.clone());
+                }
+            }
+        }
+        rig.settle();
+        for (client, expected) in clients.iter_mut().zip(expected) {
+            assert_eq!(client.peer.receive_data(), expected);
+        }
+    }
+    assert_eq!(rig.engine.metrics().tally.dropped.total(), 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn a_client_that_reads_everything_loses_nothing_whatever_groups_it_is_in(
+        outbox_frames in 4usize..40,
+        bursts in prop::collection::vec(prop::collection::vec((0usize..12, 1usize..60), 1..8), 1..10),
+    ) {
+        for transport in [Transport::Plain, Transport::Tls] {
+            over(transport, || keep_up(outbox_frames, &bursts));
+        }
     }
 }

@@ -1,8 +1,10 @@
 //! Connections that an engine has not adopted yet, each with the client at its other end.
 //!
-//! Real sockets of this machine, without a handshake: a socket pair, or TCP where TCP matters.
+//! Real sockets of this machine, without a handshake: a socket pair, or TCP where TCP matters; TCP with a TLS session for a
+//! test that runs over TLS.
 
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
@@ -13,6 +15,7 @@ use shardcast_engine::{
 
 use crate::handler::{Record, Recorder};
 use crate::raw_client::RawClient;
+use crate::stream::{Stream, Transport, sessions, transport};
 use crate::task::lock;
 
 /// A client, and what the handler of its connection recorded.
@@ -68,9 +71,19 @@ pub fn new_connection_with(
     send_buffer: usize,
     handler: MakeHandler,
 ) -> (NewConnection, RawClient) {
-    let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
-    socket2::SockRef::from(&ours).set_send_buffer_size(send_buffer).expect("a buffer");
-    (connection_on(ours.into(), engine, config, handler), RawClient::new(theirs))
+    let (socket, theirs) = match transport() {
+        Transport::Plain => {
+            let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+            socket2::SockRef::from(&ours).set_send_buffer_size(send_buffer).expect("a buffer");
+            (ours.into(), Stream::from(theirs))
+        }
+        Transport::Tls => {
+            let (ours, theirs) = tcp_pair(send_buffer);
+            let (server, client) = sessions();
+            (Socket::tls(ours, server), Stream::Tls(OwnedFd::from(theirs).into(), Box::new(client)))
+        }
+    };
+    (connection_on(socket, engine, config, handler), RawClient::new(theirs))
 }
 
 /// A connection on any socket.
@@ -92,6 +105,19 @@ pub(crate) fn connection_on(
         first_message: None,
         expires_at: None,
     }
+}
+
+/// Both ends of a TCP connection; the kernel keeps few bytes at the client's end, and `send_buffer` at ours.
+fn tcp_pair(send_buffer: usize) -> (TcpStream, TcpStream) {
+    use socket2::{Domain, Socket, Type};
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let theirs = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    theirs.set_recv_buffer_size(4096).expect("a buffer");
+    theirs.connect(&listener.local_addr().expect("an address").into()).expect("a connection");
+    theirs.set_tcp_nodelay(true).expect("a socket");
+    let ours = listener.accept().expect("a connection").0;
+    socket2::SockRef::from(&ours).set_send_buffer_size(send_buffer).expect("a buffer");
+    (ours, theirs.into())
 }
 
 /// A connection over TCP, whose handler records its calls.

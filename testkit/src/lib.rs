@@ -11,6 +11,7 @@ pub mod raw_client;
 pub mod rig;
 pub mod sender;
 pub mod sinks;
+pub mod stream;
 pub mod task;
 pub mod time;
 
@@ -18,4 +19,5 @@ pub use client::Client;
 pub use raw_client::{RawClient, Received};
 pub use rig::Rig;
 pub use sender::Sender;
+pub use stream::{Stream, Transport};
 pub use task::{Task, at_once, block_on, lock};

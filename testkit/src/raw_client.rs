@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use crate::frames::{self, FIN, FrameReader, client_frame, client_text, close_code};
+use crate::stream::Stream;
 
 /// No test sends a longer payload.
 const PAYLOAD_BYTES_MAX: usize = 1 << 30;
@@ -32,7 +33,7 @@ pub enum Received {
 #[derive(Debug)]
 pub struct RawClient {
     /// For what the methods do not do: shutting down, writing single bytes.
-    pub stream: UnixStream,
+    pub stream: Stream,
     reader: FrameReader,
     /// What follows the code in the Close frame that it received.
     pub close_text: String,
@@ -40,13 +41,13 @@ pub struct RawClient {
 
 impl RawClient {
     /// On a stream whose handshake is done.
-    pub fn new(stream: UnixStream) -> Self {
-        Self { stream, reader: FrameReader::new(PAYLOAD_BYTES_MAX), close_text: String::new() }
+    pub fn new(stream: impl Into<Stream>) -> Self {
+        Self { stream: stream.into(), reader: FrameReader::new(PAYLOAD_BYTES_MAX), close_text: String::new() }
     }
 
     /// The same on a TCP connection.
     pub fn new_tcp(stream: TcpStream) -> Self {
-        Self::new(OwnedFd::from(stream).into()) // is only read, written and shut down
+        Self::new(UnixStream::from(OwnedFd::from(stream))) // is only read, written and shut down
     }
 
     /// Sends one frame; the kernel must take all of it.
@@ -108,9 +109,8 @@ impl RawClient {
     /// The frames that are complete after at most `max` more bytes were read.
     pub fn receive_some(&mut self, max: usize) -> Vec<Received> {
         self.stream.set_nonblocking(true).expect("a socket");
-        let mut buffer = vec![0; max];
-        if let Ok(count) = self.stream.read(&mut buffer) {
-            self.reader.feed(&buffer[..count]);
+        if let Ok(received) = self.stream.take_at_most(max) {
+            self.reader.feed(&received);
         }
         std::iter::from_fn(|| self.next_whole()).collect()
     }

@@ -398,7 +398,7 @@ impl Connection {
                         self.outbox.wrote_control(taken);
                     } else {
                         let (waiting, bounds) = (self.outbox.waiting(), self.bounds());
-                        let frames = u64::from(self.outbox.wrote(taken, &bounds));
+                        let frames = u64::from(self.outbox.wrote(taken, &bounds, &mut gather.spares));
                         if self.outbox.waiting() < waiting {
                             self.counts.took(); // a frame that had waited was accepted
                         }

@@ -28,10 +28,11 @@ const COMMANDS_PER_TURN: usize = 4096;
 const TURN_AWAY_READS: usize = 16;
 
 impl Shard {
-    /// Executes the commands that were in the mailbox when it began; false if some of them are left.
+    /// Executes the commands that were in the mailbox and the local queue when it began; false if some of them are
+    /// left.
     pub(super) fn drain_mailbox(&mut self) -> bool {
         let queued = self.mailbox().len();
-        let mut left = queued.min(COMMANDS_PER_TURN);
+        let (mut left, mut local_left) = (queued.min(COMMANDS_PER_TURN), self.local.len());
         let (mut made_room, mut bytes) = (false, 0);
         let is_held_up = loop {
             if self.blocked_command.is_none()
@@ -41,12 +42,23 @@ impl Shard {
             }
             let entry = match self.blocked_command.take() {
                 Some(entry) => entry,
+                None if self.local.is_due() => {
+                    // What has been sent since it began comes after everything that is executed now.
+                    let Some(entry) = (local_left > 0).then(|| self.local.pop()).flatten() else {
+                        break false;
+                    };
+                    local_left -= 1;
+                    self.mailbox().tell_local(self.local.len());
+                    self.commands += 1;
+                    entry
+                }
                 None if left == 0 => break false,
                 None => match self.mailbox().pop() {
                     Some(entry) => {
                         left -= 1;
                         made_room = true;
                         self.commands += 1;
+                        self.local.took_other();
                         entry
                     }
                     None => break false,
@@ -123,7 +135,9 @@ impl Shard {
 
     /// Adds a step to the list, after everything that has been sent so far.
     pub(super) fn do_later(&mut self, id: ConnectionId, step: Step) {
-        let (after, commands) = (self.core.log.tail(), self.commands + self.mailbox().len() as u64);
+        // The tail first, as in `EngineCore::try_command`.
+        let (after, queued) = (self.core.log.tail(), self.mailbox().len() + self.local.len());
+        let commands = self.commands + queued as u64;
         self.later.push_back(Later { after, commands, id, step });
     }
 
@@ -371,7 +385,7 @@ impl Shard {
 }
 
 /// Drops something that an application has given, whose drop may panic.
-fn drop_guarded<T>(value: T) {
+pub(super) fn drop_guarded<T>(value: T) {
     if catch_unwind(AssertUnwindSafe(|| drop(value))).is_err() {
         tracing::error!("a handler or a callback that was not called panicked when it was dropped");
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mio::Events;
+use mio::event::Event;
 
 use crate::close_reason::CloseReason;
 use crate::connection::{Arrival, CallSite, Connection, NextHeld, Read};
@@ -66,7 +67,10 @@ impl Shard {
             connection.is_some_and(Connection::take_ready)
         });
         self.rotate(&mut slots);
-        for slots in slots.chunks(EVENTS_PER_ANSWER) {
+        for (index, slots) in slots.chunks(EVENTS_PER_ANSWER).enumerate() {
+            if index > 0 {
+                self.prefetch(slots.iter().copied());
+            }
             self.read(slots);
         }
         slots.clear();
@@ -75,6 +79,8 @@ impl Shard {
 
     fn note_events(&mut self) {
         let events = std::mem::replace(&mut self.events, Events::with_capacity(0));
+        let tokens = events.iter().map(Event::token).filter(|token| *token != WAKE_TOKEN);
+        self.prefetch(tokens.take(EVENTS_PER_ANSWER).map(|token| Slot::new(token.0)));
         for event in &events {
             if event.token() == WAKE_TOKEN {
                 self.fanout.metrics.wakes += 1;
@@ -106,6 +112,10 @@ impl Shard {
             }
         }
         self.events = events;
+    }
+
+    fn prefetch(&self, slots: impl Iterator<Item = Slot>) {
+        slots.filter_map(|slot| self.fanout.connections.get(slot)).for_each(Connection::prefetch);
     }
 
     pub(super) fn mark_ready(&mut self, slot: Slot) {
@@ -177,6 +187,8 @@ impl Shard {
     }
 
     fn hand_over(&mut self, arrivals: &mut Vec<(Slot, Range<usize>)>, buffer: &mut [u8]) {
+        let slots = arrivals.iter().map(|(slot, _)| *slot);
+        slots.filter_map(|slot| self.fanout.connections.get(slot)).for_each(Connection::prefetch_handler);
         for (slot, bytes) in arrivals.drain(..) {
             self.receive(slot, &mut buffer[bytes]);
         }

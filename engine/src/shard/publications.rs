@@ -3,15 +3,12 @@
 //! Runs the log up to a given position, in batches, within a turn's limits; offers a message to a single
 //! connection. Ends and drops that a fan-out notes are applied after it. Does not write to sockets.
 
-use std::rc::Rc;
-
 use crate::batch::Batch;
 use crate::close_reason::CloseReason;
 use crate::connection::{Connection, WRITE_BYTES_MAX};
 use crate::entry::{Named, Target};
 use crate::fanout::Terms;
 use crate::id::Slot;
-use crate::outbox::Chunk;
 use crate::payload::Payload;
 use crate::publication::{Content, Delivery};
 use crate::receipt::Ticket;
@@ -110,7 +107,7 @@ impl Shard {
         };
         let waits = match frame {
             Some(frame) => {
-                let chunk = Rc::new(Chunk::single(frame.into(), &self.fanout.retained));
+                let chunk = self.gather.spares.single(frame.into(), &self.fanout.retained);
                 // A message to one connection blocks by default, whatever the connection's own policy is.
                 let policy = Some(delivery.policy().unwrap_or_default());
                 self.fanout.offer(slot, &chunk, Terms { policy, ticket: ticket.as_ref(), group: None })

@@ -13,6 +13,7 @@ use crate::id::{ConnectionId, Slot};
 use crate::shutdown::ShutdownReport;
 
 use super::Shard;
+use super::commands::drop_guarded;
 
 /// This shard's progress in the shutdown.
 #[derive(Debug)]
@@ -87,8 +88,10 @@ impl Shard {
                 self.core.close();
             }
             let mailbox = &self.core.mailboxes[self.index];
-            let has_commands =
-                self.blocked_command.is_some() || !self.later.is_empty() || !mailbox.is_empty();
+            let has_commands = self.blocked_command.is_some()
+                || !self.later.is_empty()
+                || !self.local.is_empty()
+                || !mailbox.is_empty();
             if !self.core.shutdown.is_closed()
                 || !self.reader.is_at_tail()
                 || (has_commands && now < stop.closing_by)
@@ -162,6 +165,9 @@ impl Drop for Shard {
     /// Publishers and commands must not wait for a shard that has ended.
     fn drop(&mut self) {
         self.mailbox().close();
+        while let Some(command) = self.local.pop() {
+            drop_guarded(command);
+        }
         let mut report = self.shutdown.take().map_or_else(ShutdownReport::default, |stop| stop.report);
         if std::thread::panicking() {
             // No guarantee holds with a part of the connections lost: the whole engine stops.

@@ -297,6 +297,10 @@ impl Drop for Tls {
     fn drop(&mut self) {
         if !self.is_adopted {
             self.refuse(CloseCode::TRY_AGAIN_LATER, "the connection was not served");
+        } else if !self.is_finished {
+            // A client that has ended only its side still reads, and must not take this end for a lost connection.
+            self.session.send_close_notify();
+            let _ = self.send_records();
         }
     }
 }

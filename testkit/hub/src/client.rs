@@ -2,7 +2,7 @@
 //!
 //! Every wait has a bound.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::panic::Location;
 
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -14,17 +14,19 @@ use tokio_tungstenite::tungstenite::http::{Request, Response as HttpResponse};
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
 use tokio_tungstenite::tungstenite::{self, Message};
 
+use crate::server::Endpoint;
+use crate::transport::{Stream, Transport};
 use crate::wait::within_timeout;
 
 /// A client that knows WebSockets and nothing about hubs.
 #[derive(Debug)]
-pub struct Client<S = TcpStream> {
+pub struct Client<S = Stream> {
     /// For what the methods do not do.
     pub socket: WebSocketStream<S>,
 }
 
 impl Client {
-    /// Connects to a plain WebSocket.
+    /// Connects to a WebSocket; to one over TLS (`wss://`) if its server is of this process.
     #[track_caller]
     pub fn connect(url: impl AsRef<str>) -> impl Future<Output = Self> {
         let url = url.as_ref().to_owned();
@@ -43,25 +45,29 @@ impl Client {
         }
         let address = request.uri().authority().unwrap().as_str();
         let stream = TcpStream::connect(address).await.unwrap();
-        Self::shake_hands(request, stream).await
+        let is_tls = request.uri().scheme_str() == Some(Transport::Tls.scheme());
+        Self::shake_hands(if is_tls { Transport::Tls } else { Transport::Plain }, request, stream).await
     }
 
     /// Connects to the path `/ws` from another address of this machine.
     pub async fn try_connect_from(
         from: Ipv4Addr,
-        to: SocketAddr,
+        to: impl Into<Endpoint>,
     ) -> Result<(Self, HttpResponse<Option<Vec<u8>>>), tungstenite::Error> {
+        let Endpoint { transport, address } = to.into();
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind((from, 0).into()).unwrap();
-        let stream = socket.connect(to).await.unwrap();
-        Self::shake_hands(format!("ws://{to}/ws").into_client_request().unwrap(), stream).await
+        let stream = socket.connect(address).await.unwrap();
+        let request = format!("{}://{address}/ws", transport.scheme()).into_client_request().unwrap();
+        Self::shake_hands(transport, request, stream).await
     }
 
     async fn shake_hands(
+        transport: Transport,
         request: Request<()>,
         stream: TcpStream,
     ) -> Result<(Self, HttpResponse<Option<Vec<u8>>>), tungstenite::Error> {
-        stream.set_nodelay(true).unwrap();
+        let stream = transport.connect_on(stream).await.unwrap();
         let (socket, response) = tokio_tungstenite::client_async(request, stream).await?;
         Ok((Self { socket }, response))
     }

@@ -8,16 +8,20 @@
 pub mod client;
 pub mod command_hub;
 pub mod http_2;
+pub mod log;
 pub mod program;
 pub mod raw_client;
 pub mod recording_hub;
 pub mod server;
 pub mod tls;
+pub mod transport;
 pub mod wait;
 
 pub use client::Client;
 pub use command_hub::{CommandHub, OnRuntime, command_app, connect, connect_amid};
+pub use log::logged;
 pub use raw_client::RawClient;
 pub use recording_hub::HubFixture;
 pub use server::{Server, engine};
+pub use transport::{Stream, Transport};
 pub use wait::{TEST_TIMEOUT, eventually, within_timeout, yield_twice};

@@ -1,17 +1,18 @@
-//! A client on a bare socket of tokio: it does what no client library would do, and nothing by itself.
+//! A client on a bare stream, plain or TLS: it does what no client library would do, and nothing by itself.
 //!
 //! It stalls, reads little at a time, answers pings when it is told to, resets, floods. Knows the handshake. Reads whole
 //! frames only, by [`FrameReader`]. Every wait has a bound.
 
-use std::io::{ErrorKind, Read as _};
-use std::net::SocketAddr;
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use socket2::{Domain, SockRef, Socket, Type};
 use testkit::frames::{CLOSE, FrameReader, PING, TEXT, close_code};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpSocket;
 
+use crate::server::Endpoint;
+use crate::transport::Stream;
 use crate::wait::within_timeout;
 
 /// How many bytes the kernel keeps for a client that does not read; Linux doubles it.
@@ -23,56 +24,67 @@ const PAYLOAD_BYTES_MAX: usize = 1 << 30;
 #[derive(Debug)]
 pub struct RawClient {
     /// For what the methods do not do.
-    pub stream: TcpStream,
+    pub stream: Stream,
     reader: FrameReader,
+    /// The stream has ended, and the TLS session on it has not.
+    is_truncated: bool,
 }
 
 impl RawClient {
     /// Connects to a WebSocket at the path `/ws`.
-    pub async fn connect(address: SocketAddr) -> Self {
-        Self::shake_hands(TcpStream::connect(address).await.unwrap()).await
+    pub async fn connect(to: impl Into<Endpoint>) -> Self {
+        let Endpoint { transport, address } = to.into();
+        Self::shake_hands(transport.connect(address).await.unwrap()).await
     }
 
     /// Connects such that the kernel keeps few bytes for it.
-    pub async fn connect_narrow(address: SocketAddr) -> Self {
+    pub async fn connect_narrow(to: impl Into<Endpoint>) -> Self {
+        let Endpoint { transport, address } = to.into();
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES).unwrap();
         socket.set_nonblocking(true).unwrap();
         let socket = TcpSocket::from_std_stream(socket.into());
-        Self::shake_hands(within_timeout(socket.connect(address)).await.unwrap()).await
+        let stream = within_timeout(socket.connect(address)).await.unwrap();
+        Self::shake_hands(transport.connect_on(stream).await.unwrap()).await
     }
 
-    async fn shake_hands(mut stream: TcpStream) -> Self {
-        stream.set_nodelay(true).unwrap();
+    async fn shake_hands(mut stream: Stream) -> Self {
         let handshake = "GET /ws HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
             sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
         stream.write_all(handshake.as_bytes()).await.unwrap();
+        stream.flush().await.unwrap();
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             head.push(within_timeout(stream.read_u8()).await.unwrap());
         }
         assert!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
-        Self { stream, reader: FrameReader::new(PAYLOAD_BYTES_MAX) }
+        Self { stream, reader: FrameReader::new(PAYLOAD_BYTES_MAX), is_truncated: false }
     }
 
     /// Sends any bytes.
     pub async fn send(&mut self, bytes: &[u8]) {
         within_timeout(self.stream.write_all(bytes)).await.unwrap();
+        within_timeout(self.stream.flush()).await.unwrap();
     }
 
     /// Reads at most so many bytes from the kernel, if it has any.
     pub fn read_at_most(&mut self, bytes: usize) {
-        let mut buffer = vec![0; bytes];
-        match (&*SockRef::from(&self.stream)).read(&mut buffer) {
-            Ok(count) => self.reader.feed(&buffer[..count]),
-            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
-        }
+        let taken = self.stream.take_at_most(bytes);
+        self.reader.feed(&taken);
+    }
+
+    /// The next frame of those that were read, without waiting.
+    pub fn frame_if_any(&mut self) -> Option<(u8, Vec<u8>)> {
+        self.reader.next_frame()
     }
 
     /// Waits for bytes and reads them; false at the end of the stream, whatever ends it.
     async fn read_available(&mut self) -> bool {
         let mut buffer = vec![0; 16 << 10];
-        let count = within_timeout(self.stream.read(&mut buffer)).await.unwrap_or(0);
+        let count = within_timeout(self.stream.read(&mut buffer)).await.unwrap_or_else(|error| {
+            self.is_truncated = error.kind() == ErrorKind::UnexpectedEof;
+            0
+        });
         self.reader.feed(&buffer[..count]);
         count > 0
     }
@@ -120,6 +132,7 @@ impl RawClient {
         let (opcode, payload) = self.recv().await;
         assert_eq!(opcode, CLOSE);
         assert_eq!(self.frame().await, None, "the Close is the last word");
+        assert!(!self.is_truncated, "over TLS, a `close_notify` follows the Close");
         close_code(&payload)
     }
 
@@ -134,23 +147,26 @@ impl RawClient {
                 _ => {}
             }
         }
+        assert!(code.is_none() || !self.is_truncated, "over TLS, a `close_notify` follows the Close");
         (texts, code)
     }
 
-    /// The next text, without pings; none at the end of the stream, even if that comes within a frame.
-    pub async fn next_whole_text(&mut self) -> Option<String> {
+    /// The same of a stream that may end anywhere, even within a frame.
+    pub async fn rest_if_cut_off(&mut self) -> (Vec<String>, Option<u16>) {
+        let (mut texts, mut code) = (Vec::new(), None);
         loop {
             match self.reader.next_frame() {
-                Some((TEXT, payload)) => return Some(String::from_utf8(payload).unwrap()),
-                Some((opcode, payload)) => assert_eq!(opcode, PING, "{payload:?}"),
+                Some((TEXT, payload)) => texts.push(String::from_utf8(payload).unwrap()),
+                Some((CLOSE, payload)) => code = close_code(&payload).or(Some(1005)),
+                Some(_) => {}
                 None if self.read_available().await => {}
-                None => return None,
+                None => return (texts, code),
             }
         }
     }
 
     /// Closes the socket with a reset instead of an end of the stream.
     pub fn reset(self) {
-        SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).unwrap();
+        SockRef::from(self.stream.tcp()).set_linger(Some(Duration::ZERO)).unwrap();
     }
 }
