@@ -264,21 +264,25 @@ impl Tls {
         }
     }
 
+    /// Sends our `close_notify`.
+    fn close_session(&mut self) -> io::Result<()> {
+        match &mut self.session {
+            Session::Unbuffered { session, .. } => {
+                let mut to_send = Vec::new();
+                session.close(&mut to_send)?;
+                send_records(&self.stream, &mut self.refused, &to_send)
+            }
+            Session::Buffered(session) => {
+                session.send_close_notify();
+                self.send_buffered().map(drop)
+            }
+        }
+    }
+
     /// Ends the session and the stream; false if something must be sent before.
     pub(super) fn finish(&mut self) -> bool {
         if !std::mem::replace(&mut self.is_finished, true) {
-            let sent = match &mut self.session {
-                Session::Unbuffered { session, .. } => {
-                    let mut to_send = Vec::new();
-                    session
-                        .close(&mut to_send)
-                        .and_then(|()| send_records(&self.stream, &mut self.refused, &to_send))
-                }
-                Session::Buffered(session) => {
-                    session.send_close_notify();
-                    self.send_buffered().map(drop)
-                }
-            };
+            let sent = self.close_session();
             // The client has broken the session, and what was sent before goes out, or it has disconnected, which the
             // next read reports.
             if sent.is_err() && self.end.is_none() {
@@ -299,8 +303,7 @@ impl Drop for Tls {
             self.refuse(CloseCode::TRY_AGAIN_LATER, "the connection was not served");
         } else if !self.is_finished {
             // A client that has ended only its side still reads, and must not take this end for a lost connection.
-            self.session.send_close_notify();
-            let _ = self.send_records();
+            let _ = self.close_session();
         }
     }
 }
