@@ -39,6 +39,7 @@ pub(super) struct Tls {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "the large one is the usual one, and a box would cost it more")]
 enum Session {
     Unbuffered {
         session: TlsSession,
