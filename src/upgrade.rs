@@ -28,7 +28,7 @@ use hyper::{
     upgrade::{OnUpgrade, Upgraded},
 };
 use hyper_util::{rt::TokioIo, server::conn::auto::upgrade::downcast};
-use shardcast_engine::CloseCode;
+use shardcast_engine::{BridgeProgress, CloseCode};
 use socket2::SockRef;
 use thiserror::Error;
 use tokio::{
@@ -496,8 +496,8 @@ pub(crate) enum RawSocket {
     BufferedTls(Box<BufferedTlsStream>),
     /// The client's own socket, if the server listens on a Unix socket.
     Unix(unix::net::UnixStream),
-    /// Our end of a bridge.
-    Bridge(unix::net::UnixStream),
+    /// Our end of a bridge, and what the bridge has passed on.
+    Bridge(unix::net::UnixStream, BridgeProgress),
 }
 
 impl RawSocket {
@@ -508,7 +508,7 @@ impl RawSocket {
             #[cfg(feature = "tls")]
             Self::Tls(_) | Self::BufferedTls(_) => return Ok(None),
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
-            Self::Bridge(stream) => Self::Bridge(stream.try_clone()?),
+            Self::Bridge(stream, progress) => Self::Bridge(stream.try_clone()?, progress.clone()),
         }))
     }
 
@@ -529,7 +529,9 @@ impl RawSocket {
                 (shardcast_engine::Socket::tls_buffered(stream.into_std()?, session), received.into())
             }
             Self::Unix(stream) => (stream.into(), read_ahead),
-            Self::Bridge(stream) => (shardcast_engine::Socket::bridge(stream), read_ahead),
+            Self::Bridge(stream, progress) => {
+                (shardcast_engine::Socket::bridge(stream, progress), read_ahead)
+            }
         })
     }
 
@@ -555,7 +557,7 @@ impl RawSocket {
                 Self::Tls(stream) => turn_away_at_once(*stream, code, reason),
                 #[cfg(feature = "tls")]
                 Self::BufferedTls(stream) => turn_away_at_once(*stream, code, reason),
-                Self::Unix(stream) | Self::Bridge(stream) => {
+                Self::Unix(stream) | Self::Bridge(stream, _) => {
                     turn_socket_away_at_once(
                         &stream,
                         |stream| stream.shutdown(Shutdown::Write),
@@ -577,7 +579,7 @@ impl RawSocket {
                 Self::Tls(stream) => turn_away(*stream, code, reason).await,
                 #[cfg(feature = "tls")]
                 Self::BufferedTls(stream) => turn_away(*stream, code, reason).await,
-                Self::Unix(stream) | Self::Bridge(stream) => {
+                Self::Unix(stream) | Self::Bridge(stream, _) => {
                     if let Ok(stream) = UnixStream::from_std(stream) {
                         turn_away(stream, code, reason).await;
                     }
@@ -595,7 +597,7 @@ impl RawSocket {
             Self::Tls(stream) => stream.get_ref().peer_addr().ok(),
             #[cfg(feature = "tls")]
             Self::BufferedTls(stream) => stream.get_ref().0.peer_addr().ok(),
-            Self::Unix(_) | Self::Bridge(_) => None,
+            Self::Unix(_) | Self::Bridge(..) => None,
         }
     }
 
@@ -608,7 +610,7 @@ impl RawSocket {
             Self::Tls(stream) => SockRef::from(stream.get_ref()).peek(&mut byte),
             #[cfg(feature = "tls")]
             Self::BufferedTls(stream) => SockRef::from(stream.get_ref().0).peek(&mut byte),
-            Self::Unix(stream) | Self::Bridge(stream) => SockRef::from(stream).peek(&mut byte),
+            Self::Unix(stream) | Self::Bridge(stream, _) => SockRef::from(stream).peek(&mut byte),
         };
         peeked.is_ok_and(|count| count == 0)
     }
@@ -759,7 +761,7 @@ fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
     };
     // The bridge reads hyper's read-ahead from the stream, like all other bytes.
     match bridge(TokioIo::new(upgraded)) {
-        Ok(socket) => Ok((RawSocket::Bridge(socket), Bytes::new())),
+        Ok((socket, progress)) => Ok((RawSocket::Bridge(socket, progress), Bytes::new())),
         Err((error, upgraded)) => Err(Undetachable { error, upgraded: Some(upgraded.into_inner()) }),
     }
 }

@@ -3,6 +3,7 @@
 //! Owned by one shard. Non-blocking; sends small messages at once and leaves little unsent data to the kernel,
 //! so that a backlog stays in the outbox, where the policy applies to it. Knows bytes. Does not know frames.
 
+mod bridge;
 #[cfg(feature = "tls")]
 mod tls;
 
@@ -18,6 +19,9 @@ use crate::close_code::CloseCode;
 use crate::outq;
 #[cfg(feature = "tls")]
 use crate::tls_session::TlsSession;
+use bridge::Bridge;
+pub use bridge::BridgeProgress;
+pub(crate) use bridge::InTransit;
 #[cfg(feature = "tls")]
 use tls::Tls;
 
@@ -44,8 +48,7 @@ enum Kind {
     #[cfg(feature = "tls")]
     Tls(Box<Tls>),
     Unix(mio::net::UnixStream),
-    /// The other end is a task that forwards the bytes.
-    Bridge(mio::net::UnixStream),
+    Bridge(Box<Bridge>),
     Sink,
 }
 
@@ -57,6 +60,15 @@ pub(crate) struct Written {
     pub(crate) taken: usize,
     /// What they have become for the client's kernel: more than that if they were encrypted.
     pub(crate) sent: usize,
+}
+
+/// What has left this side: it is with the client's kernel, on its way there, or, on a bridge, was passed on.
+#[must_use]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Reached {
+    /// Frames that are complete with it.
+    pub(crate) frames: u64,
+    pub(crate) bytes: u64,
 }
 
 impl Written {
@@ -94,10 +106,11 @@ impl Socket {
         Self(Kind::Tls(Box::new(Tls::buffered(stream, session))))
     }
 
-    /// The near end of a bridge: a task at the other end forwards the bytes to and from the client. What was
-    /// written here counts as delivered only when the other end has ended the stream.
-    pub fn bridge(stream: std::os::unix::net::UnixStream) -> Self {
-        Self(Kind::Bridge(mio::net::UnixStream::from_std(stream)))
+    /// The near end of a bridge: a task at the other end forwards the bytes to and from the client. What was written
+    /// here counts as written when that task has [passed it on](BridgeProgress::passed_on), and as pending until then.
+    /// It counts as delivered only when the client has ended the stream as well.
+    pub fn bridge(stream: std::os::unix::net::UnixStream, progress: BridgeProgress) -> Self {
+        Self(Kind::Bridge(Box::new(Bridge::new(stream, progress))))
     }
 
     /// A client that takes everything at once and sends nothing, without a file descriptor: the cost of a
@@ -129,7 +142,8 @@ impl Socket {
                 socket2::SockRef::from(&tls.stream).set_nonblocking(true)?;
                 prepare_tcp(&tls.stream)
             }
-            Kind::Unix(stream) | Kind::Bridge(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
+            Kind::Unix(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
+            Kind::Bridge(bridge) => socket2::SockRef::from(&bridge.stream).set_nonblocking(true),
             Kind::Sink => Ok(()),
         }
     }
@@ -144,7 +158,8 @@ impl Socket {
                 tls.adopted();
                 tls.stream.register(registry, token, interest)
             }
-            Kind::Unix(stream) | Kind::Bridge(stream) => stream.register(registry, token, interest),
+            Kind::Unix(stream) => stream.register(registry, token, interest),
+            Kind::Bridge(bridge) => bridge.stream.register(registry, token, interest),
             Kind::Sink => Ok(()),
         }
     }
@@ -155,7 +170,8 @@ impl Socket {
             Kind::Tcp(stream) => receive(stream, buffer),
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => tls.read(buffer),
-            Kind::Unix(stream) | Kind::Bridge(stream) => receive(stream, buffer),
+            Kind::Unix(stream) => receive(stream, buffer),
+            Kind::Bridge(bridge) => receive(&bridge.stream, buffer),
             Kind::Sink => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
@@ -166,7 +182,8 @@ impl Socket {
             Kind::Tcp(stream) => send(stream, bytes).map(Written::plain),
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => tls.write(bytes),
-            Kind::Unix(stream) | Kind::Bridge(stream) => send(stream, bytes).map(Written::plain),
+            Kind::Unix(stream) => send(stream, bytes).map(Written::plain),
+            Kind::Bridge(bridge) => send(&bridge.stream, bytes).map(Written::plain),
             Kind::Sink => Ok(Written::plain(bytes.len())),
         }
     }
@@ -202,14 +219,51 @@ impl Socket {
         }
     }
 
-    /// Bytes that were [sent](Written::sent) and that the client has not taken. None where the system does not report it.
+    /// Notes a write that has completed so many frames; returns what of it has left this side already.
+    #[inline]
+    pub(crate) fn note_write(&mut self, written: Written, frames: u64, is_control: bool) -> Reached {
+        if let Kind::Bridge(bridge) = &mut self.0 {
+            bridge.note(written, frames, is_control);
+            return Reached::default();
+        }
+        Reached { frames, bytes: written.sent as u64 }
+    }
+
+    /// What has left this side since it was written or since the last call.
+    pub(crate) fn take_reached(&mut self) -> Reached {
+        match &mut self.0 {
+            Kind::Bridge(bridge) => bridge.take_reached(),
+            _ => Reached::default(),
+        }
+    }
+
+    /// Forgets what is in transit, and returns it.
+    pub(crate) fn give_up_in_transit(&mut self) -> InTransit {
+        match &mut self.0 {
+            Kind::Bridge(bridge) => bridge.give_up_in_transit(),
+            _ => InTransit::default(),
+        }
+    }
+
+    /// What is in transit on a bridge, as of the last [`take_reached`](Self::take_reached).
+    #[inline]
+    pub(crate) fn in_transit(&self) -> InTransit {
+        match &self.0 {
+            Kind::Bridge(bridge) => bridge.in_transit(),
+            _ => InTransit::default(),
+        }
+    }
+
+    /// Bytes that were [sent](Written::sent) and that the client has not taken; on a bridge, those that were not passed
+    /// on. None where the system does not report it.
     pub(crate) fn unacknowledged(&self) -> Option<u32> {
         match &self.0 {
             Kind::Tcp(stream) => outq::unacknowledged(stream),
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => outq::unacknowledged(&tls.stream)
                 .map(|bytes| bytes.saturating_add(tls.refused_bytes() as u32)),
-            Kind::Unix(stream) | Kind::Bridge(stream) => outq::unacknowledged(stream),
+            Kind::Unix(stream) => outq::unacknowledged(stream),
+            Kind::Bridge(bridge) => Some(bridge.unacknowledged()),
             Kind::Sink => Some(0),
         }
     }
@@ -227,7 +281,8 @@ impl Socket {
             Kind::Tcp(stream) => stream.shutdown(Shutdown::Write),
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => return tls.finish(),
-            Kind::Unix(stream) | Kind::Bridge(stream) => stream.shutdown(Shutdown::Write),
+            Kind::Unix(stream) => stream.shutdown(Shutdown::Write),
+            Kind::Bridge(bridge) => bridge.stream.shutdown(Shutdown::Write),
             Kind::Sink => Ok(()),
         };
         true
