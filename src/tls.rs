@@ -5,6 +5,8 @@
 //! handshake, so it can be replaced while the server runs. Does not know HTTP, WebSockets or engines: the upgrade
 //! recognizes the streams ([`crate::WebSocketUpgrade`]).
 
+mod stream;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,8 +21,8 @@ use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
+
+pub use stream::TlsStream;
 
 use crate::listen::listen;
 
@@ -31,7 +33,8 @@ const HANDSHAKES_MAX: usize = 1024;
 /// Pause after an error of the system, such as a lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// The certificates of a [`TlsListener`], which can be replaced while it listens. Cloneable; clones share them.
+/// The certificates of a [`TlsListener`], which can be replaced while it listens. Cloneable; clones share them. Early
+/// data (0-RTT) is not accepted, whatever a `rustls::ServerConfig` says.
 ///
 /// ```
 /// # fn main() -> Result<(), shardcast::tls::TlsError> {
@@ -66,14 +69,22 @@ impl TlsConfig {
 
     /// Uses another configuration from the next handshake on.
     pub fn replace(&self, config: impl Into<Arc<ServerConfig>>) {
-        self.0.send_replace(config.into());
+        self.0.send_replace(without_early_data(config.into()));
     }
 }
 
 impl<C: Into<Arc<ServerConfig>>> From<C> for TlsConfig {
     fn from(config: C) -> Self {
-        Self(watch::Sender::new(config.into()))
+        Self(watch::Sender::new(without_early_data(config.into())))
     }
+}
+
+/// Early data can be replayed, and nothing here could tell a handler that a request came so.
+fn without_early_data(mut config: Arc<ServerConfig>) -> Arc<ServerConfig> {
+    if config.max_early_data_size > 0 {
+        Arc::make_mut(&mut config).max_early_data_size = 0;
+    }
+    config
 }
 
 fn server_config(chain: &[u8], key: &[u8]) -> Result<ServerConfig, TlsError> {
@@ -124,7 +135,7 @@ pub enum TlsError {
 pub struct TlsListener {
     listener: TcpListener,
     config: watch::Receiver<Arc<ServerConfig>>,
-    handshakes: JoinSet<Option<(TlsStream<TcpStream>, SocketAddr)>>,
+    handshakes: JoinSet<Option<(TlsStream, SocketAddr)>>,
     timeout: Duration,
     handshakes_max: usize,
     /// Connections have the socket options of the listener, which has those that an engine relies on.
@@ -164,15 +175,15 @@ impl TlsListener {
     }
 
     fn shake_hands(&mut self, stream: TcpStream, address: SocketAddr) {
-        let acceptor = TlsAcceptor::from(self.config.borrow().clone());
+        let config = self.config.borrow().clone();
         let (limit, inherits) = (self.timeout, self.inherits);
         self.handshakes.spawn(async move {
             // Before the handshake, which would wait for delayed acknowledgements without it.
             let prepared = if inherits { Ok(()) } else { shardcast_engine::prepare_tcp(&stream) };
             let shaken = match prepared {
-                Ok(()) => {
-                    timeout(limit, acceptor.accept(stream)).await.unwrap_or_else(|late| Err(late.into()))
-                }
+                Ok(()) => timeout(limit, TlsStream::accept(stream, config))
+                    .await
+                    .unwrap_or_else(|late| Err(late.into())),
                 Err(error) => Err(error),
             };
             match shaken {
@@ -187,7 +198,7 @@ impl TlsListener {
 }
 
 impl Listener for TlsListener {
-    type Io = TlsStream<TcpStream>;
+    type Io = TlsStream;
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Self::Io, SocketAddr) {

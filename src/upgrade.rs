@@ -39,6 +39,8 @@ use tokio::{
 };
 
 pub use crate::handshake::UpgradeRejection;
+#[cfg(feature = "tls")]
+use crate::tls::TlsStream;
 use crate::{
     auth,
     bridge::bridge,
@@ -481,9 +483,9 @@ pub(crate) fn connect_info(extensions: &http::Extensions) -> Option<SocketAddr> 
     extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0)
 }
 
-/// What a TLS server over TCP reads and writes.
+/// What a TLS server over TCP reads and writes that does not use [`TlsListener`](crate::tls::TlsListener).
 #[cfg(feature = "tls")]
-type TlsStream = tokio_rustls::server::TlsStream<TcpStream>;
+type BufferedTlsStream = tokio_rustls::server::TlsStream<TcpStream>;
 
 /// A non-blocking socket, registered with no runtime but for TLS.
 #[derive(Debug)]
@@ -493,6 +495,9 @@ pub(crate) enum RawSocket {
     /// The client's own socket with its TLS session.
     #[cfg(feature = "tls")]
     Tls(Box<TlsStream>),
+    /// The same from another server, with buffers that cannot be taken from the session.
+    #[cfg(feature = "tls")]
+    BufferedTls(Box<BufferedTlsStream>),
     /// The client's own socket, if the server listens on a Unix socket.
     Unix(unix::net::UnixStream),
     /// Our end of a bridge, and what the bridge has passed on.
@@ -505,7 +510,7 @@ impl RawSocket {
         Ok(Some(match self {
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
             #[cfg(feature = "tls")]
-            Self::Tls(_) => return Ok(None),
+            Self::Tls(_) | Self::BufferedTls(_) => return Ok(None),
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
             Self::Bridge(stream, progress) => Self::Bridge(stream.try_clone()?, progress.clone()),
         }))
@@ -517,10 +522,15 @@ impl RawSocket {
             Self::Tcp(stream) => (stream.into(), read_ahead),
             #[cfg(feature = "tls")]
             Self::Tls(stream) => {
+                let (socket, decrypted) = stream.into_socket()?;
+                (socket, [&read_ahead[..], &decrypted].concat().into())
+            }
+            #[cfg(feature = "tls")]
+            Self::BufferedTls(stream) => {
                 let (stream, mut session) = stream.into_inner();
                 let mut received = read_ahead.to_vec();
                 read_decrypted(&mut session, &mut received);
-                (shardcast_engine::Socket::tls(stream.into_std()?, session), received.into())
+                (shardcast_engine::Socket::tls_buffered(stream.into_std()?, session), received.into())
             }
             Self::Unix(stream) => (stream.into(), read_ahead),
             Self::Bridge(stream, progress) => {
@@ -549,6 +559,8 @@ impl RawSocket {
                 }
                 #[cfg(feature = "tls")]
                 Self::Tls(stream) => turn_away_at_once(*stream, code, reason),
+                #[cfg(feature = "tls")]
+                Self::BufferedTls(stream) => turn_away_at_once(*stream, code, reason),
                 Self::Unix(stream) | Self::Bridge(stream, _) => {
                     turn_socket_away_at_once(
                         &stream,
@@ -569,6 +581,8 @@ impl RawSocket {
                 }
                 #[cfg(feature = "tls")]
                 Self::Tls(stream) => turn_away(*stream, code, reason).await,
+                #[cfg(feature = "tls")]
+                Self::BufferedTls(stream) => turn_away(*stream, code, reason).await,
                 Self::Unix(stream) | Self::Bridge(stream, _) => {
                     if let Ok(stream) = UnixStream::from_std(stream) {
                         turn_away(stream, code, reason).await;
@@ -584,7 +598,9 @@ impl RawSocket {
         match self {
             Self::Tcp(stream) => stream.peer_addr().ok(),
             #[cfg(feature = "tls")]
-            Self::Tls(stream) => stream.get_ref().0.peer_addr().ok(),
+            Self::Tls(stream) => stream.get_ref().peer_addr().ok(),
+            #[cfg(feature = "tls")]
+            Self::BufferedTls(stream) => stream.get_ref().0.peer_addr().ok(),
             Self::Unix(_) | Self::Bridge(..) => None,
         }
     }
@@ -595,7 +611,9 @@ impl RawSocket {
         let peeked = match self {
             Self::Tcp(stream) => SockRef::from(stream).peek(&mut byte),
             #[cfg(feature = "tls")]
-            Self::Tls(stream) => SockRef::from(stream.get_ref().0).peek(&mut byte),
+            Self::Tls(stream) => SockRef::from(stream.get_ref()).peek(&mut byte),
+            #[cfg(feature = "tls")]
+            Self::BufferedTls(stream) => SockRef::from(stream.get_ref().0).peek(&mut byte),
             Self::Unix(stream) | Self::Bridge(stream, _) => SockRef::from(stream).peek(&mut byte),
         };
         peeked.is_ok_and(|count| count == 0)
@@ -737,6 +755,11 @@ fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
     #[cfg(feature = "tls")]
     let upgraded = match take::<TlsStream>(upgraded) {
         Ok((stream, read_ahead)) => return Ok((RawSocket::Tls(Box::new(stream)), read_ahead)),
+        Err(upgraded) => upgraded,
+    };
+    #[cfg(feature = "tls")]
+    let upgraded = match take::<BufferedTlsStream>(upgraded) {
+        Ok((stream, read_ahead)) => return Ok((RawSocket::BufferedTls(Box::new(stream)), read_ahead)),
         Err(upgraded) => upgraded,
     };
     // The bridge reads hyper's read-ahead from the stream, like all other bytes.

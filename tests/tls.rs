@@ -19,6 +19,7 @@ use shardcast::{
     CloseReason, Engine, EngineConfig, Hub, HubContext, RawCodec, UserLimit, WebSocketUpgrade, WsHub,
     WsHubConfig,
 };
+use shardcast_engine::TlsSession;
 use testkit::frames::{CLOSE, FrameReader, TEXT, client_text, close_code};
 use testkit_hub::tls::TlsPair;
 use testkit_hub::{eventually, within_timeout};
@@ -27,6 +28,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::ClientConnection;
 
 const HANDSHAKE: &str = "GET /ws HTTP/1.1\r\nhost: localhost\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
     sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
@@ -80,10 +82,25 @@ impl Server {
         Self::with(EngineConfig::default(), config, |listener| listener).await
     }
 
+    /// One for each kind of session: of a [`TlsListener`], and of another server by `tokio_rustls`, with rustls' buffers.
+    async fn of_each_kind() -> [Self; 2] {
+        let config = WsHubConfig { max_message_bytes: 1 << 20, ..WsHubConfig::default() };
+        [Self::start().await, Self::serving(EngineConfig::default(), config, None).await]
+    }
+
     async fn with(
         engine: EngineConfig,
         hub: WsHubConfig,
-        prepare: impl FnOnce(TlsListener) -> TlsListener,
+        prepare: impl FnOnce(TlsListener) -> TlsListener + 'static,
+    ) -> Self {
+        Self::serving(engine, hub, Some(Box::new(prepare))).await
+    }
+
+    /// Behind a [`TlsListener`] that was prepared so, or behind `tokio_rustls`.
+    async fn serving(
+        engine: EngineConfig,
+        hub: WsHubConfig,
+        prepare: Option<Box<dyn FnOnce(TlsListener) -> TlsListener>>,
     ) -> Self {
         let engine = Engine::start(EngineConfig { shards: Some(2), pin: false, ..engine }).unwrap();
         let hub = engine.hub::<Echo>(hub).unwrap();
@@ -96,11 +113,20 @@ impl Server {
         let app = Router::new().route("/ws", any(serve)).with_state(hub.clone());
         let pair = TlsPair::new(&["http/1.1"]);
         let config = TlsConfig::from(pair.server_config());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let listener = prepare(TlsListener::new(listener, config.clone()));
-        let app = app.into_make_service_with_connect_info::<PeerAddr>();
-        let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        let (address, task) = match prepare {
+            Some(prepare) => {
+                let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                let address = listener.local_addr().unwrap();
+                let listener = prepare(TlsListener::new(listener, config.clone()));
+                let app = app.into_make_service_with_connect_info::<PeerAddr>();
+                (address, tokio::spawn(async move { axum::serve(listener, app).await.unwrap() }))
+            }
+            None => {
+                let listener = testkit_hub::tls::TlsListener::bind(&pair, |_| Ok(())).await.unwrap();
+                let address = axum::serve::Listener::local_addr(&listener).unwrap();
+                (address, tokio::spawn(async move { axum::serve(listener, app).await.unwrap() }))
+            }
+        };
         Self { address, pair, config, engine, hub, ends, permits, task }
     }
 
@@ -189,192 +215,316 @@ impl Client {
 
 #[tokio::test]
 async fn messages_of_every_length_are_echoed() {
-    let server = Server::start().await;
-    let mut client = server.connect().await;
-    // Around the length of a record (16 KiB), of one write (64 KiB), and more than any buffer.
-    for length in [0, 1, 125, 126, 16_383, 16_384, 16_385, 65_535, 65_536, 200_000, 1_000_000] {
-        let text = "y".repeat(length);
-        client.send(&text).await;
-        assert_eq!(client.recv().await, text);
-        client.send(&format!("long {length}")).await;
-        assert_eq!(client.recv().await.len(), length);
+    for server in Server::of_each_kind().await {
+        let mut client = server.connect().await;
+        // Around the length of a record (16 KiB), of one write (64 KiB), and more than any buffer.
+        for length in [0, 1, 125, 126, 16_383, 16_384, 16_385, 65_535, 65_536, 200_000, 1_000_000] {
+            let text = "y".repeat(length);
+            client.send(&text).await;
+            assert_eq!(client.recv().await, text);
+            client.send(&format!("long {length}")).await;
+            assert_eq!(client.recv().await.len(), length);
+        }
     }
 }
 
 #[tokio::test]
 async fn what_a_client_sends_together_with_its_handshake_is_received() {
-    let server = Server::start().await;
-    let mut client = Client { stream: server.tls().await, reader: FrameReader::new(1 << 20) };
-    // In one record, and more than an HTTP server reads ahead.
-    let texts: Vec<_> = (0..14).map(|number| format!("{number:01000}")).collect();
-    let frames = texts.iter().map(|text| client_text(text));
-    let all: Vec<u8> = std::iter::once(HANDSHAKE.into()).chain(frames).collect::<Vec<Vec<u8>>>().concat();
-    client.stream.write_all(&all).await.unwrap();
-    client.stream.flush().await.unwrap();
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        head.push(within_timeout(client.stream.read_u8()).await.unwrap());
-    }
-    for text in texts {
-        assert_eq!(client.recv().await, text);
+    for server in Server::of_each_kind().await {
+        let mut client = Client { stream: server.tls().await, reader: FrameReader::new(1 << 20) };
+        // In one record, and more than an HTTP server reads ahead.
+        let texts: Vec<_> = (0..14).map(|number| format!("{number:01000}")).collect();
+        let frames = texts.iter().map(|text| client_text(text));
+        let all: Vec<u8> = std::iter::once(HANDSHAKE.into()).chain(frames).collect::<Vec<Vec<u8>>>().concat();
+        client.stream.write_all(&all).await.unwrap();
+        client.stream.flush().await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(within_timeout(client.stream.read_u8()).await.unwrap());
+        }
+        for text in texts {
+            assert_eq!(client.recv().await, text);
+        }
     }
 }
 
 #[tokio::test]
 async fn what_was_decrypted_and_not_read_yet_is_read_when_the_handler_is_free() {
-    let server = Server::start().await;
-    // Two of them are as much as is held for a busy handler and the rest of a record.
-    for count in 1..=6 {
-        let mut client = server.connect().await;
-        let texts: Vec<_> = (0..count).map(|number| format!("{number:010000}")).collect();
-        client.send("wait").await;
-        for text in &texts {
-            client.send(text).await; // one record each
-        }
-        eventually(true, || server.engine.metrics().unfinished_bytes > 10_000).await;
-        server.permits.add_permits(1);
-        assert_eq!(client.recv().await, "wait");
-        for text in texts {
-            assert_eq!(client.recv().await, text, "{count} messages");
+    for server in Server::of_each_kind().await {
+        // Two of them are as much as is held for a busy handler and the rest of a record.
+        for count in 1..=6 {
+            let mut client = server.connect().await;
+            let texts: Vec<_> = (0..count).map(|number| format!("{number:010000}")).collect();
+            client.send("wait").await;
+            for text in &texts {
+                client.send(text).await; // one record each
+            }
+            eventually(true, || server.engine.metrics().unfinished_bytes > 10_000).await;
+            server.permits.add_permits(1);
+            assert_eq!(client.recv().await, "wait");
+            for text in texts {
+                assert_eq!(client.recv().await, text, "{count} messages");
+            }
         }
     }
 }
 
 #[tokio::test]
 async fn the_last_bytes_reach_a_slow_client_wherever_the_kernel_has_refused_them() {
-    let server = Server::start().await;
-    for messages in 1..=40 {
-        let mut client = server.connect_narrow().await;
-        let text = "z".repeat(10_000);
-        for _ in 0..messages {
-            // A write of its own, which the kernel may take in part.
-            let _receipt = server.hub.to_all().deliver(&text).await.unwrap();
+    for server in Server::of_each_kind().await {
+        for messages in 1..=40 {
+            let mut client = server.connect_narrow().await;
+            let text = "z".repeat(10_000);
+            for _ in 0..messages {
+                // A write of its own, which the kernel may take in part.
+                let _receipt = server.hub.to_all().deliver(&text).await.unwrap();
+            }
+            for _ in 0..messages {
+                assert_eq!(client.recv().await.len(), text.len(), "{messages} messages");
+            }
+            client.stream.shutdown().await.unwrap();
+            eventually(0, || server.hub.len()).await;
         }
-        for _ in 0..messages {
-            assert_eq!(client.recv().await.len(), text.len(), "{messages} messages");
-        }
-        client.stream.shutdown().await.unwrap();
-        eventually(0, || server.hub.len()).await;
     }
 }
 
 #[tokio::test]
 async fn the_end_of_a_session_counts_although_the_stream_goes_on() {
-    let mut server = Server::start().await;
-    let mut client = server.connect().await;
-    let mut records = Vec::new();
-    let session = client.stream.get_mut().1;
-    std::io::Write::write_all(&mut session.writer(), &client_text("last")).unwrap();
-    session.send_close_notify();
-    while session.wants_write() {
-        session.write_tls(&mut records).unwrap();
+    for mut server in Server::of_each_kind().await {
+        let mut client = server.connect().await;
+        let mut records = Vec::new();
+        let session = client.stream.get_mut().1;
+        std::io::Write::write_all(&mut session.writer(), &client_text("last")).unwrap();
+        session.send_close_notify();
+        while session.wants_write() {
+            session.write_tls(&mut records).unwrap();
+        }
+        client.stream.get_mut().0.write_all(&records).await.unwrap(); // both at once
+        assert_eq!(client.recv().await, "last");
+        assert_eq!(client.frame().await, None);
+        assert_eq!(server.ended().await, CloseReason::Disconnected);
     }
-    client.stream.get_mut().0.write_all(&records).await.unwrap(); // both at once
-    assert_eq!(client.recv().await, "last");
-    assert_eq!(client.frame().await, None);
-    assert_eq!(server.ended().await, CloseReason::Disconnected);
 }
 
 #[tokio::test]
 async fn a_record_may_be_cut_anywhere_and_hold_many_messages() {
-    let server = Server::start().await;
-    let mut client = server.connect().await;
-    let texts: Vec<_> = (0..50).map(|number| format!("message {number}")).collect();
-    let frames: Vec<_> = texts.iter().flat_map(|text| client_text(text)).collect();
-    // In one record, then a byte in each.
-    client.stream.write_all(&frames).await.unwrap();
-    for byte in &frames {
-        client.stream.write_all(&[*byte]).await.unwrap();
-        client.stream.flush().await.unwrap();
+    for server in Server::of_each_kind().await {
+        let mut client = server.connect().await;
+        let texts: Vec<_> = (0..50).map(|number| format!("message {number}")).collect();
+        let frames: Vec<_> = texts.iter().flat_map(|text| client_text(text)).collect();
+        // In one record, then a byte in each.
+        client.stream.write_all(&frames).await.unwrap();
+        for byte in &frames {
+            client.stream.write_all(&[*byte]).await.unwrap();
+            client.stream.flush().await.unwrap();
+        }
+        for text in texts.iter().chain(&texts) {
+            assert_eq!(client.recv().await, *text);
+        }
+        // A record of which the kernel gets one byte at a time.
+        let mut record = Vec::new();
+        let session = client.stream.get_mut().1;
+        std::io::Write::write_all(&mut session.writer(), &client_text("in pieces")).unwrap();
+        session.write_tls(&mut record).unwrap();
+        let socket = client.stream.get_mut().0;
+        socket.set_nodelay(true).unwrap();
+        for byte in record {
+            socket.write_all(&[byte]).await.unwrap();
+        }
+        assert_eq!(client.recv().await, "in pieces");
     }
-    for text in texts.iter().chain(&texts) {
-        assert_eq!(client.recv().await, *text);
-    }
-    // A record of which the kernel gets one byte at a time.
-    let mut record = Vec::new();
-    let session = client.stream.get_mut().1;
-    std::io::Write::write_all(&mut session.writer(), &client_text("in pieces")).unwrap();
-    session.write_tls(&mut record).unwrap();
-    let socket = client.stream.get_mut().0;
-    socket.set_nodelay(true).unwrap();
-    for byte in record {
-        socket.write_all(&[byte]).await.unwrap();
-    }
-    assert_eq!(client.recv().await, "in pieces");
 }
 
 #[tokio::test]
 async fn keys_are_updated_by_either_side() {
-    let server = Server::start().await;
+    for server in Server::of_each_kind().await {
+        let mut client = server.connect().await;
+        for round in 0..5 {
+            client.stream.get_mut().1.refresh_traffic_keys().unwrap();
+            let text = format!("under new keys {round}");
+            client.send(&text).await;
+            assert_eq!(client.recv().await, text);
+        }
+    }
+}
+
+/// Adds the records of a text to `records`.
+fn encrypt(session: &mut ClientConnection, text: &str, records: &mut Vec<u8>) {
+    std::io::Write::write_all(&mut session.writer(), &client_text(text)).unwrap();
+    while session.wants_write() {
+        session.write_tls(records).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn records_that_are_longer_than_a_read_are_received_and_keys_may_change_within_a_burst() {
+    // No record of 16 KiB arrives in one read, and many reads end within a record.
+    let engine = EngineConfig { read_buffer_bytes: 1024, ..EngineConfig::default() };
+    let config = WsHubConfig { max_message_bytes: 1 << 20, ..WsHubConfig::default() };
+    let server = Server::with(engine, config, |listener| listener).await;
     let mut client = server.connect().await;
-    for round in 0..5 {
-        client.stream.get_mut().1.refresh_traffic_keys().unwrap();
-        let text = format!("under new keys {round}");
-        client.send(&text).await;
+    let lengths = [20_000, 1, 999, 1_000, 1_001, 40_000, 0, 3_000, 16_300];
+    let texts: Vec<_> = lengths
+        .iter()
+        .cycle()
+        .take(30)
+        .enumerate()
+        .map(|(n, length)| format!("{n} {:x<length$}", ""))
+        .collect();
+    let mut records = Vec::new();
+    let session = client.stream.get_mut().1;
+    for (number, text) in texts.iter().enumerate() {
+        if number % 7 == 3 {
+            session.refresh_traffic_keys().unwrap(); // and asks the server for the same
+        }
+        encrypt(session, text, &mut records);
+    }
+    let (mut reading, mut writing) = tokio::io::split(client.stream.get_mut().0);
+    // The client's session is not needed for what is encrypted already, so the answers can be read meanwhile.
+    let (mut answers, mut received) = (Vec::new(), vec![0; 64 << 10]);
+    let send = async { writing.write_all(&records).await.unwrap() };
+    let receive = async {
+        let all: usize = texts.iter().map(String::len).sum();
+        while answers.len() < all {
+            let count = within_timeout(reading.read(&mut received)).await.unwrap();
+            assert_ne!(count, 0, "the server has ended the stream");
+            answers.extend_from_slice(&received[..count]);
+        }
+    };
+    tokio::join!(send, receive);
+    let session = client.stream.get_mut().1;
+    let mut unread = &answers[..];
+    while !unread.is_empty() {
+        session.read_tls(&mut unread).unwrap();
+        session.process_new_packets().unwrap();
+        let mut decrypted = Vec::new();
+        while let Ok(count @ 1..) = std::io::Read::read(&mut session.reader(), &mut received) {
+            decrypted.extend_from_slice(&received[..count]);
+        }
+        client.reader.feed(&decrypted);
+    }
+    for text in texts {
         assert_eq!(client.recv().await, text);
+    }
+    client.send("after all").await;
+    assert_eq!(client.recv().await, "after all");
+}
+
+#[test]
+fn a_session_keeps_nothing_but_the_beginning_of_a_record() {
+    let pair = TlsPair::new(&["http/1.1"]);
+    let mut server = TlsSession::new(pair.server_config()).unwrap();
+    let name = "localhost".try_into().unwrap();
+    let mut client = ClientConnection::new(pair.client.clone(), name).unwrap();
+    let none = |_: &[u8]| panic!("nothing was sent");
+    while client.is_handshaking() || server.is_handshaking() {
+        let (mut flight, mut answer) = (Vec::new(), Vec::new());
+        while client.wants_write() {
+            client.write_tls(&mut flight).unwrap();
+        }
+        for piece in flight.chunks_mut(100) {
+            server.decrypt(piece, &mut answer, none);
+        }
+        let mut answer = &answer[..];
+        while !answer.is_empty() {
+            client.read_tls(&mut answer).unwrap();
+            client.process_new_packets().unwrap();
+        }
+    }
+    assert_eq!(server.partial_bytes(), 0);
+    for cut in [1, 4, 5, 6, 500, 1_000] {
+        let mut records = Vec::new();
+        encrypt(&mut client, &"x".repeat(1_000), &mut records);
+        client.refresh_traffic_keys().unwrap();
+        encrypt(&mut client, "under new keys", &mut records);
+        let whole = records.len();
+        let (mut texts, mut answer) = (Vec::new(), Vec::new());
+        let (begin, rest) = records.split_at_mut(cut);
+        server.decrypt(begin, &mut answer, none);
+        assert_eq!(server.partial_bytes(), cut);
+        // It may write meanwhile.
+        server.encrypt(b"hello", &mut answer).unwrap();
+        server.decrypt(rest, &mut answer, |piece| texts.extend_from_slice(piece));
+        assert_eq!(server.partial_bytes(), 0, "of {whole} bytes");
+        assert_eq!(texts.len(), client_text(&"x".repeat(1_000)).len() + client_text("under new keys").len());
+        server.encrypt(b"world", &mut answer).unwrap();
+        let (mut answer, mut received) = (&answer[..], [0; 100]);
+        let mut decrypted = Vec::new();
+        while !answer.is_empty() {
+            client.read_tls(&mut answer).unwrap();
+            client.process_new_packets().unwrap();
+            while let Ok(count @ 1..) = std::io::Read::read(&mut client.reader(), &mut received) {
+                decrypted.extend_from_slice(&received[..count]);
+            }
+        }
+        assert_eq!(decrypted, b"helloworld");
     }
 }
 
 #[tokio::test]
 async fn a_client_that_ends_its_session_gets_what_is_queued_and_is_disconnected() {
-    let mut server = Server::start().await;
-    let mut client = server.connect().await;
-    client.send("long 3000000").await;
-    client.send("last").await;
-    client.stream.shutdown().await.unwrap(); // `close_notify`, and the end of its side of the stream
-    assert_eq!(client.recv().await.len(), 3_000_000);
-    assert_eq!(client.recv().await, "last");
-    assert_eq!(client.frame().await, None, "our `close_notify`, or reading would have failed");
-    assert_eq!(server.ended().await, CloseReason::Disconnected);
+    for mut server in Server::of_each_kind().await {
+        let mut client = server.connect().await;
+        client.send("long 3000000").await;
+        client.send("last").await;
+        client.stream.shutdown().await.unwrap(); // `close_notify`, and the end of its side of the stream
+        assert_eq!(client.recv().await.len(), 3_000_000);
+        assert_eq!(client.recv().await, "last");
+        assert_eq!(client.frame().await, None, "our `close_notify`, or reading would have failed");
+        assert_eq!(server.ended().await, CloseReason::Disconnected);
+    }
 }
 
 #[tokio::test]
 async fn a_client_whose_stream_ends_without_the_end_of_its_session_is_disconnected() {
-    let mut server = Server::start().await;
-    let mut client = server.connect().await;
-    client.send("hello").await;
-    assert_eq!(client.recv().await, "hello");
-    let (socket, _) = client.stream.into_inner();
-    drop(socket);
-    assert_eq!(server.ended().await, CloseReason::Disconnected);
+    for mut server in Server::of_each_kind().await {
+        let mut client = server.connect().await;
+        client.send("hello").await;
+        assert_eq!(client.recv().await, "hello");
+        let (socket, _) = client.stream.into_inner();
+        drop(socket);
+        assert_eq!(server.ended().await, CloseReason::Disconnected);
+    }
 }
 
 #[cfg(target_os = "linux")] // only there a socket can be corked
 #[tokio::test]
 async fn a_client_whose_stream_ends_within_a_record_is_disconnected() {
-    let mut server = Server::start().await;
-    let mut client = server.connect().await;
-    client.send("hello").await;
-    assert_eq!(client.recv().await, "hello");
-    // The beginning of a record and the end of the stream, which arrive together.
-    let socket = socket2::SockRef::from(client.stream.get_ref().0);
-    socket.set_tcp_cork(true).unwrap();
-    std::io::Write::write_all(&mut &*socket, &[0x17, 3, 3, 0, 100, 1, 2, 3]).unwrap();
-    socket.shutdown(std::net::Shutdown::Write).unwrap();
-    assert_eq!(server.ended().await, CloseReason::Disconnected);
+    for mut server in Server::of_each_kind().await {
+        let mut client = server.connect().await;
+        client.send("hello").await;
+        assert_eq!(client.recv().await, "hello");
+        // The beginning of a record and the end of the stream, which arrive together.
+        let socket = socket2::SockRef::from(client.stream.get_ref().0);
+        socket.set_tcp_cork(true).unwrap();
+        std::io::Write::write_all(&mut &*socket, &[0x17, 3, 3, 0, 100, 1, 2, 3]).unwrap();
+        socket.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(server.ended().await, CloseReason::Disconnected);
+    }
 }
 
 #[tokio::test]
 async fn a_client_that_breaks_a_record_gets_an_alert_and_nobody_else_notices() {
-    let mut server = Server::start().await;
-    let mut other = server.connect().await;
-    let mut client = server.connect().await;
-    client.send("hello").await;
-    assert_eq!(client.recv().await, "hello");
-    client
-        .stream
-        .get_mut()
-        .0
-        .write_all(&[
-            0x17, 3, 3, 0, 20, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
-        ])
-        .await
-        .unwrap();
-    assert_eq!(server.ended().await, CloseReason::Transport(ErrorKind::InvalidData));
-    let error = within_timeout(client.stream.read(&mut [0; 100])).await.unwrap_err();
-    assert!(error.to_string().contains("BadRecordMac"), "{error}");
-    other.send("still here").await;
-    assert_eq!(other.recv().await, "still here");
+    for mut server in Server::of_each_kind().await {
+        let mut other = server.connect().await;
+        let mut client = server.connect().await;
+        client.send("hello").await;
+        assert_eq!(client.recv().await, "hello");
+        client
+            .stream
+            .get_mut()
+            .0
+            .write_all(&[
+                0x17, 3, 3, 0, 20, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+            ])
+            .await
+            .unwrap();
+        assert_eq!(server.ended().await, CloseReason::Transport(ErrorKind::InvalidData));
+        let error = within_timeout(client.stream.read(&mut [0; 100])).await.unwrap_err();
+        assert!(error.to_string().contains("BadRecordMac"), "{error}");
+        other.send("still here").await;
+        assert_eq!(other.recv().await, "still here");
+    }
 }
 
 #[tokio::test]

@@ -131,6 +131,8 @@ mod shutdown;
 mod socket;
 mod sync;
 mod tally;
+#[cfg(feature = "tls")]
+mod tls_session;
 mod trim;
 mod user_limits;
 mod utf8;
@@ -174,4 +176,6 @@ pub use socket::{BridgeProgress, Socket, prepare_tcp};
 #[doc(hidden)]
 pub use sync::counted::{AtomicUse, record};
 pub use tally::{DropCause, Drops, Tally};
+#[cfg(feature = "tls")]
+pub use tls_session::{TlsEnd, TlsSession};
 pub use utf8::{InvalidUtf8, Utf8Checker};

@@ -17,6 +17,8 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use crate::close_code::CloseCode;
 use crate::outq;
+#[cfg(feature = "tls")]
+use crate::tls_session::TlsSession;
 use bridge::Bridge;
 pub use bridge::BridgeProgress;
 pub(crate) use bridge::InTransit;
@@ -89,13 +91,20 @@ impl From<std::os::unix::net::UnixStream> for Socket {
 }
 
 impl Socket {
-    /// TCP with a TLS session whose handshake is over. What the session has decrypted already must be taken out of it
-    /// before, and given to the engine as [`received`](crate::NewConnection::received).
+    /// TCP with a TLS session whose handshake is over, and the encrypted bytes that have not been sent yet. What was
+    /// decrypted already must be given to the engine as [`received`](crate::NewConnection::received).
     ///
     /// If no shard takes the connection, its client gets a Close frame (1013).
     #[cfg(feature = "tls")]
-    pub fn tls(stream: std::net::TcpStream, session: rustls::ServerConnection) -> Self {
-        Self(Kind::Tls(Box::new(Tls::new(stream, session))))
+    pub fn tls(stream: std::net::TcpStream, session: TlsSession, unsent: Vec<u8>) -> Self {
+        Self(Kind::Tls(Box::new(Tls::unbuffered(stream, session, unsent))))
+    }
+
+    /// The same with a session of rustls that has buffers of its own, some 4 KB for each connection. What it has
+    /// decrypted already must be taken out of it before.
+    #[cfg(feature = "tls")]
+    pub fn tls_buffered(stream: std::net::TcpStream, session: rustls::ServerConnection) -> Self {
+        Self(Kind::Tls(Box::new(Tls::buffered(stream, session))))
     }
 
     /// The near end of a bridge: a task at the other end forwards the bytes to and from the client. What was written

@@ -52,7 +52,7 @@ fn echo_app() -> (Router, mpsc::UnboundedReceiver<Seen>) {
                     echo(TcpStream::from_std(socket).unwrap(), read_ahead).await;
                 }
                 #[cfg(feature = "tls")]
-                RawSocket::Tls(_) => panic!("no test of these uses TLS"),
+                RawSocket::Tls(_) | RawSocket::BufferedTls(_) => panic!("no test of these uses TLS"),
                 RawSocket::Unix(socket) | RawSocket::Bridge(socket, _) => {
                     seen.send(Seen { kind: "unix", read_ahead: read_ahead.clone(), protocol }).unwrap();
                     echo(UnixStream::from_std(socket).unwrap(), read_ahead).await;

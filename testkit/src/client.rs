@@ -80,7 +80,10 @@ pub fn new_connection_with(
         Transport::Tls => {
             let (ours, theirs) = tcp_pair(send_buffer);
             let (server, client) = sessions();
-            (Socket::tls(ours, server), Stream::Tls(OwnedFd::from(theirs).into(), Box::new(client)))
+            (
+                Socket::tls(ours, server, Vec::new()),
+                Stream::Tls(OwnedFd::from(theirs).into(), Box::new(client)),
+            )
         }
     };
     (connection_on(socket, engine, config, handler), RawClient::new(theirs))
