@@ -8,9 +8,13 @@ mod tls;
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+use std::sync::Arc;
 
 use mio::event::Source;
+use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use rustix::net::{RecvFlags, SendFlags};
 
@@ -36,12 +40,66 @@ const NO_SIGNAL: SendFlags = SendFlags::empty();
 #[derive(Debug)]
 pub struct Socket(Kind);
 
+/// A socket that a send under way shares with its connection.
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+#[derive(Debug)]
+pub(crate) enum SharedSocket {
+    Tcp(Arc<mio::net::TcpStream>),
+    Unix(Arc<mio::net::UnixStream>),
+}
+
+/// A stream, shared with the sends under way where there are some.
+#[derive(Debug)]
+enum Stream<T> {
+    Own(T),
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    Shared(Arc<T>),
+}
+
+impl<T> Deref for Stream<T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        match self {
+            Self::Own(stream) => stream,
+            #[cfg(all(feature = "io-uring", target_os = "linux"))]
+            Self::Shared(stream) => stream,
+        }
+    }
+}
+
+impl<T: AsFd> AsFd for Stream<T> {
+    #[inline]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        (**self).as_fd()
+    }
+}
+
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+impl<T> Stream<T> {
+    fn into_shared(self) -> Self {
+        match self {
+            Self::Own(stream) => Self::Shared(Arc::new(stream)),
+            shared @ Self::Shared(_) => shared,
+        }
+    }
+
+    #[inline]
+    fn share(&self) -> Option<Arc<T>> {
+        match self {
+            Self::Own(_) => None,
+            Self::Shared(stream) => Some(stream.clone()),
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Kind {
-    Tcp(mio::net::TcpStream),
+    Tcp(Stream<mio::net::TcpStream>),
     #[cfg(feature = "tls")]
     Tls(Box<Tls>),
-    Unix(mio::net::UnixStream),
+    Unix(Stream<mio::net::UnixStream>),
     /// The other end is a task that forwards the bytes.
     Bridge(mio::net::UnixStream),
     Sink,
@@ -58,20 +116,20 @@ pub(crate) struct Written {
 }
 
 impl Written {
-    fn plain(count: usize) -> Self {
+    pub(crate) fn plain(count: usize) -> Self {
         Self { taken: count, sent: count }
     }
 }
 
 impl From<std::net::TcpStream> for Socket {
     fn from(stream: std::net::TcpStream) -> Self {
-        Self(Kind::Tcp(mio::net::TcpStream::from_std(stream)))
+        Self(Kind::Tcp(Stream::Own(mio::net::TcpStream::from_std(stream))))
     }
 }
 
 impl From<std::os::unix::net::UnixStream> for Socket {
     fn from(stream: std::os::unix::net::UnixStream) -> Self {
-        Self(Kind::Unix(mio::net::UnixStream::from_std(stream)))
+        Self(Kind::Unix(Stream::Own(mio::net::UnixStream::from_std(stream))))
     }
 }
 
@@ -120,7 +178,8 @@ impl Socket {
                 socket2::SockRef::from(&tls.stream).set_nonblocking(true)?;
                 prepare_tcp(&tls.stream)
             }
-            Kind::Unix(stream) | Kind::Bridge(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
+            Kind::Unix(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
+            Kind::Bridge(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
             Kind::Sink => Ok(()),
         }
     }
@@ -129,13 +188,14 @@ impl Socket {
         // Both, once: with edge triggering, WRITABLE costs nothing until a write was refused.
         let interest = Interest::READABLE | Interest::WRITABLE;
         match &mut self.0 {
-            Kind::Tcp(stream) => stream.register(registry, token, interest),
+            Kind::Tcp(stream) => SourceFd(&stream.as_raw_fd()).register(registry, token, interest),
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => {
                 tls.adopted();
                 tls.stream.register(registry, token, interest)
             }
-            Kind::Unix(stream) | Kind::Bridge(stream) => stream.register(registry, token, interest),
+            Kind::Unix(stream) => SourceFd(&stream.as_raw_fd()).register(registry, token, interest),
+            Kind::Bridge(stream) => stream.register(registry, token, interest),
             Kind::Sink => Ok(()),
         }
     }
@@ -146,7 +206,8 @@ impl Socket {
             Kind::Tcp(stream) => receive(stream, buffer),
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => tls.read(buffer),
-            Kind::Unix(stream) | Kind::Bridge(stream) => receive(stream, buffer),
+            Kind::Unix(stream) => receive(stream, buffer),
+            Kind::Bridge(stream) => receive(stream, buffer),
             Kind::Sink => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
@@ -157,7 +218,8 @@ impl Socket {
             Kind::Tcp(stream) => send(stream, bytes).map(Written::plain),
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => tls.write(bytes),
-            Kind::Unix(stream) | Kind::Bridge(stream) => send(stream, bytes).map(Written::plain),
+            Kind::Unix(stream) => send(stream, bytes).map(Written::plain),
+            Kind::Bridge(stream) => send(stream, bytes).map(Written::plain),
             Kind::Sink => Ok(Written::plain(bytes.len())),
         }
     }
@@ -200,8 +262,30 @@ impl Socket {
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => outq::unacknowledged(&tls.stream)
                 .map(|bytes| bytes.saturating_add(tls.refused_bytes() as u32)),
-            Kind::Unix(stream) | Kind::Bridge(stream) => outq::unacknowledged(stream),
+            Kind::Unix(stream) => outq::unacknowledged(stream),
+            Kind::Bridge(stream) => outq::unacknowledged(stream),
             Kind::Sink => Some(0),
+        }
+    }
+
+    /// The same, so that sends can [share](Self::share) it. Made by the shard, whose heap it then stays in.
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    pub(crate) fn into_shared(self) -> Self {
+        Self(match self.0 {
+            Kind::Tcp(stream) => Kind::Tcp(stream.into_shared()),
+            Kind::Unix(stream) => Kind::Unix(stream.into_shared()),
+            other => other,
+        })
+    }
+
+    /// A share of it, if its bytes go to the kernel as they are.
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    #[inline]
+    pub(crate) fn share(&self) -> Option<SharedSocket> {
+        match &self.0 {
+            Kind::Tcp(stream) => stream.share().map(SharedSocket::Tcp),
+            Kind::Unix(stream) => stream.share().map(SharedSocket::Unix),
+            _ => None,
         }
     }
 
@@ -218,7 +302,8 @@ impl Socket {
             Kind::Tcp(stream) => stream.shutdown(Shutdown::Write),
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => return tls.finish(),
-            Kind::Unix(stream) | Kind::Bridge(stream) => stream.shutdown(Shutdown::Write),
+            Kind::Unix(stream) => stream.shutdown(Shutdown::Write),
+            Kind::Bridge(stream) => stream.shutdown(Shutdown::Write),
             Kind::Sink => Ok(()),
         };
         true
