@@ -6,6 +6,8 @@
 //! `--rate-limit N` limits each client to N messages a second, and delays what exceeds that; `--over-limit drop` or
 //! `close` does that instead.
 //! `--outbox N` sets how many messages each client's outbox holds.
+//! `--tls FILE`, with the feature `tls`, serves over TLS, with the certificate and the private key in this PEM file; `--bridge`
+//! hides the TLS streams from the shards, so that they are bridged.
 //! Policies: `block`, `drop-message:100ms`, `drop-connection:100ms:5`, `drop-on-high-rtt:300ms:8`.
 //!
 //! - `/ws`: `{"t":u64,"p":string}`, decoded, encoded again and broadcast to all, including the sender
@@ -17,12 +19,14 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::error::Error;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Path, State};
 use axum::routing::any;
+use axum::serve::Listener;
 use serde::{Deserialize, Serialize};
 use shardcast::{
     BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, OverLimit, Rate, RawCodec, RawMessage,
@@ -111,12 +115,18 @@ struct Hubs {
 
 struct Options {
     port: u16,
+    /// The certificate and its key.
+    tls: Option<PathBuf>,
+    bridge: bool,
     engine: EngineConfig,
     hub: WsHubConfig,
 }
 
 const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--io-uring] [--coalesce MILLISECONDS] [--policy POLICY] \
-     [--outbox N] [--rate-limit N] [--over-limit delay|drop|close], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
+     [--outbox N] [--rate-limit N] [--over-limit delay|drop|close] [--tls FILE [--bridge]], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
+
+/// The server's task.
+type Serving = tokio::task::JoinHandle<std::io::Result<()>>;
 
 /// Time after SIGTERM to deliver all accepted messages.
 const SHUTDOWN_WITHIN: Duration = Duration::from_secs(20);
@@ -124,7 +134,13 @@ const SHUTDOWN_WITHIN: Duration = Duration::from_secs(20);
 const LAST_RESPONSES_WITHIN: Duration = Duration::from_secs(1);
 
 fn options() -> Result<Options, Box<dyn Error>> {
-    let mut options = Options { port: 9001, engine: EngineConfig::default(), hub: WsHubConfig::default() };
+    let mut options = Options {
+        port: 9001,
+        tls: None,
+        bridge: false,
+        engine: EngineConfig::default(),
+        hub: WsHubConfig::default(),
+    };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(USAGE);
@@ -150,8 +166,13 @@ fn options() -> Result<Options, Box<dyn Error>> {
                     _ => return Err(USAGE.into()),
                 };
             }
+            "--tls" => options.tls = Some(value()?.into()),
+            "--bridge" => options.bridge = true,
             _ => return Err(USAGE.into()),
         }
+    }
+    if options.bridge && options.tls.is_none() {
+        return Err(USAGE.into());
     }
     Ok(options)
 }
@@ -192,7 +213,7 @@ async fn main() -> ExitCode {
 }
 
 async fn serve() -> Result<(), Box<dyn Error>> {
-    let Options { port, engine, hub } = options()?;
+    let Options { port, tls, bridge, engine, hub } = options()?;
     let engine = Engine::start(engine)?;
     let hubs = Hubs {
         engine: engine.clone(),
@@ -218,13 +239,16 @@ async fn serve() -> Result<(), Box<dyn Error>> {
         .route("/socket", any(socket))
         .with_state(hubs);
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let ended = async {
+        let _ = ended.await; // never sent, only dropped
+    };
+    let mut serving = match tls {
+        None => start(listener, app, ended),
+        Some(file) => start_tls(listener, &file, bridge, app, ended)?,
+    };
     println!("ready");
     let mut terminated = signal(SignalKind::terminate())?;
-    let (end, ended) = tokio::sync::oneshot::channel::<()>();
-    let serving = axum::serve(listener, app).with_graceful_shutdown(async {
-        let _ = ended.await; // never sent, only dropped
-    });
-    let mut serving = tokio::spawn(serving.into_future());
     tokio::select! {
         served = &mut serving => return Ok(served??),
         _ = terminated.recv() => {}
@@ -235,4 +259,64 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     drop(end);
     let _ = tokio::time::timeout(LAST_RESPONSES_WITHIN, serving).await;
     Ok(())
+}
+
+/// Serves until `ended`.
+fn start<L>(listener: L, app: Router, ended: impl Future<Output = ()> + Send + 'static) -> Serving
+where
+    L: Listener<Addr: std::fmt::Debug>,
+{
+    tokio::spawn(axum::serve(listener, app).with_graceful_shutdown(ended).into_future())
+}
+
+#[cfg(not(feature = "tls"))]
+fn start_tls(
+    _: tokio::net::TcpListener,
+    _: &std::path::Path,
+    _: bool,
+    _: Router,
+    _: impl Future<Output = ()> + Send + 'static,
+) -> Result<Serving, Box<dyn Error>> {
+    Err("--tls needs a build with the feature tls: cargo build --release -p examples --example fanout --features tls".into())
+}
+
+#[cfg(feature = "tls")]
+fn start_tls(
+    listener: tokio::net::TcpListener,
+    file: &std::path::Path,
+    bridge: bool,
+    app: Router,
+    ended: impl Future<Output = ()> + Send + 'static,
+) -> Result<Serving, Box<dyn Error>> {
+    let pem = std::fs::read(file)?;
+    let config = shardcast::tls::TlsConfig::from_pem(&pem, &pem)?;
+    let listener = shardcast::tls::TlsListener::new(listener, config);
+    Ok(if bridge { start(bridged::Bridged(listener), app, ended) } else { start(listener, app, ended) })
+}
+
+/// TLS streams of a type that no shard can own.
+#[cfg(feature = "tls")]
+mod bridged {
+    use axum::serve::Listener;
+    use shardcast::tls::TlsListener;
+    use tokio::io::{Join, ReadHalf, WriteHalf, join, split};
+
+    pub(super) struct Bridged(pub(super) TlsListener);
+
+    type Stream = <TlsListener as Listener>::Io;
+
+    impl Listener for Bridged {
+        type Io = Join<ReadHalf<Stream>, WriteHalf<Stream>>;
+        type Addr = <TlsListener as Listener>::Addr;
+
+        async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+            let (stream, address) = self.0.accept().await;
+            let (reader, writer) = split(stream);
+            (join(reader, writer), address)
+        }
+
+        fn local_addr(&self) -> std::io::Result<Self::Addr> {
+            self.0.local_addr()
+        }
+    }
 }

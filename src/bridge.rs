@@ -1,9 +1,13 @@
 //! The bridge: a Unix socket pair between a shard and a stream that is not a socket.
 //!
-//! A shard can own only sockets. TLS streams, HTTP/2 streams and other streams that a server may use need tokio, so
-//! one task per connection copies bytes in both directions. The task owns the stream and one end of the pair; the shard
-//! owns the other end. An idle bridge holds no buffer, a busy one at most one chunk in each direction. The kernel's
-//! buffers between the two ends are kept small, or the shard would not notice a client that stops reading.
+//! A shard can own only sockets. HTTP/2 streams, other TLS and other streams that a server may use need tokio, so one
+//! task per connection copies bytes in both directions. The task owns the stream and one end of the pair; the shard
+//! owns the other end.
+//!
+//! Towards the client the bridge holds nothing: bytes stay in the pair until the client's stream has taken and flushed
+//! them. They are peeked at until then, counted as passed on, and taken out only after that, which wakes the shard. So
+//! the shard knows what has not left the bridge yet. The kernel's buffer between the two ends is kept small, or the
+//! shard would not notice a client that stops reading. From the client a busy bridge holds at most one chunk.
 //! Knows bytes and ends of streams. Does not know frames, HTTP, TLS or hubs.
 
 use std::{
@@ -16,6 +20,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::net::RecvFlags;
+use shardcast_engine::BridgeProgress;
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
@@ -23,7 +29,8 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-/// Size of one read, on the stack, and the most that is buffered for a side whose writes block.
+/// Size of one read, on the stack, the most that is buffered for a shard whose socket is full, and the most that the
+/// client's stream has taken without having flushed it.
 const CHUNK_BYTES: usize = 8 * 1024;
 
 /// Send buffer of each end: how much the kernel accepts before a write would block (Linux doubles it for its
@@ -36,11 +43,11 @@ const CHUNKS_PER_TURN: usize = 16;
 /// How long a client may take to end its side after the shard has ended its own, before it is disconnected.
 const LINGER: Duration = Duration::from_secs(10);
 
-/// Connects `client` to a new Unix socket pair and returns the shard's end, non-blocking. If the system cannot create
-/// the pair, returns the error and the client.
+/// Connects `client` to a new Unix socket pair and returns the shard's end, non-blocking, and the count of what was
+/// passed on to the client. If the system cannot create the pair, returns the error and the client.
 ///
 /// Must be called within a tokio runtime; the copying task runs there until both sides have ended.
-pub(crate) fn bridge<C>(client: C) -> Result<unix::net::UnixStream, (io::Error, C)>
+pub(crate) fn bridge<C>(client: C) -> Result<(unix::net::UnixStream, BridgeProgress), (io::Error, C)>
 where
     C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -48,8 +55,10 @@ where
         Ok(ends) => ends,
         Err(error) => return Err((error, client)),
     };
-    tokio::spawn(Bridge { client, shard, inbound: Flow::new(), outbound: Flow::new(), linger: None });
-    Ok(shard_end)
+    let progress = BridgeProgress::default();
+    let outbound = Outbound::new(progress.clone());
+    tokio::spawn(Bridge { client, shard, inbound: Inbound::new(), outbound, linger: None });
+    Ok((shard_end, progress))
 }
 
 /// The shard's and the bridge's end of a new socket pair.
@@ -72,8 +81,8 @@ fn ends() -> io::Result<(unix::net::UnixStream, UnixStream)> {
 struct Bridge<C> {
     client: C,
     shard: UnixStream,
-    inbound: Flow,
-    outbound: Flow,
+    inbound: Inbound,
+    outbound: Outbound,
     /// Runs while the bridge waits for the client; see [`Bridge::poll_linger`].
     linger: Option<Pin<Box<Sleep>>>,
 }
@@ -83,7 +92,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Future for Bridge<C> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let bridge = self.get_mut();
-        if let Poll::Ready(Err(error)) = bridge.outbound.poll(cx, &mut bridge.shard, &mut bridge.client) {
+        if let Poll::Ready(Err(error)) = bridge.outbound.poll(cx, &bridge.shard, &mut bridge.client) {
             tracing::debug!(%error, "writing to a bridged client failed: its connection is lost");
             return Poll::Ready(());
         }
@@ -129,15 +138,6 @@ impl<C> Bridge<C> {
     }
 }
 
-/// One direction: Copying → ShuttingDown → Ended, or Copying → Discarding → Ended.
-struct Flow {
-    stage: Stage,
-    /// Bytes that were read and that the other side has not accepted yet; nearly always empty, without an allocation.
-    held: Vec<u8>,
-    /// Whether bytes were written and not yet flushed.
-    unflushed: bool,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Copying,
@@ -148,9 +148,150 @@ enum Stage {
     Ended,
 }
 
-impl Flow {
+/// From the shard to the client: Copying → ShuttingDown → Ended.
+struct Outbound {
+    stage: Stage,
+    progress: BridgeProgress,
+    /// Bytes that were peeked at and are still in the pair.
+    peeked: usize,
+    /// The first of them, which the client's stream has taken and not flushed.
+    unflushed: usize,
+}
+
+impl Outbound {
+    fn new(progress: BridgeProgress) -> Self {
+        Self { stage: Stage::Copying, progress, peeked: 0, unflushed: 0 }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.stage == Stage::Ended
+    }
+
+    /// Whether the client's stream does not take what there is, or the shard has ended its side.
+    fn is_blocked_or_ending(&self) -> bool {
+        self.peeked > 0 || self.stage != Stage::Copying
+    }
+
+    /// Ready when the flow has ended, or with the error of a write.
+    fn poll<W>(&mut self, cx: &mut Context<'_>, shard: &UnixStream, client: &mut W) -> Poll<io::Result<()>>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        for _ in 0..CHUNKS_PER_TURN {
+            match self.stage {
+                Stage::Copying => ready!(self.poll_copy_chunk(cx, shard, client))?,
+                Stage::ShuttingDown => {
+                    // An error does not matter: nothing more is written to that side.
+                    let _ = ready!(Pin::new(&mut *client).poll_shutdown(cx));
+                    self.stage = Stage::Ended;
+                }
+                Stage::Discarding | Stage::Ended => return Poll::Ready(Ok(())),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn poll_copy_chunk<W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        shard: &UnixStream,
+        client: &mut W,
+    ) -> Poll<io::Result<()>>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        let mut scratch = [0; CHUNK_BYTES];
+        if self.unflushed == 0 {
+            self.peeked = ready!(self.poll_peek(cx, shard, &mut scratch)).unwrap_or(0);
+            if self.peeked == 0 {
+                self.stage = Stage::ShuttingDown;
+                return Poll::Ready(Ok(()));
+            }
+            while self.unflushed < self.peeked {
+                match poll_write(cx, client, &scratch[self.unflushed..self.peeked])? {
+                    Poll::Ready(written) => self.unflushed += written,
+                    Poll::Pending if self.unflushed == 0 => return Poll::Pending,
+                    Poll::Pending => break,
+                }
+            }
+        }
+        // A TLS stream may keep encrypted bytes until it is flushed.
+        ready!(Pin::new(client).poll_flush(cx))?;
+        // Before they are taken out, which tells the shard to look.
+        self.progress.passed_on(self.unflushed);
+        while self.unflushed > 0 {
+            let taken = receive(shard, &mut scratch[..self.unflushed], RecvFlags::empty())?;
+            if taken == 0 {
+                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())); // not while it still holds these bytes
+            }
+            self.unflushed -= taken;
+            self.peeked -= taken;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads the bytes at the front of the pair and leaves them there; returns their number, 0 at the end.
+    fn poll_peek(
+        &self,
+        cx: &mut Context<'_>,
+        shard: &UnixStream,
+        scratch: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        if self.peeked > 0 {
+            return Poll::Ready(receive(shard, scratch, RecvFlags::PEEK));
+        }
+        loop {
+            ready!(shard.poll_read_ready(cx))?;
+            let mut peeked = Err(io::ErrorKind::WouldBlock.into());
+            let _ = shard.try_io(Interest::READABLE, || {
+                peeked = receive(shard, scratch, RecvFlags::PEEK);
+                match peeked {
+                    Ok(count) if count == 0 || count == scratch.len() => Ok(()),
+                    // There was no more than this: the runtime announces what comes after it.
+                    _ => Err(io::ErrorKind::WouldBlock.into()),
+                }
+            });
+            match peeked {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                peeked => return Poll::Ready(peeked),
+            }
+        }
+    }
+}
+
+/// Reads from the pair without waiting; 0 at its end.
+fn receive(shard: &UnixStream, buffer: &mut [u8], flags: RecvFlags) -> io::Result<usize> {
+    loop {
+        match rustix::net::recv(shard, &mut *buffer, flags) {
+            Ok((_, count)) => return Ok(count),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn poll_write<W>(cx: &mut Context<'_>, to: &mut W, bytes: &[u8]) -> Poll<io::Result<usize>>
+where
+    W: AsyncWrite + Unpin,
+{
+    let written = ready!(Pin::new(to).poll_write(cx, bytes))?;
+    if written == 0 {
+        return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+    }
+    Poll::Ready(Ok(written))
+}
+
+/// From the client to the shard: Copying → ShuttingDown → Ended, or Copying → Discarding → Ended.
+struct Inbound {
+    stage: Stage,
+    /// Bytes that were read and that the shard has not taken yet; nearly always empty, without an allocation.
+    held: Vec<u8>,
+}
+
+impl Inbound {
     fn new() -> Self {
-        Self { stage: Stage::Copying, held: Vec::new(), unflushed: false }
+        Self { stage: Stage::Copying, held: Vec::new() }
     }
 
     fn discard(&mut self) {
@@ -160,11 +301,6 @@ impl Flow {
 
     fn has_ended(&self) -> bool {
         self.stage == Stage::Ended
-    }
-
-    /// Whether the writing side blocks, or the reading side has ended.
-    fn is_blocked_or_ending(&self) -> bool {
-        !self.held.is_empty() || self.stage != Stage::Copying
     }
 
     /// Ready when the flow has ended, or with the error of a write.
@@ -211,21 +347,14 @@ impl Flow {
     {
         let mut scratch = [MaybeUninit::uninit(); CHUNK_BYTES];
         let mut chunk = ReadBuf::uninit(&mut scratch);
-        let Poll::Ready(read) = Pin::new(from).poll_read(cx, &mut chunk) else {
-            // A TLS stream may keep encrypted bytes until it is flushed. Nothing can be read now, so flush here.
-            if self.unflushed {
-                ready!(Pin::new(to).poll_flush(cx))?;
-                self.unflushed = false;
-            }
-            return Poll::Pending;
-        };
+        let read = ready!(Pin::new(from).poll_read(cx, &mut chunk));
         let mut bytes = chunk.filled();
         if read.is_err() || bytes.is_empty() {
             self.stage = Stage::ShuttingDown;
             return Poll::Ready(Ok(()));
         }
         while !bytes.is_empty() {
-            match self.poll_write(cx, to, bytes)? {
+            match poll_write(cx, to, bytes)? {
                 Poll::Ready(written) => bytes = &bytes[written..],
                 Poll::Pending => {
                     self.held = bytes.to_vec();
@@ -241,25 +370,11 @@ impl Flow {
         W: AsyncWrite + Unpin,
     {
         while !self.held.is_empty() {
-            let held = std::mem::take(&mut self.held);
-            let written = self.poll_write(cx, to, &held);
-            self.held = held;
-            self.held.drain(..ready!(written)?);
+            let written = ready!(poll_write(cx, to, &self.held))?;
+            self.held.drain(..written);
         }
         self.held = Vec::new();
         Poll::Ready(Ok(()))
-    }
-
-    fn poll_write<W>(&mut self, cx: &mut Context<'_>, to: &mut W, bytes: &[u8]) -> Poll<io::Result<usize>>
-    where
-        W: AsyncWrite + Unpin,
-    {
-        let written = ready!(Pin::new(to).poll_write(cx, bytes))?;
-        if written == 0 {
-            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-        }
-        self.unflushed = true;
-        Poll::Ready(Ok(written))
     }
 }
 
@@ -267,15 +382,36 @@ impl Flow {
 mod tests {
     use std::net::Shutdown;
 
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, BufStream, DuplexStream, duplex};
 
     use super::*;
 
     /// The client's end of the bridged stream, and the shard's socket, wrapped for tokio because a test has no shard.
     fn bridged(client_buffer_bytes: usize) -> (DuplexStream, UnixStream) {
         let (client, stream) = duplex(client_buffer_bytes);
-        let shard = UnixStream::from_std(bridge(stream).map_err(|(error, _)| error).unwrap()).unwrap();
+        let (shard, _) = bridged_stream(stream);
         (client, shard)
+    }
+
+    /// The shard's socket of a bridge in front of `stream`, and what the bridge has passed on.
+    fn bridged_stream<S>(stream: S) -> (UnixStream, BridgeProgress)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (shard, progress) = bridge(stream).map_err(|(error, _)| error).unwrap();
+        (UnixStream::from_std(shard).unwrap(), progress)
+    }
+
+    /// Waits until nothing moves any more.
+    async fn rests(progress: &BridgeProgress) -> u64 {
+        let (mut before, mut quiet) = (progress.bytes(), 0);
+        while quiet < 100 {
+            tokio::task::yield_now().await;
+            let now = progress.bytes();
+            quiet = if now == before { quiet + 1 } else { 0 };
+            before = now;
+        }
+        before
     }
 
     /// Waits until the bridge's task has ended.
@@ -397,6 +533,41 @@ mod tests {
         assert!(taken <= 3 * KERNEL_BUFFER_BYTES, "{taken}");
     }
 
+    #[tokio::test]
+    async fn only_what_the_client_s_stream_has_taken_is_passed_on() {
+        let (mut client, stream) = duplex(1000);
+        let (mut shard, progress) = bridged_stream(stream);
+        shard.write_all(&pattern(5000)).await.unwrap();
+        assert_eq!(rests(&progress).await, 1000);
+        client.read_exact(&mut [0; 700]).await.unwrap();
+        assert_eq!(rests(&progress).await, 1700);
+        client.read_exact(&mut [0; 4300]).await.unwrap();
+        assert_eq!(rests(&progress).await, 5000);
+    }
+
+    #[tokio::test]
+    async fn what_the_client_s_stream_has_not_flushed_is_not_passed_on() {
+        let (mut client, stream) = duplex(100);
+        let (mut shard, progress) = bridged_stream(BufStream::new(stream));
+        shard.write_all(&pattern(2000)).await.unwrap();
+        client.read_exact(&mut [0; 1000]).await.unwrap();
+        assert_eq!(rests(&progress).await, 0, "the rest is in the stream's buffer");
+        client.read_exact(&mut [0; 1000]).await.unwrap();
+        assert_eq!(rests(&progress).await, 2000);
+    }
+
+    #[tokio::test]
+    async fn a_shard_is_told_that_the_client_has_not_got_everything() {
+        let (client, stream) = duplex(1000);
+        let (mut shard, progress) = bridged_stream(stream);
+        shard.write_all(&pattern(5000)).await.unwrap();
+        rests(&progress).await;
+        drop(client);
+        bridge_ends().await;
+        let told = shard.read(&mut [0; 8]).await.unwrap_err();
+        assert_eq!((told.kind(), progress.bytes()), (io::ErrorKind::ConnectionReset, 1000));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_client_that_neither_reads_nor_hangs_up_is_cut_off_once_the_shard_has_closed() {
         let (_client, mut shard) = bridged(100);
@@ -432,10 +603,10 @@ mod tests {
     async fn an_idle_flow_holds_no_buffer() {
         let (mut client, mut stream) = duplex(64);
         let (mut peer, mut shard) = UnixStream::pair().unwrap();
-        let mut outbound = Flow::new();
+        let mut inbound = Inbound::new();
         let mut poll = std::future::poll_fn(|cx| {
-            let _ = outbound.poll(cx, &mut shard, &mut stream);
-            Poll::Ready(outbound.held.capacity())
+            let _ = inbound.poll(cx, &mut shard, &mut stream);
+            Poll::Ready(inbound.held.capacity())
         });
         peer.write_all(&[7; 200]).await.unwrap();
         // The runtime learns of the socket's readiness at some later time.

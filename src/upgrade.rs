@@ -28,7 +28,7 @@ use hyper::{
     upgrade::{OnUpgrade, Upgraded},
 };
 use hyper_util::{rt::TokioIo, server::conn::auto::upgrade::downcast};
-use shardcast_engine::CloseCode;
+use shardcast_engine::{BridgeProgress, CloseCode};
 use socket2::SockRef;
 use thiserror::Error;
 use tokio::{
@@ -491,8 +491,8 @@ pub(crate) enum RawSocket {
     Tls(Box<TlsStream>),
     /// The client's own socket, if the server listens on a Unix socket.
     Unix(unix::net::UnixStream),
-    /// Our end of a bridge.
-    Bridge(unix::net::UnixStream),
+    /// Our end of a bridge, and what the bridge has passed on.
+    Bridge(unix::net::UnixStream, BridgeProgress),
 }
 
 impl RawSocket {
@@ -503,7 +503,7 @@ impl RawSocket {
             #[cfg(feature = "tls")]
             Self::Tls(_) => return Ok(None),
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
-            Self::Bridge(stream) => Self::Bridge(stream.try_clone()?),
+            Self::Bridge(stream, progress) => Self::Bridge(stream.try_clone()?, progress.clone()),
         }))
     }
 
@@ -519,7 +519,9 @@ impl RawSocket {
                 (shardcast_engine::Socket::tls(stream.into_std()?, session), received.into())
             }
             Self::Unix(stream) => (stream.into(), read_ahead),
-            Self::Bridge(stream) => (shardcast_engine::Socket::bridge(stream), read_ahead),
+            Self::Bridge(stream, progress) => {
+                (shardcast_engine::Socket::bridge(stream, progress), read_ahead)
+            }
         })
     }
 
@@ -543,7 +545,7 @@ impl RawSocket {
                 }
                 #[cfg(feature = "tls")]
                 Self::Tls(stream) => turn_away_at_once(*stream, code, reason),
-                Self::Unix(stream) | Self::Bridge(stream) => {
+                Self::Unix(stream) | Self::Bridge(stream, _) => {
                     turn_socket_away_at_once(
                         &stream,
                         |stream| stream.shutdown(Shutdown::Write),
@@ -563,7 +565,7 @@ impl RawSocket {
                 }
                 #[cfg(feature = "tls")]
                 Self::Tls(stream) => turn_away(*stream, code, reason).await,
-                Self::Unix(stream) | Self::Bridge(stream) => {
+                Self::Unix(stream) | Self::Bridge(stream, _) => {
                     if let Ok(stream) = UnixStream::from_std(stream) {
                         turn_away(stream, code, reason).await;
                     }
@@ -579,7 +581,7 @@ impl RawSocket {
             Self::Tcp(stream) => stream.peer_addr().ok(),
             #[cfg(feature = "tls")]
             Self::Tls(stream) => stream.get_ref().0.peer_addr().ok(),
-            Self::Unix(_) | Self::Bridge(_) => None,
+            Self::Unix(_) | Self::Bridge(..) => None,
         }
     }
 
@@ -590,7 +592,7 @@ impl RawSocket {
             Self::Tcp(stream) => SockRef::from(stream).peek(&mut byte),
             #[cfg(feature = "tls")]
             Self::Tls(stream) => SockRef::from(stream.get_ref().0).peek(&mut byte),
-            Self::Unix(stream) | Self::Bridge(stream) => SockRef::from(stream).peek(&mut byte),
+            Self::Unix(stream) | Self::Bridge(stream, _) => SockRef::from(stream).peek(&mut byte),
         };
         peeked.is_ok_and(|count| count == 0)
     }
@@ -736,7 +738,7 @@ fn detach(upgraded: Upgraded) -> Result<(RawSocket, Bytes), Undetachable> {
     };
     // The bridge reads hyper's read-ahead from the stream, like all other bytes.
     match bridge(TokioIo::new(upgraded)) {
-        Ok(socket) => Ok((RawSocket::Bridge(socket), Bytes::new())),
+        Ok((socket, progress)) => Ok((RawSocket::Bridge(socket, progress), Bytes::new())),
         Err((error, upgraded)) => Err(Undetachable { error, upgraded: Some(upgraded.into_inner()) }),
     }
 }

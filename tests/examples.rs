@@ -219,7 +219,7 @@ async fn fanout_serves_its_routes() {
 #[tokio::test]
 async fn fanout_says_what_to_do_when_it_is_not_understood() {
     let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY] \
-         [--outbox N] [--rate-limit N] [--over-limit delay|drop|close], where POLICY is block,";
+         [--outbox N] [--rate-limit N] [--over-limit delay|drop|close] [--tls FILE [--bridge]], where POLICY is block,";
     for (arguments, says) in [
         (&["--policy", "nonsense"][..], "`nonsense` is not a policy"),
         (&["--policy"], usage),
@@ -230,6 +230,8 @@ async fn fanout_says_what_to_do_when_it_is_not_understood() {
         (&["--outbox", "none"], usage),
         (&["--rate-limit", "many"], usage),
         (&["--over-limit", "shrug"], usage),
+        (&["--bridge"], usage),
+        (&["--tls"], usage),
     ] {
         let output = run("fanout", arguments).await;
         assert!(!output.status.success(), "{arguments:?}: {output:?}");

@@ -1,4 +1,4 @@
-//! Hubs over what is not a plain socket: TLS and HTTP/2, which reach a shard by the bridge.
+//! Hubs over what is not a plain socket: TLS, and HTTP/2 and other streams, which reach a shard by the bridge.
 //!
 //! One hub, and clients that come every way there is. Does not know the bridge itself, whose tests stand with it.
 
@@ -15,9 +15,9 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
-use shardcast::{CloseCode, Hub, Shutdown, WsHubConfig};
+use shardcast::{BroadcastPolicy, CloseCode, Hub, Shutdown, Tally, WsHubConfig};
 use testkit_hub::http_2::http_2;
-use testkit_hub::tls::{TlsListener, TlsPair};
+use testkit_hub::tls::{Buffered, TlsListener, TlsPair};
 use testkit_hub::{Client, CommandHub, Server, command_app, engine, eventually, within_timeout};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -38,9 +38,22 @@ impl Drop for TlsServer {
 
 impl TlsServer {
     async fn by_axum(app: Router) -> Self {
+        Self::on(app, |listener| listener).await
+    }
+
+    /// With streams that no shard can own, so that they are bridged.
+    async fn bridged(app: Router) -> Self {
+        Self::on(app, Buffered).await
+    }
+
+    async fn on<L>(app: Router, wrap: impl FnOnce(TlsListener) -> L) -> Self
+    where
+        L: Listener<Addr = SocketAddr>,
+    {
         let tls = TlsPair::new(&["http/1.1"]);
         // Needed without the feature `tls`: without it the kernel takes some 4 MB for a client that does not read.
         let listener = TlsListener::bind(&tls, |socket| shardcast::prepare_tcp(socket)).await.unwrap();
+        let listener = wrap(listener);
         let address = listener.local_addr().unwrap();
         let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
         Self { address, tls, task }
@@ -241,17 +254,150 @@ async fn a_stalled_tls_client_stalls_nobody_else() {
     bob.recv_texts(&["on we go"]).await;
 }
 
+// ---- what is in a bridge
+
+const MESSAGE_BYTES: usize = 2000;
+
+/// Publishes until nothing more leaves the bridge of the only client, which does not read; returns its counters.
+async fn publish_until_stalled(
+    hub: &Hub<CommandHub>,
+    client: shardcast::ConnectionId,
+    bytes: usize,
+) -> Tally {
+    let message = "x".repeat(bytes);
+    let (mut before, mut quiet) = (0, 0);
+    while quiet < 100 {
+        let tally = within_timeout(hub.connection_metrics(client)).await.unwrap().unwrap().tally;
+        quiet = if tally.written == before && tally.pending() > 20 { quiet + 1 } else { 0 };
+        before = tally.written;
+        if tally.pending() <= 20 {
+            hub.to_all().try_publish(&message).unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await; // for the bridge
+    }
+    within_timeout(hub.connection_metrics(client)).await.unwrap().unwrap().tally
+}
+
+/// Nobody is asked whether he lives.
+fn quiet() -> WsHubConfig {
+    WsHubConfig { heartbeat_interval: None, ..WsHubConfig::default() }
+}
+
+#[tokio::test]
+async fn what_counts_as_written_over_a_bridge_arrives_although_the_bridge_breaks() {
+    let hub = command_hub(quiet());
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let app = command_app(hub.clone());
+    let server = within_timeout(runtime.spawn(TlsServer::bridged(app))).await.unwrap();
+    let (client, id) = server.connect().await;
+    let tally = publish_until_stalled(&hub, id, MESSAGE_BYTES).await;
+    // The bridge ends with its runtime, with all that is in it. What it has passed on is with the kernel.
+    tokio::task::spawn_blocking(move || runtime.shutdown_timeout(testkit_hub::TEST_TIMEOUT)).await.unwrap();
+    let (heard, _) = within_timeout(client.rest()).await;
+    let (arrived, written) = (1 + heard.len() as u64, tally.written);
+    assert!(arrived < tally.offered, "a test of something: {tally:?}");
+    assert!(written <= arrived, "{written} messages count as written, and {arrived} have arrived");
+}
+
+#[tokio::test]
+async fn over_http_2_no_more_counts_as_written_than_the_client_lets_pass() {
+    /// The most that the bridge passes on at once.
+    const PIECE_BYTES: usize = 8 << 10;
+    const WINDOW_BYTES: usize = PIECE_BYTES;
+    /// hyper takes three pieces more.
+    const PASSED_BYTES: usize = WINDOW_BYTES + 3 * PIECE_BYTES;
+    let hub = command_hub(quiet());
+    let server = Server::start(command_app(hub.clone())).await;
+    let mut client = http2::Builder::new(TokioExecutor::new());
+    client.initial_stream_window_size(WINDOW_BYTES as u32);
+    let socket = TcpStream::connect(server.address).await.unwrap();
+    let mut connection = testkit_hub::http_2::http_2_by(&client, socket).await;
+    let (stalled, id) = connect_by_http_2(&mut connection).await;
+    let tally = publish_until_stalled(&hub, id, PIECE_BYTES).await;
+    assert!(tally.written as usize * PIECE_BYTES <= PASSED_BYTES, "{tally:?}");
+    drop(stalled);
+}
+
+#[tokio::test]
+async fn a_client_behind_a_bridge_that_stops_reading_is_treated_as_its_policy_says() {
+    let drops = BroadcastPolicy::DropMessage { timeout: Duration::from_millis(2) };
+    let stalls = Duration::from_millis(200);
+    for (policy, stall_timeout) in [(drops, None), (BroadcastPolicy::Block, Some(stalls))] {
+        let engine = engine(2);
+        let config = WsHubConfig { policy, stall_timeout, outbox_frames: 8, ..quiet() };
+        let hub = engine.hub::<CommandHub>(config).unwrap();
+        let (plain, secure) = (
+            Server::start(command_app(hub.clone())).await,
+            TlsServer::bridged(command_app(hub.clone())).await,
+        );
+        let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
+        let (over_http_2, over_http_2_id) = connect_by_http_2(&mut connection).await;
+        let (over_tls, over_tls_id) = secure.connect().await;
+        let message = "x".repeat(MESSAGE_BYTES);
+        // Until some must wait for each; what is dropped has waited.
+        within_timeout(async {
+            loop {
+                let mut is_noticed = true;
+                for id in [over_http_2_id, over_tls_id] {
+                    let metrics = hub.connection_metrics(id).await.unwrap();
+                    is_noticed &= metrics.is_none_or(|metrics| {
+                        metrics.tally.pending() > 100 || metrics.tally.dropped.timeout > 10
+                    });
+                }
+                if is_noticed {
+                    break;
+                }
+                hub.to_all().try_publish(&message).unwrap();
+                tokio::time::sleep(Duration::from_millis(1)).await; // time must pass for a client to be too slow
+            }
+        })
+        .await;
+        let ended = if stall_timeout.is_some() { 2 } else { 0 };
+        eventually(ended, || engine.metrics().ended_slow).await;
+        let tally = engine.metrics().tally;
+        assert_eq!(tally.dropped.total() > 0, ended == 0, "{tally:?}");
+        drop((over_http_2, over_tls));
+        eventually(0, || engine.metrics().connections).await;
+        let tally = engine.metrics().tally;
+        assert_eq!(tally.offered, tally.written + tally.dropped.total() + tally.discarded);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_is_not_reported_as_flushed_for_what_is_in_its_bridge() {
+    for bytes in [1000, 1 << 20] {
+        let engine = engine(2);
+        let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
+        let (plain, secure) = (
+            Server::start(command_app(hub.clone())).await,
+            TlsServer::bridged(command_app(hub.clone())).await,
+        );
+        let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
+        let stalled = (connect_by_http_2(&mut connection).await, secure.connect().await);
+        hub.to_all().try_publish(&"x".repeat(bytes)).unwrap();
+        let report = within_timeout(engine.shutdown(Duration::from_millis(500))).await;
+        assert_eq!((report.flushed, report.cut_off), (0, 2), "{bytes} bytes");
+        drop(stalled);
+    }
+}
+
 // ---- the end of an engine
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_tls_client_that_has_got_everything_and_its_close_is_reported_as_flushed() {
+async fn a_client_that_has_got_everything_and_its_close_is_reported_as_flushed() {
     let engine = engine(2);
     let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
-    let server = TlsServer::by_axum(command_app(hub.clone())).await;
-    let mut readers = Vec::new();
-    for _ in 0..3 {
-        readers.push(tokio::spawn(server.connect().await.0.rest()));
-    }
+    let (plain, secure, bridged) = (
+        Server::start(command_app(hub.clone())).await,
+        TlsServer::by_axum(command_app(hub.clone())).await,
+        TlsServer::bridged(command_app(hub.clone())).await,
+    );
+    let mut connection = http_2(TcpStream::connect(plain.address).await.unwrap()).await;
+    let readers = [
+        tokio::spawn(connect_by_http_2(&mut connection).await.0.rest()),
+        tokio::spawn(secure.connect().await.0.rest()),
+        tokio::spawn(bridged.connect().await.0.rest()),
+    ];
     hub.to_all().publish(&"last words".to_owned()).await.unwrap();
     let shutdown = Shutdown { close_window: Duration::ZERO, ..Shutdown::within(testkit_hub::TEST_TIMEOUT) };
     let report = within_timeout(engine.shutdown_with(shutdown)).await.unwrap();

@@ -33,12 +33,15 @@ pub(crate) struct Options {
     #[arg(long)]
     in_flight: Option<usize>,
     /// Groups in fan-out: connection i is in group i % N, and a message goes to the members of its sender's group. Needs
-    /// servers with groups: shardcast and its builds.
+    /// servers with groups: the floor, shardcast and its builds.
     #[arg(long, default_value_t = 1)]
     groups: usize,
     /// Bytes of a whole JSON message.
     #[arg(long, default_value_t = 64)]
     payload: usize,
+    /// Over TLS. Builds of shardcast's example need the feature `tls`.
+    #[arg(long)]
+    tls: bool,
     /// How many turns each server has.
     #[arg(long, default_value_t = 200)]
     rounds: usize,
@@ -61,9 +64,11 @@ pub(crate) enum DuelError {
     #[error("rounds, slice-millis and groups must be at least 1")]
     Extent,
     #[error(
-        "groups need --mode fanout, and no server but shardcast and its builds: pass --servers shardcast"
+        "groups need --mode fanout, and no server but the floor, shardcast and its builds: pass --servers floor,shardcast"
     )]
     Groups,
+    #[error("shardcast-bridge is a server over TLS: pass --tls")]
+    Bridge,
     #[error(transparent)]
     Harness(#[from] HarnessError),
     #[error("{name} has no result")]
@@ -103,8 +108,9 @@ pub(crate) fn run(options: &Options) -> Result<bool, DuelError> {
         })
         .collect::<Result<_, _>>()?;
     println!(
-        "{}, {}, {} of {} ms, {}",
+        "{}{}, {}, {} of {} ms, {}",
         load.path,
+        if load.is_tls { " over TLS" } else { "" },
         counted(options.connections, "connection"),
         counted(options.rounds, "round"),
         options.slice_millis,
@@ -128,10 +134,12 @@ impl Options {
         if self.rounds == 0 || self.slice_millis == 0 || self.groups == 0 {
             return Err(DuelError::Extent);
         }
-        let has_groups =
-            self.mode == Mode::Fanout && self.servers.iter().all(|server| *server == Subject::Shardcast);
+        let has_groups = self.mode == Mode::Fanout && self.servers.iter().all(|server| server.is_ours());
         if self.groups > 1 && !has_groups {
             return Err(DuelError::Groups);
+        }
+        if !self.tls && self.servers.contains(&Subject::ShardcastBridge) {
+            return Err(DuelError::Bridge);
         }
         let (path, mode, in_flight) = match self.mode {
             Mode::Echo => ("/echo", "echo", self.connections),
@@ -146,7 +154,7 @@ impl Options {
             ("--payload", self.payload.to_string()),
             ("--groups", self.groups.to_string()),
         ];
-        Ok(Load { path, flags })
+        Ok(Load { path, flags, is_tls: self.tls })
     }
 }
 

@@ -20,6 +20,7 @@ mod nonblocking;
 mod process;
 mod server;
 mod statistic;
+mod tls;
 mod trial;
 
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! The CPU time and resident memory of a process, read from /proc.
+//! The CPU time, resident memory and open files of a process, read from /proc.
 //!
 //! Also the time spent waiting for a CPU: it shows whether a server was slow or was kept from running by other
 //! programs. schedstat counts nanoseconds, where /proc/PID/stat counts ticks of 10 ms. The time of a thread is lost when
@@ -104,6 +104,15 @@ impl Process {
     /// The resident set, in bytes, from counters that may be wrong by some pages for each thread; cheap.
     pub(crate) fn resident_bytes_roughly(self) -> Result<u64, ProcessError> {
         Ok(1024 * self.field("status", "VmRSS:", "kB", "VmRSS in kB")?)
+    }
+
+    /// How many files and sockets it has open.
+    pub(crate) fn descriptors(self) -> Result<usize, ProcessError> {
+        let path = PathBuf::from(format!("/proc/{}/fd", self.pid));
+        match fs::read_dir(&path) {
+            Ok(listing) => Ok(listing.count()),
+            Err(source) => Err(ProcessError::Read { path, source }),
+        }
     }
 
     /// The size of a page of memory, in bytes.

@@ -14,7 +14,7 @@ fn every_server_serves_and_every_result_is_written() {
     let results = Path::new(env!("CARGO_TARGET_TMPDIR")).join("brief");
     let output = Command::new(env!("CARGO_BIN_EXE_benchmarks"))
         .args(["compare", "--brief", "--no-pin", "--servers", SERVERS])
-        .args(["--scenarios", "fanout-64,echo,idle", "--results"])
+        .args(["--scenarios", "fanout-64,echo,idle,groups-2,tls-echo", "--results"])
         .arg(&results)
         .output()
         .unwrap();
@@ -24,7 +24,7 @@ fn every_server_serves_and_every_result_is_written() {
     let record: Value =
         serde_json::from_str(&fs::read_to_string(results.join("compare.json")).unwrap()).unwrap();
     let runs = record["runs"].as_array().unwrap();
-    assert_eq!(runs.len(), 6 * 3);
+    assert_eq!(runs.len(), 6 * 3 + 1 + 4, "only the floor has groups, and two have no TLS");
     for run in runs {
         let server = run["server"].as_str().unwrap();
         assert!(run["error"].is_null(), "{server}: {progress}");

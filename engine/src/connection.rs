@@ -586,7 +586,7 @@ impl Connection {
     pub(crate) fn metrics(&self) -> ConnectionMetrics {
         ConnectionMetrics {
             tally: self.tally(),
-            pending_bytes: self.outbox.backlog_bytes() as u64,
+            pending_bytes: self.backlog_bytes() as u64,
             rtt: self.heartbeat.rtt(),
         }
     }

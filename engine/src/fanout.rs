@@ -309,6 +309,13 @@ impl Fanout {
         }
     }
 
+    /// Counts as written what has left a connection's bridge.
+    pub(crate) fn settle(&mut self, slot: Slot) {
+        if let Some(connection) = self.connections.get_mut(slot) {
+            settle(connection, &mut self.metrics, &mut self.backlog_bytes);
+        }
+    }
+
     /// The sum of the counters of the connections that the query names, on this shard.
     pub(crate) fn sum_metrics(&mut self, query: &Query, shard: usize) -> GroupMetrics {
         let mut sum = match &query.groups {
@@ -331,8 +338,10 @@ impl Fanout {
     }
 
     fn for_each(&mut self, query: &Query, mut each: impl FnMut(&Connection)) {
-        let each = |connection: &Connection| {
+        let (metrics, backlog_bytes) = (&mut self.metrics, &mut self.backlog_bytes);
+        let mut each = |connection: &mut Connection| {
             if !query.except.contains(&connection.id()) {
+                settle(connection, metrics, backlog_bytes);
                 each(connection);
             }
         };
@@ -340,13 +349,15 @@ impl Fanout {
             // Not by the index: a connection that is closing has left it already.
             None => {
                 let key = query.directory.key();
-                let ours = |connection: &&Connection| connection.directory().key() == key;
-                self.connections.iter().filter(ours).for_each(each);
+                let ours = |connection: &&mut Connection| connection.directory().key() == key;
+                self.connections.iter_mut().filter(ours).for_each(each);
             }
             Some(groups) => {
                 let mut slots = Vec::new();
                 self.groups.union(groups.iter().filter_map(Named::current_key), &mut slots);
-                slots.iter().filter_map(|slot| self.connections.get(*slot)).for_each(each);
+                for slot in slots {
+                    self.connections.get_mut(slot).into_iter().for_each(&mut each);
+                }
             }
         }
     }
@@ -381,6 +392,14 @@ impl Fanout {
         {
             self.flushes.mark(slot);
         }
+    }
+}
+
+fn settle(connection: &mut Connection, metrics: &mut Metrics, backlog_bytes: &mut usize) {
+    if connection.is_bridged() {
+        let before = connection.backlog_bytes();
+        connection.settle(metrics);
+        *backlog_bytes -= before - connection.backlog_bytes();
     }
 }
 

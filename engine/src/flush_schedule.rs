@@ -6,13 +6,17 @@
 //! when all items that waited at its beginning have been flushed. In a round the log may run until an outbox
 //! holds a quarter of what the smallest one takes. So an outbox holds at most those of two rounds, and a client that
 //! keeps up never finds it full because its flush is late. Publications to small groups fill outboxes slowly: more of
-//! them are run than of those to all, or their frames would be written one by one. Does not know outboxes or sockets.
+//! them are run than of those to all, or their frames would be written one by one. A round takes several turns, so that
+//! sockets are read meanwhile. Does not know outboxes or sockets.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Flushes in one turn (some 4 µs each).
-const FLUSHES_PER_TURN: usize = 512;
+/// Flushes in one turn (some 4 µs each), while outboxes hold little: what is read between two turns joins what waits for
+/// the rest of the round, so writes carry more than if a round were one turn.
+const FLUSHES_PER_TURN: usize = 128;
+/// The same when an outbox holds half of its frames for a round: more parts would only tear apart what is joined for all.
+const FULL_FLUSHES_PER_TURN: usize = 512;
 /// Frames for each outbox in a round; fewer if outboxes are small.
 const FRAMES_PER_ROUND: u64 = 256;
 /// Publications in a round, however few each of them reaches.
@@ -87,7 +91,8 @@ impl<T> FlushSchedule<T> {
                 (self.due, self.flushable) = (None, waiting);
             }
         }
-        self.flushable.min(FLUSHES_PER_TURN)
+        let is_full = self.fullest >= self.frames_max.div_ceil(2);
+        self.flushable.min(if is_full { FULL_FLUSHES_PER_TURN } else { FLUSHES_PER_TURN })
     }
 
     /// The next item to flush.

@@ -170,7 +170,7 @@ pub use shard::Shard;
 #[doc(hidden)]
 pub use shard::audit::{Audit, ConnectionAudit, Footprint, GroupAudit, footprint};
 pub use shutdown::{EngineState, Shutdown, ShutdownReport};
-pub use socket::{Socket, prepare_tcp};
+pub use socket::{BridgeProgress, Socket, prepare_tcp};
 #[cfg(all(feature = "audit", not(loom)))]
 #[doc(hidden)]
 pub use sync::counted::{AtomicUse, record};

@@ -38,7 +38,7 @@ counters! {
         ended_panic: u64,
         /// Outcomes of the frames that were offered to connections, including connections that have ended.
         tally: Tally,
-        /// Bytes that wait in outboxes; a frame counts once for each connection. A gauge.
+        /// Bytes that wait in outboxes or are in bridges; a frame counts once for each connection. A gauge.
         pending_bytes: u64,
         /// Bytes that outboxes keep in memory; a frame for many connections counts once for each shard. A gauge.
         retained_bytes: u64,
@@ -46,7 +46,7 @@ counters! {
         unfinished_bytes: u64,
         /// Writes to sockets.
         writes: u64,
-        /// Bytes given to the kernel.
+        /// Bytes given to the kernel; on a [bridge](crate::Socket::bridge), passed on.
         bytes_written: u64,
         /// Publications read from the log.
         publications: u64,
@@ -88,7 +88,7 @@ impl PublishedMetrics {
 pub struct ConnectionMetrics {
     /// Outcomes of the frames that were offered to it.
     pub tally: Tally,
-    /// Bytes that wait in its outbox.
+    /// Bytes that wait in its outbox or are in its bridge.
     pub pending_bytes: u64,
     /// Round-trip times of its pings.
     pub rtt: Rtt,
@@ -106,7 +106,7 @@ pub struct GroupMetrics {
     pub connections: u64,
     /// Outcomes of the frames that were offered to them.
     pub tally: Tally,
-    /// Bytes that wait in their outboxes.
+    /// Bytes that wait in their outboxes or are in their bridges.
     pub pending_bytes: u64,
     /// The highest of the connections' average round trips; none before the first pong.
     pub rtt_highest: Option<Duration>,

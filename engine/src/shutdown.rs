@@ -51,7 +51,7 @@ impl Shutdown {
 #[non_exhaustive]
 pub struct ShutdownReport {
     /// Connections whose client has everything that was sent to it: its kernel has acknowledged it, or, on a
-    /// [bridge](crate::Socket::bridge), the client has ended the stream.
+    /// [bridge](crate::Socket::bridge), all of it was passed on and the client has ended the stream.
     pub flushed: u64,
     /// Connections that were cut off: the time was over before they had taken what was sent to them. Includes
     /// all connections of a stuck shard, as many as it had at its last turn.

@@ -3,6 +3,7 @@
 //! Owned by one shard. Non-blocking; sends small messages at once and leaves little unsent data to the kernel,
 //! so that a backlog stays in the outbox, where the policy applies to it. Knows bytes. Does not know frames.
 
+mod bridge;
 #[cfg(feature = "tls")]
 mod tls;
 
@@ -20,6 +21,9 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use crate::close_code::CloseCode;
 use crate::outq;
+use bridge::Bridge;
+pub use bridge::BridgeProgress;
+pub(crate) use bridge::InTransit;
 #[cfg(feature = "tls")]
 use tls::Tls;
 
@@ -100,8 +104,7 @@ enum Kind {
     #[cfg(feature = "tls")]
     Tls(Box<Tls>),
     Unix(Stream<mio::net::UnixStream>),
-    /// The other end is a task that forwards the bytes.
-    Bridge(mio::net::UnixStream),
+    Bridge(Box<Bridge>),
     Sink,
 }
 
@@ -113,6 +116,15 @@ pub(crate) struct Written {
     pub(crate) taken: usize,
     /// What they have become for the client's kernel: more than that if they were encrypted.
     pub(crate) sent: usize,
+}
+
+/// What has left this side: it is with the client's kernel, on its way there, or, on a bridge, was passed on.
+#[must_use]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Reached {
+    /// Frames that are complete with it.
+    pub(crate) frames: u64,
+    pub(crate) bytes: u64,
 }
 
 impl Written {
@@ -143,10 +155,11 @@ impl Socket {
         Self(Kind::Tls(Box::new(Tls::new(stream, session))))
     }
 
-    /// The near end of a bridge: a task at the other end forwards the bytes to and from the client. What was
-    /// written here counts as delivered only when the other end has ended the stream.
-    pub fn bridge(stream: std::os::unix::net::UnixStream) -> Self {
-        Self(Kind::Bridge(mio::net::UnixStream::from_std(stream)))
+    /// The near end of a bridge: a task at the other end forwards the bytes to and from the client. What was written
+    /// here counts as written when that task has [passed it on](BridgeProgress::passed_on), and as pending until then.
+    /// It counts as delivered only when the client has ended the stream as well.
+    pub fn bridge(stream: std::os::unix::net::UnixStream, progress: BridgeProgress) -> Self {
+        Self(Kind::Bridge(Box::new(Bridge::new(stream, progress))))
     }
 
     /// A client that takes everything at once and sends nothing, without a file descriptor: the cost of a
@@ -179,7 +192,7 @@ impl Socket {
                 prepare_tcp(&tls.stream)
             }
             Kind::Unix(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
-            Kind::Bridge(stream) => socket2::SockRef::from(stream).set_nonblocking(true),
+            Kind::Bridge(bridge) => socket2::SockRef::from(&bridge.stream).set_nonblocking(true),
             Kind::Sink => Ok(()),
         }
     }
@@ -195,7 +208,7 @@ impl Socket {
                 tls.stream.register(registry, token, interest)
             }
             Kind::Unix(stream) => SourceFd(&stream.as_raw_fd()).register(registry, token, interest),
-            Kind::Bridge(stream) => stream.register(registry, token, interest),
+            Kind::Bridge(bridge) => bridge.stream.register(registry, token, interest),
             Kind::Sink => Ok(()),
         }
     }
@@ -207,7 +220,7 @@ impl Socket {
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => tls.read(buffer),
             Kind::Unix(stream) => receive(stream, buffer),
-            Kind::Bridge(stream) => receive(stream, buffer),
+            Kind::Bridge(bridge) => receive(&bridge.stream, buffer),
             Kind::Sink => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
@@ -219,7 +232,7 @@ impl Socket {
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => tls.write(bytes),
             Kind::Unix(stream) => send(stream, bytes).map(Written::plain),
-            Kind::Bridge(stream) => send(stream, bytes).map(Written::plain),
+            Kind::Bridge(bridge) => send(&bridge.stream, bytes).map(Written::plain),
             Kind::Sink => Ok(Written::plain(bytes.len())),
         }
     }
@@ -255,7 +268,43 @@ impl Socket {
         }
     }
 
-    /// Bytes that were [sent](Written::sent) and that the client has not taken. None where the system does not report it.
+    /// Notes a write that has completed so many frames; returns what of it has left this side already.
+    #[inline]
+    pub(crate) fn note_write(&mut self, written: Written, frames: u64, is_control: bool) -> Reached {
+        if let Kind::Bridge(bridge) = &mut self.0 {
+            bridge.note(written, frames, is_control);
+            return Reached::default();
+        }
+        Reached { frames, bytes: written.sent as u64 }
+    }
+
+    /// What has left this side since it was written or since the last call.
+    pub(crate) fn take_reached(&mut self) -> Reached {
+        match &mut self.0 {
+            Kind::Bridge(bridge) => bridge.take_reached(),
+            _ => Reached::default(),
+        }
+    }
+
+    /// Forgets what is in transit, and returns it.
+    pub(crate) fn give_up_in_transit(&mut self) -> InTransit {
+        match &mut self.0 {
+            Kind::Bridge(bridge) => bridge.give_up_in_transit(),
+            _ => InTransit::default(),
+        }
+    }
+
+    /// What is in transit on a bridge, as of the last [`take_reached`](Self::take_reached).
+    #[inline]
+    pub(crate) fn in_transit(&self) -> InTransit {
+        match &self.0 {
+            Kind::Bridge(bridge) => bridge.in_transit(),
+            _ => InTransit::default(),
+        }
+    }
+
+    /// Bytes that were [sent](Written::sent) and that the client has not taken; on a bridge, those that were not passed
+    /// on. None where the system does not report it.
     pub(crate) fn unacknowledged(&self) -> Option<u32> {
         match &self.0 {
             Kind::Tcp(stream) => outq::unacknowledged(stream),
@@ -263,7 +312,7 @@ impl Socket {
             Kind::Tls(tls) => outq::unacknowledged(&tls.stream)
                 .map(|bytes| bytes.saturating_add(tls.refused_bytes() as u32)),
             Kind::Unix(stream) => outq::unacknowledged(stream),
-            Kind::Bridge(stream) => outq::unacknowledged(stream),
+            Kind::Bridge(bridge) => Some(bridge.unacknowledged()),
             Kind::Sink => Some(0),
         }
     }
@@ -303,7 +352,7 @@ impl Socket {
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => return tls.finish(),
             Kind::Unix(stream) => stream.shutdown(Shutdown::Write),
-            Kind::Bridge(stream) => stream.shutdown(Shutdown::Write),
+            Kind::Bridge(bridge) => bridge.stream.shutdown(Shutdown::Write),
             Kind::Sink => Ok(()),
         };
         true

@@ -134,7 +134,7 @@ counters! {
     pub struct Tally, shared as SharedTally {
         /// Frames that addressed it.
         offered: u64,
-        /// Frames passed to the kernel completely.
+        /// Frames passed to the kernel completely; on a [bridge](crate::Socket::bridge), passed on completely.
         written: u64,
         /// Frames dropped because the client was too slow.
         dropped: Drops,
@@ -150,7 +150,7 @@ counters! {
 }
 
 impl Tally {
-    /// Frames that wait in outboxes now.
+    /// Frames that wait in outboxes or are in a bridge now.
     pub fn pending(&self) -> u64 {
         // Counters that another thread writes may be read at slightly different times.
         self.offered.saturating_sub(self.written + self.dropped.total() + self.discarded)

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use shardcast_engine::{
-    Address, CloseCode, CloseReason, ConnectionConfig, EngineConfig, Payload, Policy, Publication, Shutdown,
-    ShutdownReport, Socket,
+    Address, BridgeProgress, CloseCode, CloseReason, ConnectionConfig, EngineConfig, Payload, Policy,
+    Publication, Shutdown, ShutdownReport, Socket,
 };
 use testkit::client::new_connection;
 use testkit::handler::{ClosesAtDrop, SlowToPart};
@@ -390,7 +390,9 @@ fn on_a_bridge_only_a_client_that_ends_the_stream_has_everything() {
         .map(|_| {
             let (mut new_connection, mut client) = new_connection(&rig.engine, &rig.config, 4096);
             let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-            new_connection.socket = Socket::bridge(ours);
+            let progress = BridgeProgress::default();
+            progress.passed_on(1 << 30); // whatever is written is passed on at once
+            new_connection.socket = Socket::bridge(ours, progress);
             client.peer = testkit::RawClient::new(theirs);
             at_once(rig.everyone.adopt(new_connection)).unwrap();
             client

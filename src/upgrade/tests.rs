@@ -53,7 +53,7 @@ fn echo_app() -> (Router, mpsc::UnboundedReceiver<Seen>) {
                 }
                 #[cfg(feature = "tls")]
                 RawSocket::Tls(_) => panic!("no test of these uses TLS"),
-                RawSocket::Unix(socket) | RawSocket::Bridge(socket) => {
+                RawSocket::Unix(socket) | RawSocket::Bridge(socket, _) => {
                     seen.send(Seen { kind: "unix", read_ahead: read_ahead.clone(), protocol }).unwrap();
                     echo(UnixStream::from_std(socket).unwrap(), read_ahead).await;
                 }

@@ -61,10 +61,11 @@ impl Comparison {
             name: server.to_string(),
             bars: shown.iter().map(|(scenario, _)| self.bar(*scenario, server, value, unit)).collect(),
         };
+        let takes_part = |server: &&Subject| shown.iter().any(|(scenario, _)| scenario.includes(**server));
         (!shown.is_empty()).then(|| BarChart {
             title,
             legend: shown.iter().map(|(_, name)| (*name).to_owned()).collect(),
-            rows: self.servers.iter().map(row).collect(),
+            rows: self.servers.iter().filter(takes_part).map(row).collect(),
             // From a hundred bytes to a hundred thousand.
             logarithmic: scenarios.iter().any(|(scenario, _)| *scenario == Scenario::Idle),
         })

@@ -69,9 +69,10 @@ pub(crate) static LATENCY: [Column; 10] = [
     DELIVERED,
 ];
 
-pub(crate) static MEMORY: [Column; 4] = [
+pub(crate) static MEMORY: [Column; 5] = [
     BYTES_PER_CONNECTION,
     column("× floor", bytes_per_connection, Show::Ratio(1)),
+    column("open files", |report| Some(memory(report)?.descriptors_per_connection), Show::Median(2)),
     column("resident MiB, empty", |report| Some(mib(memory(report)?.empty_bytes)), Show::Median(1)),
     column("full", |report| Some(mib(memory(report)?.full_bytes)), Show::Median(1)),
 ];

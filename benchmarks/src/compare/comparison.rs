@@ -62,9 +62,11 @@ impl Comparison {
         let machine = Machine::inspect(servers);
         let mut runs = Vec::new();
         for round in 0..extent.rounds {
-            let mut order = servers.to_vec();
-            order.rotate_left(round % servers.len().max(1));
+            let mut rotated = servers.to_vec();
+            rotated.rotate_left(round % servers.len().max(1));
             for &scenario in scenarios {
+                let mut order = rotated.clone();
+                order.retain(|&server| scenario.includes(server));
                 let mut note = |server, outcome: Outcome| {
                     let (round_number, rounds) = (round + 1, extent.rounds);
                     let progress = outcome.progress();
@@ -99,10 +101,15 @@ impl Comparison {
         !self.runs.0.iter().any(|run| run.outcome.is_unacceptable(run.server))
     }
 
+    /// The servers that take part in a scenario, in the order of the table.
+    pub(crate) fn servers_in(&self, scenario: Scenario) -> impl Iterator<Item = Subject> {
+        self.servers.iter().copied().filter(move |&server| scenario.includes(server))
+    }
+
     pub(crate) fn record(&self) -> Record<'_> {
         let mut medians = Vec::new();
         for &scenario in &self.scenarios {
-            for &server in &self.servers {
+            for server in self.servers_in(scenario) {
                 for column in scenario.columns().iter().filter(|column| column.is_plain()) {
                     medians.push(Median {
                         scenario,
@@ -147,6 +154,9 @@ pub(crate) mod tests {
                 large_connections: 10,
                 echo_connections: 10,
                 idle_connections: 10,
+                groups: 5,
+                tls_connections: 10,
+                tls_idle_connections: 10,
             },
             servers,
             scenarios: vec![Scenario::Idle],

@@ -45,6 +45,15 @@ pub(crate) struct Options {
     /// Connections whose memory is measured.
     #[arg(long, default_value_t = 10_000)]
     idle_connections: usize,
+    /// Groups of 2 and of 20 connections.
+    #[arg(long, default_value_t = 500)]
+    groups: usize,
+    /// Connections in fan-out and echo over TLS.
+    #[arg(long, default_value_t = 400)]
+    tls_connections: usize,
+    /// Connections over TLS whose memory is measured.
+    #[arg(long, default_value_t = 2000)]
+    tls_idle_connections: usize,
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// How long each run measures.
@@ -55,7 +64,8 @@ pub(crate) struct Options {
     payload: usize,
     /// One short round with few connections, to check that every benchmark works. Its numbers mean nothing.
     #[arg(long, conflicts_with_all = [
-        "rounds", "seconds", "connections", "large_connections", "echo_connections", "idle_connections",
+        "rounds", "seconds", "connections", "large_connections", "echo_connections", "idle_connections", "groups",
+        "tls_connections", "tls_idle_connections",
     ])]
     brief: bool,
     /// The directory of the results: `benchmarks/results` by default, and `brief` in it for a brief run.
@@ -119,6 +129,7 @@ impl Options {
 
     fn extent(&self) -> Extent {
         const BRIEF_CONNECTIONS: usize = 50;
+        const BRIEF_GROUPS: usize = 5;
         let connections = |asked: usize| if self.brief { BRIEF_CONNECTIONS } else { asked };
         Extent {
             rounds: if self.brief { 1 } else { self.rounds },
@@ -129,6 +140,9 @@ impl Options {
             large_connections: connections(self.large_connections),
             echo_connections: connections(self.echo_connections),
             idle_connections: connections(self.idle_connections),
+            groups: if self.brief { BRIEF_GROUPS } else { self.groups },
+            tls_connections: connections(self.tls_connections),
+            tls_idle_connections: connections(self.tls_idle_connections),
         }
     }
 }

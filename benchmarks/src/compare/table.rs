@@ -21,7 +21,7 @@ impl Table<'_> {
     fn scenario(&self, f: &mut fmt::Formatter<'_>, scenario: Scenario) -> fmt::Result {
         let columns = scenario.columns();
         header(f, &["server"], columns)?;
-        for &server in &self.0.servers {
+        for server in self.0.servers_in(scenario) {
             write!(f, "| {server} |")?;
             for column in columns {
                 write!(f, " {} |", self.cell(scenario, server, column))?;
@@ -99,7 +99,7 @@ mod tests {
             assert_eq!(lines(&format!("| {server} |")), comparison.scenarios.len(), "{server}");
         }
         assert_eq!(lines("| idle memory |"), comparison.runs.0.len());
-        assert!(text.contains("| shardcast | 150 | 0.5 | 1.0 | 2.0 | faultless |"), "{text}");
+        assert!(text.contains("| shardcast | 150 | 0.5 | 1.00 | 1.0 | 2.0 | faultless |"), "{text}");
         assert!(
             text.contains("**FAULTY**: 3 disconnections") && text.contains("**FAILED**: it did not start")
         );

@@ -7,9 +7,12 @@
 
 use std::{io, time::Duration};
 
-use mio::{Events, Poll, Token, net::TcpStream};
+use mio::{Events, Poll, Token};
 
-use super::connection::{Connection, Ended, SCRATCH_BYTES};
+use super::{
+    connection::{Connection, Ended, SCRATCH_BYTES},
+    socket::Socket,
+};
 use crate::nonblocking;
 
 const EVENTS: usize = 1024;
@@ -30,13 +33,13 @@ pub(crate) struct ClientPool {
 
 impl ClientPool {
     /// Takes over open WebSockets, with the bytes that followed their handshakes, registered at `poll` by index.
-    pub(crate) fn new(poll: Poll, open: Vec<(TcpStream, Vec<u8>)>) -> Self {
+    pub(crate) fn new(poll: Poll, open: Vec<(Socket, Vec<u8>)>) -> Self {
         Self {
             poll,
             events: Events::with_capacity(EVENTS),
             // Readiness is edge-triggered and may have been consumed while others connected.
             ready: (0..open.len()).collect(),
-            connections: open.into_iter().map(|(stream, rest)| Some(Connection::new(stream, rest))).collect(),
+            connections: open.into_iter().map(|(socket, rest)| Some(Connection::new(socket, rest))).collect(),
             dirty: Vec::new(),
             scratch: vec![0; SCRATCH_BYTES],
         }

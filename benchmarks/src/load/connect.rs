@@ -18,7 +18,10 @@ use super::{
     report, slow_readers,
     target::Target,
 };
-use crate::nonblocking;
+use crate::{
+    nonblocking,
+    tls::{self, TlsError},
+};
 
 /// Without any handshake done for so long, the rest counts as failed.
 const PROGRESS_MAX: Duration = Duration::from_secs(10);
@@ -31,6 +34,8 @@ pub(crate) enum ConnectError {
     Pending { index: usize, source: PendingError },
     #[error("{open} of {wanted} connections are open, and none was added for {} s", PROGRESS_MAX.as_secs())]
     NoProgress { open: usize, wanted: usize },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("epoll failed")]
     Poll(#[from] io::Error),
 }
@@ -44,6 +49,7 @@ pub(crate) fn connect(
     let wanted = plan.len();
     let mut poll = Poll::new()?;
     let mut events = Events::with_capacity(2 * at_once);
+    let tls = target.is_tls.then(tls::client_config).transpose()?;
     let requests = target.requests(plan.groups());
     let mut connections: Vec<(PendingConnection, bool)> = Vec::with_capacity(wanted);
     let mut latencies = Latencies::default();
@@ -54,7 +60,8 @@ pub(crate) fn connect(
         while connections.len() < wanted.min(open + at_once) {
             let index = connections.len();
             let buffer = slow_readers::receive_buffer(plan.role(index));
-            let pending = PendingConnection::start(target.address, poll.registry(), Token(index), buffer)
+            let (registry, token) = (poll.registry(), Token(index));
+            let pending = PendingConnection::start(target.address, registry, token, buffer, tls.as_ref())
                 .map_err(|error| ConnectError::Pending { index, source: error.into() })?;
             connections.push((pending, false));
         }

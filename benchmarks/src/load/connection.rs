@@ -5,8 +5,9 @@
 
 use std::io::{self, Write};
 
-use mio::net::TcpStream;
 use socket2::SockRef;
+
+use super::socket::Socket;
 
 use crate::{
     dialect,
@@ -39,7 +40,7 @@ pub(crate) enum Ended {
 
 #[derive(Debug)]
 pub(crate) struct Connection {
-    stream: TcpStream,
+    socket: Socket,
     /// The beginning of an incomplete frame.
     partial: Vec<u8>,
     outgoing: Vec<u8>,
@@ -51,8 +52,8 @@ pub(crate) struct Connection {
 
 impl Connection {
     /// Takes over an open WebSocket, with the bytes that followed its handshake.
-    pub(crate) fn new(stream: TcpStream, partial: Vec<u8>) -> Self {
-        Self { stream, partial, outgoing: Vec::new(), has_answer: false, is_closing: false }
+    pub(crate) fn new(socket: Socket, partial: Vec<u8>) -> Self {
+        Self { socket, partial, outgoing: Vec::new(), has_answer: false, is_closing: false }
     }
 
     pub(crate) fn is_open(&self) -> bool {
@@ -81,24 +82,23 @@ impl Connection {
         if let Some(limit) = limit {
             return self.read_once(scratch, limit.min(SCRATCH_BYTES), &mut on_message).map(drop);
         }
-        // A short read has emptied a stream socket; a later byte raises a new edge (epoll(7)).
-        while self.read_once(scratch, SCRATCH_BYTES, &mut on_message)? == SCRATCH_BYTES {}
+        while self.read_once(scratch, SCRATCH_BYTES, &mut on_message)? {}
         Ok(())
     }
 
-    /// Reads once and handles the frames; returns how many bytes were read.
+    /// Reads once and handles the frames; returns whether there may be more to read.
     #[inline]
     fn read_once(
         &mut self,
         scratch: &mut Vec<u8>,
         limit: usize,
         on_message: &mut impl FnMut(u64),
-    ) -> Result<usize, Ended> {
+    ) -> Result<bool, Ended> {
         let kept = self.partial.len();
         if scratch.len() < kept + SCRATCH_BYTES {
             scratch.resize(kept + SCRATCH_BYTES, 0);
         }
-        let read = match nonblocking::read(&mut self.stream, &mut scratch[kept..kept + limit])? {
+        let read = match nonblocking::read(&mut self.socket, &mut scratch[kept..kept + limit])? {
             Some(0) => return Err(Ended::Disconnected),
             read => read.unwrap_or(0),
         };
@@ -111,7 +111,7 @@ impl Connection {
         match handled {
             Ok(handled) => {
                 self.partial.extend_from_slice(&filled[handled..]);
-                Ok(read)
+                Ok(self.socket.may_have_more(read, limit))
             }
             Err(Ended::Closed(code)) => {
                 message::write_close(&mut self.outgoing, code);
@@ -126,7 +126,7 @@ impl Connection {
     /// Discards what follows the closing handshake.
     fn await_end(&mut self, scratch: &mut [u8]) -> Result<(), Ended> {
         loop {
-            match nonblocking::read(&mut self.stream, scratch) {
+            match nonblocking::read(&mut self.socket, scratch) {
                 Ok(None) => return Ok(()),
                 // A server that has not read everything from us closes TCP with a reset.
                 Ok(Some(0)) | Err(_) => return Err(Ended::ClosedByBoth),
@@ -137,13 +137,15 @@ impl Connection {
 
     pub(crate) fn flush(&mut self) {
         while !self.outgoing.is_empty() {
-            match self.stream.write(&self.outgoing) {
+            match self.socket.write(&self.outgoing) {
                 Ok(sent) => drop(self.outgoing.drain(..sent)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Full: the next writable edge continues. Broken: the next read returns the error.
                 Err(_) => return,
             }
         }
+        // As above.
+        let _ = self.socket.flush();
         if std::mem::take(&mut self.has_answer) {
             self.acknowledge_at_once();
         }
@@ -154,7 +156,7 @@ impl Connection {
     fn acknowledge_at_once(&self) {
         // A kernel without this option does not delay them either.
         #[cfg(target_os = "linux")]
-        let _ = SockRef::from(&self.stream).set_tcp_quickack(true);
+        let _ = SockRef::from(self.socket.tcp()).set_tcp_quickack(true);
     }
 }
 
@@ -197,6 +199,8 @@ mod tests {
         time::Duration,
     };
 
+    use mio::net::TcpStream;
+
     use super::*;
 
     fn received(bytes: &[u8], cut: usize) -> (Vec<u64>, Vec<u8>) {
@@ -228,7 +232,7 @@ mod tests {
         client.set_nonblocking(true).unwrap();
         let server = listener.accept().unwrap().0;
         server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        (Connection::new(TcpStream::from_std(client), Vec::new()), server)
+        (Connection::new(Socket::Plain(TcpStream::from_std(client)), Vec::new()), server)
     }
 
     /// Reads until the connection ends.
@@ -275,7 +279,7 @@ mod tests {
             connection.flush();
             server.read_exact(&mut [0; 11]).unwrap();
         }
-        assert!(SockRef::from(&connection.stream).tcp_quickack().unwrap());
+        assert!(SockRef::from(connection.socket.tcp()).tcp_quickack().unwrap());
     }
 
     #[test]

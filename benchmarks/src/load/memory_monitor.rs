@@ -18,6 +18,8 @@ const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug, Default)]
 struct Level {
     resident: u64,
+    /// The process's open files; 0 in samples.
+    descriptors: usize,
     /// `None` where the kernel does not report it.
     kernel: Option<u64>,
     /// Of the server's sockets; `None` without `ss`, and in samples.
@@ -60,8 +62,12 @@ impl MemoryMonitor {
         if now >= self.sample_at {
             self.sample_at = now + SAMPLE_EVERY;
             if let Ok(resident) = self.server.resident_bytes_roughly() {
-                self.peak =
-                    self.peak.max(Level { resident, kernel: kernel_bytes(self.page_bytes), sockets: None });
+                self.peak = self.peak.max(Level {
+                    resident,
+                    descriptors: 0,
+                    kernel: kernel_bytes(self.page_bytes),
+                    sockets: None,
+                });
             }
         }
     }
@@ -87,6 +93,10 @@ impl MemoryMonitor {
             empty_bytes: self.empty.resident,
             full_bytes: self.full.resident,
             bytes_per_connection: per_connection(self.full.resident, self.empty.resident),
+            descriptors_per_connection: per_connection(
+                self.full.descriptors as u64,
+                self.empty.descriptors as u64,
+            ),
             peak_bytes: peak.resident,
             end_bytes: end.map(|end| end.resident),
             kernel: kernel(),
@@ -99,12 +109,18 @@ impl MemoryMonitor {
 impl Level {
     fn exact(server: Process, port: u16, page_bytes: u64) -> Result<Self, ProcessError> {
         let resident = server.resident_bytes()?;
-        Ok(Self { resident, kernel: kernel_bytes(page_bytes), sockets: socket_memory::memory_bytes(port) })
+        Ok(Self {
+            resident,
+            descriptors: server.descriptors()?,
+            kernel: kernel_bytes(page_bytes),
+            sockets: socket_memory::memory_bytes(port),
+        })
     }
 
     fn max(self, other: Self) -> Self {
         Self {
             resident: self.resident.max(other.resident),
+            descriptors: self.descriptors.max(other.descriptors),
             kernel: self.kernel.max(other.kernel),
             sockets: self.sockets.max(other.sockets),
         }

@@ -22,12 +22,14 @@ pub(crate) mod report;
 mod settle;
 mod slow_readers;
 mod snapshot;
+mod socket;
 mod socket_memory;
 mod target;
 #[cfg(test)]
 mod tests;
 mod text;
 mod timed_run;
+mod tls_socket;
 mod traffic;
 
 use std::io;

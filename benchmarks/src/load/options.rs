@@ -12,7 +12,8 @@ const OPEN_LOOP_SENDERS: usize = 64;
 /// The command line of `load`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
-    /// The server: `ws://127.0.0.1:PORT/ws`, `…/echo` or, with --groups, `…/group/{group}`.
+    /// The server: `ws://127.0.0.1:PORT/ws`, `…/echo` or, with --groups, `…/group/{group}`; with `wss://` over TLS, where
+    /// any certificate is accepted.
     #[arg(long)]
     pub(crate) url: String,
     #[arg(long, value_enum, default_value_t = Mode::Fanout)]
@@ -134,6 +135,10 @@ impl Options {
                 "there must be at least 1 group, and a connection for each",
             ),
             (self.groups > 1 && !self.url.contains(GROUP), "with --groups the URL must contain {group}"),
+            (
+                self.slow > 0 && self.url.starts_with("wss:"),
+                "slow needs a ws:// URL: a TLS record cannot be read in part",
+            ),
             (too_many_parts, "senders, stalled and slow are more than the connections"),
         ];
         match rules.into_iter().find(|(is_broken, _)| *is_broken) {

@@ -1,16 +1,19 @@
-//! A connection before it is open: TCP, then the WebSocket handshake.
+//! A connection before it is open: TCP, TLS if wanted, then the WebSocket handshake.
 //!
 //! Owns its socket until the WebSocket is open. Does not know which connection it will be.
 
 use std::{
     io::{self, Write},
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use mio::{Interest, Registry, Token, net::TcpStream};
-use socket2::{Domain, Protocol, Socket, Type};
+use mio::{Registry, Token, net::TcpStream};
+use rustls::ClientConfig;
+use socket2::{Domain, Protocol, Type};
 
+use super::{socket::Socket, tls_socket::BUFFER_BYTES_MIN};
 use crate::{
     dialect::Dialect,
     handshake::{self, HandshakeError},
@@ -34,7 +37,7 @@ pub(crate) enum PendingError {
 /// A socket that is not yet a WebSocket.
 #[derive(Debug)]
 pub(crate) struct PendingConnection {
-    stream: TcpStream,
+    socket: Socket,
     requested: bool,
     received: Vec<u8>,
     started: Instant,
@@ -42,19 +45,21 @@ pub(crate) struct PendingConnection {
 
 impl PendingConnection {
     /// Starts to connect. `receive_buffer` is the size of the socket's receive buffer in bytes, or `None` for the
-    /// kernel's choice; it must be set before TCP's handshake, which announces it to the server.
+    /// kernel's choice; it must be set before TCP's handshake, which announces it to the server. TLS follows if there is a
+    /// configuration for it.
     pub(crate) fn start(
         address: SocketAddr,
         registry: &Registry,
         token: Token,
         receive_buffer: Option<usize>,
+        tls: Option<&Arc<ClientConfig>>,
     ) -> io::Result<Self> {
-        let mut stream = match receive_buffer {
+        let stream = match receive_buffer {
             Some(bytes) => connect_with_buffer(address, bytes)?,
             None => TcpStream::connect(address)?,
         };
-        registry.register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self { stream, requested: false, received: Vec::new(), started: Instant::now() })
+        let socket = Socket::register(stream, registry, token, address, tls)?;
+        Ok(Self { socket, requested: false, received: Vec::new(), started: Instant::now() })
     }
 
     /// The time since it was started.
@@ -76,26 +81,25 @@ impl PendingConnection {
     }
 
     /// The socket, and the bytes that followed the handshake.
-    pub(crate) fn into_parts(self) -> (TcpStream, Vec<u8>) {
-        (self.stream, self.received)
+    pub(crate) fn into_parts(self) -> (Socket, Vec<u8>) {
+        (self.socket, self.received)
     }
 
     /// Sends the request once, and reads; true at the end of the stream.
     fn exchange(&mut self, request: &[u8]) -> Result<bool, PendingError> {
-        if let Some(error) = self.stream.take_error()? {
+        if let Some(error) = self.socket.tcp().take_error()? {
             return Err(error.into());
         }
         if !self.requested {
-            if self.stream.peer_addr().is_err() {
+            if !self.socket.connect()? {
                 return Ok(false);
             }
-            self.stream.set_nodelay(true)?;
             // The send buffer of a new socket holds a whole request.
-            self.stream.write_all(request)?;
+            self.socket.write_all(request)?;
             self.requested = true;
         }
-        let mut chunk = [0; 1024];
-        while let Some(read) = nonblocking::read(&mut self.stream, &mut chunk)? {
+        let mut chunk = [0; BUFFER_BYTES_MIN];
+        while let Some(read) = nonblocking::read(&mut self.socket, &mut chunk)? {
             if read == 0 {
                 return Ok(true);
             }
@@ -106,7 +110,7 @@ impl PendingConnection {
 }
 
 fn connect_with_buffer(address: SocketAddr, bytes: usize) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_recv_buffer_size(bytes)?;
     socket.set_nonblocking(true)?;
     match socket.connect(&address.into()) {

@@ -75,6 +75,8 @@ pub(crate) struct Memory {
     pub(crate) full_bytes: u64,
     /// From empty to full.
     pub(crate) bytes_per_connection: f64,
+    /// Open files, from empty to full.
+    pub(crate) descriptors_per_connection: f64,
     /// The highest of samples once a second.
     pub(crate) peak_bytes: u64,
     pub(crate) end_bytes: Option<u64>,

@@ -1,4 +1,4 @@
-//! A server's address and path, parsed from a `ws://` URL.
+//! A server's address and path, parsed from a `ws://` or `wss://` URL.
 //!
 //! `{group}` in the path is replaced by a group's number.
 
@@ -12,7 +12,7 @@ pub(crate) const GROUP: &str = "{group}";
 /// Why a URL is not accepted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TargetError {
-    #[error("{0:?} must have the form ws://IP:PORT/path")]
+    #[error("{0:?} must have the form ws://IP:PORT/path or wss://IP:PORT/path")]
     Form(String),
 }
 
@@ -21,6 +21,7 @@ pub(crate) enum TargetError {
 pub(crate) struct Target {
     pub(crate) address: SocketAddr,
     path: String,
+    pub(crate) is_tls: bool,
 }
 
 impl Target {
@@ -38,11 +39,16 @@ impl FromStr for Target {
 
     fn from_str(url: &str) -> Result<Self, TargetError> {
         let form = || TargetError::Form(url.to_owned());
-        let rest = url.strip_prefix("ws://").ok_or_else(form)?;
+        let (scheme, rest) = url.split_once("://").ok_or_else(form)?;
+        let is_tls = match scheme {
+            "ws" => false,
+            "wss" => true,
+            _ => return Err(form()),
+        };
         let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
         // Addresses only: a name would need a resolver, and the loopback needs none.
         let address = host.replace("localhost", "127.0.0.1").parse().map_err(|_| form())?;
-        Ok(Self { address, path: format!("/{path}") })
+        Ok(Self { address, path: format!("/{path}"), is_tls })
     }
 }
 
@@ -57,6 +63,7 @@ mod tests {
             (target.address.to_string().as_str(), target.path.as_str()),
             ("127.0.0.1:8080", "/ws?a=b")
         );
+        assert!(!target.is_tls && "wss://127.0.0.1:1/".parse::<Target>().unwrap().is_tls);
         assert!("http://127.0.0.1:1/".parse::<Target>().is_err());
         assert!("ws://127.0.0.1/".parse::<Target>().is_err());
     }

@@ -110,7 +110,8 @@ impl fmt::Display for Memory {
         };
         let resident = levels(self.empty_bytes, self.full_bytes, self.peak_bytes, self.end_bytes);
         writeln!(f, "  memory          {resident}")?;
-        writeln!(f, "                  {:.0} bytes per connection", self.bytes_per_connection)?;
+        let (bytes, descriptors) = (self.bytes_per_connection, self.descriptors_per_connection);
+        writeln!(f, "                  {bytes:.0} bytes and {descriptors:.2} open files per connection")?;
         if let (Some(full), Some(end)) = (self.sockets_full_bytes, self.sockets_end_bytes) {
             let (full, end) = (full / 1024, end / 1024);
             writeln!(f, "  its sockets     {full} KiB full, {end} at the end, in the kernel")?;

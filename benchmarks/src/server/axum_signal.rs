@@ -9,9 +9,8 @@ use axum::{Router, extract::ws::WebSocketUpgrade, response::Response, routing::a
 use axum_signal::{
     ConnectionRequest, DisconnectRequest, JsonCodec, MessageContext, WsHub, WsHubConfig, serve_hub,
 };
-use tokio::net::TcpListener;
 
-use super::runtime::{self, Message};
+use super::{listener::Listener, runtime::Message};
 
 /// A hub for each route: `/echo` if `ECHO`, else `/ws`.
 struct Hub<const ECHO: bool>;
@@ -34,9 +33,9 @@ impl<const ECHO: bool> WsHub for Hub<ECHO> {
 }
 
 /// Serves until it is killed.
-pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
+pub(crate) async fn serve(listener: Listener) -> io::Result<()> {
     let router = Router::new().route("/ws", any(upgrade::<false>)).route("/echo", any(upgrade::<true>));
-    axum::serve(runtime::without_delay(listener), router).await
+    axum::serve(listener, router).await
 }
 
 async fn upgrade<const ECHO: bool>(upgrade: WebSocketUpgrade) -> Response {

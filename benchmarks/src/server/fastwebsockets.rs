@@ -17,12 +17,14 @@ use hyper::{Request, Response, StatusCode, body::Incoming, server::conn::http1, 
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::AsyncWrite,
-    net::{TcpListener, TcpStream},
     sync::{broadcast, mpsc},
     task::unconstrained,
 };
 
-use super::runtime::{CHANNEL_MESSAGES, Message};
+use super::{
+    listener::{Listener, Stream},
+    runtime::{CHANNEL_MESSAGES, Message},
+};
 
 /// How many answers to pings and to a Close frame can wait for the writing half.
 const ANSWERS: usize = 16;
@@ -41,7 +43,7 @@ enum Ended {
 }
 
 /// Serves until it is killed.
-pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
+pub(crate) async fn serve(mut listener: Listener) -> io::Result<()> {
     let (channel, _) = broadcast::channel(CHANNEL_MESSAGES);
     loop {
         let (stream, _) = listener.accept().await?;
@@ -49,9 +51,7 @@ pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
     }
 }
 
-async fn serve_connection(stream: TcpStream, channel: broadcast::Sender<Bytes>) -> hyper::Result<()> {
-    // A socket that refuses this is broken, which the connection will notice.
-    let _ = stream.set_nodelay(true);
+async fn serve_connection(stream: Stream, channel: broadcast::Sender<Bytes>) -> hyper::Result<()> {
     let service = service_fn(|request| {
         let channel = channel.clone();
         async move { Ok::<_, Infallible>(answer(request, channel)) }

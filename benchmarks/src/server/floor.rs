@@ -1,25 +1,27 @@
 //! The floor: a server that does nothing but fan out.
 //!
-//! One thread, one epoll, one send(2) for each delivery; nothing is coalesced, and nothing is queued while the socket
+//! One thread, one epoll, one send(2) for each delivery, over TLS one record and one write(2); nothing is coalesced, and nothing is queued while the socket
 //! accepts it. Others are measured relative to this, so it must stay simple: a server that coalesces should cost less.
-//! It is still correct: what a socket does not accept at once is kept for it. Has no groups, policies or timers.
+//! It is still correct: what a socket does not accept at once is kept for it. Has no policies or timers.
 
 use std::{
+    collections::HashMap,
     io::{self, Write},
     net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
 };
 
-use mio::{
-    Events, Interest, Poll, Token,
-    event::Event,
-    net::{TcpListener, TcpStream},
-};
+use mio::{Events, Interest, Poll, Token, event::Event, net::TcpListener};
+use rustls::ServerConfig;
 
+use super::floor_socket::Socket;
 use crate::{
     cpu::{self, PinError},
     frame::{self, FrameError, Opcode},
     handshake::{self, HandshakeError},
     nonblocking,
+    tls::{self, TlsError},
 };
 
 const LISTENER: Token = Token(usize::MAX);
@@ -35,6 +37,9 @@ pub(crate) struct Options {
     /// The core to run on.
     #[arg(long)]
     cpu: Option<usize>,
+    /// Serve over TLS, with the certificate and the private key in this PEM file.
+    #[arg(long)]
+    tls: Option<PathBuf>,
 }
 
 /// Why the floor stopped.
@@ -42,6 +47,8 @@ pub(crate) struct Options {
 pub(crate) enum FloorError {
     #[error(transparent)]
     Pin(#[from] PinError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("the floor's loop failed")]
     Io(#[from] io::Error),
 }
@@ -66,13 +73,14 @@ enum Ended {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Route {
     Handshake,
-    FanOut,
+    /// To the members of this group.
+    FanOut(usize),
     Echo,
 }
 
 #[derive(Debug)]
 struct Connection {
-    stream: TcpStream,
+    socket: Socket,
     route: Route,
     /// The beginning of an incomplete frame or head; nothing is allocated while it is empty.
     partial: Vec<u8>,
@@ -80,13 +88,23 @@ struct Connection {
     backlog: Vec<u8>,
 }
 
+/// Who gets a message: `/ws` is one group, and each `/group/NAME` another.
+#[derive(Debug, Default)]
+struct Groups {
+    by_path: HashMap<String, usize>,
+    /// Indexes of connections, by group.
+    members: Vec<Vec<usize>>,
+}
+
 #[derive(Debug)]
 struct Floor {
     poll: Poll,
     listener: TcpListener,
+    tls: Option<Arc<ServerConfig>>,
     /// The index is the token.
     connections: Vec<Option<Connection>>,
     free: Vec<usize>,
+    groups: Groups,
     scratch: Vec<u8>,
     outgoing: Vec<u8>,
 }
@@ -95,13 +113,16 @@ struct Floor {
 pub(crate) fn run(options: &Options) -> Result<(), FloorError> {
     cpu::pin(options.cpu)?;
     let mut listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, options.port)))?;
+    let tls = options.tls.as_deref().map(tls::server_config).transpose()?;
     let poll = Poll::new()?;
     poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
     let mut floor = Floor {
         poll,
         listener,
+        tls,
         connections: Vec::new(),
         free: Vec::new(),
+        groups: Groups::default(),
         scratch: vec![0; SCRATCH_BYTES],
         outgoing: Vec::new(),
     };
@@ -142,20 +163,24 @@ impl Floor {
             });
             let interest = Interest::READABLE | Interest::WRITABLE;
             self.poll.registry().register(&mut stream, Token(index), interest)?;
+            let socket = Socket::new(stream, self.tls.as_ref())?;
             let (partial, backlog) = (Vec::new(), Vec::new());
-            self.connections[index] = Some(Connection { stream, route: Route::Handshake, partial, backlog });
+            self.connections[index] = Some(Connection { socket, route: Route::Handshake, partial, backlog });
         }
     }
 
     fn remove(&mut self, index: usize) {
-        if self.connections[index].take().is_some() {
+        if let Some(connection) = self.connections[index].take() {
+            if let Route::FanOut(group) = connection.route {
+                self.groups.members[group].retain(|member| *member != index);
+            }
             self.free.push(index);
         }
     }
 
     fn on_event(&mut self, index: usize, event: &Event) -> Result<(), Ended> {
         let Some(connection) = &mut self.connections[index] else { return Ok(()) };
-        if event.is_writable() && !connection.backlog.is_empty() {
+        if event.is_writable() {
             connection.drain()?;
         }
         if event.is_readable() || event.is_read_closed() || event.is_error() {
@@ -180,7 +205,7 @@ impl Floor {
             if scratch.len() < kept + SCRATCH_BYTES {
                 scratch.resize(kept + SCRATCH_BYTES, 0);
             }
-            let read = match nonblocking::read(&mut connection.stream, &mut scratch[kept..])? {
+            let read = match nonblocking::read(&mut connection.socket, &mut scratch[kept..])? {
                 Some(0) => return Err(Ended::Disconnected),
                 Some(read) => read,
                 None => return Ok(()),
@@ -208,7 +233,10 @@ impl Floor {
         {
             let Some(head) = handshake::head_bytes(bytes)? else { return Ok(0) };
             let request = handshake::parse_request(&bytes[..head])?;
-            connection.route = if request.path.starts_with("/ws") { Route::FanOut } else { Route::Echo };
+            connection.route = match request.path.starts_with("/echo") {
+                true => Route::Echo,
+                false => Route::FanOut(self.groups.join(request.path, index)),
+            };
             connection.send(&handshake::response(&request.accept))?;
             handled = head;
         }
@@ -240,10 +268,10 @@ impl Floor {
     }
 
     fn deliver(&mut self, from: usize) -> Result<(), Ended> {
-        match &self.connections[from] {
-            Some(sender) if sender.route == Route::FanOut => {
-                for connection in self.connections.iter_mut().flatten() {
-                    if connection.route == Route::FanOut {
+        match self.connections[from].as_ref().map(|sender| sender.route) {
+            Some(Route::FanOut(group)) => {
+                for &index in &self.groups.members[group] {
+                    if let Some(connection) = &mut self.connections[index] {
                         // A failure concerns only this receiver: its next event removes it.
                         let _ = connection.send(&self.outgoing);
                     }
@@ -262,6 +290,18 @@ impl Floor {
     }
 }
 
+impl Groups {
+    /// Adds a connection to the group of a path; returns the group.
+    fn join(&mut self, path: String, index: usize) -> usize {
+        let group = *self.by_path.entry(path).or_insert(self.members.len());
+        if group == self.members.len() {
+            self.members.push(Vec::new());
+        }
+        self.members[group].push(index);
+        group
+    }
+}
+
 impl Connection {
     fn send(&mut self, bytes: &[u8]) -> Result<(), Ended> {
         if !self.backlog.is_empty() {
@@ -271,7 +311,7 @@ impl Connection {
             self.backlog.extend_from_slice(bytes);
             return Ok(());
         }
-        let sent = match self.stream.write(bytes) {
+        let sent = match self.socket.write(bytes) {
             Ok(sent) => sent,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             Err(error) => return Err(error.into()),
@@ -281,7 +321,8 @@ impl Connection {
     }
 
     fn drain(&mut self) -> Result<(), Ended> {
+        self.socket.flush()?;
         let backlog = std::mem::take(&mut self.backlog);
-        self.send(&backlog)
+        if backlog.is_empty() { Ok(()) } else { self.send(&backlog) }
     }
 }

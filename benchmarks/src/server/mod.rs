@@ -1,12 +1,14 @@
 //! The servers that shardcast is compared with.
 //!
-//! Each is a process that listens on 127.0.0.1, prints the line `ready`, broadcasts every message on `/ws` to all
+//! Each is a process that listens on 127.0.0.1, with TLS if it is given a certificate, prints the line `ready`, broadcasts every message on `/ws` to all
 //! including the sender, and returns every message on `/echo` to its sender. The load generator needs nothing else of
 //! a server.
 
 mod axum_signal;
 mod fastwebsockets;
 pub(crate) mod floor;
+mod floor_socket;
+mod listener;
 mod runtime;
 mod socketioxide;
 mod tokio_websockets;

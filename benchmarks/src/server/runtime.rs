@@ -1,12 +1,11 @@
-//! What all servers on tokio share: flags, runtime, socket options, and the message.
+//! What all servers on tokio share: flags, runtime, listener, and the message.
 //!
-//! So that the crates are compared and not our use of them: each server gets the same runtime and TCP_NODELAY (without
-//! it Nagle's algorithm would be measured), and decodes and encodes each message as a hub does. Does not know
+//! So that the crates are compared and not our use of them: each server gets the same runtime and listener,
+//! and decodes and encodes each message as a hub does. Does not know
 //! WebSocket.
 
-use std::{future::Future, io, net::Ipv4Addr};
+use std::{future::Future, io, net::Ipv4Addr, path::PathBuf};
 
-use axum::serve::{Listener, ListenerExt};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -14,7 +13,11 @@ use tokio::{
     runtime::{Builder, Runtime},
 };
 
-use crate::cpu::{self, PinError};
+use super::listener::Listener;
+use crate::{
+    cpu::{self, PinError},
+    tls::{self, TlsError},
+};
 
 /// The capacity of a broadcast channel, where the crate's own example does not set one: more than any scenario has in
 /// flight, so that only clients that do not read lose messages.
@@ -31,6 +34,9 @@ pub(crate) struct Options {
     /// The core to run on, for all threads.
     #[arg(long)]
     cpu: Option<usize>,
+    /// Serve over TLS, with the certificate and the private key in this PEM file.
+    #[arg(long)]
+    tls: Option<PathBuf>,
 }
 
 /// Why a server stopped.
@@ -38,6 +44,8 @@ pub(crate) struct Options {
 pub(crate) enum ServeError {
     #[error(transparent)]
     Pin(#[from] PinError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("the server's socket failed")]
     Io(#[from] io::Error),
     #[error("the accepting task failed")]
@@ -65,13 +73,15 @@ impl Message {
 }
 
 /// Runs `serve` until the process is killed.
-pub(crate) fn run<F>(options: &Options, serve: impl FnOnce(TcpListener) -> F) -> Result<(), ServeError>
+pub(crate) fn run<F>(options: &Options, serve: impl FnOnce(Listener) -> F) -> Result<(), ServeError>
 where
     F: Future<Output = io::Result<()>> + Send + 'static,
 {
     cpu::pin(options.cpu)?;
+    let tls = options.tls.as_deref().map(tls::server_config).transpose()?;
     runtime(options.threads)?.block_on(async {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, options.port)).await?;
+        let listener = Listener::new(listener, tls);
         println!("{}", super::READY);
         // Spawned, because block_on would run the accept loop on an additional thread.
         Ok(tokio::spawn(serve(listener)).await??)
@@ -84,16 +94,6 @@ fn runtime(threads: usize) -> io::Result<Runtime> {
         0 | 1 => Builder::new_current_thread().enable_all().build(),
         _ => Builder::new_multi_thread().worker_threads(threads).enable_all().build(),
     }
-}
-
-/// A listener for axum that sets TCP_NODELAY.
-pub(crate) fn without_delay(
-    listener: TcpListener,
-) -> impl Listener<Io = tokio::net::TcpStream, Addr = std::net::SocketAddr> {
-    listener.tap_io(|stream| {
-        // A socket that refuses this is broken, which its own task will notice.
-        let _ = stream.set_nodelay(true);
-    })
 }
 
 #[cfg(test)]

@@ -12,14 +12,13 @@ use socketioxide::{
     extract::{Data, SocketRef},
     layer::SocketIoLayer,
 };
-use tokio::net::TcpListener;
 
-use super::runtime::{self, Message};
+use super::{listener::Listener, runtime::Message};
 
 const EVENT: &str = "message";
 
 /// Serves until it is killed.
-pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
+pub(crate) async fn serve(listener: Listener) -> io::Result<()> {
     let (fan_out, namespace) = service("/ws");
     namespace.ns("/", async |socket: SocketRef| {
         socket.on(EVENT, async |namespace: SocketIo, Data::<Message>(message)| {
@@ -33,7 +32,7 @@ pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
         });
     });
     let router = Router::new().layer(fan_out).layer(echo);
-    axum::serve(runtime::without_delay(listener), router).await
+    axum::serve(listener, router).await
 }
 
 fn service(path: &'static str) -> (SocketIoLayer, SocketIo) {

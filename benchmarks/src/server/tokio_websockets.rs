@@ -8,15 +8,15 @@ use std::io;
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::broadcast::{self, error::TryRecvError},
-};
+use tokio::sync::broadcast::{self, error::TryRecvError};
 use tokio_websockets::{Message as Frame, ServerBuilder, WebSocketStream};
 
-use super::runtime::{CHANNEL_MESSAGES, Message};
+use super::{
+    listener::{Listener, Stream},
+    runtime::{CHANNEL_MESSAGES, Message},
+};
 
-type Socket = WebSocketStream<TcpStream>;
+type Socket = WebSocketStream<Stream>;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +34,7 @@ enum Ended {
 }
 
 /// Serves until it is killed.
-pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
+pub(crate) async fn serve(mut listener: Listener) -> io::Result<()> {
     let (channel, _) = broadcast::channel(CHANNEL_MESSAGES);
     loop {
         let (stream, _) = listener.accept().await?;
@@ -42,8 +42,7 @@ pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
     }
 }
 
-async fn serve_connection(stream: TcpStream, channel: broadcast::Sender<Bytes>) -> Result<(), Ended> {
-    stream.set_nodelay(true)?;
+async fn serve_connection(stream: Stream, channel: broadcast::Sender<Bytes>) -> Result<(), Ended> {
     let (request, socket) = ServerBuilder::new().accept(stream).await?;
     match request.uri().path() {
         "/echo" => repeat(socket).await,

@@ -17,20 +17,17 @@ use axum::{
     routing::any,
 };
 use futures_util::{SinkExt, StreamExt};
-use tokio::{
-    net::TcpListener,
-    sync::broadcast::{self, error::RecvError},
-};
+use tokio::sync::broadcast::{self, error::RecvError};
 
-use super::runtime::{self, Message};
+use super::{listener::Listener, runtime::Message};
 
 const CHANNEL_MESSAGES: usize = 100;
 
 /// Serves until it is killed.
-pub(crate) async fn serve(listener: TcpListener) -> io::Result<()> {
+pub(crate) async fn serve(listener: Listener) -> io::Result<()> {
     let (channel, _) = broadcast::channel(CHANNEL_MESSAGES);
     let router = Router::new().route("/ws", any(fan_out)).route("/echo", any(echo)).with_state(channel);
-    axum::serve(runtime::without_delay(listener), router).await
+    axum::serve(listener, router).await
 }
 
 async fn fan_out(upgrade: WebSocketUpgrade, State(channel): State<broadcast::Sender<String>>) -> Response {

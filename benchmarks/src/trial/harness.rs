@@ -7,7 +7,11 @@ use std::{
 };
 
 use super::{BuildError, Load, Program, Subject, TrialError, server_process::ServerProcess};
-use crate::{cpu, load::report::Report};
+use crate::{
+    cpu,
+    load::report::Report,
+    tls::{self, TlsError},
+};
 
 /// Why no trial is possible.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +76,7 @@ impl Harness {
 
     /// One server with one thread, one load, one report.
     pub(crate) fn run(&self, subject: Subject, load: &Load) -> Result<Report, TrialError> {
-        let server = ServerProcess::start(&Program::Subject(subject), self)?;
+        let server = ServerProcess::start(&Program::Subject(subject), self, load.is_tls)?;
         let mut command = Command::new(&self.benchmarks);
         command.args(["load", "--json"]).args(self.load_arguments(&server, load));
         if let Some(cores) = &self.cores {
@@ -82,6 +86,13 @@ impl Harness {
         // A faulty run exits with 1 and prints a report as well.
         serde_json::from_slice(&output.stdout)
             .map_err(|_| TrialError::NoReport(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+    }
+
+    /// A file with the certificate of all servers and its private key.
+    pub(super) fn certificate(&self) -> Result<PathBuf, TlsError> {
+        let path = self.target.join("benchmarks.pem");
+        tls::make_certificate(&path)?;
+        Ok(path)
     }
 
     pub(super) fn load_arguments(&self, server: &ServerProcess, load: &Load) -> Vec<String> {

@@ -43,4 +43,5 @@ pub(crate) enum TrialError {
 pub(crate) struct Load {
     pub(crate) path: &'static str,
     pub(crate) flags: Vec<(&'static str, String)>,
+    pub(crate) is_tls: bool,
 }

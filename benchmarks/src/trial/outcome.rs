@@ -120,8 +120,8 @@ pub(crate) mod tests {
 
     const REPORT: &str = r#"{"setup":{"mode":"idle","url":"","connections":1,"senders":1,"in_flight":1,"rate":null,
         "payload_bytes":64,"groups":1,"lossy":false},"disconnections":0,"causes":[]}"#;
-    const MEMORY: &str =
-        r#"{"empty_bytes":1048576,"full_bytes":2097152,"bytes_per_connection":0,"peak_bytes":2097152}"#;
+    const MEMORY: &str = r#"{"empty_bytes":1048576,"full_bytes":2097152,"bytes_per_connection":0,
+        "descriptors_per_connection":1,"peak_bytes":2097152}"#;
     const TRAFFIC: &str = r#"{"seconds":1,"deliveries_per_second":0,"messages_per_second":1,"expected":1000,
         "received":1000,"delivery_ratio":1,"duplicates":0,"order_violations":0,"sender_reorders":0,"strays":0,"unseen":0,
         "latency":null,"server_cpu_us_per_delivery":2.5,"server_cpu_share":1,"server_waiting_share":0,

@@ -15,7 +15,7 @@ use std::{
 };
 
 use super::{Harness, Program};
-use crate::server::READY;
+use crate::{server::READY, tls::TlsError};
 
 const PORTS_FROM: u16 = 20_000;
 const PORTS_TO: u16 = 32_000;
@@ -26,6 +26,8 @@ const START_MAX: Duration = Duration::from_secs(10);
 pub(crate) enum StartError {
     #[error("no port between {PORTS_FROM} and {PORTS_TO} is free")]
     NoPort,
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("{program} did not start")]
     Spawn { program: String, source: io::Error },
     #[error("{program} ended, or {} s passed, before it printed {READY:?}", START_MAX.as_secs())]
@@ -37,21 +39,24 @@ pub(crate) enum StartError {
 pub(crate) struct ServerProcess {
     child: Child,
     port: u16,
+    scheme: &'static str,
     query: &'static str,
 }
 
 impl ServerProcess {
     /// Starts a program on a free port and waits until it listens.
-    pub(super) fn start(program: &Program, harness: &Harness) -> Result<Self, StartError> {
+    pub(super) fn start(program: &Program, harness: &Harness, is_tls: bool) -> Result<Self, StartError> {
+        let certificate = is_tls.then(|| harness.certificate()).transpose()?;
         let port = free_port().ok_or(StartError::NoPort)?;
         let child = program
-            .command(harness, port)
+            .command(harness, port, certificate.as_deref())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .map_err(|source| StartError::Spawn { program: program.to_string(), source })?;
         // Owned from here on, so that a server that is never ready is killed as well.
-        let mut server = Self { child, port, query: program.query() };
+        let scheme = if is_tls { "wss" } else { "ws" };
+        let mut server = Self { child, port, scheme, query: program.query() };
         if server.is_ready_in_time() {
             Ok(server)
         } else {
@@ -60,7 +65,7 @@ impl ServerProcess {
     }
 
     pub(crate) fn url(&self, path: &str) -> String {
-        format!("ws://127.0.0.1:{}{path}{}", self.port, self.query)
+        format!("{}://127.0.0.1:{}{path}{}", self.scheme, self.port, self.query)
     }
 
     pub(crate) fn pid(&self) -> u32 {

@@ -18,6 +18,8 @@ use super::Harness;
 pub(crate) enum Subject {
     Floor,
     Shardcast,
+    /// Over TLS only: its streams are hidden from the shards.
+    ShardcastBridge,
     TokioWebsockets,
     Fastwebsockets,
     Tutorial,
@@ -43,9 +45,10 @@ pub(crate) enum BuildError {
 }
 
 impl Subject {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Floor,
         Self::Shardcast,
+        Self::ShardcastBridge,
         Self::TokioWebsockets,
         Self::Fastwebsockets,
         Self::Tutorial,
@@ -55,14 +58,18 @@ impl Subject {
 
     /// Ours must be faultless; what another library loses is a result.
     pub(crate) fn is_ours(self) -> bool {
-        matches!(self, Self::Floor | Self::Shardcast)
+        self == Self::Floor || self.is_example()
+    }
+
+    fn is_example(self) -> bool {
+        matches!(self, Self::Shardcast | Self::ShardcastBridge)
     }
 
     /// The crate that is measured, and its version; the floor has none.
     pub(crate) fn crate_version(self) -> Option<(&'static str, String)> {
         let name = match self {
             Self::Floor => return None,
-            Self::Shardcast => "shardcast",
+            Self::Shardcast | Self::ShardcastBridge => "shardcast",
             Self::TokioWebsockets => "tokio-websockets",
             Self::Fastwebsockets => "fastwebsockets",
             Self::Tutorial => "axum",
@@ -74,12 +81,12 @@ impl Subject {
 
     /// Builds shardcast's example into the target directory of this program.
     pub(super) fn build(self, target: &Path) -> Result<(), BuildError> {
-        if self != Self::Shardcast {
+        if !self.is_example() {
             return Ok(());
         }
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .args(["build", "--release", "--example", "fanout"])
+            .args(["build", "--release", "-p", "examples", "--example", "fanout", "--features", "tls"])
             .current_dir(workspace)
             .env("CARGO_TARGET_DIR", target)
             .status()
@@ -97,12 +104,20 @@ impl Program {
         }
     }
 
-    /// The command that serves on `port` with one thread, on the server's core.
-    pub(super) fn command(&self, harness: &Harness, port: u16) -> Command {
+    /// The command that serves on `port` with one thread, on the server's core; over TLS with a certificate.
+    pub(super) fn command(&self, harness: &Harness, port: u16, certificate: Option<&Path>) -> Command {
+        let mut command = self.plain_command(harness, port);
+        if let Some(path) = certificate {
+            command.arg("--tls").arg(path);
+        }
+        command
+    }
+
+    fn plain_command(&self, harness: &Harness, port: u16) -> Command {
         let example = harness.target.join("release/examples/fanout");
         let mut command = match self {
             Self::Build(path) => harness.on_server_core(path),
-            Self::Subject(Subject::Shardcast) => harness.on_server_core(&example),
+            Self::Subject(subject) if subject.is_example() => harness.on_server_core(&example),
             Self::Subject(subject) => {
                 let mut command = harness.on_server_core(&harness.benchmarks);
                 command.args([&subject.to_string(), "--port", &port.to_string()]);
@@ -110,6 +125,9 @@ impl Program {
             }
         };
         command.args(["--port", &port.to_string(), "--shards", "1", "--no-pin"]);
+        if matches!(self, Self::Subject(Subject::ShardcastBridge)) {
+            command.arg("--bridge");
+        }
         command
     }
 }

@@ -76,7 +76,7 @@ impl Harness {
     }
 
     fn start(&self, program: &Program, load: &Load) -> Result<ActiveTrial, TrialError> {
-        let server = ServerProcess::start(program, self)?;
+        let server = ServerProcess::start(program, self, load.is_tls)?;
         cpu::pin(self.cores.as_ref().map(|cores| cores.client))?;
         let run = TimedRun::open(&Options::parse(self.load_arguments(&server, load))?)?;
         Ok(ActiveTrial { run, costs: Vec::new(), _server: server })

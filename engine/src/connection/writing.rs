@@ -17,7 +17,7 @@ use crate::outbox::{Chunk, Dropped, Enqueued, Expiry, Gather, Next};
 use crate::receipt::Origin;
 #[cfg(all(feature = "io-uring", target_os = "linux"))]
 use crate::socket::SharedSocket;
-use crate::socket::{Socket, Written};
+use crate::socket::{InTransit, Reached, Socket, Written};
 use crate::tally::DropCause;
 
 use super::{Connection, Phase};
@@ -73,8 +73,39 @@ pub(crate) struct Loss {
 impl Connection {
     // ---- The outbox ----
 
+    /// Bytes that wait in the outbox or are in transit on a bridge.
     pub(crate) fn backlog_bytes(&self) -> usize {
-        self.outbox.backlog_bytes()
+        self.outbox.backlog_bytes() + self.in_transit().bytes
+    }
+
+    /// What was written to a bridge and has not left it, as of the last [`settle`](Self::settle).
+    #[inline]
+    pub(crate) fn in_transit(&self) -> InTransit {
+        self.socket.as_ref().map(Socket::in_transit).unwrap_or_default()
+    }
+
+    /// Counts as written what has left its bridge since it was written there.
+    pub(crate) fn settle(&mut self, totals: &mut Metrics) {
+        let Some(socket) = &mut self.socket else { return };
+        let reached = socket.take_reached();
+        self.count_reached(reached, totals);
+    }
+
+    fn count_reached(&mut self, Reached { frames, bytes }: Reached, totals: &mut Metrics) {
+        totals.bytes_written += bytes;
+        totals.tally.written += frames;
+        self.counts.written += frames;
+    }
+
+    /// Whether its socket is a bridge.
+    pub(crate) fn is_bridged(&self) -> bool {
+        self.socket.as_ref().is_some_and(|socket| !socket.is_direct())
+    }
+
+    /// Whether its client has ended its side and nothing is left on the way to it in a bridge, once the Close frame is
+    /// written.
+    pub(crate) fn is_at_end(&self) -> bool {
+        self.is_input_over && self.in_transit() == InTransit::default()
     }
 
     /// Bytes of memory that wait because the socket accepts no more for now.
@@ -88,7 +119,7 @@ impl Connection {
     }
 
     pub(crate) fn has_backlog(&self) -> bool {
-        !self.outbox.is_empty()
+        !self.outbox.is_empty() || self.in_transit() != InTransit::default()
     }
 
     /// Whether frames wait for room.
@@ -152,12 +183,13 @@ impl Connection {
         Discarded { frames, bytes: before - self.outbox.backlog_bytes() }
     }
 
-    /// Discards even the frame that is being written.
+    /// Discards even the frame that is being written, and gives up what is in transit.
     pub(crate) fn discard_all(&mut self) -> Discarded {
         let bytes = self.outbox.backlog_bytes();
-        let frames = self.outbox.discard_all(Origin::count_disconnected);
+        let in_transit = self.socket.as_mut().map(Socket::give_up_in_transit).unwrap_or_default();
+        let frames = self.outbox.discard_all(Origin::count_disconnected) + in_transit.frames;
         self.counts.discard(frames);
-        Discarded { frames, bytes }
+        Discarded { frames, bytes: bytes + in_transit.bytes }
     }
 
     /// Marks it as congested if it has just become so. If so, returns whether publishers wait for it, for the
@@ -354,8 +386,9 @@ impl Connection {
             // A failed socket does not report what the client had taken before.
             _ if matches!(reason, Some(CloseReason::Transport(_))) => false,
             Some(_) if is_told && !self.is_lingering() => false, // its Close frame has not been written
-            Some(socket) if socket.is_direct() => socket.unacknowledged().is_none_or(|bytes| bytes == 0),
-            Some(_) => !is_told || self.is_input_over,
+            // A bridge does not know what the client's kernel has: only that it has ended the stream.
+            Some(socket) if !socket.is_direct() && is_told && !self.is_input_over => false,
+            Some(socket) => socket.unacknowledged().is_none_or(|bytes| bytes == 0),
             None => true,
         }
     }
@@ -413,20 +446,22 @@ impl Connection {
             };
             let result = sent.take().map_or_else(|| socket.write(bytes), |result| result.map(Written::plain));
             match result {
-                Ok(Written { taken, sent }) => {
+                Ok(written) => {
                     totals.writes += 1;
-                    totals.bytes_written += sent as u64;
-                    self.written = self.written.wrapping_add(sent as u32); // only compared
+                    self.written = self.written.wrapping_add(written.sent as u32); // only compared
+                    let mut frames = 0;
                     if is_control {
-                        self.outbox.wrote_control(taken);
+                        self.outbox.wrote_control(written.taken);
                     } else {
                         let (waiting, bounds) = (self.outbox.waiting(), self.bounds());
-                        let frames = u64::from(self.outbox.wrote(taken, &bounds, &mut gather.spares));
+                        frames = u64::from(self.outbox.wrote(written.taken, &bounds, &mut gather.spares));
                         if self.outbox.waiting() < waiting {
                             self.counts.took(); // a frame that had waited was accepted
                         }
-                        self.counts.written += frames;
-                        totals.tally.written += frames;
+                    }
+                    if let Some(socket) = &mut self.socket {
+                        let reached = socket.note_write(written, frames, is_control);
+                        self.count_reached(reached, totals);
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

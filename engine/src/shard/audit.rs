@@ -107,10 +107,10 @@ impl Shard {
             let bounds = connection.bounds();
             let inside = connection.inside();
             let outbox = inside.outbox;
-            sum += outbox.backlog_bytes();
+            sum += connection.backlog_bytes();
             unfinished += connection.unfinished_bytes();
             refused += usize::from(!inside.is_writable);
-            let (tally, pending) = (metrics.tally, outbox.pending());
+            let (tally, pending) = (metrics.tally, outbox.pending() + connection.in_transit().frames);
             if tally.offered != tally.written + tally.dropped.total() + tally.discarded + pending {
                 wrong(format!("tally of {}: {metrics:?}", connection.id()));
             }

@@ -153,6 +153,7 @@ impl Shard {
     /// Discards everything that is queued for a connection, including the frame that is being written.
     /// Returns the number of frames.
     pub(super) fn discard_all(&mut self, slot: Slot) -> u64 {
+        self.fanout.settle(slot);
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return 0 };
         let Discarded { frames, bytes } = connection.discard_all();
         self.count_discarded(frames, bytes)
@@ -281,15 +282,31 @@ impl Shard {
             return;
         }
         let is_delivered = connection.is_delivered();
-        if connection.drop_socket() {
+        let discarded = self.discard_all(slot);
+        if let Some(connection) = self.fanout.connections.get_mut(slot)
+            && connection.drop_socket()
+        {
             self.fanout.refused -= 1;
         }
         self.finish_draining(slot);
-        let discarded = self.discard_all(slot);
         if let Some(stop) = &mut self.shutdown {
             stop.count(discarded == 0 && is_delivered);
         }
         self.remove_if_over(slot);
+    }
+
+    /// The client has ended its side and the Close frame was written: drops the socket, unless something is on its way
+    /// to the client in a bridge, or a shutdown must tell whether the client has everything.
+    pub(super) fn drop_socket_if_over(&mut self, slot: Slot) {
+        self.fanout.settle(slot);
+        let is_over = self.fanout.connections.get(slot).is_some_and(|connection| {
+            connection.is_lingering()
+                && connection.is_at_end()
+                && (self.shutdown.is_none() || connection.is_delivered())
+        });
+        if is_over {
+            self.drop_socket(slot);
+        }
     }
 
     fn remove_if_over(&mut self, slot: Slot) {

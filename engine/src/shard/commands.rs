@@ -208,6 +208,8 @@ impl Shard {
                 }
             }
             Action::Inspect(on_metrics) => {
+                self.fanout.settle(slot);
+                let connection = &self.fanout.connections[slot];
                 let (metrics, key) = (connection.metrics(), connection.directory().key());
                 self.call_back(key, || on_metrics(metrics));
             }

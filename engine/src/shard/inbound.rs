@@ -88,9 +88,15 @@ impl Shard {
             }
             let slot = Slot::new(event.token().0);
             let Some(connection) = self.fanout.connections.get_mut(slot) else { continue };
-            if event.is_writable() && connection.becomes_writable() {
-                self.fanout.refused -= 1;
-                self.fanout.mark_dirty(slot);
+            if event.is_writable() {
+                let is_bridged = connection.is_bridged();
+                if connection.becomes_writable() {
+                    self.fanout.refused -= 1;
+                    self.fanout.mark_dirty(slot);
+                }
+                if is_bridged {
+                    self.drop_socket_if_over(slot); // this may have been the last that was on its way
+                }
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
                 let Some(connection) = self.fanout.connections.get_mut(slot) else { continue };
@@ -102,7 +108,7 @@ impl Shard {
                     // Nothing is read now, but a socket that has failed need not be waited for. One that was
                     // closed must be: the messages before the close are still to be read.
                     if event.is_error() {
-                        if connection.drains() {
+                        if connection.drains() || (connection.is_bridged() && connection.is_lingering()) {
                             self.drop_socket(slot);
                         } else {
                             self.end(slot, CloseReason::Transport(ErrorKind::ConnectionReset));
@@ -197,7 +203,10 @@ impl Shard {
     /// The client sends no more. It may still read, so what is queued for it is written first.
     fn end_of_input(&mut self, slot: Slot) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
-        if connection.is_lingering() {
+        if connection.is_lingering() && connection.is_bridged() {
+            self.drop_socket_if_over(slot);
+            self.arm_ending(slot);
+        } else if connection.is_lingering() {
             self.drop_socket(slot);
         } else if connection.drains() && connection.is_caught_up() {
             self.finish_draining(slot);

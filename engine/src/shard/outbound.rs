@@ -131,14 +131,8 @@ impl Shard {
             }
             Flushed::HasMore => self.fanout.mark_dirty(slot),
             Flushed::Finished => {
-                let connection = self.fanout.connections.get(slot);
-                // Whether the client has taken everything matters for the report of a shutdown only.
-                let is_over = |connection: &Connection| {
-                    connection.is_input_over() && (self.shutdown.is_none() || connection.is_delivered())
-                };
-                if connection.is_some_and(is_over) {
-                    self.drop_socket(slot);
-                } else {
+                self.drop_socket_if_over(slot);
+                if self.fanout.connections.get(slot).is_some_and(Connection::has_socket) {
                     self.linger(slot);
                 }
             }

@@ -43,6 +43,7 @@ impl Shard {
     /// Does what is due for a connection and arms its next timer.
     pub(super) fn beat(&mut self, slot: Slot) {
         let (now, listened) = (self.fanout.now, self.fanout.listened);
+        self.fanout.settle(slot);
         let Some(connection) = self.fanout.connections.get(slot) else { return };
         if connection.exceeds_rate() && connection.is_idle() && connection.opening().is_none() {
             self.go_on(slot);
@@ -115,10 +116,12 @@ impl Shard {
         if now >= ending.by {
             return self.drop_socket(slot);
         }
-        if connection.awaits_acknowledgement() && connection.is_delivered() {
-            return self.drop_socket(slot);
-        }
-        let Some(ending) = self.fanout.connections[slot].ending_mut() else { return };
+        self.drop_socket_if_over(slot);
+        let Some(connection) = self.fanout.connections.get_mut(slot).filter(|found| found.has_socket())
+        else {
+            return;
+        };
+        let Some(ending) = connection.ending_mut() else { return };
         if ending.flush_by.take_if(|by| now >= *by).is_some() && self.discard(slot) > 0 {
             if let Some(ending) = self.fanout.connections[slot].ending_mut() {
                 ending.is_cut = true;
@@ -133,7 +136,7 @@ impl Shard {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         let Some(ending) = connection.ending() else { return };
         let mut due = ending.flush_by.map_or(ending.by, |flush_by| flush_by.min(ending.by));
-        if connection.awaits_acknowledgement() {
+        if connection.awaits_acknowledgement() && !connection.is_bridged() {
             due = due.min(self.fanout.now + LOOK_INTERVAL); // no event announces that it has taken everything
         }
         connection.remind_at(due, &mut self.wheel);

@@ -18,8 +18,15 @@ pub async fn http_2<S>(stream: S) -> http2::SendRequest<Body>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (client, connection) =
-        within_timeout(http2::handshake(TokioExecutor::new(), TokioIo::new(stream))).await.unwrap();
+    http_2_by(&http2::Builder::new(TokioExecutor::new()), stream).await
+}
+
+/// The same with the client's own settings.
+pub async fn http_2_by<S>(client: &http2::Builder<TokioExecutor>, stream: S) -> http2::SendRequest<Body>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (client, connection) = within_timeout(client.handshake(TokioIo::new(stream))).await.unwrap();
     // hyper has a task of its own for this, which wakes nobody when the server's settings arrive.
     within_timeout(async {
         while !connection.is_extended_connect_protocol_enabled() {
