@@ -1,6 +1,6 @@
 //! The server for all measurements: four hubs and a socket on one engine.
 //!
-//! `fanout --port P --shards N --no-pin --coalesce MILLISECONDS --policy block`, all optional (port 9001, one shard for
+//! `fanout --port P --shards N --no-pin --io-uring --coalesce MILLISECONDS --policy block`, all optional (port 9001, one shard for
 //! each CPU, pinned). Prints `ready` when it listens and logs nothing. On SIGTERM it shuts down gracefully: every
 //! accepted message is delivered, clients get a Close frame (1001), and it prints a report.
 //! `--rate-limit N` limits each client to N messages a second, and delays what exceeds that; `--over-limit drop` or
@@ -123,7 +123,7 @@ struct Options {
     hub: WsHubConfig,
 }
 
-const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--trim] [--coalesce MILLISECONDS] [--policy POLICY] \
+const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--trim] [--io-uring] [--coalesce MILLISECONDS] [--policy POLICY] \
      [--outbox N] [--rate-limit N] [--over-limit delay|drop|close] [--tls FILE [--bridge]], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
 
 /// The server's task.
@@ -150,6 +150,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--shards" => options.engine.shards = Some(value()?.parse().map_err(|_| USAGE)?),
             "--no-pin" => options.engine.pin = false,
             "--trim" => options.engine.trim_heap = true,
+            "--io-uring" => options.engine.io_uring = true,
             "--coalesce" => {
                 options.engine.coalesce = Duration::from_millis(value()?.parse().map_err(|_| USAGE)?);
             }

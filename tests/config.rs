@@ -20,6 +20,7 @@ fn engine_config() -> EngineConfig {
         mailbox_capacity: 2,
         publishers_waiting_max: 3,
         coalesce: Duration::from_micros(2500),
+        io_uring: true,
         read_buffer_bytes: 4,
         backlog_bytes_max: 5,
         unfinished_bytes_max: 6,

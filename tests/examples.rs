@@ -218,7 +218,7 @@ async fn fanout_serves_its_routes() {
 
 #[tokio::test]
 async fn fanout_says_what_to_do_when_it_is_not_understood() {
-    let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--coalesce MILLISECONDS] [--policy POLICY] \
+    let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--trim] [--io-uring] [--coalesce MILLISECONDS] [--policy POLICY] \
          [--outbox N] [--rate-limit N] [--over-limit delay|drop|close] [--tls FILE [--bridge]], where POLICY is block,";
     for (arguments, says) in [
         (&["--policy", "nonsense"][..], "`nonsense` is not a policy"),

@@ -125,6 +125,8 @@ mod publisher;
 mod rate;
 mod receipt;
 mod rendition;
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+mod send_batch;
 mod shard;
 mod shard_set;
 mod shutdown;

@@ -216,6 +216,36 @@ pub(crate) enum Enqueued {
     TooMany,
 }
 
+/// Bytes to write that stay where they are while this exists.
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+#[derive(Debug)]
+pub(crate) enum SharedBytes {
+    Of { chunk: Rc<Chunk>, from: u32, end: u32 },
+    Gathered(Rc<Vec<u8>>),
+}
+
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+impl SharedBytes {
+    pub(crate) fn of(bytes: Vec<u8>) -> Self {
+        Self::Gathered(Rc::new(bytes))
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Of { chunk, from, end } => &chunk.bytes[*from as usize..*end as usize],
+            Self::Gathered(bytes) => bytes,
+        }
+    }
+
+    /// Bytes that were copied together for this.
+    pub(crate) fn gathered(&self) -> usize {
+        match self {
+            Self::Of { .. } => 0,
+            Self::Gathered(bytes) => bytes.len(),
+        }
+    }
+}
+
 /// What must be written next.
 #[derive(Debug)]
 pub(crate) enum Next<'a> {
@@ -479,6 +509,22 @@ impl<T> Outbox<T> {
         Next::Data(&front.chunk.bytes[offset..front.chunk.end(front.end) as usize])
     }
 
+    /// What must be written next if it is data; segments are gathered, at most about `bytes_max` bytes of them.
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    pub(crate) fn next_shared(&self, gather: &mut Gather, bytes_max: usize) -> Option<SharedBytes> {
+        match self.next() {
+            Next::Data(bytes) => {
+                let (chunk, from) = (self.front.as_ref()?.chunk.clone(), self.offset);
+                Some(SharedBytes::Of { chunk, from, end: from + bytes.len() as u32 })
+            }
+            Next::Pieces => {
+                gather.gather(self, bytes_max);
+                Some(SharedBytes::Gathered(gather.bytes.clone()))
+            }
+            Next::Control(_) | Next::Nothing => None,
+        }
+    }
+
     /// `count` bytes of the control frames were written.
     pub(crate) fn wrote_control(&mut self, count: usize) {
         let Some(more) = &mut self.more else { return };
@@ -649,7 +695,8 @@ impl Spares {
 #[derive(Debug, Default)]
 pub(crate) struct Gather {
     segments: Vec<Segment>,
-    bytes: Vec<u8>,
+    /// Shared only with sends that are under way.
+    bytes: Rc<Vec<u8>>,
     pub(crate) spares: Spares,
 }
 
@@ -672,13 +719,13 @@ impl Gather {
             return &self.bytes;
         }
         self.clear();
+        let bytes = Rc::make_mut(&mut self.bytes);
         let mut from = outbox.offset;
         for piece in pieces().take(count) {
-            if !self.bytes.is_empty() {
+            if !bytes.is_empty() {
                 from = piece.chunk.start(piece.next);
             }
-            self.bytes
-                .extend_from_slice(&piece.chunk.bytes[from as usize..piece.chunk.end(piece.end) as usize]);
+            bytes.extend_from_slice(&piece.chunk.bytes[from as usize..piece.chunk.end(piece.end) as usize]);
             if !begun {
                 self.segments.push(piece.clone());
             }
@@ -689,7 +736,10 @@ impl Gather {
     /// Releases the segments.
     pub(crate) fn clear(&mut self) {
         self.segments.clear();
-        self.bytes.clear();
+        match Rc::get_mut(&mut self.bytes) {
+            Some(bytes) => bytes.clear(),
+            None => self.bytes = Rc::default(),
+        }
     }
 }
 

@@ -43,6 +43,8 @@ use crate::log::Reader;
 use crate::mailbox::{Mailbox, Stamped};
 use crate::outbox::Gather;
 use crate::pinning::Pin;
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+use crate::send_batch::SendBatch;
 use crate::wheel::Wheel;
 
 #[cfg(feature = "audit")]
@@ -89,6 +91,9 @@ pub struct Shard {
     fanout: Fanout,
     wheel: Wheel<Slot>,
     gather: Gather,
+    /// None where io_uring is not wanted or not possible.
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    send_batch: Option<SendBatch>,
     started: Instant,
     /// Adoptions so far; distinguishes the generations of a slot.
     generations: u64,
@@ -183,6 +188,8 @@ struct Scratch {
     ready: Vec<Slot>,
     resumes: Vec<ConnectionId>,
     slots: Vec<Slot>,
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    unsent: Vec<Slot>,
     due: Vec<(Slot, u64)>,
     late: Vec<ConnectionId>,
 }
@@ -205,6 +212,8 @@ impl Shard {
         Self {
             index,
             resume_queue: core.clone(),
+            #[cfg(all(feature = "io-uring", target_os = "linux"))]
+            send_batch: outbound::open_send_batch(&core.config, index),
             core,
             poll,
             events: Events::with_capacity(EVENTS_PER_ANSWER),

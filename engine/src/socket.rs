@@ -9,9 +9,13 @@ mod tls;
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+use std::sync::Arc;
 
 use mio::event::Source;
+use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use rustix::net::{RecvFlags, SendFlags};
 
@@ -43,12 +47,66 @@ const SEND_FLAGS: SendFlags = SendFlags::DONTWAIT;
 #[derive(Debug)]
 pub struct Socket(Kind);
 
+/// A socket that a send under way shares with its connection.
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+#[derive(Debug)]
+pub(crate) enum SharedSocket {
+    Tcp(Arc<mio::net::TcpStream>),
+    Unix(Arc<mio::net::UnixStream>),
+}
+
+/// A stream, shared with the sends under way where there are some.
+#[derive(Debug)]
+enum Stream<T> {
+    Own(T),
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    Shared(Arc<T>),
+}
+
+impl<T> Deref for Stream<T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        match self {
+            Self::Own(stream) => stream,
+            #[cfg(all(feature = "io-uring", target_os = "linux"))]
+            Self::Shared(stream) => stream,
+        }
+    }
+}
+
+impl<T: AsFd> AsFd for Stream<T> {
+    #[inline]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        (**self).as_fd()
+    }
+}
+
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+impl<T> Stream<T> {
+    fn into_shared(self) -> Self {
+        match self {
+            Self::Own(stream) => Self::Shared(Arc::new(stream)),
+            shared @ Self::Shared(_) => shared,
+        }
+    }
+
+    #[inline]
+    fn share(&self) -> Option<Arc<T>> {
+        match self {
+            Self::Own(_) => None,
+            Self::Shared(stream) => Some(stream.clone()),
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Kind {
-    Tcp(mio::net::TcpStream),
+    Tcp(Stream<mio::net::TcpStream>),
     #[cfg(feature = "tls")]
     Tls(Box<Tls>),
-    Unix(mio::net::UnixStream),
+    Unix(Stream<mio::net::UnixStream>),
     Bridge(Box<Bridge>),
     Sink,
 }
@@ -73,20 +131,20 @@ pub(crate) struct Reached {
 }
 
 impl Written {
-    fn plain(count: usize) -> Self {
+    pub(crate) fn plain(count: usize) -> Self {
         Self { taken: count, sent: count }
     }
 }
 
 impl From<std::net::TcpStream> for Socket {
     fn from(stream: std::net::TcpStream) -> Self {
-        Self(Kind::Tcp(mio::net::TcpStream::from_std(stream)))
+        Self(Kind::Tcp(Stream::Own(mio::net::TcpStream::from_std(stream))))
     }
 }
 
 impl From<std::os::unix::net::UnixStream> for Socket {
     fn from(stream: std::os::unix::net::UnixStream) -> Self {
-        Self(Kind::Unix(mio::net::UnixStream::from_std(stream)))
+        Self(Kind::Unix(Stream::Own(mio::net::UnixStream::from_std(stream))))
     }
 }
 
@@ -149,13 +207,13 @@ impl Socket {
         // Both, once: with edge triggering, WRITABLE costs nothing until a write was refused.
         let interest = Interest::READABLE | Interest::WRITABLE;
         match &mut self.0 {
-            Kind::Tcp(stream) => stream.register(registry, token, interest),
+            Kind::Tcp(stream) => SourceFd(&stream.as_raw_fd()).register(registry, token, interest),
             #[cfg(feature = "tls")]
             Kind::Tls(tls) => {
                 tls.adopted();
                 tls.stream.register(registry, token, interest)
             }
-            Kind::Unix(stream) => stream.register(registry, token, interest),
+            Kind::Unix(stream) => SourceFd(&stream.as_raw_fd()).register(registry, token, interest),
             Kind::Bridge(bridge) => bridge.stream.register(registry, token, interest),
             Kind::Sink => Ok(()),
         }
@@ -262,6 +320,27 @@ impl Socket {
             Kind::Unix(stream) => outq::unacknowledged(stream),
             Kind::Bridge(bridge) => Some(bridge.unacknowledged()),
             Kind::Sink => Some(0),
+        }
+    }
+
+    /// The same, so that sends can [share](Self::share) it. Made by the shard, whose heap it then stays in.
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    pub(crate) fn into_shared(self) -> Self {
+        Self(match self.0 {
+            Kind::Tcp(stream) => Kind::Tcp(stream.into_shared()),
+            Kind::Unix(stream) => Kind::Unix(stream.into_shared()),
+            other => other,
+        })
+    }
+
+    /// A share of it, if its bytes go to the kernel as they are.
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    #[inline]
+    pub(crate) fn share(&self) -> Option<SharedSocket> {
+        match &self.0 {
+            Kind::Tcp(stream) => stream.share().map(SharedSocket::Tcp),
+            Kind::Unix(stream) => stream.share().map(SharedSocket::Unix),
+            _ => None,
         }
     }
 

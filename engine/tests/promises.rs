@@ -38,6 +38,7 @@ fn publish(rig: &Rig, to: impl Into<Address>, text: impl AsRef<str>) {
 fn threaded(shards: usize) -> (Engine, Namespace, Arc<ConnectionConfig>) {
     let config =
         EngineConfig { shards: Some(shards), pin: false, log_capacity: 64, ..EngineConfig::default() };
+    let config = EngineConfig { io_uring: testkit::uses_io_uring(), ..config };
     let engine = Engine::start(config).unwrap();
     let everyone = engine.namespace();
     (engine, everyone, Arc::new(ConnectionConfig::default()))

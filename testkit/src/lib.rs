@@ -17,7 +17,7 @@ pub mod time;
 
 pub use client::Client;
 pub use raw_client::{RawClient, Received};
-pub use rig::Rig;
+pub use rig::{Rig, uses_io_uring};
 pub use sender::Sender;
 pub use stream::{Stream, Transport};
 pub use task::{Task, at_once, block_on, lock};

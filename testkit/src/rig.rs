@@ -46,6 +46,12 @@ struct Sleep {
     until: Option<Instant>,
 }
 
+/// Whether engines of tests write by io_uring: if the variable `SHARDCAST_TEST_IO_URING` is set, and the engine has the
+/// feature `io-uring`.
+pub fn uses_io_uring() -> bool {
+    std::env::var_os("SHARDCAST_TEST_IO_URING").is_some()
+}
+
 impl Rig {
     /// With default settings.
     pub fn new(shards: usize) -> Self {
@@ -58,6 +64,7 @@ impl Rig {
     /// With these settings. Panics if they are not valid.
     pub fn with(engine: EngineConfig, connection: ConnectionConfig) -> Self {
         let now = Instant::now();
+        let engine = EngineConfig { io_uring: engine.io_uring || uses_io_uring(), ..engine };
         let (engine, shards) = Engine::driven(engine, now).expect("a valid configuration");
         let everyone = engine.namespace();
         Self {

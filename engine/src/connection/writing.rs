@@ -3,7 +3,7 @@
 //! Detects a client that takes nothing, by what its kernel has acknowledged. Does not know when it is this
 //! connection's turn.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,9 +11,13 @@ use std::time::Duration;
 use crate::close_reason::CloseReason;
 use crate::frame::ControlFrame;
 use crate::metrics::Metrics;
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+use crate::outbox::SharedBytes;
 use crate::outbox::{Chunk, Dropped, Enqueued, Expiry, Gather, Next};
 use crate::receipt::Origin;
-use crate::socket::{InTransit, Reached, Socket};
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+use crate::socket::SharedSocket;
+use crate::socket::{InTransit, Reached, Socket, Written};
 use crate::tally::DropCause;
 
 use super::{Connection, Phase};
@@ -389,9 +393,26 @@ impl Connection {
         }
     }
 
-    /// Writes what is queued, one system call for as much as can be gathered. `now` is the time of the turn:
-    /// refusals are timed from it.
-    pub(crate) fn flush(&mut self, gather: &mut Gather, totals: &mut Metrics, now: Duration) -> Flushed {
+    /// What a flush would send first, if it can be sent together with what other connections send: its result is for
+    /// [`flush`](Self::flush) then.
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    pub(crate) fn next_send(&self, gather: &mut Gather) -> Option<(SharedSocket, SharedBytes)> {
+        if !self.is_writable || self.phase != Phase::Open {
+            return None;
+        }
+        let socket = self.socket.as_ref()?.share()?;
+        Some((socket, self.outbox.next_shared(gather, WRITE_BYTES_MAX)?))
+    }
+
+    /// Writes what is queued, one system call for as much as can be gathered. `sent` is the result of the first
+    /// write if it was made already. `now` is the time of the turn: refusals are timed from it.
+    pub(crate) fn flush(
+        &mut self,
+        mut sent: Option<io::Result<usize>>,
+        gather: &mut Gather,
+        totals: &mut Metrics,
+        now: Duration,
+    ) -> Flushed {
         for _ in 0..WRITES_PER_FLUSH {
             if !self.is_writable || self.phase == Phase::Lingering {
                 return Flushed::Rests;
@@ -404,6 +425,7 @@ impl Connection {
             }
             let Some(socket) = &mut self.socket else { return Flushed::Rests };
             let (bytes, is_control) = match self.outbox.next() {
+                _ if sent.is_some() => (&[][..], false),
                 Next::Data(bytes) => (bytes, false),
                 Next::Pieces => (gather.gather(&self.outbox, WRITE_BYTES_MAX), false),
                 Next::Control(bytes) => (bytes, true),
@@ -422,7 +444,8 @@ impl Connection {
                 }
                 Next::Nothing => return Flushed::Rests,
             };
-            match socket.write(bytes) {
+            let result = sent.take().map_or_else(|| socket.write(bytes), |result| result.map(Written::plain));
+            match result {
                 Ok(written) => {
                     totals.writes += 1;
                     self.written = self.written.wrapping_add(written.sent as u32); // only compared

@@ -301,6 +301,10 @@ impl Shard {
         };
         self.generations += 1;
         let id = ConnectionId::new(self.index, slot, self.generations);
+        #[cfg(all(feature = "io-uring", target_os = "linux"))]
+        if self.send_batch.is_some() {
+            socket = socket.into_shared();
+        }
         if let Err(error) = socket.register(self.poll.registry(), Token(slot.index())) {
             tracing::warn!(shard = self.index, %error, "a socket could not be registered: its connection was refused");
             drop_guarded(handler);

@@ -3,14 +3,24 @@
 //! One write for each connection with something queued, a bounded number of connections per turn. Does not
 //! know where frames come from.
 
+use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::close_reason::CloseReason;
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+use crate::config::EngineConfig;
 use crate::connection::{Connection, Flushed};
 use crate::id::Slot;
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+use crate::send_batch::SendBatch;
 use crate::sync::plain::AtomicUsize;
 
 use super::Shard;
+
+/// Connections from which on they are flushed together: with fewer it saves nothing, and clients get the first of it
+/// later. In the engine's own tests one, so that all of them go this way.
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+const SENDS_MIN: usize = if cfg!(feature = "audit") { 1 } else { 32 };
 
 /// While the budget is exceeded, the shard checks again after the kept memory has grown by this part of the maximum.
 const GROWTH: usize = 64;
@@ -28,12 +38,11 @@ impl Shard {
     /// Writes once for each connection with something queued; if there are many, some are left for the next turn.
     pub(super) fn flush_dirty(&mut self) {
         let count = self.fanout.flushes.begin(self.fanout.now, self.shutdown.is_some());
-        for _ in 0..count {
-            if let Some(slot) = self.fanout.flushes.next() {
-                self.flush(slot);
-            }
-        }
-        self.gather.clear();
+        let mut slots = std::mem::take(&mut self.scratch.slots);
+        slots.clear();
+        slots.extend((0..count).map_while(|_| self.fanout.flushes.next()));
+        self.flush_each(&slots);
+        self.scratch.slots = slots;
         self.fanout.flushes.end(count);
     }
 
@@ -42,16 +51,67 @@ impl Shard {
         let mut slots = std::mem::take(&mut self.scratch.slots);
         slots.clear();
         slots.extend(self.fanout.flushes.take_since(waiting));
-        slots.iter().for_each(|slot| self.flush(*slot));
-        self.gather.clear();
+        self.flush_each(&slots);
         self.scratch.slots = slots;
     }
 
-    fn flush(&mut self, slot: Slot) {
+    fn flush_each(&mut self, slots: &[Slot]) {
+        #[cfg(all(feature = "io-uring", target_os = "linux"))]
+        if slots.len() >= SENDS_MIN
+            && let Some(batch) = self.send_batch.take()
+        {
+            self.flush_together(slots, batch);
+            self.gather.clear();
+            return;
+        }
+        slots.iter().for_each(|slot| self.flush(*slot, None));
+        self.gather.clear();
+    }
+
+    /// Makes the first write to each of these connections in one system call, if it can be one of several.
+    #[cfg(all(feature = "io-uring", target_os = "linux"))]
+    fn flush_together(&mut self, slots: &[Slot], mut batch: SendBatch) {
+        let mut unsent = std::mem::take(&mut self.scratch.unsent);
+        unsent.clear();
+        let mut rest = slots.iter().copied();
+        let failure = loop {
+            for slot in rest.by_ref() {
+                let connection = self.fanout.connections.get(slot);
+                match connection.and_then(|connection| connection.next_send(&mut self.gather)) {
+                    Some((socket, bytes)) => batch.push(slot, socket, bytes),
+                    None => unsent.push(slot),
+                }
+                if batch.is_full() {
+                    break;
+                }
+            }
+            let submitted = batch.submit();
+            // Not before: until then nothing may change what these connections send first.
+            for (slot, result) in batch.results() {
+                self.flush(slot, Some(result));
+            }
+            if submitted.is_err() || rest.len() == 0 {
+                break submitted.err();
+            }
+        };
+        unsent.iter().for_each(|slot| self.flush(*slot, None));
+        self.scratch.unsent = unsent;
+        match failure {
+            None => self.send_batch = Some(batch),
+            Some(error) => {
+                tracing::warn!(shard = self.index, %error, "io_uring failed: the shard writes to each connection by itself from now on");
+                // Those that have been flushed have nothing to write any more.
+                slots.iter().for_each(|slot| self.flush(*slot, None));
+            }
+        }
+    }
+
+    /// `sent` is the result of the first write if it was made already.
+    fn flush(&mut self, slot: Slot, sent: Option<io::Result<usize>>) {
         let Some(connection) = self.fanout.connections.get_mut(slot) else { return };
         connection.clear_dirty();
         let (before, ping) = (connection.backlog_bytes(), connection.ping_to_write());
-        let flushed = connection.flush(&mut self.gather, &mut self.fanout.metrics, self.fanout.now);
+        let flushed = connection.flush(sent, &mut self.gather, &mut self.fanout.metrics, self.fanout.now);
         self.fanout.backlog_bytes -= before - connection.backlog_bytes();
         if let Some(is_ahead) = ping
             && connection.has_no_control()
@@ -161,6 +221,23 @@ impl Shard {
         }
         sum
     }
+}
+
+/// What a shard writes with, if io_uring is wanted and possible. Tells the log about it once for an engine.
+#[cfg(all(feature = "io-uring", target_os = "linux"))]
+pub(super) fn open_send_batch(config: &EngineConfig, shard: usize) -> Option<SendBatch> {
+    if !config.io_uring {
+        return None;
+    }
+    let opened = SendBatch::open();
+    match &opened {
+        Ok(_) if shard == 0 => tracing::debug!("io_uring is in use"),
+        Err(error) if shard == 0 => {
+            tracing::info!(%error, "io_uring is not available: the shards write to each connection by itself");
+        }
+        _ => {}
+    }
+    opened.ok()
 }
 
 /// Updates the sum `all` with what is `held` here. Returns this shard's part of what exceeds `max`.

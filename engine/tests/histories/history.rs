@@ -171,6 +171,7 @@ impl History {
             mailbox_capacity: if is_tight { random.of(&[1, 2, 4, 64]) } else { random.of(&[64, 4096]) },
             publishers_waiting_max: random.of(&[1, 2, 65_536, 65_536]),
             coalesce: random.of(&[ms(0), ms(0), ms(0), ms(3)]),
+            io_uring: testkit::uses_io_uring(),
             read_buffer_bytes: random.of(&[1024, 1024, 4096]),
             backlog_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),
             unfinished_bytes_max: random.of(&[1 << 20, 1 << 30, 1 << 30]),

@@ -13,7 +13,9 @@ use crate::wait::within_timeout;
 
 /// An engine whose threads are not pinned, because other tests run on the same machine.
 pub fn engine(shards: usize) -> Engine {
-    Engine::start(EngineConfig { shards: Some(shards), pin: false, ..EngineConfig::default() }).unwrap()
+    let io_uring = testkit::uses_io_uring();
+    Engine::start(EngineConfig { shards: Some(shards), pin: false, io_uring, ..EngineConfig::default() })
+        .unwrap()
 }
 
 /// Where a server listens, and what it talks over: a [`Server`], or an address for TCP.
