@@ -9,12 +9,12 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
-use rustls::ServerConfig;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{
     ConnectionState, EncodeError, EncodeTlsData, EncryptError, InsufficientSizeError, UnbufferedStatus,
     WriteTraffic,
 };
+use rustls::{CommonState, ServerConfig};
 
 /// The longest beginning that is kept: as long as a message of a handshake may be, and a record.
 const PARTIAL_BYTES_MAX: usize = 80 << 10;
@@ -49,6 +49,11 @@ impl TlsSession {
             return Err(rustls::Error::General("early data is not supported".to_owned()));
         }
         Ok(Self { session: UnbufferedServerConnection::new(config)?, partial: Vec::new(), end: None })
+    }
+
+    /// What rustls knows of the session: the version, the protocol by ALPN, the client's certificates.
+    pub fn state(&self) -> &CommonState {
+        &self.session
     }
 
     /// Whether nothing of the application can be sent yet.

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use rustls::ServerConfig;
+use rustls::{CommonState, ServerConfig};
 use shardcast_engine::{Socket, TlsEnd, TlsSession};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
@@ -55,6 +55,11 @@ impl TlsStream {
     /// The socket.
     pub fn get_ref(&self) -> &TcpStream {
         &self.stream
+    }
+
+    /// What rustls knows of the session: the version, the protocol by ALPN, the client's certificates.
+    pub fn state(&self) -> &CommonState {
+        self.session.state()
     }
 
     /// The socket for an engine, and what was decrypted and not read.
