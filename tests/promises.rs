@@ -35,7 +35,8 @@ fn command_hub(shards: usize) -> Hub<CommandHub> {
 }
 
 /// Reads in the background up to `last`, then leaves.
-fn until(mut peer: Client, last: &'static str) -> JoinHandle<Vec<String>> {
+fn until(mut peer: Client, last: &str) -> JoinHandle<Vec<String>> {
+    let last = last.to_owned();
     tokio::spawn(async move {
         let mut heard = Vec::new();
         loop {
@@ -213,12 +214,14 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
             // Written before anything is read: small enough for the kernel.
             peer.send_text(format!("{name} {round}")).await;
         }
-        on_stage.push((name, until(peer, "done")));
+        let last = format!("{name} {} 7 me", ROUNDS - 1);
+        on_stage.push((name, until(peer, &last), last));
     }
     for puppet in 0..5 {
         let (peer, id, _) = connect_amid(&server.url("/ws")).await;
         let (hub, name) = (hub.clone(), format!("puppet{puppet}"));
-        on_stage.push((name.clone(), until(peer, "done")));
+        let last = format!("{name} {} 7 me", ROUNDS - 1);
+        on_stage.push((name.clone(), until(peer, &last), last));
         acting.spawn(async move {
             for round in 0..ROUNDS {
                 let name = format!("{name} {round}");
@@ -237,11 +240,7 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
     while let Some(puppet) = within_timeout(acting.join_next()).await {
         puppet.unwrap();
     }
-    // All actors' messages have been handled when their last deeds have been counted.
-    eventually(5 * ROUNDS as u64, || engine.metrics().tally.received).await;
-    hub.to_all().publish(&"done".to_owned()).await.unwrap();
-
-    let names: Vec<String> = on_stage.iter().map(|(name, _)| name.clone()).collect();
+    let names: Vec<String> = on_stage.iter().map(|(name, ..)| name.clone()).collect();
     let of = |heard: &[String], name: &str| -> Vec<String> {
         heard.iter().filter(|text| text.starts_with(&format!("{name} "))).cloned().collect()
     };
@@ -251,17 +250,20 @@ async fn promise_2_what_one_publisher_does_in_sequence_everyone_sees_in_that_seq
             .map(|line| format!("{name} {line}"))
             .collect()
     };
+    for (name, reader, last) in on_stage {
+        let mut heard = within_timeout(reader).await.unwrap();
+        heard.push(last);
+        // Itself sees what it did while a member, and not what came after it had left.
+        let own = ["1 all", "2 me", "3 stage", "4 me", "5 all", "7 me"];
+        assert_eq!(of(&heard, &name), script(&name, &own));
+    }
+    // Each has seen its last deed.
+    hub.to_all().publish(&"done".to_owned()).await.unwrap();
     for member in audience {
         let heard = within_timeout(member).await.unwrap();
         for name in &names {
             assert_eq!(of(&heard, name), script(name, &["1 all", "3 stage", "5 all", "6 stage"]));
         }
-    }
-    for (name, reader) in on_stage {
-        let heard = within_timeout(reader).await.unwrap();
-        // Itself sees what it did while a member, and not what came after it had left.
-        let own = ["1 all", "2 me", "3 stage", "4 me", "5 all", "7 me"];
-        assert_eq!(of(&heard, &name), script(&name, &own));
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::{APPEND_TIMEOUT, Backplane, Connection, Error, Gap, GapCause, NodeId, Position, Record, Start};
@@ -46,8 +46,8 @@ pub struct MemoryLog {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// Grows with each change of the state.
-    changes: watch::Sender<u64>,
+    /// The state or the connection has changed. Wakes in the order of waiting, which a `watch` does not.
+    changed: Notify,
     connection: watch::Sender<Connection>,
 }
 
@@ -90,7 +90,7 @@ impl MemoryLog {
         Self {
             shared: Arc::new(Shared {
                 state: Mutex::new(state),
-                changes: watch::Sender::new(0),
+                changed: Notify::new(),
                 connection: watch::Sender::new(Connection::Connected),
             }),
         }
@@ -113,7 +113,7 @@ impl MemoryLog {
         } else {
             Connection::Connected
         });
-        self.shared.changed();
+        self.shared.changed.notify_waiters();
     }
 
     /// Drops all but the last `keep` records, as retention does.
@@ -125,7 +125,7 @@ impl MemoryLog {
             }
         }
         drop(state);
-        self.shared.changed();
+        self.shared.changed.notify_waiters();
     }
 
     /// Loses the last `count` records, as a broker without storage does when it crashes, and begins a new epoch.
@@ -136,7 +136,7 @@ impl MemoryLog {
         let sequence = state.records.back().map_or(state.dropped.sequence, |last| last.position.sequence);
         state.tail = Position { epoch: state.tail.epoch + 1, sequence };
         drop(state);
-        self.shared.changed();
+        self.shared.changed.notify_waiters();
     }
 }
 
@@ -145,18 +145,19 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn changed(&self) {
-        self.changes.send_modify(|changes| *changes += 1);
-    }
-
     fn is_out(&self) -> bool {
         *self.connection.borrow() == Connection::Disconnected
     }
 
     /// Waits until there is no outage.
     async fn is_up(&self) {
-        // Ends only with the sender, which is beside it.
-        let _ = self.connection.subscribe().wait_for(|connection| *connection == Connection::Connected).await;
+        loop {
+            let changed = self.changed.notified(); // also what changes from now on
+            if !self.is_out() {
+                return;
+            }
+            changed.await;
+        }
     }
 }
 
@@ -202,7 +203,7 @@ impl Backplane for MemoryBackplane {
             state.append(record);
             (state.draw() >= faults.unknown, state.draw_below(faults.acknowledged_within))
         };
-        self.shared.changed();
+        self.shared.changed.notify_waiters();
         if !delay.is_zero() {
             sleep(delay).await;
         }
@@ -220,7 +221,7 @@ impl Backplane for MemoryBackplane {
             }),
         };
         drop(state);
-        Ok(Reader { shared: self.shared.clone(), after: next, changes: self.shared.changes.subscribe() })
+        Ok(Reader { shared: self.shared.clone(), after: next })
     }
 
     async fn tail(&self) -> Result<Position, Error> {
@@ -263,7 +264,6 @@ pub struct Reader {
     shared: Arc<Shared>,
     /// The last position that was read.
     after: Position,
-    changes: watch::Receiver<u64>,
 }
 
 impl Reader {
@@ -306,7 +306,6 @@ impl Reader {
 impl crate::Reader for Reader {
     async fn next(&mut self) -> Result<Result<Record, Gap>, Error> {
         loop {
-            self.changes.mark_unchanged();
             let delay = {
                 let mut state = self.shared.lock();
                 let within = state.faults.read_within;
@@ -315,14 +314,14 @@ impl crate::Reader for Reader {
             if !delay.is_zero() {
                 sleep(delay).await;
             }
-            if !self.shared.is_out()
+            let shared = self.shared.clone();
+            let changed = shared.changed.notified(); // also what changes from now on
+            if !shared.is_out()
                 && let Some(taken) = self.take()
             {
                 return Ok(taken);
             }
-            if self.changes.changed().await.is_err() {
-                std::future::pending::<()>().await; // the sender is in `shared`
-            }
+            changed.await;
         }
     }
 }
