@@ -24,7 +24,7 @@ const BACKLOG: u32 = 4096;
 /// ```
 ///
 /// # Errors
-/// The system's, for instance if the address is in use, or if its name cannot be resolved. If the name stands for several
+/// The system's, for instance if the address is in use, or if its name cannot be resolved. If the name resolves to several
 /// addresses and none can be used, the error of the last one.
 pub async fn listen(address: impl ToSocketAddrs) -> io::Result<TcpListener> {
     let mut refused = None;
@@ -35,7 +35,7 @@ pub async fn listen(address: impl ToSocketAddrs) -> io::Result<TcpListener> {
         }
     }
     Err(refused
-        .unwrap_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the name stands for no address")))
+        .unwrap_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the name resolves to no address")))
 }
 
 fn bind(address: SocketAddr) -> io::Result<TcpListener> {

@@ -402,7 +402,7 @@ async fn pongs_that_answer_nothing_keep_no_peer_alive(transport: Transport) {
     let began = Instant::now();
     while fixture.hub.len() == 1 {
         for payload in [&nonce[..], b"", &[0; 8], &[0xff; 8], &nonce[..7]] {
-            let _ = liar.stream.try_send(&client_frame(FIN | PONG, payload)); // its end may have come
+            let _ = liar.stream.try_send(&client_frame(FIN | PONG, payload)); // it may be disconnected already
         }
         assert!(began.elapsed() < TEST_TIMEOUT, "it lives on lies");
         tokio::time::sleep(ms(50)).await;

@@ -1,8 +1,9 @@
 //! A batch: entries of one node as one record of the log.
 //!
-//! One record carries what has come together while the record before it was on its way, so the broker's round trip and
-//! its storage are paid once for all of them. The node and the batch's number show a reader what it has had before. Reads
-//! what other nodes have written: no length in it is believed before the bytes are there. Does not know the log.
+//! One record carries all entries that were queued while the previous record was being appended, so they share one round
+//! trip to the broker and one write to its storage. By the node and the batch's number a reader recognises duplicates.
+//! Decodes what other nodes have written: a length is checked against the bytes that follow before it is used. Does not
+//! know the log.
 //!
 //! ```text
 //! version u8 = 1 | node u64 | number u64 | then for each entry: length u32, its bytes        (big endian)

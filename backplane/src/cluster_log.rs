@@ -1,17 +1,17 @@
 //! A log in which every node's entries appear exactly once, although appends are repeated.
 //!
-//! On top of a [`Backplane`], which may append a record twice when the outcome of an attempt is not known. A node's
-//! entries go to the log in numbered batches, one after the other: while one is on its way, the next is gathered. A
-//! batch is repeated until it is known to be stored; readers leave out what they have had. All nodes read the same
-//! records, so all of them leave out the same ones. That the next batch is not sent before keeps their order whatever
-//! fails, and costs little, because a batch takes what has come together in one round trip.
+//! On top of a [`Backplane`], which may append a record twice when the outcome of an attempt is not known. A node
+//! appends its entries in numbered batches and retries each batch until the broker has acknowledged it. Readers skip the
+//! duplicates; all nodes read the same records, so all of them skip the same ones. Only one batch is in flight at a time
+//! (stop-and-wait), which keeps the order whatever fails. It costs little throughput, because the next batch takes all
+//! entries that were queued meanwhile.
 //!
-//! A batch is kept until this node has read it back. If this node's reader has a [gap](Event::Gap), what it has not
-//! read back is appended again, from the oldest on: so an entry whose append has returned was read by its own node, once,
-//! also if the broker has lost records that it had acknowledged.
+//! A batch is kept until this node has read it back. After a [gap](Event::Gap) the node appends again every batch that it
+//! has not read back, beginning with the oldest. So an entry whose append has returned was read once by its own node,
+//! even if the broker has lost records that it had acknowledged.
 //!
-//! Owned by who publishes ([`ClusterLog`], any number of handles) and the one who reads ([`Entries`]). Does not know what
-//! entries contain, nor which nodes there are.
+//! Owned by the publishers ([`ClusterLog`], any number of handles) and by one reader ([`Entries`]). Does not know what
+//! entries contain, nor which nodes exist.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,7 +45,7 @@ impl Default for ClusterLogConfig {
     }
 }
 
-/// Where an entry is in the order of all entries.
+/// The position of an entry in the order of all entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EntryPosition {
     /// The record that contains it.
@@ -59,14 +59,14 @@ pub struct EntryPosition {
 pub enum Event {
     /// An entry, once.
     Entry {
-        /// Where it is.
+        /// Its position.
         position: EntryPosition,
         /// The node that has appended it.
         node: NodeId,
         /// Its bytes.
         payload: Bytes,
     },
-    /// Entries have been lost for this reader. None that follow have been read before.
+    /// This reader has missed entries. It has read none of the entries that follow.
     Gap(Gap),
     /// Batches of a node are missing although there was no gap: the broker does not keep its promises.
     Missing {
@@ -116,7 +116,7 @@ struct Queued {
     waiter: Waiter,
 }
 
-/// Who waits for an entry, and its part of the queue's bytes.
+/// The publisher that waits for an entry, and the entry's share of the queue's bytes.
 #[derive(Debug)]
 struct Waiter {
     told: oneshot::Sender<Result<EntryPosition, EntryError>>,
@@ -134,7 +134,7 @@ struct Outstanding {
 #[derive(Debug, Default)]
 struct Batches {
     sent: VecDeque<Sent>,
-    /// How often it was no longer known what is stored: an acknowledgement of an append that began before says nothing.
+    /// How often that has happened. An acknowledgement of an append that began before the last time proves nothing.
     doubts: u64,
 }
 
@@ -167,7 +167,7 @@ impl Outstanding {
         }
     }
 
-    /// The batch, if it is the oldest: then it is read back, and its entries are returned with those who wait for them.
+    /// Removes the batch if it is the oldest, because it has been read back. Returns the waiters of its entries.
     fn read_back(&self, number: u64) -> Option<Vec<Waiter>> {
         let mut batches = self.lock();
         let is_next = batches.sent.front().is_some_and(|sent| sent.number == number);
@@ -181,7 +181,7 @@ impl Outstanding {
         at.and_then(|at| batches.sent.remove(at)).map_or_else(Vec::new, |sent| sent.waiters)
     }
 
-    /// Whether they were stored is no longer known.
+    /// It is no longer known which batches are stored.
     fn doubt(&self) {
         let mut batches = self.lock();
         batches.doubts += 1;
@@ -249,9 +249,9 @@ impl ClusterLog {
         self.node
     }
 
-    /// Appends an entry, and returns where it is as soon as this node's [`Entries`] has handed it out and been asked for
-    /// the next event. Waits as long as the broker cannot be reached. If the call is dropped, the entry may be appended
-    /// or not.
+    /// Appends an entry. Returns its position as soon as this node's [`Entries`] has returned the entry and is asked for
+    /// the next event. Waits while the broker cannot be reached. If the call is dropped, the entry may or may not be
+    /// appended.
     ///
     /// # Errors
     /// [`EntryError`].
@@ -395,7 +395,7 @@ impl<R: Reader> Entries<R> {
     fn take(&mut self, position: Position, batch: Batch) {
         let Batch { node, number, entries } = batch;
         if node == self.node {
-            // One that is not the oldest comes after a gap, and will be appended again after those before it.
+            // A batch that is not the oldest follows a gap; it is appended again, after the batches before it.
             if let Some(waiters) = self.outstanding.read_back(number) {
                 self.hand_out(position, node, entries, waiters);
             }
@@ -403,9 +403,9 @@ impl<R: Reader> Entries<R> {
         }
         if let Some(last) = self.last.get(&node).copied() {
             if number <= last {
-                return; // it was appended again
+                return; // a duplicate
             }
-            // After a gap some may be missing at any time: one that is appended again may come before one that is not.
+            // After a gap, missing batches are expected at any time: a duplicate may precede a batch that was lost.
             let missing = if self.has_gap { 0 } else { number - last - 1 };
             if missing > 0 {
                 self.ready.push_back((Event::Missing { node, batches: missing }, None));

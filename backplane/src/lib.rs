@@ -7,18 +7,18 @@
 //!
 //! What a backplane promises, and what `tests/conformance.rs` checks for each of them:
 //!
-//! - **One order.** Readers see the same records at the same [`Position`]s, without holes in between. It has every
-//!   record after those whose appends had returned before it was appended.
+//! - **One order.** All readers see the same records at the same, consecutive [`Position`]s. A record follows every record
+//!   whose append had returned before its own was called.
 //! - **At least once.** A record whose [`append`](Backplane::append) has returned is in the log. If it has failed with an
 //!   error that [is retryable](Error::is_retryable), the record may be in the log nevertheless, so a retry may append it
 //!   twice: records must carry what is needed to recognise that.
-//! - **Losses are told.** A reader that cannot continue where it was, because the broker has dropped or lost records,
-//!   gets a [`Gap`], and then what is left. Positions from before a loss of the broker's are never used again: the
+//! - **Losses are reported.** A reader that cannot continue, because the broker has dropped or lost records, gets a
+//!   [`Gap`] and then the records that are left. After the broker has lost records, no position is used a second time: the
 //!   [epoch](Position::epoch) changes.
-//! - **Outages are waited out.** A reader reconnects by itself, for ever, and continues. An append fails within
+//! - **Readers survive outages.** A reader reconnects by itself, without a limit, and continues. An append fails within
 //!   [`APPEND_TIMEOUT`].
 //!
-//! [`cluster_log`] makes *exactly once* of it: batches of entries with numbers, repeated until they are read back.
+//! [`cluster_log`] adds *exactly once*: numbered batches of entries, retried until they are read back.
 //!
 //! It is a live bus with a short history, not a database: how much survives a crash of the broker depends on its storage.
 //!
@@ -70,7 +70,7 @@ pub trait Backplane: Clone + Send + Sync + 'static {
     /// Receives what other nodes [tell](Self::tell) this one.
     type Inbox: Inbox;
 
-    /// Appends a record, and returns once the broker has stored it. Its position is known to those who read it back.
+    /// Appends a record, and returns once the broker has stored it. Readers learn its position.
     ///
     /// Records whose calls are in progress at the same time may be appended in any order.
     ///
@@ -83,7 +83,7 @@ pub trait Backplane: Clone + Send + Sync + 'static {
     /// A reader from there on.
     ///
     /// # Errors
-    /// If the broker cannot be reached, or refuses. Later outages are waited out by the reader.
+    /// If the broker cannot be reached, or refuses. The reader waits for the end of later outages.
     fn read(&self, start: Start) -> impl Future<Output = Result<Self::Reader, Error>> + Send;
 
     /// The position of the last record; before the first record, one that precedes it.
@@ -114,12 +114,12 @@ pub trait Backplane: Clone + Send + Sync + 'static {
 
 /// Reads a log, record by record.
 pub trait Reader: Send + 'static {
-    /// The next record, as soon as there is one; or what was lost before it. After a [`Gap`] reading continues.
+    /// The next record, as soon as it is appended, or the [`Gap`] before it. Reading continues after a gap.
     ///
     /// May be dropped before it has completed, without losing a record.
     ///
     /// # Errors
-    /// One that is not retryable: reading again does not help. Outages are waited out.
+    /// One that is not retryable: reading again does not help. The reader waits while the broker cannot be reached.
     fn next(&mut self) -> impl Future<Output = Result<Result<Record, Gap>, Error>> + Send;
 }
 
@@ -149,12 +149,12 @@ pub struct Record {
     pub payload: Bytes,
 }
 
-/// Records that a reader will not get, and why.
+/// Records that a reader has missed, and why.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gap {
     /// The last position that it has read.
     pub after: Position,
-    /// What comes next has a position after this one.
+    /// The next record has a position after this one.
     pub before: Position,
     /// Why.
     pub cause: GapCause,

@@ -1,9 +1,8 @@
 //! A log in memory, for tests: several nodes in one process.
 //!
-//! Does what a broker may do at its worst, when it is asked to ([`Faults`], [`MemoryLog::set_outage`],
-//! [`MemoryLog::truncate`], [`MemoryLog::lose`]): acknowledgements that come late and in another order, appends whose
-//! outcome is unknown, outages, retention, lost records. Random, and the same for the same seed. Time is tokio's, so a
-//! test can pause it. Nothing is stored anywhere else.
+//! Injects the faults of a broker on request ([`Faults`], [`MemoryLog::set_outage`], [`MemoryLog::truncate`],
+//! [`MemoryLog::lose`]): late and reordered acknowledgements, appends with an unknown outcome, outages, retention, lost
+//! records. Random, but the same for the same seed. Uses tokio's time, so a test can pause it. Stores nothing elsewhere.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
@@ -22,7 +21,7 @@ const RECORD_BYTES_MAX: usize = 1 << 20;
 /// Messages that wait for one node; further ones are lost.
 const INBOX_MAX: usize = 1024;
 
-/// What goes wrong at random. By default nothing.
+/// Faults that occur at random. None by default.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Faults {
     /// Determines everything that is random.
@@ -71,12 +70,12 @@ impl Default for MemoryLog {
 }
 
 impl MemoryLog {
-    /// An empty log on which nothing goes wrong.
+    /// An empty log without faults.
     pub fn new() -> Self {
         Self::with_faults(Faults::default())
     }
 
-    /// An empty log on which things go wrong.
+    /// An empty log with faults.
     pub fn with_faults(faults: Faults) -> Self {
         let tail = Position { epoch: 1, sequence: 0 };
         let state = State {
@@ -101,7 +100,7 @@ impl MemoryLog {
         MemoryBackplane { shared: self.shared.clone() }
     }
 
-    /// Changes what goes wrong from now on.
+    /// Sets the faults from now on.
     pub fn set_faults(&self, faults: Faults) {
         self.shared.lock().faults = faults;
     }
@@ -267,14 +266,14 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// What comes next, if it is there.
+    /// The next record or gap, if there is one.
     fn take(&mut self) -> Option<Result<Record, Gap>> {
         let state = self.shared.lock();
         let next = state.records.partition_point(|record| record.position <= self.after);
         let next = state.records.get(next);
         let gap = |before, cause| Some(Err(Gap { after: self.after, before, cause }));
         let taken = match next {
-            // Lost records may have been those that were read, so the epoch matters even where nothing is to be read.
+            // The lost records may include some that this reader has read, so a new epoch is reported even if no record follows.
             _ if self.after.epoch < state.tail.epoch => match next {
                 Some(next)
                     if next.position.epoch == self.after.epoch && next.position == self.after.next() =>

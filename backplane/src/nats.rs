@@ -2,11 +2,11 @@
 //!
 //! One stream per log, read whole by an ordered push consumer of each node. A message's subject ends with the epoch in
 //! which its node appended it; the epoch of a [`Position`] is the greatest seen so far. A new epoch begins with a message
-//! without a record, the *mark*: appended by who makes the stream, and by who finds that messages have been lost, only
-//! if nothing else has been appended meanwhile. Does not know what records contain.
+//! without a record, the *mark*. The node that creates the stream appends it, and so does a node that detects a loss, on
+//! condition that nothing else was appended meanwhile. Does not know what records contain.
 //!
-//! What survives a crash of the server is what it has stored: with [`Storage::Memory`] nothing, and the log begins anew
-//! with another epoch; with [`Storage::File`] everything that was synchronised (`sync_interval` in the server's
+//! A crash of the server loses what it has not stored: with [`Storage::Memory`] everything, and the log restarts in a new
+//! epoch; with [`Storage::File`] what was not synchronised (`sync_interval` in the server's
 //! configuration, by default every two minutes against a loss of power).
 
 use std::sync::Arc;
@@ -336,7 +336,7 @@ impl Backplane for NatsBackplane {
                 },
             }
         }
-        Err(Error::unavailable("the stream is gone"))
+        Err(Error::unavailable("the stream does not exist"))
     }
 
     async fn read(&self, start: Start) -> Result<Reader, Error> {
@@ -411,7 +411,7 @@ impl Reader {
         let is_another = self.created.is_some_and(|known| known != created);
         if is_another || info.state.last_sequence < self.after.sequence {
             let last = self.inner.epoch_after(self.after.epoch).await?;
-            // All of another stream is new; of one that has lost its end, what has been appended since is.
+            // A new stream is read from its beginning; one that has lost its end, from what was appended since.
             let sequence =
                 if is_another { info.state.first_sequence.saturating_sub(1) } else { last.sequence };
             self.created = Some(created);
@@ -439,7 +439,7 @@ impl Reader {
         Ok(None)
     }
 
-    /// Goes on to a position; what lies between is a gap.
+    /// Continues after a position. Returns a gap if that skips records.
     fn pass(&mut self, before: Position) -> Option<Result<Record, Gap>> {
         let after = std::mem::replace(&mut self.after, before);
         let cause = if before.epoch == after.epoch { GapCause::Retention } else { GapCause::Epoch };
@@ -454,7 +454,7 @@ impl Reader {
         let position = Position { epoch: epoch.max(self.after.epoch), sequence };
         if message.headers.as_ref().is_some_and(|headers| headers.get(MARK).is_some()) {
             if position == self.after.next() {
-                self.after = position; // reading begins before it: nothing is lost
+                self.after = position; // reading began before the mark: nothing is lost
                 return Ok(None);
             }
             return Ok(self.pass(position));
@@ -487,7 +487,7 @@ impl crate::Reader for Reader {
             };
             let received = tokio::select! {
                 biased;
-                // The server may have lost what was read: looked at before anything else is.
+                // First, because the server may have lost records that were read.
                 _ = self.connects.changed() => None,
                 received = consumer.next() => received,
             };

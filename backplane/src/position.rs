@@ -1,6 +1,6 @@
 //! A place in the log.
 //!
-//! A value. Made by the backplanes; compared and kept by who reads. Does not know what is there.
+//! A value. Made by the backplanes; compared and kept by their readers. Does not know the record.
 
 use std::fmt;
 

@@ -1,12 +1,12 @@
 //! A log in a Redis stream; also on Valkey.
 //!
-//! One key. An entry's id is its [`Position`]: the epoch in place of the milliseconds, and a number that Redis counts
-//! up, so that order, density and the change of an epoch are Redis's own. A new epoch begins with an entry without a
-//! record, the *mark*; who finds that entries have been lost appends it, by a script that does so once. Needs Redis 7.0
-//! or any Valkey. Does not know what records contain.
+//! One key. An entry's id is its [`Position`]: the epoch takes the place of the milliseconds, and Redis increments the
+//! number, so Redis itself keeps ids ordered and consecutive. A new epoch begins with an entry without a record, the
+//! *mark*. A node that detects a loss appends it with a script, which does nothing if another node was first. Needs Redis
+//! 7.0 or any Valkey. Does not know what records contain.
 //!
-//! What survives a crash of Redis is what it has stored (`appendonly`, `appendfsync`). Where nothing is, the log begins
-//! anew, with another epoch.
+//! A crash of Redis loses what it has not stored (`appendonly`, `appendfsync`). If it loses everything, the log restarts
+//! in a new epoch.
 
 use std::num::NonZeroUsize;
 use std::sync::atomic::AtomicU64;
@@ -31,7 +31,7 @@ const FETCH: usize = 256;
 /// How long a reader waits at Redis for a record before it asks again.
 const BLOCK: Duration = Duration::from_secs(5);
 
-/// Between two looks whether Redis can be reached.
+/// Between two checks whether Redis can be reached.
 const PING: Duration = Duration::from_secs(1);
 
 /// Between two attempts to reconnect.
@@ -40,7 +40,7 @@ const RETRY: Duration = Duration::from_millis(100);
 /// The field of an entry that has a record.
 const RECORD: &str = "r";
 
-/// Redis takes up to 512 MB. More than this at once would delay all others.
+/// Redis accepts up to 512 MB, but a long record delays all others.
 const RECORD_BYTES_MAX: usize = 1 << 20;
 
 /// Appends the mark of a first epoch if there is no log. Returns the id of the last entry.
@@ -135,7 +135,7 @@ impl RedisBackplane {
     }
 }
 
-/// Notes whether Redis can be reached while nobody asks it for anything, as long as the backplane exists.
+/// Notes whether Redis can be reached, also while the node sends nothing. Ends with the backplane.
 async fn watch_connection(inner: Weak<Inner>) {
     loop {
         sleep(PING).await;
@@ -208,7 +208,7 @@ impl Backplane for RedisBackplane {
     async fn append(&self, record: Bytes) -> Result<(), Error> {
         Error::check_length(record.len(), RECORD_BYTES_MAX)?;
         let inner = &self.inner;
-        // Twice the log may have to be found again: because it has gone, and because another epoch has begun.
+        // Two retries: the stream may have been deleted, and then another epoch may have begun.
         for _ in 0..3 {
             let epoch = inner.epoch();
             let mut add = redis::cmd("XADD");
@@ -291,7 +291,7 @@ impl std::fmt::Debug for Reader {
 }
 
 impl Reader {
-    /// Takes an entry that was fetched.
+    /// The record or gap that an entry means; none for a mark without a gap.
     fn take(&mut self, entry: &StreamId) -> Result<Option<Result<Record, Gap>>, Error> {
         let position = position(&entry.id)?;
         self.inner.adopt(&entry.id)?;
@@ -308,7 +308,7 @@ impl Reader {
         Ok(Some(Ok(Record { position, payload: Bytes::copy_from_slice(payload) })))
     }
 
-    /// Goes on to a position; what lies between is a gap.
+    /// Continues after a position. Returns a gap if that skips records.
     fn pass(&mut self, before: Position) -> Option<Result<Record, Gap>> {
         let after = std::mem::replace(&mut self.after, before);
         let cause = if before.epoch == after.epoch { GapCause::Retention } else { GapCause::Epoch };

@@ -1,4 +1,4 @@
-//! Every entry exactly once and in one order, whatever the broker does: random histories on the log in memory.
+//! Every entry exactly once and in one order, whatever the broker does: random histories on the in-memory log.
 //!
 //! Time is paused, so a history takes no time and is the same for the same seed. `HISTORIES` sets their number (200),
 //! `HISTORIES_FROM` the first seed (0).

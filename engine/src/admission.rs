@@ -276,7 +276,7 @@ mod tests {
         let third = third.into_seat();
         drop(second);
         let other = admission.admit(None).map(|mut permit| permit.choose_shard());
-        assert_eq!(other, Some(1), "the first shard is taken as long as its connection is there");
+        assert_eq!(other, Some(1), "the first shard stays chosen while its connection is open");
         third.leave(0);
         drop(third);
         assert_eq!(admission.admit(None).unwrap().choose_shard(), 0);

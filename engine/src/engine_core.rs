@@ -226,7 +226,7 @@ impl EngineCore {
                 running.as_ref().filter(|here| here.shard == shard && std::ptr::eq(here.core, self))?;
             Some(here.queue.clone())
         };
-        // An application may send while its thread ends, when the thread's own values are gone.
+        // An application may send while its thread ends, after the thread-local values have been dropped.
         RUNNING.try_with(queue).ok().flatten()
     }
 

@@ -287,7 +287,7 @@ impl Frame {
     ) -> Result<Self, E> {
         // The header's length depends on the payload's, so room for the longest is kept in front, and the
         // header ends where the payload begins.
-        // A thread that ends may still build frames when its buffer is gone.
+        // A thread that ends may still build frames after its buffer has been dropped.
         let mut buffer = BUFFER.try_with(Cell::take).unwrap_or_default();
         buffer.clear();
         buffer.reserve(SERVER_HEADER_BYTES_MAX.saturating_add(payload_bytes_hint));

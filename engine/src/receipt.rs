@@ -1,7 +1,7 @@
 //! The receipt: the outcome of one publication, and the publisher that waits for it.
 //!
-//! Everything that still has to process the publication holds a ticket: each shard that had members when it was
-//! published, until it has passed it, and each frame that waits for room. When the last ticket is dropped, every
+//! A ticket is held by each shard that had members when the message was published, until the shard has read it, and by
+//! each frame that waits for room. When the last ticket is dropped, every
 //! recipient has accepted the frame or has disconnected, and the publisher is woken. Made only for publishers that wait:
 //! on the fast path there is none. Does not know the log, outboxes or connections.
 

@@ -1,6 +1,6 @@
 //! A TLS session without buffers of its own: bytes in, bytes out.
 //!
-//! Owned by who owns the socket: by the stream that makes the handshake, then by a [`Socket`](crate::Socket). rustls'
+//! Owned by the socket's owner: the stream that makes the handshake, then a [`Socket`](crate::Socket). rustls'
 //! `ServerConnection` keeps 4 KB for what it reads as long as the connection lives; its unbuffered interface works in
 //! memory of the caller, which a shard's connections share or free at once. Kept here is only the beginning of a record whose
 //! rest has not arrived. Does not know sockets.
@@ -34,7 +34,7 @@ pub struct TlsSession {
 pub enum TlsEnd {
     /// By a `close_notify`.
     Closed,
-    /// It has broken the rules of TLS, and an alert is to be sent.
+    /// The client has violated the protocol, and the server must send an alert.
     Failed,
 }
 

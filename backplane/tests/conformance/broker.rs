@@ -1,6 +1,6 @@
 //! The brokers of the suite: real servers that a test starts, kills and starts again, and the one in memory.
 //!
-//! A server has a port and a folder of its own, and ends with its test, also if that is killed. Knows nothing of what is
+//! Each server has its own port and folder, and ends with its test, even if the test is killed. Does not know what is
 //! tested.
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -34,7 +34,7 @@ pub(crate) trait Broker: Sized {
     /// A node that is connected to it.
     async fn node(&self) -> Self::Backplane;
 
-    /// Ends it as by a power failure of its own.
+    /// Kills it (SIGKILL).
     fn kill(&mut self);
 
     /// Starts it again, at the same address, with what it has kept.
@@ -43,7 +43,7 @@ pub(crate) trait Broker: Sized {
     /// Notes what it has stored, for [`go_back`](Self::go_back).
     async fn remember(&mut self);
 
-    /// Loses what it has stored since: as after a crash before the last records were written.
+    /// Loses what it has stored since then, as in a crash before the last records were written.
     async fn go_back(&mut self);
 
     /// Drops old records, if the broker does not do so by itself.

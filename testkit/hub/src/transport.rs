@@ -149,7 +149,7 @@ impl Stream {
         }
     }
 
-    /// Sends as much as is taken now. Over TLS the last record may have gone out in part; its rest follows with whatever is
+    /// Sends as much as is taken now. Over TLS the last record may be sent in part; its rest follows with whatever is
     /// sent, read or tried next.
     ///
     /// # Errors
