@@ -248,7 +248,7 @@ impl Outbound {
                 peeked = receive(shard, scratch, RecvFlags::PEEK);
                 match peeked {
                     Ok(count) if count == 0 || count == scratch.len() => Ok(()),
-                    // There was no more than this: the runtime announces what comes after it.
+                    // The socket is empty: the runtime reports when more arrives.
                     _ => Err(io::ErrorKind::WouldBlock.into()),
                 }
             });

@@ -1,6 +1,6 @@
 //! A TCP listener for many clients that connect at once.
 //!
-//! A plain listener of tokio's, made with the options that WebSockets need. Does not know what accepts from it.
+//! A plain tokio listener with the options that WebSockets need. Does not know the server that accepts from it.
 
 use std::io;
 use std::net::SocketAddr;

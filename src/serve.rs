@@ -496,7 +496,7 @@ impl Host<'_> {
         match self.namespace.adopt_without_wake(connection).await {
             Ok(wake) => {
                 spare.0 = None;
-                // Others that have been accepted in this tick of the runtime come first: one wake for all.
+                // The other connections of this tick of the runtime are adopted first, so that they share one wake.
                 tokio::task::yield_now().await;
                 drop(wake);
                 Ok(())

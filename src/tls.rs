@@ -79,7 +79,7 @@ impl<C: Into<Arc<ServerConfig>>> From<C> for TlsConfig {
     }
 }
 
-/// Early data can be replayed, and nothing here could tell a handler that a request came so.
+/// Early data can be replayed, and a handler cannot be told that a request arrived in it.
 fn without_early_data(mut config: Arc<ServerConfig>) -> Arc<ServerConfig> {
     if config.max_early_data_size > 0 {
         Arc::make_mut(&mut config).max_early_data_size = 0;

@@ -264,8 +264,8 @@ async fn a_handshake_that_is_none_says_why_and_takes_no_connection(transport: Tr
         let request = format!("{method} /ws HTTP/1.1\r\nhost: x\r\n{headers}\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         stream.flush().await.unwrap();
-        // The client's end follows the answer: hyper does not answer a client whose end it has read already, which over
-        // TLS comes with the request.
+        // The client ends its stream after the answer: hyper does not answer once it has read the end, and over TLS it
+        // reads that together with the request.
         let mut answer = String::new();
         while !is_whole(&answer) {
             answer.push(within_timeout(stream.read_u8()).await.unwrap().into());

@@ -1,19 +1,18 @@
 //! The local queue: commands that a shard's own thread sends to its shard, above all the replies of handlers.
 //!
-//! Owned by one shard and used by its thread alone, so it needs no atomics. Short, so that its memory stays in the CPU's
-//! cache: the mailbox is a ring, and whoever goes through it writes to another piece of memory each time. What does
-//! not fit goes through the mailbox, so the queue needs no publishers that wait. Does not know what a command does.
+//! Owned by one shard and used by its thread alone, so it needs no atomics. It is short, so its memory stays in the CPU's
+//! cache; the mailbox is a large ring, each push of which writes to other memory. Commands that do not fit are sent
+//! through the mailbox, so no sender waits for room here. Does not know what a command does.
 //!
-//! Order. A command here has a place among those of the mailbox, as if it had been pushed there: it comes after all
-//! that the mailbox had accepted by then, and before all that it accepted later. That number never decreases, so the
-//! queue is in order. The shard takes a command from here as soon as it has taken that many from the mailbox (it
-//! is *due*), and takes no other before.
+//! Order. A command keeps the place that it would have had in the mailbox: after all commands that the mailbox had
+//! accepted by then, and before all later ones. Their number never decreases, so the queue is sorted. A command is *due*
+//! when the shard has taken that many commands from the mailbox, and is then executed next.
 //!
-//! So each sender's order is kept, whichever way its commands take. Whoever has pushed into the mailbox and then, by
-//! whatever it did, causes a command here, is counted by this one. Whoever pushes into the mailbox because of a
-//! command here claims its place there later, and is not counted. For publications, a command has the same stamp as
-//! in the mailbox, and the log's tail must be read before the place is: otherwise a publication could be below the stamp
-//! whose publisher had sent a command before it that is not counted.
+//! So each sender's order is kept, whichever queue its commands use. If a thread pushes into the mailbox and thereby
+//! causes a command here, that push is counted. If a command here causes a push into the mailbox, that push is later and
+//! is not counted. The order with publications is that of the mailbox: a command has the same stamp, and the log's tail
+//! must be read before the place. Otherwise a publication below the stamp could belong to a publisher whose earlier
+//! command is not counted.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -103,7 +102,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 8 } else { 2000 }))]
-        /// What comes from one thread after the other is one sequence.
+        /// All senders take turns on one thread, so the order of sending is known.
         #[test]
         fn commands_are_taken_in_the_sequence_in_which_they_were_sent_whichever_way_they_take(
             steps in prop::collection::vec(step(), 1..400)

@@ -659,8 +659,8 @@ fn control_frame_end(control: &[u8], position: usize) -> usize {
     end
 }
 
-/// Chunks of one frame whose last connection has written it, for the next ones. Of the replies to what was read
-/// together, all are made before the first is written, and that many exceed what allocators keep at hand.
+/// Chunks of single frames that have been written, for reuse. All replies to one batch of reads are made before the first
+/// is written, and so many allocations exceed what an allocator caches.
 #[derive(Debug, Default)]
 pub(crate) struct Spares(Vec<Rc<Chunk>>);
 

@@ -1,9 +1,8 @@
 //! The writes of one flush to many sockets, passed to the kernel in one system call by io_uring (feature `io-uring`, Linux).
 //!
-//! Owned by one shard. Each send owns a share of its bytes and of its socket, so that the kernel never has the only
-//! reference to either, and compio-driver, which holds both until the kernel is done, can do without `unsafe` here. No send
-//! waits (`MSG_DONTWAIT`): each has its result when the call returns, the result that `send(2)` would have had. Does
-//! not know connections, nor what a result means to them.
+//! Owned by one shard. Each send holds references to its bytes and its socket, which compio-driver keeps until the kernel
+//! is done; so no `unsafe` is needed here. No send waits (`MSG_DONTWAIT`): when the call returns, each has the result
+//! that `send(2)` would have had. Does not know connections, nor what a result means to them.
 
 use std::io::{self, ErrorKind, Read as _};
 use std::os::fd::{AsFd, BorrowedFd};

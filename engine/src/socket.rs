@@ -323,7 +323,8 @@ impl Socket {
         }
     }
 
-    /// The same, so that sends can [share](Self::share) it. Made by the shard, whose heap it then stays in.
+    /// The same socket, in the form that sends can [share](Self::share). Called by the shard, so that its allocator has the
+    /// memory.
     #[cfg(all(feature = "io-uring", target_os = "linux"))]
     pub(crate) fn into_shared(self) -> Self {
         Self(match self.0 {

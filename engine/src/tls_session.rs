@@ -1,9 +1,9 @@
 //! A TLS session without buffers of its own: bytes in, bytes out.
 //!
 //! Owned by the socket's owner: the stream that makes the handshake, then a [`Socket`](crate::Socket). rustls'
-//! `ServerConnection` keeps 4 KB for what it reads as long as the connection lives; its unbuffered interface works in
-//! memory of the caller, which a shard's connections share or free at once. Kept here is only the beginning of a record whose
-//! rest has not arrived. Does not know sockets.
+//! `ServerConnection` keeps a read buffer of 4 KB for the life of the connection. Its unbuffered interface works in the
+//! caller's memory, which a shard's connections share or free at once. Only an incomplete record is kept here. Does not
+//! know sockets.
 
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -133,7 +133,7 @@ impl TlsSession {
             }
         }
         if self.end == Some(TlsEnd::Failed) {
-            // The alert. What the session says comes before what is read, so it needs no bytes.
+            // The alert. The session offers what it must send before it reads, so no input is needed.
             while self.session.wants_write() {
                 let Ok(ConnectionState::EncodeTlsData(data)) =
                     self.session.process_tls_records(&mut []).state

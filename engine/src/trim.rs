@@ -1,8 +1,8 @@
 //! Returning the heap's free memory to the system after many connections have opened or ended.
 //!
-//! Owned by the watchdog, because it takes up to some milliseconds and no shard may wait that long. What handshakes
-//! needed at their highest is free afterwards, but glibc keeps it: it returns the top of a heap only, and something
-//! that lives longer lies there. Decides when; the allocator decides what. Reads no clock. Does not know connections.
+//! Owned by the watchdog, because a trim takes milliseconds and must not delay a shard. After a storm of handshakes their
+//! memory is free, but glibc returns only the top of a heap to the system, and a longer-lived allocation may occupy it.
+//! Decides when; the allocator decides what. Reads no clock. Does not know connections.
 
 use std::time::{Duration, Instant};
 

@@ -48,7 +48,7 @@ impl Bridge {
         Self { stream, progress, record }
     }
 
-    /// The client takes so many bytes; they must be there, or come as soon as there is room for them.
+    /// The client takes this many bytes, which must be in the bridge or arrive as soon as it has room.
     fn pass_on(&mut self, rig: &mut Rig, bytes: usize) {
         let mut left = bytes;
         while left > 0 {

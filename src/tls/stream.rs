@@ -1,8 +1,7 @@
 //! A TLS stream whose session a shard can take over: handshake, HTTP, and what is not read yet.
 //!
-//! Owned by the server until an upgrade. tokio-rustls' stream would do, but its session has buffers that it keeps as long
-//! as the connection lives; this one has them beside the session, and a shard takes the session without them. Does not
-//! know HTTP.
+//! Owned by the server until an upgrade. A session of tokio-rustls' stream keeps its buffers for the life of the
+//! connection. Here the buffers belong to the stream, so a shard takes the session without them. Does not know HTTP.
 
 use std::io::{self, ErrorKind};
 use std::pin::Pin;
@@ -78,7 +77,7 @@ impl TlsStream {
         while !self.to_send.is_empty() {
             match self.stream.try_write(&self.to_send) {
                 Ok(count) => drop(self.to_send.drain(..count)),
-                Err(_) => return, // what is left goes out with the next write, which reports the error
+                Err(_) => return, // the next write sends the rest, or reports the error
             }
         }
     }

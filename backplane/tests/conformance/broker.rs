@@ -88,6 +88,27 @@ impl Broker for Memory {
     }
 }
 
+/// The operations of a broker that is a server.
+macro_rules! server_calls {
+    () => {
+        fn kill(&mut self) {
+            self.server.kill();
+        }
+
+        async fn restart(&mut self) {
+            self.server.run().await;
+        }
+
+        async fn remember(&mut self) {
+            self.server.remember().await;
+        }
+
+        async fn go_back(&mut self) {
+            self.server.go_back().await;
+        }
+    };
+}
+
 pub(crate) struct Nats {
     server: Server,
     keeps: Keeps,
@@ -110,21 +131,7 @@ impl Broker for Nats {
         NatsBackplane::connect(&url, config).await.expect("it has been started")
     }
 
-    fn kill(&mut self) {
-        self.server.kill();
-    }
-
-    async fn restart(&mut self) {
-        self.server.run().await;
-    }
-
-    async fn remember(&mut self) {
-        self.server.remember().await;
-    }
-
-    async fn go_back(&mut self) {
-        self.server.go_back().await;
-    }
+    server_calls! {}
 }
 
 pub(crate) struct Redis {
@@ -148,21 +155,7 @@ impl Broker for Redis {
         RedisBackplane::connect(&url, config).await.expect("it has been started")
     }
 
-    fn kill(&mut self) {
-        self.server.kill();
-    }
-
-    async fn restart(&mut self) {
-        self.server.run().await;
-    }
-
-    async fn remember(&mut self) {
-        self.server.remember().await;
-    }
-
-    async fn go_back(&mut self) {
-        self.server.go_back().await;
-    }
+    server_calls! {}
 }
 
 /// A server's process.

@@ -28,7 +28,7 @@ impl Shard {
         let mut due = std::mem::take(&mut self.scratch.due);
         self.wheel.expire(self.fanout.now, &mut due);
         for (slot, tick) in due.drain(..) {
-            // An entry of a slot's former connection has another tick, or comes when one of this connection does.
+            // An entry of the slot's former connection has another tick, or the same tick as one of this connection.
             if let Some(connection) = self.fanout.connections.get_mut(slot)
                 && connection.is_reminded(tick)
             {

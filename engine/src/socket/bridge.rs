@@ -1,8 +1,8 @@
 //! The near end of a bridge: a Unix socket whose other end forwards the bytes to a stream that no shard can own.
 //!
 //! Owned by one connection. What was written here is *in transit* until the other end has passed it on, which it
-//! counts in a [`BridgeProgress`]. It counts before it takes the bytes out of the Unix socket: so the kernel's
-//! announcement of room, which wakes the shard, comes after the count. The number of writes that are in transit is
+//! counts in a [`BridgeProgress`]. The count precedes the removal of the bytes from the Unix
+//! socket, so it is visible when the kernel reports room and wakes the shard. The number of writes that are in transit is
 //! bounded by the Unix socket's buffer. Knows bytes and how many frames they complete. Does not know the stream.
 
 use std::collections::VecDeque;

@@ -220,7 +220,7 @@ impl Tls {
     /// Encrypts and sends the first bytes, at most [`WRITE_BYTES_MAX`]; none while something is refused.
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<Written> {
         if !self.refused.is_empty() {
-            return Err(ErrorKind::WouldBlock.into()); // what was refused goes out first
+            return Err(ErrorKind::WouldBlock.into()); // the refused bytes must be sent first
         }
         let bytes = &bytes[..bytes.len().min(WRITE_BYTES_MAX)];
         match &mut self.session {
@@ -284,8 +284,8 @@ impl Tls {
     pub(super) fn finish(&mut self) -> bool {
         if !std::mem::replace(&mut self.is_finished, true) {
             let sent = self.close_session();
-            // The client has broken the session, and what was sent before goes out, or it has disconnected, which the
-            // next read reports.
+            // The client has broken the session, and earlier bytes are still sent; or it has disconnected, which the next
+            // read reports.
             if sent.is_err() && self.end.is_none() {
                 return true;
             }

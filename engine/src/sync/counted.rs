@@ -90,28 +90,6 @@ macro_rules! counted {
                 self.0.store(value, ordering);
             }
 
-            pub(crate) fn compare_exchange(
-                &self,
-                current: $value,
-                new: $value,
-                success: Ordering,
-                failure: Ordering,
-            ) -> Result<$value, $value> {
-                note(self, Operation::Update);
-                self.0.compare_exchange(current, new, success, failure)
-            }
-
-            pub(crate) fn compare_exchange_weak(
-                &self,
-                current: $value,
-                new: $value,
-                success: Ordering,
-                failure: Ordering,
-            ) -> Result<$value, $value> {
-                note(self, Operation::Update);
-                self.0.compare_exchange_weak(current, new, success, failure)
-            }
-
             pub(crate) fn fetch_update(
                 &self,
                 success: Ordering,
@@ -126,8 +104,23 @@ macro_rules! counted {
                 note(self, Operation::Update);
                 self.0.$update(value, ordering)
             })*
+
+            counted! { exchange compare_exchange $value }
+            counted! { exchange compare_exchange_weak $value }
         }
     )* };
+    (exchange $exchange:ident $value:ty) => {
+        pub(crate) fn $exchange(
+            &self,
+            current: $value,
+            new: $value,
+            success: Ordering,
+            failure: Ordering,
+        ) -> Result<$value, $value> {
+            note(self, Operation::Update);
+            self.0.$exchange(current, new, success, failure)
+        }
+    };
 }
 
 counted! {
