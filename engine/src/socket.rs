@@ -243,6 +243,15 @@ impl Socket {
         }
     }
 
+    /// The kernel may have bytes to read: it announces that once, and the next read may be of what a session has kept.
+    #[inline]
+    pub(crate) fn becomes_readable(&mut self) {
+        #[cfg(feature = "tls")]
+        if let Kind::Tls(tls) = &mut self.0 {
+            tls.becomes_readable();
+        }
+    }
+
     /// Whether there may be more to read after a read of `count` bytes into a buffer of `room` bytes.
     #[inline]
     pub(crate) fn has_more(&self, count: usize, room: usize) -> bool {

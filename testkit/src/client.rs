@@ -15,7 +15,7 @@ use shardcast_engine::{
 
 use crate::handler::{Record, Recorder};
 use crate::raw_client::RawClient;
-use crate::stream::{Stream, Transport, sessions, transport};
+use crate::stream::{Stream, Transport, buffered_sessions, sessions, transport};
 use crate::task::lock;
 
 /// A client, and what the handler of its connection recorded.
@@ -77,13 +77,16 @@ pub fn new_connection_with(
             socket2::SockRef::from(&ours).set_send_buffer_size(send_buffer).expect("a buffer");
             (ours.into(), Stream::from(theirs))
         }
-        Transport::Tls => {
+        transport => {
             let (ours, theirs) = tcp_pair(send_buffer);
-            let (server, client) = sessions();
-            (
-                Socket::tls(ours, server, Vec::new()),
-                Stream::Tls(OwnedFd::from(theirs).into(), Box::new(client)),
-            )
+            let (socket, client) = if transport == Transport::BufferedTls {
+                let (server, client) = buffered_sessions();
+                (Socket::tls_buffered(ours, server), client)
+            } else {
+                let (server, client) = sessions();
+                (Socket::tls(ours, server, Vec::new()), client)
+            };
+            (socket, Stream::Tls(OwnedFd::from(theirs).into(), Box::new(client)))
         }
     };
     (connection_on(socket, engine, config, handler), RawClient::new(theirs))

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
 
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 use shardcast_engine::TlsSession;
 
 /// What clients and engine talk over.
@@ -20,6 +20,8 @@ pub enum Transport {
     Plain,
     /// TLS over TCP.
     Tls,
+    /// The same, with a server's session that has buffers of its own.
+    BufferedTls,
 }
 
 thread_local! {
@@ -162,26 +164,55 @@ impl Write for Stream {
 
 /// Sessions of a server and a client whose handshake is over.
 pub fn sessions() -> (TlsSession, ClientConnection) {
-    static CONFIGS: LazyLock<(Arc<ServerConfig>, Arc<ClientConfig>)> = LazyLock::new(configs);
-    let (server, client) = &*CONFIGS;
+    let mut server = TlsSession::new(CONFIGS.0.clone()).expect("a session");
+    let client = shake_hands(|records| {
+        let mut answer = Vec::new();
+        server.decrypt(records, &mut answer, |_| {});
+        answer
+    });
+    assert!(!server.is_handshaking());
+    (server, client)
+}
+
+/// The same; the server's has buffers of its own.
+pub fn buffered_sessions() -> (ServerConnection, ClientConnection) {
+    let mut server = ServerConnection::new(CONFIGS.0.clone()).expect("a session");
+    let client = shake_hands(|records| {
+        let (mut records, mut answer) = (&records[..], Vec::new());
+        while !records.is_empty() {
+            server.read_tls(&mut records).expect("memory");
+            server.process_new_packets().expect("a handshake");
+        }
+        while server.wants_write() {
+            server.write_tls(&mut answer).expect("memory");
+        }
+        answer
+    });
+    assert!(!server.is_handshaking());
+    (server, client)
+}
+
+/// The client's session, after a handshake with a server that answers like this.
+fn shake_hands(mut answer: impl FnMut(&mut [u8]) -> Vec<u8>) -> ClientConnection {
     let name = ServerName::try_from("localhost").expect("a host name");
-    let mut server = TlsSession::new(server.clone()).expect("a session");
-    let mut client = ClientConnection::new(client.clone(), name).expect("a session");
+    let mut client = ClientConnection::new(CONFIGS.1.clone(), name).expect("a session");
     while client.wants_write() {
-        let (mut records, mut answer) = (Vec::new(), Vec::new());
+        let mut records = Vec::new();
         while client.wants_write() {
             client.write_tls(&mut records).expect("memory");
         }
-        server.decrypt(&mut records, &mut answer, |_| {});
+        let answer = answer(&mut records);
         let mut received = &answer[..];
         while !received.is_empty() {
             client.read_tls(&mut received).expect("memory");
             client.process_new_packets().expect("a handshake");
         }
     }
-    assert!(!server.is_handshaking() && !client.is_handshaking());
-    (server, client)
+    assert!(!client.is_handshaking());
+    client
 }
+
+static CONFIGS: LazyLock<(Arc<ServerConfig>, Arc<ClientConfig>)> = LazyLock::new(configs);
 
 fn configs() -> (Arc<ServerConfig>, Arc<ClientConfig>) {
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");

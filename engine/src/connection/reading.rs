@@ -165,6 +165,7 @@ impl Connection {
     pub(crate) fn becomes_readable(&mut self, is_closed: bool) {
         self.is_readable = true;
         self.is_read_closed |= is_closed;
+        self.socket.iter_mut().for_each(Socket::becomes_readable);
     }
 
     /// Whether the kernel may have bytes to read.

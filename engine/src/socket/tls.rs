@@ -83,6 +83,10 @@ impl Tls {
         self.refused.len()
     }
 
+    pub(super) fn becomes_readable(&mut self) {
+        self.has_more = true;
+    }
+
     /// Whether another read may bring something.
     pub(super) fn has_more(&self) -> bool {
         self.has_more || self.has_plaintext || self.end.is_some()
