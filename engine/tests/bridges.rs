@@ -160,14 +160,20 @@ fn a_ping_in_a_bridge_need_not_be_answered_while_what_is_before_it_is_passed_on(
     assert_eq!(stalled.ends(), [CloseReason::PongTimeout]);
 }
 
-#[test]
-fn a_client_that_has_closed_is_waited_for_until_its_bridge_is_empty() {
+/// A bridge that contains a message, and whose client has closed the connection.
+fn closed_by_its_client() -> (Rig, Bridge) {
     let mut rig = Rig::one(quiet()).sleepy();
     let mut bridge = Bridge::open(&mut rig);
     publish(&mut rig, 1000);
     bridge.send_close();
     bridge.stream.shutdown(Half::Write).unwrap();
     rig.settle();
+    (rig, bridge)
+}
+
+#[test]
+fn a_client_that_has_closed_is_waited_for_until_its_bridge_is_empty() {
+    let (mut rig, mut bridge) = closed_by_its_client();
     assert_eq!(rig.engine.metrics().connections, 1, "its last bytes are on their way");
     bridge.pass_on(&mut rig, 1000 + 4); // and the Close frame
     assert_eq!(rig.engine.metrics().connections, 0, "without a timer");
@@ -190,12 +196,7 @@ fn what_is_in_a_bridge_that_breaks_is_discarded() {
 
 #[test]
 fn a_bridge_that_breaks_after_the_client_has_closed_is_not_waited_for() {
-    let mut rig = Rig::one(quiet()).sleepy();
-    let mut bridge = Bridge::open(&mut rig);
-    publish(&mut rig, 1000);
-    bridge.send_close();
-    bridge.stream.shutdown(Half::Write).unwrap();
-    rig.settle();
+    let (mut rig, bridge) = closed_by_its_client();
     drop(bridge.stream);
     rig.settle();
     assert_eq!(rig.engine.metrics().connections, 0);

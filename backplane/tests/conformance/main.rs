@@ -38,6 +38,15 @@ async fn insist<B: Backplane>(node: &B, text: &str) {
     }
 }
 
+/// A reader of each node, which begins with the next record.
+async fn readers_of<B: Backplane>(nodes: &[B]) -> Vec<B::Reader> {
+    let mut readers = Vec::new();
+    for node in nodes {
+        readers.push(within(node.read(Start::Tail)).await.unwrap());
+    }
+    readers
+}
+
 /// The next record or gap.
 async fn next<R: Reader>(reader: &mut R) -> Result<Record, Gap> {
     within(reader.next()).await.unwrap()
@@ -61,10 +70,7 @@ async fn up_to<R: Reader>(reader: &mut R, last: &str) -> Vec<(Position, String)>
 async fn all_nodes_read_the_same_records_in_one_order_without_holes<B: Broker>() {
     let broker = B::start(Keeps::Everything).await;
     let nodes = [broker.node().await, broker.node().await, broker.node().await];
-    let mut readers = Vec::new();
-    for node in &nodes {
-        readers.push(within(node.read(Start::Tail)).await.unwrap());
-    }
+    let mut readers = readers_of(&nodes).await;
     let appends = nodes.iter().enumerate().map(async |(number, node)| {
         for count in 0..50 {
             append(node, &format!("{number}:{count}")).await;
@@ -169,10 +175,7 @@ async fn a_read_that_is_dropped_loses_nothing<B: Broker>() {
 async fn a_broker_that_is_killed_and_restarted_loses_nothing_that_was_acknowledged<B: Broker>() {
     let mut broker = B::start(Keeps::Everything).await;
     let nodes = [broker.node().await, broker.node().await];
-    let mut readers = Vec::new();
-    for node in &nodes {
-        readers.push(within(node.read(Start::Tail)).await.unwrap());
-    }
+    let mut readers = readers_of(&nodes).await;
     for number in 0..20 {
         append(&nodes[number % 2], &number.to_string()).await;
     }
@@ -236,10 +239,7 @@ async fn a_reader_that_falls_behind_retention_is_told_and_goes_on<B: Broker>() {
 async fn a_log_that_is_lost_begins_anew_in_another_epoch_and_every_reader_is_told<B: Broker>() {
     let mut broker = B::start(Keeps::Nothing).await;
     let nodes = [broker.node().await, broker.node().await];
-    let mut readers = Vec::new();
-    for node in &nodes {
-        readers.push(within(node.read(Start::Tail)).await.unwrap());
-    }
+    let mut readers = readers_of(&nodes).await;
     for number in 0..10 {
         append(&nodes[0], &number.to_string()).await;
     }
@@ -280,10 +280,7 @@ async fn a_log_that_is_lost_begins_anew_in_another_epoch_and_every_reader_is_tol
 async fn a_log_that_has_lost_its_end_goes_on_in_another_epoch_and_every_reader_is_told<B: Broker>() {
     let mut broker = B::start(Keeps::Everything).await;
     let nodes = [broker.node().await, broker.node().await];
-    let mut readers = Vec::new();
-    for node in &nodes {
-        readers.push(within(node.read(Start::Tail)).await.unwrap());
-    }
+    let mut readers = readers_of(&nodes).await;
     let silent = broker.node().await;
     for number in 0..20 {
         if number == 10 {

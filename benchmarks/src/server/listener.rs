@@ -3,22 +3,15 @@
 //! Without TCP_NODELAY Nagle's algorithm would be measured. TLS is rustls by tokio-rustls, as most programs have it, with
 //! each handshake in a task of its own. Does not know WebSocket.
 
-use std::{
-    io::{self, IoSlice},
-    net::SocketAddr,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::ServerConfig;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::either::Either;
 
 /// Pause after an error of the system, such as a lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
@@ -41,14 +34,14 @@ impl Listener {
                 Some(shaken) = self.handshakes.join_next() => {
                     // The load generator reports what fails.
                     if let Ok(Ok((stream, address))) = shaken {
-                        return Ok((Stream::Tls(Box::new(stream)), address));
+                        return Ok((Stream::Right(Box::new(stream)), address));
                     }
                 }
                 accepted = self.listener.accept() => {
                     let (stream, address) = accepted?;
                     stream.set_nodelay(true)?;
                     let Some(acceptor) = self.tls.clone() else {
-                        return Ok((Stream::Plain(stream), address));
+                        return Ok((Stream::Left(stream), address));
                     };
                     self.handshakes.spawn(async move { Ok((acceptor.accept(stream).await?, address)) });
                 }
@@ -75,63 +68,5 @@ impl axum::serve::Listener for Listener {
     }
 }
 
-/// A connection.
-#[derive(Debug)]
-pub(super) enum Stream {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-impl AsyncRead for Stream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
-            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
-        }
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        match self {
-            Self::Plain(stream) => stream.is_write_vectored(),
-            Self::Tls(stream) => stream.is_write_vectored(),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-}
+/// A connection: plain, or TLS after its handshake.
+pub(super) type Stream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
