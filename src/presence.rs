@@ -5,13 +5,15 @@
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use futures_util::stream::{self, Stream};
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 use shardcast_engine::{METADATA_BYTES_MAX, Position, PresenceKind, PresenceObserver};
 use tokio::sync::{broadcast, mpsc};
+
+use crate::clock::time_of;
 
 /// Changes that wait for `on_presence`. Beyond it they wait in the engine, which merges them.
 const HOOK_CHANGES_MAX: usize = 1024;
@@ -140,12 +142,6 @@ impl From<shardcast_engine::PresenceChange> for PresenceChange {
             position: change.position,
         }
     }
-}
-
-/// The time of the calendar at `instant`, which has passed.
-fn time_of(instant: Instant) -> SystemTime {
-    let now = SystemTime::now();
-    now.checked_sub(instant.elapsed()).unwrap_or(now)
 }
 
 fn as_milliseconds<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
