@@ -1,7 +1,6 @@
 //! What every backplane promises: one suite for memory, NATS JetStream and Redis Streams, with real servers.
 //!
-//! The servers are started by the tests, on free ports, and end with them. They must be installed (Debian's packages
-//! `nats-server` and `redis-server`); `ci/test` does that.
+//! The servers are started by the tests, on free ports, and end with them (`testkit-broker`).
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
