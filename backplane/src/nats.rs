@@ -31,6 +31,10 @@ use tokio::time::{sleep, timeout};
 use crate::position::new_epoch;
 use crate::{APPEND_TIMEOUT, Backplane, Connection, Error, Gap, GapCause, NodeId, Position, Record, Start};
 
+/// Between two checks whether the server answers. The connection counts as lost after three without an answer: a server
+/// that is frozen or cut off does not close it.
+const PING: Duration = Duration::from_secs(1);
+
 /// Between two attempts to make a consumer.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -113,7 +117,8 @@ impl NatsBackplane {
         Self::connect_with(url, ConnectOptions::new(), config).await
     }
 
-    /// The same with credentials, TLS and other options of the connection. Its callback for events is replaced.
+    /// The same with credentials, TLS and other options of the connection. Its callback for events, its timeouts and its
+    /// ping interval are replaced.
     ///
     /// # Errors
     /// As for [`connect`](Self::connect).
@@ -132,6 +137,7 @@ impl NatsBackplane {
             std::future::ready(())
         });
         let options = options.connection_timeout(APPEND_TIMEOUT).request_timeout(Some(APPEND_TIMEOUT));
+        let options = options.ping_interval(PING);
         let addresses: Vec<&str> = url.split(',').map(str::trim).collect();
         let client = options.connect(addresses).await.map_err(Error::unavailable)?;
         connection.send_replace(Connection::Connected);
