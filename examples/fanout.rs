@@ -11,7 +11,7 @@
 //! hides the TLS streams from the shards, so that they are bridged.
 //! `--backplane URL`, with the feature `backplane`, makes it one of several nodes: a broadcast reaches the clients of all that
 //! have the same broker, `nats://host:port` or `redis://host:port`, with `?storage=file` if a restart of the broker must lose
-//! nothing.
+//! nothing. It prints `missed` with the cause when it has missed messages of others.
 //! Policies: `block`, `drop-message:100ms`, `drop-connection:100ms:5`, `drop-on-high-rtt:300ms:8`.
 //!
 //! - `/ws`: `{"t":u64,"p":string}`, decoded, encoded again and broadcast to all, including the sender
@@ -34,8 +34,9 @@ use axum::extract::{Path, State};
 use axum::routing::any;
 use axum::serve::Listener;
 use serde::{Deserialize, Serialize};
+use shardcast::backplane::MissedMessages;
 use shardcast::{
-    BroadcastPolicy, Engine, EngineConfig, Hub, HubContext, JsonCodec, OverLimit, Rate, RawCodec, RawMessage,
+    BroadcastPolicy, Clients, Engine, EngineConfig, Hub, HubContext, JsonCodec, OverLimit, Rate, RawCodec, RawMessage,
     Refusal, WebSocketUpgrade, WsHub, WsHubConfig, ws,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -55,6 +56,10 @@ impl WsHub for All {
 
     async fn on_message(&self, tick: Tick, ctx: HubContext<Self>) {
         ctx.broadcast(tick).await;
+    }
+
+    async fn on_gap(_: &Clients<Tick>, missed: MissedMessages) {
+        println!("missed {:?}", missed.cause);
     }
 }
 

@@ -16,66 +16,19 @@ use shardcast::backplane::{
     OutagePolicy,
 };
 use shardcast::{
-    BroadcastPolicy, Clients, CloseCode, ConnectionId, Engine, Hub, HubContext, PublishError, RawCodec,
+    BroadcastPolicy, Clients, CloseCode, Engine, HubContext, PublishError, RawCodec,
     TryPublishError, WsHub, WsHubConfig,
 };
+use testkit_hub::node::config;
 use testkit_hub::{
-    Client, CommandHub, RawClient, Server, command_app, connect, engine, eventually, within_timeout,
+    CommandHub, Node, RawClient, Server, SharedLog as _, command_app, connect, engine, eventually, within_timeout,
 };
-
-/// A process with an engine.
-struct Node {
-    engine: Engine,
-    hub: Hub<CommandHub>,
-    server: Server,
-}
-
-fn config(outage: OutagePolicy) -> BackplaneConfig {
-    BackplaneConfig {
-        outage,
-        heartbeat_interval: Duration::from_millis(100),
-        node_timeout: Duration::from_secs(2),
-        ..BackplaneConfig::default()
-    }
-}
 
 /// An engine that shares this log.
 fn join(log: &MemoryLog, shards: usize, config: BackplaneConfig) -> Engine {
     let engine = engine(shards);
-    let log = log.clone();
-    engine.backplane(move || ready(Ok(log.backplane())), config).unwrap();
+    log.join(&engine, config);
     engine
-}
-
-impl Node {
-    async fn start(log: &MemoryLog, shards: usize, config: BackplaneConfig) -> Self {
-        let engine = join(log, shards, config);
-        let hub = engine.hub::<CommandHub>(WsHubConfig::default()).unwrap();
-        let server = Server::start(command_app(hub.clone())).await;
-        Self { engine, hub, server }
-    }
-
-    /// So many, which know each other.
-    async fn start_all(log: &MemoryLog, count: usize) -> Vec<Self> {
-        let mut nodes = Vec::new();
-        for number in 0..count {
-            nodes.push(Self::start(log, 1 + number, config(OutagePolicy::Wait)).await);
-        }
-        for node in &nodes {
-            let mut known = node.engine.nodes().unwrap();
-            within_timeout(known.wait_for(|known| known.len() == count)).await.unwrap();
-        }
-        nodes
-    }
-
-    async fn connect(&self) -> (Client, ConnectionId) {
-        connect(&self.server.url("/ws")).await
-    }
-
-    async fn is(&self, state: BackplaneState) {
-        let mut now = self.engine.backplane_state().unwrap();
-        within_timeout(now.wait_for(|now| *now == state)).await.unwrap();
-    }
 }
 
 fn text(text: &str) -> String {
