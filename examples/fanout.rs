@@ -36,8 +36,8 @@ use axum::serve::Listener;
 use serde::{Deserialize, Serialize};
 use shardcast::backplane::MissedMessages;
 use shardcast::{
-    BroadcastPolicy, Clients, Engine, EngineConfig, Hub, HubContext, JsonCodec, OverLimit, Rate, RawCodec, RawMessage,
-    Refusal, WebSocketUpgrade, WsHub, WsHubConfig, ws,
+    BroadcastPolicy, Clients, Engine, EngineConfig, Hub, HubContext, JsonCodec, OverLimit, Rate, RawCodec,
+    RawMessage, Refusal, WebSocketUpgrade, WsHub, WsHubConfig, ws,
 };
 use tokio::signal::unix::{SignalKind, signal};
 

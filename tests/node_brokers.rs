@@ -146,7 +146,8 @@ async fn publisher(
         let published = hub.to_all().publish(&text).await;
         progress.send_modify(|progress| {
             progress.answered += 1;
-            let is_unavailable = matches!(&published, Err(PublishError::Backplane(BackplaneError::Unavailable)));
+            let is_unavailable =
+                matches!(&published, Err(PublishError::Backplane(BackplaneError::Unavailable)));
             progress.unavailable += usize::from(is_unavailable);
         });
         match published {
@@ -191,8 +192,7 @@ async fn every_client_has_every_message_once_in_one_order_while_the_broker_is_ki
 ) {
     let (clients, messages) = (setting("NODE_CLIENTS", 8), setting("NODE_MESSAGES", 250));
     let mut broker = Broker::start(kind, Keeps::Everything).await;
-    let hasty =
-        BackplaneConfig { publish_timeout: Duration::from_millis(200), ..config(OutagePolicy::Wait) };
+    let hasty = BackplaneConfig { publish_timeout: Duration::from_millis(200), ..config(OutagePolicy::Wait) };
     let patient = BackplaneConfig { publish_timeout: Duration::from_secs(60), ..hasty.clone() };
     let (staying, leaving) = (node(&broker, hasty).await, node(&broker, patient.clone()).await);
     staying.knows(2).await;
@@ -206,7 +206,7 @@ async fn every_client_has_every_message_once_in_one_order_while_the_broker_is_ki
     broker.server.kill();
     staying.is(BackplaneState::Disconnected).await;
     flood.is(|progress| progress.unavailable > 0).await;
-    let _ = within_timeout(leaving.engine.shutdown(Duration::from_secs(30))).await;
+    leaving.shut_down().await;
     for recorder in &mut left {
         assert_eq!(recorder.end().await, Some(1001), "it is told that it must reconnect");
     }
@@ -258,14 +258,12 @@ async fn while_the_broker_is_frozen_publishers_get_what_the_policy_says_and_noth
     patient.hub.to_all().publish(&text("before 0")).await.unwrap();
     broker.server.pause();
     let waiting = [&patient, &alone].map(|node| {
-        let (hub, name) = (node.hub.clone(), if node.engine.node() == alone.engine.node() { "alone" } else { "patient" });
+        let (hub, name) =
+            (node.hub.clone(), if node.engine.node() == alone.engine.node() { "alone" } else { "patient" });
         tokio::spawn(async move { hub.to_all().publish(&format!("{name} 0")).await })
     });
     let unavailable = |result: Result<(), PublishError>| {
-        assert!(
-            matches!(result, Err(PublishError::Backplane(BackplaneError::Unavailable))),
-            "{result:?}"
-        );
+        assert!(matches!(result, Err(PublishError::Backplane(BackplaneError::Unavailable))), "{result:?}");
     };
     for number in 0..3 {
         unavailable(within_timeout(hasty.hub.to_all().publish(&format!("hasty {number}"))).await);
@@ -388,8 +386,7 @@ async fn a_node_that_was_frozen_beyond_retention_reports_a_gap_and_goes_on_in_th
 
 async fn a_broker_that_loses_everything_costs_every_node_a_gap_and_what_follows_is_everywhere(kind: Kind) {
     let mut broker = Broker::start(kind, Keeps::Nothing).await;
-    let patient =
-        BackplaneConfig { publish_timeout: Duration::from_secs(60), ..config(OutagePolicy::Wait) };
+    let patient = BackplaneConfig { publish_timeout: Duration::from_secs(60), ..config(OutagePolicy::Wait) };
     let nodes = [node(&broker, patient.clone()).await, node(&broker, patient).await];
     let mut clients = Vec::new();
     for node in &nodes {
@@ -414,7 +411,8 @@ async fn a_broker_that_loses_everything_costs_every_node_a_gap_and_what_follows_
     let since: Vec<_> = (0..50).map(|number| format!("since {number}")).collect();
     for (node, clients) in clients.iter().enumerate() {
         // What is accepted has been read by the publisher's own node.
-        let is_of_node = |text: &&String| text[1..].split(' ').next().unwrap().parse::<usize>().unwrap() % 2 == node;
+        let is_of_node =
+            |text: &&String| text[1..].split(' ').next().unwrap().parse::<usize>().unwrap() % 2 == node;
         let own: Vec<_> = accepted.iter().filter(is_of_node).cloned().collect();
         for client in clients {
             client.has("since 49").await;
@@ -430,8 +428,7 @@ async fn nodes_that_start_without_their_broker_say_so_and_take_part_as_soon_as_i
     let (_guard, count_of) = logged();
     let mut broker = Broker::prepare(kind, Keeps::Everything);
     let alone = node(&broker, config(OutagePolicy::ThisNode)).await;
-    let patient =
-        BackplaneConfig { publish_timeout: Duration::from_secs(60), ..config(OutagePolicy::Wait) };
+    let patient = BackplaneConfig { publish_timeout: Duration::from_secs(60), ..config(OutagePolicy::Wait) };
     let patient = node(&broker, patient).await;
     let (mut near, _) = alone.connect().await;
     let (mut far, _) = patient.connect().await;

@@ -16,12 +16,13 @@ use shardcast::backplane::{
     OutagePolicy,
 };
 use shardcast::{
-    BroadcastPolicy, Clients, CloseCode, Engine, HubContext, PublishError, RawCodec,
-    TryPublishError, WsHub, WsHubConfig,
+    BroadcastPolicy, Clients, CloseCode, Engine, HubContext, PublishError, RawCodec, TryPublishError, WsHub,
+    WsHubConfig,
 };
 use testkit_hub::node::config;
 use testkit_hub::{
-    CommandHub, Node, RawClient, Server, SharedLog as _, command_app, connect, engine, eventually, within_timeout,
+    CommandHub, Node, RawClient, Server, SharedLog as _, command_app, connect, engine, eventually,
+    within_timeout,
 };
 
 /// An engine that shares this log.

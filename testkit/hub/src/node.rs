@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use shardcast::backplane::memory::MemoryLog;
 use shardcast::backplane::{BackplaneConfig, BackplaneState, OutagePolicy};
-use shardcast::{ConnectionId, Engine, Hub, WsHubConfig};
+use shardcast::{ConnectionId, Engine, Hub, Shutdown, WsHubConfig};
 
 use crate::client::Client;
 use crate::command_hub::{CommandHub, command_app, connect};
@@ -95,6 +95,13 @@ impl Node {
     pub async fn knows(&self, count: usize) {
         let mut known = self.engine.nodes().unwrap();
         within_timeout(known.wait_for(|known| known.len() == count)).await.unwrap();
+    }
+
+    /// Shuts it down gracefully; its clients are told all at once.
+    pub async fn shut_down(&self) {
+        let shutdown = Shutdown { close_window: Duration::ZERO, ..Shutdown::within(Duration::from_secs(30)) };
+        let report = within_timeout(self.engine.shutdown_with(shutdown)).await.unwrap();
+        assert_eq!(report.cut_off, 0, "{report:?}");
     }
 
     /// How often it has missed messages of others.
