@@ -3,7 +3,8 @@
 //!
 //! Each test runs over NATS and over Redis; both keep the log in files that are written before they answer, unless a test
 //! says otherwise. Real clients over real sockets. A node that is killed or frozen is a process of its own, the example
-//! `fanout`. `NODE_CLIENTS` (8 for each node) and `NODE_MESSAGES` (250 of each publisher) set the size of the flood.
+//! `fanout`. `NODE_CLIENTS` (8 for each node), `NODE_MESSAGES` (250 of each of 8 publishers) and `NODE_PAUSE` (4 ms between
+//! two messages of a publisher, so that no client is too slow) set the size of the flood.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -25,9 +26,6 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 const PUBLISHERS: usize = 8;
-
-/// Between two messages of a publisher, so that no client is too slow for them.
-const PAUSE: Duration = Duration::from_millis(4);
 
 /// The hub to which messages are broadcast in the example `fanout`.
 const HUB: &str = "fanout::All";
@@ -139,6 +137,7 @@ async fn publisher(
     mut place: watch::Receiver<Hub<CommandHub>>,
     progress: watch::Sender<Progress>,
 ) -> Vec<String> {
+    let pause = Duration::from_millis(setting("NODE_PAUSE", 4) as u64);
     let mut accepted = Vec::new();
     for number in 0..count {
         let text = format!("{name} {number}");
@@ -155,7 +154,7 @@ async fn publisher(
             Err(PublishError::Backplane(BackplaneError::Unavailable)) => {}
             Err(_) => within_timeout(place.changed()).await.unwrap(), // it has left
         }
-        sleep(PAUSE).await;
+        sleep(pause).await;
     }
     accepted
 }

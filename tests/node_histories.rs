@@ -11,7 +11,7 @@ use std::time::Duration;
 use fastrand::Rng;
 use futures_util::future::join_all;
 use shardcast::backplane::memory::{Faults, MemoryLog};
-use shardcast::backplane::{BackplaneConfig, BackplaneError, OutagePolicy};
+use shardcast::backplane::{BackplaneConfig, BackplaneError, BackplaneState, OutagePolicy};
 use shardcast::{Hub, PublishError};
 use testkit_hub::node::config;
 use testkit_hub::recorder::{assert_contains, assert_once_and_in_order, assert_same};
@@ -170,6 +170,9 @@ async fn history(seed: u64, loses: bool) -> Outcome {
     log.set_outage(false);
     log.set_faults(Faults::default());
     nodes.push(late);
+    for recorded in &nodes {
+        recorded.node.is(BackplaneState::Connected).await; // outages may have kept it from joining
+    }
     let mut ends = 0;
     while nodes[0].node.hub.to_all().publish(&format!("end {ends}")).await.is_err() {
         ends += 1;
