@@ -10,6 +10,10 @@
 //! has not read back, beginning with the oldest. So an entry whose append has returned was read once by its own node,
 //! even if the broker has lost records that it had acknowledged.
 //!
+//! A node that joins cannot tell a batch from its duplicate if only the duplicate follows: the others have read that batch
+//! at another place in the order. So it first reads what the broker still has, up to an empty batch of its own, and notes
+//! the numbers.
+//!
 //! Owned by the publishers ([`ClusterLog`], any number of handles) and by one reader ([`Entries`]). With an entry a publisher
 //! may give an *origin*, which stays on this node: its reader gets it with the entry. Does not know what entries contain,
 //! nor which nodes exist.
@@ -236,15 +240,21 @@ impl<O: Send + 'static> ClusterLog<O> {
     /// Joins a log as the node `node`, and reads it from `start` on. Appends on the runtime from which it is called,
     /// until the last handle and [`Entries`] have been dropped.
     ///
+    /// With [`Start::Tail`] everything that the broker still has is read before this returns, and none of it is handed out:
+    /// what follows is then what the nodes that are there already read, in their order.
+    ///
     /// # Errors
-    /// As for [`Backplane::read`].
+    /// As for [`Backplane::read`] and [`Backplane::append`].
     pub async fn join<B: Backplane>(
         backplane: B,
         node: NodeId,
         start: Start,
         config: ClusterLogConfig,
     ) -> Result<(Self, Entries<B::Reader, O>), Error> {
-        let reader = backplane.read(start).await?;
+        let (reader, last) = match start {
+            Start::Tail => catch_up(&backplane, node).await?,
+            start => (backplane.read(start).await?, HashMap::new()),
+        };
         let (queue, queued) = mpsc::channel(QUEUE_MAX);
         let queue_bytes_max = config.queue_bytes_max.clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
         let outstanding = Arc::new(Outstanding::new());
@@ -276,7 +286,7 @@ impl<O: Send + 'static> ClusterLog<O> {
             node,
             reader,
             outstanding,
-            last: HashMap::new(),
+            last,
             has_gap: false,
             ready: VecDeque::new(),
             taken: None,
@@ -360,6 +370,31 @@ impl<O> Queued<O> {
     fn new(payload: Bytes, origin: O, room: OwnedSemaphorePermit) -> (Self, Appending) {
         let (told, outcome) = oneshot::channel();
         (Self { payload, waiter: Waiter { told, origin: Some(origin), _room: room } }, Appending(outcome))
+    }
+}
+
+/// Reads what the broker still has, up to an empty batch that this node appends. Returns the last batch of each other node.
+async fn catch_up<B: Backplane>(
+    backplane: &B,
+    node: NodeId,
+) -> Result<(B::Reader, HashMap<NodeId, u64>), Error> {
+    let mut reader = backplane.read(Start::Oldest).await?;
+    let end = Batch::encode(node, 0, std::iter::empty());
+    backplane.append(end.clone()).await?;
+    let mut last = HashMap::new();
+    loop {
+        let Ok(record) = reader.next().await? else {
+            backplane.append(end.clone()).await?; // it may be lost, too
+            continue;
+        };
+        match Batch::decode(record.payload) {
+            Ok(batch) if batch.node == node => return Ok((reader, last)),
+            Ok(Batch { node, number, .. }) => {
+                let last = last.entry(node).or_insert(number);
+                *last = number.max(*last);
+            }
+            Err(_) => {} // of another release
+        }
     }
 }
 

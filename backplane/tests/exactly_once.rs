@@ -12,7 +12,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use shardcast_backplane::memory::{Faults, MemoryLog};
 use shardcast_backplane::{
-    Backplane, ClusterLog, ClusterLogConfig, EntryError, EntryPosition, Event, GapCause, NodeId, Start,
+    Backplane, ClusterLog, ClusterLogConfig, Entries, EntryError, EntryPosition, Event, GapCause, NodeId,
+    Reader, Start,
 };
 use tokio::time::{sleep, timeout};
 
@@ -42,7 +43,12 @@ type Read = Arc<Mutex<Vec<Seen>>>;
 /// A node that reads until the test ends.
 async fn node(log: &MemoryLog, number: u64, config: ClusterLogConfig) -> (ClusterLog, Read) {
     let joined = ClusterLog::join(log.backplane(), NodeId::from_bits(number), Start::Oldest, config);
-    let (log, mut entries) = joined.await.unwrap();
+    let (log, entries) = joined.await.unwrap();
+    (log, record(entries))
+}
+
+/// Reads until the test ends.
+fn record(mut entries: Entries<impl Reader>) -> Read {
     let read = Read::default();
     let seen = read.clone();
     tokio::spawn(async move {
@@ -57,7 +63,7 @@ async fn node(log: &MemoryLog, number: u64, config: ClusterLogConfig) -> (Cluste
             seen.lock().unwrap().push(event);
         }
     });
-    (log, read)
+    read
 }
 
 struct Outcome {
@@ -219,6 +225,42 @@ fn a_broker_that_loses_records_costs_a_gap_and_nothing_is_read_twice() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_node_that_joins_reads_no_duplicate_of_what_the_others_have_read_before() {
+    for seed in 0..50 {
+        // A batch whose append is not acknowledged is appended again if it is read later than that.
+        let read_within = Duration::from_millis(200);
+        let faults = Faults { seed, unknown: 0.5, read_within, ..Faults::default() };
+        let log = MemoryLog::with_faults(faults);
+        let (one, first) = node(&log, 1, ClusterLogConfig::default()).await;
+        let (other, _) = node(&log, 2, ClusterLogConfig::default()).await;
+        let appending = [one, other].map(|handle| {
+            tokio::spawn(async move {
+                for number in 0..20 {
+                    handle.append(Bytes::from(format!("{}.0:{number}", handle.node()))).await.unwrap();
+                }
+            })
+        });
+        let mut state = seed;
+        sleep(Duration::from_millis(draw(&mut state, 2000))).await;
+        let late = loop {
+            let start = Start::Tail;
+            let joined =
+                ClusterLog::join(log.backplane(), NodeId::from_bits(3), start, ClusterLogConfig::default());
+            match joined.await {
+                Ok((_, entries)) => break record(entries),
+                Err(failure) => assert!(failure.is_retryable(), "{failure}"),
+            }
+        };
+        for appending in appending {
+            appending.await.unwrap();
+        }
+        sleep(Duration::from_secs(60)).await;
+        let (all, late) = (first.lock().unwrap().clone(), late.lock().unwrap().clone());
+        assert_eq!(late, all[all.len() - late.len()..], "seed {seed}: what follows, and nothing else");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_entry_that_is_too_long_is_refused_and_the_next_one_is_appended() {
     let log = MemoryLog::new();
     let (handle, read) = node(&log, 1, ClusterLogConfig::default()).await;
@@ -234,10 +276,10 @@ async fn an_entry_that_is_too_long_is_refused_and_the_next_one_is_appended() {
 #[tokio::test(start_paused = true)]
 async fn a_call_waits_while_the_queue_is_full_and_ends_with_the_reader() {
     let log = MemoryLog::new();
-    log.set_outage(true);
     let config = ClusterLogConfig { queue_bytes_max: 10, ..ClusterLogConfig::default() };
     let (handle, entries) =
         ClusterLog::join(log.backplane(), NodeId::from_bits(1), Start::Tail, config).await.unwrap();
+    log.set_outage(true);
     let appends: Vec<_> = (0..3)
         .map(|_| {
             let handle = handle.clone();

@@ -25,7 +25,7 @@ use crate::receipt::Receipt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BackplaneState {
-    /// The broker has not been reached yet.
+    /// The broker has not been reached yet, or its log has not been read yet.
     Joining,
     /// The broker can be reached.
     Connected,
