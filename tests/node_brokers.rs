@@ -180,8 +180,9 @@ impl Flood {
     }
 
     /// Waits for all of them: what was accepted.
-    async fn end(self) -> Vec<String> {
-        let accepted = within_timeout(join_all(self.publishers)).await;
+    async fn end(mut self) -> Vec<String> {
+        while within_timeout(self.progress.changed()).await.is_ok() {} // the last one has ended
+        let accepted = join_all(self.publishers).await;
         accepted.into_iter().flat_map(Result::unwrap).collect()
     }
 }
