@@ -765,16 +765,15 @@ impl<'a, M> Target<'a, M> {
     /// another codec.
     pub fn try_publish_prepared(&self, message: &Prepared<M>) -> Result<(), TryPublishError<Prepared<M>>> {
         let payload = self.clients.payload_of(message)?;
-        let mut publication = self.publication(payload.clone());
-        if let Some(link) = self.link() {
-            let published = self.published(link, Content::of(&payload), None);
-            match link.try_publish(Outgoing::new(published, publication)) {
+        let publication = match self.link() {
+            None => self.publication(payload),
+            Some(link) => match link.try_publish(self.outgoing(link, payload, None)) {
                 Ok(()) => return Ok(()),
                 Err(TrySent::Full) => return Err(TryPublishError::Full(message.clone())),
                 Err(TrySent::Failed(error)) => return Err(TryPublishError::Backplane(error)),
-                Err(TrySent::Alone(alone)) => publication = alone,
-            }
-        }
+                Err(TrySent::Alone(alone)) => alone,
+            },
+        };
         self.namespace().try_publish(publication).map_err(|error| match error {
             TryEngineError::Full(_) => TryPublishError::Full(message.clone()),
             TryEngineError::TooLong(_) => TryPublishError::TooLong(message.clone()),
@@ -786,15 +785,11 @@ impl<'a, M> Target<'a, M> {
         &self,
         payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
-        Publishing::new(payload.map(|payload| {
-            let publication = self.publication(payload.clone());
-            match self.link() {
-                None => Submitted::Here(self.namespace().publish(publication)),
-                Some(link) => {
-                    let published = self.published(link, Content::of(&payload), None);
-                    let outgoing = Outgoing::new(published, publication);
-                    Submitted::Everywhere(Box::pin(link.clone().publish(self.namespace().clone(), outgoing)))
-                }
+        Publishing::new(payload.map(|payload| match self.link() {
+            None => Submitted::Here(self.namespace().publish(self.publication(payload))),
+            Some(link) => {
+                let outgoing = self.outgoing(link, payload, None);
+                Submitted::Everywhere(Box::pin(link.clone().publish(self.namespace().clone(), outgoing)))
             }
         }))
     }
@@ -803,17 +798,13 @@ impl<'a, M> Target<'a, M> {
         &self,
         payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
-        Publishing::new(payload.map(|payload| {
-            let publication = self.publication(payload.clone());
-            match self.link() {
-                None => Submitted::Here(self.namespace().deliver(publication)),
-                Some(link) => {
-                    let (receipt, expected) = link.expect_receipts();
-                    let published = self.published(link, Content::of(&payload), Some(receipt));
-                    let outgoing = Outgoing::new(published, publication);
-                    let namespace = self.namespace().clone();
-                    Submitted::Everywhere(Box::pin(link.clone().deliver(namespace, outgoing, expected)))
-                }
+        Publishing::new(payload.map(|payload| match self.link() {
+            None => Submitted::Here(self.namespace().deliver(self.publication(payload))),
+            Some(link) => {
+                let (receipt, expected) = link.expect_receipts();
+                let outgoing = self.outgoing(link, payload, Some(receipt));
+                let namespace = self.namespace().clone();
+                Submitted::Everywhere(Box::pin(link.clone().deliver(namespace, outgoing, expected)))
             }
         }))
     }
@@ -821,6 +812,11 @@ impl<'a, M> Target<'a, M> {
     fn publication(&self, payload: Payload) -> Publication {
         let except = those_on(self.except, self.clients.node());
         Publication::message(self.here(), payload).except(&except).with_delivery(self.delivery)
+    }
+
+    fn outgoing(&self, link: &HubLink, payload: Payload, receipt: Option<u64>) -> Outgoing {
+        let published = self.published(link, Content::of(&payload), receipt);
+        Outgoing::new(published, self.publication(payload.clone()))
     }
 
     /// The same for all nodes.
