@@ -9,6 +9,9 @@
 //! `--outbox N` sets how many messages each client's outbox holds.
 //! `--tls FILE`, with the feature `tls`, serves over TLS, with the certificate and the private key in this PEM file; `--bridge`
 //! hides the TLS streams from the shards, so that they are bridged.
+//! `--backplane URL`, with the feature `backplane`, makes it one of several nodes: a broadcast reaches the clients of all that
+//! have the same broker, `nats://host:port` or `redis://host:port`, with `?storage=file` if a restart of the broker must lose
+//! nothing.
 //! Policies: `block`, `drop-message:100ms`, `drop-connection:100ms:5`, `drop-on-high-rtt:300ms:8`.
 //!
 //! - `/ws`: `{"t":u64,"p":string}`, decoded, encoded again and broadcast to all, including the sender
@@ -18,6 +21,8 @@
 //! - `/socket`: the same, by a task with a socket of its own (`shardcast::ws`)
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod nodes;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -119,12 +124,13 @@ struct Options {
     /// The certificate and its key.
     tls: Option<PathBuf>,
     bridge: bool,
+    backplane: Option<String>,
     engine: EngineConfig,
     hub: WsHubConfig,
 }
 
 const USAGE: &str = "usage: fanout [--port P] [--shards N] [--no-pin] [--trim] [--io-uring] [--coalesce MILLISECONDS] [--policy POLICY] \
-     [--outbox N] [--rate-limit N] [--over-limit delay|drop|close] [--tls FILE [--bridge]], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
+     [--outbox N] [--rate-limit N] [--over-limit delay|drop|close] [--tls FILE [--bridge]] [--backplane URL], where POLICY is block, drop-message:100ms, drop-connection:100ms:5 or drop-on-high-rtt:300ms:8";
 
 /// The server's task.
 type Serving = tokio::task::JoinHandle<std::io::Result<()>>;
@@ -139,6 +145,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
         port: 9001,
         tls: None,
         bridge: false,
+        backplane: None,
         engine: EngineConfig::default(),
         hub: WsHubConfig::default(),
     };
@@ -170,6 +177,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             }
             "--tls" => options.tls = Some(value()?.into()),
             "--bridge" => options.bridge = true,
+            "--backplane" => options.backplane = Some(value()?),
             _ => return Err(USAGE.into()),
         }
     }
@@ -215,8 +223,11 @@ async fn main() -> ExitCode {
 }
 
 async fn serve() -> Result<(), Box<dyn Error>> {
-    let Options { port, tls, bridge, engine, hub } = options()?;
+    let Options { port, tls, bridge, backplane, engine, hub } = options()?;
     let engine = Engine::start(engine)?;
+    if let Some(url) = backplane {
+        nodes::join(&engine, &url)?;
+    }
     let hubs = Hubs {
         engine: engine.clone(),
         all: engine.hub(hub.clone())?,

@@ -14,18 +14,30 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
+use shardcast_backplane::NodeId;
 use shardcast_engine::{
-    Address, CloseCode, ConfigError, ConnectionId, ConnectionMetrics, Delivery, GroupCount, GroupMetrics,
-    InvalidCloseCode, MessageKind, Namespace, Payload, Policy as BroadcastPolicy, Position, Publication,
-    PublishError as EngineError, Receipt, TryPublishError as TryEngineError,
+    Address, CloseCode, ConfigError, ConnectionMetrics, Delivery, GROUP_NAME_BYTES_MAX, GroupCount,
+    GroupMetrics, InvalidCloseCode, MessageKind, Namespace, Payload, Policy as BroadcastPolicy, Position,
+    Publication, PublishError as EngineError, TryPublishError as TryEngineError,
 };
+use tokio::sync::mpsc;
 
+use crate::address::{To, on_or_nobody, those_on};
+use crate::backplane::{
+    BackplaneError, Cluster, ClusterError, Command, Content, Hooks, HubLink, MissedMessages, Outgoing,
+    Published, TrySent,
+};
+use crate::clock::instant_of;
 use crate::codec::{CodecError, Encode};
-use crate::presence::{Metadata, MetadataError, Observer, PresenceChange, PresenceChanges, Present, Streams};
+use crate::connection_id::ConnectionId;
+use crate::presence::{
+    self, Metadata, MetadataError, Observer, PresenceChange, PresenceChanges, Present, Streams,
+};
+use crate::receipt::Receipt;
 
 /// The clients of one hub, which receive messages `M` in the hub's codec. Cloneable, and usable from any thread or
 /// task.
@@ -51,8 +63,27 @@ struct Inner<M> {
     codec: TypeId,
     encode_failures: AtomicU64,
     streams: Streams,
+    /// The way to the clients of other nodes, with a backplane, and what the engine announces of presence on this one.
+    link: Option<(HubLink, mpsc::Sender<PresenceChange>)>,
     /// Whether changes of presence are passed on: from when the first client with a user is served.
     is_observed: OnceLock<()>,
+}
+
+impl<M> Inner<M> {
+    fn new<C: Encode<M>>(
+        namespace: Namespace,
+        link: Option<(HubLink, mpsc::Sender<PresenceChange>)>,
+    ) -> Self {
+        Self {
+            namespace,
+            encode: C::encode,
+            codec: TypeId::of::<C>(),
+            encode_failures: AtomicU64::new(0),
+            streams: Streams::default(),
+            link,
+            is_observed: OnceLock::new(),
+        }
+    }
 }
 
 /// The clients of a hub, as the task that calls its `on_presence` keeps them: it must not keep them alive.
@@ -78,27 +109,80 @@ impl<M> std::fmt::Debug for Clients<M> {
 
 impl<M> Clients<M> {
     pub(crate) fn new<C: Encode<M>>(namespace: Namespace) -> Self {
-        let (encode, codec) = (C::encode, TypeId::of::<C>());
-        let inner = Inner {
-            namespace,
-            encode,
-            codec,
-            encode_failures: AtomicU64::new(0),
-            streams: Streams::default(),
-            is_observed: OnceLock::new(),
+        Self { inner: Arc::new(Inner::new::<C>(namespace, None)) }
+    }
+
+    /// With the clients of the hub of this name on other nodes. `on_gap` is called when messages of others were missed.
+    pub(crate) fn of_all_nodes<C: Encode<M>>(
+        namespace: Namespace,
+        cluster: &Cluster,
+        name: &str,
+        on_gap: impl Fn(&Self, MissedMessages) + Send + Sync + 'static,
+        start: impl FnOnce(WeakClients<M>, mpsc::Receiver<PresenceChange>),
+    ) -> Self
+    where
+        M: 'static,
+    {
+        let (hook, told) = presence::all_changes();
+        let (changes, announced) = presence::changes();
+        let link = cluster.link(name);
+        let inner = Arc::new(Inner::new::<C>(namespace, Some((link.clone(), changes))));
+        let weak = || WeakClients(Arc::downgrade(&inner));
+        start(weak(), told);
+        let (clients, missing) = (weak(), weak());
+        let hooks = Hooks {
+            namespace: Box::new(move || Some(clients.upgrade()?.inner.namespace.clone())),
+            on_gap: Box::new(move |missed| {
+                if let Some(clients) = missing.upgrade() {
+                    on_gap(&clients, missed);
+                }
+            }),
+            on_presence: presence::pass_on(hook, inner.streams.clone()),
         };
-        Self { inner: Arc::new(inner) }
+        link.begin(hooks, announced);
+        Self { inner }
+    }
+
+    /// This node, if there are others.
+    pub(crate) fn node(&self) -> Option<NodeId> {
+        self.link().map(HubLink::node)
+    }
+
+    /// The id of a connection of this node as all nodes know it.
+    pub(crate) fn id_of(&self, local: shardcast_engine::ConnectionId) -> ConnectionId {
+        ConnectionId::new(self.node(), local)
+    }
+
+    /// What the engine of this node calls a connection; nobody if it has no such connection.
+    fn local(&self, id: ConnectionId) -> shardcast_engine::ConnectionId {
+        on_or_nobody(id, self.node())
+    }
+
+    /// The way to a connection of another node; none if it is of this one, or if there are no others.
+    fn link_to(&self, id: ConnectionId) -> Option<&HubLink> {
+        self.link().filter(|link| id.node() != Some(link.node()))
+    }
+
+    fn link(&self) -> Option<&HubLink> {
+        self.inner.link.as_ref().map(|(link, _)| link)
     }
 
     /// Passes changes of presence on from now on, if they are not yet. `start` begins the task that gets them.
     pub(crate) fn observe_presence(
         &self,
-        start: impl FnOnce(WeakClients<M>, tokio::sync::mpsc::Receiver<PresenceChange>),
+        start: impl FnOnce(WeakClients<M>, mpsc::Receiver<PresenceChange>),
     ) {
         self.inner.is_observed.get_or_init(|| {
-            let (observer, changes) = Observer::new(self.inner.streams.clone());
+            let observer = match &self.inner.link {
+                // Streams and the hook are for the changes of all nodes, which the log has.
+                Some((_, changes)) => Observer::new(changes.clone(), Streams::default()),
+                None => {
+                    let (hook, changes) = presence::changes();
+                    start(WeakClients(Arc::downgrade(&self.inner)), changes);
+                    Observer::new(hook, self.inner.streams.clone())
+                }
+            };
             self.inner.namespace.observe_presence(observer);
-            start(WeakClients(Arc::downgrade(&self.inner)), changes);
         });
     }
 
@@ -108,17 +192,17 @@ impl<M> Clients<M> {
 
     /// Every client whose [`on_connected`](crate::WsHub::on_connected) has returned.
     pub fn to_all(&self) -> Target<'_, M> {
-        self.target(Address::Everyone)
+        self.to_many(Address::Everyone)
     }
 
     /// The members of a group. A group without members is no error: nobody gets the message.
     pub fn to_group(&self, group: &str) -> Target<'_, M> {
-        self.target(Address::group(group))
+        self.to_many(Address::group(group))
     }
 
     /// The members of several groups, each client once.
     pub fn to_groups(&self, groups: &[&str]) -> Target<'_, M> {
-        self.target(Address::groups(groups.iter().copied()))
+        self.to_many(Address::groups(groups.iter().copied()))
     }
 
     /// All clients of a user: the clients that were [served](crate::Serve::user) with this name, on all devices and in
@@ -133,21 +217,25 @@ impl<M> Clients<M> {
     /// # Ok(()) }
     /// ```
     pub fn to_user(&self, user: &str) -> Target<'_, M> {
-        self.target(Address::user(user))
+        self.to_many(Address::user(user))
     }
 
     /// All clients of several users, each client once.
     pub fn to_users(&self, users: &[&str]) -> Target<'_, M> {
-        self.target(Address::users(users.iter().copied()))
+        self.to_many(Address::users(users.iter().copied()))
     }
 
     /// One client. If it has disconnected, nobody gets the message.
     pub fn to(&self, id: ConnectionId) -> Target<'_, M> {
-        self.target(Address::Connection(id))
+        self.target(To::One(id))
     }
 
-    fn target(&self, to: Address) -> Target<'_, M> {
-        Target { clients: self, to, except: &[], delivery: Delivery::default() }
+    fn to_many(&self, address: Address) -> Target<'_, M> {
+        self.target(To::Many(address))
+    }
+
+    fn target(&self, to: To) -> Target<'_, M> {
+        Target { clients: self, to, except: &[], delivery: Delivery::default(), is_local: false }
     }
 
     /// Encodes a message once, to be sent to several targets: [`Target::publish_prepared`],
@@ -208,7 +296,26 @@ impl<M> Clients<M> {
     /// # Errors
     /// An engine that has ended, too many publishers that wait for the client's shard, a group's name that is too long.
     pub async fn join(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
-        Ok(self.inner.namespace.join(id, group).await?)
+        self.join_all(id, &[group]).await
+    }
+
+    /// Makes a client a member of a group at a place in the order of all nodes' messages: no message that was published
+    /// before this call, on whichever node, reaches the client by the group. [`join`](Self::join) promises that only for
+    /// messages of this node, but takes no round trip to the broker. Without a [backplane](crate::Engine::backplane) both
+    /// are the same.
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join), and [`PublishError::Backplane`] if the broker cannot be reached, whatever the
+    /// [`OutagePolicy`](crate::backplane::OutagePolicy); the client may become a member later.
+    pub async fn join_exactly(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
+        match self.link() {
+            None => self.join(id, group).await,
+            Some(_) if group.len() > GROUP_NAME_BYTES_MAX => Err(PublishError::GroupNameTooLong),
+            Some(link) => {
+                link.command(id, Command::Join(vec![group])).await?;
+                Ok(self.inner.namespace.position())
+            }
+        }
     }
 
     /// Ends a membership: messages that are published to the group from now on do not reach the client, earlier ones
@@ -217,7 +324,7 @@ impl<M> Clients<M> {
     /// # Errors
     /// An engine that has ended, too many publishers that wait for a shard.
     pub async fn leave(&self, id: ConnectionId, group: &str) -> Result<(), PublishError> {
-        Ok(self.inner.namespace.leave(id, group).await?)
+        self.leave_all(id, &[group]).await
     }
 
     /// Joins several groups in one step: no message comes between them.
@@ -225,7 +332,14 @@ impl<M> Clients<M> {
     /// # Errors
     /// As for [`join`](Self::join); then none of them has been joined.
     pub async fn join_all(&self, id: ConnectionId, groups: &[&str]) -> Result<Position, PublishError> {
-        Ok(self.inner.namespace.join_all(id, groups).await?)
+        if let Some(link) = self.link_to(id) {
+            if groups.iter().any(|group| group.len() > GROUP_NAME_BYTES_MAX) {
+                return Err(PublishError::GroupNameTooLong);
+            }
+            link.command(id, Command::Join(groups.to_vec())).await?;
+            return Ok(self.inner.namespace.position());
+        }
+        Ok(self.inner.namespace.join_all(self.local(id), groups).await?)
     }
 
     /// Leaves several groups in one step: no message comes between them.
@@ -233,7 +347,10 @@ impl<M> Clients<M> {
     /// # Errors
     /// An engine that has ended, too many publishers that wait for a shard.
     pub async fn leave_all(&self, id: ConnectionId, groups: &[&str]) -> Result<(), PublishError> {
-        Ok(self.inner.namespace.leave_all(id, groups).await?)
+        match self.link_to(id) {
+            Some(link) => Ok(link.command(id, Command::Leave(groups.to_vec())).await?),
+            None => Ok(self.inner.namespace.leave_all(self.local(id), groups).await?),
+        }
     }
 
     /// The groups that a client is in, after everything that was sent before, in no particular order. None when it has
@@ -242,11 +359,14 @@ impl<M> Clients<M> {
     /// # Errors
     /// An engine that has ended, too many publishers that wait for a shard.
     pub async fn groups_of(&self, id: ConnectionId) -> Result<Option<Vec<Arc<str>>>, PublishError> {
+        if let Some(link) = self.link_to(id) {
+            return Ok(link.groups_of(id).await?);
+        }
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let answer = |groups| {
             let _ = sender.send(groups); // fails when nobody waits for the answer any more
         };
-        self.inner.namespace.groups_of(id, answer).await?;
+        self.inner.namespace.groups_of(self.local(id), answer).await?;
         Ok(receiver.await.ok())
     }
 
@@ -257,9 +377,12 @@ impl<M> Clients<M> {
     /// # Errors
     /// An engine that has ended, too many publishers that wait for the client's shard.
     pub async fn expire_at(&self, id: ConnectionId, at: Option<SystemTime>) -> Result<(), PublishError> {
+        if let Some(link) = self.link_to(id) {
+            return Ok(link.command(id, Command::ExpireAt(at)).await?);
+        }
         let namespace = &self.inner.namespace;
         let at = at.map(|at| instant_of(at, namespace.now()));
-        Ok(namespace.expire_at(id, at).await?)
+        Ok(namespace.expire_at(self.local(id), at).await?)
     }
 
     /// Ends a connection, after what was sent to it before, with a Close frame that carries `code` and at most
@@ -290,7 +413,7 @@ impl<M> Clients<M> {
         let answer = |metrics| {
             let _ = sender.send(metrics); // fails when nobody waits for the answer any more
         };
-        self.inner.namespace.connection_metrics(id, answer).await?;
+        self.inner.namespace.connection_metrics(self.local(id), answer).await?;
         Ok(receiver.await.ok())
     }
 
@@ -363,24 +486,35 @@ impl<M> Clients<M> {
     }
 
     async fn presence_in(&self, group: Option<&str>) -> Result<Vec<Present>, PublishError> {
-        let (sender, mut answer) = tokio::sync::mpsc::unbounded_channel();
+        let (sender, mut answer) = mpsc::unbounded_channel();
         let on_presence = move |present| {
             let _ = sender.send(present); // fails when nobody waits for the answer any more
         };
         self.inner.namespace.collect_presence(group, on_presence).await?;
         let present = answer.recv().await.ok_or(PublishError::Closed)?;
-        Ok(present.into_iter().map(Present::from).collect())
+        let mut present = present.into_iter().map(Present::from).collect();
+        if let Some(link) = self.link() {
+            link.presence().add_others(link.node(), group, &mut present);
+        }
+        Ok(present)
     }
 
     /// How many users are present in a group: the length of the list that [`presence`](Self::presence) returns. Takes the
     /// same short time for any number.
     pub fn presence_len(&self, group: &str) -> usize {
-        self.inner.namespace.presence_len(Some(group))
+        self.presence_len_in(Some(group))
     }
 
     /// How many users are present in the hub.
     pub fn presence_len_of_all(&self) -> usize {
-        self.inner.namespace.presence_len(None)
+        self.presence_len_in(None)
+    }
+
+    fn presence_len_in(&self, group: Option<&str>) -> usize {
+        match self.link() {
+            Some(link) => link.presence().len(group),
+            None => self.inner.namespace.presence_len(group),
+        }
     }
 
     /// How many clients a user has, those on their way to their shard included.
@@ -420,8 +554,13 @@ impl<M> Clients<M> {
         metadata: &T,
     ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, T, M> {
         let metadata = Metadata::new(metadata);
-        let namespace = &self.inner.namespace;
-        async move { Ok(namespace.set_metadata(id, metadata?.into_bytes()).await?) }
+        async move {
+            let metadata = metadata?.into_bytes();
+            match self.link_to(id) {
+                Some(link) => Ok(link.command(id, Command::SetMetadata(&metadata)).await?),
+                None => Ok(self.inner.namespace.set_metadata(self.local(id), metadata).await?),
+            }
+        }
     }
 
     /// How many messages could not be encoded, and reached nobody, since the hub was made.
@@ -434,9 +573,11 @@ impl<M> Clients<M> {
 #[must_use = "nothing is sent before `publish`, `deliver` or `try_publish`"]
 pub struct Target<'a, M> {
     clients: &'a Clients<M>,
-    to: Address,
+    to: To,
     except: &'a [ConnectionId],
     delivery: Delivery,
+    /// Only the clients of this node.
+    is_local: bool,
 }
 
 impl<M> Clone for Target<'_, M> {
@@ -457,6 +598,27 @@ impl<'a, M> Target<'a, M> {
         Self { except, ..self }
     }
 
+    /// Only the clients of this node, past the log that nodes share ([`Engine::backplane`](crate::Engine::backplane)):
+    /// at once, and in an order that other nodes do not have. Without a backplane all clients are of this node.
+    pub fn on_this_node(self) -> Self {
+        Self { is_local: true, ..self }
+    }
+
+    /// The way to other nodes, if the target has clients there.
+    fn link(&self) -> Option<&HubLink> {
+        let link = self.clients.link()?;
+        (!self.is_local && !self.to.is_only_on(Some(link.node()))).then_some(link)
+    }
+
+    /// What the engine of this node publishes.
+    fn here(&self) -> Address {
+        self.to.on(self.clients.node())
+    }
+
+    fn namespace(&self) -> &'a Namespace {
+        &self.clients.inner.namespace
+    }
+
     /// Ends the connections of the target, each after what was sent to it before, with a Close frame that carries
     /// `code` and at most 123 bytes of `reason`.
     ///
@@ -467,8 +629,17 @@ impl<'a, M> Target<'a, M> {
         code: CloseCode,
         reason: impl Into<Cow<'static, str>>,
     ) -> Result<(), PublishError> {
-        let publication = Publication::close(&self.to, code, reason)?.except(self.except);
-        Ok(self.clients.inner.namespace.publish(publication).await?)
+        let reason = reason.into();
+        let close = Publication::close(self.here(), code, reason.clone())?;
+        let close = close.except(&those_on(self.except, self.clients.node()));
+        match self.link() {
+            None => Ok(self.namespace().publish(close).await?),
+            Some(link) => {
+                let published = self.published(link, Content::Close { code, reason }, None);
+                let outgoing = Outgoing::new(published, close);
+                Ok(link.clone().publish(self.namespace().clone(), outgoing).await?)
+            }
+        }
     }
 
     /// The sums of the counters of the target's clients, taken after everything that was sent before: of a group's
@@ -478,11 +649,12 @@ impl<'a, M> Target<'a, M> {
     /// # Errors
     /// An engine that has ended, too many publishers that wait already.
     pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
-        let (sender, mut parts) = tokio::sync::mpsc::unbounded_channel();
+        let (sender, mut parts) = mpsc::unbounded_channel();
         let on_metrics = move |part| {
             let _ = sender.send(part); // fails when nobody waits for the answer any more
         };
-        self.clients.inner.namespace.collect_metrics(&self.to, self.except, on_metrics).await?;
+        let except = those_on(self.except, self.clients.node());
+        self.namespace().collect_metrics(&self.here(), &except, on_metrics).await?;
         let mut sum = GroupMetrics::default();
         while let Some(part) = parts.recv().await {
             sum += part;
@@ -490,20 +662,24 @@ impl<'a, M> Target<'a, M> {
         Ok(sum)
     }
 
-    /// The ids of the target's clients, after everything that was sent before, in no particular order. Every shard
-    /// visits each of these connections.
+    /// The ids of the target's clients, on all nodes, after everything that was sent before, in no particular order. Every
+    /// shard visits each of these connections.
     ///
     /// # Errors
-    /// An engine that has ended, too many publishers that wait already.
+    /// An engine that has ended, too many publishers that wait already; [`BackplaneError::Unavailable`] if not all nodes
+    /// have answered in time.
     pub async fn members(&self) -> Result<Vec<ConnectionId>, PublishError> {
-        let (sender, mut parts) = tokio::sync::mpsc::unbounded_channel();
+        let (sender, mut parts) = mpsc::unbounded_channel();
         let on_members = move |part| {
             let _ = sender.send(part); // fails when nobody waits for the answer any more
         };
-        self.clients.inner.namespace.collect_members(&self.to, on_members).await?;
-        let mut members = Vec::new();
+        let mut members = match self.link() {
+            Some(link) => link.members(&self.to).await?,
+            None => Vec::new(),
+        };
+        self.namespace().collect_members(&self.here(), on_members).await?;
         while let Some(part) = parts.recv().await {
-            members.extend(part);
+            members.extend(part.into_iter().map(|id| self.clients.id_of(id)));
         }
         members.retain(|id| !self.except.contains(id));
         Ok(members)
@@ -589,8 +765,17 @@ impl<'a, M> Target<'a, M> {
     /// another codec.
     pub fn try_publish_prepared(&self, message: &Prepared<M>) -> Result<(), TryPublishError<Prepared<M>>> {
         let payload = self.clients.payload_of(message)?;
-        let sent = self.clients.inner.namespace.try_publish(self.publication(payload));
-        sent.map_err(|error| match error {
+        let mut publication = self.publication(payload.clone());
+        if let Some(link) = self.link() {
+            let published = self.published(link, Content::of(&payload), None);
+            match link.try_publish(Outgoing::new(published, publication)) {
+                Ok(()) => return Ok(()),
+                Err(TrySent::Full) => return Err(TryPublishError::Full(message.clone())),
+                Err(TrySent::Failed(error)) => return Err(TryPublishError::Backplane(error)),
+                Err(TrySent::Alone(alone)) => publication = alone,
+            }
+        }
+        self.namespace().try_publish(publication).map_err(|error| match error {
             TryEngineError::Full(_) => TryPublishError::Full(message.clone()),
             TryEngineError::TooLong(_) => TryPublishError::TooLong(message.clone()),
             _ => TryPublishError::Closed(message.clone()),
@@ -601,50 +786,86 @@ impl<'a, M> Target<'a, M> {
         &self,
         payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
-        let namespace = &self.clients.inner.namespace;
-        Publishing::new(payload.map(|payload| namespace.publish(self.publication(payload))))
+        Publishing::new(payload.map(|payload| {
+            let publication = self.publication(payload.clone());
+            match self.link() {
+                None => Submitted::Here(self.namespace().publish(publication)),
+                Some(link) => {
+                    let published = self.published(link, Content::of(&payload), None);
+                    let outgoing = Outgoing::new(published, publication);
+                    Submitted::Everywhere(Box::pin(link.clone().publish(self.namespace().clone(), outgoing)))
+                }
+            }
+        }))
     }
 
     fn deliver_encoded(
         &self,
         payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
-        let namespace = &self.clients.inner.namespace;
-        Publishing::new(payload.map(|payload| namespace.deliver(self.publication(payload))))
+        Publishing::new(payload.map(|payload| {
+            let publication = self.publication(payload.clone());
+            match self.link() {
+                None => Submitted::Here(self.namespace().deliver(publication)),
+                Some(link) => {
+                    let (receipt, expected) = link.expect_receipts();
+                    let published = self.published(link, Content::of(&payload), Some(receipt));
+                    let outgoing = Outgoing::new(published, publication);
+                    let namespace = self.namespace().clone();
+                    Submitted::Everywhere(Box::pin(link.clone().deliver(namespace, outgoing, expected)))
+                }
+            }
+        }))
     }
 
     fn publication(&self, payload: Payload) -> Publication {
-        Publication::message(&self.to, payload).except(self.except).with_delivery(self.delivery)
+        let except = those_on(self.except, self.clients.node());
+        Publication::message(self.here(), payload).except(&except).with_delivery(self.delivery)
     }
-}
 
-/// A time of the system's clock on the engine's clock, by which it is `now`.
-pub(crate) fn instant_of(time: SystemTime, now: Instant) -> Instant {
-    /// For a time that no clock can say.
-    const YEARS: Duration = Duration::from_secs(30 * 366 * 24 * 60 * 60);
-    let left = time.duration_since(SystemTime::now()).unwrap_or_default().min(YEARS);
-    now + left
+    /// The same for all nodes.
+    fn published<'b>(
+        &'b self,
+        link: &'b HubLink,
+        content: Content<'b>,
+        receipt: Option<u64>,
+    ) -> Published<'b> {
+        let (to, except, delivery) = (self.to.clone(), self.except.into(), self.delivery);
+        Published { hub: link.name(), to, except, content, delivery, receipt }
+    }
 }
 
 /// The future of a message, or the error of its codec. Written by hand, because a hub's method is as large as the futures
 /// that it awaits.
-enum Publishing<F> {
+enum Publishing<F, T> {
     Failed(Option<CodecError>),
-    Submitted(F),
+    Submitted(Submitted<F, T>),
 }
 
-impl<F> Publishing<F> {
-    fn new(submitted: Result<F, CodecError>) -> Self {
+/// A message on its way.
+enum Submitted<F, T> {
+    /// To the clients of this node.
+    Here(F),
+    Everywhere(Pin<Box<dyn Future<Output = Result<T, ClusterError>> + Send>>),
+}
+
+impl<F, T> Publishing<F, T> {
+    fn new(submitted: Result<Submitted<F, T>, CodecError>) -> Self {
         submitted.map_or_else(|error| Self::Failed(Some(error)), Self::Submitted)
     }
 }
 
-impl<T, F: Future<Output = Result<T, EngineError>> + Unpin> Future for Publishing<F> {
+impl<U: Into<T>, T, F: Future<Output = Result<U, EngineError>> + Unpin> Future for Publishing<F, T> {
     type Output = Result<T, PublishError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut *self {
-            Self::Submitted(submitted) => Pin::new(submitted).poll(context).map_err(PublishError::from),
+            Self::Submitted(Submitted::Here(submitted)) => {
+                Pin::new(submitted).poll(context).map(|result| Ok(result?.into()))
+            }
+            Self::Submitted(Submitted::Everywhere(submitted)) => {
+                submitted.as_mut().poll(context).map_err(PublishError::from)
+            }
             Self::Failed(error) => {
                 Poll::Ready(Err(error.take().expect("it is not polled after it was ready").into()))
             }
@@ -700,6 +921,9 @@ pub enum PublishError {
     /// The close code may not be in a Close frame. Nobody was disconnected.
     #[error(transparent)]
     InvalidCloseCode(#[from] InvalidCloseCode),
+    /// The clients of other nodes could not be reached.
+    #[error(transparent)]
+    Backplane(#[from] BackplaneError),
 }
 
 /// With the error's text: 503 where the engine has ended or has no room, 400 for the name of a group that is too long, 500
@@ -707,7 +931,7 @@ pub enum PublishError {
 impl IntoResponse for PublishError {
     fn into_response(self) -> Response {
         let status = match self {
-            Self::Closed | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Closed | Self::Overloaded | Self::Backplane(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::GroupNameTooLong => StatusCode::BAD_REQUEST,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -723,6 +947,15 @@ impl From<EngineError> for PublishError {
             EngineError::GroupNameTooLong => Self::GroupNameTooLong,
             EngineError::MetadataTooLong => Self::Metadata(MetadataError::TooLong),
             _ => Self::Closed,
+        }
+    }
+}
+
+impl From<ClusterError> for PublishError {
+    fn from(error: ClusterError) -> Self {
+        match error {
+            ClusterError::Engine(error) => error.into(),
+            ClusterError::Backplane(error) => error.into(),
         }
     }
 }
@@ -743,6 +976,9 @@ pub enum TryPublishError<T> {
     /// The codec could not encode the message.
     #[error(transparent)]
     Encode(#[from] CodecError),
+    /// The clients of other nodes cannot be reached.
+    #[error(transparent)]
+    Backplane(BackplaneError),
 }
 
 impl<T> TryPublishError<T> {
@@ -756,11 +992,11 @@ impl<T> TryPublishError<T> {
         matches!(self, Self::Closed(_))
     }
 
-    /// The message that was not sent; none if it could not be encoded.
+    /// The message that was not sent; none if it could not be encoded, or the backplane has failed.
     pub fn into_inner(self) -> Option<T> {
         match self {
             Self::Full(message) | Self::Closed(message) | Self::TooLong(message) => Some(message),
-            Self::Encode(_) => None,
+            Self::Encode(_) | Self::Backplane(_) => None,
         }
     }
 }
@@ -773,6 +1009,7 @@ impl<T> std::fmt::Debug for TryPublishError<T> {
             Self::Closed(_) => f.write_str("Closed(..)"),
             Self::TooLong(_) => f.write_str("TooLong(..)"),
             Self::Encode(error) => f.debug_tuple("Encode").field(error).finish(),
+            Self::Backplane(error) => f.debug_tuple("Backplane").field(error).finish(),
         }
     }
 }

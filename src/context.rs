@@ -9,9 +9,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use once_cell::race::OnceBox;
-use shardcast_engine::{CloseCode, ConnectionId, Position};
+use shardcast_engine::{CloseCode, Position};
 
 use crate::clients::{Clients, PublishError, Target};
+use crate::connection_id::ConnectionId;
 use crate::log_limit::{NO_ID, SHORT_FORM};
 
 /// The connection that a hub's method is called for, and through it all clients of the hub.
@@ -28,7 +29,8 @@ pub struct MessageContext<M, C> {
 /// What belongs to one connection. Not its hub: a hub may keep its context, and must end all the same.
 pub(crate) struct Caller<M> {
     clients: Clients<M>,
-    id: ConnectionId,
+    /// What the engine of this node calls it.
+    id: shardcast_engine::ConnectionId,
     /// Made when it is first needed: many hubs never do. One word and not two, because there is a caller for each
     /// connection.
     names: OnceBox<Names>,
@@ -42,7 +44,11 @@ struct Names {
 }
 
 impl<M> Caller<M> {
-    pub(crate) fn new(clients: Clients<M>, id: ConnectionId, user: Option<Arc<str>>) -> Self {
+    pub(crate) fn new(
+        clients: Clients<M>,
+        id: shardcast_engine::ConnectionId,
+        user: Option<Arc<str>>,
+    ) -> Self {
         let names = user.map(|user| Box::new(Names { user: Some(user), ..Names::default() }));
         Self { clients, id, names: names.map_or_else(OnceBox::new, OnceBox::with_value) }
     }
@@ -57,12 +63,17 @@ impl<M> Caller<M> {
     }
 
     pub(crate) fn id(&self) -> ConnectionId {
+        self.clients.id_of(self.id)
+    }
+
+    /// What the engine of this node calls the connection.
+    pub(crate) fn local_id(&self) -> shardcast_engine::ConnectionId {
         self.id
     }
 
     pub(crate) fn connection_id(&self) -> &Arc<str> {
         let names = self.names.get_or_init(Box::default);
-        names.connection_id.get_or_init(|| self.id.to_string().into())
+        names.connection_id.get_or_init(|| self.id().to_string().into())
     }
 }
 

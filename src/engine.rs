@@ -2,7 +2,7 @@
 //!
 //! A thin handle over the engine crate's. Does not know connections.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use shardcast_engine::{
@@ -10,7 +10,11 @@ use shardcast_engine::{
     ShutdownReport, StartError,
 };
 use tokio::runtime;
+use tokio::sync::watch;
 
+use crate::backplane::{
+    Backplane, BackplaneConfig, BackplaneMetrics, BackplaneStartError, BackplaneState, Cluster, Error, NodeId,
+};
 use crate::hub::{Hub, WsHub};
 
 /// A running engine: its shards own the connections of all its hubs.
@@ -37,6 +41,8 @@ pub struct Engine {
     /// The runtime that the shards' threads have entered.
     runtime: Option<runtime::Id>,
     sockets: Sockets,
+    /// The share in a log of several nodes, once there is one.
+    cluster: Arc<OnceLock<Cluster>>,
 }
 
 /// The connections of [`ws`](crate::ws) that are no clients of a hub, and their settings unless they have their own.
@@ -91,16 +97,107 @@ impl Engine {
     fn new(inner: shardcast_engine::Engine, runtime: Option<runtime::Id>, sockets: ConnectionConfig) -> Self {
         let namespace = inner.namespace_named("shardcast::ws");
         let sockets = Sockets { namespace, config: Arc::new(sockets) };
-        Self { inner, runtime, sockets }
+        Self { inner, runtime, sockets, cluster: Arc::default() }
     }
 
     /// A new hub, with clients and groups of its own. `config` is a [`WsHubConfig`](crate::WsHubConfig) for its
     /// connections.
     ///
+    /// With a [backplane](Self::backplane) it is one hub with those of the same name on other nodes. The name is that of
+    /// the type `H`, with its path; see [`hub_named`](Self::hub_named) for another.
+    ///
     /// # Errors
     /// A setting out of range, by name.
     pub fn hub<H: WsHub>(&self, config: impl Into<Arc<ConnectionConfig>>) -> Result<Hub<H>, ConfigError> {
-        Hub::new(self.inner.clone(), self.runtime, config.into())
+        self.hub_named(std::any::type_name::<H>(), config)
+    }
+
+    /// A new hub under a name of one's choice, for nodes that run different programs, or different releases of one in
+    /// which the type was moved. If an engine has several hubs of one name, the first ones of all nodes belong together,
+    /// the second ones, and so on. Without a [backplane](Self::backplane) the name means nothing.
+    ///
+    /// # Errors
+    /// A setting out of range, by name.
+    pub fn hub_named<H: WsHub>(
+        &self,
+        name: &str,
+        config: impl Into<Arc<ConnectionConfig>>,
+    ) -> Result<Hub<H>, ConfigError> {
+        let (inner, config) = (self.inner.clone(), config.into());
+        match self.cluster.get() {
+            None => Hub::new(inner, self.runtime, config),
+            Some(cluster) => Hub::on_all_nodes(inner, self.runtime, config, cluster, name),
+        }
+    }
+
+    /// Makes this process a node: hubs that are made from now on share their messages with those of all nodes whose
+    /// engines have a backplane on the same log. Everything that means several clients then means those of all nodes, and
+    /// ids of connections are unique over all nodes; [`on_this_node`](crate::Target::on_this_node) has the former meaning.
+    /// [The guide](crate::guide::nodes) says what else is different.
+    ///
+    /// `connect` connects to the broker, and is called again until that succeeds. This method returns at once. While the
+    /// broker cannot be reached, which is logged as a warning, the node is alone; what publishers get meanwhile is set by
+    /// [`BackplaneConfig::outage`]. If the broker refuses, or its address is no address, that is logged as an error, and
+    /// the node stays alone ([`BackplaneState::Failed`]). The node takes part by tasks on the current runtime, until the
+    /// engine has ended.
+    ///
+    /// ```no_run
+    /// # #[cfg(feature = "redis")]
+    /// # fn example(engine: shardcast::Engine) -> Result<(), Box<dyn std::error::Error>> {
+    /// use shardcast::backplane::{BackplaneConfig, redis::{RedisBackplane, RedisConfig}};
+    ///
+    /// let connect = || RedisBackplane::connect("redis://localhost", RedisConfig::default());
+    /// engine.backplane(connect, BackplaneConfig::default())?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`BackplaneStartError`]: a setting out of range, no tokio runtime, an engine that has a backplane already.
+    pub fn backplane<B, F>(
+        &self,
+        connect: impl FnMut() -> F + Send + 'static,
+        config: BackplaneConfig,
+    ) -> Result<(), BackplaneStartError>
+    where
+        B: Backplane,
+        F: Future<Output = Result<B, Error>> + Send,
+    {
+        config.validate()?;
+        if runtime::Handle::try_current().is_err() {
+            return Err(BackplaneStartError::NoRuntime);
+        }
+        let mut is_new = false;
+        self.cluster.get_or_init(|| {
+            is_new = true;
+            let ended = self.inner.ended();
+            Cluster::start(connect, config, async move {
+                let _ = ended.await;
+            })
+        });
+        if is_new { Ok(()) } else { Err(BackplaneStartError::AlreadySet) }
+    }
+
+    /// Whether this node can reach the broker of its backplane, to look at and to wait for; none without a backplane. For
+    /// a readiness endpoint, beside [`state`](Self::state).
+    pub fn backplane_state(&self) -> Option<watch::Receiver<BackplaneState>> {
+        self.cluster.get().map(|cluster| cluster.state())
+    }
+
+    /// What this node has counted of its backplane; none without one.
+    pub fn backplane_metrics(&self) -> Option<BackplaneMetrics> {
+        self.cluster.get().map(|cluster| cluster.metrics())
+    }
+
+    /// This node's id; none without a backplane.
+    pub fn node(&self) -> Option<NodeId> {
+        self.cluster.get().map(|cluster| cluster.node())
+    }
+
+    /// The nodes that are alive, this one included, in the order of their ids, to look at and to wait for; none without a
+    /// backplane. A node is known from its first entry in the log until it leaves or has been silent for
+    /// [`node_timeout`](BackplaneConfig::node_timeout).
+    pub fn nodes(&self) -> Option<watch::Receiver<Arc<[NodeId]>>> {
+        self.cluster.get().map(|cluster| cluster.nodes())
     }
 
     pub(crate) fn inner(&self) -> &shardcast_engine::Engine {

@@ -35,6 +35,8 @@ pub mod sockets {}
 pub mod tls_and_proxies {}
 #[doc = include_str!("guide/deployment.md")]
 pub mod deployment {}
+#[doc = include_str!("guide/nodes.md")]
+pub mod nodes {}
 #[doc = include_str!("guide/shards.md")]
 pub mod shards {}
 #[doc = include_str!("guide/metrics_and_logs.md")]

@@ -12,14 +12,14 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 
-use shardcast_engine::{
-    CloseCode, CloseReason, ConfigError, ConnectionConfig, ConnectionId, DropCause, Position,
-};
+use shardcast_engine::{CloseCode, CloseReason, ConfigError, ConnectionConfig, DropCause, Position};
 use tokio::runtime;
 use tokio::sync::mpsc;
 
+use crate::backplane::{Cluster, MissedMessages};
 use crate::clients::{Clients, PublishError, WeakClients};
 use crate::codec::{CodecError, Decode, Encode};
+use crate::connection_id::ConnectionId;
 use crate::context::MessageContext;
 use crate::log_limit::Excerpt;
 use crate::presence::PresenceChange;
@@ -286,6 +286,34 @@ pub trait WsHub: Send + Sync + Sized + 'static {
         async {}
     }
 
+    /// This node has missed messages that were published on other nodes: the broker of its
+    /// [backplane](crate::Engine::backplane) has dropped or lost them before they could be read here. Called once for each
+    /// time that this happens, and not for each client. Which messages, nobody knows; messages of this node's own publishers
+    /// are not among them, unless these got an error. A hub may tell its clients to load anew what they show:
+    ///
+    /// ```
+    /// # use shardcast::{Clients, HubContext, JsonCodec, WsHub, backplane::MissedMessages};
+    /// # struct Chat;
+    /// # impl WsHub for Chat {
+    /// #     type Codec = JsonCodec; type InMessage = String; type OutMessage = String;
+    /// #     async fn on_message(&self, _: String, _: HubContext<Self>) {}
+    /// async fn on_gap(clients: &Clients<String>, _: MissedMessages) {
+    ///     let _ = clients.to_all().on_this_node().publish(&"reload".to_owned()).await; // fails when the engine has ended
+    /// }
+    /// # }
+    /// ```
+    ///
+    /// Runs as a task on the tokio runtime on which the engine got its backplane. By default does nothing; that messages
+    /// were missed is logged as a warning and counted
+    /// ([`BackplaneMetrics::gaps`](crate::backplane::BackplaneMetrics::gaps)) in any case.
+    fn on_gap(
+        clients: &Clients<Self::OutMessage>,
+        missed: MissedMessages,
+    ) -> impl Future<Output = ()> + Send {
+        let _ = (clients, missed);
+        async {}
+    }
+
     /// Called by the default of [`on_connected`](Self::on_connected). Logs at debug level by default.
     fn on_connect(&self, request: ConnectionRequest) -> impl Future<Output = ()> + Send {
         async move { tracing::debug!(id = %request.connection_id, "connected") }
@@ -488,6 +516,25 @@ impl<H: WsHub> Hub<H> {
     ) -> Result<Self, ConfigError> {
         engine.check(&config)?;
         let clients = Clients::new::<H::Codec>(engine.namespace_named(std::any::type_name::<H>()));
+        Ok(Self { engine, runtime, clients, config })
+    }
+
+    /// The part on this node of the hub that all nodes know by this name.
+    pub(crate) fn on_all_nodes(
+        engine: shardcast_engine::Engine,
+        runtime: Option<runtime::Id>,
+        config: Arc<ConnectionConfig>,
+        cluster: &Cluster,
+        name: &str,
+    ) -> Result<Self, ConfigError> {
+        engine.check(&config)?;
+        let namespace = engine.namespace_named(std::any::type_name::<H>());
+        let on_gap = |clients: &Clients<H::OutMessage>, missed| {
+            let clients = clients.clone();
+            tokio::spawn(async move { H::on_gap(&clients, missed).await });
+        };
+        let start = |clients, changes| drop(cluster.runtime().spawn(pass_on_presence::<H>(clients, changes)));
+        let clients = Clients::of_all_nodes::<H::Codec>(namespace, cluster, name, on_gap, start);
         Ok(Self { engine, runtime, clients, config })
     }
 

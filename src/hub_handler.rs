@@ -274,7 +274,7 @@ async fn identify<M>(
                 return Err(Refusal::new(CloseCode::INTERNAL_ERROR, "metadata cannot be kept"));
             }
         };
-        if let Err(error) = clients.namespace().identify(id, user, config).await {
+        if let Err(error) = clients.namespace().identify(caller.local_id(), user, config).await {
             return Err(Refusal::new(CloseCode::POLICY_VIOLATION, error.to_string()));
         }
     }

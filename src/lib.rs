@@ -9,12 +9,16 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+mod address;
 pub mod auth;
+pub mod backplane;
 mod bridge;
 #[cfg(feature = "client")]
 pub mod client;
 mod clients;
+mod clock;
 mod codec;
+mod connection_id;
 mod context;
 mod default_engine;
 mod engine;
@@ -30,6 +34,7 @@ mod log_limit;
 mod origin;
 mod peer_address;
 mod presence;
+mod receipt;
 mod serve;
 mod serve_hub;
 mod stateful_hub;
@@ -48,6 +53,7 @@ pub use clients::{Clients, Prepared, PublishError, Target, TryPublishError};
 pub use codec::{
     BinaryCodec, CodecError, DEPTH_MAX, Decode, Encode, JsonCodec, RawCodec, RawMessage, deserialize_bounded,
 };
+pub use connection_id::{ConnectionId, InvalidConnectionId};
 pub use context::MessageContext;
 pub use engine::Engine;
 pub use first_message::Accepted;
@@ -58,16 +64,17 @@ pub use listen::listen;
 pub use origin::{AllowedOrigins, InvalidOrigin};
 pub use peer_address::{InvalidNetwork, TrustedProxies};
 pub use presence::{Metadata, MetadataError, PresenceChange, PresenceChanges, PresenceEvent, Present};
+pub use receipt::Receipt;
 pub use serve::{Serve, ServeError};
 pub use serve_hub::serve_hub;
 pub use shardcast_engine::ConnectionConfig as WsHubConfig;
 pub use shardcast_engine::Policy as BroadcastPolicy;
 pub use shardcast_engine::{
-    AdoptError, CloseCode, CloseReason, ConfigError, ConnectionId, ConnectionMetrics, DropCause, Drops,
-    EngineConfig, EngineState, FrameError, GROUP_NAME_BYTES_MAX, GroupCount, GroupMetrics, InvalidCloseCode,
-    InvalidConnectionId, InvalidPosition, METADATA_BYTES_MAX, MessageKind, Metrics, OverLimit, Position,
-    PresenceKind, Rate, RateLimit, Receipt, Rtt, SharedRateLimit, Shutdown, ShutdownReport, StartError,
-    Tally, USER_NAME_BYTES_MAX, UserLimit, prepare_tcp,
+    AdoptError, CloseCode, CloseReason, ConfigError, ConnectionMetrics, DropCause, Drops, EngineConfig,
+    EngineState, FrameError, GROUP_NAME_BYTES_MAX, GroupCount, GroupMetrics, InvalidCloseCode,
+    InvalidPosition, METADATA_BYTES_MAX, MessageKind, Metrics, OverLimit, Position, PresenceKind, Rate,
+    RateLimit, Rtt, SharedRateLimit, Shutdown, ShutdownReport, StartError, Tally, USER_NAME_BYTES_MAX,
+    UserLimit, prepare_tcp,
 };
 pub use stateful_hub::{Stateful, StatefulHub};
 pub use upgrade::{UpgradeRejection, WebSocket, WebSocketUpgrade};

@@ -18,7 +18,7 @@ use shardcast_engine::{
 };
 use tokio::runtime::Handle;
 
-use crate::clients::instant_of;
+use crate::clock::instant_of;
 use crate::codec::RawMessage;
 use crate::first_message::{self, Accepted, check_of};
 use crate::hub::{Hub, Refusal, WsHub};

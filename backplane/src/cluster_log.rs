@@ -10,11 +10,14 @@
 //! has not read back, beginning with the oldest. So an entry whose append has returned was read once by its own node,
 //! even if the broker has lost records that it had acknowledged.
 //!
-//! Owned by the publishers ([`ClusterLog`], any number of handles) and by one reader ([`Entries`]). Does not know what
-//! entries contain, nor which nodes exist.
+//! Owned by the publishers ([`ClusterLog`], any number of handles) and by one reader ([`Entries`]). With an entry a publisher
+//! may give an *origin*, which stays on this node: its reader gets it with the entry. Does not know what entries contain,
+//! nor which nodes exist.
 
 use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -54,9 +57,9 @@ pub struct EntryPosition {
     pub index: u32,
 }
 
-/// What a reader gets.
+/// What a reader gets. `O` is the type of this node's origins.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
+pub enum Event<O = ()> {
     /// An entry, once.
     Entry {
         /// Its position.
@@ -65,6 +68,8 @@ pub enum Event {
         node: NodeId,
         /// Its bytes.
         payload: Bytes,
+        /// What this node's publisher gave with it; none if another node has appended it.
+        origin: Option<O>,
     },
     /// This reader has missed entries. It has read none of the entries that follow.
     Gap(Gap),
@@ -99,55 +104,91 @@ pub enum EntryError {
     Closed,
 }
 
-/// Appends entries to a log. A clone is another handle.
-#[derive(Debug, Clone)]
-pub struct ClusterLog {
+/// An entry was not appended, because it would have to wait or is impossible; the origin is given back.
+#[derive(Debug, thiserror::Error)]
+pub enum TryAppendError<O> {
+    /// As many bytes or entries as are allowed wait to be appended or read back.
+    #[error("too much waits to be appended: try again later")]
+    Full(O),
+    /// It will never be appended.
+    #[error(transparent)]
+    Entry(EntryError),
+}
+
+/// Appends entries to a log. A clone is another handle. `O` is the type of the origins.
+#[derive(Debug)]
+pub struct ClusterLog<O = ()> {
     node: NodeId,
-    queue: mpsc::Sender<Queued>,
+    queue: mpsc::Sender<Queued<O>>,
     room: Arc<Semaphore>,
     entry_bytes_max: usize,
     queue_bytes_max: usize,
 }
 
-/// An entry that waits to be appended.
-#[derive(Debug)]
-struct Queued {
-    payload: Bytes,
-    waiter: Waiter,
+impl<O> Clone for ClusterLog<O> {
+    fn clone(&self) -> Self {
+        Self { queue: self.queue.clone(), room: self.room.clone(), ..*self }
+    }
 }
 
-/// The publisher that waits for an entry, and the entry's share of the queue's bytes.
+/// An entry that is on its way: completes when this node has read it back.
 #[derive(Debug)]
-struct Waiter {
+#[must_use = "it says whether the entry was appended"]
+pub struct Appending(oneshot::Receiver<Result<EntryPosition, EntryError>>);
+
+impl Future for Appending {
+    type Output = Result<EntryPosition, EntryError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(context).map(|told| told.unwrap_or(Err(EntryError::Closed)))
+    }
+}
+
+/// An entry that waits to be appended.
+#[derive(Debug)]
+struct Queued<O> {
+    payload: Bytes,
+    waiter: Waiter<O>,
+}
+
+/// The publisher that waits for an entry, its origin, and the entry's share of the queue's bytes.
+#[derive(Debug)]
+struct Waiter<O> {
     told: oneshot::Sender<Result<EntryPosition, EntryError>>,
+    origin: Option<O>,
     _room: OwnedSemaphorePermit,
 }
 
 /// Batches of this node that it has not read back, the oldest first.
-#[derive(Debug, Default)]
-struct Outstanding {
-    batches: Mutex<Batches>,
+#[derive(Debug)]
+struct Outstanding<O> {
+    batches: Mutex<Batches<O>>,
     /// There is something to append again.
     changed: Notify,
 }
 
-#[derive(Debug, Default)]
-struct Batches {
-    sent: VecDeque<Sent>,
+#[derive(Debug)]
+struct Batches<O> {
+    sent: VecDeque<Sent<O>>,
     /// How often that has happened. An acknowledgement of an append that began before the last time proves nothing.
     doubts: u64,
 }
 
 #[derive(Debug)]
-struct Sent {
+struct Sent<O> {
     number: u64,
     record: Bytes,
     is_stored: bool,
-    waiters: Vec<Waiter>,
+    waiters: Vec<Waiter<O>>,
 }
 
-impl Outstanding {
-    fn lock(&self) -> MutexGuard<'_, Batches> {
+impl<O> Outstanding<O> {
+    fn new() -> Self {
+        let batches = Batches { sent: VecDeque::new(), doubts: 0 };
+        Self { batches: Mutex::new(batches), changed: Notify::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Batches<O>> {
         self.batches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -168,14 +209,14 @@ impl Outstanding {
     }
 
     /// Removes the batch if it is the oldest, because it has been read back. Returns the waiters of its entries.
-    fn read_back(&self, number: u64) -> Option<Vec<Waiter>> {
+    fn read_back(&self, number: u64) -> Option<Vec<Waiter<O>>> {
         let mut batches = self.lock();
         let is_next = batches.sent.front().is_some_and(|sent| sent.number == number);
         is_next.then(|| batches.sent.pop_front()).flatten().map(|sent| sent.waiters)
     }
 
     /// Removes a batch that cannot be appended.
-    fn refuse(&self, number: u64) -> Vec<Waiter> {
+    fn refuse(&self, number: u64) -> Vec<Waiter<O>> {
         let mut batches = self.lock();
         let at = batches.sent.iter().position(|sent| sent.number == number);
         at.and_then(|at| batches.sent.remove(at)).map_or_else(Vec::new, |sent| sent.waiters)
@@ -191,7 +232,7 @@ impl Outstanding {
     }
 }
 
-impl ClusterLog {
+impl<O: Send + 'static> ClusterLog<O> {
     /// Joins a log as the node `node`, and reads it from `start` on. Appends on the runtime from which it is called,
     /// until the last handle and [`Entries`] have been dropped.
     ///
@@ -202,11 +243,11 @@ impl ClusterLog {
         node: NodeId,
         start: Start,
         config: ClusterLogConfig,
-    ) -> Result<(Self, Entries<B::Reader>), Error> {
+    ) -> Result<(Self, Entries<B::Reader, O>), Error> {
         let reader = backplane.read(start).await?;
         let (queue, queued) = mpsc::channel(QUEUE_MAX);
         let queue_bytes_max = config.queue_bytes_max.clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
-        let outstanding = Arc::new(Outstanding::default());
+        let outstanding = Arc::new(Outstanding::new());
         let log = Self {
             node,
             queue,
@@ -249,39 +290,101 @@ impl ClusterLog {
         self.node
     }
 
+    /// The longest entry, in bytes.
+    pub fn entry_bytes_max(&self) -> usize {
+        self.entry_bytes_max
+    }
+
+    /// Bytes of entries that wait to be appended or read back.
+    pub fn queued_bytes(&self) -> usize {
+        self.queue_bytes_max.saturating_sub(self.room.available_permits())
+    }
+
     /// Appends an entry. Returns its position as soon as this node's [`Entries`] has returned the entry and is asked for
     /// the next event. Waits while the broker cannot be reached. If the call is dropped, the entry may or may not be
     /// appended.
     ///
     /// # Errors
     /// [`EntryError`].
-    pub async fn append(&self, payload: Bytes) -> Result<EntryPosition, EntryError> {
+    pub async fn append_from(&self, payload: Bytes, origin: O) -> Result<EntryPosition, EntryError> {
+        self.enqueue_from(payload, origin).await?.await
+    }
+
+    /// Appends an entry, but waits only for room. It is on its way when this has returned; what is returned need not be
+    /// awaited.
+    ///
+    /// # Errors
+    /// As for [`append_from`](Self::append_from).
+    pub async fn enqueue_from(&self, payload: Bytes, origin: O) -> Result<Appending, EntryError> {
+        let bytes = self.bytes_of(&payload)?;
+        let room = self.room.clone().acquire_many_owned(bytes).await.map_err(|_| EntryError::Closed)?;
+        let (queued, appending) = Queued::new(payload, origin, room);
+        self.queue.send(queued).await.map_err(|_| EntryError::Closed)?;
+        Ok(appending)
+    }
+
+    /// Appends an entry without waiting for room. It is on its way when this has returned; what is returned need not be
+    /// awaited.
+    ///
+    /// # Errors
+    /// [`TryAppendError::Full`] while [`queue_bytes_max`](ClusterLogConfig::queue_bytes_max) bytes or 65,536 entries wait;
+    /// otherwise as for [`append_from`](Self::append_from).
+    pub fn try_append_from(&self, payload: Bytes, origin: O) -> Result<Appending, TryAppendError<O>> {
+        let bytes = self.bytes_of(&payload).map_err(TryAppendError::Entry)?;
+        let Ok(room) = self.room.clone().try_acquire_many_owned(bytes) else {
+            return Err(TryAppendError::Full(origin));
+        };
+        let (queued, appending) = Queued::new(payload, origin, room);
+        self.queue.try_send(queued).map_err(|refused| match refused {
+            mpsc::error::TrySendError::Full(queued) => match queued.waiter.origin {
+                Some(origin) => TryAppendError::Full(origin),
+                None => TryAppendError::Entry(EntryError::Closed),
+            },
+            mpsc::error::TrySendError::Closed(_) => TryAppendError::Entry(EntryError::Closed),
+        })?;
+        Ok(appending)
+    }
+
+    /// How much of the queue's room an entry takes.
+    fn bytes_of(&self, payload: &Bytes) -> Result<u32, EntryError> {
         let (len, max) = (payload.len(), self.entry_bytes_max);
         if len > max {
             return Err(EntryError::TooLong { len, max });
         }
-        let bytes = batch::entry_bytes(len).min(self.queue_bytes_max) as u32; // at most `u32::MAX`, see `join`
-        let room = self.room.clone().acquire_many_owned(bytes).await.map_err(|_| EntryError::Closed)?;
+        Ok(batch::entry_bytes(len).min(self.queue_bytes_max) as u32) // at most `u32::MAX`, see `join`
+    }
+}
+
+impl ClusterLog {
+    /// [`append_from`](Self::append_from) without an origin.
+    ///
+    /// # Errors
+    /// [`EntryError`].
+    pub async fn append(&self, payload: Bytes) -> Result<EntryPosition, EntryError> {
+        self.append_from(payload, ()).await
+    }
+}
+
+impl<O> Queued<O> {
+    fn new(payload: Bytes, origin: O, room: OwnedSemaphorePermit) -> (Self, Appending) {
         let (told, outcome) = oneshot::channel();
-        let queued = Queued { payload, waiter: Waiter { told, _room: room } };
-        self.queue.send(queued).await.map_err(|_| EntryError::Closed)?;
-        outcome.await.unwrap_or(Err(EntryError::Closed))
+        (Self { payload, waiter: Waiter { told, origin: Some(origin), _room: room } }, Appending(outcome))
     }
 }
 
 /// Appends what is queued, one batch after the other.
-struct Appender<B> {
+struct Appender<B, O> {
     backplane: B,
     node: NodeId,
     batch_bytes_max: usize,
-    queued: mpsc::Receiver<Queued>,
-    outstanding: Arc<Outstanding>,
+    queued: mpsc::Receiver<Queued<O>>,
+    outstanding: Arc<Outstanding<O>>,
     next_number: u64,
     /// An entry that no longer fitted into a batch.
-    left_over: Option<Queued>,
+    left_over: Option<Queued<O>>,
 }
 
-impl<B: Backplane> Appender<B> {
+impl<B: Backplane, O> Appender<B, O> {
     /// Is ended with [`Entries`].
     async fn run(mut self) {
         let outstanding = self.outstanding.clone();
@@ -345,27 +448,27 @@ impl<B: Backplane> Appender<B> {
 
 /// Reads a log: every entry of every node, once.
 #[derive(Debug)]
-pub struct Entries<R> {
+pub struct Entries<R, O = ()> {
     node: NodeId,
     reader: R,
-    outstanding: Arc<Outstanding>,
+    outstanding: Arc<Outstanding<O>>,
     /// The last batch of each other node.
     last: HashMap<NodeId, u64>,
     has_gap: bool,
-    ready: VecDeque<(Event, Option<Waiter>)>,
+    ready: VecDeque<(Event<O>, Option<Waiter<O>>)>,
     /// Who waits for the entry that was handed out last.
-    taken: Option<(EntryPosition, Waiter)>,
+    taken: Option<(EntryPosition, Waiter<O>)>,
     /// Ends the appender.
     _closed: oneshot::Sender<()>,
 }
 
-impl<R: Reader> Entries<R> {
+impl<R: Reader, O> Entries<R, O> {
     /// The next event, as soon as there is one. With this call the one before it counts as ingested. May be dropped
     /// before it has completed, without losing an event.
     ///
     /// # Errors
     /// As for [`Reader::next`].
-    pub async fn next(&mut self) -> Result<Event, Error> {
+    pub async fn next(&mut self) -> Result<Event<O>, Error> {
         if let Some((position, waiter)) = self.taken.take() {
             let _ = waiter.told.send(Ok(position)); // nobody may wait any more
         }
@@ -415,11 +518,12 @@ impl<R: Reader> Entries<R> {
         self.hand_out(position, node, entries, Vec::new());
     }
 
-    fn hand_out(&mut self, position: Position, node: NodeId, entries: Vec<Bytes>, waiters: Vec<Waiter>) {
+    fn hand_out(&mut self, position: Position, node: NodeId, entries: Vec<Bytes>, waiters: Vec<Waiter<O>>) {
         let waiters = waiters.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
-        for ((index, payload), waiter) in (0..).zip(entries).zip(waiters) {
+        for ((index, payload), mut waiter) in (0..).zip(entries).zip(waiters) {
             let position = EntryPosition { record: position, index };
-            self.ready.push_back((Event::Entry { position, node, payload }, waiter));
+            let origin = waiter.as_mut().and_then(|waiter| waiter.origin.take());
+            self.ready.push_back((Event::Entry { position, node, payload, origin }, waiter));
         }
     }
 }

@@ -55,7 +55,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::watch;
 
-pub use cluster_log::{ClusterLog, ClusterLogConfig, Entries, EntryError, EntryPosition, Event};
+pub use cluster_log::{
+    Appending, ClusterLog, ClusterLogConfig, Entries, EntryError, EntryPosition, Event, TryAppendError,
+};
 pub use error::Error;
 pub use node::{InvalidNodeId, NodeId};
 pub use position::Position;

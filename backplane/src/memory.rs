@@ -210,6 +210,9 @@ impl Backplane for MemoryBackplane {
     }
 
     async fn read(&self, start: Start) -> Result<Reader, Error> {
+        if self.shared.is_out() {
+            return Err(Error::unavailable("an outage"));
+        }
         let state = self.shared.lock();
         let next = match start {
             Start::After(position) => position,
@@ -243,6 +246,9 @@ impl Backplane for MemoryBackplane {
     }
 
     async fn listen(&self, node: NodeId) -> Result<Inbox, Error> {
+        if self.shared.is_out() {
+            return Err(Error::unavailable("an outage"));
+        }
         let (sender, messages) = mpsc::channel(INBOX_MAX);
         self.shared.lock().inboxes.entry(node).or_default().push(sender);
         Ok(Inbox(messages))

@@ -20,7 +20,7 @@ pub struct InvalidNodeId;
 impl NodeId {
     /// A new id, at random.
     pub fn random() -> Self {
-        Self(RandomState::new().hash_one(std::process::id()))
+        Self(RandomState::new().hash_one(std::process::id()).max(1)) // 0 means none
     }
 
     /// The id with this number.

@@ -29,6 +29,9 @@ pub(crate) const SHARDS_MAX: usize = 1 << (64 - SLOT_BITS - GENERATION_BITS);
 pub(crate) const SLOTS_MAX: usize = 1 << SLOT_BITS;
 
 impl ConnectionId {
+    /// The id of no connection: it addresses nobody.
+    pub const NOBODY: Self = Self(u64::MAX);
+
     /// `generation` wraps at 2^28.
     pub(crate) fn new(shard: usize, slot: Slot, generation: u64) -> Self {
         debug_assert!(shard < SHARDS_MAX && slot.index() < SLOTS_MAX);

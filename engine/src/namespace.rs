@@ -27,7 +27,7 @@ use crate::position::Position;
 use crate::presence::{PresenceObserver, Present, User};
 use crate::publication::{Address, Publication};
 use crate::publisher::{
-    GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError,
+    Enqueued, GROUP_NAME_BYTES_MAX, METADATA_BYTES_MAX, PublishError, Publisher, Submission, TryPublishError,
     USER_NAME_BYTES_MAX, Wants,
 };
 use crate::rate::SharedRateLimit;
@@ -76,6 +76,16 @@ impl Namespace {
         publication: Publication,
     ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + Unpin + use<'_> {
         self.publisher.submit(publication, Wants::Outcome)
+    }
+
+    /// Publishes in two steps: returns as soon as the log (for one connection: its shard's mailbox) has accepted the
+    /// publication, whatever its connections do. What the publisher `wants` to wait for is left to
+    /// [`Enqueued::outcome`], which another task may await.
+    ///
+    /// # Errors
+    /// As for [`publish`](Self::publish).
+    pub async fn enqueue(&self, publication: Publication, wants: Wants) -> Result<Enqueued, PublishError> {
+        self.publisher.enqueue(publication, wants).await
     }
 
     /// Publishes without waiting, for code that is not async. A slow consumer gets the message when its
@@ -279,6 +289,11 @@ impl Namespace {
             self.publisher.submit_command(shard, Command::Ask(Box::new(query))).await?;
         }
         Ok(())
+    }
+
+    /// The position after everything that has been published so far.
+    pub fn position(&self) -> Position {
+        self.publisher.core().tail()
     }
 
     /// The time by the engine's clock, to which [`expire_at`](Self::expire_at) and

@@ -184,11 +184,8 @@ impl Publication {
     /// Excludes these connections too.
     #[must_use]
     #[inline]
-    pub fn except(mut self, ids: &[ConnectionId]) -> Self {
-        // Nobody is excluded in most publications.
-        if !ids.is_empty() {
-            self.except.extend_from_slice(ids);
-        }
+    pub fn except<'a>(mut self, ids: impl IntoIterator<Item = &'a ConnectionId>) -> Self {
+        self.except.extend(ids.into_iter().copied());
         self
     }
 

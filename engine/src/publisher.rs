@@ -156,6 +156,24 @@ impl Publisher {
         Submission { publisher: self, wants, step: Step::Submit(publication) }
     }
 
+    /// Publishes as soon as the log or the mailbox has room, and leaves the outcome that the caller `wants` to be awaited
+    /// elsewhere.
+    pub(crate) async fn enqueue(
+        &self,
+        publication: Publication,
+        wants: Wants,
+    ) -> Result<Enqueued, PublishError> {
+        if publication.is_too_long() {
+            return Err(PublishError::TooLong);
+        }
+        let (position, awaited) = match self.try_submit(publication.into(), wants) {
+            Ok(submitted) => submitted,
+            Err(Refused::Closed(_)) => return Err(PublishError::Closed),
+            Err(Refused::Full(draft)) => self.room_for(draft, wants).await?,
+        };
+        Ok(Enqueued { publisher: self.clone(), wants, position, awaited })
+    }
+
     /// Waits for room for the draft.
     fn room_for(&self, draft: Box<Draft>, wants: Wants) -> Room<'_, Submitted> {
         let bounded: &(dyn Bounded + Sync) = match draft.publication.to {
@@ -497,6 +515,31 @@ impl Future for Submission<'_> {
     }
 }
 
+/// A publication that the log, or a shard's mailbox, has accepted: see [`Namespace::enqueue`](crate::Namespace::enqueue).
+#[derive(Debug)]
+#[must_use = "await its outcome, or drop it to wait for nobody"]
+pub struct Enqueued {
+    publisher: Publisher,
+    wants: Wants,
+    position: Position,
+    awaited: Option<Awaited>,
+}
+
+impl Enqueued {
+    /// Waits for the connections: see [`Wants`]. May be dropped, which withdraws nothing.
+    ///
+    /// # Errors
+    /// [`PublishError::Closed`] if a shard was abandoned when the engine ended.
+    pub async fn outcome(self) -> Result<Receipt, PublishError> {
+        let Self { publisher, wants, position, awaited } = self;
+        let mut submission = Submission { publisher: &publisher, wants, step: Step::Done };
+        match submission.accepted((position, awaited)) {
+            Some(receipt) => Ok(receipt),
+            None => submission.await,
+        }
+    }
+}
+
 /// A queue at which publishers wait for room: the log, or a mailbox.
 trait Bounded {
     /// Whether it has no room now. Never once it is closed.
@@ -551,9 +594,10 @@ enum Destination {
     Log(Target),
 }
 
-/// What a publisher waits for.
+/// What a publisher waits for after its publication was accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wants {
+pub enum Wants {
+    /// Nothing: a slow consumer gets the message when its outbox has room.
     Nothing,
     /// That every recipient has room. It may have it already, and then there is nothing to wait for.
     Room,

@@ -98,7 +98,7 @@ pub struct TestMember<H: WsHub> {
     /// The client, which receives what is sent to it, to its groups and to all. What it sends is discarded.
     pub client: HubTestClient<H>,
     /// The id of its connection.
-    pub id: ConnectionId,
+    pub id: crate::ConnectionId,
 }
 
 /// Settings of a [`TestContext`].
@@ -201,6 +201,7 @@ impl<H: WsHub> TestContext<H> {
             None => format!("a member of {groups:?}"),
         };
         let (client, id, _) = connect(&self.hub, &self.waiting, &name, user).await;
+        let id = self.hub.id_of(id);
         self.hub.join_all(id, groups).await.expect("the groups can be joined");
         self.driver.settle().await;
         TestMember { client, id }

@@ -15,6 +15,7 @@ use axum::Error;
 use bytes::Bytes;
 use futures_util::{Sink, Stream, future, stream::FusedStream};
 use http::HeaderValue;
+use shardcast_backplane::NodeId;
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionId, Context as HandlerContext, Control, Handler,
     Message as Incoming, MessageKind, Namespace, Payload, Publication,
@@ -38,6 +39,8 @@ pub struct WebSocket {
     link: Arc<Link>,
     namespace: Namespace,
     id: ConnectionId,
+    /// Of its hub, if there are others.
+    node: Option<NodeId>,
     protocol: Option<HeaderValue>,
     /// What a `Sink` was given last, until the connection has accepted it.
     sending: Option<Sending>,
@@ -206,9 +209,10 @@ impl WebSocket {
         link: Arc<Link>,
         namespace: Namespace,
         id: ConnectionId,
+        node: Option<NodeId>,
         protocol: Option<HeaderValue>,
     ) -> Self {
-        Self { link, namespace, id, protocol, sending: None, is_closed: false, is_over: false }
+        Self { link, namespace, id, node, protocol, sending: None, is_closed: false, is_over: false }
     }
 
     /// The next message, or `None` when the connection has ended and everything has been read.
@@ -240,8 +244,8 @@ impl WebSocket {
 
     /// The connection's id: what [`Clients::join`](crate::Clients::join), [`Clients::to`](crate::Clients::to) and
     /// [`Target::except`](crate::Target::except) take, if it is a [client of a hub](super::WebSocketUpgrade::client_of).
-    pub fn id(&self) -> ConnectionId {
-        self.id
+    pub fn id(&self) -> crate::ConnectionId {
+        crate::ConnectionId::new(self.node, self.id)
     }
 
     /// A handle that can close the connection when the socket is in other hands.

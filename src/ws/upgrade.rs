@@ -13,6 +13,7 @@ use axum::extract::{FromRequestParts, OptionalFromRequestParts};
 use axum::response::{IntoResponse, Response};
 use http::request::Parts;
 use http::{HeaderValue, StatusCode};
+use shardcast_backplane::NodeId;
 use shardcast_engine::{AdoptError, ConnectionConfig, ConnectionId, Namespace, USER_NAME_BYTES_MAX};
 use tokio::sync::oneshot;
 
@@ -47,13 +48,15 @@ pub struct WebSocketUpgrade<F = DefaultOnFailedUpgrade> {
 struct Owner {
     engine: shardcast_engine::Engine,
     namespace: Namespace,
+    /// Of the hub, if there are others.
+    node: Option<NodeId>,
     config: Arc<ConnectionConfig>,
 }
 
 impl Owner {
     fn of_engine(engine: &Engine) -> Self {
         let Sockets { namespace, config } = engine.sockets().clone();
-        Self { engine: engine.inner().clone(), namespace, config }
+        Self { engine: engine.inner().clone(), namespace, node: None, config }
     }
 }
 
@@ -72,7 +75,8 @@ impl<F> WebSocketUpgrade<F> {
     pub fn client_of<H: WsHub>(self, hub: &Hub<H>) -> Self {
         hub.observe_presence();
         let Host { engine, namespace, config } = hub.host();
-        let owner = Owner { engine: engine.clone(), namespace: namespace.clone(), config: config.clone() };
+        let (engine, namespace, config) = (engine.clone(), namespace.clone(), config.clone());
+        let owner = Owner { engine, namespace, node: hub.clients().node(), config };
         Self { owner: Some(owner), config: None, ..self }
     }
 
@@ -245,7 +249,7 @@ impl<F> WebSocketUpgrade<F> {
             };
             let host = Host { engine: &owner.engine, namespace: &owner.namespace, config: &config };
             let address = socket.remote_address();
-            match adopt(host, permit, socket, user).await {
+            match adopt(host, permit, socket, user, owner.node).await {
                 // In a task of its own, which keeps nothing of the upgrade.
                 Ok(socket) => drop(tokio::spawn(callback(socket, address))),
                 Err(error) => on_failed_upgrade.call(error),
@@ -261,6 +265,7 @@ async fn adopt(
     mut permit: shardcast_engine::ConnectionPermit,
     socket: crate::upgrade::WebSocket,
     user: Option<Arc<str>>,
+    node: Option<NodeId>,
 ) -> Result<WebSocket, Error> {
     let socket = host.count_late(&mut permit, socket).map_err(Error::new)?;
     let (link, protocol) = (Arc::<Link>::default(), socket.protocol().cloned());
@@ -275,7 +280,7 @@ async fn adopt(
         return Err(Error::new(error));
     }
     match opened.await {
-        Ok(id) => Ok(WebSocket::new(link, host.namespace.clone(), id, protocol)),
+        Ok(id) => Ok(WebSocket::new(link, host.namespace.clone(), id, node, protocol)),
         Err(_) => Err(Error::new(ServeError::Stopping)), // the shard did not take it
     }
 }
