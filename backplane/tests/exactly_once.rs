@@ -13,7 +13,7 @@ use bytes::Bytes;
 use shardcast_backplane::memory::{Faults, MemoryLog};
 use shardcast_backplane::{
     Backplane, ClusterLog, ClusterLogConfig, Entries, EntryError, EntryPosition, Event, GapCause, NodeId,
-    Reader, Start,
+    Reader, Start, TryAppendError,
 };
 use tokio::time::{sleep, timeout};
 
@@ -293,4 +293,34 @@ async fn a_call_waits_while_the_queue_is_full_and_ends_with_the_reader() {
         assert!(matches!(append.await.unwrap(), Err(EntryError::Closed)));
     }
     assert!(matches!(handle.append(Bytes::new()).await, Err(EntryError::Closed)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_origin_comes_back_with_its_entry_or_with_the_refusal() {
+    let log = MemoryLog::new();
+    let config = ClusterLogConfig { queue_bytes_max: 10, ..ClusterLogConfig::default() };
+    let join = |node| ClusterLog::join(log.backplane(), NodeId::from_bits(node), Start::Tail, config.clone());
+    let (here, mut read_here) = join(1).await.unwrap();
+    let (_there, mut read_there): (ClusterLog<&str>, _) = join(2).await.unwrap();
+    let text = || Bytes::from_static(b"12345678");
+    let on_its_way = here.try_append_from(text(), "first").unwrap();
+    let refused = here.try_append_from(text(), "second").unwrap_err();
+    assert!(matches!(refused, TryAppendError::Full("second")), "{refused}");
+    let origin = |event| match event {
+        Event::Entry { origin, .. } => origin,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(origin(read_here.next().await.unwrap()), Some("first"));
+    assert_eq!(origin(read_there.next().await.unwrap()), None, "it stays on its node");
+    assert!(timeout(Duration::from_secs(1), read_here.next()).await.is_err());
+    on_its_way.await.unwrap();
+    drop(here.try_append_from(text(), "third").expect("there is room again"));
+    assert_eq!(origin(read_here.next().await.unwrap()), Some("third"), "although nobody awaits it");
+    drop(read_here);
+    sleep(Duration::from_secs(1)).await;
+    let closed = here.try_append_from(text(), "fourth").unwrap_err();
+    assert!(
+        matches!(closed, TryAppendError::Entry(EntryError::Closed) | TryAppendError::Full("fourth")),
+        "{closed}"
+    );
 }
