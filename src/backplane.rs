@@ -23,6 +23,8 @@ mod answers;
 mod cluster;
 mod entry;
 mod ingest;
+mod presence;
+mod roster;
 
 use std::time::Duration;
 
@@ -57,6 +59,9 @@ pub struct BackplaneConfig {
     /// After how long a silence a node counts as gone: at least three times the interval, at most 1 hour. Only time
     /// counts during which this node could read the log. Default: 5 s.
     pub node_timeout: Duration,
+    /// For how long the users of a node that has left or is gone still count as present, so that they can come back on
+    /// another node without being seen to leave: 0 to 1 hour. Default: 5 s.
+    pub absent_users_timeout: Duration,
     /// Bytes of messages in one record of the log: 1 KiB to 16 MiB. A longer message has a record of its own. Default:
     /// 64 KiB.
     pub batch_bytes_max: usize,
@@ -73,6 +78,7 @@ impl Default for BackplaneConfig {
             answer_timeout: Duration::from_secs(15),
             heartbeat_interval: Duration::from_secs(1),
             node_timeout: Duration::from_secs(5),
+            absent_users_timeout: Duration::from_secs(5),
             batch_bytes_max: 64 << 10,
             queue_bytes_max: 16 << 20,
         }
@@ -92,6 +98,7 @@ impl BackplaneConfig {
         let interval = self.heartbeat_interval;
         within("heartbeat_interval", interval, Duration::from_millis(100), Duration::from_secs(60))?;
         within("node_timeout", self.node_timeout, 3 * interval, HOUR)?;
+        within("absent_users_timeout", self.absent_users_timeout, Duration::ZERO, HOUR)?;
         within("batch_bytes_max", self.batch_bytes_max, 1 << 10, 16 << 20)?;
         within("queue_bytes_max", self.queue_bytes_max, 64 << 10, u32::MAX as usize)
     }

@@ -24,6 +24,7 @@ use shardcast_engine::{
     GroupMetrics, InvalidCloseCode, MessageKind, Namespace, Payload, Policy as BroadcastPolicy, Position,
     Publication, PublishError as EngineError, TryPublishError as TryEngineError,
 };
+use tokio::sync::mpsc;
 
 use crate::address::{To, on_or_nobody, those_on};
 use crate::backplane::{
@@ -33,7 +34,9 @@ use crate::backplane::{
 use crate::clock::instant_of;
 use crate::codec::{CodecError, Encode};
 use crate::connection_id::ConnectionId;
-use crate::presence::{Metadata, MetadataError, Observer, PresenceChange, PresenceChanges, Present, Streams};
+use crate::presence::{
+    self, Metadata, MetadataError, Observer, PresenceChange, PresenceChanges, Present, Streams,
+};
 use crate::receipt::Receipt;
 
 /// The clients of one hub, which receive messages `M` in the hub's codec. Cloneable, and usable from any thread or
@@ -60,14 +63,17 @@ struct Inner<M> {
     codec: TypeId,
     encode_failures: AtomicU64,
     streams: Streams,
-    /// The way to the clients of other nodes, with a backplane.
-    link: Option<HubLink>,
+    /// The way to the clients of other nodes, with a backplane, and what the engine announces of presence on this one.
+    link: Option<(HubLink, mpsc::Sender<PresenceChange>)>,
     /// Whether changes of presence are passed on: from when the first client with a user is served.
     is_observed: OnceLock<()>,
 }
 
 impl<M> Inner<M> {
-    fn new<C: Encode<M>>(namespace: Namespace, link: Option<HubLink>) -> Self {
+    fn new<C: Encode<M>>(
+        namespace: Namespace,
+        link: Option<(HubLink, mpsc::Sender<PresenceChange>)>,
+    ) -> Self {
         Self {
             namespace,
             encode: C::encode,
@@ -112,28 +118,34 @@ impl<M> Clients<M> {
         cluster: &Cluster,
         name: &str,
         on_gap: impl Fn(&Self, MissedMessages) + Send + Sync + 'static,
+        start: impl FnOnce(WeakClients<M>, mpsc::Receiver<PresenceChange>),
     ) -> Self
     where
         M: 'static,
     {
-        let inner = Arc::new_cyclic(|inner: &Weak<Inner<M>>| {
-            let (clients, told) = (WeakClients(inner.clone()), WeakClients(inner.clone()));
-            let hooks = Hooks {
-                namespace: Box::new(move || Some(clients.upgrade()?.inner.namespace.clone())),
-                on_gap: Box::new(move |missed| {
-                    if let Some(clients) = told.upgrade() {
-                        on_gap(&clients, missed);
-                    }
-                }),
-            };
-            Inner::new::<C>(namespace, Some(cluster.link(name, hooks)))
-        });
+        let (hook, told) = presence::all_changes();
+        let (changes, announced) = presence::changes();
+        let link = cluster.link(name);
+        let inner = Arc::new(Inner::new::<C>(namespace, Some((link.clone(), changes))));
+        let weak = || WeakClients(Arc::downgrade(&inner));
+        start(weak(), told);
+        let (clients, missing) = (weak(), weak());
+        let hooks = Hooks {
+            namespace: Box::new(move || Some(clients.upgrade()?.inner.namespace.clone())),
+            on_gap: Box::new(move |missed| {
+                if let Some(clients) = missing.upgrade() {
+                    on_gap(&clients, missed);
+                }
+            }),
+            on_presence: presence::pass_on(hook, inner.streams.clone()),
+        };
+        link.begin(hooks, announced);
         Self { inner }
     }
 
     /// This node, if there are others.
     pub(crate) fn node(&self) -> Option<NodeId> {
-        self.inner.link.as_ref().map(HubLink::node)
+        self.link().map(HubLink::node)
     }
 
     /// The id of a connection of this node as all nodes know it.
@@ -148,18 +160,29 @@ impl<M> Clients<M> {
 
     /// The way to a connection of another node; none if it is of this one, or if there are no others.
     fn link_to(&self, id: ConnectionId) -> Option<&HubLink> {
-        self.inner.link.as_ref().filter(|link| id.node() != Some(link.node()))
+        self.link().filter(|link| id.node() != Some(link.node()))
+    }
+
+    fn link(&self) -> Option<&HubLink> {
+        self.inner.link.as_ref().map(|(link, _)| link)
     }
 
     /// Passes changes of presence on from now on, if they are not yet. `start` begins the task that gets them.
     pub(crate) fn observe_presence(
         &self,
-        start: impl FnOnce(WeakClients<M>, tokio::sync::mpsc::Receiver<PresenceChange>),
+        start: impl FnOnce(WeakClients<M>, mpsc::Receiver<PresenceChange>),
     ) {
         self.inner.is_observed.get_or_init(|| {
-            let (observer, changes) = Observer::new(self.inner.streams.clone());
+            let observer = match &self.inner.link {
+                // Streams and the hook are for the changes of all nodes, which the log has.
+                Some((_, changes)) => Observer::new(changes.clone(), Streams::default()),
+                None => {
+                    let (hook, changes) = presence::changes();
+                    start(WeakClients(Arc::downgrade(&self.inner)), changes);
+                    Observer::new(hook, self.inner.streams.clone())
+                }
+            };
             self.inner.namespace.observe_presence(observer);
-            start(WeakClients(Arc::downgrade(&self.inner)), changes);
         });
     }
 
@@ -276,6 +299,25 @@ impl<M> Clients<M> {
         self.join_all(id, &[group]).await
     }
 
+    /// Makes a client a member of a group at a place in the order of all nodes' messages: no message that was published
+    /// before this call, on whichever node, reaches the client by the group. [`join`](Self::join) promises that only for
+    /// messages of this node, but takes no round trip to the broker. Without a [backplane](crate::Engine::backplane) both
+    /// are the same.
+    ///
+    /// # Errors
+    /// As for [`join`](Self::join), and [`PublishError::Backplane`] if the broker cannot be reached, whatever the
+    /// [`OutagePolicy`](crate::backplane::OutagePolicy); the client may become a member later.
+    pub async fn join_exactly(&self, id: ConnectionId, group: &str) -> Result<Position, PublishError> {
+        match self.link() {
+            None => self.join(id, group).await,
+            Some(_) if group.len() > GROUP_NAME_BYTES_MAX => Err(PublishError::GroupNameTooLong),
+            Some(link) => {
+                link.command(id, Command::Join(vec![group])).await?;
+                Ok(self.inner.namespace.position())
+            }
+        }
+    }
+
     /// Ends a membership: messages that are published to the group from now on do not reach the client, earlier ones
     /// do.
     ///
@@ -295,8 +337,8 @@ impl<M> Clients<M> {
                 return Err(PublishError::GroupNameTooLong);
             }
             link.command(id, Command::Join(groups.to_vec())).await?;
+            return Ok(self.inner.namespace.position());
         }
-        // For a connection of another node that only returns the position.
         Ok(self.inner.namespace.join_all(self.local(id), groups).await?)
     }
 
@@ -444,24 +486,35 @@ impl<M> Clients<M> {
     }
 
     async fn presence_in(&self, group: Option<&str>) -> Result<Vec<Present>, PublishError> {
-        let (sender, mut answer) = tokio::sync::mpsc::unbounded_channel();
+        let (sender, mut answer) = mpsc::unbounded_channel();
         let on_presence = move |present| {
             let _ = sender.send(present); // fails when nobody waits for the answer any more
         };
         self.inner.namespace.collect_presence(group, on_presence).await?;
         let present = answer.recv().await.ok_or(PublishError::Closed)?;
-        Ok(present.into_iter().map(Present::from).collect())
+        let mut present = present.into_iter().map(Present::from).collect();
+        if let Some(link) = self.link() {
+            link.presence().add_others(link.node(), group, &mut present);
+        }
+        Ok(present)
     }
 
     /// How many users are present in a group: the length of the list that [`presence`](Self::presence) returns. Takes the
     /// same short time for any number.
     pub fn presence_len(&self, group: &str) -> usize {
-        self.inner.namespace.presence_len(Some(group))
+        self.presence_len_in(Some(group))
     }
 
     /// How many users are present in the hub.
     pub fn presence_len_of_all(&self) -> usize {
-        self.inner.namespace.presence_len(None)
+        self.presence_len_in(None)
+    }
+
+    fn presence_len_in(&self, group: Option<&str>) -> usize {
+        match self.link() {
+            Some(link) => link.presence().len(group),
+            None => self.inner.namespace.presence_len(group),
+        }
     }
 
     /// How many clients a user has, those on their way to their shard included.
@@ -553,7 +606,7 @@ impl<'a, M> Target<'a, M> {
 
     /// The way to other nodes, if the target has clients there.
     fn link(&self) -> Option<&HubLink> {
-        let link = self.clients.inner.link.as_ref()?;
+        let link = self.clients.link()?;
         (!self.is_local && !self.to.is_only_on(Some(link.node()))).then_some(link)
     }
 
@@ -596,7 +649,7 @@ impl<'a, M> Target<'a, M> {
     /// # Errors
     /// An engine that has ended, too many publishers that wait already.
     pub async fn metrics(&self) -> Result<GroupMetrics, PublishError> {
-        let (sender, mut parts) = tokio::sync::mpsc::unbounded_channel();
+        let (sender, mut parts) = mpsc::unbounded_channel();
         let on_metrics = move |part| {
             let _ = sender.send(part); // fails when nobody waits for the answer any more
         };
@@ -609,18 +662,22 @@ impl<'a, M> Target<'a, M> {
         Ok(sum)
     }
 
-    /// The ids of the target's clients, after everything that was sent before, in no particular order. Every shard
-    /// visits each of these connections.
+    /// The ids of the target's clients, on all nodes, after everything that was sent before, in no particular order. Every
+    /// shard visits each of these connections.
     ///
     /// # Errors
-    /// An engine that has ended, too many publishers that wait already.
+    /// An engine that has ended, too many publishers that wait already; [`BackplaneError::Unavailable`] if not all nodes
+    /// have answered in time.
     pub async fn members(&self) -> Result<Vec<ConnectionId>, PublishError> {
-        let (sender, mut parts) = tokio::sync::mpsc::unbounded_channel();
+        let (sender, mut parts) = mpsc::unbounded_channel();
         let on_members = move |part| {
             let _ = sender.send(part); // fails when nobody waits for the answer any more
         };
+        let mut members = match self.link() {
+            Some(link) => link.members(&self.to).await?,
+            None => Vec::new(),
+        };
         self.namespace().collect_members(&self.here(), on_members).await?;
-        let mut members = Vec::new();
         while let Some(part) = parts.recv().await {
             members.extend(part.into_iter().map(|id| self.clients.id_of(id)));
         }
@@ -708,16 +765,15 @@ impl<'a, M> Target<'a, M> {
     /// another codec.
     pub fn try_publish_prepared(&self, message: &Prepared<M>) -> Result<(), TryPublishError<Prepared<M>>> {
         let payload = self.clients.payload_of(message)?;
-        let mut publication = self.publication(payload.clone());
-        if let Some(link) = self.link() {
-            let published = self.published(link, Content::of(&payload), None);
-            match link.try_publish(Outgoing::new(published, publication)) {
+        let publication = match self.link() {
+            None => self.publication(payload),
+            Some(link) => match link.try_publish(self.outgoing(link, payload, None)) {
                 Ok(()) => return Ok(()),
                 Err(TrySent::Full) => return Err(TryPublishError::Full(message.clone())),
                 Err(TrySent::Failed(error)) => return Err(TryPublishError::Backplane(error)),
-                Err(TrySent::Alone(alone)) => publication = alone,
-            }
-        }
+                Err(TrySent::Alone(alone)) => alone,
+            },
+        };
         self.namespace().try_publish(publication).map_err(|error| match error {
             TryEngineError::Full(_) => TryPublishError::Full(message.clone()),
             TryEngineError::TooLong(_) => TryPublishError::TooLong(message.clone()),
@@ -729,15 +785,11 @@ impl<'a, M> Target<'a, M> {
         &self,
         payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<(), PublishError>> + Send + use<'a, M> {
-        Publishing::new(payload.map(|payload| {
-            let publication = self.publication(payload.clone());
-            match self.link() {
-                None => Submitted::Here(self.namespace().publish(publication)),
-                Some(link) => {
-                    let published = self.published(link, Content::of(&payload), None);
-                    let outgoing = Outgoing::new(published, publication);
-                    Submitted::Everywhere(Box::pin(link.clone().publish(self.namespace().clone(), outgoing)))
-                }
+        Publishing::new(payload.map(|payload| match self.link() {
+            None => Submitted::Here(self.namespace().publish(self.publication(payload))),
+            Some(link) => {
+                let outgoing = self.outgoing(link, payload, None);
+                Submitted::Everywhere(Box::pin(link.clone().publish(self.namespace().clone(), outgoing)))
             }
         }))
     }
@@ -746,17 +798,13 @@ impl<'a, M> Target<'a, M> {
         &self,
         payload: Result<Payload, CodecError>,
     ) -> impl Future<Output = Result<Receipt, PublishError>> + Send + use<'a, M> {
-        Publishing::new(payload.map(|payload| {
-            let publication = self.publication(payload.clone());
-            match self.link() {
-                None => Submitted::Here(self.namespace().deliver(publication)),
-                Some(link) => {
-                    let (receipt, expected) = link.expect_receipts();
-                    let published = self.published(link, Content::of(&payload), Some(receipt));
-                    let outgoing = Outgoing::new(published, publication);
-                    let namespace = self.namespace().clone();
-                    Submitted::Everywhere(Box::pin(link.clone().deliver(namespace, outgoing, expected)))
-                }
+        Publishing::new(payload.map(|payload| match self.link() {
+            None => Submitted::Here(self.namespace().deliver(self.publication(payload))),
+            Some(link) => {
+                let (receipt, expected) = link.expect_receipts();
+                let outgoing = self.outgoing(link, payload, Some(receipt));
+                let namespace = self.namespace().clone();
+                Submitted::Everywhere(Box::pin(link.clone().deliver(namespace, outgoing, expected)))
             }
         }))
     }
@@ -764,6 +812,11 @@ impl<'a, M> Target<'a, M> {
     fn publication(&self, payload: Payload) -> Publication {
         let except = those_on(self.except, self.clients.node());
         Publication::message(self.here(), payload).except(&except).with_delivery(self.delivery)
+    }
+
+    fn outgoing(&self, link: &HubLink, payload: Payload, receipt: Option<u64>) -> Outgoing {
+        let published = self.published(link, Content::of(&payload), receipt);
+        Outgoing::new(published, self.publication(payload.clone()))
     }
 
     /// The same for all nodes.

@@ -49,6 +49,11 @@ impl ConnectionId {
         self.local.shard()
     }
 
+    /// What the engine of its node calls the connection.
+    pub(crate) fn local(self) -> shardcast_engine::ConnectionId {
+        self.local
+    }
+
     /// What the engine of this node calls the connection; none for a connection of another node.
     pub(crate) fn on(self, node: Option<NodeId>) -> Option<shardcast_engine::ConnectionId> {
         (self.node() == node).then_some(self.local)

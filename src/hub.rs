@@ -533,7 +533,8 @@ impl<H: WsHub> Hub<H> {
             let clients = clients.clone();
             tokio::spawn(async move { H::on_gap(&clients, missed).await });
         };
-        let clients = Clients::of_all_nodes::<H::Codec>(namespace, cluster, name, on_gap);
+        let start = |clients, changes| drop(cluster.runtime().spawn(pass_on_presence::<H>(clients, changes)));
+        let clients = Clients::of_all_nodes::<H::Codec>(namespace, cluster, name, on_gap, start);
         Ok(Self { engine, runtime, clients, config })
     }
 

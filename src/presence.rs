@@ -34,6 +34,12 @@ impl Metadata {
         Ok(Self(bytes.into()))
     }
 
+    /// What another node has told; none if that is no JSON, or too long.
+    pub(crate) fn from_json(bytes: &[u8]) -> Option<Self> {
+        let is_json = serde_json::from_slice::<serde::de::IgnoredAny>(bytes).is_ok();
+        (is_json && bytes.len() <= METADATA_BYTES_MAX).then(|| Self(bytes.into()))
+    }
+
     pub(crate) fn into_bytes(self) -> Arc<[u8]> {
         self.0
     }
@@ -205,11 +211,42 @@ pub(crate) struct Observer {
     streams: Streams,
 }
 
+/// For the changes that wait for a task: at most 1,024.
+pub(crate) fn changes() -> (mpsc::Sender<PresenceChange>, mpsc::Receiver<PresenceChange>) {
+    mpsc::channel(HOOK_CHANGES_MAX)
+}
+
+/// The same for the changes of all nodes, which cannot wait elsewhere: a million. Beyond it they are lost.
+pub(crate) fn all_changes() -> (mpsc::Sender<PresenceChange>, mpsc::Receiver<PresenceChange>) {
+    mpsc::channel(1 << 20)
+}
+
+/// Passes the changes of all nodes on: each to streams, and to the task that calls the hook if this node has to.
+pub(crate) fn pass_on(
+    hook: mpsc::Sender<PresenceChange>,
+    streams: Streams,
+) -> Box<dyn Fn(PresenceChange, bool) + Send + Sync> {
+    Box::new(move |change, is_ours| {
+        streams.send(&change);
+        if is_ours && let Err(mpsc::error::TrySendError::Full(_)) = hook.try_send(change) {
+            tracing::error!("changes of presence are lost: `on_presence` is much too slow");
+        }
+    })
+}
+
 impl Observer {
-    /// The observer, and what the task that calls the hook receives.
-    pub(crate) fn new(streams: Streams) -> (Self, mpsc::Receiver<PresenceChange>) {
-        let (hook, changes) = mpsc::channel(HOOK_CHANGES_MAX);
-        (Self { hook, streams }, changes)
+    /// An observer that passes changes to the task that calls the hook, and to streams.
+    pub(crate) fn new(hook: mpsc::Sender<PresenceChange>, streams: Streams) -> Self {
+        Self { hook, streams }
+    }
+}
+
+impl Streams {
+    /// Passes a change to every stream.
+    pub(crate) fn send(&self, change: &PresenceChange) {
+        if let Some(streams) = self.0.get() {
+            let _ = streams.send(change.clone()); // fails while nobody has a stream
+        }
     }
 }
 
@@ -221,9 +258,7 @@ impl PresenceObserver for Observer {
 
     fn on_change(&self, change: shardcast_engine::PresenceChange) {
         let change = PresenceChange::from(change);
-        if let Some(streams) = self.streams.0.get() {
-            let _ = streams.send(change.clone()); // fails while nobody has a stream
-        }
+        self.streams.send(&change);
         let _ = self.hook.try_send(change); // there is room, or the task has ended
     }
 }

@@ -175,9 +175,13 @@ async fn every_target_means_the_clients_of_all_nodes() {
     ada.recv_texts(&["near", "tried"]).await;
     bob.recv_texts(&["tried"]).await;
     assert_eq!(hub.groups_of(bob_id).await.unwrap().unwrap(), [std::sync::Arc::<str>::from("b")]);
+    let members: BTreeSet<_> = hub.to_all().members().await.unwrap().into_iter().collect();
+    assert_eq!(members, BTreeSet::from([ada_id, bob_id]));
+    assert_eq!(hub.to_all().on_this_node().members().await.unwrap(), [ada_id]);
+    assert_eq!(hub.to_group("b").members().await.unwrap(), [bob_id]);
     hub.disconnect(bob_id, CloseCode(4000), "from afar").await.unwrap();
     assert_eq!(bob.closed().await, (4000, text("from afar")));
-    eventually(0, || nodes[1].hub.len()).await;
+    eventually(0, || nodes[1].engine.metrics().connections).await; // no longer closing either
     assert_eq!(hub.groups_of(bob_id).await.unwrap(), None);
     hub.to(bob_id).publish(&text("to nobody")).await.unwrap();
     hub.to_all().disconnect(CloseCode(4001), "all").await.unwrap();
@@ -304,6 +308,22 @@ async fn a_node_that_starts_without_its_broker_takes_part_when_there_is_one() {
     far.recv_texts(&["waited"]).await;
     here.hub.to_all().publish(&text("together")).await.unwrap();
     far.recv_texts(&["together"]).await;
+}
+
+#[tokio::test]
+async fn an_exact_join_has_a_place_in_the_order_of_all_nodes() {
+    let log = MemoryLog::new();
+    let nodes = Node::start_all(&log, 2).await;
+    let (mut client, id) = nodes[0].connect().await;
+    // Read by this node late: later than the call below begins.
+    log.set_faults(Faults { seed: 3, read_within: Duration::from_millis(20), ..Faults::default() });
+    for round in 0..10 {
+        nodes[1].hub.to_group("group").publish(&text("before")).await.unwrap();
+        within_timeout(nodes[0].hub.join_exactly(id, "group")).await.unwrap();
+        nodes[1].hub.to_group("group").publish(&format!("after {round}")).await.unwrap();
+        client.recv_texts(&[&format!("after {round}")]).await;
+        nodes[0].hub.leave(id, "group").await.unwrap();
+    }
 }
 
 /// Tells what it has missed.

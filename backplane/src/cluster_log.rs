@@ -307,11 +307,20 @@ impl<O: Send + 'static> ClusterLog<O> {
     /// # Errors
     /// [`EntryError`].
     pub async fn append_from(&self, payload: Bytes, origin: O) -> Result<EntryPosition, EntryError> {
+        self.enqueue_from(payload, origin).await?.await
+    }
+
+    /// Appends an entry, but waits only for room. It is on its way when this has returned; what is returned need not be
+    /// awaited.
+    ///
+    /// # Errors
+    /// As for [`append_from`](Self::append_from).
+    pub async fn enqueue_from(&self, payload: Bytes, origin: O) -> Result<Appending, EntryError> {
         let bytes = self.bytes_of(&payload)?;
         let room = self.room.clone().acquire_many_owned(bytes).await.map_err(|_| EntryError::Closed)?;
         let (queued, appending) = Queued::new(payload, origin, room);
         self.queue.send(queued).await.map_err(|_| EntryError::Closed)?;
-        appending.await
+        Ok(appending)
     }
 
     /// Appends an entry without waiting for room. It is on its way when this has returned; what is returned need not be

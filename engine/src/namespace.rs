@@ -291,6 +291,11 @@ impl Namespace {
         Ok(())
     }
 
+    /// The position after everything that has been published so far.
+    pub fn position(&self) -> Position {
+        self.publisher.core().tail()
+    }
+
     /// The time by the engine's clock, to which [`expire_at`](Self::expire_at) and
     /// [`NewConnection::expires_at`] refer: the system's, except for an engine that is
     /// [driven by another](crate::Engine::driven_by).

@@ -12,13 +12,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use shardcast_backplane::{ClusterLog, EntryError, NodeId, TryAppendError};
 use shardcast_engine::{Enqueued, Namespace, Publication, PublishError as EngineError, Wants};
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::answers::{Expected, Question};
 use super::entry::{AnswerContent, Command, Entry, Published};
+use super::presence::{Announcer, HubPresence};
 use super::{BackplaneConfig, BackplaneError, MissedMessages, OutagePolicy};
+use crate::address::To;
 use crate::connection_id::ConnectionId;
+use crate::presence::PresenceChange;
 use crate::receipt::Receipt;
 
 /// Whether a node takes part.
@@ -97,6 +101,7 @@ pub(super) struct Ingested {
 pub(super) struct Registration {
     pub(super) name: Arc<str>,
     pub(super) hooks: Hooks,
+    pub(super) presence: Arc<HubPresence>,
 }
 
 /// How the ingest task reaches a hub, without keeping it alive.
@@ -105,6 +110,8 @@ pub(crate) struct Hooks {
     pub(crate) namespace: Box<dyn Fn() -> Option<Namespace> + Send + Sync>,
     /// Tells the hub that messages were missed.
     pub(crate) on_gap: Box<dyn Fn(MissedMessages) + Send + Sync>,
+    /// Passes a change of presence on; true if this node is to tell the hub.
+    pub(crate) on_presence: Box<dyn Fn(PresenceChange, bool) + Send + Sync>,
 }
 
 /// A node's share in the log. A clone is another handle.
@@ -125,6 +132,8 @@ struct Shared {
     questions: mpsc::UnboundedSender<Question>,
     last_question: AtomicU64,
     counters: Arc<Counters>,
+    /// Where this node's tasks run.
+    runtime: Handle,
 }
 
 /// The other ends of a [`Cluster`]'s channels.
@@ -143,6 +152,7 @@ pub(crate) struct HubLink {
     cluster: Cluster,
     /// The hub's name, by which the nodes' hubs belong together.
     name: Arc<str>,
+    presence: Arc<HubPresence>,
 }
 
 /// A message on its way to all nodes: encoded, and what this node publishes if it stays alone.
@@ -210,8 +220,20 @@ impl Cluster {
             counters: counters.clone(),
         };
         let (names, last_question) = (Mutex::default(), AtomicU64::new(0));
-        let shared =
-            Shared { node, config, log, state, nodes, hubs, names, questions, last_question, counters };
+        let runtime = Handle::current();
+        let shared = Shared {
+            node,
+            config,
+            log,
+            state,
+            nodes,
+            hubs,
+            names,
+            questions,
+            last_question,
+            counters,
+            runtime,
+        };
         (Self(Arc::new(shared)), tasks)
     }
 
@@ -241,8 +263,13 @@ impl Cluster {
         }
     }
 
-    /// A hub's way to the other nodes. Entries that are read from now on reach it by its hooks.
-    pub(crate) fn link(&self, name: &str, hooks: Hooks) -> HubLink {
+    /// Where this node's tasks run.
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.0.runtime
+    }
+
+    /// The way to the other nodes of a hub that is being made.
+    pub(crate) fn link(&self, name: &str) -> HubLink {
         let number = {
             let mut names = self.0.names.lock().unwrap_or_else(PoisonError::into_inner);
             let number = names.entry(name.to_owned()).or_default();
@@ -250,9 +277,14 @@ impl Cluster {
             *number
         };
         let name: Arc<str> = if number == 1 { name.into() } else { format!("{name}#{number}").into() };
-        // Fails when the node has left.
-        let _ = self.0.hubs.send(Registration { name: name.clone(), hooks });
-        HubLink { cluster: self.clone(), name }
+        HubLink { cluster: self.clone(), name, presence: Arc::new(HubPresence::new()) }
+    }
+
+    /// Appends an entry that nobody waits for. Returns when there was room for it.
+    pub(super) async fn announce(&self, entry: &Entry<'_>) -> Result<(), BackplaneError> {
+        let appending = self.log().await?.enqueue_from(encode(entry)?, Origin::of_nobody()).await?;
+        drop(appending); // it goes on
+        Ok(())
     }
 
     /// A number under which answers arrive at `expected`, as long as that is kept.
@@ -311,6 +343,21 @@ impl HubLink {
 
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The hub is made: entries that are read from now on reach it by its hooks, and the `changes` of presence on this node
+    /// are told to the others.
+    pub(crate) fn begin(&self, hooks: Hooks, changes: mpsc::Receiver<PresenceChange>) {
+        let Self { cluster, name, presence } = self.clone();
+        let registration = Registration { name: name.clone(), hooks, presence: presence.clone() };
+        let _ = cluster.0.hubs.send(registration); // fails when the node has left
+        let runtime = cluster.0.runtime.clone();
+        runtime.spawn(Announcer { cluster, hub: name, presence, announced: HashMap::new() }.run(changes));
+    }
+
+    /// Who is present on all nodes.
+    pub(crate) fn presence(&self) -> &HubPresence {
+        &self.presence
     }
 
     /// The number under which nodes answer with their receipts, and these.
@@ -395,6 +442,24 @@ impl HubLink {
     pub(crate) async fn command(&self, id: ConnectionId, command: Command<'_>) -> Result<(), BackplaneError> {
         let entry = encode(&Entry::Command { hub: &self.name, id, command })?;
         self.cluster.append(entry, Wants::Nothing).await.map(drop)
+    }
+
+    /// The connections of a target on other nodes.
+    pub(crate) async fn members(&self, to: &To) -> Result<Vec<ConnectionId>, BackplaneError> {
+        let (question, mut answers) = self.cluster.ask();
+        let entry = encode(&Entry::ListMembers { hub: &self.name, to: to.clone(), question })?;
+        let Ingested { others, .. } = self.cluster.append(entry, Wants::Nothing).await?;
+        let deadline = Instant::now() + self.cluster.0.config.answer_timeout;
+        let (mut members, mut missing) = (Vec::new(), others.to_vec());
+        while !missing.is_empty() {
+            let answer =
+                timeout_at(deadline, answers.next()).await.map_err(|_| BackplaneError::Unavailable)?;
+            let (node, content) = answer.ok_or(BackplaneError::Left)?;
+            let AnswerContent::Members { ids, is_last } = content else { continue };
+            members.extend(ids.into_iter().map(|id| ConnectionId::new(Some(node), id)));
+            missing.retain(|missing| !is_last || *missing != node);
+        }
+        Ok(members)
     }
 
     /// The groups of a connection of another node; none if it has disconnected.

@@ -27,6 +27,23 @@ const ENTRY_BYTES_HINT: usize = 128;
 pub(crate) enum Entry<'a> {
     /// The node is alive; or it leaves, and nothing of it follows.
     Heartbeat { is_leaving: bool },
+    /// All nodes are asked for the connections that a target has there.
+    ListMembers { hub: &'a str, to: To, question: u64 },
+    /// A node is gone, and its users with it, unless something of it has followed what was read last.
+    Forget { node: u64, read_last: Place },
+    /// All nodes are asked to tell who is present on them in this hub.
+    AskPresence { hub: &'a str },
+    /// All users who are present on this node in this hub: a part of them.
+    Present {
+        hub: &'a str,
+        is_first: bool,
+        is_last: bool,
+        #[serde(borrow)]
+        users: Vec<UserState<'a>>,
+    },
+    /// A user has joined or left, on this node.
+    #[serde(borrow)]
+    PresenceChange(PresenceNews<'a>),
     /// A message, or the end of connections.
     #[serde(borrow)]
     Published(Published<'a>),
@@ -37,6 +54,28 @@ pub(crate) enum Entry<'a> {
         #[serde(borrow)]
         command: Command<'a>,
     },
+}
+
+/// The place of an entry: epoch and number of its record, and its number in the record.
+pub(crate) type Place = (u64, u64, u32);
+
+/// A user in a group, or, without one, in the hub.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct UserState<'a> {
+    pub(crate) group: Option<&'a str>,
+    pub(crate) user: &'a str,
+    /// In milliseconds since 1970.
+    pub(crate) since: u64,
+    /// As JSON.
+    pub(crate) metadata: Option<&'a [u8]>,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct PresenceNews<'a> {
+    pub(crate) hub: &'a str,
+    pub(crate) is_present: bool,
+    #[serde(borrow)]
+    pub(crate) state: UserState<'a>,
 }
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -92,6 +131,11 @@ pub(crate) enum AnswerContent {
     },
     /// None for a connection that has disconnected.
     Groups(Option<Vec<String>>),
+    /// A part of them.
+    Members {
+        ids: Vec<shardcast_engine::ConnectionId>,
+        is_last: bool,
+    },
 }
 
 /// Why bytes are no entry.
@@ -200,6 +244,10 @@ mod tests {
 
     use super::*;
 
+    fn ada() -> UserState<'static> {
+        UserState { group: Some("room"), user: "ada", since: 3, metadata: Some(b"{}") }
+    }
+
     fn published<'a>(content: Content<'a>, except: &'a [ConnectionId]) -> Entry<'a> {
         let policy = Policy::DropConnection { timeout: Duration::from_millis(1500), max_drops: 3 };
         Entry::Published(Published {
@@ -219,6 +267,11 @@ mod tests {
         let except = [id];
         let entries = [
             Entry::Heartbeat { is_leaving: true },
+            Entry::Forget { node: 7, read_last: (1, 2, 3) },
+            Entry::AskPresence { hub: "chat" },
+            Entry::ListMembers { hub: "chat", to: To::One(id), question: 4 },
+            Entry::Present { hub: "chat", is_first: true, is_last: false, users: vec![ada()] },
+            Entry::PresenceChange(PresenceNews { hub: "chat", is_present: true, state: ada() }),
             published(Content::Text("hello"), &except),
             published(Content::Binary(&[0, 255, 128]), &[]),
             published(Content::Close { code: CloseCode(4000), reason: "away".into() }, &[]),

@@ -14,22 +14,28 @@ use std::task::Poll;
 use std::time::Duration;
 
 use shardcast_backplane::{
-    Backplane, ClusterLog, ClusterLogConfig, Connection, Entries, Error, Event, GapCause, NodeId, Start,
+    Backplane, ClusterLog, ClusterLogConfig, Connection, Entries, EntryPosition, Error, Event, GapCause,
+    NodeId, Start,
 };
-use shardcast_engine::{Enqueued, Namespace, PublishError, Wants};
+use shardcast_engine::{Address, Enqueued, Namespace, PublishError, Wants};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::answers;
-use super::cluster::{Cluster, Counters, Hooks, Ingested, Origin, Registration, Tasks, micros};
-use super::entry::{Answer, AnswerContent, Command, Entry, Published};
+use super::cluster::{Cluster, Counters, Ingested, Origin, Registration, Tasks, micros};
+use super::entry::{Answer, AnswerContent, Command, Entry, Place, Published};
+use super::roster::{Attendee, Change};
 use super::{BackplaneConfig, BackplaneState, MissedCause, MissedMessages, OutagePolicy};
 use crate::address::on_or_nobody;
 use crate::clock::instant_of;
 use crate::connection_id::ConnectionId;
+use crate::presence::PresenceChange;
 
 /// Between two attempts to reach the broker.
 pub(super) const RETRY: Duration = Duration::from_millis(200);
+
+/// Ids of connections in one answer: far fewer bytes than brokers take in a message.
+const MEMBERS_PER_PART: usize = 8192;
 
 /// For how long a node that leaves tries to say so.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -122,9 +128,13 @@ struct Ingest<B> {
     backplane: B,
     node: NodeId,
     config: BackplaneConfig,
-    hubs: HashMap<Arc<str>, Hooks>,
+    hubs: HashMap<Arc<str>, Registration>,
     new_hubs: mpsc::UnboundedReceiver<Registration>,
     alive: Alive,
+    /// Nodes that are not alive any more, and whose users may still come back: until this heartbeat of this node.
+    absent: HashMap<NodeId, u64>,
+    /// The last entry of each node.
+    read_last: HashMap<NodeId, EntryPosition>,
     /// The other nodes that are alive.
     others: Arc<[NodeId]>,
     nodes: watch::Sender<Arc<[NodeId]>>,
@@ -143,8 +153,19 @@ impl<B: Backplane> Ingest<B> {
         ),
     ) -> Self {
         let ticks_max = config.node_timeout.div_duration_f64(config.heartbeat_interval).ceil() as u64;
-        let (hubs, alive, others) = (HashMap::new(), Alive::new(node, ticks_max), Arc::default());
-        Self { backplane, node, config, hubs, new_hubs, alive, others, nodes, counters }
+        Self {
+            backplane,
+            node,
+            config,
+            hubs: HashMap::new(),
+            new_hubs,
+            alive: Alive::new(node, ticks_max),
+            absent: HashMap::new(),
+            read_last: HashMap::new(),
+            others: Arc::default(),
+            nodes,
+            counters,
+        }
     }
 
     /// Returns only if the broker refuses to be read.
@@ -164,29 +185,27 @@ impl<B: Backplane> Ingest<B> {
         log.send_replace(Some(joined.clone()));
         tracing::info!(node = %self.node, "this node takes part in the backplane");
         let report = report(self.backplane.connection(), state);
-        let beat = beat(joined, self.config.heartbeat_interval, self.counters.clone());
+        let beat = beat(joined.clone(), self.config.heartbeat_interval, self.counters.clone());
         tokio::select! {
-            () = self.read(entries) => {}
+            () = self.read(entries, joined) => {}
             () = report => {}
             () = beat => {}
         }
     }
 
     /// Reads every entry. Returns only if the broker refuses.
-    async fn read(&mut self, mut entries: Entries<B::Reader, Origin>) {
+    async fn read(&mut self, mut entries: Entries<B::Reader, Origin>, log: ClusterLog<Origin>) {
         loop {
             let event = entries.next().await;
-            while let Ok(Registration { name, hooks }) = self.new_hubs.try_recv() {
-                self.hubs.insert(name, hooks);
+            while let Ok(registration) = self.new_hubs.try_recv() {
+                self.hubs.insert(registration.name.clone(), registration);
             }
             match event {
-                Ok(Event::Entry { node, payload, origin, .. }) => {
+                Ok(Event::Entry { node, payload, origin, position }) => {
                     self.counters.entries.fetch_add(1, Relaxed); // Relaxed: a counter, as all here
-                    if self.alive.heard(node) {
-                        self.publish_nodes();
-                    }
+                    self.has_read(node, position);
                     match Entry::decode(&payload) {
-                        Ok(entry) => self.execute(node, entry, origin).await,
+                        Ok(entry) => self.execute(node, entry, origin, &log).await,
                         Err(error) => {
                             self.counters.skipped.fetch_add(1, Relaxed);
                             tracing::debug!(%node, %error, "an entry of the log cannot be used");
@@ -206,14 +225,61 @@ impl<B: Backplane> Ingest<B> {
         }
     }
 
-    async fn execute(&mut self, node: NodeId, entry: Entry<'_>, origin: Option<Origin>) {
+    /// Whatever a node writes is a sign of its life.
+    fn has_read(&mut self, node: NodeId, position: EntryPosition) {
+        self.read_last.insert(node, position);
+        self.absent.remove(&node);
+        if self.alive.heard(node) {
+            self.publish_nodes();
+        }
+    }
+
+    async fn execute(
+        &mut self,
+        node: NodeId,
+        entry: Entry<'_>,
+        origin: Option<Origin>,
+        log: &ClusterLog<Origin>,
+    ) {
         let mut enqueued = None;
         match entry {
-            Entry::Heartbeat { is_leaving } => {
-                let has_changed =
-                    if is_leaving { self.alive.left(node) } else { node == self.node && self.alive.tick() };
-                if has_changed {
-                    self.publish_nodes();
+            Entry::Heartbeat { is_leaving: true } => {
+                if self.alive.left(node) {
+                    self.are_gone(&[node]);
+                }
+            }
+            Entry::Heartbeat { is_leaving: false } => {
+                if node == self.node {
+                    self.tick(log);
+                }
+            }
+            Entry::ListMembers { hub, to, question } => {
+                if node != self.node {
+                    self.list_members(node, hub, &to.on(Some(self.node)), question).await;
+                }
+            }
+            Entry::Forget { node: gone, read_last } => {
+                let gone = NodeId::from_bits(gone);
+                // Every node decides alike, because all read the same entries before this one.
+                if self.read_last.get(&gone).is_none_or(|last| place_of(*last) <= read_last) {
+                    self.forget(gone, node);
+                }
+            }
+            Entry::AskPresence { hub } => {
+                if let Some(hub) = self.hubs.get(hub) {
+                    hub.presence.asked((node == self.node).then_some(self.alive.tick));
+                }
+            }
+            Entry::Present { hub, is_first, is_last, users } => {
+                if let Some(hub) = self.hubs.get(hub) {
+                    let changes = hub.presence.told_all(node, is_first, is_last, users);
+                    self.announce(hub, changes, node);
+                }
+            }
+            Entry::PresenceChange(news) => {
+                if let Some(hub) = self.hubs.get(news.hub) {
+                    let change = hub.presence.changed(node, news);
+                    self.announce(hub, change, node);
                 }
             }
             Entry::Published(published) => {
@@ -320,6 +386,33 @@ impl<B: Backplane> Ingest<B> {
         }
     }
 
+    /// Answers with the connections that the address has here, in parts.
+    async fn list_members(&self, asker: NodeId, hub: &str, to: &Address, question: u64) {
+        let (sender, mut parts) = mpsc::unbounded_channel();
+        if let Some(namespace) = self.namespace(hub) {
+            let collect = || {
+                let sender = sender.clone();
+                namespace.collect_members(to, move |ids| drop(sender.send(ids)))
+            };
+            if let Err(error) = self.wait_for_room(collect).await {
+                tracing::debug!(%error, "the members of a target are not listed for another node");
+                return;
+            }
+        }
+        drop(sender);
+        let (backplane, node) = (self.backplane.clone(), self.node);
+        tokio::spawn(async move {
+            while let Some(ids) = parts.recv().await {
+                for ids in ids.chunks(MEMBERS_PER_PART) {
+                    let content = AnswerContent::Members { ids: ids.to_vec(), is_last: false };
+                    tell(&backplane, node, asker, question, content).await;
+                }
+            }
+            let last = AnswerContent::Members { ids: Vec::new(), is_last: true };
+            tell(&backplane, node, asker, question, last).await;
+        });
+    }
+
     fn answer_receipt(&self, asker: NodeId, question: u64, accepted: Option<Result<Enqueued, PublishError>>) {
         self.answer(asker, question, async move {
             let receipt = match accepted {
@@ -337,25 +430,80 @@ impl<B: Backplane> Ingest<B> {
         question: u64,
         content: impl Future<Output = Option<AnswerContent>> + Send + 'static,
     ) {
-        let (backplane, node) = (self.backplane.clone(), self.node.to_bits());
+        let (backplane, node) = (self.backplane.clone(), self.node);
         tokio::spawn(async move {
-            let Some(content) = content.await else { return };
-            let Ok(answer) = (Answer { question, node, content }).encode() else { return };
-            if let Err(error) = backplane.tell(asker, answer).await {
-                tracing::debug!(%error, %asker, "an answer was not sent");
+            if let Some(content) = content.await {
+                tell(&backplane, node, asker, question, content).await;
             }
         });
     }
 
     /// The connections of a hub of this node.
     fn namespace(&self, hub: &str) -> Option<Namespace> {
-        (self.hubs.get(hub)?.namespace)()
+        (self.hubs.get(hub)?.hooks.namespace)()
+    }
+
+    /// This node has read its own heartbeat: who is silent, and whose time to come back is over?
+    fn tick(&mut self, log: &ClusterLog<Origin>) {
+        let silent = self.alive.tick();
+        self.are_gone(&silent);
+        let tick = self.alive.tick;
+        for gone in self.absent.extract_if(|_, due| *due <= tick).map(|(node, _)| node) {
+            let read_last = self.read_last.get(&gone).copied().map(place_of).unwrap_or_default();
+            let entry = Entry::Forget { node: gone.to_bits(), read_last }.encode();
+            // If there is no room, another node does it, or the users stay until somebody asks.
+            let _ = entry.map(|entry| drop(log.try_append_from(entry, Origin::of_nobody())));
+        }
+        self.hubs.retain(|_, hub| (hub.hooks.namespace)().is_some());
+        for hub in self.hubs.values() {
+            hub.presence.tick(tick, &self.others);
+        }
+    }
+
+    /// These nodes are not alive any more.
+    fn are_gone(&mut self, nodes: &[NodeId]) {
+        if nodes.is_empty() {
+            return;
+        }
+        let interval = self.config.heartbeat_interval;
+        let ticks = self.config.absent_users_timeout.div_duration_f64(interval).ceil() as u64;
+        let due = self.alive.tick + ticks;
+        self.absent.extend(nodes.iter().map(|node| (*node, due)));
+        self.publish_nodes();
+    }
+
+    /// The users of a node are not present any more, as `teller` says.
+    fn forget(&mut self, gone: NodeId, teller: NodeId) {
+        self.absent.remove(&gone);
+        if gone != self.node {
+            self.read_last.remove(&gone);
+        }
+        for hub in self.hubs.values() {
+            let changes = hub.presence.forget(gone);
+            self.announce(hub, changes, teller);
+            if gone == self.node {
+                hub.presence.ask_again(); // this node was away, and its users are here
+            }
+        }
+    }
+
+    /// Passes changes of presence on, which `teller` has told.
+    fn announce(&self, hub: &Registration, changes: impl IntoIterator<Item = Change>, teller: NodeId) {
+        let Some(namespace) = (hub.hooks.namespace)() else { return };
+        for Change { attendee: Attendee { group, user, since, metadata }, kind } in changes {
+            let change =
+                PresenceChange { group, user, kind, since, metadata, position: namespace.position() };
+            (hub.hooks.on_presence)(change, teller == self.node);
+        }
     }
 
     fn tell_of_gap(&mut self, cause: MissedCause) {
         self.counters.gaps.fetch_add(1, Relaxed);
         tracing::warn!(node = %self.node, ?cause, "this node has missed messages of the backplane");
-        self.hubs.values().for_each(|hooks| (hooks.on_gap)(MissedMessages { cause }));
+        for hub in self.hubs.values() {
+            (hub.hooks.on_gap)(MissedMessages { cause });
+            hub.presence.ask_again();
+        }
     }
 
     fn publish_nodes(&mut self) {
@@ -363,6 +511,25 @@ impl<B: Backplane> Ingest<B> {
         self.others = nodes.iter().copied().filter(|node| *node != self.node).collect();
         self.nodes.send_replace(nodes);
     }
+}
+
+/// Tells a node an answer to its question, at best effort.
+async fn tell<B: Backplane>(
+    backplane: &B,
+    node: NodeId,
+    asker: NodeId,
+    question: u64,
+    content: AnswerContent,
+) {
+    let Ok(answer) = (Answer { question, node: node.to_bits(), content }).encode() else { return };
+    if let Err(error) = backplane.tell(asker, answer).await {
+        tracing::debug!(%error, %asker, "an answer was not sent");
+    }
+}
+
+/// As entries name it.
+fn place_of(position: EntryPosition) -> Place {
+    (position.record.epoch, position.record.sequence, position.index)
 }
 
 /// Reports whether the broker can be reached, for ever.
@@ -418,12 +585,12 @@ impl Alive {
         node != self.node && self.heard.remove(&node).is_some()
     }
 
-    /// This node has read its own heartbeat; true if another one counts as gone now.
-    fn tick(&mut self) -> bool {
+    /// This node has read its own heartbeat. Returns the nodes that count as gone now.
+    fn tick(&mut self) -> Vec<NodeId> {
         self.tick += 1;
-        let (tick, before) = (self.tick, self.heard.len());
-        self.heard.retain(|node, heard| *node == self.node || tick - *heard <= self.ticks_max);
-        self.heard.len() < before
+        let (this, tick, ticks_max) = (self.node, self.tick, self.ticks_max);
+        let is_silent = |node: &NodeId, heard: &mut u64| *node != this && tick - *heard > ticks_max;
+        self.heard.extract_if(is_silent).map(|(node, _)| node).collect()
     }
 
     /// In the order of their ids.
@@ -444,10 +611,10 @@ mod tests {
         let mut alive = Alive::new(here, 3);
         assert!(alive.heard(there) && alive.heard(other) && !alive.heard(there));
         for _ in 0..3 {
-            assert!(!alive.tick());
+            assert_eq!(alive.tick(), []);
             assert!(!alive.heard(other));
         }
-        assert!(alive.tick());
+        assert_eq!(alive.tick(), [there]);
         assert!(alive.nodes().eq([here, other]));
         assert!(alive.left(other) && !alive.left(other) && !alive.left(here));
         assert!(alive.nodes().eq([here]));

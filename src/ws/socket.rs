@@ -38,9 +38,7 @@ const WAITING_MESSAGES_MAX: usize = 64;
 pub struct WebSocket {
     link: Arc<Link>,
     namespace: Namespace,
-    id: ConnectionId,
-    /// Of its hub, if there are others.
-    node: Option<NodeId>,
+    id: crate::ConnectionId,
     protocol: Option<HeaderValue>,
     /// What a `Sink` was given last, until the connection has accepted it.
     sending: Option<Sending>,
@@ -212,7 +210,8 @@ impl WebSocket {
         node: Option<NodeId>,
         protocol: Option<HeaderValue>,
     ) -> Self {
-        Self { link, namespace, id, node, protocol, sending: None, is_closed: false, is_over: false }
+        let id = crate::ConnectionId::new(node, id);
+        Self { link, namespace, id, protocol, sending: None, is_closed: false, is_over: false }
     }
 
     /// The next message, or `None` when the connection has ended and everything has been read.
@@ -234,7 +233,7 @@ impl WebSocket {
         future::poll_fn(|context| Pin::new(&mut *self).poll_ready(context)).await?;
         self.check_open()?;
         self.is_closed = matches!(message, Message::Close(_));
-        send(&self.namespace, self.id, message).await
+        send(&self.namespace, self.id.local(), message).await
     }
 
     /// The subprotocol that the handshake selected, if any.
@@ -245,12 +244,12 @@ impl WebSocket {
     /// The connection's id: what [`Clients::join`](crate::Clients::join), [`Clients::to`](crate::Clients::to) and
     /// [`Target::except`](crate::Target::except) take, if it is a [client of a hub](super::WebSocketUpgrade::client_of).
     pub fn id(&self) -> crate::ConnectionId {
-        crate::ConnectionId::new(self.node, self.id)
+        self.id
     }
 
     /// A handle that can close the connection when the socket is in other hands.
     pub(crate) fn closer(&self) -> Closer {
-        Closer { namespace: self.namespace.clone(), id: self.id }
+        Closer { namespace: self.namespace.clone(), id: self.id.local() }
     }
 
     /// Why the connection has ended, once it has.
@@ -360,7 +359,7 @@ impl Sink<Message> for WebSocket {
     fn start_send(mut self: Pin<&mut Self>, message: Message) -> Result<(), Error> {
         self.check_open()?;
         self.is_closed = matches!(message, Message::Close(_));
-        let (namespace, id) = (self.namespace.clone(), self.id);
+        let (namespace, id) = (self.namespace.clone(), self.id.local());
         self.sending = Some(Box::pin(async move { send(&namespace, id, message).await }));
         Ok(())
     }
@@ -393,7 +392,7 @@ impl Drop for WebSocket {
             return;
         }
         let code = if std::thread::panicking() { CloseCode::INTERNAL_ERROR } else { CloseCode::NORMAL };
-        let Ok(close) = Publication::close(Address::Connection(self.id), code, "") else { return };
+        let Ok(close) = Publication::close(Address::Connection(self.id.local()), code, "") else { return };
         let sending = self.sending.take();
         if sending.is_none() && self.namespace.try_publish(close.clone()).is_ok() {
             return;
@@ -429,6 +428,6 @@ mod tests {
         fn size<'a, F>(_: impl Fn(&'a Namespace, ConnectionId, Message) -> F) -> usize {
             size_of::<F>()
         }
-        assert_eq!((size_of::<WebSocket>(), size_of::<Link>(), size(send)), (104, 120, 256));
+        assert_eq!((size_of::<WebSocket>(), size_of::<Link>(), size(send)), (112, 120, 256));
     }
 }
