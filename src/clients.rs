@@ -42,6 +42,9 @@ use crate::receipt::Receipt;
 /// The clients of one hub, which receive messages `M` in the hub's codec. Cloneable, and usable from any thread or
 /// task.
 ///
+/// With a [backplane](crate::Engine::backplane) these are the clients of all nodes: targets, ids, presence. Counts of
+/// connections and metrics are of this node ([the guide](crate::guide::nodes) has the list).
+///
 /// ```no_run
 /// # use shardcast::{Clients, ConnectionId};
 /// # async fn example(clients: Clients<String>, id: ConnectionId) -> Result<(), shardcast::PublishError> {
@@ -426,7 +429,7 @@ impl<M> Clients<M> {
         self.to_all().metrics().await
     }
 
-    /// How many clients are connected, those on their way to their shard included.
+    /// How many clients are connected to this node, those on their way to their shard included.
     pub fn len(&self) -> usize {
         self.inner.namespace.len()
     }
@@ -436,7 +439,7 @@ impl<M> Clients<M> {
         self.inner.namespace.is_empty()
     }
 
-    /// How many members a group has.
+    /// How many members a group has on this node.
     pub fn group_len(&self, group: &str) -> usize {
         self.inner.namespace.group_len(group)
     }

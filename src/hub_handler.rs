@@ -408,18 +408,38 @@ impl<H: WsHub> Drop for HubHandler<H> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
     use crate::codec::RawCodec;
 
     struct Silent;
+    struct Other;
+    struct Numbered(u8);
+    struct Dropping;
 
-    impl WsHub for Silent {
-        type Codec = RawCodec;
-        type InMessage = String;
-        type OutMessage = String;
-
-        async fn on_message(&self, _: String, _: HubContext<Self>) {}
+    thread_local! {
+        static DROPPED: Cell<u32> = const { Cell::new(0) };
     }
+
+    impl Drop for Dropping {
+        fn drop(&mut self) {
+            DROPPED.set(DROPPED.get() + 1);
+        }
+    }
+
+    macro_rules! silent_hubs {
+        ($($hub:ident)+) => { $(
+            impl WsHub for $hub {
+                type Codec = RawCodec;
+                type InMessage = String;
+                type OutMessage = String;
+
+                async fn on_message(&self, _: String, _: HubContext<Self>) {}
+            }
+        )+ };
+    }
+    silent_hubs! { Silent Other Numbered Dropping }
 
     #[test]
     fn an_idle_connection_costs_64_bytes_here_and_its_hub() {
@@ -434,5 +454,17 @@ mod tests {
         assert!(Arc::ptr_eq(&one, &other));
         let elsewhere = std::thread::spawn(|| share(Silent)).join().expect("it does not panic");
         assert!(!Arc::ptr_eq(&one, &elsewhere), "shards must not contend for one count");
+        let _of_another_type: Arc<Other> = share(Other);
+    }
+
+    #[test]
+    fn a_hub_that_connections_could_tell_apart_is_not_shared() {
+        let (one, other) = (share(Numbered(1)), share(Numbered(2)));
+        assert_eq!((one.0, other.0), (1, 2));
+        let drops = || share(Dropping);
+        assert!(!Arc::ptr_eq(&drops(), &drops()));
+        let before = DROPPED.get();
+        drop((drops(), drops()));
+        assert_eq!(DROPPED.get(), before + 2, "each with its connection");
     }
 }

@@ -48,6 +48,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
     use std::net::TcpStream;
     use std::time::Duration;
 
@@ -74,9 +75,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_server_that_starts_again_gets_its_port_although_it_has_just_closed_connections() {
+        let listener = listen("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut client = TcpStream::connect(address).unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        // Whoever closes first keeps the port for a minute.
+        drop((accepted, listener));
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        drop(client);
+        assert_eq!(listen(address).await.unwrap().local_addr().unwrap(), address);
+    }
+
+    #[tokio::test]
     async fn an_address_in_use_is_an_error() {
         let first = listen("127.0.0.1:0").await.unwrap();
         let error = listen(first.local_addr().unwrap()).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[tokio::test]
+    async fn of_several_addresses_the_first_that_can_be_used_is_used() {
+        let other = listen("127.0.0.1:0").await.unwrap();
+        let (in_use, free) = (other.local_addr().unwrap(), "127.0.0.1:0".parse().unwrap());
+        // Reserved for documentation: no machine has it.
+        let foreign = "192.0.2.1:0".parse().unwrap();
+        let listener = listen(&[in_use, foreign, free][..]).await.unwrap();
+        assert!(listener.local_addr().unwrap().ip().is_loopback());
+        let error = listen(&[foreign, in_use][..]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "the last one's");
+        let error = listen(&[][..]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 }

@@ -167,10 +167,13 @@ async fn a_node_that_begins_later_knows_who_is_present_and_announces_nobody_agai
     hears(&mut listeners, "ada joined").await;
     let _bob = b.connect("bob").await;
     hears(&mut listeners, "bob joined").await;
+    // It has a client of hers before it can hear of her.
+    log.set_outage(true);
     let c = Node::start(&log, Duration::ZERO).await;
     let mut changes = c.hub.presence_changes();
-    // Before it has heard of them.
     let _also_ada = c.connect("ada").await;
+    eventually(1, || c.hub.group_len("room")).await;
+    log.set_outage(false);
     c.shows(&[("ada", 2), ("bob", 1)]).await;
     a.shows(&[("ada", 2), ("bob", 1)]).await;
     assert!(announced(&c.hub, &mut listeners).await.is_empty(), "they were there");
@@ -235,6 +238,32 @@ fn users_of_a_node_that_dies_leave_once() {
             node.shows(&[]).await;
         }
         assert!(announced(&a.hub, &mut listeners).await.is_empty(), "she has left once");
+    });
+}
+
+#[test]
+fn a_node_that_has_missed_a_part_of_the_log_asks_who_is_present() {
+    let driven = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (paused, log) =
+        (tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(), MemoryLog::new());
+    let a = driven.block_on(Node::start(&log, Duration::ZERO));
+    let b = paused.block_on(Node::start(&log, Duration::ZERO));
+    let ada = driven.block_on(a.connect("ada"));
+    paused.block_on(b.shows(&[("ada", 1)]));
+    // From here on it reads nothing.
+    let _bob = driven.block_on(async {
+        let bob = a.connect("bob").await;
+        ada.leave().await;
+        while a.hub.presence_len("room") != 1 || a.present().await != BTreeMap::from([("bob".to_owned(), 1)])
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        bob
+    });
+    log.truncate(0);
+    paused.block_on(async {
+        b.shows(&[("bob", 1)]).await;
+        assert_eq!(b.engine.backplane_metrics().unwrap().gaps, 1);
     });
 }
 

@@ -368,12 +368,14 @@ async fn a_client_that_has_stopped_reading_delays_the_publishers_of_its_own_node
     let (stalled, reading) = (&nodes[0], &nodes[1]);
     let _silent = RawClient::connect_narrow(&stalled.server).await; // it never reads
     let (mut client, _) = reading.connect().await;
-    eventually(1, || stalled.hub.len()).await;
+    let (mut neighbour, neighbour_id) = stalled.connect().await;
+    eventually(2, || stalled.hub.len()).await;
     let big = "x".repeat(60_000);
     // Until nothing more has room in the outbox of the client that does not read.
     while stalled.engine.metrics().pending_bytes < WsHubConfig::default().outbox_bytes as u64 {
         within_timeout(reading.hub.to_all().publish(&big)).await.unwrap();
         assert_eq!(client.recv_text().await.len(), big.len());
+        assert_eq!(neighbour.recv_text().await.len(), big.len());
     }
     let one = stalled.hub.to_all().policy(BroadcastPolicy::Block).unwrap();
     let mut blocked = Box::pin(one.publish(&big));
@@ -383,6 +385,9 @@ async fn a_client_that_has_stopped_reading_delays_the_publishers_of_its_own_node
         result = &mut blocked => panic!("{result:?}, although its client does not read"),
         received = client.recv_text() => assert_eq!(received.len(), big.len()),
     }
+    assert_eq!(neighbour.recv_text().await.len(), big.len());
+    within_timeout(reading.hub.to(neighbour_id).publish(&text("read on"))).await.unwrap();
+    neighbour.recv_texts(&["read on"]).await;
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ use shardcast::{
     CloseReason, Engine, EngineConfig, Hub, HubContext, RawCodec, UserLimit, WebSocketUpgrade, WsHub,
     WsHubConfig,
 };
-use shardcast_engine::TlsSession;
+use shardcast_engine::{TlsEnd, TlsSession};
 use testkit::frames::{CLOSE, FrameReader, TEXT, client_text, close_code};
 use testkit_hub::tls::TlsPair;
 use testkit_hub::{eventually, within_timeout};
@@ -425,6 +425,7 @@ fn a_session_keeps_nothing_but_the_beginning_of_a_record() {
         for piece in flight.chunks_mut(100) {
             server.decrypt(piece, &mut answer, none);
         }
+        assert!(!(flight.is_empty() && answer.is_empty()), "the handshake does not go on");
         let mut answer = &answer[..];
         while !answer.is_empty() {
             client.read_tls(&mut answer).unwrap();
@@ -458,6 +459,43 @@ fn a_session_keeps_nothing_but_the_beginning_of_a_record() {
             }
         }
         assert_eq!(decrypted, b"helloworld");
+    }
+}
+
+/// The longest beginning that a session keeps, and the longest message of a handshake that rustls accepts.
+const PARTIAL_BYTES_MAX: usize = 80 << 10;
+const HANDSHAKE_MESSAGE_BYTES_MAX: usize = 0xFFFF;
+
+/// Sends a server all but the last byte of such a message, so many bytes of it in each record; returns how many bytes it
+/// kept at most.
+fn begin_handshake(server: &mut TlsSession, record_bytes: usize) -> usize {
+    let mut message = vec![0; 4 + HANDSHAKE_MESSAGE_BYTES_MAX];
+    message[..4].copy_from_slice(&[1, 0, 0xFF, 0xFF]); // a ClientHello, and its length
+    message.pop();
+    let mut kept = 0;
+    for fragment in message.chunks(record_bytes) {
+        let mut record = vec![22, 3, 1];
+        record.extend((fragment.len() as u16).to_be_bytes());
+        record.extend(fragment);
+        server.decrypt(&mut record, &mut Vec::new(), |_| panic!("nothing was sent"));
+        kept = kept.max(server.partial_bytes());
+    }
+    kept
+}
+
+#[test]
+fn a_handshake_in_small_records_costs_no_more_memory_than_a_long_one() {
+    let pair = TlsPair::new(&["http/1.1"]);
+    let session = || TlsSession::new(pair.server_config()).unwrap();
+    // In records of 16 KiB it is accepted; with the header of a record for each byte it would be 384 KiB.
+    let mut server = session();
+    let kept = begin_handshake(&mut server, 16 << 10);
+    assert_eq!((server.end(), kept), (None, 4 + HANDSHAKE_MESSAGE_BYTES_MAX - 1 + 5 * 5));
+    for record_bytes in [1, 10] {
+        let mut server = session();
+        let kept = begin_handshake(&mut server, record_bytes);
+        assert_eq!((server.end(), server.partial_bytes()), (Some(TlsEnd::Failed), 0));
+        assert!((PARTIAL_BYTES_MAX - 15..=PARTIAL_BYTES_MAX).contains(&kept), "{kept}");
     }
 }
 

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use shardcast_backplane::memory::{Faults, MemoryLog};
 use shardcast_backplane::{
     Backplane, ClusterLog, ClusterLogConfig, EntryError, EntryPosition, Event, GapCause, NodeId, Start,
+    TryAppendError,
 };
 use tokio::time::{sleep, timeout};
 
@@ -234,10 +235,10 @@ async fn an_entry_that_is_too_long_is_refused_and_the_next_one_is_appended() {
 #[tokio::test(start_paused = true)]
 async fn a_call_waits_while_the_queue_is_full_and_ends_with_the_reader() {
     let log = MemoryLog::new();
-    log.set_outage(true);
     let config = ClusterLogConfig { queue_bytes_max: 10, ..ClusterLogConfig::default() };
     let (handle, entries) =
         ClusterLog::join(log.backplane(), NodeId::from_bits(1), Start::Tail, config).await.unwrap();
+    log.set_outage(true);
     let appends: Vec<_> = (0..3)
         .map(|_| {
             let handle = handle.clone();
@@ -251,4 +252,34 @@ async fn a_call_waits_while_the_queue_is_full_and_ends_with_the_reader() {
         assert!(matches!(append.await.unwrap(), Err(EntryError::Closed)));
     }
     assert!(matches!(handle.append(Bytes::new()).await, Err(EntryError::Closed)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_origin_comes_back_with_its_entry_or_with_the_refusal() {
+    let log = MemoryLog::new();
+    let config = ClusterLogConfig { queue_bytes_max: 10, ..ClusterLogConfig::default() };
+    let join = |node| ClusterLog::join(log.backplane(), NodeId::from_bits(node), Start::Tail, config.clone());
+    let (here, mut read_here) = join(1).await.unwrap();
+    let (_there, mut read_there): (ClusterLog<&str>, _) = join(2).await.unwrap();
+    let text = || Bytes::from_static(b"12345678");
+    let on_its_way = here.try_append_from(text(), "first").unwrap();
+    let refused = here.try_append_from(text(), "second").unwrap_err();
+    assert!(matches!(refused, TryAppendError::Full("second")), "{refused}");
+    let origin = |event| match event {
+        Event::Entry { origin, .. } => origin,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(origin(read_here.next().await.unwrap()), Some("first"));
+    assert_eq!(origin(read_there.next().await.unwrap()), None, "it stays on its node");
+    assert!(timeout(Duration::from_secs(1), read_here.next()).await.is_err());
+    on_its_way.await.unwrap();
+    drop(here.try_append_from(text(), "third").expect("there is room again"));
+    assert_eq!(origin(read_here.next().await.unwrap()), Some("third"), "although nobody awaits it");
+    drop(read_here);
+    sleep(Duration::from_secs(1)).await;
+    let closed = here.try_append_from(text(), "fourth").unwrap_err();
+    assert!(
+        matches!(closed, TryAppendError::Entry(EntryError::Closed) | TryAppendError::Full("fourth")),
+        "{closed}"
+    );
 }

@@ -613,6 +613,7 @@ mod tests {
     #[allow(clippy::print_stdout, reason = "`cargo test -- --nocapture` prints the number")]
     fn a_connection_costs_a_known_amount_of_memory() {
         println!("the state of a connection: {} bytes", size_of::<Connection>());
-        assert!(size_of::<Connection>() <= 304, "{} bytes", size_of::<Connection>());
+        let selector_id = if cfg!(debug_assertions) { size_of::<usize>() } else { 0 }; // in mio's sockets
+        assert!(size_of::<Connection>() <= 296 + selector_id, "{} bytes", size_of::<Connection>());
     }
 }

@@ -72,27 +72,30 @@ impl SendBatch {
     /// Passes all sends to the kernel. Their results are those of [`results`](Self::results), in the order of the sends.
     ///
     /// # Errors
-    /// The kernel took no more. Sends without a result have not been made, and no more can be made by this batch.
+    /// The kernel took no more. Sends without a result have not been made, and no more can be made by this batch. The driver
+    /// keeps those that it has not passed on, at most one batch of them, with their sockets and bytes.
     pub(crate) fn submit(&mut self) -> io::Result<()> {
         self.results.clear();
         self.gathered_bytes = 0;
+        let mut failure = None;
         for (slot, mut sending) in self.sending.drain(..) {
             let result = loop {
                 let key = match sending {
-                    PushEntry::Ready(result) => break result,
+                    PushEntry::Ready(result) => break Some(result),
                     PushEntry::Pending(key) => key,
                 };
                 sending = match self.proactor.pop(key) {
                     PushEntry::Ready(BufResult(result, _)) => PushEntry::Ready(result),
+                    PushEntry::Pending(_) if failure.is_some() => break None,
                     PushEntry::Pending(key) => {
-                        poll(&mut self.proactor)?;
+                        failure = poll(&mut self.proactor).err();
                         PushEntry::Pending(key)
                     }
                 };
             };
-            self.results.push((slot, result));
+            self.results.extend(result.map(|result| (slot, result)));
         }
-        Ok(())
+        failure.map_or(Ok(()), Err)
     }
 
     /// The results of the last [`submit`](Self::submit).

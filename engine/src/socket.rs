@@ -99,6 +99,10 @@ impl<T> Stream<T> {
             Self::Shared(stream) => Some(stream.clone()),
         }
     }
+
+    fn has_shares(&self) -> bool {
+        matches!(self, Self::Shared(stream) if Arc::strong_count(stream) > 1)
+    }
 }
 
 #[derive(Debug)]
@@ -352,6 +356,16 @@ impl Socket {
             Kind::Unix(stream) => stream.share().map(SharedSocket::Unix),
             _ => None,
         }
+    }
+
+    /// Closes it, also where a send that was never made shares it: the driver of a ring that has failed keeps those.
+    pub(crate) fn close(self) {
+        #[cfg(all(feature = "io-uring", target_os = "linux"))]
+        let _ = match &self.0 {
+            Kind::Tcp(stream) if stream.has_shares() => stream.shutdown(Shutdown::Both),
+            Kind::Unix(stream) if stream.has_shares() => stream.shutdown(Shutdown::Both),
+            _ => Ok(()),
+        };
     }
 
     /// Whether the other end is the client itself.

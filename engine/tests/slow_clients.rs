@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use shardcast_engine::{
     Address, CloseCode, CloseReason, ConnectionConfig, ConnectionId, ConnectionMetrics, Context, Delivery,
     DropCause, DropNotice, EngineConfig, GroupMetrics, Handler, Message, Payload, Policy, Publication,
-    PublishError, Receipt,
+    PublishError, Receipt, Wants,
 };
 use testkit::sender::DROP_AT_ONCE;
 use testkit::stream::{Transport, over};
@@ -243,6 +243,29 @@ fn each_frame_has_its_own_time() {
     }
     assert_eq!(dropped, [0, 1, 3, 4, 4]);
     assert!(sendings.iter_mut().all(|sending| outcome(sending) == Some([2, 1, 1, 0, 0])));
+}
+
+#[test]
+fn what_is_enqueued_waits_for_no_client_until_its_outcome_is_asked_for() {
+    for wants in [Wants::Nothing, Wants::Room, Wants::Outcome] {
+        let (mut rig, mut stalled, mut healthy) = stalled_and_healthy(2, Policy::Block);
+        for to in [Address::Everyone, Address::group("a"), stalled.id().into()] {
+            let everyone = rig.everyone.clone();
+            let publication = Publication::message(to.clone(), big("enqueued"));
+            let enqueued = at_once(everyone.enqueue(publication, wants)).unwrap();
+            rig.settle();
+            let expected = if to == Address::from(stalled.id()) { 0 } else { 1 };
+            assert_eq!(healthy.peer.receive_data().len(), expected, "it is published");
+            let mut outcome = Task::new(enqueued.outcome());
+            assert_eq!(outcome.poll().is_none(), wants != Wants::Nothing, "{wants:?} {to:?}");
+            hear_all(&mut rig, &mut stalled);
+            if wants != Wants::Nothing {
+                let receipt = outcome.poll().expect("there was room").unwrap();
+                assert_eq!((receipt.recipients, receipt.delayed), (1 + expected as u64, 1));
+            }
+            fill(&mut rig, &stalled);
+        }
+    }
 }
 
 #[test]

@@ -132,6 +132,7 @@ impl RawClient {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Received::End,
                 Ok(count) => self.reader.feed(&buffer[..count]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => return Received::End,
                 Err(error) => panic!("{error}"),
             }

@@ -242,7 +242,9 @@ impl Connection {
 
     /// Drops the socket; true if it had refused a write.
     pub(crate) fn drop_socket(&mut self) -> bool {
-        self.socket = None;
+        if let Some(socket) = self.socket.take() {
+            socket.close();
+        }
         !std::mem::replace(&mut self.is_writable, true)
     }
 
