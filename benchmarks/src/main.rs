@@ -6,6 +6,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod cluster;
 mod compare;
 mod cpu;
 mod dialect;
@@ -46,6 +47,8 @@ enum Command {
     Compare(compare::Options),
     /// Runs several servers or builds at once, in turns of some milliseconds: their CPU, to one or two percent.
     Duel(duel::Options),
+    /// Two nodes at a broker, and one node without: what is added, lost, duplicated and seen in another order.
+    Cluster(cluster::Options),
     /// One client that sends at a steady rate whatever the server does.
     Flood(flood::Options),
 }
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::Load(options) => load::run(&options).map_err(boxed),
         Command::Compare(options) => compare::run(&options).map_err(boxed),
         Command::Duel(options) => duel::run(&options).map_err(boxed),
+        Command::Cluster(options) => cluster::run(&options).map_err(boxed),
         Command::Flood(options) => flood::run(&options).map(|()| true).map_err(boxed),
     };
     match outcome {

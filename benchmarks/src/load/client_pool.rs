@@ -10,6 +10,7 @@ use std::{io, time::Duration};
 use mio::{Events, Poll, Token};
 
 use super::{
+    alarm::{ALARM, Alarm},
     connection::{Connection, Ended, SCRATCH_BYTES},
     socket::Socket,
 };
@@ -33,7 +34,7 @@ pub(crate) struct ClientPool {
 
 impl ClientPool {
     /// Takes over open WebSockets, with the bytes that followed their handshakes, registered at `poll` by index.
-    pub(crate) fn new(poll: Poll, open: Vec<(Socket, Vec<u8>)>) -> Self {
+    pub(super) fn new(poll: Poll, open: Vec<(Socket, Vec<u8>)>) -> Self {
         Self {
             poll,
             events: Events::with_capacity(EVENTS),
@@ -54,13 +55,18 @@ impl ClientPool {
         self.connections[index].as_ref().is_some_and(Connection::is_open)
     }
 
+    /// An alarm that ends the waiting.
+    pub(crate) fn alarm(&self) -> io::Result<Alarm> {
+        Alarm::register(self.poll.registry())
+    }
+
     /// Waits for readiness; true when there was any.
     pub(crate) fn wait(&mut self, timeout: Duration) -> io::Result<bool> {
         if !self.ready.is_empty() {
             return Ok(true);
         }
         nonblocking::poll(&mut self.poll, &mut self.events, Some(timeout))?;
-        for event in &self.events {
+        for event in self.events.iter().filter(|event| event.token() != ALARM) {
             let Token(index) = event.token();
             if event.is_writable() {
                 self.dirty.push(index);

@@ -40,17 +40,20 @@ pub(crate) enum ConnectError {
     Poll(#[from] io::Error),
 }
 
-/// Opens a WebSocket for every connection of the plan, each at its group's path, `at_once` at a time.
+/// Opens a WebSocket for every connection of the plan, `at_once` at a time: connection i to target i % N, at the path of
+/// group g / N, if it is in the plan's group g. With several targets, N must divide the number of the plan's groups.
 pub(crate) fn connect(
-    target: &Target,
+    targets: &[Target],
     plan: &Plan,
     at_once: usize,
 ) -> Result<(ClientPool, report::Handshakes), ConnectError> {
     let wanted = plan.len();
     let mut poll = Poll::new()?;
     let mut events = Events::with_capacity(2 * at_once);
-    let tls = target.is_tls.then(tls::client_config).transpose()?;
-    let requests = target.requests(plan.groups());
+    let tls = targets.iter().any(|target| target.is_tls).then(tls::client_config).transpose()?;
+    let nodes = targets.len();
+    let requests: Vec<_> =
+        targets.iter().map(|target| target.requests(plan.groups().div_ceil(nodes))).collect();
     let mut connections: Vec<(PendingConnection, bool)> = Vec::with_capacity(wanted);
     let mut latencies = Latencies::default();
     let mut open = 0;
@@ -60,8 +63,8 @@ pub(crate) fn connect(
         while connections.len() < wanted.min(open + at_once) {
             let index = connections.len();
             let buffer = slow_readers::receive_buffer(plan.role(index));
-            let (registry, token) = (poll.registry(), Token(index));
-            let pending = PendingConnection::start(target.address, registry, token, buffer, tls.as_ref())
+            let (registry, token, address) = (poll.registry(), Token(index), targets[index % nodes].address);
+            let pending = PendingConnection::start(address, registry, token, buffer, tls.as_ref())
                 .map_err(|error| ConnectError::Pending { index, source: error.into() })?;
             connections.push((pending, false));
         }
@@ -71,7 +74,7 @@ pub(crate) fn connect(
             let (pending, is_open) = &mut connections[index];
             if !*is_open {
                 *is_open = pending
-                    .advance(&requests[plan.group(index)])
+                    .advance(&requests[index % nodes][plan.group(index) / nodes])
                     .map_err(|source| ConnectError::Pending { index, source })?;
                 if *is_open {
                     open += 1;

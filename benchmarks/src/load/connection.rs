@@ -52,7 +52,7 @@ pub(crate) struct Connection {
 
 impl Connection {
     /// Takes over an open WebSocket, with the bytes that followed its handshake.
-    pub(crate) fn new(socket: Socket, partial: Vec<u8>) -> Self {
+    pub(super) fn new(socket: Socket, partial: Vec<u8>) -> Self {
         Self { socket, partial, outgoing: Vec::new(), has_answer: false, is_closing: false }
     }
 

@@ -26,7 +26,7 @@ pub(crate) fn measure(
     let server = server.ok_or(LoadError::Options("idle mode needs --server-pid"))?;
     let mut report = Report::new(options);
     let mut memory = MemoryMonitor::new(server, target.address.port(), options.connections)?;
-    let (mut pool, handshakes) = connect(target, &options.plan(), options.at_once())?;
+    let (mut pool, handshakes) = connect(std::slice::from_ref(target), &options.plan(), options.at_once())?;
     report.handshakes = Some(handshakes);
     await_stable_memory(&mut pool, server, &mut memory, &mut report)?;
     memory.measure_full()?;

@@ -4,27 +4,28 @@
 //! and in the same order as all others, and says when the client itself was the limit. A run connects, settles, warms
 //! up, measures, drains and reports. Knows a server by its address and, if told, its process id.
 
-mod client_pool;
+pub(crate) mod alarm;
+pub(crate) mod client_pool;
 mod clients;
 mod close_counts;
-mod connect;
-mod connection;
+pub(crate) mod connect;
+pub(crate) mod connection;
 mod cursor;
 mod delivery_tracker;
 mod idle;
-mod latencies;
+pub(crate) mod latencies;
 mod memory_monitor;
 mod options;
-mod pace;
+pub(crate) mod pace;
 mod pending_connection;
-mod plan;
+pub(crate) mod plan;
 pub(crate) mod report;
-mod settle;
+pub(crate) mod settle;
 mod slow_readers;
 mod snapshot;
 mod socket;
 mod socket_memory;
-mod target;
+pub(crate) mod target;
 #[cfg(test)]
 mod tests;
 mod text;

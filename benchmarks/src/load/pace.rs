@@ -35,20 +35,24 @@ impl Pace {
 
     /// The time at which a message of the open loop was due, if one is by `now`.
     pub(crate) fn due(&mut self, now: Instant) -> Option<Instant> {
-        let Self::Open { interval, start, sent } = self else { return None };
-        let due = *start + *interval * *sent;
-        (due <= now).then(|| {
+        let due = self.next_due().filter(|due| *due <= now)?;
+        if let Self::Open { sent, .. } = self {
             *sent += 1;
-            due
-        })
+        }
+        Some(due)
+    }
+
+    /// When the next message of the open loop is due.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
+        match self {
+            Self::Closed { .. } => None,
+            Self::Open { interval, start, sent } => Some(*start + *interval * *sent),
+        }
     }
 
     /// The longest wait for the server: until `deadline`, or until a message is due.
     pub(crate) fn wait_max(&self, now: Instant, deadline: Instant) -> Duration {
-        let until = match self {
-            Self::Closed { .. } => deadline,
-            Self::Open { interval, start, sent } => deadline.min(*start + *interval * *sent),
-        };
+        let until = self.next_due().map_or(deadline, |due| deadline.min(due));
         let wait = until.saturating_duration_since(now);
         match self {
             Self::Open { .. } if wait < SPIN_BELOW => Duration::ZERO,

@@ -17,14 +17,14 @@ use super::{
     memory_monitor::MemoryMonitor,
     pace::{Pace, Senders},
     report::Report,
-    settle::settle,
+    settle::{Probes, settle},
     slow_readers::SlowReaders,
     snapshot::{Interval, Snapshot},
     target::Target,
 };
 use crate::{
     dialect::Dialect,
-    message::Template,
+    message::{FIRST_SEQ, Template},
     process::{Process, ProcessError},
 };
 
@@ -98,13 +98,16 @@ impl Traffic {
         let template = Template::new(options.payload, Dialect::of(&options.url).envelope())?;
         let mut report = Report::new(options);
         let plan = options.plan();
-        let (mut pool, handshakes) = connect(target, &plan, options.at_once())?;
+        let (mut pool, handshakes) = connect(std::slice::from_ref(target), &plan, options.at_once())?;
         report.handshakes = Some(handshakes);
-        let first = settle(&mut pool, &plan, &template, options.mode, &mut report)?;
+        let echo = options.mode == Mode::Echo;
+        let first_members: Vec<usize> = (0..plan.groups()).collect();
+        let probes = if echo { Probes::Own(plan.senders()) } else { Probes::FromEach(&first_members) };
+        let on_end = |index, ended: &Ended| report.disconnected(index, ended);
+        let first = settle(&mut pool, probes, &template, FIRST_SEQ, on_end)?;
         if let Some(memory) = &mut memory {
             memory.measure_full()?;
         }
-        let echo = options.mode == Mode::Echo;
         let group = |index| if echo { index } else { plan.group(index) };
         let groups: Vec<usize> = (0..plan.len()).map(group).collect();
         let order = if echo { Order::Sending } else { Order::FirstSight };

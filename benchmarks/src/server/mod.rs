@@ -27,7 +27,7 @@ pub(crate) enum LibraryServer {
     /// The crate fastwebsockets on hyper, with a broadcast channel of tokio.
     Fastwebsockets(runtime::Options),
     /// The crate socketioxide on axum: events of Socket.IO over WebSocket.
-    Socketioxide(runtime::Options),
+    Socketioxide(socketioxide::Options),
     /// The crate tokio-websockets with a broadcast channel of tokio, flushed in batches.
     TokioWebsockets(runtime::Options),
     /// axum's WebSocket with a broadcast channel of tokio, as in most tutorials.
@@ -40,7 +40,7 @@ impl LibraryServer {
         match self {
             Self::AxumSignal(options) => runtime::run(options, axum_signal::serve),
             Self::Fastwebsockets(options) => runtime::run(options, fastwebsockets::serve),
-            Self::Socketioxide(options) => runtime::run(options, socketioxide::serve),
+            Self::Socketioxide(options) => socketioxide::run(options),
             Self::TokioWebsockets(options) => runtime::run(options, tokio_websockets::serve),
             Self::Tutorial(options) => runtime::run(options, tutorial::serve),
         }

@@ -119,7 +119,8 @@ impl Harness {
     }
 }
 
-fn on_path(program: &str) -> Option<PathBuf> {
+/// Where a program is.
+pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH")?;
     env::split_paths(&path).map(|directory| directory.join(program)).find(|program| program.is_file())
 }

@@ -12,13 +12,14 @@ mod turns;
 
 use std::io;
 
+pub(crate) use self::server_process::{ServerProcess, StartError, free_port};
+use self::subject::BuildError;
 pub(crate) use self::{
-    harness::{Harness, HarnessError},
+    harness::{Harness, HarnessError, on_path},
     outcome::Outcome,
-    subject::{Program, Subject},
+    subject::{Program, Subject, locked_version},
     turns::{TrialResult, Turns},
 };
-use self::{server_process::StartError, subject::BuildError};
 use crate::{cpu::PinError, load::LoadError};
 
 /// Why one trial has no report.

@@ -3,6 +3,7 @@
 //! Ports are taken from below the ephemeral range, where no client connection can occupy them, and each only once.
 
 use std::{
+    ffi::OsString,
     io::{self, BufRead, BufReader},
     net::{Ipv4Addr, TcpListener},
     process::{Child, Stdio},
@@ -45,17 +46,34 @@ pub(crate) struct ServerProcess {
 
 impl ServerProcess {
     /// Starts a program on a free port and waits until it listens.
-    pub(super) fn start(program: &Program, harness: &Harness, is_tls: bool) -> Result<Self, StartError> {
-        let certificate = is_tls.then(|| harness.certificate()).transpose()?;
+    pub(crate) fn start(program: &Program, harness: &Harness, is_tls: bool) -> Result<Self, StartError> {
+        let mut arguments = Vec::new();
+        if is_tls {
+            arguments.extend(["--tls".into(), harness.certificate()?.into_os_string()]);
+        }
+        Self::start_with(program, harness, if is_tls { "wss" } else { "ws" }, &arguments)
+    }
+
+    /// The same for one of several nodes, which meet at the broker with this URL.
+    pub(crate) fn start_node(program: &Program, harness: &Harness, broker: &str) -> Result<Self, StartError> {
+        Self::start_with(program, harness, "ws", &["--backplane".into(), broker.into()])
+    }
+
+    fn start_with(
+        program: &Program,
+        harness: &Harness,
+        scheme: &'static str,
+        arguments: &[OsString],
+    ) -> Result<Self, StartError> {
         let port = free_port().ok_or(StartError::NoPort)?;
         let child = program
-            .command(harness, port, certificate.as_deref())
+            .command(harness, port)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .map_err(|source| StartError::Spawn { program: program.to_string(), source })?;
         // Owned from here on, so that a server that is never ready is killed as well.
-        let scheme = if is_tls { "wss" } else { "ws" };
         let mut server = Self { child, port, scheme, query: program.query() };
         if server.is_ready_in_time() {
             Ok(server)
@@ -95,7 +113,8 @@ impl Drop for ServerProcess {
     }
 }
 
-fn free_port() -> Option<u16> {
+/// A port on which nothing listens, another one in each call.
+pub(crate) fn free_port() -> Option<u16> {
     // Relaxed: only one thread of this process takes ports; the atomic replaces a mutable static.
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let first = (std::process::id() % 100) as u16 * 100;

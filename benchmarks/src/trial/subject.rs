@@ -86,7 +86,16 @@ impl Subject {
         }
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .args(["build", "--release", "-p", "examples", "--example", "fanout", "--features", "tls"])
+            .args([
+                "build",
+                "--release",
+                "-p",
+                "examples",
+                "--example",
+                "fanout",
+                "--features",
+                "backplane,tls",
+            ])
             .current_dir(workspace)
             .env("CARGO_TARGET_DIR", target)
             .status()
@@ -104,16 +113,8 @@ impl Program {
         }
     }
 
-    /// The command that serves on `port` with one thread, on the server's core; over TLS with a certificate.
-    pub(super) fn command(&self, harness: &Harness, port: u16, certificate: Option<&Path>) -> Command {
-        let mut command = self.plain_command(harness, port);
-        if let Some(path) = certificate {
-            command.arg("--tls").arg(path);
-        }
-        command
-    }
-
-    fn plain_command(&self, harness: &Harness, port: u16) -> Command {
+    /// The command that serves on `port` with one thread, on the server's core.
+    pub(super) fn command(&self, harness: &Harness, port: u16) -> Command {
         let example = harness.target.join("release/examples/fanout");
         let mut command = match self {
             Self::Build(path) => harness.on_server_core(path),
@@ -148,8 +149,8 @@ impl fmt::Display for Program {
     }
 }
 
-/// The version that this program was built with.
-fn locked_version(name: &str) -> Option<String> {
+/// The version of a crate that this program was built with.
+pub(crate) fn locked_version(name: &str) -> Option<String> {
     let packages = include_str!("../../../Cargo.lock").split("[[package]]");
     let field = |package: &str, key: &str| {
         let value = package.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(" = "))?;
