@@ -165,25 +165,33 @@ impl Inner {
 
     /// The stream's state; it is made if there is none.
     async fn open(&self) -> Result<Info, Error> {
-        match self.context.get_stream(&self.config.stream).await {
-            Ok(stream) => {
-                let info = stream.cached_info().clone();
-                self.check(&info.config)?;
-                Ok(info)
+        for _ in 0..ATTEMPTS {
+            match self.context.get_stream(&self.config.stream).await {
+                Ok(stream) => {
+                    let info = stream.cached_info().clone();
+                    self.check(&info.config)?;
+                    return Ok(info);
+                }
+                Err(failure) => match failure.kind() {
+                    GetStreamErrorKind::JetStream(cause)
+                        if cause.error_code() == ErrorCode::STREAM_NOT_FOUND => {}
+                    GetStreamErrorKind::EmptyName | GetStreamErrorKind::InvalidStreamName => {
+                        let name = &self.config.stream;
+                        return Err(Error::Config(format!("`{name}` cannot be the name of a stream")));
+                    }
+                    _ => return Err(Error::unavailable(failure)),
+                },
             }
-            Err(failure) => match failure.kind() {
-                GetStreamErrorKind::JetStream(cause) if cause.error_code() == ErrorCode::STREAM_NOT_FOUND => {
-                    self.create().await
-                }
-                GetStreamErrorKind::EmptyName | GetStreamErrorKind::InvalidStreamName => {
-                    Err(Error::Config(format!("`{}` cannot be the name of a stream", self.config.stream)))
-                }
-                _ => Err(Error::unavailable(failure)),
-            },
+            match self.create().await? {
+                Some(info) => return Ok(info),
+                None => sleep(RETRY).await,
+            }
         }
+        Err(Error::unavailable("the stream changes all the time"))
     }
 
-    async fn create(&self) -> Result<Info, Error> {
+    /// Makes the stream. None if another node has made it at the same time, perhaps with other settings.
+    async fn create(&self) -> Result<Option<Info>, Error> {
         let config = StreamConfig {
             name: self.config.stream.clone(),
             subjects: vec![self.subjects()],
@@ -201,13 +209,14 @@ impl Inner {
             ..StreamConfig::default()
         };
         match self.context.create_stream(config).await {
-            Ok(stream) => Ok(stream.cached_info().clone()),
+            Ok(stream) => Ok(Some(stream.cached_info().clone())),
             Err(failure) => Err(match failure.kind() {
-                // Another node has made it at the same time, perhaps with other settings.
                 CreateStreamErrorKind::JetStream(cause)
-                    if cause.error_code() == ErrorCode::STREAM_NAME_EXIST =>
+                    if cause.error_code() == ErrorCode::STREAM_NAME_EXIST
+                        || cause.error_code() == ErrorCode::STREAM_SUBJECT_OVERLAP
+                            && self.context.get_stream(&self.config.stream).await.is_ok() =>
                 {
-                    Error::unavailable(failure)
+                    return Ok(None);
                 }
                 CreateStreamErrorKind::TimedOut | CreateStreamErrorKind::JetStreamUnavailable => {
                     Error::unavailable(failure)
@@ -275,19 +284,19 @@ impl Inner {
     /// The last position, in a log that is made if there is none.
     async fn tail(&self) -> Result<Position, Error> {
         for _ in 0..ATTEMPTS {
-            if let Some(last) = self.last_epoch().await? {
+            let info = self.open().await?;
+            if info.state.messages == 0 {
+                // Asked for a message of a stream that another node is just making, nats-server 2.9.10 crashes.
+                self.begin_epoch(self.epoch(), info.state.last_sequence).await?;
+            } else if let Some(last) = self.last_epoch().await? {
                 return Ok(Position { epoch: last.epoch.max(self.epoch()), ..last });
-            }
-            match self.open().await {
-                Ok(info) => self.begin_epoch(self.epoch(), info.state.last_sequence).await?,
-                Err(failure) if failure.is_retryable() => sleep(RETRY).await,
-                Err(failure) => return Err(failure),
             }
         }
         Err(Error::unavailable("the stream changes all the time"))
     }
 
-    /// Appends the mark of a new epoch, unless something else has been appended after `last`.
+    /// Appends the mark of a new epoch, unless something else has been appended after `last`. Whether it was, the next look
+    /// at the stream says.
     async fn begin_epoch(&self, former: u64, last: u64) -> Result<(), Error> {
         let epoch = new_epoch(former);
         let mark = PublishMessage::build().header(MARK, "1").expected_last_sequence(last);
@@ -300,8 +309,15 @@ impl Inner {
                 self.adopt(epoch);
                 Ok(())
             }
-            Err(failure) if failure.kind() == PublishErrorKind::WrongLastSequence => Ok(()),
-            Err(failure) => Err(Error::unavailable(failure)),
+            Err(failure) => match failure.kind() {
+                PublishErrorKind::WrongLastSequence => Ok(()),
+                // Another node is just making it: nothing listens to its subjects yet.
+                PublishErrorKind::StreamNotFound => {
+                    sleep(RETRY).await;
+                    Ok(())
+                }
+                _ => Err(Error::unavailable(failure)),
+            },
         }
     }
 

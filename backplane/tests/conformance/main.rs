@@ -94,6 +94,19 @@ async fn all_nodes_read_the_same_records_in_one_order_without_holes<B: Broker>()
     assert_eq!(within(nodes[1].tail()).await.unwrap(), seen[0].last().unwrap().0);
 }
 
+async fn nodes_that_start_together_share_one_log<B: Broker>() {
+    for _ in 0..5 {
+        let broker = B::start(Keeps::Everything).await;
+        let nodes = within(join_all((0..8).map(|_| broker.node()))).await;
+        let mut readers = readers_of(&nodes).await;
+        within(join_all(nodes.iter().map(|node| node.append(Bytes::from_static(b"one"))))).await;
+        append(&nodes[0], "last").await;
+        for reader in &mut readers {
+            assert_eq!(up_to(reader, "last").await.len(), nodes.len() + 1);
+        }
+    }
+}
+
 async fn appends_that_are_in_progress_together_are_all_appended_once<B: Broker>() {
     let broker = B::start(Keeps::Everything).await;
     let node = broker.node().await;
@@ -343,6 +356,7 @@ macro_rules! conformance {
 
 conformance! {
     all_nodes_read_the_same_records_in_one_order_without_holes,
+    nodes_that_start_together_share_one_log,
     appends_that_are_in_progress_together_are_all_appended_once,
     reading_begins_where_it_is_told_to,
     an_empty_record_and_the_longest_are_records_and_a_longer_one_is_refused,
