@@ -173,12 +173,11 @@ async fn history(seed: u64, loses: bool) -> Outcome {
     for recorded in &nodes {
         recorded.node.is(BackplaneState::Connected).await; // outages may have kept it from joining
     }
-    let mut ends = 0;
-    while nodes[0].node.hub.to_all().publish(&format!("end {ends}")).await.is_err() {
-        ends += 1;
-    }
-    for client in nodes.iter().flat_map(|recorded| &recorded.clients) {
-        client.has(&format!("end {ends}")).await;
+    for (number, last) in nodes.iter().enumerate() {
+        let end = last.node.publish_last(&format!("end of {number}")).await;
+        for client in nodes.iter().flat_map(|recorded| &recorded.clients) {
+            client.has(&end).await;
+        }
     }
     let late = nodes.pop().unwrap();
     let outcome = Outcome {

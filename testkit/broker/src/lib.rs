@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use tempfile::TempDir;
 
 /// How long a server may take to start. Generous: a busy machine is not a failure.
@@ -140,9 +140,11 @@ impl Drop for Server {
     }
 }
 
-/// Suspends a child of this process (SIGSTOP).
+/// Suspends a child of this process (SIGSTOP). Returns when none of its threads runs any more.
 pub fn pause(process: u32) {
     signal(process, Signal::STOP);
+    let (_, status) = waitpid(Some(id(process)), WaitOptions::UNTRACED).unwrap().expect("it was waited for");
+    assert!(status.stopped(), "it has ended: {status:?}");
 }
 
 /// Lets a child of this process go on (SIGCONT).
@@ -151,8 +153,11 @@ pub fn resume(process: u32) {
 }
 
 fn signal(process: u32, signal: Signal) {
-    let process = i32::try_from(process).ok().and_then(Pid::from_raw).expect("the id of a process");
-    kill_process(process, signal).unwrap();
+    kill_process(id(process), signal).unwrap();
+}
+
+fn id(process: u32) -> Pid {
+    i32::try_from(process).ok().and_then(Pid::from_raw).expect("the id of a process")
 }
 
 /// Copies a folder with all that is in it.

@@ -104,6 +104,18 @@ impl Node {
         assert_eq!(report.cut_off, 0, "{report:?}");
     }
 
+    /// Publishes a text until that is accepted, each time with another number; returns the last one. What was published here
+    /// before, and may still be on its way, precedes it everywhere.
+    pub async fn publish_last(&self, name: &str) -> String {
+        for number in 0.. {
+            let text = format!("{name} {number}");
+            if within_timeout(self.hub.to_all().publish(&text)).await.is_ok() {
+                return text;
+            }
+        }
+        unreachable!("numbers do not end")
+    }
+
     /// How often it has missed messages of others.
     pub fn gaps(&self) -> u64 {
         self.engine.backplane_metrics().unwrap().gaps
