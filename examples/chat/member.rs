@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use shardcast::backplane::MissedMessages;
 use shardcast::{
     BroadcastPolicy, Clients, CloseCode, Dropped, GroupCount, HubContext, JsonCodec, PresenceChange,
     PresenceKind, Present, PublishError, Rate, RateLimit, Refusal, Stateful, StatefulHub, UserLimit,
@@ -75,6 +76,10 @@ pub(crate) enum ToMember {
         /// Nodes that have not answered in time; their members are not counted.
         #[serde(skip_serializing_if = "is_zero")]
         silent_nodes: u64,
+    },
+    /// This node has missed messages of others.
+    Gap {
+        at: u64,
     },
     /// The other answer to a message, and to a name.
     Refused {
@@ -165,6 +170,11 @@ impl StatefulHub for Member {
     }
 
     /// Called once for each user, not for each connection.
+    async fn on_gap(clients: &Clients<ToMember>, _: MissedMessages) {
+        let gap = ToMember::Gap { at: now() };
+        let _ = clients.to_all().on_this_node().publish(&gap).await; // fails when the engine has ended
+    }
+
     async fn on_presence(clients: &Clients<ToMember>, change: PresenceChange) {
         let PresenceChange { group: Some(room), user, kind, metadata: Some(metadata), .. } = change else {
             return; // the hub itself
