@@ -497,7 +497,7 @@ impl<M> Clients<M> {
         let present = answer.recv().await.ok_or(PublishError::Closed)?;
         let mut present = present.into_iter().map(Present::from).collect();
         if let Some(link) = self.link() {
-            link.presence().add_others(link.node(), group, &mut present);
+            link.complete_presence().await.add_others(link.node(), group, &mut present);
         }
         Ok(present)
     }

@@ -12,6 +12,7 @@ use std::ops::ControlFlow;
 use shardcast_engine::{CloseReason, Position};
 use tokio::sync::Mutex;
 
+use crate::backplane::MissedMessages;
 use crate::clients::Clients;
 use crate::codec::{CodecError, Decode, Encode};
 use crate::hub::{Dropped, HubContext, JoinError, Refusal, RunOn, WsHub, log_rate_limited, log_undecodable};
@@ -165,6 +166,15 @@ pub trait StatefulHub: Send + Sized + 'static {
         async {}
     }
 
+    /// This node has missed messages of other nodes; see [`WsHub::on_gap`]. By default does nothing.
+    fn on_gap(
+        clients: &Clients<Self::OutMessage>,
+        missed: MissedMessages,
+    ) -> impl Future<Output = ()> + Send {
+        let _ = (clients, missed);
+        async {}
+    }
+
     /// The connection has ended; see [`WsHub::on_disconnected`]. By default logs at debug level.
     fn on_disconnected(
         &mut self,
@@ -231,6 +241,10 @@ impl<H: StatefulHub> WsHub for Stateful<H> {
         change: PresenceChange,
     ) -> impl Future<Output = ()> + Send {
         H::on_presence(clients, change)
+    }
+
+    fn on_gap(clients: &Clients<H::OutMessage>, missed: MissedMessages) -> impl Future<Output = ()> + Send {
+        H::on_gap(clients, missed)
     }
 
     async fn on_disconnected(&self, context: HubContext<Self>, reason: CloseReason) {

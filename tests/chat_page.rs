@@ -7,6 +7,7 @@
 //!
 //! A missing Chromium is a failure, never a skip: `ci/install-browser` installs it.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::{Value, json};
 #[cfg(feature = "client")]
 use shardcast::client::{ClientState, ReconnectPolicy};
+use testkit_hub::program::Running;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStdout, Command};
@@ -178,6 +180,43 @@ async fn the_page_reconnects_by_itself_when_the_server_restarts() {
         json!([["Ada", "before"], ["Ada", "begun before, ended while away"], ["Bob", "welcome back"]]),
     )
     .await;
+}
+
+#[tokio::test]
+async fn the_page_shows_its_node_and_comes_back_on_another_when_its_node_restarts() {
+    let mut cluster = Running::start("cluster", &["--port", "0"]);
+    let mut pids = HashMap::new();
+    let url = loop {
+        let line = within_timeout(cluster.lines.next_line()).await.expect("text").expect("it goes on");
+        if let Some((pid, node)) =
+            line.split_once(", process ").and_then(|(_, rest)| rest.split_once(", id "))
+        {
+            pids.insert(node.to_owned(), pid.to_owned());
+        } else if let Some(rest) = line.strip_prefix("open ") {
+            break rest.split(' ').next().expect("a URL").to_owned();
+        }
+    };
+    let browser = Browser::start().await;
+    let ada = browser.tab(&url).await;
+    ada.enter("Ada", "lobby").await;
+    ada.say("before").await;
+    ada.shows(SAID, json!([["Ada", "before"]])).await;
+    let node = ada.client.execute("return document.querySelector('#status').dataset.node", Vec::new()).await;
+    let node = node.expect("the script runs").as_str().expect("a text").to_owned();
+    let status = "return document.querySelector('#status').textContent";
+    ada.shows(status, json!(format!("Connected to node {}", &node[..4]))).await;
+
+    let told = Command::new("kill").args(["-TERM", &pids[&node]]).status().await.expect("there is a kill");
+    assert!(told.success());
+    let is_elsewhere = format!(
+        "const {{ state, node }} = document.querySelector('#status').dataset;
+         return state === 'connected' && node !== '{node}'"
+    );
+    ada.shows(&is_elsewhere, json!(true)).await;
+    ada.say("after").await;
+    ada.shows(SAID, json!([["Ada", "before"], ["Ada", "after"]])).await;
+    let notices = ["You joined as Ada", "Messages of the meantime may be missing.", "You are back"];
+    ada.shows(NOTICES, json!(notices)).await;
 }
 
 #[tokio::test]
@@ -491,7 +530,7 @@ async fn sigterm_ends_the_chat_with_a_close_frame_although_a_request_is_half_sen
     ada.welcome().await;
     let terminated = server.terminate();
     let ((), close) = tokio::join!(terminated, ada.end());
-    assert_eq!(close, (1001, String::new()));
+    assert_eq!(close, (1012, String::new()));
     drop(half);
 }
 

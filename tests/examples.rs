@@ -166,6 +166,24 @@ async fn chat_serves_its_page_and_members_of_one_room_talk() {
     assert_eq!(elsewhere.recv("said").await["text"], "alone");
 }
 
+#[tokio::test]
+async fn the_chat_is_first_not_ready_and_serves_on_until_it_disconnects_its_members_for_a_restart() {
+    let (mut program, address) = listening("chat", &["--pause", "3600"]).await;
+    let url = format!("ws://{address}");
+    let mut ada = Member::enter(&url, "Ada", "lobby").await;
+    assert_eq!(status(&address, "/ready").await, 200);
+    send_signal(&program, "-TERM").await;
+    within_timeout(async { while status(&address, "/ready").await != 503 {} }).await;
+    let mut bob = Member::enter(&url, "Bob", "lobby").await;
+    ada.recv("joined").await;
+    bob.say("still served").await;
+    assert_eq!(ada.recv("said").await["text"], "still served");
+    send_signal(&program, "-INT").await; // ends the pause
+    assert_eq!(ada.client.closed().await, (1012, String::new()));
+    program.wait_for_line("flushed ").await;
+    assert!(within_timeout(program.process.wait()).await.unwrap().success());
+}
+
 // ---- fanout
 
 #[tokio::test]
@@ -219,7 +237,7 @@ async fn fanout_serves_its_routes() {
 #[tokio::test]
 async fn fanout_says_what_to_do_when_it_is_not_understood() {
     let usage = "usage: fanout [--port P] [--shards N] [--no-pin] [--trim] [--io-uring] [--coalesce MILLISECONDS] [--policy POLICY] \
-         [--outbox N] [--rate-limit N] [--over-limit delay|drop|close] [--tls FILE [--bridge]], where POLICY is block,";
+         [--outbox N] [--rate-limit N] [--over-limit delay|drop|close] [--tls FILE [--bridge]] [--backplane URL], where POLICY is block,";
     for (arguments, says) in [
         (&["--policy", "nonsense"][..], "`nonsense` is not a policy"),
         (&["--policy"], usage),
@@ -431,7 +449,7 @@ async fn echo_sends_text_and_binary_back_and_ends_on_sigterm() {
         assert_eq!(client.recv().await, Some(message));
     }
     send_signal(&program, "-TERM").await;
-    assert_eq!(client.closed().await.0, 1001);
+    assert_eq!(client.closed().await.0, 1012);
     assert_eq!(program.wait_for_line("flushed ").await, "1, cut off 0, left over 0");
     assert!(within_timeout(program.process.wait()).await.unwrap().success());
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::{Path, State};
 use axum::routing::any;
-use shardcast::backplane::memory::MemoryLog;
+use shardcast::backplane::memory::{Faults, MemoryLog};
 use shardcast::backplane::{BackplaneConfig, BackplaneState};
 use shardcast::{
     Clients, Engine, Hub, HubContext, PresenceChange, PresenceEvent, PresenceKind, RawCodec, Refusal, Serve,
@@ -173,8 +173,18 @@ async fn a_node_that_begins_later_knows_who_is_present_and_announces_nobody_agai
     let mut changes = c.hub.presence_changes();
     let _also_ada = c.connect("ada").await;
     eventually(1, || c.hub.group_len("room")).await;
+    // The others' answers take their time.
+    log.set_faults(Faults { seed: 1, read_within: Duration::from_millis(50), ..Faults::default() });
     log.set_outage(false);
-    c.shows(&[("ada", 2), ("bob", 1)]).await;
+    let mut state = c.engine.backplane_state().unwrap();
+    within_timeout(state.wait_for(|state| *state == BackplaneState::Connected)).await.unwrap();
+    let at_once = c.present().await;
+    assert_eq!(
+        at_once,
+        BTreeMap::from([("ada".to_owned(), 2), ("bob".to_owned(), 1)]),
+        "it waits for the others"
+    );
+    log.set_faults(Faults::default());
     a.shows(&[("ada", 2), ("bob", 1)]).await;
     assert!(announced(&c.hub, &mut listeners).await.is_empty(), "they were there");
     let mut users = Vec::new();

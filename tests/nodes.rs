@@ -16,8 +16,8 @@ use shardcast::backplane::{
     OutagePolicy,
 };
 use shardcast::{
-    BroadcastPolicy, Clients, CloseCode, Engine, HubContext, PublishError, RawCodec, TryPublishError, WsHub,
-    WsHubConfig,
+    BroadcastPolicy, Clients, CloseCode, Engine, HubContext, PublishError, RawCodec, Stateful, StatefulHub,
+    TryPublishError, WsHubConfig,
 };
 use testkit_hub::node::config;
 use testkit_hub::{
@@ -280,17 +280,17 @@ async fn an_exact_join_has_a_place_in_the_order_of_all_nodes() {
     }
 }
 
-/// Tells what it has missed.
+/// Tells what it has missed. Stateful, which passes everything on.
 struct Missing;
 
 static MISSED: Mutex<Vec<MissedCause>> = Mutex::new(Vec::new());
 
-impl WsHub for Missing {
+impl StatefulHub for Missing {
     type Codec = RawCodec;
     type InMessage = String;
     type OutMessage = String;
 
-    async fn on_message(&self, _: String, _: HubContext<Self>) {}
+    async fn on_message(&mut self, _: String, _: HubContext<Stateful<Self>>) {}
 
     async fn on_gap(_: &Clients<String>, missed: MissedMessages) {
         MISSED.lock().unwrap().push(missed.cause);
@@ -301,7 +301,7 @@ impl WsHub for Missing {
 async fn a_hub_is_told_of_what_its_node_has_missed_and_nothing_arrives_twice() {
     let log = MemoryLog::new();
     let here = Node::start(&log, 1, config(OutagePolicy::Wait)).await;
-    let _missing = here.engine.hub::<Missing>(WsHubConfig::default()).unwrap();
+    let _missing = here.engine.hub::<Stateful<Missing>>(WsHubConfig::default()).unwrap();
     let there = Node::start(&log, 1, config(OutagePolicy::Wait)).await;
     here.is(BackplaneState::Connected).await;
     there.is(BackplaneState::Connected).await;

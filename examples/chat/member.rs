@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use shardcast::backplane::MissedMessages;
 use shardcast::{
     BroadcastPolicy, Clients, CloseCode, Dropped, GroupCount, HubContext, JsonCodec, PresenceChange,
     PresenceKind, Present, PublishError, Rate, RateLimit, Refusal, Stateful, StatefulHub, UserLimit,
     WsHubConfig,
 };
 
-use crate::room::{Room, Said, now};
+use super::room::{Room, Said, now};
 
 /// Most characters in the name of a user or a room.
 const NAME_MAX: usize = 32;
@@ -39,12 +40,15 @@ pub(crate) enum FromMember {
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub(crate) enum ToMember {
-    /// Sent once. Changes of the members that arrive before it must be applied after it.
+    /// Sent once. What arrives before it must be applied after it.
     Welcome {
         user: Arc<str>,
+        /// The node of the connection, if there are several.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        node: Option<String>,
         members: Vec<Present>,
         history: Vec<Said>,
-        /// Whether there were messages before the history.
+        /// Whether there were messages before the history. With several nodes there is no history, see `room.rs`.
         is_cut: bool,
         at: u64,
     },
@@ -69,6 +73,13 @@ pub(crate) enum ToMember {
     Sent {
         reached: u64,
         dropped: u64,
+        /// Nodes that have not answered in time; their members are not counted.
+        #[serde(skip_serializing_if = "is_zero")]
+        silent_nodes: u64,
+    },
+    /// This node has missed messages of others.
+    Gap {
+        at: u64,
     },
     /// The other answer to a message, and to a name.
     Refused {
@@ -127,9 +138,17 @@ impl StatefulHub for Member {
         let history = self.room.history.lock().await;
         let _ = ctx.clients().join(ctx.id(), &self.room.name).await; // fails when the engine has ended
         let members = ctx.clients().presence(&self.room.name).await.unwrap_or_default();
-        let (user, is_cut) = (self.user.clone(), history.is_cut());
-        ctx.unicast(ToMember::Welcome { user, members, history: history.messages(), is_cut, at: now() })
-            .await;
+        let node = ctx.id().node().map(|node| node.to_string());
+        let (user, is_cut) = (self.user.clone(), node.is_some() || history.is_cut());
+        ctx.unicast(ToMember::Welcome {
+            user,
+            node,
+            members,
+            history: history.messages(),
+            is_cut,
+            at: now(),
+        })
+        .await;
         Ok(())
     }
 
@@ -151,6 +170,11 @@ impl StatefulHub for Member {
     }
 
     /// Called once for each user, not for each connection.
+    async fn on_gap(clients: &Clients<ToMember>, _: MissedMessages) {
+        let gap = ToMember::Gap { at: now() };
+        let _ = clients.to_all().on_this_node().publish(&gap).await; // fails when the engine has ended
+    }
+
     async fn on_presence(clients: &Clients<ToMember>, change: PresenceChange) {
         let PresenceChange { group: Some(room), user, kind, metadata: Some(metadata), .. } = change else {
             return; // the hub itself
@@ -172,10 +196,19 @@ impl Member {
             let why = format!("a message must have 1 to {TEXT_MAX} characters");
             return Ok(Some(ToMember::Refused { why }));
         }
-        let mut history = self.room.history.lock().await;
-        let said = ToMember::Said(history.add(&self.user, &self.name, text));
-        let receipt = ctx.clients().to_group(&self.room.name).deliver(&said).await?;
-        Ok(Some(ToMember::Sent { reached: receipt.accepted(), dropped: receipt.dropped.total() }))
+        let said = Said { user: self.user.clone(), name: self.name.clone(), text, at: now() };
+        let room = ctx.clients().to_group(&self.room.name);
+        let receipt = if ctx.id().node().is_some() {
+            room.deliver(&ToMember::Said(said)).await?
+        } else {
+            let mut history = self.room.history.lock().await;
+            room.deliver(&ToMember::Said(history.add(said))).await?
+        };
+        Ok(Some(ToMember::Sent {
+            reached: receipt.accepted(),
+            dropped: receipt.dropped.total(),
+            silent_nodes: receipt.nodes_asked.saturating_sub(receipt.nodes_answered),
+        }))
     }
 
     async fn rename(&mut self, name: &str, ctx: &HubContext<Stateful<Self>>) -> Answer {
@@ -191,10 +224,13 @@ impl Member {
     }
 }
 
-/// The largest rooms, and the connection in numbers.
+/// The largest rooms that this node has, and the connection in numbers.
 async fn overview(ctx: &HubContext<Stateful<Member>>) -> Result<ToMember, PublishError> {
     let clients = ctx.clients();
     let mut rooms = clients.groups();
+    for room in &mut rooms {
+        room.users = clients.presence_len(&room.name); // those on other nodes, too
+    }
     rooms.sort_by(|a, b| b.users.cmp(&a.users).then_with(|| a.name.cmp(&b.name)));
     rooms.truncate(ROOMS_SHOWN);
     let metrics = clients.connection_metrics(ctx.id()).await?.unwrap_or_default();
@@ -208,6 +244,10 @@ async fn overview(ctx: &HubContext<Stateful<Member>>) -> Result<ToMember, Publis
 }
 
 const NAME_RULE: &str = "the names of user and room must have 1 to 32 characters";
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
 
 fn is_name(name: &str) -> bool {
     !name.trim().is_empty() && name.chars().count() <= NAME_MAX

@@ -2,7 +2,8 @@
 //!
 //! Owned by the members: a room that nobody is in may be forgotten. shardcast knows who is in a room; it does not keep
 //! what was said. A room's lock is held while a message is delivered and while a member enters, so that the history
-//! ends exactly where the messages that the member receives begin.
+//! ends exactly where the messages that the member receives begin. With several nodes no history is kept: this one
+//! would have only what was said by its own members, which is half of a conversation.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +24,7 @@ pub(crate) struct Said {
     /// The name that the user had then.
     pub(crate) name: Arc<str>,
     pub(crate) text: String,
-    /// When, in milliseconds since 1970. No two messages of a room have the same, so it identifies the message.
+    /// When, in milliseconds since 1970. No two messages of a history have the same, so it identifies the message.
     pub(crate) at: u64,
 }
 
@@ -44,10 +45,10 @@ pub(crate) struct History {
 }
 
 impl History {
-    /// Adds a message, and discards the oldest one beyond the limit.
-    pub(crate) fn add(&mut self, user: &Arc<str>, name: &Arc<str>, text: String) -> Said {
-        self.last_at = now().max(self.last_at + 1);
-        let said = Said { user: user.clone(), name: name.clone(), text, at: self.last_at };
+    /// Adds a message, and discards the oldest one beyond the limit. Returns the message with the time that it has.
+    pub(crate) fn add(&mut self, said: Said) -> Said {
+        self.last_at = said.at.max(self.last_at + 1);
+        let said = Said { at: self.last_at, ..said };
         if self.messages.len() == HISTORY_MAX {
             self.messages.pop_front();
             self.is_cut = true;

@@ -355,8 +355,16 @@ impl HubLink {
         runtime.spawn(Announcer { cluster, hub: name, presence, announced: HashMap::new() }.run(changes));
     }
 
-    /// Who is present on all nodes.
+    /// Who is present on all nodes, as far as this one knows.
     pub(crate) fn presence(&self) -> &HubPresence {
+        &self.presence
+    }
+
+    /// The same, once the others have told a node that has just begun; but not while the broker cannot be reached.
+    pub(crate) async fn complete_presence(&self) -> &HubPresence {
+        if self.cluster.is_connected() {
+            let _ = timeout(self.cluster.0.config.publish_timeout, self.presence.is_complete()).await;
+        }
         &self.presence
     }
 

@@ -121,6 +121,11 @@ impl HubPresence {
 
     // ---- What clients ask ----
 
+    /// Returns when this node knows who is present elsewhere.
+    pub(super) async fn is_complete(&self) {
+        is_true(&mut self.is_complete.subscribe()).await;
+    }
+
     /// How many users are present, on all nodes.
     pub(crate) fn len(&self, group: Option<&str>) -> usize {
         self.lock().roster.len(group)
