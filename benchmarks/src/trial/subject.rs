@@ -3,7 +3,9 @@
 //! All but shardcast are subcommands of this program; shardcast is its own example, known by its path and flags only.
 
 use std::{
-    env, fmt, io,
+    env,
+    ffi::OsString,
+    fmt, io,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -85,7 +87,17 @@ impl Subject {
             return Ok(());
         }
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        // What `cargo run` has set for this program. Build scripts that read it, such as ring's, would run again, and
+        // everything that depends on them would be compiled again.
+        let of_this_package = |name: &OsString| {
+            let name = name.to_string_lossy();
+            name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+        };
+        for name in env::vars_os().map(|(name, _)| name).filter(of_this_package) {
+            cargo.env_remove(name);
+        }
+        let status = cargo
             .args([
                 "build",
                 "--release",
