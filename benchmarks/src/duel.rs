@@ -91,7 +91,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, DuelError> {
     let load = options.load()?;
     let harness = Harness::find(options.no_pin)?;
     if !options.no_build {
-        harness.build(&options.servers)?;
+        harness.build(&options.servers, "tls")?;
     }
     let builds = options.build.iter().cloned().map(Program::Build);
     let programs: Vec<_> = options.servers.iter().copied().map(Program::Subject).chain(builds).collect();

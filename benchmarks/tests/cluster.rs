@@ -1,7 +1,8 @@
 //! The command `cluster`, briefly: the server of another library that is part of this program, on a real Redis.
 //!
-//! shardcast's own example is left to `ci/bench`, because building it in release within a test would take minutes. Knows
-//! the command line and the JSON that it prints.
+//! shardcast's own example is left out, because building it in release within a test would take minutes; that its nodes lose
+//! nothing is in the tests of the crate `shardcast` (`tests/node_brokers.rs`). Knows the command line and the JSON that it
+//! prints.
 
 use std::process::{Command, Output};
 

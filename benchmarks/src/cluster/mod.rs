@@ -139,7 +139,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, ClusterError> {
     let harness = Harness::find(true)?;
     let subjects = options.subjects();
     if !options.no_build {
-        harness.build(&subjects)?;
+        harness.build(&subjects, "backplane,tls")?; // brokers take a minute to compile
     }
     let rounds = |server: &Contender| Rounds { name: server.to_string(), ..Rounds::default() };
     let mut servers: Vec<Rounds> = options.servers.iter().map(rounds).collect();

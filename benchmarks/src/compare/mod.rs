@@ -100,7 +100,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, CompareError> {
     };
     fs::create_dir_all(&results).map_err(failed(&results))?;
     if !options.no_build {
-        harness.build(&options.servers)?;
+        harness.build(&options.servers, "tls")?;
     }
     let comparison = Comparison::run(&harness, &options.servers, &options.scenarios, options.extent());
     let mut page = Table(&comparison).to_string();

@@ -61,9 +61,9 @@ impl Harness {
         Ok(Self { benchmarks, target, cores })
     }
 
-    /// Builds what is not part of this program.
-    pub(crate) fn build(&self, subjects: &[Subject]) -> Result<(), HarnessError> {
-        Ok(subjects.iter().try_for_each(|subject| subject.build(&self.target))?)
+    /// Builds what is not part of this program, with these features.
+    pub(crate) fn build(&self, subjects: &[Subject], features: &str) -> Result<(), HarnessError> {
+        Ok(subjects.iter().try_for_each(|subject| subject.build(&self.target, features))?)
     }
 
     /// For the results: where server and client run.

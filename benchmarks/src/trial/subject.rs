@@ -82,7 +82,7 @@ impl Subject {
     }
 
     /// Builds shardcast's example into the target directory of this program.
-    pub(super) fn build(self, target: &Path) -> Result<(), BuildError> {
+    pub(super) fn build(self, target: &Path, features: &str) -> Result<(), BuildError> {
         if !self.is_example() {
             return Ok(());
         }
@@ -98,16 +98,7 @@ impl Subject {
             cargo.env_remove(name);
         }
         let status = cargo
-            .args([
-                "build",
-                "--release",
-                "-p",
-                "examples",
-                "--example",
-                "fanout",
-                "--features",
-                "backplane,tls",
-            ])
+            .args(["build", "--release", "-p", "examples", "--example", "fanout", "--features", features])
             .current_dir(workspace)
             .env("CARGO_TARGET_DIR", target)
             .status()
