@@ -93,28 +93,20 @@ impl BackplaneConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         const MILLIS_10: Duration = Duration::from_millis(10);
         const HOUR: Duration = Duration::from_secs(3600);
-        within("publish_timeout", self.publish_timeout, MILLIS_10, HOUR)?;
-        within("answer_timeout", self.answer_timeout, MILLIS_10, HOUR)?;
+        ConfigError::check("publish_timeout", self.publish_timeout, MILLIS_10, HOUR)?;
+        ConfigError::check("answer_timeout", self.answer_timeout, MILLIS_10, HOUR)?;
         let interval = self.heartbeat_interval;
-        within("heartbeat_interval", interval, Duration::from_millis(100), Duration::from_secs(60))?;
-        within("node_timeout", self.node_timeout, 3 * interval, HOUR)?;
-        within("absent_users_timeout", self.absent_users_timeout, Duration::ZERO, HOUR)?;
-        within("batch_bytes_max", self.batch_bytes_max, 1 << 10, 16 << 20)?;
-        within("queue_bytes_max", self.queue_bytes_max, 64 << 10, u32::MAX as usize)
+        ConfigError::check(
+            "heartbeat_interval",
+            interval,
+            Duration::from_millis(100),
+            Duration::from_secs(60),
+        )?;
+        ConfigError::check("node_timeout", self.node_timeout, 3 * interval, HOUR)?;
+        ConfigError::check("absent_users_timeout", self.absent_users_timeout, Duration::ZERO, HOUR)?;
+        ConfigError::check("batch_bytes_max", self.batch_bytes_max, 1 << 10, 16 << 20)?;
+        ConfigError::check("queue_bytes_max", self.queue_bytes_max, 64 << 10, u32::MAX as usize)
     }
-}
-
-fn within<T: PartialOrd + std::fmt::Debug>(
-    field: &'static str,
-    value: T,
-    lowest: T,
-    highest: T,
-) -> Result<(), ConfigError> {
-    if value >= lowest && value <= highest {
-        return Ok(());
-    }
-    let show = |value: T| format!("{value:?}");
-    Err(ConfigError { field, value: show(value), lowest: show(lowest), highest: show(highest) })
 }
 
 /// What a publisher gets while the broker cannot be reached.

@@ -135,21 +135,21 @@ impl EngineConfig {
     /// [`ConfigError`] for the first field that is out of range.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let shards = self.shards.unwrap_or(1);
-        within("shards", shards, 1, SHARDS_MAX)?;
+        ConfigError::check("shards", shards, 1, SHARDS_MAX)?;
         if let Some(after) = self.blocked_after {
-            within("blocked_after", after, Duration::from_millis(10), Duration::from_secs(3600))?;
+            ConfigError::check("blocked_after", after, Duration::from_millis(10), Duration::from_secs(3600))?;
         }
-        within("log_capacity", self.log_capacity, 2, 1 << 20)?;
-        within("mailbox_capacity", self.mailbox_capacity, 1, 1 << 20)?;
-        within("publishers_waiting_max", self.publishers_waiting_max, 1, 1 << 24)?;
-        within("coalesce", self.coalesce, Duration::ZERO, Duration::from_secs(1))?;
-        within("read_buffer_bytes", self.read_buffer_bytes, 1024, 16 << 20)?;
-        within("backlog_bytes_max", self.backlog_bytes_max, 1 << 20, 1 << 40)?;
-        within("unfinished_bytes_max", self.unfinished_bytes_max, 1 << 20, 1 << 40)?;
-        within("max_connections", self.max_connections, 1, 1 << 30)?;
+        ConfigError::check("log_capacity", self.log_capacity, 2, 1 << 20)?;
+        ConfigError::check("mailbox_capacity", self.mailbox_capacity, 1, 1 << 20)?;
+        ConfigError::check("publishers_waiting_max", self.publishers_waiting_max, 1, 1 << 24)?;
+        ConfigError::check("coalesce", self.coalesce, Duration::ZERO, Duration::from_secs(1))?;
+        ConfigError::check("read_buffer_bytes", self.read_buffer_bytes, 1024, 16 << 20)?;
+        ConfigError::check("backlog_bytes_max", self.backlog_bytes_max, 1 << 20, 1 << 40)?;
+        ConfigError::check("unfinished_bytes_max", self.unfinished_bytes_max, 1 << 20, 1 << 40)?;
+        ConfigError::check("max_connections", self.max_connections, 1, 1 << 30)?;
         // A limit per address above the total limit would have no effect.
         let per_address = self.max_connections_per_address.unwrap_or(1);
-        within("max_connections_per_address", per_address, 1, self.max_connections)?;
+        ConfigError::check("max_connections_per_address", per_address, 1, self.max_connections)?;
         self.max_upgrades_per_address.map_or(Ok(()), |rate| rate.validate())
     }
 
@@ -160,7 +160,7 @@ impl EngineConfig {
     /// [`ConfigError`] for the first field that is out of range.
     pub(crate) fn validate_with(&self, connection: &ConnectionConfig) -> Result<(), ConfigError> {
         connection.validate()?;
-        within("max_message_bytes", connection.max_message_bytes, 1, self.unfinished_bytes_max)
+        ConfigError::check("max_message_bytes", connection.max_message_bytes, 1, self.unfinished_bytes_max)
     }
 }
 
@@ -303,41 +303,41 @@ impl ConnectionConfig {
         const SHORTEST: Duration = Duration::from_millis(10);
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60); // "1year" is longer than 365 days
-        within("outbox_frames", self.outbox_frames, 1, 1 << 24)?;
-        within("outbox_bytes", self.outbox_bytes, 1024, 1 << 30)?;
-        within("overflow_frames", self.overflow_frames, 0, 1 << 24)?;
-        within("overflow_bytes", self.overflow_bytes, 0, 16 << 30)?;
-        within("max_message_bytes", self.max_message_bytes, 1, 1 << 30)?;
-        within("max_fragments", self.max_fragments, 1, 1 << 24)?;
-        within("max_frame_bytes", self.max_frame_bytes, 1, 1 << 30)?;
-        within("control_frames_per_second", self.control_frames_per_second, 1, u16::MAX)?;
+        ConfigError::check("outbox_frames", self.outbox_frames, 1, 1 << 24)?;
+        ConfigError::check("outbox_bytes", self.outbox_bytes, 1024, 1 << 30)?;
+        ConfigError::check("overflow_frames", self.overflow_frames, 0, 1 << 24)?;
+        ConfigError::check("overflow_bytes", self.overflow_bytes, 0, 16 << 30)?;
+        ConfigError::check("max_message_bytes", self.max_message_bytes, 1, 1 << 30)?;
+        ConfigError::check("max_fragments", self.max_fragments, 1, 1 << 24)?;
+        ConfigError::check("max_frame_bytes", self.max_frame_bytes, 1, 1 << 30)?;
+        ConfigError::check("control_frames_per_second", self.control_frames_per_second, 1, u16::MAX)?;
         self.policy.validate()?;
         self.rate_limit.validate()?;
         if let Some(interval) = self.heartbeat_interval {
-            within("heartbeat_interval", interval, SHORTEST, DAY)?;
+            ConfigError::check("heartbeat_interval", interval, SHORTEST, DAY)?;
         }
-        within("pong_timeout", self.pong_timeout, SHORTEST, DAY)?;
+        ConfigError::check("pong_timeout", self.pong_timeout, SHORTEST, DAY)?;
         if let Some(max) = self.policy.max_rtt() {
             // A longer round trip is a pong timeout, and is never measured.
-            within("max_rtt", max, Duration::from_millis(1), self.pong_timeout)?;
+            ConfigError::check("max_rtt", max, Duration::from_millis(1), self.pong_timeout)?;
         }
-        within("close_timeout", self.close_timeout, SHORTEST, Duration::from_secs(3600))?;
-        within("max_groups", self.max_groups, 1, 1 << 20)?;
+        ConfigError::check("close_timeout", self.close_timeout, SHORTEST, Duration::from_secs(3600))?;
+        ConfigError::check("max_groups", self.max_groups, 1, 1 << 20)?;
         let per_user = self.max_connections_per_user.map_or(1, UserLimit::max);
-        within("max_connections_per_user", per_user, 1, 1 << 16)?;
-        within("presence_grace", self.presence_grace, Duration::ZERO, Duration::from_secs(3600))?;
+        ConfigError::check("max_connections_per_user", per_user, 1, 1 << 16)?;
+        ConfigError::check("presence_grace", self.presence_grace, Duration::ZERO, Duration::from_secs(3600))?;
         if let Some(timeout) = self.stall_timeout {
-            within("stall_timeout", timeout, SHORTEST, Duration::from_secs(3600))?;
+            ConfigError::check("stall_timeout", timeout, SHORTEST, Duration::from_secs(3600))?;
         }
         for (field, timeout) in
             [("idle_timeout", self.idle_timeout), ("message_timeout", self.message_timeout)]
         {
             if let Some(timeout) = timeout {
-                within(field, timeout, SHORTEST, YEAR)?;
+                ConfigError::check(field, timeout, SHORTEST, YEAR)?;
             }
         }
         if let Some(duration) = self.max_connection_duration {
-            within("max_connection_duration", duration, SHORTEST, YEAR)?;
+            ConfigError::check("max_connection_duration", duration, SHORTEST, YEAR)?;
         }
         Ok(())
     }
@@ -379,13 +379,13 @@ impl Policy {
     pub fn validate(&self) -> Result<(), ConfigError> {
         const HOUR: Duration = Duration::from_secs(3600);
         if let Some(timeout) = self.timeout() {
-            within("timeout", timeout, Duration::ZERO, HOUR)?;
+            ConfigError::check("timeout", timeout, Duration::ZERO, HOUR)?;
         }
         match *self {
-            Self::DropConnection { max_drops, .. } => within("max_drops", max_drops, 1, u32::MAX),
+            Self::DropConnection { max_drops, .. } => ConfigError::check("max_drops", max_drops, 1, u32::MAX),
             Self::DropOnHighRtt { max_rtt, rtt_samples } => {
-                within("max_rtt", max_rtt, Duration::from_millis(1), HOUR)?;
-                within("rtt_samples", rtt_samples, 1, 1024)
+                ConfigError::check("max_rtt", max_rtt, Duration::from_millis(1), HOUR)?;
+                ConfigError::check("rtt_samples", rtt_samples, 1, 1024)
             }
             Self::Block | Self::DropMessage { .. } => Ok(()),
         }
@@ -399,11 +399,11 @@ impl Rate {
     /// [`ConfigError`] for the first field that is out of range.
     pub fn validate(&self) -> Result<(), ConfigError> {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-        within("period", self.period, Duration::from_millis(1), DAY)?;
+        ConfigError::check("period", self.period, Duration::from_millis(1), DAY)?;
         // More than one in a nanosecond could not be counted.
         let nanos = u32::try_from(self.period.as_nanos()).unwrap_or(u32::MAX);
-        within("count", self.count, 1, nanos.min(1 << 30))?;
-        within("burst", self.burst, 1, 1 << 30)
+        ConfigError::check("count", self.count, 1, nanos.min(1 << 30))?;
+        ConfigError::check("burst", self.burst, 1, 1 << 30)
     }
 }
 
@@ -451,17 +451,23 @@ pub struct ConfigError {
     pub highest: String,
 }
 
-fn within<T: PartialOrd + std::fmt::Debug>(
-    field: &'static str,
-    value: T,
-    lowest: T,
-    highest: T,
-) -> Result<(), ConfigError> {
-    if value >= lowest && value <= highest {
-        return Ok(());
+impl ConfigError {
+    /// Checks that a setting is within its range.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub fn check<T: PartialOrd + std::fmt::Debug>(
+        field: &'static str,
+        value: T,
+        lowest: T,
+        highest: T,
+    ) -> Result<(), Self> {
+        if value >= lowest && value <= highest {
+            return Ok(());
+        }
+        let show = |value: T| format!("{value:?}");
+        Err(Self { field, value: show(value), lowest: show(lowest), highest: show(highest) })
     }
-    let show = |value: T| format!("{value:?}");
-    Err(ConfigError { field, value: show(value), lowest: show(lowest), highest: show(highest) })
 }
 
 #[cfg(test)]

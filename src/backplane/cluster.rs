@@ -110,7 +110,7 @@ pub(crate) struct Hooks {
     pub(crate) namespace: Box<dyn Fn() -> Option<Namespace> + Send + Sync>,
     /// Tells the hub that messages were missed.
     pub(crate) on_gap: Box<dyn Fn(MissedMessages) + Send + Sync>,
-    /// Passes a change of presence on; true if this node is to tell the hub.
+    /// Passes a change of presence on; true if this node tells the hub.
     pub(crate) on_presence: Box<dyn Fn(PresenceChange, bool) + Send + Sync>,
 }
 
@@ -486,7 +486,7 @@ impl HubLink {
 
 /// Why a message is not on its way to the other nodes.
 pub(crate) enum TrySent {
-    /// It is to be published on this node only.
+    /// The broker cannot be reached: it goes to the clients of this node only.
     Alone(Publication),
     /// Too much waits.
     Full,
