@@ -5,8 +5,6 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io::Write;
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -16,7 +14,7 @@ use shardcast_engine::{
     Publication, Tally,
 };
 use testkit::client::new_tcp_connection;
-use testkit::{Received, Rig, Stream, at_once, lock};
+use testkit::{Log, Received, Rig, Stream, at_once};
 
 const CLIENTS: usize = 40;
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -37,21 +35,6 @@ fn break_io_uring() {
     seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
 }
 
-/// What was logged.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        lock(&self.0).extend(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Runs the test on a thread of its own, in which it can [break](break_io_uring) the rings; they must fail once.
 fn with_rings_that_break<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
     let log = Log::default();
@@ -59,7 +42,7 @@ fn with_rings_that_break<T: Send + 'static>(test: impl FnOnce() -> T + Send + 's
     let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
     let run = move || tracing::subscriber::with_default(subscriber, test);
     let result = thread::spawn(run).join().unwrap();
-    let text = String::from_utf8(lock(&log.0).clone()).unwrap();
+    let text = log.text();
     assert_eq!(text.matches("io_uring failed").count(), 1, "{text}");
     result
 }

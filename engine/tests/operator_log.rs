@@ -2,42 +2,35 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use std::io::Write;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use shardcast_engine::{ConnectionConfig, EngineConfig, FrameError, OverLimit, Rate, RateLimit};
-use testkit::{Client, Rig, lock};
+use testkit::{Client, Log, Rig};
 use tracing::subscriber::DefaultGuard;
 
 /// What this thread logs at `info` and above, for as long as the guard exists.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        lock(&self.0).extend(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
+struct Listening {
+    log: Log,
+    _guard: DefaultGuard,
 }
 
-impl Log {
-    fn listen() -> (Self, DefaultGuard) {
-        let log = Self::default();
+impl Listening {
+    fn begin() -> Self {
+        let log = Log::default();
         let writer = log.clone();
         let subscriber =
             tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-        (log, tracing::subscriber::set_default(subscriber))
+        Self { log, _guard: tracing::subscriber::set_default(subscriber) }
     }
 
     /// The lines so far that report ended clients.
     fn lines(&self) -> Vec<String> {
-        let text = String::from_utf8_lossy(&lock(&self.0)).into_owned();
-        text.lines().filter(|line| line.contains("clients were ended")).map(str::to_owned).collect()
+        self.log
+            .text()
+            .lines()
+            .filter(|line| line.contains("clients were ended"))
+            .map(str::to_owned)
+            .collect()
     }
 }
 
@@ -59,7 +52,7 @@ fn rig() -> Rig {
 
 #[test]
 fn many_clients_that_are_ended_at_once_are_one_line_and_later_ones_one_line_in_ten_seconds() {
-    let (log, _guard) = Log::listen();
+    let log = Listening::begin();
     let mut rig = rig();
     let mut clients = rig.connect_many(60);
     rig.pass(Duration::from_secs(1));
@@ -84,7 +77,7 @@ fn many_clients_that_are_ended_at_once_are_one_line_and_later_ones_one_line_in_t
 
 #[test]
 fn a_client_that_leaves_or_breaks_the_protocol_leaves_no_line() {
-    let (log, _guard) = Log::listen();
+    let log = Listening::begin();
     let mut rig = rig();
     let mut clients = rig.connect_many(2);
     clients[0].peer.close(1000);
@@ -101,7 +94,7 @@ fn a_client_that_leaves_or_breaks_the_protocol_leaves_no_line() {
 
 #[test]
 fn dropped_messages_of_many_clients_are_one_line_in_ten_seconds_with_their_number() {
-    let (log, _guard) = Log::listen();
+    let log = Listening::begin();
     let rate_limit = RateLimit {
         messages: Some(Rate::per_second(1)),
         over_limit: OverLimit::Drop,
@@ -117,7 +110,7 @@ fn dropped_messages_of_many_clients_are_one_line_in_ten_seconds_with_their_numbe
         rig.settle();
     };
     let lines = || {
-        let text = String::from_utf8_lossy(&lock(&log.0)).into_owned();
+        let text = log.log.text();
         let about = text.lines().filter(|line| line.contains("messages were dropped"));
         about.map(str::to_owned).collect::<Vec<_>>()
     };

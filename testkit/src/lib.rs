@@ -7,6 +7,7 @@
 pub mod client;
 pub mod frames;
 pub mod handler;
+pub mod log;
 pub mod raw_client;
 pub mod rig;
 pub mod sender;
@@ -16,6 +17,7 @@ pub mod task;
 pub mod time;
 
 pub use client::Client;
+pub use log::Log;
 pub use raw_client::{RawClient, Received};
 pub use rig::{Rig, uses_io_uring};
 pub use sender::Sender;
