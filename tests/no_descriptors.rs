@@ -1,4 +1,5 @@
-//! A process without file descriptors. One test at a time, in a file of their own: the limit is the whole process's.
+//! A process without file descriptors. One test in a file of its own: the limit is the whole process's, and descriptors
+//! that another test closes would be free.
 //!
 //! A client takes one descriptor, over TLS, too, and while there is none for the next one, that one waits. A stream that is
 //! neither a socket nor a TLS session on one, here a TLS stream in a buffer, needs two descriptors more for a shard to have
@@ -7,7 +8,7 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, which clippy cannot see.
 #![cfg(target_os = "linux")]
 
-use std::fs::{File, symlink_metadata};
+use std::fs::{File, read_dir, symlink_metadata};
 use std::io::Write as _;
 use std::process::{Child, Command, Stdio};
 
@@ -16,14 +17,26 @@ use shardcast::WsHubConfig;
 use testkit::time::ms;
 use testkit_hub::tls::{Buffered, TlsListener, TlsPair};
 use testkit_hub::{
-    Client, CommandHub, Server, Transport, command_app, connect, engine, eventually, logged,
-    on_each_transport, within_timeout,
+    Client, CommandHub, Server, Transport, command_app, connect, engine, eventually, logged, within_timeout,
 };
 use tokio::net::TcpStream;
-use tokio::sync::Mutex;
 use tokio::time::timeout;
 
-static ALONE: Mutex<()> = Mutex::const_new(());
+#[tokio::test]
+async fn clients_wait_or_are_told_to_come_back_later_while_no_descriptors_are_left() {
+    for transport in [Transport::Plain, Transport::Tls] {
+        alone(each_client_takes_one_descriptor_and_one_without_waits_until_another_leaves(transport)).await;
+    }
+    alone(a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later()).await;
+}
+
+/// Returns when all descriptors of the scenario are closed.
+async fn alone(scenario: impl Future<Output = ()>) {
+    let descriptors = || read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
+    scenario.await;
+    eventually(before, descriptors).await;
+}
 
 /// Takes the free descriptors from this process, until it is told otherwise: by one that has its own.
 struct Famine {
@@ -53,10 +66,8 @@ impl Famine {
     }
 }
 
-on_each_transport!(each_client_takes_one_descriptor_and_one_without_waits_until_another_leaves);
 async fn each_client_takes_one_descriptor_and_one_without_waits_until_another_leaves(transport: Transport) {
     const CLIENTS: usize = 8;
-    let _alone = ALONE.lock().await;
     let (_guard, logged) = logged();
     let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let server = Server::start_over(transport, command_app(hub.clone())).await;
@@ -86,15 +97,13 @@ async fn each_client_takes_one_descriptor_and_one_without_waits_until_another_le
     eventually(CLIENTS, || hub.len()).await;
 }
 
-#[tokio::test]
 async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() {
-    let _alone = ALONE.lock().await;
     let hub = engine(1).hub::<CommandHub>(WsHubConfig::default()).unwrap();
     let tls = TlsPair::new(&[]);
     let server = Buffered(TlsListener::bind(&tls, |_| Ok(())).await.unwrap());
     let address = server.local_addr().unwrap();
     let app = command_app(hub.clone());
-    tokio::spawn(async move { axum::serve(server, app).await.unwrap() });
+    let serving = tokio::spawn(async move { axum::serve(server, app).await.unwrap() });
     let connect = async || {
         let socket = TcpStream::connect(address).await.unwrap();
         within_timeout(tls.connect(socket)).await.unwrap()
@@ -116,4 +125,5 @@ async fn a_client_for_whom_no_descriptors_are_left_is_told_to_come_back_later() 
     second.recv_text().await; // its id
     assert_eq!(hub.len(), 1);
     second.leave().await;
+    serving.abort();
 }
