@@ -167,6 +167,10 @@ impl Attendance {
         }
     }
 
+    pub(crate) fn metadata_of(&self, user: &str) -> Option<Arc<[u8]>> {
+        self.users.get(user)?.metadata.clone()
+    }
+
     /// Everyone who is present.
     pub(crate) fn list(&self) -> Vec<Present> {
         let present = |(user, attendee): (&Arc<str>, &Attendee)| Present {

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use crate::attendance::{Attendance, Verdict};
+use crate::changes::{Changes, NamespaceChange};
 use crate::id::{ConnectionId, GroupKey};
 use crate::metrics::EndedTally;
 use crate::presence::{PresenceKind, PresenceObserver, Present};
@@ -51,6 +52,8 @@ pub(crate) struct Group {
     members: AtomicU64,
     /// Users who are present; the number of those in `attendance`.
     users: AtomicU32,
+    /// It waits in the directory's `changes`.
+    is_changed: AtomicBool,
     /// The users of its members. Not for a user.
     attendance: OnceLock<Box<Mutex<Attendance>>>,
     /// A user's connections under a limit that ends the oldest, the oldest first.
@@ -76,6 +79,7 @@ impl Group {
             directory,
             members: AtomicU64::new(0),
             users: AtomicU32::new(0),
+            is_changed: AtomicBool::new(false),
             attendance: OnceLock::new(),
             limited: OnceLock::new(),
             congested: AtomicU32::new(0),
@@ -219,10 +223,19 @@ impl Group {
         })
     }
 
-    pub(crate) fn set_metadata(&self, user: &str, metadata: &Arc<[u8]>) {
-        if let Some(attendance) = self.attendance.get() {
-            lock(attendance).set_metadata(user, metadata);
+    pub(crate) fn set_metadata(self: &Arc<Self>, user: &Arc<str>, metadata: &Arc<[u8]>) {
+        let Some(attendance) = self.attendance.get() else { return };
+        lock(attendance).set_metadata(user, metadata);
+        if let Some(directory) = self.directory.upgrade()
+            && let Some(changes) = directory.changes.get()
+        {
+            changes.add(Changed::Metadata(self.clone(), user.clone()));
         }
+    }
+
+    /// What presence shows of a user besides the name.
+    fn metadata_of(&self, user: &str) -> Option<Arc<[u8]>> {
+        lock(self.attendance.get()?).metadata_of(user)
     }
 
     /// Adds a connection of this user, and returns those that it replaces: the oldest beyond `max`.
@@ -373,6 +386,15 @@ impl Observation {
     }
 }
 
+/// What waits in a directory's `changes`.
+#[derive(Debug)]
+enum Changed {
+    /// The number of an entry's members.
+    Members(Arc<Group>),
+    /// The metadata of a user in a group.
+    Metadata(Arc<Group>, Arc<str>),
+}
+
 /// The groups and users of one namespace.
 #[derive(Debug)]
 pub(crate) struct Directory {
@@ -386,6 +408,8 @@ pub(crate) struct Directory {
     /// Groups that have members.
     occupied: AtomicUsize,
     observation: OnceLock<Observation>,
+    /// What has changed since it was taken last, for an application that asks for it.
+    changes: OnceLock<Changes<Changed>>,
     next_key: Arc<AtomicU64>,
     /// Frames in flight to single connections that did not fit into the window.
     oversized: AtomicU32,
@@ -410,6 +434,7 @@ impl Directory {
                 user_limits: UserLimits::default(),
                 occupied: AtomicUsize::new(0),
                 observation: OnceLock::new(),
+                changes: OnceLock::new(),
                 next_key,
                 oversized,
                 ended,
@@ -456,6 +481,57 @@ impl Directory {
             found.extend(users.into_iter().map(|user| (group.clone(), user)));
         }
         found
+    }
+
+    /// Keeps what changes from now on, until it is taken.
+    pub(crate) fn track_changes(&self) {
+        self.changes.get_or_init(Changes::new);
+    }
+
+    /// What has changed since the last call, as it is now; none if that were too many changes, or are not tracked.
+    pub(crate) fn take_changes(&self) -> Option<Vec<NamespaceChange>> {
+        let mut taken = Vec::new();
+        let is_complete = self.changes.get()?.take_all(|changed| taken.extend(self.now(changed)));
+        is_complete.then_some(taken)
+    }
+
+    /// What holds now of something that has changed.
+    fn now(&self, changed: Changed) -> Option<NamespaceChange> {
+        match changed {
+            Changed::Members(entry) => {
+                entry.is_changed.swap(false, AcqRel); // before looking; pairs with `members_change`
+                let (kind, name) = entry.name.clone()?;
+                // The entry may be closed, and another one have its name.
+                let connections = self.find(kind, &name).map_or(0, |entry| entry.len());
+                Some(match kind {
+                    Kind::Group => NamespaceChange::Members { group: name, connections },
+                    Kind::User => NamespaceChange::Connections { user: name, connections },
+                })
+            }
+            Changed::Metadata(group, user) => {
+                let metadata = group.metadata_of(&user)?;
+                Some(NamespaceChange::Metadata { group: group.name().cloned(), user, metadata })
+            }
+        }
+    }
+
+    /// The number of an entry's members has changed.
+    fn members_change(&self, entry: &Arc<Group>) {
+        if let Some(changes) = self.changes.get()
+            && entry.name.is_some()
+            && !entry.is_changed.swap(true, AcqRel) // pairs with `now`
+            && !changes.add(Changed::Members(entry.clone()))
+        {
+            entry.is_changed.swap(false, AcqRel); // it does not wait, so the next change may
+        }
+    }
+
+    /// What presence shows of a user in a group, or in everyone, besides the name.
+    pub(crate) fn metadata_in(&self, group: Option<&str>, user: &str) -> Option<Arc<[u8]>> {
+        match group {
+            None => self.everyone.metadata_of(user),
+            Some(group) => self.find(Kind::Group, group)?.metadata_of(user),
+        }
     }
 
     /// The group of all connections; its key also identifies the namespace.
@@ -559,6 +635,7 @@ impl Directory {
             };
             match group.try_enter(max) {
                 Ok(()) => {
+                    self.members_change(&group);
                     group.arriving.fetch_add(1, Relaxed); // Relaxed: visible to every thread that sees the join's return
                     group.add_interest(shard);
                     return Some(PendingJoin { directory: self.clone(), group, arrived: false });
@@ -575,6 +652,7 @@ impl Directory {
         if left & !ATTENDED == 0 {
             group.count_occupied(-1);
         }
+        self.members_change(group);
         if left == 0 {
             self.close_if_empty(group);
         }

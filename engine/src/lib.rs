@@ -82,6 +82,7 @@ mod admission;
 mod attendance;
 mod batch;
 mod beacon;
+mod changes;
 mod close_code;
 mod close_reason;
 mod command;
@@ -143,6 +144,7 @@ mod watchdog;
 mod wheel;
 
 pub use admission::{ConnectionPermit, TooManyUpgrades};
+pub use changes::NamespaceChange;
 pub use close_code::{CloseCode, InvalidCloseCode};
 pub use close_reason::CloseReason;
 pub use command::FirstMessage;

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::admission::ConnectionPermit;
+use crate::changes::NamespaceChange;
 use crate::close_code::CloseCode;
 use crate::close_reason::CloseReason;
 use crate::command::{Action, Adoption, Answer, Command, FirstMessage, Query};
@@ -398,6 +399,26 @@ impl Namespace {
         self.publisher.command(id, Action::SetMetadata(metadata)).await.map(drop)
     }
 
+    /// The metadata of a user who is present in a group, or among everyone.
+    pub fn metadata_in(&self, group: Option<&str>, user: &str) -> Option<Arc<[u8]>> {
+        self.publisher.directory().metadata_in(group, user)
+    }
+
+    /// From now on, changes of the numbers of groups' members and of users' connections, and of users' metadata, are kept
+    /// until [`take_changes`](Self::take_changes) takes them: up to 16,384, some 500 KB. Without effect if they are kept
+    /// already.
+    pub fn track_changes(&self) {
+        self.publisher.directory().track_changes();
+    }
+
+    /// What has changed since the last call, in no particular order; a change may be told twice, and what changes during
+    /// the call is told now or by the next one. None if more has changed than is kept, or
+    /// [`track_changes`](Self::track_changes) was not called: ask for [`groups`](Self::groups), [`users`](Self::users)
+    /// and presence then.
+    pub fn take_changes(&self) -> Option<Vec<NamespaceChange>> {
+        self.publisher.directory().take_changes()
+    }
+
     /// Sets who is told when users join and leave groups; false if it was set before. To be set before the first
     /// connection with a user is adopted: users who are present earlier are not announced.
     pub fn observe_presence(&self, observer: impl PresenceObserver + 'static) -> bool {
@@ -559,6 +580,13 @@ pub struct GroupCount {
     /// The users who are present in it. A user without connections counts while it may still come back
     /// ([`presence_grace`](ConnectionConfig::presence_grace)).
     pub users: usize,
+}
+
+impl GroupCount {
+    /// As an application counts that has several engines.
+    pub fn new(name: impl Into<Arc<str>>, connections: usize, users: usize) -> Self {
+        Self { name: name.into(), connections, users }
+    }
 }
 
 /// A submission without a receipt.
