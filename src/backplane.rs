@@ -19,11 +19,13 @@
 
 // This file: what an application sets and sees, and the hubs' way into the log. `ingest.rs` is the way out of it.
 
+mod announcer;
 mod answers;
 mod cluster;
+mod counts;
 mod entry;
+mod hub_state;
 mod ingest;
-mod presence;
 mod roster;
 
 use std::time::Duration;

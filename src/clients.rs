@@ -6,6 +6,8 @@
 //! a type parameter, because a codec has no state and a publisher need not name it. Knows
 //! codecs and namespaces. Does not know hubs, handlers or sockets.
 
+mod counts;
+
 use std::any::TypeId;
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -20,9 +22,9 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use shardcast_backplane::NodeId;
 use shardcast_engine::{
-    Address, CloseCode, ConfigError, ConnectionMetrics, Delivery, GROUP_NAME_BYTES_MAX, GroupCount,
-    GroupMetrics, InvalidCloseCode, MessageKind, Namespace, Payload, Policy as BroadcastPolicy, Position,
-    Publication, PublishError as EngineError, TryPublishError as TryEngineError,
+    Address, CloseCode, ConfigError, ConnectionMetrics, Delivery, GROUP_NAME_BYTES_MAX, GroupMetrics,
+    InvalidCloseCode, MessageKind, Namespace, Payload, Policy as BroadcastPolicy, Position, Publication,
+    PublishError as EngineError, TryPublishError as TryEngineError,
 };
 use tokio::sync::mpsc;
 
@@ -39,11 +41,13 @@ use crate::presence::{
 };
 use crate::receipt::Receipt;
 
+pub use counts::ThisNode;
+
 /// The clients of one hub, which receive messages `M` in the hub's codec. Cloneable, and usable from any thread or
 /// task.
 ///
-/// With a [backplane](crate::Engine::backplane) these are the clients of all nodes: targets, ids, presence. Counts of
-/// connections and metrics are of this node ([the guide](crate::guide::nodes) has the list).
+/// With a [backplane](crate::Engine::backplane) these are the clients of all nodes: targets, ids, presence, counts. Metrics
+/// are of this node ([the guide](crate::guide::nodes) has the list).
 ///
 /// ```no_run
 /// # use shardcast::{Clients, ConnectionId};
@@ -106,7 +110,7 @@ impl<M> Clone for Clients<M> {
 
 impl<M> std::fmt::Debug for Clients<M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Clients").field("connections", &self.len()).finish_non_exhaustive()
+        f.debug_struct("Clients").field("connections", &self.namespace().len()).finish_non_exhaustive()
     }
 }
 
@@ -129,12 +133,13 @@ impl<M> Clients<M> {
         let (hook, told) = presence::all_changes();
         let (changes, announced) = presence::changes();
         let link = cluster.link(name);
+        namespace.track_changes();
         let inner = Arc::new(Inner::new::<C>(namespace, Some((link.clone(), changes))));
         let weak = || WeakClients(Arc::downgrade(&inner));
         start(weak(), told);
         let (clients, missing) = (weak(), weak());
         let hooks = Hooks {
-            namespace: Box::new(move || Some(clients.upgrade()?.inner.namespace.clone())),
+            namespace: Arc::new(move || Some(clients.upgrade()?.inner.namespace.clone())),
             on_gap: Box::new(move |missed| {
                 if let Some(clients) = missing.upgrade() {
                     on_gap(&clients, missed);
@@ -429,32 +434,6 @@ impl<M> Clients<M> {
         self.to_all().metrics().await
     }
 
-    /// How many clients are connected to this node, those on their way to their shard included.
-    pub fn len(&self) -> usize {
-        self.inner.namespace.len()
-    }
-
-    /// Whether no client is connected.
-    pub fn is_empty(&self) -> bool {
-        self.inner.namespace.is_empty()
-    }
-
-    /// How many members a group has on this node.
-    pub fn group_len(&self, group: &str) -> usize {
-        self.inner.namespace.group_len(group)
-    }
-
-    /// The groups that have members, each with the number of connections and of users, in no particular order. Groups
-    /// that appear or disappear during the call may be missing.
-    pub fn groups(&self) -> Vec<GroupCount> {
-        self.inner.namespace.groups()
-    }
-
-    /// How many groups have members.
-    pub fn group_count(&self) -> usize {
-        self.inner.namespace.group_count()
-    }
-
     /// The users who are present in a group, each once, in no particular order: at one moment, after everything that was
     /// sent and every join and leave that was awaited before this call.
     ///
@@ -497,7 +476,7 @@ impl<M> Clients<M> {
         let present = answer.recv().await.ok_or(PublishError::Closed)?;
         let mut present = present.into_iter().map(Present::from).collect();
         if let Some(link) = self.link() {
-            link.complete_presence().await.add_others(link.node(), group, &mut present);
+            link.complete_state().await.add_others(link.node(), group, &mut present);
         }
         Ok(present)
     }
@@ -515,25 +494,9 @@ impl<M> Clients<M> {
 
     fn presence_len_in(&self, group: Option<&str>) -> usize {
         match self.link() {
-            Some(link) => link.presence().len(group),
+            Some(link) => link.state().present_len(group),
             None => self.inner.namespace.presence_len(group),
         }
-    }
-
-    /// How many clients a user has, those on their way to their shard included.
-    pub fn user_len(&self, user: &str) -> usize {
-        self.inner.namespace.user_len(user)
-    }
-
-    /// The users who have clients, each with how many, in no particular order. Users who appear or disappear during the
-    /// call may be missing.
-    pub fn users(&self) -> Vec<(Arc<str>, usize)> {
-        self.inner.namespace.users()
-    }
-
-    /// How many users have clients.
-    pub fn user_count(&self) -> usize {
-        self.inner.namespace.user_count()
     }
 
     /// The changes of presence in all groups of the hub and in the hub itself, from now on, in their order. Any number of

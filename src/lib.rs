@@ -49,7 +49,7 @@ pub mod ws;
 
 #[cfg(feature = "client")]
 pub use client::{HubClient, HubClientBuilder};
-pub use clients::{Clients, Prepared, PublishError, Target, TryPublishError};
+pub use clients::{Clients, Prepared, PublishError, Target, ThisNode, TryPublishError};
 pub use codec::{
     BinaryCodec, CodecError, DEPTH_MAX, Decode, Encode, JsonCodec, RawCodec, RawMessage, deserialize_bounded,
 };

@@ -149,7 +149,7 @@ fn what_is_dangerous_stands_in_few_places() {
                 // For the names of hubs, when one is made.
                 "src/backplane/cluster.rs",
                 // For users who join and leave on any node, and who ask; no message takes it.
-                "src/backplane/presence.rs",
+                "src/backplane/hub_state.rs",
                 "src/client/callback.rs",
                 "src/client/inbox.rs",
                 "src/client/queue.rs",

@@ -81,7 +81,7 @@ impl Node {
         }
         let listeners = [nodes[0].connect("nobody").await, nodes[1].connect("nobody").await];
         for node in &nodes {
-            eventually(1, || node.hub.group_len("room")).await;
+            eventually(1, || node.hub.this_node().group_len("room")).await;
         }
         (nodes, listeners)
     }
@@ -172,7 +172,7 @@ async fn a_node_that_begins_later_knows_who_is_present_and_announces_nobody_agai
     let c = Node::start(&log, Duration::ZERO).await;
     let mut changes = c.hub.presence_changes();
     let _also_ada = c.connect("ada").await;
-    eventually(1, || c.hub.group_len("room")).await;
+    eventually(1, || c.hub.this_node().group_len("room")).await;
     // The others' answers take their time.
     log.set_faults(Faults { seed: 1, read_within: Duration::from_millis(50), ..Faults::default() });
     log.set_outage(false);
@@ -289,7 +289,7 @@ async fn presence_is_the_truth_again_after_the_broker_has_lost_a_part_of_the_log
     }
     let _bob = b.connect("bob").await;
     ada.leave().await;
-    eventually(1, || a.hub.group_len("room")).await;
+    eventually(1, || a.hub.this_node().group_len("room")).await;
     log.lose(1000);
     log.set_outage(false);
     for node in [&a, &b] {
@@ -299,4 +299,86 @@ async fn presence_is_the_truth_again_after_the_broker_has_lost_a_part_of_the_log
     let mut told = announced(&a.hub, &mut listeners).await;
     told.sort();
     assert_eq!(told, ["ada left", "bob joined"]);
+}
+
+/// What a node counts: clients; groups with their members and users; users with their clients.
+type Counted = (usize, Vec<(String, usize, usize)>, Vec<(String, usize)>);
+
+fn counted(hub: &Hub<Room>) -> Counted {
+    let groups =
+        hub.groups().into_iter().map(|group| (group.name.to_string(), group.connections, group.users));
+    let mut groups: Vec<_> = groups.collect();
+    groups.sort();
+    let mut users: Vec<_> = hub.users().into_iter().map(|(user, count)| (user.to_string(), count)).collect();
+    users.sort();
+    assert_eq!((hub.group_count(), hub.user_count()), (groups.len(), users.len()));
+    (hub.len(), groups, users)
+}
+
+/// Everybody in the room, which has so many members, and the users with their clients.
+fn in_room(clients: usize, users: &[(&str, usize)]) -> Counted {
+    let by_user = users.iter().map(|(user, count)| ((*user).to_owned(), *count)).collect();
+    (clients, vec![("room".to_owned(), clients, users.len())], by_user)
+}
+
+#[tokio::test]
+async fn clients_groups_and_users_are_counted_over_all_nodes() {
+    let log = MemoryLog::new();
+    let ([a, b], _listeners) = Node::start_two(&log, Duration::ZERO).await;
+    let (_ada, also_ada, bob) = (a.connect("ada").await, b.connect("ada").await, b.connect("bob").await);
+    for node in [&a, &b] {
+        eventually(in_room(5, &[("ada", 2), ("bob", 1)]), || counted(&node.hub)).await;
+    }
+    assert_eq!((a.hub.group_len("room"), a.hub.user_len("ada"), a.hub.user_len("bob")), (5, 2, 1));
+    let here = a.hub.this_node();
+    assert_eq!(
+        (here.len(), here.group_len("room"), here.user_len("ada"), here.user_len("bob")),
+        (2, 2, 1, 0)
+    );
+    let node = a.hub.to_all().members().await.unwrap();
+    let of_bob = *node.iter().find(|id| id.node() == b.engine.node()).unwrap();
+    a.hub.join(of_bob, "elsewhere").await.unwrap();
+    eventually(1, || a.hub.group_len("elsewhere")).await;
+    assert_eq!(a.hub.this_node().group_count(), 1);
+    a.hub.leave(of_bob, "elsewhere").await.unwrap();
+    bob.leave().await;
+    also_ada.leave().await;
+    for node in [&a, &b] {
+        eventually(in_room(3, &[("ada", 1)]), || counted(&node.hub)).await;
+    }
+    // A node that begins later, and one that ends.
+    let c = Node::start(&log, Duration::ZERO).await;
+    let _cyd = c.connect("cyd").await;
+    for node in [&a, &b, &c] {
+        eventually(in_room(4, &[("ada", 1), ("cyd", 1)]), || counted(&node.hub)).await;
+    }
+    let _ = a.engine.shutdown(Duration::from_secs(1)).await;
+    for node in [&b, &c] {
+        eventually(in_room(2, &[("cyd", 1)]), || counted(&node.hub)).await;
+    }
+}
+
+#[tokio::test]
+async fn metadata_that_changes_is_shown_by_all_nodes() {
+    let ([a, b], mut listeners) = Node::start_two(&MemoryLog::new(), Duration::ZERO).await;
+    let _ada = a.connect("ada").await;
+    hears(&mut listeners, "ada joined").await;
+    let id = b.hub.to_user("ada").members().await.unwrap()[0];
+    let shown = async |node: &Node| {
+        let mut present = node.hub.presence("room").await.unwrap();
+        present.remove(0).metadata.unwrap().get::<String>().unwrap()
+    };
+    // By its own node, and by another one.
+    for (by, text) in [(&a, "away"), (&b, "back")] {
+        by.hub.set_metadata(id, text).await.unwrap();
+        for node in [&a, &b] {
+            within_timeout(async {
+                while shown(node).await != text {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            })
+            .await;
+        }
+    }
+    assert!(announced(&a.hub, &mut listeners).await.is_empty(), "she has neither left nor joined");
 }

@@ -323,7 +323,7 @@ async fn a_client_that_has_stopped_reading_delays_the_publishers_of_its_own_node
     let _silent = RawClient::connect_narrow(&stalled.server).await; // it never reads
     let (mut client, _) = reading.connect().await;
     let (mut neighbour, neighbour_id) = stalled.connect().await;
-    eventually(2, || stalled.hub.len()).await;
+    eventually(2, || stalled.hub.this_node().len()).await;
     let big = "x".repeat(60_000);
     // Until nothing more has room in the outbox of the client that does not read.
     while stalled.engine.metrics().pending_bytes < WsHubConfig::default().outbox_bytes as u64 {

@@ -16,9 +16,10 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::announcer::Announcer;
 use super::answers::{Expected, Question};
 use super::entry::{AnswerContent, Command, Entry, Published};
-use super::presence::{Announcer, HubPresence};
+use super::hub_state::HubState;
 use super::{BackplaneConfig, BackplaneError, MissedMessages, OutagePolicy};
 use crate::address::To;
 use crate::connection_id::ConnectionId;
@@ -101,13 +102,15 @@ pub(super) struct Ingested {
 pub(super) struct Registration {
     pub(super) name: Arc<str>,
     pub(super) hooks: Hooks,
-    pub(super) presence: Arc<HubPresence>,
+    pub(super) state: Arc<HubState>,
 }
+
+/// The connections of a hub on this node; none when the hub is gone.
+pub(crate) type FindNamespace = Arc<dyn Fn() -> Option<Namespace> + Send + Sync>;
 
 /// How the ingest task reaches a hub, without keeping it alive.
 pub(crate) struct Hooks {
-    /// None when the hub is gone.
-    pub(crate) namespace: Box<dyn Fn() -> Option<Namespace> + Send + Sync>,
+    pub(crate) namespace: FindNamespace,
     /// Tells the hub that messages were missed.
     pub(crate) on_gap: Box<dyn Fn(MissedMessages) + Send + Sync>,
     /// Passes a change of presence on; true if this node tells the hub.
@@ -152,7 +155,7 @@ pub(crate) struct HubLink {
     cluster: Cluster,
     /// The hub's name, by which the nodes' hubs belong together.
     name: Arc<str>,
-    presence: Arc<HubPresence>,
+    state: Arc<HubState>,
 }
 
 /// A message on its way to all nodes: encoded, and what this node publishes if it stays alone.
@@ -263,6 +266,10 @@ impl Cluster {
         }
     }
 
+    pub(super) fn heartbeat_interval(&self) -> Duration {
+        self.0.config.heartbeat_interval
+    }
+
     /// Where this node's tasks run.
     pub(crate) fn runtime(&self) -> &Handle {
         &self.0.runtime
@@ -277,7 +284,7 @@ impl Cluster {
             *number
         };
         let name: Arc<str> = if number == 1 { name.into() } else { format!("{name}#{number}").into() };
-        HubLink { cluster: self.clone(), name, presence: Arc::new(HubPresence::new()) }
+        HubLink { cluster: self.clone(), name, state: Arc::new(HubState::new()) }
     }
 
     /// Appends an entry that nobody waits for. Returns when there was room for it.
@@ -345,27 +352,27 @@ impl HubLink {
         &self.name
     }
 
-    /// The hub is made: entries that are read from now on reach it by its hooks, and the `changes` of presence on this node
-    /// are told to the others.
+    /// The hub is made: entries that are read from now on reach it by its hooks, and its state on this node, such as the
+    /// `changes` of presence, is told to the others.
     pub(crate) fn begin(&self, hooks: Hooks, changes: mpsc::Receiver<PresenceChange>) {
-        let Self { cluster, name, presence } = self.clone();
-        let registration = Registration { name: name.clone(), hooks, presence: presence.clone() };
+        let Self { cluster, name, state } = self.clone();
+        let announcer = Announcer::new(cluster.clone(), name.clone(), state.clone(), hooks.namespace.clone());
+        let registration = Registration { name, hooks, state };
         let _ = cluster.0.hubs.send(registration); // fails when the node has left
-        let runtime = cluster.0.runtime.clone();
-        runtime.spawn(Announcer { cluster, hub: name, presence, announced: HashMap::new() }.run(changes));
+        cluster.0.runtime.spawn(announcer.run(changes));
     }
 
-    /// Who is present on all nodes, as far as this one knows.
-    pub(crate) fn presence(&self) -> &HubPresence {
-        &self.presence
+    /// The state of the hub on all nodes, as far as this one knows.
+    pub(crate) fn state(&self) -> &HubState {
+        &self.state
     }
 
     /// The same, once the others have told a node that has just begun; but not while the broker cannot be reached.
-    pub(crate) async fn complete_presence(&self) -> &HubPresence {
+    pub(crate) async fn complete_state(&self) -> &HubState {
         if self.cluster.is_connected() {
-            let _ = timeout(self.cluster.0.config.publish_timeout, self.presence.is_complete()).await;
+            let _ = timeout(self.cluster.0.config.publish_timeout, self.state.is_complete()).await;
         }
-        &self.presence
+        &self.state
     }
 
     /// The number under which nodes answer with their receipts, and these.

@@ -31,17 +31,25 @@ pub(crate) enum Entry<'a> {
     ListMembers { hub: &'a str, to: To, question: u64 },
     /// A node is gone, and its users with it, unless something of it has followed what was read last.
     Forget { node: u64, read_last: Place },
-    /// All nodes are asked to tell who is present on them in this hub.
-    AskPresence { hub: &'a str },
-    /// All users who are present on this node in this hub: a part of them.
-    Present {
+    /// All nodes are asked for their state of this hub.
+    AskState { hub: &'a str },
+    /// A part of this node's state of this hub: all users who are present, and all counts.
+    State {
         hub: &'a str,
         is_first: bool,
         is_last: bool,
         #[serde(borrow)]
         users: Vec<UserState<'a>>,
+        #[serde(borrow)]
+        counts: NodeCounts<'a>,
     },
-    /// A user has joined or left, on this node.
+    /// Counts of this node that have changed.
+    CountChanges {
+        hub: &'a str,
+        #[serde(borrow)]
+        counts: NodeCounts<'a>,
+    },
+    /// A user has joined or left, on this node; or is present with other metadata.
     #[serde(borrow)]
     PresenceChange(PresenceNews<'a>),
     /// A message, or the end of connections.
@@ -68,6 +76,18 @@ pub(crate) struct UserState<'a> {
     pub(crate) since: u64,
     /// As JSON.
     pub(crate) metadata: Option<&'a [u8]>,
+}
+
+/// Connections to one node.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct NodeCounts<'a> {
+    pub(crate) connections: u64,
+    /// Those that are members of a group; 0 if there are none any more.
+    #[serde(borrow)]
+    pub(crate) groups: Vec<(&'a str, u64)>,
+    /// Those of a user; 0 if there are none any more.
+    #[serde(borrow)]
+    pub(crate) users: Vec<(&'a str, u64)>,
 }
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -248,6 +268,10 @@ mod tests {
         UserState { group: Some("room"), user: "ada", since: 3, metadata: Some(b"{}") }
     }
 
+    fn counts() -> NodeCounts<'static> {
+        NodeCounts { connections: 3, groups: vec![("room", 2), ("", 0)], users: vec![("ada", 1)] }
+    }
+
     fn published<'a>(content: Content<'a>, except: &'a [ConnectionId]) -> Entry<'a> {
         let policy = Policy::DropConnection { timeout: Duration::from_millis(1500), max_drops: 3 };
         Entry::Published(Published {
@@ -268,9 +292,16 @@ mod tests {
         let entries = [
             Entry::Heartbeat { is_leaving: true },
             Entry::Forget { node: 7, read_last: (1, 2, 3) },
-            Entry::AskPresence { hub: "chat" },
+            Entry::AskState { hub: "chat" },
             Entry::ListMembers { hub: "chat", to: To::One(id), question: 4 },
-            Entry::Present { hub: "chat", is_first: true, is_last: false, users: vec![ada()] },
+            Entry::State {
+                hub: "chat",
+                is_first: true,
+                is_last: false,
+                users: vec![ada()],
+                counts: counts(),
+            },
+            Entry::CountChanges { hub: "chat", counts: counts() },
             Entry::PresenceChange(PresenceNews { hub: "chat", is_present: true, state: ada() }),
             published(Content::Text("hello"), &except),
             published(Content::Binary(&[0, 255, 128]), &[]),

@@ -198,6 +198,7 @@ impl<B: Backplane> Ingest<B> {
         loop {
             let event = entries.next().await;
             while let Ok(registration) = self.new_hubs.try_recv() {
+                registration.state.are_alive(self.others.clone());
                 self.hubs.insert(registration.name.clone(), registration);
             }
             match event {
@@ -265,20 +266,25 @@ impl<B: Backplane> Ingest<B> {
                     self.forget(gone, node);
                 }
             }
-            Entry::AskPresence { hub } => {
+            Entry::AskState { hub } => {
                 if let Some(hub) = self.hubs.get(hub) {
-                    hub.presence.asked((node == self.node).then_some(self.alive.tick));
+                    hub.state.asked((node == self.node).then_some(self.alive.tick));
                 }
             }
-            Entry::Present { hub, is_first, is_last, users } => {
+            Entry::State { hub, is_first, is_last, users, counts } => {
                 if let Some(hub) = self.hubs.get(hub) {
-                    let changes = hub.presence.told_all(node, is_first, is_last, users);
+                    let changes = hub.state.told_all(node, is_first, is_last, users, &counts);
                     self.announce(hub, changes, node);
+                }
+            }
+            Entry::CountChanges { hub, counts } => {
+                if let Some(hub) = self.hubs.get(hub) {
+                    hub.state.counts_changed(node, &counts);
                 }
             }
             Entry::PresenceChange(news) => {
                 if let Some(hub) = self.hubs.get(news.hub) {
-                    let change = hub.presence.changed(node, news);
+                    let change = hub.state.presence_changed(node, news);
                     self.announce(hub, change, node);
                 }
             }
@@ -456,7 +462,7 @@ impl<B: Backplane> Ingest<B> {
         }
         self.hubs.retain(|_, hub| (hub.hooks.namespace)().is_some());
         for hub in self.hubs.values() {
-            hub.presence.tick(tick, &self.others);
+            hub.state.tick(tick, &self.others);
         }
     }
 
@@ -479,10 +485,10 @@ impl<B: Backplane> Ingest<B> {
             self.read_last.remove(&gone);
         }
         for hub in self.hubs.values() {
-            let changes = hub.presence.forget(gone);
+            let changes = hub.state.forget(gone);
             self.announce(hub, changes, teller);
             if gone == self.node {
-                hub.presence.ask_again(); // this node was away, and its users are here
+                hub.state.ask_again(); // this node was away, and its users are here
             }
         }
     }
@@ -502,7 +508,7 @@ impl<B: Backplane> Ingest<B> {
         tracing::warn!(node = %self.node, ?cause, "this node has missed messages of the backplane");
         for hub in self.hubs.values() {
             (hub.hooks.on_gap)(MissedMessages { cause });
-            hub.presence.ask_again();
+            hub.state.ask_again();
         }
     }
 
@@ -510,6 +516,9 @@ impl<B: Backplane> Ingest<B> {
         let nodes: Arc<[NodeId]> = self.alive.nodes().collect();
         self.others = nodes.iter().copied().filter(|node| *node != self.node).collect();
         self.nodes.send_replace(nodes);
+        for hub in self.hubs.values() {
+            hub.state.are_alive(self.others.clone());
+        }
     }
 }
 

@@ -1,7 +1,6 @@
-//! The presence of one hub over all nodes.
+//! The state of one hub over all nodes, as this one knows it: who is present, and how many connections there are.
 //!
-//! The engine announces which users join and leave on this node. A task for each hub, the *announcer*, writes that into the
-//! log; the ingest task reads what all nodes have written, in one order, and keeps the [`Roster`]; the hub's clients ask it.
+//! The ingest task reads what all nodes have told (`announcer.rs`), in one order, and keeps it here; the hub's clients ask.
 //! A node that begins, or has missed a part of the log, asks all nodes to tell everything, and announces nothing before they
 //! have, so that nobody is announced who was present elsewhere. Does not know engines.
 
@@ -10,44 +9,42 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use shardcast_backplane::NodeId;
-use shardcast_engine::PresenceKind;
-use tokio::sync::{Notify, mpsc, watch};
+use shardcast_engine::GroupCount;
+use tokio::sync::{Notify, watch};
 
-use super::cluster::Cluster;
-use super::entry::{Entry, PresenceNews, UserState};
+use super::counts::Counts;
+use super::entry::{NodeCounts, PresenceNews, UserState};
 use super::roster::{Attendee, Change, Roster};
-use crate::presence::{Metadata, PresenceChange, Present};
-
-/// Bytes of names and metadata in one entry, when a node tells everything.
-const PART_BYTES: usize = 32 << 10;
+use crate::presence::{Metadata, Present};
 
 /// After so many heartbeats of this node, the others' answers are complete if each has answered: by then they are known.
 const TICKS_MIN: u64 = 2;
 /// After so many, a node that does not answer is not waited for any more.
 const TICKS_MAX: u64 = 10;
 
-/// The presence of one hub, as clients and tasks of this node share it.
+/// The state of one hub, as clients and tasks of this node share it.
 #[derive(Debug)]
-pub(crate) struct HubPresence {
+pub(crate) struct HubState {
     state: Mutex<State>,
     /// The announcer must ask all nodes, and tell everything itself.
     must_ask: Notify,
     /// The announcer must tell everything.
     is_asked: Notify,
-    /// Whether this node knows who is present elsewhere.
+    /// Whether this node knows the state of the others.
     is_complete: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     roster: Roster,
+    counts: Counts,
     /// By this node's heartbeats: when it has asked.
     asked: Option<u64>,
     /// The nodes that have told everything since.
     answered: BTreeSet<NodeId>,
 }
 
-impl HubPresence {
+impl HubState {
     pub(super) fn new() -> Self {
         Self {
             state: Mutex::default(),
@@ -92,15 +89,26 @@ impl HubPresence {
         is_first: bool,
         is_last: bool,
         users: Vec<UserState<'_>>,
+        counts: &NodeCounts<'_>,
     ) -> Vec<Change> {
         let mut state = self.lock();
+        state.counts.tell_all(node, is_first, is_last, counts);
         if is_last {
             state.answered.insert(node);
         }
         state.roster.tell_all(node, is_first, is_last, users.into_iter().map(Attendee::from).collect())
     }
 
-    pub(super) fn changed(&self, node: NodeId, news: PresenceNews<'_>) -> Option<Change> {
+    pub(super) fn counts_changed(&self, node: NodeId, counts: &NodeCounts<'_>) {
+        self.lock().counts.change(node, counts);
+    }
+
+    /// These other nodes are alive.
+    pub(super) fn are_alive(&self, others: Arc<[NodeId]>) {
+        self.lock().counts.are_alive(others);
+    }
+
+    pub(super) fn presence_changed(&self, node: NodeId, news: PresenceNews<'_>) -> Option<Change> {
         let attendee = Attendee::from(news.state);
         let roster = &mut self.lock().roster;
         if news.is_present {
@@ -111,7 +119,9 @@ impl HubPresence {
     }
 
     pub(super) fn forget(&self, node: NodeId) -> Vec<Change> {
-        self.lock().roster.forget(node)
+        let mut state = self.lock();
+        state.counts.forget(node);
+        state.roster.forget(node)
     }
 
     /// This node has missed a part of the log, or the others have forgotten its users.
@@ -119,15 +129,63 @@ impl HubPresence {
         self.must_ask.notify_one();
     }
 
+    // ---- What the announcer waits for ----
+
+    pub(super) async fn must_ask(&self) {
+        self.must_ask.notified().await;
+    }
+
+    pub(super) async fn is_asked(&self) {
+        self.is_asked.notified().await;
+    }
+
+    pub(super) fn watch_complete(&self) -> watch::Receiver<bool> {
+        self.is_complete.subscribe()
+    }
+
     // ---- What clients ask ----
 
-    /// Returns when this node knows who is present elsewhere.
+    /// Returns when this node knows the state of the others.
     pub(super) async fn is_complete(&self) {
-        is_true(&mut self.is_complete.subscribe()).await;
+        let _ = self.watch_complete().wait_for(|is| *is).await; // its sender is kept
+    }
+
+    /// Connections to other nodes.
+    pub(crate) fn connections_elsewhere(&self) -> usize {
+        self.lock().counts.connections()
+    }
+
+    /// Members of a group on other nodes.
+    pub(crate) fn members_elsewhere(&self, group: &str) -> usize {
+        self.lock().counts.members(group)
+    }
+
+    /// A user's connections to other nodes.
+    pub(crate) fn connections_elsewhere_of(&self, user: &str) -> usize {
+        self.lock().counts.connections_of(user)
+    }
+
+    /// Adds the groups of other nodes to those of this one.
+    pub(crate) fn add_groups(&self, groups: &mut Vec<GroupCount>) {
+        let mut members: HashMap<_, _> =
+            groups.drain(..).map(|group| (group.name, group.connections)).collect();
+        let state = self.lock();
+        state.counts.add_groups(&mut members);
+        groups.extend(members.into_iter().map(|(name, connections)| {
+            let users = state.roster.len(Some(&name));
+            GroupCount::new(name, connections, users)
+        }));
+    }
+
+    /// Adds the users of other nodes to those of this one.
+    pub(crate) fn add_users(&self, users: &mut Vec<(Arc<str>, usize)>) {
+        let mut connections: HashMap<_, _> = users.drain(..).collect();
+        self.lock().counts.add_users(&mut connections);
+        users.extend(connections);
     }
 
     /// How many users are present, on all nodes.
-    pub(crate) fn len(&self, group: Option<&str>) -> usize {
+    pub(crate) fn present_len(&self, group: Option<&str>) -> usize {
         self.lock().roster.len(group)
     }
 
@@ -168,90 +226,6 @@ impl<'a> From<&'a Attendee> for UserState<'a> {
             user: &attendee.user,
             since: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
             metadata: attendee.metadata.as_ref().map(|metadata| metadata.as_json().as_bytes()),
-        }
-    }
-}
-
-/// Returns when the value is true.
-async fn is_true(value: &mut watch::Receiver<bool>) {
-    let _ = value.wait_for(|is| *is).await; // its sender is kept
-}
-
-/// Writes into the log who is present on this node in one hub, as the engine announces it. Ends with the hub.
-pub(super) struct Announcer {
-    pub(super) cluster: Cluster,
-    pub(super) hub: Arc<str>,
-    pub(super) presence: Arc<HubPresence>,
-    /// What has been announced of this node, by group and user.
-    pub(super) announced: HashMap<(Option<Arc<str>>, Arc<str>), Attendee>,
-}
-
-impl Announcer {
-    pub(super) async fn run(mut self, mut changes: mpsc::Receiver<PresenceChange>) {
-        self.presence.ask_again();
-        let mut complete = self.presence.is_complete.subscribe();
-        let mut is_complete = false;
-        loop {
-            tokio::select! {
-                biased;
-                () = self.presence.must_ask.notified() => {
-                    self.append(&Entry::AskPresence { hub: &self.hub }).await; // this node is asked, too
-                }
-                () = self.presence.is_asked.notified() => self.tell_all(is_complete).await,
-                () = is_true(&mut complete), if !is_complete => {
-                    is_complete = true;
-                    self.tell_all(true).await;
-                }
-                change = changes.recv() => {
-                    let Some(change) = change else { return };
-                    self.note(change, is_complete).await;
-                }
-            }
-        }
-    }
-
-    async fn note(&mut self, change: PresenceChange, tells: bool) {
-        let PresenceChange { group, user, kind, since, metadata, .. } = change;
-        let attendee = Attendee { group, user, since, metadata };
-        let is_present = kind == PresenceKind::Joined;
-        if tells {
-            let state = UserState::from(&attendee);
-            self.append(&Entry::PresenceChange(PresenceNews { hub: &self.hub, is_present, state })).await;
-        }
-        let key = (attendee.group.clone(), attendee.user.clone());
-        if is_present {
-            self.announced.insert(key, attendee);
-        } else {
-            self.announced.remove(&key);
-        }
-        if self.announced.capacity() > 64 && self.announced.len() < self.announced.capacity() / 4 {
-            self.announced.shrink_to(2 * self.announced.len()); // a map does not shrink by itself
-        }
-    }
-
-    /// Tells who is present on this node; before it `tells` anything, that is nobody.
-    async fn tell_all(&self, tells: bool) {
-        let (mut users, mut bytes, mut is_first) = (Vec::new(), 0, true);
-        for attendee in self.announced.values().filter(|_| tells) {
-            let state = UserState::from(attendee);
-            bytes += state.user.len()
-                + state.group.map_or(0, str::len)
-                + state.metadata.map_or(0, <[u8]>::len)
-                + size_of::<u64>();
-            users.push(state);
-            if bytes >= PART_BYTES {
-                let users = std::mem::take(&mut users);
-                self.append(&Entry::Present { hub: &self.hub, is_first, is_last: false, users }).await;
-                (bytes, is_first) = (0, false);
-            }
-        }
-        self.append(&Entry::Present { hub: &self.hub, is_first, is_last: true, users }).await;
-    }
-
-    /// Appends an entry, in its order with the others. Waits for room, and not until it was read back.
-    async fn append(&self, entry: &Entry<'_>) {
-        if let Err(error) = self.cluster.announce(entry).await {
-            tracing::debug!(%error, hub = &*self.hub, "who is present is not told to other nodes");
         }
     }
 }
