@@ -10,18 +10,23 @@
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use shardcast::backplane::nats::{NatsBackplane, NatsConfig, Storage};
 use shardcast::backplane::redis::{RedisBackplane, RedisConfig};
 use shardcast::backplane::{BackplaneConfig, BackplaneError, BackplaneState, OutagePolicy};
-use shardcast::{Engine, Hub, PublishError, WsHubConfig};
+use shardcast::client::{ClientState, ReconnectPolicy};
+use shardcast::{ConnectionId, Engine, Hub, HubClient, PublishError, RawCodec, WsHubConfig};
 use testkit_broker::{Kind, Server, pause, resume};
 use testkit_hub::node::config;
 use testkit_hub::program::{Running, fanout};
 use testkit_hub::recorder::{assert_contains, assert_once_and_in_order, assert_same};
 use testkit_hub::{Client, CommandHub, Node, Recorder, SharedLog, eventually, logged, within_timeout};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
@@ -187,6 +192,50 @@ impl Flood {
     }
 }
 
+/// A `HubClient` that reconnects to where it is told: its texts on each of its connections, and how often it was told that
+/// one is lost.
+struct Reconnecting {
+    _client: HubClient<String, String, RawCodec>,
+    texts: Arc<Mutex<Vec<Vec<String>>>>,
+    interruptions: Arc<AtomicUsize>,
+}
+
+impl Reconnecting {
+    async fn start(place: watch::Receiver<SocketAddr>) -> Self {
+        let mut client = HubClient::builder("ws://node/ws")
+            .with_codec::<RawCodec>()
+            .with_in_message::<String>()
+            .with_out_message::<String>()
+            .with_connector(move || TcpStream::connect(*place.borrow()))
+            .with_reconnect(ReconnectPolicy::new())
+            .build();
+        let texts = Arc::new(Mutex::new(Vec::<Vec<String>>::new()));
+        let interruptions = Arc::new(AtomicUsize::new(0));
+        let (received, interrupted) = (texts.clone(), interruptions.clone());
+        client.on_message(move |text: String| {
+            let mut connections = received.lock().unwrap();
+            match connections.last_mut() {
+                Some(last) if text.parse::<ConnectionId>().is_err() => last.push(text),
+                _ => connections.push(Vec::new()), // the first one of each connection is its id
+            }
+        });
+        client.on_state(move |state| {
+            let is_lost = matches!(state, ClientState::Reconnecting { attempt: 1, .. });
+            interrupted.fetch_add(is_lost.into(), Relaxed);
+        });
+        client.connect().await.unwrap();
+        Self { _client: client, texts, interruptions }
+    }
+
+    fn texts(&self) -> Vec<Vec<String>> {
+        self.texts.lock().unwrap().clone()
+    }
+
+    async fn has(&self, text: &str) {
+        eventually(true, || self.texts().iter().flatten().any(|received| received == text)).await;
+    }
+}
+
 async fn every_client_has_every_message_once_in_one_order_while_the_broker_is_killed_and_a_node_is_replaced(
     kind: Kind,
 ) {
@@ -199,6 +248,8 @@ async fn every_client_has_every_message_once_in_one_order_while_the_broker_is_ki
     leaving.knows(2).await;
     let stayed = recorders(&staying, clients).await;
     let mut left = recorders(&leaving, clients).await;
+    let place = watch::Sender::new(leaving.server.address);
+    let reconnecting = Reconnecting::start(place.subscribe()).await;
     let (one, other) = (watch::Sender::new(staying.hub.clone()), watch::Sender::new(leaving.hub.clone()));
     let mut flood = Flood::start(messages, &[&one, &other]);
 
@@ -211,11 +262,13 @@ async fn every_client_has_every_message_once_in_one_order_while_the_broker_is_ki
         assert_eq!(recorder.end().await, Some(1001), "it is told that it must reconnect");
     }
     let replacing = node(&broker, patient).await;
+    place.send_replace(replacing.server.address);
     let reconnected = recorders(&replacing, clients).await;
     other.send_replace(replacing.hub.clone());
     broker.server.run().await;
     replacing.is(BackplaneState::Connected).await;
     let accepted = flood.end().await;
+    eventually(2, || reconnecting.texts().len()).await;
     let ends = [staying.publish_last("end of one").await, replacing.publish_last("end of other").await];
 
     for recorder in stayed.iter().chain(&reconnected) {
@@ -237,6 +290,13 @@ async fn every_client_has_every_message_once_in_one_order_while_the_broker_is_ki
         assert_same(&after, &all[all.len() - after.len()..], "a client that has reconnected");
     }
     assert!(left[0].texts().len() >= messages * PUBLISHERS / 8, "it was connected for a while");
+    // One that reconnects by itself is told that there is a gap.
+    reconnecting.has(&ends[1]).await;
+    let [before, after] = reconnecting.texts().try_into().expect("it has reconnected once");
+    assert_eq!(reconnecting.interruptions.load(Relaxed), 1);
+    assert!(before.len() + after.len() <= all.len(), "nothing twice");
+    assert_same(&before, &left[0].texts(), "another client of the node that left");
+    assert_same(&after, &all[all.len() - after.len()..], "a client that reconnects by itself");
     assert_eq!((staying.gaps(), replacing.gaps()), (0, 0), "nothing was lost");
 }
 
