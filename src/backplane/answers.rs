@@ -8,8 +8,9 @@ use std::collections::HashMap;
 
 use shardcast_backplane::{Backplane, Inbox, NodeId};
 use tokio::sync::mpsc;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, timeout_at};
 
+use super::BackplaneError;
 use super::entry::{Answer, AnswerContent};
 use super::ingest::RETRY;
 
@@ -35,6 +36,28 @@ impl Expected {
     /// The next answer. None when this node has left.
     pub(super) async fn next(&mut self) -> Option<(NodeId, AnswerContent)> {
         self.0.recv().await
+    }
+
+    /// Passes the answers of these nodes to `take`, which returns whether that was the node's last one, until it was for
+    /// each.
+    ///
+    /// # Errors
+    /// [`BackplaneError::Unavailable`] when the time is over, [`BackplaneError::Left`].
+    pub(super) async fn of_each(
+        &mut self,
+        nodes: &[NodeId],
+        deadline: Instant,
+        mut take: impl FnMut(NodeId, AnswerContent) -> bool,
+    ) -> Result<(), BackplaneError> {
+        let mut missing = nodes.to_vec();
+        while !missing.is_empty() {
+            let answer = timeout_at(deadline, self.next()).await.map_err(|_| BackplaneError::Unavailable)?;
+            let (node, content) = answer.ok_or(BackplaneError::Left)?;
+            if missing.contains(&node) && take(node, content) {
+                missing.retain(|missing| *missing != node);
+            }
+        }
+        Ok(())
     }
 }
 

@@ -14,7 +14,7 @@ use shardcast_backplane::{ClusterLog, EntryError, NodeId, TryAppendError};
 use shardcast_engine::{Enqueued, Namespace, Publication, PublishError as EngineError, Wants};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout};
 
 use super::announcer::Announcer;
 use super::answers::{Expected, Question};
@@ -413,20 +413,18 @@ impl HubLink {
         let deadline = Instant::now() + self.cluster.0.config.answer_timeout;
         let mut receipt = Receipt::from(enqueued.outcome().await?);
         receipt.nodes_asked += others.len() as u64;
-        let mut missing: Vec<NodeId> = others.to_vec();
-        while !missing.is_empty() {
-            let Ok(Some((node, content))) = timeout_at(deadline, answers.next()).await else { break };
+        let add = |_, content| {
             let AnswerContent::Receipt { recipients, delayed, timeout, overflow, disconnected } = content
             else {
-                continue;
+                return false;
             };
-            let Some(at) = missing.iter().position(|missing| *missing == node) else { continue };
-            missing.swap_remove(at);
             let mut part =
                 Receipt { recipients, delayed, disconnected, nodes_answered: 1, ..Receipt::default() };
             (part.dropped.timeout, part.dropped.overflow) = (timeout, overflow);
             receipt.add(&part);
-        }
+            true
+        };
+        let _ = answers.of_each(&others, deadline, add).await; // the receipt says how many have answered
         Ok(receipt)
     }
 
@@ -465,15 +463,13 @@ impl HubLink {
         let entry = encode(&Entry::ListMembers { hub: &self.name, to: to.clone(), question })?;
         let Ingested { others, .. } = self.cluster.append(entry, Wants::Nothing).await?;
         let deadline = Instant::now() + self.cluster.0.config.answer_timeout;
-        let (mut members, mut missing) = (Vec::new(), others.to_vec());
-        while !missing.is_empty() {
-            let answer =
-                timeout_at(deadline, answers.next()).await.map_err(|_| BackplaneError::Unavailable)?;
-            let (node, content) = answer.ok_or(BackplaneError::Left)?;
-            let AnswerContent::Members { ids, is_last } = content else { continue };
+        let mut members = Vec::new();
+        let add = |node, content| {
+            let AnswerContent::Members { ids, is_last } = content else { return false };
             members.extend(ids.into_iter().map(|id| ConnectionId::new(Some(node), id)));
-            missing.retain(|missing| !is_last || *missing != node);
-        }
+            is_last
+        };
+        answers.of_each(&others, deadline, add).await?;
         Ok(members)
     }
 
