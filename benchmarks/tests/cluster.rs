@@ -60,6 +60,18 @@ fn what_an_outage_of_the_broker_loses_is_found() {
 }
 
 #[test]
+fn clients_of_a_node_that_is_replaced_go_on_at_another_one() {
+    let report = report("--json --seconds 2 --replace --clients 3 --publishers 4");
+    assert!(report["single"].as_array().unwrap().is_empty());
+    let run = &report["cluster"][0];
+    assert_eq!((&run["faults"]["moved"], &run["disconnections"]), (&3.into(), &0.into()), "{run}");
+    // What both of a client's connections have received is everything but what came between them.
+    for fault in ["missing", "duplicates", "strays", "holes"] {
+        assert_eq!(run["faults"][fault], 0, "{fault} in {run}");
+    }
+}
+
+#[test]
 fn the_tables_name_every_server_and_options_that_do_not_fit_together_are_refused() {
     let output = cluster("--seconds 0.5 --clients 2 --publishers 2");
     let page = String::from_utf8_lossy(&output.stdout);

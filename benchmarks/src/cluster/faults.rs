@@ -7,7 +7,7 @@
 //! it comes after. Knows numbers, and not sockets or time.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     ops::{Add, AddAssign},
 };
@@ -22,6 +22,30 @@ pub(super) struct Member {
     pub(super) node: usize,
     pub(super) group: usize,
     pub(super) is_connected: bool,
+    pub(super) part: Part,
+}
+
+/// The part of the run in which a member receives.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Part {
+    Whole,
+    /// Until its node was replaced.
+    Before,
+    /// Since then: it continues this member, and has missed what came in between.
+    After {
+        of: usize,
+    },
+}
+
+impl Member {
+    pub(super) fn new(node: usize, group: usize) -> Self {
+        Self { node, group, is_connected: true, part: Part::Whole }
+    }
+
+    /// Whether it must have received everything.
+    fn counts(&self) -> bool {
+        self.is_connected && self.part == Part::Whole
+    }
 }
 
 /// Counts of a whole run.
@@ -47,12 +71,20 @@ pub(crate) struct Faults {
     pub(crate) received_most: u64,
     /// Deliveries of messages that were not sent, or not to this client.
     pub(crate) strays: u64,
+    /// Deliveries that are missing between others, to clients whose node was replaced.
+    pub(crate) holes: u64,
+    /// Clients whose node was replaced,
+    pub(crate) moved: u64,
+    /// the most messages that one of them has missed between its connections,
+    pub(crate) missed_most: u64,
+    /// and the last messages of those that publish, which nobody has received. None of this is a fault.
+    pub(crate) unaccepted: u64,
 }
 
 impl Faults {
     pub(crate) fn is_none(&self) -> bool {
-        let Self { missing, duplicates, publisher_order, order, strays, .. } = *self;
-        missing + duplicates + publisher_order + order + strays == 0
+        let Self { missing, duplicates, publisher_order, order, strays, holes, .. } = *self;
+        missing + duplicates + publisher_order + order + strays + holes == 0
     }
 
     /// Messages that were lost for some client.
@@ -101,6 +133,10 @@ impl AddAssign for Faults {
         self.order_worst = self.order_worst.max(other.order_worst);
         self.received_most = self.received_most.max(other.received_most);
         self.strays += other.strays;
+        self.holes += other.holes;
+        self.moved += other.moved;
+        self.missed_most = self.missed_most.max(other.missed_most);
+        self.unaccepted += other.unaccepted;
     }
 }
 
@@ -120,7 +156,16 @@ impl fmt::Display for Faults {
             f,
             "                  {order} between clients; at most {order_worst} of {received_most} at one"
         )?;
-        writeln!(f, "  strays          {}", self.strays)
+        writeln!(f, "  strays          {}", self.strays)?;
+        let Self { holes, moved, missed_most, unaccepted, .. } = self;
+        if *moved > 0 {
+            writeln!(
+                f,
+                "  moved           {moved} clients to another node, which missed at most {missed_most} messages \
+                 meanwhile, and {holes} at another time; {unaccepted} of their own were not accepted"
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -165,18 +210,18 @@ impl<'a> Scratch<'a> {
         let mut alike = BTreeMap::<_, Vec<usize>>::new();
         for &client in clients {
             alike.entry(histories.cursor(client)).or_default().push(client);
-            watched[members[client].node] += u32::from(members[client].is_connected);
+            watched[members[client].node] += u32::from(members[client].counts());
         }
         let mut sequences = Vec::new();
         for (cursor, clients) in alike {
             let mut connected = [0; NODES];
-            for client in clients.iter().map(|&client| members[client]).filter(|client| client.is_connected) {
+            for client in clients.iter().map(|&client| members[client]).filter(Member::counts) {
                 connected[client.node] += 1;
             }
             let (distinct, duplicates, disorder) = self.scan(&histories.messages(cursor), connected);
             faults.duplicates += clients.len() as u64 * duplicates;
             faults.publisher_order += clients.len() as u64 * disorder;
-            sequences.push((clients.len() as u64, distinct));
+            sequences.push((clients, distinct));
         }
         self.count_losses(members, sent, watched, &mut faults);
         // The first of the longest.
@@ -186,13 +231,44 @@ impl<'a> Scratch<'a> {
         for (place, &message) in reference.iter().enumerate() {
             self.places[message as usize] = place as u32;
         }
+        let mut spans = BTreeMap::new();
         for (clients, sequence) in &sequences {
             let places = sequence.iter().map(|&message| self.places[message as usize]);
-            let moved = moves(places.filter(|&place| place != NEVER));
-            faults.order += clients * moved;
+            let places = places.filter(|&place| place != NEVER);
+            let moved = moves(places.clone());
+            faults.order += clients.len() as u64 * moved;
             faults.order_worst = faults.order_worst.max(moved);
+            let span = Span::of(places);
+            spans.extend(clients.iter().map(|&client| (client, span)));
         }
+        self.look_at_moved(members, clients, &spans, &mut faults);
         faults
+    }
+
+    /// A client whose node was replaced has received everything until a place, and everything from a later one on.
+    fn look_at_moved(
+        &self,
+        members: &[Member],
+        clients: &[usize],
+        spans: &BTreeMap<usize, Span>,
+        faults: &mut Faults,
+    ) {
+        let end = faults.received_most;
+        for client in clients {
+            let span = spans[client];
+            match members[*client].part {
+                Part::Whole => {}
+                Part::Before => faults.holes += span.end - span.count,
+                Part::After { of } => {
+                    let begin = span.begin.unwrap_or(end);
+                    faults.holes += end - begin - span.count;
+                    let before = spans[&of].end;
+                    faults.duplicates += before.saturating_sub(begin);
+                    faults.missed_most = faults.missed_most.max(begin.saturating_sub(before));
+                    faults.moved += 1;
+                }
+            }
+        }
     }
 
     /// The messages without duplicates, how many duplicates there are, and how many messages follow a later one of their
@@ -220,14 +296,23 @@ impl<'a> Scratch<'a> {
 
     fn count_losses(&self, members: &[Member], sent: &[u32], watched: [u32; NODES], faults: &mut Faults) {
         let all: u32 = watched.iter().sum();
-        for &message in sent {
+        let mut has_accepted = BTreeSet::new();
+        for &message in sent.iter().rev() {
             let receivers = self.receivers[message as usize];
             let got: u32 = receivers.iter().sum();
+            let publisher = self.publishers[message as usize];
+            if got > 0 {
+                has_accepted.insert(publisher);
+            }
             if got == all {
                 continue;
             }
+            if members[publisher].part == Part::Before && !has_accepted.contains(&publisher) {
+                faults.unaccepted += 1; // it was on its way when the node ended
+                continue;
+            }
             faults.missing += u64::from(all - got);
-            let home = members[self.publishers[message as usize]].node;
+            let home = members[publisher].node;
             if got == 0 {
                 faults.lost_everywhere += 1;
             } else if got == receivers[home] && got == watched[home] {
@@ -236,6 +321,24 @@ impl<'a> Scratch<'a> {
                 faults.lost_in_part += 1;
             }
         }
+    }
+}
+
+/// Where a sequence lies in the reference: from its first place to the one after its last.
+#[derive(Clone, Copy, Debug, Default)]
+struct Span {
+    begin: Option<u64>,
+    end: u64,
+    count: u64,
+}
+
+impl Span {
+    fn of(places: impl Iterator<Item = u32>) -> Self {
+        places.map(u64::from).fold(Self::default(), |span, place| Self {
+            begin: Some(span.begin.map_or(place, |begin| begin.min(place))),
+            end: span.end.max(place + 1),
+            count: span.count + 1,
+        })
     }
 }
 
@@ -264,7 +367,7 @@ mod tests {
     /// Two clients on each node, the first of each node publishes: even messages on node 0 and odd ones on node 1.
     fn faults(received: [&[u32]; 4], disconnected: Option<usize>) -> Faults {
         let member =
-            |index| Member { node: index % NODES, group: 0, is_connected: disconnected != Some(index) };
+            |index| Member { is_connected: disconnected != Some(index), ..Member::new(index % NODES, 0) };
         let members: Vec<Member> = (0..4).map(member).collect();
         let mut histories = Histories::new(&[0; 4]);
         for (client, messages) in received.iter().enumerate() {
@@ -344,7 +447,7 @@ mod tests {
 
     #[test]
     fn groups_have_orders_of_their_own() {
-        let member = |index: usize| Member { node: index % NODES, group: index / NODES, is_connected: true };
+        let member = |index: usize| Member::new(index % NODES, index / NODES);
         let members: Vec<Member> = (0..4).map(member).collect();
         let mut histories = Histories::new(&[0, 0, 1, 1]);
         for (client, message) in [(0, 0), (0, 2), (1, 2), (1, 0), (2, 1), (3, 1)] {
@@ -352,6 +455,33 @@ mod tests {
         }
         let found = Faults::find(&members, &[0, 3, 1], &histories);
         assert_eq!((found.order, found.missing, found.received_most), (1, 0, 2));
+    }
+
+    /// Client 0 stays on node 0 and publishes even messages; client 1 publishes odd ones until its node is replaced, and
+    /// goes on as client 2.
+    fn moved(received: [&[u32]; 3]) -> Faults {
+        let before = Member { is_connected: false, part: Part::Before, ..Member::new(1, 0) };
+        let after = Member { part: Part::After { of: 1 }, ..Member::new(1, 0) };
+        let mut histories = Histories::new(&[0; 3]);
+        for (client, messages) in received.iter().enumerate() {
+            messages.iter().for_each(|&message| histories.receive(client, message));
+        }
+        Faults::find(&[Member::new(0, 0), before, after], &[0, 1, 0, 1, 0, 2], &histories)
+    }
+
+    #[test]
+    fn a_client_whose_node_is_replaced_misses_what_comes_in_between_and_nothing_else() {
+        let found = moved([&[0, 1, 2, 4, 5], &[0, 1], &[4, 5]]);
+        assert!(found.is_none(), "{found}");
+        assert_eq!((found.moved, found.missed_most, found.unaccepted), (1, 1, 1));
+        assert_eq!(moved([&[0, 1, 2, 4, 5], &[0, 2], &[4, 5]]).holes, 1);
+        assert_eq!(moved([&[0, 1, 2, 4, 5], &[0, 1], &[2, 5]]).holes, 1);
+        assert_eq!(moved([&[0, 1, 2, 4, 5], &[0, 1], &[2, 4]]).holes, 1, "to the end");
+        assert_eq!(moved([&[0, 1, 2, 4, 5], &[0, 1, 2], &[2, 4, 5]]).duplicates, 1);
+        assert_eq!(moved([&[0, 1, 2, 4, 5], &[0, 1], &[]]).missed_most, 3);
+        // Message 1 is not the last of its publisher, and its publisher of message 4 has stayed.
+        assert_eq!(moved([&[0, 2, 3, 4, 5], &[0], &[4, 5]]).lost(), 1);
+        assert_eq!(moved([&[0, 1, 2, 3, 5], &[0], &[5]]).lost(), 1);
     }
 
     #[test]

@@ -39,6 +39,11 @@ impl Histories {
         }
     }
 
+    /// Adds a client, with the next index.
+    pub(super) fn add(&mut self, group: usize) {
+        self.cursors.push(Cursor { branch: group, at: 0 });
+    }
+
     /// A client has received a message.
     #[inline]
     pub(super) fn receive(&mut self, client: usize, message: u32) {

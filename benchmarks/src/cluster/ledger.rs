@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::{
     NODES,
-    faults::{Faults, Member},
+    faults::{Faults, Member, Part},
     histories::Histories,
 };
 use crate::load::latencies::Latencies;
@@ -176,6 +176,33 @@ impl Ledger {
         }
     }
 
+    /// A client has disconnected because its node is being replaced.
+    pub(super) fn leave_for_another(&mut self, client: usize) {
+        self.leave(client);
+        self.members[client].part = Part::Before;
+    }
+
+    pub(super) fn has_moved(&self, client: usize) -> bool {
+        self.members[client].part == Part::Before
+    }
+
+    pub(super) fn node(&self, client: usize) -> usize {
+        self.members[client].node
+    }
+
+    /// Whether all clients of the node have left.
+    pub(super) fn is_empty(&self, node: usize) -> bool {
+        self.connected.iter().all(|connected| connected[node] == 0)
+    }
+
+    /// A client that had left is back, under another index.
+    pub(super) fn come_back(&mut self, of: usize) {
+        let Member { node, group, .. } = self.members[of];
+        self.members.push(Member { part: Part::After { of }, ..Member::new(node, group) });
+        self.connected[group][node] += 1;
+        self.histories.add(group);
+    }
+
     /// Gives up messages that were due before `deadline` and have not landed; `next` gets their publishers.
     pub(super) fn give_up(&mut self, deadline: Instant, mut next: impl FnMut(usize)) {
         while let Some(sent) = self.sent.get_mut(self.given_up_to).filter(|sent| sent.due < deadline) {
@@ -241,7 +268,7 @@ mod tests {
 
     /// Two clients on each node.
     fn ledger() -> Ledger {
-        let member = |index| Member { node: index % NODES, group: 0, is_connected: true };
+        let member = |index| Member::new(index % NODES, 0);
         let mut ledger = Ledger::new((0..4).map(member).collect(), FIRST);
         ledger.begin();
         ledger

@@ -83,6 +83,10 @@ pub(crate) struct Options {
     /// same port and data. Without the runs of one node.
     #[arg(long, conflicts_with = "in_flight")]
     outage: Option<f64>,
+    /// After 20 % of the measured time the second node is told to end (SIGTERM), and its clients connect to a third one.
+    /// Without the runs of one node.
+    #[arg(long, conflicts_with = "in_flight")]
+    replace: bool,
     /// Redis: `appendonly yes`, with this `appendfsync`.
     #[arg(long, value_enum, default_value_t = Fsync::Everysec)]
     fsync: Fsync,
@@ -150,7 +154,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, ClusterError> {
                     |source| ClusterError::Run { name: server.to_string(), source: Box::new(source) };
                 options.run_once(&harness, *server, broker).map_err(source)
             };
-            if options.outage.is_none() {
+            if options.outage.is_none() && !options.replace {
                 let report = run(None)?;
                 eprintln!("round {}, {server}, one node:\n{report}", round + 1);
                 rounds.single.push(report);
@@ -252,7 +256,7 @@ impl Options {
             None => vec![ServerProcess::start(&program, harness, false)?],
             Some(broker) => {
                 let node = |_| ServerProcess::start_node(&program, harness, &broker.url());
-                (0..NODES).map(node).collect::<Result<_, _>>()?
+                (0..NODES + usize::from(self.replace)).map(node).collect::<Result<_, _>>()?
             }
         };
         run::measure(self, &mut Cluster { nodes, broker })
@@ -276,6 +280,9 @@ impl fmt::Display for Options {
             " of {payload} bytes, {} of {seconds} s, NATS with its stream in {storage}, Redis with appendfsync {fsync}",
             counted(*rounds, "round")
         )?;
+        if self.replace {
+            f.write_str("; a node is replaced")?;
+        }
         match self.outage {
             Some(outage) => write!(f, "; the broker is killed and starts again after {outage} s"),
             None => Ok(()),

@@ -15,6 +15,9 @@ use crate::{
 /// When an outage begins, as a share of the measured time.
 pub(super) const OUTAGE_AFTER: f64 = 0.4;
 
+/// When a node is replaced, likewise.
+pub(super) const REPLACE_AFTER: f64 = 0.2;
+
 /// One run. Rates, CPU and latencies are those of the measured time, faults those of the whole run.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Report {

@@ -3,9 +3,13 @@
 //! All clients are on one thread, with one clock and one epoll, so that what one sees can be compared with what another
 //! sees. Connection i is on node i % 2. Without a broker both are the same server, so that client and load are the same
 //! and the difference is what the second node and the broker cost. Connects, settles (every client has a probe from each
-//! node), warms up, measures, drains and reports.
+//! node), warms up, measures, drains and reports. A node that is replaced ends its connections, and its clients, when all
+//! of them have left, connect to a third node, which was started before: by another thread, so that the load goes on.
 
-use std::time::{Duration, Instant};
+use std::{
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
 
 use super::{
     ClusterError, NODES, Options,
@@ -19,7 +23,7 @@ use crate::{
     load::{
         alarm::Alarm,
         client_pool::ClientPool,
-        connect::connect,
+        connect::{ConnectError, connect},
         connection::Ended,
         latencies::Latencies,
         pace::{Pace, Senders},
@@ -49,7 +53,7 @@ const CAUSES_MAX: usize = 3;
 /// The processes that are measured.
 #[derive(Debug)]
 pub(super) struct Cluster {
-    /// Two, or one that has the clients of both.
+    /// Two, or one that has the clients of both; with a replacement a third one.
     pub(super) nodes: Vec<ServerProcess>,
     pub(super) broker: Option<Broker>,
 }
@@ -63,6 +67,23 @@ enum Failure {
     Over { restarted: Instant },
 }
 
+/// The node whose clients are moved.
+const REPLACED: usize = 1;
+
+/// How far the replacement of a node is, where one is wanted.
+#[derive(Debug)]
+enum Replacement {
+    None,
+    Planned {
+        at: Instant,
+    },
+    /// Its clients leave.
+    Ending,
+    /// They connect to another one.
+    Moving(JoinHandle<Result<ClientPool, ConnectError>>),
+    Over,
+}
+
 #[derive(Debug)]
 struct Run {
     pool: ClientPool,
@@ -71,6 +92,11 @@ struct Run {
     ledger: Ledger,
     pace: Pace,
     senders: Senders,
+    /// On each node.
+    clients: usize,
+    groups: usize,
+    /// Where they connect.
+    path: &'static str,
     template: Template,
     sending: bool,
     /// Time spent in polls that found nothing, where no alarm can ring: not work.
@@ -78,6 +104,7 @@ struct Run {
     chores_due: Instant,
     outage: Duration,
     failure: Failure,
+    replacement: Replacement,
     outage_report: Outage,
     silences: Option<Silences>,
     disconnections: u64,
@@ -110,6 +137,9 @@ pub(super) fn measure(options: &Options, cluster: &mut Cluster) -> Result<Report
     let duration = Duration::from_secs_f64(options.seconds);
     if options.outage.is_some() {
         run.failure = Failure::Planned { kill_at: before.at + duration.mul_f64(report::OUTAGE_AFTER) };
+    }
+    if options.replace {
+        run.replacement = Replacement::Planned { at: before.at + duration.mul_f64(report::REPLACE_AFTER) };
     }
     run.run_until(cluster, before.at + duration, |_| false)?;
     let after = run.snapshot(cluster);
@@ -145,9 +175,8 @@ impl Run {
             first = settle(&mut pool, Probes::FromEach(&probers), &template, first, &mut note)?;
         }
         let member = |index| Member {
-            node: index % NODES,
-            group: plan.group(index) / NODES,
             is_connected: pool.is_open(index),
+            ..Member::new(index % NODES, plan.group(index) / NODES)
         };
         let now = Instant::now();
         let in_flight = options.in_flight.unwrap_or(1);
@@ -157,12 +186,16 @@ impl Run {
             pool,
             pace: Pace::new(in_flight, options.rate(), now),
             senders: Senders::new(plan.senders().to_vec()),
+            clients: options.clients,
+            groups: options.groups,
+            path,
             template,
             sending: true,
             spun: Duration::ZERO,
             chores_due: now,
             outage: Duration::from_secs_f64(options.outage.unwrap_or_default()),
             failure: Failure::None,
+            replacement: Replacement::None,
             outage_report: Outage::default(),
             silences: None,
             disconnections,
@@ -207,6 +240,10 @@ impl Run {
             let outcome = self.pool.read(index, None, |seq| ledger.receive(index, seq));
             self.follow();
             if let Err(ended) = outcome {
+                if self.is_moved(index, &ended) {
+                    self.ledger.leave_for_another(index);
+                    continue;
+                }
                 self.ledger.leave(index);
                 // What follows a Close frame is its own echo.
                 if !matches!(ended, Ended::ClosedByBoth) {
@@ -269,11 +306,19 @@ impl Run {
         }
     }
 
+    /// Whether a connection has ended because its node is being replaced.
+    fn is_moved(&self, index: usize, ended: &Ended) -> bool {
+        let is_ending =
+            matches!(self.replacement, Replacement::Ending) && self.ledger.node(index) == REPLACED;
+        is_ending && matches!(ended, Ended::Closed(_) | Ended::Disconnected) || self.ledger.has_moved(index)
+    }
+
     /// Everything that is not a message.
     #[cold]
-    fn do_chores(&mut self, cluster: &mut Cluster, now: Instant) -> Result<(), BrokerError> {
+    fn do_chores(&mut self, cluster: &mut Cluster, now: Instant) -> Result<(), ClusterError> {
         self.chores_due = now + CHORES_EVERY;
         self.fail_broker(cluster, now)?;
+        self.replace_node(cluster, now)?;
         if self.sending
             && matches!(self.pace, Pace::Closed { .. })
             && let Some(deadline) = now.checked_sub(LOST_AFTER)
@@ -282,6 +327,35 @@ impl Run {
             self.ledger.give_up(deadline, |publisher| next.push(publisher));
             next.into_iter().for_each(|publisher| self.send(publisher, now));
             self.pool.flush();
+        }
+        Ok(())
+    }
+
+    fn replace_node(&mut self, cluster: &Cluster, now: Instant) -> Result<(), ClusterError> {
+        let (Some(replaced), Some(other)) = (cluster.nodes.get(REPLACED), cluster.nodes.get(NODES)) else {
+            return Ok(());
+        };
+        match std::mem::replace(&mut self.replacement, Replacement::None) {
+            Replacement::Planned { at } if now >= at => {
+                replaced.terminate();
+                self.replacement = Replacement::Ending;
+            }
+            Replacement::Ending if self.ledger.is_empty(REPLACED) => {
+                let target = other.url(self.path).parse::<Target>()?;
+                let plan = Plan::new(self.clients, self.groups, 0, 0, 0);
+                let moving = thread::spawn(move || Ok(connect(&[target], &plan, AT_ONCE)?.0));
+                self.replacement = Replacement::Moving(moving);
+            }
+            Replacement::Moving(moving) if moving.is_finished() => {
+                let moved = moving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+                let first = self.pool.absorb(moved)?;
+                for (index, of) in (first..).zip((REPLACED..).step_by(NODES).take(self.clients)) {
+                    self.ledger.come_back(of);
+                    self.senders.rename(of, index);
+                }
+                self.replacement = Replacement::Over;
+            }
+            unchanged => self.replacement = unchanged,
         }
         Ok(())
     }
@@ -312,10 +386,16 @@ impl Run {
         while progressing && Instant::now() < end {
             let received = self.ledger.received;
             let quiet = end.min(Instant::now() + DRAIN_QUIET);
-            self.run_until(cluster, quiet, |run| run.ledger.is_settled())?;
-            progressing = self.ledger.received > received && !self.ledger.is_settled();
+            self.run_until(cluster, quiet, Self::is_settled)?;
+            progressing = self.ledger.received > received && !self.is_settled();
         }
         self.run_until(cluster, Instant::now() + QUIET, |_| false)
+    }
+
+    /// Nothing is in flight, and nobody is being moved.
+    fn is_settled(&self) -> bool {
+        let is_moving = matches!(self.replacement, Replacement::Ending | Replacement::Moving(_));
+        self.ledger.is_settled() && !is_moving
     }
 
     fn finish(mut self, before: &Snapshot, after: &Snapshot, silences: Option<Silences>) -> Report {

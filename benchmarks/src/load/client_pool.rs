@@ -46,6 +46,20 @@ impl ClientPool {
         }
     }
 
+    /// Takes over all connections of another pool; returns the index of the first.
+    pub(crate) fn absorb(&mut self, other: Self) -> io::Result<usize> {
+        let first = self.connections.len();
+        for mut connection in other.connections {
+            let index = self.connections.len();
+            if let Some(connection) = &mut connection {
+                connection.move_to(self.poll.registry(), other.poll.registry(), Token(index))?;
+            }
+            self.connections.push(connection);
+            self.ready.push(index); // its edge may have been consumed
+        }
+        Ok(first)
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.connections.len()
     }

@@ -7,6 +7,8 @@ use std::io::{self, Write};
 
 use socket2::SockRef;
 
+use mio::{Registry, Token};
+
 use super::socket::Socket;
 
 use crate::{
@@ -54,6 +56,11 @@ impl Connection {
     /// Takes over an open WebSocket, with the bytes that followed its handshake.
     pub(super) fn new(socket: Socket, partial: Vec<u8>) -> Self {
         Self { socket, partial, outgoing: Vec::new(), has_answer: false, is_closing: false }
+    }
+
+    /// Registers its socket at another poll than before.
+    pub(super) fn move_to(&mut self, registry: &Registry, from: &Registry, token: Token) -> io::Result<()> {
+        self.socket.move_to(registry, from, token)
     }
 
     pub(crate) fn is_open(&self) -> bool {

@@ -73,6 +73,11 @@ impl Senders {
         Self { indexes, turn: 0 }
     }
 
+    /// A sender has another index from now on.
+    pub(crate) fn rename(&mut self, from: usize, to: usize) {
+        self.indexes.iter_mut().filter(|index| **index == from).for_each(|index| *index = to);
+    }
+
     /// The next that `is_open`; `None` when there is none.
     pub(crate) fn next(&mut self, is_open: impl Fn(usize) -> bool) -> Option<usize> {
         for _ in 0..self.indexes.len() {

@@ -35,6 +35,16 @@ impl Socket {
         })
     }
 
+    /// Registers it at another poll than before.
+    pub(super) fn move_to(&mut self, registry: &Registry, from: &Registry, token: Token) -> io::Result<()> {
+        let stream = match self {
+            Self::Plain(stream) => stream,
+            Self::Tls(socket) => socket.stream_mut(),
+        };
+        from.deregister(stream)?;
+        registry.register(stream, token, Interest::READABLE | Interest::WRITABLE)
+    }
+
     pub(super) fn tcp(&self) -> &TcpStream {
         match self {
             Self::Plain(stream) => stream,

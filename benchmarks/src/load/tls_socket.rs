@@ -52,6 +52,10 @@ impl TlsSocket {
         Ok(Self { stream, session, incoming: Vec::new(), outgoing: Vec::new(), has_more: false })
     }
 
+    pub(super) fn stream_mut(&mut self) -> &mut TcpStream {
+        &mut self.stream
+    }
+
     pub(super) fn stream(&self) -> &TcpStream {
         &self.stream
     }

@@ -15,6 +15,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::{Harness, Program};
 use crate::{server::READY, tls::TlsError};
 
@@ -88,6 +90,11 @@ impl ServerProcess {
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Asks it to end (SIGTERM).
+    pub(crate) fn terminate(&self) {
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM); // fails only when it has ended already
     }
 
     fn is_ready_in_time(&mut self) -> bool {
