@@ -56,7 +56,8 @@ pub struct BackplaneConfig {
     /// For how long at most [`deliver`](crate::Target::deliver) waits for the answers of other nodes, once this node has
     /// read the message: 10 ms to 1 hour. Default: 15 s, which is longer than a client may stall.
     pub answer_timeout: Duration,
-    /// How often this node says that it is alive: 100 ms to 1 minute. Default: 1 s.
+    /// How often this node says that it is alive, and how many clients it has if that has changed: 100 ms to 1 minute.
+    /// Default: 1 s.
     pub heartbeat_interval: Duration,
     /// After how long a silence a node counts as gone: at least three times the interval, at most 1 hour. Only time
     /// counts during which this node could read the log. Default: 5 s.

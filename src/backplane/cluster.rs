@@ -284,7 +284,7 @@ impl Cluster {
             *number
         };
         let name: Arc<str> = if number == 1 { name.into() } else { format!("{name}#{number}").into() };
-        HubLink { cluster: self.clone(), name, state: Arc::new(HubState::new()) }
+        HubLink { cluster: self.clone(), name, state: Arc::new(HubState::new(self.0.node)) }
     }
 
     /// Appends an entry that nobody waits for. Returns when there was room for it.

@@ -11,8 +11,10 @@ use shardcast_backplane::NodeId;
 
 use super::entry::NodeCounts;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Counts {
+    this_node: NodeId,
+    /// The others.
     nodes: HashMap<NodeId, Told>,
     /// The other nodes that are alive.
     alive: Arc<[NodeId]>,
@@ -34,6 +36,10 @@ struct Known {
 }
 
 impl Counts {
+    pub(super) fn new(this_node: NodeId) -> Self {
+        Self { this_node, nodes: HashMap::new(), alive: Arc::default() }
+    }
+
     /// These other nodes are alive.
     pub(super) fn are_alive(&mut self, others: Arc<[NodeId]>) {
         self.alive = others;
@@ -41,12 +47,17 @@ impl Counts {
 
     /// Numbers of a node that have changed.
     pub(super) fn change(&mut self, node: NodeId, counts: &NodeCounts<'_>) {
-        self.nodes.entry(node).or_default().now.set(counts);
+        if node != self.this_node {
+            self.nodes.entry(node).or_default().now.set(counts);
+        }
     }
 
     /// A part of everything that a node counts: the first one, others, the last one. With the last one, whatever it has not
     /// told of is 0.
     pub(super) fn tell_all(&mut self, node: NodeId, is_first: bool, is_last: bool, part: &NodeCounts<'_>) {
+        if node == self.this_node {
+            return;
+        }
         let told = self.nodes.entry(node).or_default();
         if is_first {
             told.incomplete = Some(Known::default());
@@ -133,12 +144,13 @@ mod tests {
 
     #[test]
     fn counts_are_sums_over_the_nodes_that_are_alive() {
-        let [a, b] = [1, 2].map(NodeId::from_bits);
-        let mut counts = Counts::default();
+        let [here, a, b] = [0, 1, 2].map(NodeId::from_bits);
+        let mut counts = Counts::new(here);
+        counts.change(here, &told(9, &[("x", 9)], &[("ada", 9)]));
         counts.change(a, &told(3, &[("x", 2), ("y", 1)], &[("ada", 1)]));
         counts.change(b, &told(4, &[("x", 4)], &[("ada", 2)]));
         assert_eq!(counts.connections(), 0, "nobody is alive");
-        counts.are_alive([a, b].into());
+        counts.are_alive([here, a, b].into());
         assert_eq!((counts.connections(), counts.members("x"), counts.connections_of("ada")), (7, 6, 3));
         counts.change(a, &told(1, &[("x", 0), ("y", 1)], &[]));
         assert_eq!((counts.connections(), counts.members("x"), counts.members("y")), (5, 4, 1));
@@ -159,7 +171,7 @@ mod tests {
     #[test]
     fn a_node_that_tells_everything_replaces_its_counts_with_the_last_part() {
         let a = NodeId::from_bits(1);
-        let mut counts = Counts::default();
+        let mut counts = Counts::new(NodeId::from_bits(0));
         counts.are_alive([a].into());
         counts.change(a, &told(3, &[("x", 2), ("y", 1)], &[("ada", 1)]));
         counts.tell_all(a, true, false, &told(2, &[("x", 1)], &[]));

@@ -34,7 +34,7 @@ pub(crate) struct HubState {
     is_complete: watch::Sender<bool>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     roster: Roster,
     counts: Counts,
@@ -45,9 +45,10 @@ struct State {
 }
 
 impl HubState {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(this_node: NodeId) -> Self {
+        let (roster, counts) = (Roster::default(), Counts::new(this_node));
         Self {
-            state: Mutex::default(),
+            state: Mutex::new(State { roster, counts, asked: None, answered: BTreeSet::new() }),
             must_ask: Notify::new(),
             is_asked: Notify::new(),
             is_complete: watch::Sender::new(false),

@@ -310,7 +310,8 @@ impl Run {
     fn is_moved(&self, index: usize, ended: &Ended) -> bool {
         let is_ending =
             matches!(self.replacement, Replacement::Ending) && self.ledger.node(index) == REPLACED;
-        is_ending && matches!(ended, Ended::Closed(_) | Ended::Disconnected) || self.ledger.has_moved(index)
+        is_ending && matches!(ended, Ended::Closed(_) | Ended::Disconnected | Ended::Io(_))
+            || self.ledger.has_moved(index)
     }
 
     /// Everything that is not a message.
