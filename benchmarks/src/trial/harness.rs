@@ -63,7 +63,16 @@ impl Harness {
 
     /// Builds what is not part of this program, with these features.
     pub(crate) fn build(&self, subjects: &[Subject], features: &str) -> Result<(), HarnessError> {
-        Ok(subjects.iter().try_for_each(|subject| subject.build(&self.target, features))?)
+        Ok(subjects.iter().try_for_each(|subject| subject.build(self, features))?)
+    }
+
+    /// shardcast's example, compiled as this program was: in release, or for a moment's run in debug.
+    pub(super) fn example(&self) -> PathBuf {
+        self.benchmarks.with_file_name("examples").join("fanout")
+    }
+
+    pub(super) fn is_release(&self) -> bool {
+        self.benchmarks.parent().is_some_and(|folder| folder.ends_with("release"))
     }
 
     /// For the results: where server and client run.

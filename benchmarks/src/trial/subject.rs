@@ -81,8 +81,8 @@ impl Subject {
         Some((name, locked_version(name)?))
     }
 
-    /// Builds shardcast's example into the target directory of this program.
-    pub(super) fn build(self, target: &Path, features: &str) -> Result<(), BuildError> {
+    /// Builds shardcast's example into the target directory of this program, in its profile.
+    pub(super) fn build(self, harness: &Harness, features: &str) -> Result<(), BuildError> {
         if !self.is_example() {
             return Ok(());
         }
@@ -98,9 +98,10 @@ impl Subject {
             cargo.env_remove(name);
         }
         let status = cargo
-            .args(["build", "--release", "-p", "examples", "--example", "fanout", "--features", features])
+            .args(["build", "-p", "examples", "--example", "fanout", "--features", features])
+            .args(harness.is_release().then_some("--release"))
             .current_dir(workspace)
-            .env("CARGO_TARGET_DIR", target)
+            .env("CARGO_TARGET_DIR", &harness.target)
             .status()
             .map_err(BuildError::Cargo)?;
         if status.success() { Ok(()) } else { Err(BuildError::Example) }
@@ -118,7 +119,7 @@ impl Program {
 
     /// The command that serves on `port` with one thread, on the server's core.
     pub(super) fn command(&self, harness: &Harness, port: u16) -> Command {
-        let example = harness.target.join("release/examples/fanout");
+        let example = harness.example();
         let mut command = match self {
             Self::Build(path) => harness.on_server_core(path),
             Self::Subject(subject) if subject.is_example() => harness.on_server_core(&example),
