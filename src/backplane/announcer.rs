@@ -76,7 +76,7 @@ impl Announcer {
     async fn note(&mut self, change: PresenceChange, tells: bool) {
         let PresenceChange { group, user, kind, since, metadata, .. } = change;
         let is_present = kind == PresenceKind::Joined;
-        // Metadata that was set in between has been told of nobody.
+        // The engine announces the metadata of the join; it may have been set again since then.
         let metadata =
             if is_present { self.metadata_of(group.as_deref(), &user).or(metadata) } else { metadata };
         let attendee = Attendee { group, user, since, metadata };
@@ -160,7 +160,7 @@ impl Announcer {
         self.append(&Entry::PresenceChange(PresenceNews { hub: &self.hub, is_present, state })).await;
     }
 
-    /// Tells everything; of presence only if it is to be told.
+    /// Tells the whole state of this node: all counts, and, if `tells_presence`, all users who are present.
     async fn tell_all(&mut self, tells_presence: bool) {
         let Some(namespace) = (self.namespace)() else { return };
         self.told_connections = namespace.len();

@@ -1,8 +1,7 @@
 //! Counts of one hub's connections on other nodes: in all, of each group, of each user.
 //!
-//! As those nodes have told them: each tells the numbers that have changed once for each of its heartbeats, so that joins
-//! and leaves cost the log nothing by themselves. Nodes that do not count as alive are left out, and counted again if they
-//! were only silent. Pure. Does not know how nodes count.
+//! Each node reports the numbers that have changed once per heartbeat, so that a join or a leave needs no entry of its own
+//! in the log. Nodes that do not count as alive are left out, and are included again if they were only silent. Pure. Does not know how nodes count.
 
 use std::collections::HashMap;
 use std::sync::Arc;
