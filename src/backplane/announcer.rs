@@ -4,7 +4,7 @@
 //! changed once for each heartbeat, whatever the number of joins; and everything to a node that asks, in an order with the
 //! rest. The task waits for room in the log, and for nothing else. Ends with the hub. Does not know what others tell.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use shardcast_engine::{Namespace, NamespaceChange, PresenceKind};
@@ -105,17 +105,19 @@ impl Announcer {
             self.look_at_metadata(&namespace);
             return self.tell_all(tells_presence).await;
         };
-        let (mut groups, mut users, mut set) = (HashMap::new(), HashMap::new(), HashSet::new());
+        let (mut groups, mut users, mut set) = (HashMap::new(), HashMap::new(), HashMap::new());
         for change in changes {
             match change {
                 NamespaceChange::Members { group, connections } => drop(groups.insert(group, connections)),
                 NamespaceChange::Connections { user, connections } => drop(users.insert(user, connections)),
-                NamespaceChange::Metadata { group, user, .. } => drop(set.insert((group, user))),
+                NamespaceChange::Metadata { group, user, metadata } => {
+                    drop(set.insert((group, user), metadata))
+                }
                 _ => {}
             }
         }
-        for who in set {
-            if self.has_other_metadata(&namespace, &who) && tells_presence {
+        for (who, metadata) in set {
+            if self.has_other_metadata(&who, &metadata) && tells_presence {
                 self.tell_presence(true, &self.announced[&who]).await;
             }
         }
@@ -137,10 +139,9 @@ impl Announcer {
     }
 
     /// Keeps the metadata of an announced user; true if it is another one than before.
-    fn has_other_metadata(&mut self, namespace: &Namespace, who: &Who) -> bool {
+    fn has_other_metadata(&mut self, who: &Who, json: &[u8]) -> bool {
         let Some(attendee) = self.announced.get_mut(who) else { return false };
-        let now = namespace.metadata_in(who.0.as_deref(), &who.1);
-        let now = now.and_then(|json| Metadata::from_json(&json));
+        let now = Metadata::from_json(json);
         let is_other = now.is_some() && now != attendee.metadata;
         if is_other {
             attendee.metadata = now;
@@ -151,7 +152,9 @@ impl Announcer {
     /// Keeps the metadata of all announced users.
     fn look_at_metadata(&mut self, namespace: &Namespace) {
         for who in self.announced.keys().cloned().collect::<Vec<_>>() {
-            self.has_other_metadata(namespace, &who);
+            if let Some(json) = namespace.metadata_in(who.0.as_deref(), &who.1) {
+                self.has_other_metadata(&who, &json);
+            }
         }
     }
 
