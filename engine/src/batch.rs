@@ -13,7 +13,11 @@ use crate::frame::Frame;
 use crate::log::{Reader, Weigh};
 use crate::outbox::{Chunk, Retained};
 use crate::payload::Payload;
+use crate::receipt::Ticket;
 use crate::rendition::{Encoding, Encodings};
+
+/// One for each publication of a batch, or of a single one; those without at the end are left out.
+pub(crate) type Tickets = SmallVec<[Option<Ticket>; 1]>;
 
 pub(crate) struct Batch<'a> {
     /// Its cursor is at the first publication.
@@ -50,6 +54,16 @@ impl<'a> Batch<'a> {
     /// The number of publications in it.
     pub(crate) fn len(&self) -> u64 {
         self.len
+    }
+
+    /// Adds to the ticket of its first publication those of the others, up to the last that has one for this shard.
+    pub(crate) fn take_tickets(&self, shard: usize, tickets: &mut Tickets) {
+        for ahead in 1..self.len {
+            if let Some(ticket) = self.reader.get(ahead).and_then(|entry| entry.take_ticket(shard)) {
+                tickets.resize_with(ahead as usize, || None);
+                tickets.push(Some(ticket));
+            }
+        }
     }
 
     /// Its frames in this encoding, and how many are missing because they cannot be made.

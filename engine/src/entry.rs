@@ -11,7 +11,7 @@ use crate::id::GroupKey;
 use crate::log::Weigh;
 use crate::payload::Payload;
 use crate::publication::{Content, Publication};
-use crate::receipt::ShardTickets;
+use crate::receipt::{ShardTickets, Ticket};
 use crate::rendition::Renditions;
 
 #[derive(Debug)]
@@ -92,17 +92,22 @@ impl Entry {
         }
     }
 
+    /// The ticket of this shard, if the publisher waits for it. None if it has been taken.
+    pub(crate) fn take_ticket(&self, shard: usize) -> Option<Ticket> {
+        self.tickets.as_ref()?.take(shard)
+    }
+
     pub(crate) fn payload(&self) -> Option<&Payload> {
         self.publication.payload()
     }
 
     /// Whether it may share a chunk with its neighbours in the log (a batch): messages for the same
-    /// connections, delivered in the same way, and without tickets.
+    /// connections, delivered in the same way, of publishers that do not want the outcome of their own.
     pub(crate) fn joins(&self, first: &Self) -> bool {
         let is_simple = |entry: &Self| {
             matches!(entry.publication.content, Content::Message(_))
                 && entry.publication.except.is_empty()
-                && entry.tickets.is_none()
+                && entry.tickets.as_ref().is_none_or(|tickets| !tickets.want_outcome())
                 && entry.publication.delivery.policy().is_none()
         };
         match (&self.target, &first.target) {
@@ -110,6 +115,29 @@ impl Entry {
                 Arc::ptr_eq(mine, theirs) && is_simple(self) && is_simple(first)
             }
             _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::publication::Address;
+    use crate::receipt::ticket;
+
+    #[test]
+    fn only_the_message_of_a_publisher_that_wants_the_outcome_is_delivered_alone() {
+        let directory = Directory::new("test", 1, Arc::default());
+        let entry = |wants_outcome: Option<bool>| Entry {
+            publication: Publication::message(Address::Everyone, Payload::text("message")),
+            target: Target::One(directory.everyone().clone()),
+            renditions: Renditions::default(),
+            tickets: wants_outcome.map(|wants| ShardTickets::new(ticket(wants).0, [0].into_iter().collect())),
+        };
+        let (free, waits, wants_outcome) = (entry(None), entry(Some(false)), entry(Some(true)));
+        assert!(free.joins(&waits) && waits.joins(&free) && waits.joins(&waits));
+        for other in [&free, &waits, &wants_outcome] {
+            assert!(!other.joins(&wants_outcome) && !wants_outcome.joins(other));
         }
     }
 }

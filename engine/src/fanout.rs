@@ -4,6 +4,7 @@
 //! the fan-out: which connections to flush, which handlers to notify of drops, which connections to end.
 //! Knows connections and groups. Does not know the log, the mailbox or the sockets' poll.
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,24 +33,37 @@ use crate::tally::DropCause;
 pub(crate) struct Terms<'a> {
     /// Overrides each connection's own policy.
     pub(crate) policy: Option<Policy>,
-    pub(crate) ticket: Option<&'a Ticket>,
+    /// One for each frame, as far as publishers wait; may be shorter than the chunk.
+    pub(crate) tickets: &'a [Option<Ticket>],
     /// The group that they were published to, if it was a single one.
     pub(crate) group: Option<&'a Arc<str>>,
 }
 
 impl<'a> Terms<'a> {
-    /// `ticket`: this shard's, if it has one.
-    pub(crate) fn of(entry: &'a Entry, ticket: Option<&'a Ticket>) -> Self {
-        Self { policy: entry.publication.delivery.policy(), ticket, group: entry.group() }
+    /// `tickets`: this shard's, if it has any.
+    pub(crate) fn of(entry: &'a Entry, tickets: &'a [Option<Ticket>]) -> Self {
+        Self { policy: entry.publication.delivery.policy(), tickets, group: entry.group() }
     }
 
-    /// The state that a frame keeps if it must wait under this policy.
-    fn origin(&self, policy: Policy) -> Option<Origin> {
-        let ticket = self.ticket.filter(|ticket| policy.blocks() || ticket.wants_outcome());
+    /// The ticket of a publisher that wants the outcome. Its frame is the only one of its chunk.
+    fn receipt(&self) -> Option<&'a Ticket> {
+        self.tickets.first()?.as_ref().filter(|ticket| ticket.wants_outcome())
+    }
+
+    /// What the first of these frames keeps if it must wait under this policy, and the end of those that keep the same.
+    fn origin(&self, policy: Policy, frames: Range<u32>) -> (Option<Origin>, u32) {
+        let is_kept = |ticket: &&Ticket| policy.blocks() || ticket.wants_outcome();
+        let ticket_of = |frame: u32| self.tickets.get(frame as usize)?.as_ref().filter(is_kept);
+        let Range { start, end } = frames;
+        let ticket = ticket_of(start);
+        let end = match ticket {
+            Some(_) => start + 1,
+            None => (start + 1..end).find(|frame| ticket_of(*frame).is_some()).unwrap_or(end),
+        };
         // Read when a frame expires, which needs a timeout.
         let group = self.group.filter(|_| policy.timeout().is_some());
         let is_needed = ticket.is_some() || group.is_some();
-        is_needed.then(|| Origin { ticket: ticket.cloned(), group: group.cloned() })
+        (is_needed.then(|| Origin { ticket: ticket.cloned(), group: group.cloned() }), end)
     }
 }
 
@@ -107,14 +121,14 @@ impl Fanout {
         group: LocalKey,
         batch: &mut Batch<'_>,
         entry: &Entry,
-        ticket: Option<&Ticket>,
+        tickets: &[Option<Ticket>],
     ) -> u64 {
-        let (terms, mut counts) = (Terms::of(entry, ticket), Counts::default());
+        let (terms, mut counts) = (Terms::of(entry, tickets), Counts::default());
         for index in 0..self.groups.len(group) {
             let slot = self.groups.member(group, index);
             self.offer_unless(slot, batch, entry, terms, &mut counts);
         }
-        counts.report(ticket)
+        counts.report(terms)
     }
 
     /// Offers the batch to each slot; returns their number.
@@ -123,13 +137,13 @@ impl Fanout {
         slots: &[Slot],
         batch: &mut Batch<'_>,
         entry: &Entry,
-        ticket: Option<&Ticket>,
+        tickets: &[Option<Ticket>],
     ) -> u64 {
-        let (terms, mut counts) = (Terms::of(entry, ticket), Counts::default());
+        let (terms, mut counts) = (Terms::of(entry, tickets), Counts::default());
         for slot in slots {
             self.offer_unless(*slot, batch, entry, terms, &mut counts);
         }
-        counts.report(ticket)
+        counts.report(terms)
     }
 
     #[inline]
@@ -151,14 +165,14 @@ impl Fanout {
             counts.delayed += u64::from(self.offer(slot, chunk, terms));
         }
         if missing > 0 {
-            self.cannot_render(slot, missing, terms.ticket);
+            self.cannot_render(slot, missing, terms);
         }
     }
 
     /// Ends a connection because messages cannot be converted to its encoding; these count as discarded.
     #[cold]
-    pub(crate) fn cannot_render(&mut self, slot: Slot, messages: u64, ticket: Option<&Ticket>) {
-        if let Some(ticket) = ticket {
+    pub(crate) fn cannot_render(&mut self, slot: Slot, messages: u64, terms: Terms<'_>) {
+        if let Some(ticket) = terms.receipt() {
             ticket.count_disconnected();
         }
         if let Some(connection) = self.connections.get_mut(slot) {
@@ -176,13 +190,14 @@ impl Fanout {
         slots: &[Slot],
         reason: &CloseReason,
         entry: &Entry,
-        ticket: Option<&Ticket>,
+        tickets: &[Option<Ticket>],
     ) -> u64 {
         let ids = slots.iter().filter_map(|slot| self.connections.get(*slot)).map(Connection::id);
         let ids = ids.filter(|id| !entry.publication.except.contains(id));
         let before = self.pending_ends.len();
         self.pending_ends.extend(ids.map(|id| (id, reason.clone())));
-        Counts { recipients: (self.pending_ends.len() - before) as u64, delayed: 0 }.report(ticket)
+        Counts { recipients: (self.pending_ends.len() - before) as u64, delayed: 0 }
+            .report(Terms::of(entry, tickets))
     }
 
     /// Puts the chunk into one outbox; true if a part of it did not fit.
@@ -214,7 +229,8 @@ impl Fanout {
         let policy = terms.policy.unwrap_or(connection.config().policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
         let expiry = Expiry { until, max_drops: policy.max_drops() };
-        let (enqueued, bytes) = connection.enqueue(chunk, self.now, expiry, || terms.origin(policy));
+        let (enqueued, bytes) =
+            connection.enqueue(chunk, self.now, expiry, |frames| terms.origin(policy, frames));
         self.backlog_bytes += bytes;
         if let Some(frames) = connection.frames_to_write() {
             self.flushes.reached(frames);
@@ -241,7 +257,7 @@ impl Fanout {
         terms: Terms<'_>,
     ) {
         if let Enqueued::Drops(frames) = enqueued {
-            if let Some(ticket) = terms.ticket {
+            if let Some(ticket) = terms.receipt() {
                 ticket.count_drop(DropCause::Overflow);
             }
             let dropped = Dropped { frames, max_drops: expiry.max_drops };
@@ -412,9 +428,9 @@ struct Counts {
 }
 
 impl Counts {
-    /// Reports it to the publisher, and returns the number of recipients.
-    fn report(self, ticket: Option<&Ticket>) -> u64 {
-        if let Some(ticket) = ticket {
+    /// Reports it to a publisher that wants the outcome, and returns the number of recipients.
+    fn report(self, terms: Terms<'_>) -> u64 {
+        if let Some(ticket) = terms.receipt() {
             ticket.count(self.recipients, self.delayed);
         }
         self.recipients

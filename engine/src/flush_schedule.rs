@@ -12,11 +12,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Flushes in one turn (some 4 µs each), while outboxes hold little: what is read between two turns joins what waits for
-/// the rest of the round, so writes carry more than if a round were one turn.
-const FLUSHES_PER_TURN: usize = 128;
-/// The same when an outbox holds half of its frames for a round: more parts would only tear apart what is joined for all.
-const FULL_FLUSHES_PER_TURN: usize = 512;
+/// Flushes in one turn (some 4 µs each). What is read between two turns joins what waits for the rest of the round, so
+/// writes carry more than if a round were one turn.
+const FLUSHES_PER_TURN: usize = 64;
 /// Frames for each outbox in a round; fewer if outboxes are small.
 const FRAMES_PER_ROUND: u64 = 256;
 /// Publications in a round, however few each of them reaches.
@@ -91,8 +89,7 @@ impl<T> FlushSchedule<T> {
                 (self.due, self.flushable) = (None, waiting);
             }
         }
-        let is_full = self.fullest >= self.frames_max.div_ceil(2);
-        self.flushable.min(if is_full { FULL_FLUSHES_PER_TURN } else { FLUSHES_PER_TURN })
+        self.flushable.min(FLUSHES_PER_TURN)
     }
 
     /// The next item to flush.

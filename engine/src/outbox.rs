@@ -7,6 +7,7 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -306,15 +307,16 @@ impl<T> Outbox<T> {
         true
     }
 
-    /// Appends all frames of `chunk`, as far as the bounds allow. Frames that do not fit wait with their
-    /// `origin`, or are dropped at once if `expiry` ends `now`.
+    /// Appends all frames of `chunk`, as far as the bounds allow. Frames that do not fit wait with their origin, or are
+    /// dropped at once if `expiry` ends `now`. `origin_of` gives the origin of the first of these frames, and the end of
+    /// those that share it.
     pub(crate) fn enqueue(
         &mut self,
         chunk: &Rc<Chunk>,
         bounds: &Bounds,
         now: Duration,
         expiry: Expiry,
-        origin: impl FnOnce() -> Option<T>,
+        origin_of: impl FnMut(Range<u32>) -> (Option<T>, u32),
     ) -> Enqueued {
         let all = Segment { chunk: chunk.clone(), next: 0, end: chunk.frames() };
         if !self.has_waiting() {
@@ -326,9 +328,9 @@ impl<T> Outbox<T> {
             if fitting > 0 {
                 self.append(Segment { end: fitting, ..all.clone() });
             }
-            return self.wait(Segment { next: fitting, ..all }, bounds, now, expiry, origin);
+            return self.wait(Segment { next: fitting, ..all }, bounds, now, expiry, origin_of);
         }
-        self.wait(all, bounds, now, expiry, origin)
+        self.wait(all, bounds, now, expiry, origin_of)
     }
 
     fn wait(
@@ -337,7 +339,7 @@ impl<T> Outbox<T> {
         bounds: &Bounds,
         now: Duration,
         expiry: Expiry,
-        origin: impl FnOnce() -> Option<T>,
+        mut origin_of: impl FnMut(Range<u32>) -> (Option<T>, u32),
     ) -> Enqueued {
         let frames = segment.frames();
         let mut room = bounds.overflow_frames.saturating_sub(self.waiting()).min(frames as usize) as u32;
@@ -360,7 +362,16 @@ impl<T> Outbox<T> {
             let more = self.more.get_or_insert_default();
             more.overflow_frames += may_wait as usize;
             more.overflow_bytes += segment.bytes();
-            more.waiting.push_back(Waiting { segment, expiry, origin: origin() });
+            while segment.next < segment.end {
+                let (origin, end) = origin_of(segment.next..segment.end);
+                let end = end.clamp(segment.next + 1, segment.end);
+                more.waiting.push_back(Waiting {
+                    segment: Segment { end, ..segment.clone() },
+                    expiry,
+                    origin,
+                });
+                segment.next = end;
+            }
         }
         match may_wait {
             _ if may_wait < frames => Enqueued::Drops(frames - may_wait),
@@ -879,7 +890,7 @@ mod tests {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
                             Enqueued::Queued
                         } else {
-                            outbox.enqueue(&chunk, &BOUNDS, Duration::ZERO, FOR_EVER, || Some(ticket))
+                            outbox.enqueue(&chunk, &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (Some(ticket.clone()), frames.end))
                         };
                         let waiting = pending.len() - outbox.frames as usize;
                         let expected = match waiting {
@@ -961,7 +972,7 @@ mod tests {
         let (mut outbox, mut spares): (Outbox<()>, _) = (Outbox::new(), Spares::default());
         let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
         assert_eq!(
-            outbox.enqueue(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
+            outbox.enqueue(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (None, frames.end)),
             Enqueued::Queued
         );
         assert!(outbox.more.is_none() && !outbox.is_empty());
@@ -1012,11 +1023,15 @@ mod tests {
     fn a_frame_larger_than_the_bound_passes_alone() {
         let (mut outbox, mut spares): (Outbox<()>, _) = (Outbox::new(), Spares::default());
         assert_eq!(
-            outbox.enqueue(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
+            outbox.enqueue(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (
+                None, frames.end
+            )),
             Enqueued::Queued
         );
         assert_eq!(
-            outbox.enqueue(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, || None),
+            outbox.enqueue(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (
+                None, frames.end
+            )),
             Enqueued::Waits
         );
         assert_eq!((outbox.frames, outbox.pending()), (1, 2));
@@ -1030,7 +1045,7 @@ mod tests {
         for outbox in &mut outboxes {
             for piece in &pieces {
                 assert_eq!(
-                    outbox.enqueue(piece, &BOUNDS, Duration::ZERO, FOR_EVER, || None),
+                    outbox.enqueue(piece, &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (None, frames.end)),
                     Enqueued::Queued
                 );
             }

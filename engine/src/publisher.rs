@@ -526,7 +526,8 @@ pub struct Enqueued {
 }
 
 impl Enqueued {
-    /// Waits for the connections: see [`Wants`]. May be dropped, which withdraws nothing.
+    /// Waits for the connections: see [`Wants`]. May be dropped, which withdraws nothing. The receipt counts connections
+    /// only for [`Wants::Outcome`]; otherwise it has the position and nothing else.
     ///
     /// # Errors
     /// [`PublishError::Closed`] if a shard was abandoned when the engine ended.
@@ -601,7 +602,8 @@ pub enum Wants {
     Nothing,
     /// That every recipient has room. It may have it already, and then there is nothing to wait for.
     Room,
-    /// How many recipients accepted the frame, dropped it or disconnected.
+    /// How many recipients accepted the frame, dropped it or disconnected. For that, the message is delivered apart from
+    /// its neighbours, which costs more.
     Outcome,
 }
 

@@ -1,9 +1,10 @@
 //! The receipt: the outcome of one publication, and the publisher that waits for it.
 //!
 //! A ticket is held by each shard that had members when the message was published, until the shard has read it, and by
-//! each frame that waits for room. When the last ticket is dropped, every
-//! recipient has accepted the frame or has disconnected, and the publisher is woken. Made only for publishers that wait:
-//! on the fast path there is none. Does not know the log, outboxes or connections.
+//! each frame that waits for room. When the last ticket is dropped, every recipient has accepted the frame or has
+//! disconnected, and the publisher is woken. What became of the frame is counted only for a publisher that wants to know;
+//! only its message must be delivered apart from its neighbours in the log. Made only for publishers that wait: on the
+//! fast path there is none. Does not know the log, outboxes or connections.
 
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -96,7 +97,7 @@ impl Origin {
 #[derive(Debug)]
 pub(crate) struct Awaited(Arc<State>);
 
-/// `wants_outcome`: the publisher also waits for frames that it would otherwise not wait for.
+/// `wants_outcome`: the publisher also waits for frames that it would otherwise not wait for, and gets their numbers.
 pub(crate) fn ticket(wants_outcome: bool) -> (Ticket, Awaited) {
     let state = Arc::new(State {
         wants_outcome,
@@ -152,6 +153,11 @@ impl ShardTickets {
         Box::new(Self { state, shards, left })
     }
 
+    /// As [`Ticket::wants_outcome`].
+    pub(crate) fn want_outcome(&self) -> bool {
+        self.state.wants_outcome
+    }
+
     /// The shards that the publisher waits for.
     pub(crate) fn shards(&self) -> &ShardSet {
         &self.shards
@@ -205,6 +211,9 @@ impl Awaited {
         if !end.reached {
             end.waker = Some(waker.clone());
             return Poll::Pending;
+        }
+        if !self.0.wants_outcome {
+            return Poll::Ready(Receipt::default()); // its position is the publisher's
         }
         let State { recipients, delayed, dropped, disconnected, .. } = &*self.0;
         Poll::Ready(Receipt {

@@ -59,6 +59,10 @@ fn rig(shards: usize, config: ConnectionConfig) -> Rig {
 
 /// Sends to the client alone until its outbox is full to the last frame and no frame waits.
 fn fill(rig: &mut Rig, client: &Client) {
+    fill_with(rig, client, OUTBOX_FRAMES as u64);
+}
+
+fn fill_with(rig: &mut Rig, client: &Client, outbox_frames: u64) {
     let everyone = Sender::new(&rig.everyone, Some(Policy::Block));
     for number in 0..1000 {
         everyone
@@ -68,7 +72,7 @@ fn fill(rig: &mut Rig, client: &Client) {
             ))
             .unwrap();
         rig.settle();
-        if metrics(rig, client).tally.pending() == OUTBOX_FRAMES as u64 {
+        if metrics(rig, client).tally.pending() == outbox_frames {
             return;
         }
     }
@@ -261,11 +265,41 @@ fn what_is_enqueued_waits_for_no_client_until_its_outcome_is_asked_for() {
             hear_all(&mut rig, &mut stalled);
             if wants != Wants::Nothing {
                 let receipt = outcome.poll().expect("there was room").unwrap();
-                assert_eq!((receipt.recipients, receipt.delayed), (1 + expected as u64, 1));
+                let counted = if wants == Wants::Outcome { (1 + expected as u64, 1) } else { (0, 0) };
+                assert_eq!((receipt.recipients, receipt.delayed), counted);
             }
             fill(&mut rig, &stalled);
         }
     }
+}
+
+#[test]
+fn each_publisher_waits_for_its_own_frame_although_they_are_delivered_together() {
+    let frames = 64; // so 16 are delivered together
+    let mut rig = rig(1, ConnectionConfig { outbox_frames: frames, ..narrow(Policy::Block) });
+    let (mut stalled, mut healthy) = (rig.connect(), rig.connect());
+    fill_with(&mut rig, &stalled, frames as u64);
+    let everyone = rig.everyone.clone();
+    let mut publishing: Vec<_> = (0..3)
+        .map(|number| Task::new(everyone.publish(Publication::message(EVERYONE, big(number)))))
+        .collect();
+    assert!(publishing.iter_mut().all(|publishing| publishing.poll().is_none()), "a member is congested");
+    for number in 3..16 {
+        Sender::from(&rig.everyone).try_publish(Publication::message(EVERYONE, big(number))).unwrap();
+    }
+    rig.settle();
+    assert_eq!(receive_all_data(&mut rig, &mut healthy).len(), 16);
+    let mut still_waiting = 0;
+    while !publishing.is_empty() {
+        stalled.peer.receive_some(500);
+        rig.settle();
+        publishing.retain_mut(|publishing| publishing.poll().is_none());
+        let without_room = metrics(&mut rig, &stalled).tally.pending().saturating_sub(frames as u64);
+        let theirs = without_room.saturating_sub(13);
+        assert_eq!(publishing.len() as u64, theirs, "each until there is room for its own frame");
+        still_waiting = without_room;
+    }
+    assert!(still_waiting > 0, "some of what was published later still waits");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! connection's turn.
 
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -137,16 +138,16 @@ impl Connection {
         is_taken
     }
 
-    /// Queues the chunk after what is queued. Also returns by how many bytes the backlog has grown.
+    /// Queues the chunk after what is queued; frames that must wait keep what `origin_of` gives (see the outbox). Also returns by how many bytes the backlog has grown.
     pub(crate) fn enqueue(
         &mut self,
         chunk: &Rc<Chunk>,
         now: Duration,
         expiry: Expiry,
-        origin: impl FnOnce() -> Option<Origin>,
+        origin_of: impl FnMut(Range<u32>) -> (Option<Origin>, u32),
     ) -> (Enqueued, usize) {
         let (bytes, queued) = (self.outbox.backlog_bytes(), self.outbox.queued());
-        let enqueued = self.outbox.enqueue(chunk, &self.bounds(), now, expiry, origin);
+        let enqueued = self.outbox.enqueue(chunk, &self.bounds(), now, expiry, origin_of);
         if self.outbox.queued() > queued {
             self.counts.took(); // some of it was accepted, whatever happens to the rest
         }

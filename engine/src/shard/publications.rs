@@ -3,7 +3,7 @@
 //! Runs the log up to a given position, in batches, within a turn's limits; offers a message to a single
 //! connection. Ends and drops that a fan-out notes are applied after it. Does not write to sockets.
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Tickets};
 use crate::close_reason::CloseReason;
 use crate::connection::{Connection, WRITE_BYTES_MAX};
 use crate::entry::{Named, Target};
@@ -25,7 +25,7 @@ impl Shard {
                 return false;
             }
             let Some(first) = self.reader.get(0) else { return false };
-            let ticket = first.tickets.as_ref().and_then(|tickets| tickets.take(self.index));
+            let mut tickets = Tickets::from_buf([first.take_ticket(self.index)]);
             let mut count = 1;
             let offers = match (&first.publication.content, &first.target) {
                 (Content::Message(payload), Target::One(group)) => {
@@ -42,7 +42,8 @@ impl Shard {
                             let mut batch =
                                 Batch::new(&self.reader, (first, payload), joined, encodings, retained);
                             count = batch.len();
-                            self.fanout.fan_out(group, &mut batch, first, ticket.as_ref())
+                            batch.take_tickets(self.index, &mut tickets);
+                            self.fanout.fan_out(group, &mut batch, first, &tickets)
                         }
                     }
                 }
@@ -71,11 +72,11 @@ impl Shard {
                             let (encodings, retained) = (&self.core.encodings, &self.fanout.retained);
                             let mut batch =
                                 Batch::new(&self.reader, (first, payload), None, encodings, retained);
-                            self.fanout.fan_out_to(&slots, &mut batch, first, ticket.as_ref())
+                            self.fanout.fan_out_to(&slots, &mut batch, first, &tickets)
                         }
                         Content::Close { code, text } => {
                             let reason = CloseReason::Application { code: *code, text: text.clone() };
-                            self.fanout.note_ends(&slots, &reason, first, ticket.as_ref())
+                            self.fanout.note_ends(&slots, &reason, first, &tickets)
                         }
                         Content::Presence(_) => 0, // its target is one group
                     };
@@ -87,7 +88,7 @@ impl Shard {
             self.fanout.metrics.publications += count;
             self.fanout.flushes.ran(count);
             self.reader.advance(count);
-            drop(ticket); // after the advance: its publisher's next look at the log does not count what has been read
+            drop(tickets); // after the advance: a publisher's next look at the log does not count what has been read
             self.apply_verdicts();
         }
         true
@@ -105,19 +106,21 @@ impl Shard {
             Encoding::PLAIN => Some(payload.into_plain_frame()),
             encoding => self.core.encodings.render(encoding, &payload),
         };
+        let tickets = [ticket];
+        // A message to one connection blocks by default, whatever the connection's own policy is.
+        let policy = Some(delivery.policy().unwrap_or_default());
+        let terms = Terms { policy, tickets: &tickets, group: None };
         let waits = match frame {
             Some(frame) => {
                 let chunk = self.gather.spares.single(frame.into(), &self.fanout.retained);
-                // A message to one connection blocks by default, whatever the connection's own policy is.
-                let policy = Some(delivery.policy().unwrap_or_default());
-                self.fanout.offer(slot, &chunk, Terms { policy, ticket: ticket.as_ref(), group: None })
+                self.fanout.offer(slot, &chunk, terms)
             }
             None => {
-                self.fanout.cannot_render(slot, 1, ticket.as_ref());
+                self.fanout.cannot_render(slot, 1, terms);
                 false
             }
         };
-        if let Some(ticket) = ticket {
+        if let [Some(ticket)] = &tickets {
             ticket.count(1, u64::from(waits));
         }
         self.apply_verdicts();
