@@ -66,8 +66,8 @@ pub(crate) const WAKE_TOKEN: Token = Token(usize::MAX);
 
 const EVENTS_PER_TURN: usize = 1024;
 /// Sockets read before their messages are answered: as many as still have their kernel and user state in the
-/// CPU's cache when they are written to.
-const EVENTS_PER_ANSWER: usize = 32;
+/// CPU's cache when they are written to. An echo takes 2 to 3 % less CPU with 64 than with 32, 5 % more with 128.
+const EVENTS_PER_ANSWER: usize = 64;
 /// Commands that may be executed for that.
 const COMMANDS_PER_ANSWER: usize = 128;
 /// Frames put into outboxes in one turn (some 5 ns each).
