@@ -1,15 +1,17 @@
-//! The batch: consecutive publications to the same connections, as one chunk of memory for each encoding.
+//! The batch: consecutive publications to the same group, as one chunk of memory for each encoding.
 //!
 //! Lives for one fan-out on one shard. The plain frames are joined at once, those of another encoding when
 //! the first connection needs them: renditions that the publishers have made are used, missing ones are
-//! rendered here, once for the shard. Does not know which connections get it.
+//! rendered here, once for the shard. Knows which connections must not get which of them, and not which get it.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use smallvec::SmallVec;
 
 use crate::entry::Entry;
 use crate::frame::Frame;
+use crate::id::ConnectionId;
 use crate::log::{Reader, Weigh};
 use crate::outbox::{Chunk, Retained};
 use crate::payload::Payload;
@@ -26,6 +28,8 @@ pub(crate) struct Batch<'a> {
     encodings: &'a Encodings,
     retained: Retained,
     plain: Rc<Chunk>,
+    /// Which connections must not get which of its publications; sorted.
+    exceptions: SmallVec<[(ConnectionId, u32); 4]>,
     /// None where not even the first could be rendered.
     others: SmallVec<[(Encoding, Option<Rc<Chunk>>); 1]>,
 }
@@ -40,15 +44,25 @@ impl<'a> Batch<'a> {
         encodings: &'a Encodings,
         retained: &Retained,
     ) -> Self {
-        let len = joined.map_or(1, |(limit, bytes_max)| count_joined(reader, first.0, limit, bytes_max));
+        // With other encodings a connection might be ended for a message that it must not get: a batch ends where the
+        // first one cannot be rendered.
+        let may_leave_out = !encodings.has_any();
+        let count = |(limit, bytes_max)| count_joined(reader, first.0, may_leave_out, limit, bytes_max);
+        let len = joined.map_or(1, count);
         let plain = if len == 1 {
             Chunk::single(first.1.plain_frame().bytes(), retained)
         } else {
             let frames = || payloads(reader, len).map(|(_, payload)| payload.plain_frame().as_bytes());
             Chunk::joined(frames(), frames().map(<[u8]>::len).sum(), retained)
         };
+        let mut exceptions = SmallVec::new();
+        for ahead in 0..len {
+            let except = reader.get(ahead).map_or(&[][..], |entry| &entry.publication.except);
+            exceptions.extend(except.iter().map(|id| (*id, ahead as u32)));
+        }
+        exceptions.sort_unstable();
         let (plain, others) = (Rc::new(plain), SmallVec::new());
-        Self { reader, len, encodings, retained: retained.clone(), plain, others }
+        Self { reader, len, encodings, retained: retained.clone(), plain, exceptions, others }
     }
 
     /// The number of publications in it.
@@ -64,6 +78,27 @@ impl<'a> Batch<'a> {
                 tickets.push(Some(ticket));
             }
         }
+    }
+
+    /// Whether a connection must not get some of its publications.
+    #[inline]
+    pub(crate) fn leaves_out(&self, id: ConnectionId) -> bool {
+        !self.exceptions.is_empty() && !self.exceptions_of(id).is_empty()
+    }
+
+    /// The runs of publications that a connection gets which must not get others.
+    pub(crate) fn runs_for(&self, id: ConnectionId) -> impl Iterator<Item = Range<u32>> + use<'_> {
+        let left_out = self.exceptions_of(id).iter().map(|(_, publication)| *publication);
+        let mut start = 0;
+        let runs =
+            left_out.chain([self.len as u32]).map(move |end| std::mem::replace(&mut start, end + 1)..end);
+        runs.filter(|run| !run.is_empty())
+    }
+
+    fn exceptions_of(&self, id: ConnectionId) -> &[(ConnectionId, u32)] {
+        let from = self.exceptions.partition_point(|(other, _)| *other < id);
+        let exceptions = &self.exceptions[from..];
+        &exceptions[..exceptions.partition_point(|(other, _)| *other == id)]
     }
 
     /// Its frames in this encoding, and how many are missing because they cannot be made.
@@ -107,11 +142,22 @@ impl<'a> Batch<'a> {
 }
 
 /// How many publications from the cursor on can be joined, the first included.
-fn count_joined(reader: &Reader<Entry>, first: &Entry, limit: u64, bytes_max: usize) -> u64 {
+fn count_joined(
+    reader: &Reader<Entry>,
+    first: &Entry,
+    may_leave_out: bool,
+    limit: u64,
+    bytes_max: usize,
+) -> u64 {
+    let is_for_all = |entry: &Entry| may_leave_out || entry.publication.except.is_empty();
+    if !is_for_all(first) {
+        return 1;
+    }
     let (ahead, mut len, mut bytes) = (limit - reader.position(), 1, first.bytes());
     while len < ahead
         && let Some(next) = reader.get(len)
         && next.joins(first)
+        && is_for_all(next)
         && bytes + next.bytes() <= bytes_max as u64
     {
         bytes += next.bytes();

@@ -14,6 +14,9 @@ use crate::publication::{Content, Publication};
 use crate::receipt::{ShardTickets, Ticket};
 use crate::rendition::Renditions;
 
+/// Connections that a message may leave out and yet be joined with others: usually it is its sender.
+const EXCEPT_MAX: usize = 4;
+
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) publication: Publication,
@@ -101,18 +104,18 @@ impl Entry {
         self.publication.payload()
     }
 
-    /// Whether it may share a chunk with its neighbours in the log (a batch): messages for the same
+    /// Whether it may share a chunk with its neighbours in the log (a batch): messages for the same group but for a few
     /// connections, delivered in the same way, of publishers that do not want the outcome of their own.
     pub(crate) fn joins(&self, first: &Self) -> bool {
         let is_simple = |entry: &Self| {
             matches!(entry.publication.content, Content::Message(_))
-                && entry.publication.except.is_empty()
+                && entry.publication.except.len() <= EXCEPT_MAX
                 && entry.tickets.as_ref().is_none_or(|tickets| !tickets.want_outcome())
-                && entry.publication.delivery.policy().is_none()
         };
         match (&self.target, &first.target) {
             (Target::One(mine), Target::One(theirs)) => {
-                Arc::ptr_eq(mine, theirs) && is_simple(self) && is_simple(first)
+                let is_alike = self.publication.delivery == first.publication.delivery;
+                Arc::ptr_eq(mine, theirs) && is_alike && is_simple(self) && is_simple(first)
             }
             _ => false,
         }
@@ -121,12 +124,16 @@ impl Entry {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::publication::Address;
+    use crate::id::ConnectionId;
+    use crate::policy::Policy;
+    use crate::publication::{Address, Delivery};
     use crate::receipt::ticket;
 
     #[test]
-    fn only_the_message_of_a_publisher_that_wants_the_outcome_is_delivered_alone() {
+    fn messages_to_one_group_are_joined_unless_they_are_counted_differ_in_policy_or_leave_out_many() {
         let directory = Directory::new("test", 1, Arc::default());
         let entry = |wants_outcome: Option<bool>| Entry {
             publication: Publication::message(Address::Everyone, Payload::text("message")),
@@ -139,5 +146,22 @@ mod tests {
         for other in [&free, &waits, &wants_outcome] {
             assert!(!other.joins(&wants_outcome) && !wants_outcome.joins(other));
         }
+        let leaving_out = |count| {
+            let Entry { publication, target, renditions, tickets } = entry(None);
+            let publication = publication.except(&vec![ConnectionId::from_bits(1); count]);
+            Entry { publication, target, renditions, tickets }
+        };
+        let (few, many) = (leaving_out(EXCEPT_MAX), leaving_out(EXCEPT_MAX + 1));
+        assert!(few.joins(&waits) && free.joins(&few) && !many.joins(&free) && !few.joins(&many));
+        let policy = Policy::DropMessage { timeout: Duration::ZERO };
+        let own_policy = || Entry {
+            publication: entry(None)
+                .publication
+                .with_delivery(Delivery::with_policy(policy).expect("it is valid")),
+            ..entry(None)
+        };
+        assert!(
+            own_policy().joins(&own_policy()) && !own_policy().joins(&free) && !free.joins(&own_policy())
+        );
     }
 }

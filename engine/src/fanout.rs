@@ -126,7 +126,7 @@ impl Fanout {
         let (terms, mut counts) = (Terms::of(entry, tickets), Counts::default());
         for index in 0..self.groups.len(group) {
             let slot = self.groups.member(group, index);
-            self.offer_unless(slot, batch, entry, terms, &mut counts);
+            self.offer_batch(slot, batch, terms, &mut counts);
         }
         counts.report(terms)
     }
@@ -141,31 +141,42 @@ impl Fanout {
     ) -> u64 {
         let (terms, mut counts) = (Terms::of(entry, tickets), Counts::default());
         for slot in slots {
-            self.offer_unless(*slot, batch, entry, terms, &mut counts);
+            self.offer_batch(*slot, batch, terms, &mut counts);
         }
         counts.report(terms)
     }
 
+    /// Offers those of the batch's publications that the connection must get.
     #[inline]
-    fn offer_unless(
-        &mut self,
-        slot: Slot,
-        batch: &mut Batch<'_>,
-        entry: &Entry,
-        terms: Terms<'_>,
-        counts: &mut Counts,
-    ) {
+    fn offer_batch(&mut self, slot: Slot, batch: &mut Batch<'_>, terms: Terms<'_>, counts: &mut Counts) {
         let Some(connection) = self.connections.get(slot) else { return };
-        if entry.publication.except.contains(&connection.id()) {
-            return;
+        let encoding = connection.encoding();
+        if batch.leaves_out(connection.id()) {
+            return self.offer_runs(slot, batch, terms, counts);
         }
         counts.recipients += 1;
-        let (chunk, missing) = batch.chunk(connection.encoding());
+        let (chunk, missing) = batch.chunk(encoding);
         if let Some(chunk) = chunk {
             counts.delayed += u64::from(self.offer(slot, chunk, terms));
         }
         if missing > 0 {
             self.cannot_render(slot, missing, terms);
+        }
+    }
+
+    /// The same for a connection that must not get all of them.
+    #[cold]
+    fn offer_runs(&mut self, slot: Slot, batch: &mut Batch<'_>, terms: Terms<'_>, counts: &mut Counts) {
+        let Some(connection) = self.connections.get(slot) else { return };
+        let runs: SmallVec<[Range<u32>; 8]> = batch.runs_for(connection.id()).collect();
+        if runs.is_empty() {
+            return;
+        }
+        // It is a batch of several, and all connections use the plain encoding then.
+        let Some(chunk) = batch.chunk(connection.encoding()).0 else { return };
+        counts.recipients += 1;
+        for run in runs {
+            self.offer_some(slot, chunk, run, terms);
         }
     }
 
@@ -203,8 +214,27 @@ impl Fanout {
     /// Puts the chunk into one outbox; true if a part of it did not fit.
     #[inline]
     pub(crate) fn offer(&mut self, slot: Slot, chunk: &Rc<Chunk>, terms: Terms<'_>) -> bool {
-        let Some(connection) = self.connections.get_mut(slot) else { return false };
-        let frames = u64::from(chunk.frames());
+        let frames = chunk.frames();
+        let Some(connection) = self.note_offer(slot, frames, terms) else { return false };
+        if connection.take_first(chunk) {
+            self.backlog_bytes += chunk.bytes();
+            self.flushes.reached(frames.into());
+            return false;
+        }
+        self.enqueue_or_wait(slot, chunk, 0..frames, terms)
+    }
+
+    /// Puts some of the chunk's frames into one outbox; true if not all of them fitted.
+    fn offer_some(&mut self, slot: Slot, chunk: &Rc<Chunk>, frames: Range<u32>, terms: Terms<'_>) -> bool {
+        self.note_offer(slot, frames.end - frames.start, terms).is_some()
+            && self.enqueue_or_wait(slot, chunk, frames, terms)
+    }
+
+    /// Counts frames that are offered to a connection, and marks it for the next flush.
+    #[inline]
+    fn note_offer(&mut self, slot: Slot, frames: u32, terms: Terms<'_>) -> Option<&mut Connection> {
+        let connection = self.connections.get_mut(slot)?;
+        let frames = u64::from(frames);
         connection.count_offered(frames);
         self.metrics.tally.offered += frames;
         if connection.mark_dirty() {
@@ -215,22 +245,23 @@ impl Fanout {
         {
             self.pending_ends.push((connection.id(), CloseReason::HighRtt));
         }
-        if connection.take_first(chunk) {
-            self.backlog_bytes += chunk.bytes();
-            self.flushes.reached(frames);
-            return false;
-        }
-        self.enqueue_or_wait(slot, chunk, terms)
+        Some(connection)
     }
 
-    /// Puts the chunk into an outbox that is not empty, or that it fills; true if a part of it did not fit.
-    fn enqueue_or_wait(&mut self, slot: Slot, chunk: &Rc<Chunk>, terms: Terms<'_>) -> bool {
+    /// Puts the frames into an outbox that is not empty, or that they fill; true if some of them did not fit.
+    fn enqueue_or_wait(
+        &mut self,
+        slot: Slot,
+        chunk: &Rc<Chunk>,
+        frames: Range<u32>,
+        terms: Terms<'_>,
+    ) -> bool {
         let Some(connection) = self.connections.get_mut(slot) else { return false };
         let policy = terms.policy.unwrap_or(connection.config().policy);
         let until = policy.timeout().map(|timeout| self.now + timeout);
         let expiry = Expiry { until, max_drops: policy.max_drops() };
         let (enqueued, bytes) =
-            connection.enqueue(chunk, self.now, expiry, |frames| terms.origin(policy, frames));
+            connection.enqueue(chunk, frames, self.now, expiry, |frames| terms.origin(policy, frames));
         self.backlog_bytes += bytes;
         if let Some(frames) = connection.frames_to_write() {
             self.flushes.reached(frames);

@@ -307,25 +307,26 @@ impl<T> Outbox<T> {
         true
     }
 
-    /// Appends all frames of `chunk`, as far as the bounds allow. Frames that do not fit wait with their origin, or are
+    /// Appends these `frames` of the chunk, as far as the bounds allow. Those that do not fit wait with their origin, or are
     /// dropped at once if `expiry` ends `now`. `origin_of` gives the origin of the first of these frames, and the end of
     /// those that share it.
     pub(crate) fn enqueue(
         &mut self,
         chunk: &Rc<Chunk>,
+        frames: Range<u32>,
         bounds: &Bounds,
         now: Duration,
         expiry: Expiry,
         origin_of: impl FnMut(Range<u32>) -> (Option<T>, u32),
     ) -> Enqueued {
-        let all = Segment { chunk: chunk.clone(), next: 0, end: chunk.frames() };
+        let all = Segment { chunk: chunk.clone(), next: frames.start, end: frames.end };
         if !self.has_waiting() {
             let fitting = self.fitting(&all, bounds);
             if fitting == all.end {
                 self.append(all);
                 return Enqueued::Queued;
             }
-            if fitting > 0 {
+            if fitting > all.next {
                 self.append(Segment { end: fitting, ..all.clone() });
             }
             return self.wait(Segment { next: fitting, ..all }, bounds, now, expiry, origin_of);
@@ -890,7 +891,7 @@ mod tests {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
                             Enqueued::Queued
                         } else {
-                            outbox.enqueue(&chunk, &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (Some(ticket.clone()), frames.end))
+                            outbox.enqueue(&chunk, 0..chunk.frames(), &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (Some(ticket.clone()), frames.end))
                         };
                         let waiting = pending.len() - outbox.frames as usize;
                         let expected = match waiting {
@@ -972,7 +973,14 @@ mod tests {
         let (mut outbox, mut spares): (Outbox<()>, _) = (Outbox::new(), Spares::default());
         let frames = [frame(0, 10), frame(1, 10), frame(2, 10)];
         assert_eq!(
-            outbox.enqueue(&chunk(&frames), &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (None, frames.end)),
+            outbox.enqueue(
+                &chunk(&frames),
+                0..frames.len() as u32,
+                &BOUNDS,
+                Duration::ZERO,
+                FOR_EVER,
+                |frames| (None, frames.end)
+            ),
             Enqueued::Queued
         );
         assert!(outbox.more.is_none() && !outbox.is_empty());
@@ -1023,13 +1031,13 @@ mod tests {
     fn a_frame_larger_than_the_bound_passes_alone() {
         let (mut outbox, mut spares): (Outbox<()>, _) = (Outbox::new(), Spares::default());
         assert_eq!(
-            outbox.enqueue(&chunk(&[frame(0, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (
+            outbox.enqueue(&chunk(&[frame(0, 100)]), 0..1, &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (
                 None, frames.end
             )),
             Enqueued::Queued
         );
         assert_eq!(
-            outbox.enqueue(&chunk(&[frame(1, 100)]), &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (
+            outbox.enqueue(&chunk(&[frame(1, 100)]), 0..1, &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (
                 None, frames.end
             )),
             Enqueued::Waits
@@ -1045,7 +1053,8 @@ mod tests {
         for outbox in &mut outboxes {
             for piece in &pieces {
                 assert_eq!(
-                    outbox.enqueue(piece, &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (None, frames.end)),
+                    outbox
+                        .enqueue(piece, 0..1, &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (None, frames.end)),
                     Enqueued::Queued
                 );
             }

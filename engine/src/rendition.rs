@@ -73,6 +73,12 @@ impl Encodings {
         Ok(Encoding::from_index(index + 1))
     }
 
+    /// Whether there is another one than the plain encoding.
+    pub(crate) fn has_any(&self) -> bool {
+        // Relaxed: a shard meets a connection of an encoding only after that was registered.
+        self.registered.load(Relaxed) > 0
+    }
+
     pub(crate) fn has(&self, encoding: Encoding) -> bool {
         encoding.is_plain() || self.find(encoding).is_some()
     }

@@ -12,8 +12,8 @@ use shardcast_engine::{
 use testkit::client::new_connection_with;
 use testkit::{RawClient, Rig, at_once, on_each_transport};
 
-/// Answers messages: `all…` to everyone, `both…` to everyone and then `you both…` to its client, anything
-/// else to its client.
+/// Answers messages: `all…` to everyone, `others…` to everyone but its client, `both…` to everyone and then
+/// `you both…` to its client, anything else to its client.
 struct Speaker(Namespace);
 
 impl Handler for Speaker {
@@ -24,6 +24,11 @@ impl Handler for Speaker {
         let me = Address::Connection(context.id());
         match text.split(' ').next() {
             Some("all") => say(Address::Everyone, text),
+            Some("others") => {
+                let others =
+                    Publication::message(&Address::Everyone, Payload::text(text)).except(&[context.id()]);
+                self.0.try_publish(others).unwrap();
+            }
             Some("both") => {
                 say(Address::Everyone, text);
                 say(me, &format!("you {text}"));
@@ -76,6 +81,35 @@ fn broadcasts_of_one_turn_are_written_in_one_write_per_connection() {
     let received = peers[0].receive_data();
     assert_eq!(received.len(), 60);
     assert!(peers[1..].iter_mut().all(|peer| peer.receive_data() == received));
+}
+
+on_each_transport!(messages_to_all_but_their_senders_are_written_in_one_write_per_connection);
+fn messages_to_all_but_their_senders_are_written_in_one_write_per_connection() {
+    let (mut rig, mut peers) = rig(60); // no more than are flushed in one turn
+    for (number, peer) in peers.iter_mut().enumerate() {
+        peer.text(&format!("others {number}"));
+        peer.text(&format!("{} {number}", if number % 3 == 0 { "others" } else { "all" }));
+    }
+    let before = rig.engine.metrics();
+    rig.turn();
+    let after = rig.engine.metrics();
+    assert_eq!((after.tally.written - before.tally.written, after.writes - before.writes), (7_120, 60));
+    let received: Vec<_> = peers.iter_mut().map(RawClient::receive_data).collect();
+    let is_from = |text: &str, number: usize| text.split(' ').nth(1) == Some(&number.to_string());
+    for (number, texts) in received.iter().enumerate() {
+        let (own, theirs): (Vec<_>, Vec<_>) = texts.iter().partition(|text| is_from(text, number));
+        let expected = if number % 3 == 0 { vec![] } else { vec![format!("all {number}")] };
+        assert!(own.into_iter().eq(&expected), "{texts:?}");
+        // All see the others' in one order.
+        let next = (number + 1) % received.len();
+        let seen_by_next = received[next].iter().filter(|text| !is_from(text, number));
+        assert!(
+            theirs
+                .into_iter()
+                .filter(|text| !is_from(text, next))
+                .eq(seen_by_next.filter(|text| !is_from(text, next)))
+        );
+    }
 }
 
 on_each_transport!(an_answer_follows_the_broadcasts_before_it);

@@ -233,6 +233,27 @@ fn messages_before_one_that_cannot_be_rendered_arrive_although_they_are_joined_w
 }
 
 #[test]
+fn a_message_that_cannot_be_rendered_does_not_end_the_connection_that_it_leaves_out() {
+    let mut rig = Rig::new(1);
+    let render = |payload: &Payload| {
+        assert_ne!(payload.bytes(), b"bad", "on purpose");
+        prefixed(payload)
+    };
+    let broken = rig.engine.register_encoding(render).unwrap();
+    let (mut sender, other) = (adopt_with(&rig, broken), adopt_with(&rig, broken));
+    rig.settle();
+    for text in ["one", "bad", "two"] {
+        let to_others = Publication::message(EVERYONE, Payload::text(text)).except(&[sender.id()]);
+        rig.everyone.try_publish(to_others).unwrap();
+    }
+    publish(&rig, EVERYONE, "three");
+    rig.settle();
+    assert_eq!(other.record().ends, [CloseReason::RenderFailed]);
+    assert!(sender.record().ends.is_empty());
+    assert_eq!(sender.peer.receive_data(), [format!("{PREFIX}three")]);
+}
+
+#[test]
 fn an_encoding_is_out_of_use_when_its_last_connection_ends_although_a_handler_is_busy() {
     let (mut rig, encoding, rendered) = counting(1);
     let mut plain = adopt_with(&rig, Encoding::PLAIN);

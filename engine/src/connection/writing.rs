@@ -138,16 +138,18 @@ impl Connection {
         is_taken
     }
 
-    /// Queues the chunk after what is queued; frames that must wait keep what `origin_of` gives (see the outbox). Also returns by how many bytes the backlog has grown.
+    /// Queues these frames of the chunk after what is queued; those that must wait keep what `origin_of` gives (see the
+    /// outbox). Also returns by how many bytes the backlog has grown.
     pub(crate) fn enqueue(
         &mut self,
         chunk: &Rc<Chunk>,
+        frames: Range<u32>,
         now: Duration,
         expiry: Expiry,
         origin_of: impl FnMut(Range<u32>) -> (Option<Origin>, u32),
     ) -> (Enqueued, usize) {
         let (bytes, queued) = (self.outbox.backlog_bytes(), self.outbox.queued());
-        let enqueued = self.outbox.enqueue(chunk, &self.bounds(), now, expiry, origin_of);
+        let enqueued = self.outbox.enqueue(chunk, frames, &self.bounds(), now, expiry, origin_of);
         if self.outbox.queued() > queued {
             self.counts.took(); // some of it was accepted, whatever happens to the rest
         }
