@@ -106,11 +106,13 @@ impl TlsSession {
         loop {
             let UnbufferedStatus { discard, state } =
                 self.session.process_tls_records(&mut bytes[consumed..]);
+            let mut may_be_all = false;
             let goes_on = match state {
                 Ok(ConnectionState::ReadTraffic(mut traffic)) => {
                     while let Some(Ok(record)) = traffic.next_record() {
                         take(record.payload);
                     }
+                    may_be_all = true;
                     true
                 }
                 Ok(ConnectionState::EncodeTlsData(data)) => encode(data, answer).is_ok(),
@@ -130,7 +132,9 @@ impl TlsSession {
                 }
             };
             consumed += discard;
-            if !goes_on {
+            // The usual case: one record, after which another call would find nothing.
+            let is_all = may_be_all && consumed == bytes.len() && !self.session.wants_write();
+            if !goes_on || is_all {
                 break;
             }
         }

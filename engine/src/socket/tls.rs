@@ -6,6 +6,7 @@
 //! backlog stays in the outbox. A [`TlsSession`] has no memory of its own for reads and writes; rustls'
 //! `ServerConnection`, which other servers make the handshake with, keeps 4 KB. Does not know frames.
 
+use std::cell::Cell;
 use std::io::{self, ErrorKind, IoSlice, Read as _, Write};
 use std::net::Shutdown;
 
@@ -19,6 +20,13 @@ use crate::tls_session::{TlsEnd, TlsSession};
 
 /// Bytes that are encrypted for one write, so that a long message is not in memory twice.
 const WRITE_BYTES_MAX: usize = 64 << 10;
+/// The largest buffer that a thread keeps for the next call, in bytes: enough for the records of the longest write.
+const KEPT_BYTES_MAX: usize = WRITE_BYTES_MAX + (4 << 10);
+
+thread_local! {
+    /// Where the bytes of one read are decrypted, and those of one write encrypted.
+    static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
 
 #[derive(Debug)]
 pub(super) struct Tls {
@@ -162,12 +170,14 @@ impl Tls {
             return Ok(None);
         }
         self.has_more = received == buffer.len();
-        let mut decrypted = Vec::with_capacity(received);
         let mut answer = Vec::new();
-        session.decrypt(&mut buffer[..received], &mut answer, |piece| decrypted.extend_from_slice(piece));
-        let fits = decrypted.len().min(buffer.len());
-        buffer[..fits].copy_from_slice(&decrypted[..fits]);
-        plaintext.extend_from_slice(&decrypted[fits..]);
+        let fits = with_buffer(|decrypted| {
+            session.decrypt(&mut buffer[..received], &mut answer, |piece| decrypted.extend_from_slice(piece));
+            let fits = decrypted.len().min(buffer.len());
+            buffer[..fits].copy_from_slice(&decrypted[..fits]);
+            plaintext.extend_from_slice(&decrypted[fits..]);
+            fits
+        });
         self.has_plaintext = !plaintext.is_empty();
         self.end = session.end();
         if !answer.is_empty() {
@@ -228,12 +238,11 @@ impl Tls {
         }
         let bytes = &bytes[..bytes.len().min(WRITE_BYTES_MAX)];
         match &mut self.session {
-            Session::Unbuffered { session, .. } => {
-                let mut to_send = Vec::new();
-                session.encrypt(bytes, &mut to_send)?;
-                send_records(&self.stream, &mut self.refused, &to_send)?;
+            Session::Unbuffered { session, .. } => with_buffer(|to_send| {
+                session.encrypt(bytes, to_send)?;
+                send_records(&self.stream, &mut self.refused, to_send)?;
                 Ok(Written { taken: bytes.len(), sent: to_send.len() })
-            }
+            }),
             Session::Buffered(session) => {
                 let taken = session.writer().write(bytes)?;
                 let sent = self.send_buffered()?;
@@ -311,6 +320,17 @@ impl Drop for Tls {
             let _ = self.close_session();
         }
     }
+}
+
+/// Calls `work` with an empty buffer that the thread's next call uses again.
+fn with_buffer<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+    let mut buffer = BUFFER.try_with(Cell::take).unwrap_or_default(); // none at the end of a thread
+    let result = work(&mut buffer);
+    if buffer.capacity() <= KEPT_BYTES_MAX {
+        buffer.clear();
+        let _ = BUFFER.try_with(|kept| kept.set(buffer));
+    }
+    result
 }
 
 /// Sends records after what was refused, and keeps what the kernel refuses.
