@@ -891,7 +891,9 @@ mod tests {
                             prop_assert!(was_empty && !outbox.is_congested(&BOUNDS));
                             Enqueued::Queued
                         } else {
-                            outbox.enqueue(&chunk, 0..chunk.frames(), &BOUNDS, Duration::ZERO, FOR_EVER, |frames| (Some(ticket.clone()), frames.end))
+                            let all = 0..chunk.frames();
+                            let origin_of = |frames: Range<u32>| (Some(ticket.clone()), frames.end);
+                            outbox.enqueue(&chunk, all, &BOUNDS, Duration::ZERO, FOR_EVER, origin_of)
                         };
                         let waiting = pending.len() - outbox.frames as usize;
                         let expected = match waiting {
