@@ -18,6 +18,9 @@ use crate::payload::Payload;
 use crate::receipt::Ticket;
 use crate::rendition::{Encoding, Encodings};
 
+/// Connections that a message may leave out and yet be joined with others: usually it is its sender.
+const EXCEPT_MAX: usize = 4;
+
 /// One for each publication of a batch, or of a single one; those without at the end are left out.
 pub(crate) type Tickets = SmallVec<[Option<Ticket>; 1]>;
 
@@ -36,7 +39,7 @@ pub(crate) struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     /// The messages at the reader's cursor: `first` and, if `joined` is set, those after it that go to the same
-    /// connections in the same way, up to the position `limit` and `bytes_max` bytes in total.
+    /// group in the same way, up to the position `limit` and `bytes_max` bytes in total.
     pub(crate) fn new(
         reader: &'a Reader<Entry>,
         first: (&Entry, &Payload),
@@ -46,8 +49,8 @@ impl<'a> Batch<'a> {
     ) -> Self {
         // With other encodings a connection might be ended for a message that it must not get: a batch ends where the
         // first one cannot be rendered.
-        let may_leave_out = !encodings.has_any();
-        let count = |(limit, bytes_max)| count_joined(reader, first.0, may_leave_out, limit, bytes_max);
+        let except_max = if encodings.has_any() { 0 } else { EXCEPT_MAX };
+        let count = |(limit, bytes_max)| count_joined(reader, first.0, except_max, limit, bytes_max);
         let len = joined.map_or(1, count);
         let plain = if len == 1 {
             Chunk::single(first.1.plain_frame().bytes(), retained)
@@ -145,19 +148,14 @@ impl<'a> Batch<'a> {
 fn count_joined(
     reader: &Reader<Entry>,
     first: &Entry,
-    may_leave_out: bool,
+    except_max: usize,
     limit: u64,
     bytes_max: usize,
 ) -> u64 {
-    let is_for_all = |entry: &Entry| may_leave_out || entry.publication.except.is_empty();
-    if !is_for_all(first) {
-        return 1;
-    }
     let (ahead, mut len, mut bytes) = (limit - reader.position(), 1, first.bytes());
     while len < ahead
         && let Some(next) = reader.get(len)
-        && next.joins(first)
-        && is_for_all(next)
+        && next.joins(first, except_max)
         && bytes + next.bytes() <= bytes_max as u64
     {
         bytes += next.bytes();

@@ -14,9 +14,6 @@ use crate::publication::{Content, Publication};
 use crate::receipt::{ShardTickets, Ticket};
 use crate::rendition::Renditions;
 
-/// Connections that a message may leave out and yet be joined with others: usually it is its sender.
-const EXCEPT_MAX: usize = 4;
-
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) publication: Publication,
@@ -104,12 +101,12 @@ impl Entry {
         self.publication.payload()
     }
 
-    /// Whether it may share a chunk with its neighbours in the log (a batch): messages for the same group but for a few
-    /// connections, delivered in the same way, of publishers that do not want the outcome of their own.
-    pub(crate) fn joins(&self, first: &Self) -> bool {
+    /// Whether it may share a chunk with its neighbours in the log (a batch): messages for the same group but for
+    /// at most `except_max` connections, delivered in the same way, of publishers that do not want the outcome of their own.
+    pub(crate) fn joins(&self, first: &Self, except_max: usize) -> bool {
         let is_simple = |entry: &Self| {
             matches!(entry.publication.content, Content::Message(_))
-                && entry.publication.except.len() <= EXCEPT_MAX
+                && entry.publication.except.len() <= except_max
                 && entry.tickets.as_ref().is_none_or(|tickets| !tickets.want_outcome())
         };
         match (&self.target, &first.target) {
@@ -141,27 +138,20 @@ mod tests {
             renditions: Renditions::default(),
             tickets: wants_outcome.map(|wants| ShardTickets::new(ticket(wants).0, [0].into_iter().collect())),
         };
+        let joins = |one: &Entry, other: &Entry| one.joins(other, 1) && other.joins(one, 1);
         let (free, waits, wants_outcome) = (entry(None), entry(Some(false)), entry(Some(true)));
-        assert!(free.joins(&waits) && waits.joins(&free) && waits.joins(&waits));
-        for other in [&free, &waits, &wants_outcome] {
-            assert!(!other.joins(&wants_outcome) && !wants_outcome.joins(other));
-        }
-        let leaving_out = |count| {
+        assert!(joins(&free, &waits) && joins(&waits, &waits));
+        assert!([&free, &waits, &wants_outcome].iter().all(|other| !joins(other, &wants_outcome)));
+        let with = |change: &dyn Fn(Publication) -> Publication| {
             let Entry { publication, target, renditions, tickets } = entry(None);
-            let publication = publication.except(&vec![ConnectionId::from_bits(1); count]);
-            Entry { publication, target, renditions, tickets }
+            Entry { publication: change(publication), target, renditions, tickets }
         };
-        let (few, many) = (leaving_out(EXCEPT_MAX), leaving_out(EXCEPT_MAX + 1));
-        assert!(few.joins(&waits) && free.joins(&few) && !many.joins(&free) && !few.joins(&many));
+        let ids = [1, 2].map(ConnectionId::from_bits);
+        let (few, many) = (with(&|message| message.except(&ids[..1])), with(&|message| message.except(&ids)));
+        assert!(joins(&few, &waits) && !joins(&many, &free) && !joins(&few, &many));
         let policy = Policy::DropMessage { timeout: Duration::ZERO };
-        let own_policy = || Entry {
-            publication: entry(None)
-                .publication
-                .with_delivery(Delivery::with_policy(policy).expect("it is valid")),
-            ..entry(None)
-        };
-        assert!(
-            own_policy().joins(&own_policy()) && !own_policy().joins(&free) && !free.joins(&own_policy())
-        );
+        let delivery = Delivery::with_policy(policy).expect("it is valid");
+        let own_policy = with(&|message| message.with_delivery(delivery));
+        assert!(joins(&own_policy, &own_policy) && !joins(&own_policy, &free));
     }
 }

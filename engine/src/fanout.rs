@@ -40,7 +40,7 @@ pub(crate) struct Terms<'a> {
 }
 
 impl<'a> Terms<'a> {
-    /// `tickets`: this shard's, if it has any.
+    /// Those of a batch, of which this is the first entry. `tickets`: this shard's, if it has any.
     pub(crate) fn of(entry: &'a Entry, tickets: &'a [Option<Ticket>]) -> Self {
         Self { policy: entry.publication.delivery.policy(), tickets, group: entry.group() }
     }
@@ -115,15 +115,9 @@ impl Fanout {
         }
     }
 
-    /// Offers the batch to each member of a group; returns their number. `entry` is the batch's first.
-    pub(crate) fn fan_out(
-        &mut self,
-        group: LocalKey,
-        batch: &mut Batch<'_>,
-        entry: &Entry,
-        tickets: &[Option<Ticket>],
-    ) -> u64 {
-        let (terms, mut counts) = (Terms::of(entry, tickets), Counts::default());
+    /// Offers the batch to each member of a group; returns their number.
+    pub(crate) fn fan_out(&mut self, group: LocalKey, batch: &mut Batch<'_>, terms: Terms<'_>) -> u64 {
+        let mut counts = Counts::default();
         for index in 0..self.groups.len(group) {
             let slot = self.groups.member(group, index);
             self.offer_batch(slot, batch, terms, &mut counts);
@@ -132,14 +126,8 @@ impl Fanout {
     }
 
     /// Offers the batch to each slot; returns their number.
-    pub(crate) fn fan_out_to(
-        &mut self,
-        slots: &[Slot],
-        batch: &mut Batch<'_>,
-        entry: &Entry,
-        tickets: &[Option<Ticket>],
-    ) -> u64 {
-        let (terms, mut counts) = (Terms::of(entry, tickets), Counts::default());
+    pub(crate) fn fan_out_to(&mut self, slots: &[Slot], batch: &mut Batch<'_>, terms: Terms<'_>) -> u64 {
+        let mut counts = Counts::default();
         for slot in slots {
             self.offer_batch(*slot, batch, terms, &mut counts);
         }
@@ -150,12 +138,11 @@ impl Fanout {
     #[inline]
     fn offer_batch(&mut self, slot: Slot, batch: &mut Batch<'_>, terms: Terms<'_>, counts: &mut Counts) {
         let Some(connection) = self.connections.get(slot) else { return };
-        let encoding = connection.encoding();
         if batch.leaves_out(connection.id()) {
             return self.offer_runs(slot, batch, terms, counts);
         }
         counts.recipients += 1;
-        let (chunk, missing) = batch.chunk(encoding);
+        let (chunk, missing) = batch.chunk(connection.encoding());
         if let Some(chunk) = chunk {
             counts.delayed += u64::from(self.offer(slot, chunk, terms));
         }
@@ -176,7 +163,9 @@ impl Fanout {
         let Some(chunk) = batch.chunk(connection.encoding()).0 else { return };
         counts.recipients += 1;
         for run in runs {
-            self.offer_some(slot, chunk, run, terms);
+            if self.note_offer(slot, run.end - run.start, terms).is_some() {
+                self.enqueue_or_wait(slot, chunk, run, terms);
+            }
         }
     }
 
@@ -201,14 +190,13 @@ impl Fanout {
         slots: &[Slot],
         reason: &CloseReason,
         entry: &Entry,
-        tickets: &[Option<Ticket>],
+        terms: Terms<'_>,
     ) -> u64 {
         let ids = slots.iter().filter_map(|slot| self.connections.get(*slot)).map(Connection::id);
         let ids = ids.filter(|id| !entry.publication.except.contains(id));
         let before = self.pending_ends.len();
         self.pending_ends.extend(ids.map(|id| (id, reason.clone())));
-        Counts { recipients: (self.pending_ends.len() - before) as u64, delayed: 0 }
-            .report(Terms::of(entry, tickets))
+        Counts { recipients: (self.pending_ends.len() - before) as u64, delayed: 0 }.report(terms)
     }
 
     /// Puts the chunk into one outbox; true if a part of it did not fit.
@@ -222,12 +210,6 @@ impl Fanout {
             return false;
         }
         self.enqueue_or_wait(slot, chunk, 0..frames, terms)
-    }
-
-    /// Puts some of the chunk's frames into one outbox; true if not all of them fitted.
-    fn offer_some(&mut self, slot: Slot, chunk: &Rc<Chunk>, frames: Range<u32>, terms: Terms<'_>) -> bool {
-        self.note_offer(slot, frames.end - frames.start, terms).is_some()
-            && self.enqueue_or_wait(slot, chunk, frames, terms)
     }
 
     /// Counts frames that are offered to a connection, and marks it for the next flush.

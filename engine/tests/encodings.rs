@@ -48,6 +48,15 @@ fn counting(shards: usize) -> (Rig, Encoding, Arc<AtomicUsize>) {
     (rig, encoding.unwrap(), rendered)
 }
 
+/// An encoding that cannot render `bad`.
+fn broken(rig: &Rig) -> Encoding {
+    let render = |payload: &Payload| {
+        assert_ne!(payload.bytes(), b"bad", "on purpose");
+        prefixed(payload)
+    };
+    rig.engine.register_encoding(render).unwrap()
+}
+
 fn adopt_with(rig: &Rig, encoding: Encoding) -> Client {
     let (mut connection, client) = new_connection(&rig.engine, &rig.config, 1 << 16);
     connection.encoding = encoding;
@@ -175,13 +184,7 @@ fn a_publisher_to_one_connection_waits_for_room_for_what_its_message_becomes() {
 #[test]
 fn an_encoding_that_panics_closes_the_connections_that_use_it_and_no_other() {
     let mut rig = Rig::new(2);
-    let broken = rig
-        .engine
-        .register_encoding(|payload| {
-            assert_ne!(payload.bytes(), b"bad", "on purpose");
-            prefixed(payload)
-        })
-        .unwrap();
+    let broken = broken(&rig);
     let mut plain = adopt_with(&rig, Encoding::PLAIN);
     let mut others: Vec<_> = (0..3).map(|_| adopt_with(&rig, broken)).collect();
     rig.settle();
@@ -211,11 +214,7 @@ fn an_encoding_that_panics_closes_the_connections_that_use_it_and_no_other() {
 #[test]
 fn messages_before_one_that_cannot_be_rendered_arrive_although_they_are_joined_with_it() {
     let mut rig = Rig::new(1);
-    let render = |payload: &Payload| {
-        assert_ne!(payload.bytes(), b"bad", "on purpose");
-        prefixed(payload)
-    };
-    let broken = rig.engine.register_encoding(render).unwrap();
+    let broken = broken(&rig);
     let mut client = adopt_with(&rig, broken);
     rig.settle();
     for text in ["one", "two", "bad", "three"] {
@@ -235,11 +234,7 @@ fn messages_before_one_that_cannot_be_rendered_arrive_although_they_are_joined_w
 #[test]
 fn a_message_that_cannot_be_rendered_does_not_end_the_connection_that_it_leaves_out() {
     let mut rig = Rig::new(1);
-    let render = |payload: &Payload| {
-        assert_ne!(payload.bytes(), b"bad", "on purpose");
-        prefixed(payload)
-    };
-    let broken = rig.engine.register_encoding(render).unwrap();
+    let broken = broken(&rig);
     let (mut sender, other) = (adopt_with(&rig, broken), adopt_with(&rig, broken));
     rig.settle();
     for text in ["one", "bad", "two"] {

@@ -14,6 +14,7 @@ use shardcast_engine::{
     Address, ConnectionConfig, ConnectionId, EngineConfig, GroupMetrics, Handler, Message, Namespace,
     Payload, Publication, PublishError, Shutdown,
 };
+use testkit::sender::too_many_to_join;
 use testkit::{Client, Rig, Task, at_once};
 
 /// An engine whose log holds four publications.
@@ -219,10 +220,11 @@ impl Handler for Farewell {
         _: Message<'_>,
         context: &mut shardcast_engine::Context<'_>,
     ) -> std::task::Poll<()> {
-        let nobody = ["0000000000000000".parse().unwrap(); 5]; // so many that each is offered by itself
         for text in ["one", "two", "three"] {
             self.0
-                .try_publish(Publication::message(Address::Everyone, Payload::text(text)).except(&nobody))
+                .try_publish(
+                    Publication::message(Address::Everyone, Payload::text(text)).except(&too_many_to_join()),
+                )
                 .unwrap();
         }
         let code = shardcast_engine::CloseCode(4000);

@@ -18,6 +18,7 @@ use shardcast_engine::{
 };
 use testkit::client::new_connection;
 use testkit::frames::client_frame;
+use testkit::sender::too_many_to_join;
 use testkit::{Client, RawClient, Received, Rig, Task, at_once, block_on};
 
 const EVERYONE: Address = Address::Everyone;
@@ -699,9 +700,10 @@ fn one_turn_puts_no_more_frames_into_outboxes_than_a_bound() {
     const MANY: u64 = 1000;
     let mut rig = Rig::new(1);
     connect_sinks(&mut rig, MANY as usize);
-    let nobody = ["0000000000000000".parse().unwrap(); 5]; // so many that each is offered by itself
     for _ in 0..250 {
-        rig.everyone.try_publish(Publication::message(EVERYONE, frame("to all")).except(&nobody)).unwrap();
+        rig.everyone
+            .try_publish(Publication::message(EVERYONE, frame("to all")).except(&too_many_to_join()))
+            .unwrap();
     }
     rig.turn();
     let offered = rig.engine.metrics().tally.offered;
@@ -717,7 +719,7 @@ fn a_client_that_keeps_up_loses_nothing_however_much_is_published_at_once() {
         let policy = Policy::DropMessage { timeout: Duration::ZERO };
         let mut rig = Rig::one(ConnectionConfig { outbox_frames: 8, policy, ..ConnectionConfig::default() });
         connect_sinks(&mut rig, count);
-        let nobody = ["0000000000000000".parse().unwrap(); 5]; // so many that each is offered by itself
+        let nobody = too_many_to_join();
         let except = if is_joined { &[][..] } else { &nobody };
         for _ in 0..60 {
             rig.everyone.try_publish(Publication::message(EVERYONE, frame("to all")).except(except)).unwrap();

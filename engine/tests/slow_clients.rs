@@ -16,7 +16,7 @@ use shardcast_engine::{
     DropCause, DropNotice, EngineConfig, GroupMetrics, Handler, Message, Payload, Policy, Publication,
     PublishError, Receipt, Wants,
 };
-use testkit::sender::DROP_AT_ONCE;
+use testkit::sender::{DROP_AT_ONCE, too_many_to_join};
 use testkit::stream::{Transport, over};
 use testkit::time::{DAY, ms};
 use testkit::{Client, Received, Rig, Sender, Task, at_once, lock};
@@ -494,12 +494,13 @@ fn a_frame_accepted_by_an_empty_outbox_resets_the_count_of_drops() {
     let config = ConnectionConfig { outbox_bytes: 4096, outbox_frames: 1024, ..narrow(THREE_DROPS_AT_ONCE) };
     let mut rig = rig(1, config);
     let mut client = rig.connect();
-    let nobody = ["0000000000000000".parse().unwrap(); 5]; // so many that each is offered by itself
     for _ in 0..5 {
         // Both in one turn: with the first there is no room for the second.
         for length in [10, 5000] {
             let frame = Payload::text(&"x".repeat(length));
-            rig.everyone.try_publish(Publication::message(EVERYONE, frame).except(&nobody)).unwrap();
+            rig.everyone
+                .try_publish(Publication::message(EVERYONE, frame).except(&too_many_to_join()))
+                .unwrap();
         }
         rig.settle();
         assert_eq!(client.peer.receive_data().len(), 1);

@@ -1,7 +1,8 @@
 //! Counts of one hub's connections on other nodes: in all, of each group, of each user.
 //!
 //! Each node reports the numbers that have changed once per heartbeat, so that a join or a leave needs no entry of its own
-//! in the log. Nodes that do not count as alive are left out, and are included again if they were only silent. Pure. Does not know how nodes count.
+//! in the log. Nodes that do not count as alive are left out, and are included again if they were only silent. Pure. Does
+//! not know how nodes count.
 
 use std::collections::HashMap;
 use std::sync::Arc;

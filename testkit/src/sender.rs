@@ -2,10 +2,17 @@
 
 use std::time::Duration;
 
-use shardcast_engine::{Delivery, Namespace, Policy, Publication, PublishError, Receipt, TryPublishError};
+use shardcast_engine::{
+    ConnectionId, Delivery, Namespace, Policy, Publication, PublishError, Receipt, TryPublishError,
+};
 
 /// A frame for which there is no room is dropped at once.
 pub const DROP_AT_ONCE: Policy = Policy::DropMessage { timeout: Duration::ZERO };
+
+/// Nobody's id, so often that a message that leaves out all of these is joined with no other one.
+pub fn too_many_to_join() -> [ConnectionId; 5] {
+    ["0000000000000000".parse().expect("it is an id"); 5]
+}
 
 /// A namespace, and the delivery of everything that is published through this.
 #[derive(Debug, Clone)]

@@ -43,7 +43,7 @@ impl Shard {
                                 Batch::new(&self.reader, (first, payload), joined, encodings, retained);
                             count = batch.len();
                             batch.take_tickets(self.index, &mut tickets);
-                            self.fanout.fan_out(group, &mut batch, first, &tickets)
+                            self.fanout.fan_out(group, &mut batch, Terms::of(first, &tickets))
                         }
                     }
                 }
@@ -72,11 +72,11 @@ impl Shard {
                             let (encodings, retained) = (&self.core.encodings, &self.fanout.retained);
                             let mut batch =
                                 Batch::new(&self.reader, (first, payload), None, encodings, retained);
-                            self.fanout.fan_out_to(&slots, &mut batch, first, &tickets)
+                            self.fanout.fan_out_to(&slots, &mut batch, Terms::of(first, &tickets))
                         }
                         Content::Close { code, text } => {
                             let reason = CloseReason::Application { code: *code, text: text.clone() };
-                            self.fanout.note_ends(&slots, &reason, first, &tickets)
+                            self.fanout.note_ends(&slots, &reason, first, Terms::of(first, &tickets))
                         }
                         Content::Presence(_) => 0, // its target is one group
                     };
