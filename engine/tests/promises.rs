@@ -713,6 +713,19 @@ fn one_turn_puts_no_more_frames_into_outboxes_than_a_bound() {
 }
 
 #[test]
+fn messages_that_leave_out_a_few_connections_count_together_for_that_bound() {
+    const MANY: u64 = 1000;
+    let mut rig = Rig::new(1);
+    connect_sinks(&mut rig, MANY as usize);
+    for _ in 0..250 {
+        let except = &too_many_to_join()[..4];
+        rig.everyone.try_publish(Publication::message(EVERYONE, frame("to all")).except(except)).unwrap();
+    }
+    rig.turn();
+    assert_eq!(rig.engine.metrics().tally.offered, 250 * MANY, "in one piece");
+}
+
+#[test]
 fn a_client_that_keeps_up_loses_nothing_however_much_is_published_at_once() {
     // With so many clients a turn does not write to all of them.
     for (count, is_joined) in [(1, true), (1, false), (3000, true), (3000, false)] {
